@@ -1,0 +1,181 @@
+"""Checks a call's arrays and brings them into the one form that every implementation takes.
+
+Classes last, labels that index safely, rows that do not count marked. An implementation then knows nothing of
+axes, ignored labels or bad ones beyond two boolean arrays.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import checkify
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from lsce_spec import (
+    LossOptions,
+    check_axis,
+    check_batch_operand,
+    check_class_vector,
+    check_labels,
+    check_logits,
+    check_prior_values,
+    error,
+    is_floating,
+    is_number,
+)
+
+
+class Batch(NamedTuple):
+    """The arrays of one call, classes last.
+
+    Args:
+        logits: as the caller passed them, but for the place of the class dimension.
+        labels: class indices within range, or the probabilities of soft labels.
+        smoothing: number, or one per row in the compute dtype.
+        counted: False for rows that `where` or `ignore_index` takes out; None where every row counts.
+        bad: True for rows that count and whose label is no class; None for soft labels.
+        prior: probabilities that replace the uniform distribution, in the compute dtype, or None.
+        class_weight: in the compute dtype, or None.
+        class_mask: True for the classes that take part, or None.
+    """
+
+    logits: Float[Array, "*batch K"]
+    labels: Int[Array, "*batch"] | Float[Array, "*batch K"]
+    smoothing: float | Float[Array, "*batch 1"]
+    counted: Bool[Array, "*batch"] | None
+    bad: Bool[Array, "*batch"] | None
+    prior: Float[Array, " K"] | None
+    class_weight: Float[Array, " K"] | None
+    class_mask: Bool[Array, " K"] | None
+
+    @property
+    def soft(self) -> bool:
+        """Whether the labels are class probabilities."""
+        return is_floating(self.labels.dtype.name)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype to compute in and to return the loss in: that of the logits, float32 for narrower ones."""
+        return compute_dtype(self.logits)
+
+
+def compute_dtype(logits: Array) -> jnp.dtype:
+    """Return float64 for float64 logits and float32 for all others."""
+    return jnp.promote_types(logits.dtype, jnp.float32)
+
+
+def prepare(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    options: LossOptions,
+    *,
+    axis: int,
+    where: ArrayLike | None,
+    prior: ArrayLike | None,
+    class_weight: ArrayLike | None,
+    class_mask: ArrayLike | None,
+) -> Batch:
+    """Check the arrays of a call and return them in canonical form.
+
+    Raises:
+        TypeError: wrong type or dtype.
+        ValueError: wrong shape, or a prior that is no distribution.
+        IndexError: a label that is no class, with bad_labels="raise".
+    """
+    logits = _as_array("logits", logits)
+    labels = _as_array("labels", labels)
+    check_logits(logits.shape, logits.dtype.name)
+    axis = check_axis(axis, logits.shape)
+    check_labels(labels.shape, labels.dtype.name, logits.shape, axis)
+    dtype = compute_dtype(logits)
+
+    logits = jnp.moveaxis(logits, axis, -1)
+    batch_shape, num_classes = logits.shape[:-1], logits.shape[-1]
+    class_weight = _class_vector("class_weight", class_weight, num_classes, dtype)
+    class_mask = _class_vector("class_mask", class_mask, num_classes, None)
+    if prior is not None:
+        _check_prior(prior, class_mask, num_classes)
+        prior = _class_vector("prior", prior, num_classes, dtype)
+
+    smoothing = options.smoothing
+    if not is_number(smoothing):
+        smoothing = jnp.asarray(smoothing, dtype)
+        check_batch_operand("smoothing", smoothing.shape, None, batch_shape)
+        smoothing = jnp.broadcast_to(smoothing, batch_shape)[..., None]
+
+    counted = None
+    if where is not None:
+        where = jnp.asarray(where)
+        check_batch_operand("where", where.shape, where.dtype.name, batch_shape)
+        counted = jnp.broadcast_to(where, batch_shape)
+
+    if is_floating(labels.dtype.name):
+        if options.ignore_index is not None:
+            raise error("ignore_index_soft", given=options.ignore_index)
+        labels = jnp.moveaxis(labels, axis, -1)
+        return Batch(logits, labels, smoothing, counted, None, prior, class_weight, class_mask)
+
+    # Wide enough to compare with any class index, and signed, so that -100 can be told from 156.
+    labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
+    if jnp.issubdtype(labels.dtype, jnp.unsignedinteger):
+        labels = jnp.minimum(labels, num_classes).astype(jnp.int32)
+    if options.ignore_index is not None:
+        kept = labels != options.ignore_index
+        counted = kept if counted is None else counted & kept
+    bad = (labels < 0) | (labels >= num_classes)
+    if class_mask is not None:
+        bad |= ~jnp.take(class_mask, jnp.where(bad, 0, labels))
+    if counted is not None:
+        bad &= counted
+    if options.bad_labels == "raise":
+        _raise_bad_label(labels, bad, num_classes, class_mask)
+    safe = bad if counted is None else bad | ~counted
+    labels = jnp.where(safe, 0, labels)
+    return Batch(logits, labels, smoothing, counted, bad, prior, class_weight, class_mask)
+
+
+def _as_array(name: str, value: ArrayLike) -> Array:
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as problem:
+        given = type(value).__name__
+        raise error(f"{name}_type", expected="an array", given=given) from problem
+
+
+def _class_vector(name: str, vector: ArrayLike | None, num_classes: int, dtype: jnp.dtype | None) -> Array | None:
+    if vector is None:
+        return None
+    vector = jnp.asarray(vector)
+    check_class_vector(name, vector.shape, vector.dtype.name, num_classes)
+    return vector if dtype is None else vector.astype(dtype)
+
+
+def _check_prior(prior: ArrayLike, class_mask: Array | None, num_classes: int) -> None:
+    """Check the values of a prior, unless it or the mask is traced and has none yet."""
+    array = jnp.asarray(prior)
+    check_class_vector("prior", array.shape, array.dtype.name, num_classes)
+    if _is_traced(prior) or _is_traced(class_mask):
+        return
+    # The caller's own float64 values, where there are any: JAX would have rounded them to float32.
+    values = np.asarray(prior, dtype=np.float64)
+    mask = None if class_mask is None else np.asarray(class_mask).tolist()
+    unit_roundoff = float(jnp.finfo(array.dtype).eps) / 2  # type: ignore[no-untyped-call]  # JAX has no type there
+    check_prior_values(values.tolist(), mask, unit_roundoff)
+
+
+def _is_traced(array: object) -> bool:
+    return isinstance(array, jax.core.Tracer)
+
+
+def _raise_bad_label(labels: Array, bad: Array, num_classes: int, class_mask: Array | None) -> None:
+    expected = f"0 to {num_classes - 1}" + ("" if class_mask is None else ", inside class_mask")
+    if _is_traced(bad):
+        # Under jit this needs checkify.checkify around the caller; without it JAX's own error says so.
+        first = jnp.argmax(bad.ravel())
+        message = str(error("bad_label", value="{value}", index="{index} (flattened)", expected=expected))
+        checkify.check(~jnp.any(bad), message, value=labels.ravel()[first], index=first)
+        return
+    if np.any(bad):
+        index = tuple(int(i) for i in np.argwhere(np.asarray(bad))[0])
+        raise error("bad_label", value=int(labels[index]), index=list(index), expected=expected)

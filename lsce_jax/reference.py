@@ -1,0 +1,135 @@
+"""The readable implementation: the formula in plain jax.numpy operations, derivatives by autodiff.
+
+The target is written out per class; under `jit` XLA fuses it into the reductions, so no one-hot array is stored.
+Forward mode, reverse mode and second derivatives all come from JAX. Two lines are less obvious than they look, and
+both have the comment that says why: the sum inside `_log_sum_exp`, and the gap that is set to 0.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import entr
+from jaxtyping import Array, Bool, Float
+
+from lsce_jax.inputs import Batch
+from lsce_spec import LossOptions, smoothing_weights
+
+
+def row_losses(batch: Batch, options: LossOptions) -> Float[Array, "*batch"]:
+    """Return the loss of each row; 0 for rows that do not count, NaN for bad labels."""
+    dtype = batch.dtype
+    target = target_distribution(batch, options)
+    logits = batch.logits.astype(dtype)
+    if batch.counted is not None:
+        logits = jnp.where(batch.counted[..., None], logits, 0)
+    allowed = None
+    if batch.class_mask is not None:
+        allowed = _as_last_axis(batch.class_mask, logits)
+        logits = jnp.where(allowed, logits, 0)
+    if options.softcap is not None:
+        logits = options.softcap * jnp.tanh(logits / options.softcap)
+
+    peak, gap, log_sum = _log_sum_exp(logits, allowed)
+    weighted = target
+    if batch.class_weight is not None:
+        weighted = target * _as_last_axis(batch.class_weight, logits)
+    # A class that is no target may have a logit of -inf: 0 * inf counts as 0. The gap keeps its value where it is
+    # finite, since the derivative by the smoothing is the gap itself.
+    gap = jnp.where((weighted == 0) & jnp.isinf(gap), 0, gap)
+    losses = jnp.sum(weighted * gap, axis=-1) + jnp.sum(weighted, axis=-1) * log_sum
+    if options.z_loss:
+        losses += options.z_loss * (peak + log_sum) ** 2
+    if options.subtract_entropy:
+        losses -= jnp.sum(entr(target), axis=-1)
+    return losses if batch.counted is None else jnp.where(batch.counted, losses, 0)
+
+
+def target_distribution(batch: Batch, options: LossOptions) -> Float[Array, "*batch K"]:
+    """Return the smoothed target of each row: 0 outside the class mask, NaN for bad labels."""
+    dtype, num_classes = batch.dtype, batch.logits.shape[-1]
+    if batch.soft:
+        labels = batch.labels.astype(dtype)
+        if batch.counted is not None:
+            labels = jnp.where(batch.counted[..., None], labels, 0)
+        target = _smoothed(labels, batch, options)
+    else:
+        classes = jnp.arange(num_classes, dtype=batch.labels.dtype)
+        is_label = _as_last_axis(classes, batch.logits) == batch.labels[..., None]
+        if batch.prior is not None:
+            target = _smoothed(is_label.astype(dtype), batch, options)
+        else:
+            on, off = _on_off(batch, options)
+            target = jnp.where(is_label, jnp.asarray(on, dtype), jnp.asarray(off, dtype))
+    if batch.bad is not None:
+        target = jnp.where(batch.bad[..., None], jnp.nan, target)
+    if batch.class_mask is not None:
+        target = jnp.where(_as_last_axis(batch.class_mask, target), target, 0)
+    return target
+
+
+def _smoothed(
+    probabilities: Float[Array, "*batch K"],
+    batch: Batch,
+    options: LossOptions,
+) -> Float[Array, "*batch K"]:
+    """Return the target for class probabilities."""
+    smoothing = batch.smoothing
+    if batch.prior is not None:
+        prior = _as_last_axis(batch.prior, probabilities)
+        return (1 - smoothing) * probabilities + smoothing * prior
+    num_allowed = _num_allowed(batch)
+    if isinstance(num_allowed, int):
+        if num_allowed == 1:
+            return probabilities
+        target: Array = options.convention.soft_target(probabilities, smoothing, num_allowed)
+        return target
+    # One class leaves nothing to spread over. Two stand in for it, so that the branch not taken divides by no zero.
+    spread_over = jnp.where(num_allowed == 1, 2, num_allowed)
+    smoothed = options.convention.soft_target(probabilities, jnp.asarray(smoothing, probabilities.dtype), spread_over)
+    return jnp.where(num_allowed == 1, probabilities, smoothed)
+
+
+def _on_off(batch: Batch, options: LossOptions) -> tuple[float | Array, float | Array]:
+    """Return the target at the label and elsewhere."""
+    num_allowed = _num_allowed(batch)
+    if isinstance(num_allowed, int):
+        return smoothing_weights(options.convention, batch.smoothing, num_allowed)
+    spread_over = jnp.where(num_allowed == 1, 2, num_allowed)
+    smoothing = jnp.asarray(batch.smoothing, batch.dtype)
+    on = options.convention.on(smoothing, spread_over)
+    off = options.convention.off(smoothing, spread_over)
+    return jnp.where(num_allowed == 1, 1, on), jnp.where(num_allowed == 1, 0, off)
+
+
+def _num_allowed(batch: Batch) -> int | Float[Array, ""]:
+    """Return the number of classes to spread over; an array if the class mask may be traced."""
+    if batch.class_mask is None:
+        return int(batch.logits.shape[-1])
+    return jnp.sum(batch.class_mask).astype(batch.dtype)
+
+
+def _log_sum_exp(
+    logits: Float[Array, "*batch K"], allowed: Bool[Array, "*ones K"] | None
+) -> tuple[Float[Array, "*batch"], Float[Array, "*batch K"], Float[Array, "*batch"]]:
+    """Return the maximum m, the gaps m - z, and log sum exp(z - m)."""
+    constant = jax.lax.stop_gradient(logits)
+    if allowed is not None:
+        constant = jnp.where(allowed, constant, -jnp.inf)
+    peak = jnp.max(constant, axis=-1, keepdims=True)
+    gap = peak - logits
+    if allowed is not None:
+        gap = jnp.where(allowed, gap, 0)
+
+    # log1p of the sum without its largest term keeps small losses accurate. That term enters as expm1(0), which adds
+    # 0 to the sum and yet has the derivative of exp(0): leaving it out would lose the gradient of the largest logit.
+    classes = _as_last_axis(jnp.arange(logits.shape[-1]), logits)
+    is_peak = classes == jnp.argmax(constant, axis=-1, keepdims=True)
+    terms = jnp.where(is_peak, jnp.expm1(-gap), jnp.exp(-gap))
+    if allowed is not None:
+        terms = jnp.where(allowed, terms, 0)
+    log_sum = jnp.log1p(jnp.sum(terms, axis=-1))
+    return jnp.squeeze(peak, axis=-1), gap, log_sum
+
+
+def _as_last_axis(vector: Array, like: Array) -> Array:
+    """Reshape a vector over the classes to the rank of `like`: ranks are never promoted silently."""
+    return vector.reshape((1,) * (like.ndim - 1) + (-1,))

@@ -1,0 +1,29 @@
+"""The definition that `lsce_jax` and `lsce_torch` share: standard library only."""
+
+from lsce_spec.checks import check_axis as check_axis
+from lsce_spec.checks import check_batch_operand as check_batch_operand
+from lsce_spec.checks import check_class_count as check_class_count
+from lsce_spec.checks import check_class_num as check_class_num
+from lsce_spec.checks import check_class_vector as check_class_vector
+from lsce_spec.checks import check_labels as check_labels
+from lsce_spec.checks import check_logits as check_logits
+from lsce_spec.checks import check_prior_values as check_prior_values
+from lsce_spec.checks import check_smoothing as check_smoothing
+from lsce_spec.checks import is_floating as is_floating
+from lsce_spec.checks import is_integer as is_integer
+from lsce_spec.checks import is_number as is_number
+from lsce_spec.conventions import CLAMP as CLAMP
+from lsce_spec.conventions import CONVENTIONS as CONVENTIONS
+from lsce_spec.conventions import NON_TARGET as NON_TARGET
+from lsce_spec.conventions import UNIFORM as UNIFORM
+from lsce_spec.conventions import Convention as Convention
+from lsce_spec.conventions import find_convention as find_convention
+from lsce_spec.conventions import smoothing_weights as smoothing_weights
+from lsce_spec.definition import Row as Row
+from lsce_spec.definition import loss_row as loss_row
+from lsce_spec.definition import mean_denominator as mean_denominator
+from lsce_spec.definition import target_distribution as target_distribution
+from lsce_spec.errors import MESSAGES as MESSAGES
+from lsce_spec.errors import error as error
+from lsce_spec.options import IMPLEMENTATIONS as IMPLEMENTATIONS
+from lsce_spec.options import LossOptions as LossOptions

@@ -1,0 +1,137 @@
+"""Checks of what a caller passes, on shapes and dtype names alone.
+
+Both frameworks describe their arrays as a tuple of ints and a name such as "float32", and call the same function.
+That is how the messages come out the same, letter for letter.
+"""
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+
+from lsce_spec.errors import error
+
+Shape = tuple[int, ...]
+
+FLOATING = ("float64", "float32", "bfloat16", "float16")
+INTEGER = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+
+
+def is_floating(dtype: str) -> bool:
+    """Whether `dtype` is a dtype that logits and class probabilities may have."""
+    return dtype in FLOATING
+
+
+def is_integer(dtype: str) -> bool:
+    """Whether `dtype` is a dtype that class indices may have."""
+    return dtype in INTEGER
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a plain real number; True and False are not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_smoothing(smoothing: object, key: str = "smoothing_range") -> None:
+    """Raise unless a number lies in [0, 1]. Arrays pass: their values may be traced."""
+    if isinstance(smoothing, (bool, str)) or smoothing is None:
+        raise error("smoothing_type", given=repr(smoothing))
+    if is_number(smoothing) and not 0 <= smoothing <= 1:  # type: ignore[operator]  # numbers.Real has no __le__(int)
+        raise error(key, given=smoothing)
+
+
+def check_class_num(class_num: object, name: str = "class_num") -> None:
+    """Raise unless `class_num` is an integer of at least 1."""
+    if not isinstance(class_num, Integral) or isinstance(class_num, bool) or class_num < 1:
+        raise error("class_num_type", name=name, given=repr(class_num))
+
+
+def check_class_count(class_num: int, shape: Shape) -> None:
+    """Raise unless logits of `shape`, classes at axis 1, have `class_num` classes."""
+    if len(shape) < 2:
+        raise error("class_num_shape", shape=list(shape))
+    if shape[1] != class_num:
+        raise error("class_num", expected=class_num, shape=list(shape), given=shape[1])
+
+
+def check_logits(shape: Shape, dtype: str) -> None:
+    """Raise unless the logits have a floating-point dtype and a dimension."""
+    if not is_floating(dtype):
+        raise error("logits_dtype", given=dtype)
+    if not shape:
+        raise error("logits_scalar")
+
+
+def check_axis(axis: object, shape: Shape) -> int:
+    """Return `axis` of logits of `shape` counted from the front."""
+    rank = len(shape)
+    if not isinstance(axis, Integral) or isinstance(axis, bool) or not -rank <= int(axis) < rank:
+        raise error("axis", low=-rank, high=rank - 1, shape=list(shape), given=repr(axis))
+    if shape[axis] == 0:
+        raise error("no_classes", shape=list(shape), axis=axis)
+    return int(axis) % rank
+
+
+def check_labels(shape: Shape, dtype: str, logits_shape: Shape, axis: int) -> None:
+    """Raise unless the labels fit logits of `logits_shape` with classes at `axis` (from the front)."""
+    if is_floating(dtype):
+        if shape != logits_shape:
+            raise error("soft_labels_shape", expected=list(logits_shape), given=list(shape))
+        return
+    if not is_integer(dtype):
+        raise error("labels_dtype", given=dtype)
+    expected = logits_shape[:axis] + logits_shape[axis + 1 :]
+    if shape != expected:
+        raise error(
+            "labels_shape",
+            expected=list(expected),
+            logits=list(logits_shape),
+            axis=axis,
+            given=list(shape),
+            hint=_labels_hint(shape, expected, logits_shape),
+        )
+
+
+def _labels_hint(shape: Shape, expected: Shape, logits_shape: Shape) -> str:
+    if shape == logits_shape:
+        return "One-hot or soft labels must be floating point; class indices have no class dimension."
+    if math.prod(shape) == math.prod(expected) and len(shape) == len(expected) + 1:
+        return "Squeeze the dimension of size 1."
+    return "Check the order of the arguments (logits first) and axis."
+
+
+def check_batch_operand(name: str, shape: Shape, dtype: str | None, batch_shape: Shape) -> None:
+    """Raise unless an operand with a value per row broadcasts to `batch_shape` and is boolean, if `dtype` is given."""
+    if dtype is not None and dtype != "bool":
+        raise error("boolean", name=name, given=dtype)
+    fits = len(shape) <= len(batch_shape) and all(
+        size in (1, batch_size) for size, batch_size in zip(reversed(shape), reversed(batch_shape), strict=False)
+    )
+    if not fits:
+        raise error("batch_operand_shape", name=name, expected=list(batch_shape), given=list(shape))
+
+
+def check_class_vector(name: str, shape: Shape, dtype: str, num_classes: int) -> None:
+    """Raise unless a vector over the classes has the right length, and dtype: boolean for class_mask."""
+    if name == "class_mask":
+        if dtype != "bool":
+            raise error("boolean", name=name, given=dtype)
+    elif not is_floating(dtype):
+        raise error("class_vector_dtype", name=name, given=dtype)
+    if shape != (num_classes,):
+        raise error("class_vector_shape", name=name, expected=[num_classes], given=list(shape))
+
+
+def check_prior_values(prior: Sequence[float], class_mask: Sequence[bool] | None, unit_roundoff: float) -> None:
+    """Raise unless `prior` is a probability distribution over the classes of `class_mask`.
+
+    Each probability was rounded once, so the sum may be off by the unit roundoff; normalising in the same precision
+    can add one more per class. 1e-6 is let pass in any precision, for priors typed in by hand.
+    """
+    for index, value in enumerate(prior):
+        if not value >= 0:
+            raise error("prior_negative", given=value, index=index)
+        if class_mask is not None and not class_mask[index] and value != 0:
+            raise error("prior_outside_mask", given=value, index=index)
+    total = math.fsum(prior)
+    if not abs(total - 1) <= max(1e-6, len(prior) * unit_roundoff):
+        raise error("prior_sum", given=total)

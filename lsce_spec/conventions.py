@@ -1,0 +1,134 @@
+"""Conventions of label smoothing: what the target holds at the label and elsewhere.
+
+A convention is the pair (on, off) as a function of the smoothing and the number of classes. Nothing else about
+the loss depends on it, so the pair is all that the fast implementations ever see.
+
+The functions use arithmetic operators and, for `clamp`, the `clip` method that NumPy, JAX and torch arrays share.
+So one definition serves Python floats, 50-digit numbers, traced arrays and tensors, and derivatives pass through.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lsce_spec.checks import check_class_num, check_smoothing
+from lsce_spec.errors import error
+
+# A Python float, an mpmath number or an array of either framework: whatever has arithmetic operators.
+Number = Any
+
+
+@dataclass(frozen=True)
+class Convention:
+    """One way to spread the smoothing over the classes.
+
+    Args:
+        name: what error messages and tables call it.
+        on: function (smoothing, num_classes) -> target at the label.
+        off: function (smoothing, num_classes) -> target at every other class.
+        soft: function (probabilities, smoothing, num_classes) -> target for soft labels. Without it the
+            probabilities are interpolated, off + (on - off) * probabilities, which gives (on, off) for a one-hot row.
+
+    The functions are called with two or more classes; one class has nothing to spread over.
+
+    Example: the convention of CoinCheung/pytorch-loss, whose targets sum to 1 - e/K:
+        >>> leaky = Convention("leaky", on=lambda e, k: 1 - e, off=lambda e, k: e / k)
+        >>> smoothing_weights(leaky, 0.1, 10)
+        (0.9, 0.01)
+    """
+
+    name: str
+    on: Callable[[Number, Number], Number]
+    off: Callable[[Number, Number], Number]
+    soft: Callable[[Number, Number, Number], Number] | None = None
+
+    def soft_target(self, probabilities: Number, smoothing: Number, num_classes: Number) -> Number:
+        """Return the smoothed target for soft labels, element by element."""
+        if self.soft is not None:
+            return self.soft(probabilities, smoothing, num_classes)
+        off = self.off(smoothing, num_classes)
+        return off + (self.on(smoothing, num_classes) - off) * probabilities
+
+
+def _at_most(value: Number, high: Number) -> Number:
+    return value.clip(max=high) if hasattr(value, "clip") else min(value, high)
+
+
+def _clip(value: Number, low: Number, high: Number) -> Number:
+    """Limit `value` to [low, high], `high` winning where the two cross."""
+    return value.clip(min=low, max=high) if hasattr(value, "clip") else min(max(value, low), high)
+
+
+UNIFORM = Convention(
+    "uniform",
+    on=lambda smoothing, num_classes: 1 - smoothing + smoothing / num_classes,
+    off=lambda smoothing, num_classes: smoothing / num_classes,
+    # Not the interpolation of the default: on - off is 1 - e only up to rounding.
+    soft=lambda probabilities, smoothing, num_classes: (1 - smoothing) * probabilities + smoothing / num_classes,
+)
+
+NON_TARGET = Convention(
+    "non_target",
+    on=lambda smoothing, num_classes: 1 - smoothing,
+    off=lambda smoothing, num_classes: smoothing / (num_classes - 1),
+    soft=lambda probabilities, smoothing, num_classes: (
+        (1 - smoothing) * probabilities + smoothing * (1 - probabilities) / (num_classes - 1)
+    ),
+)
+
+CLAMP = Convention(
+    "clamp",
+    # e/(K-1) never exceeds 1, so clamping a 1 always ends at the upper bound.
+    on=lambda smoothing, num_classes: 1 - smoothing,
+    off=lambda smoothing, num_classes: _at_most(smoothing / (num_classes - 1), 1 - smoothing),
+    soft=lambda probabilities, smoothing, num_classes: _clip(
+        probabilities, smoothing / (num_classes - 1), 1 - smoothing
+    ),
+)
+
+CONVENTIONS: dict[str, Convention] = {c.name: c for c in (UNIFORM, NON_TARGET, CLAMP)}
+
+
+def find_convention(convention: str | Convention) -> Convention:
+    """Return the convention of that name, or the object itself."""
+    if isinstance(convention, Convention):
+        return convention
+    known = ", ".join(repr(name) for name in CONVENTIONS)
+    if not isinstance(convention, str):
+        raise error("convention_type", given=repr(convention), known=known)
+    if convention not in CONVENTIONS:
+        raise error("convention_name", given=repr(convention), known=known)
+    return CONVENTIONS[convention]
+
+
+def smoothing_weights(convention: str | Convention, smoothing: Number, num_classes: int) -> tuple[Number, Number]:
+    """Return (on, off): the target at the label and at every other class.
+
+    Args:
+        convention: "uniform", "non_target", "clamp" or a `Convention`.
+        smoothing: number in [0, 1], or an array of numbers.
+        num_classes: number of classes, at least 1.
+
+    Returns:
+        The pair, of the type of `smoothing`; (1.0, 0.0) for a single class, which leaves nothing to spread over.
+
+    Raises:
+        ValueError: smoothing outside [0, 1], unknown convention, or no class.
+        TypeError: convention is neither a name nor a `Convention`.
+
+    Example: the worked example of the README, 0.1 spread over the four other classes of five.
+        >>> smoothing_weights("non_target", 0.1, 5)
+        (0.9, 0.025)
+        >>> smoothing_weights("uniform", 0.1, 5)
+        (0.92, 0.02)
+
+    References:
+        uniform: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2016, section 7.
+        non_target: Vaswani et al., "Attention Is All You Need", 2017, as in the tensor2tensor and fairseq code.
+    """
+    convention = find_convention(convention)
+    check_smoothing(smoothing)
+    check_class_num(num_classes, name="num_classes")
+    if num_classes == 1:
+        return 1.0, 0.0
+    return convention.on(smoothing, num_classes), convention.off(smoothing, num_classes)

@@ -1,0 +1,181 @@
+"""Every message a caller can get, in one table, so that both frameworks say the same words.
+
+A message says what was expected, what was given, and what to do about it.
+"""
+
+MESSAGES: dict[str, tuple[type[Exception], str]] = {
+    "logits_type": (
+        TypeError,
+        "logits must be {expected}, got {given}. Convert them first.",
+    ),
+    "logits_dtype": (
+        TypeError,
+        "logits must be floating point (float64, float32, bfloat16 or float16), got {given}. "
+        "Convert them to a floating-point dtype first.",
+    ),
+    "logits_scalar": (
+        ValueError,
+        "logits must have a class dimension, got a scalar (shape []). Pass an array of shape [..., K] with K classes.",
+    ),
+    "no_classes": (
+        ValueError,
+        "logits must have at least one class, got shape {shape} with 0 classes at axis {axis}. "
+        "Check which dimension holds the classes.",
+    ),
+    "axis": (
+        ValueError,
+        "axis must be an integer in [{low}, {high}] for logits of shape {shape}, got {given}. "
+        "It names the dimension of the logits that holds the classes.",
+    ),
+    "labels_type": (
+        TypeError,
+        "labels must be {expected}, got {given}. Convert them first.",
+    ),
+    "labels_dtype": (
+        TypeError,
+        "labels must be class indices (an integer dtype) or class probabilities "
+        "(a floating-point dtype), got {given}. Convert them to one of these.",
+    ),
+    "labels_shape": (
+        ValueError,
+        "integer labels must have the shape of the logits without the class dimension: "
+        "expected {expected} for logits of shape {logits} with classes at axis {axis}, got {given}. "
+        "{hint}",
+    ),
+    "soft_labels_shape": (
+        ValueError,
+        "floating-point labels are class probabilities and must have the shape of the logits: "
+        "expected {expected}, got {given}. For class indices pass an integer dtype.",
+    ),
+    "smoothing_type": (
+        TypeError,
+        "smoothing must be a number or an array of the framework in use, got {given}. "
+        "Pass a number in [0, 1], such as 0.1.",
+    ),
+    "smoothing_range": (
+        ValueError,
+        "smoothing must be in [0, 1], got {given}. 0 means no smoothing; 0.1 is usual.",
+    ),
+    "label_smooth": (
+        ValueError,
+        "label_smooth must be None or a number in [0, 1], got {given}. None means plain cross-entropy; 0.1 is usual.",
+    ),
+    "convention_type": (
+        TypeError,
+        "convention must be a name or a Convention object, got {given}. Known names: {known}.",
+    ),
+    "convention_name": (
+        ValueError,
+        "unknown convention {given}. Known names: {known}; for any other pass Convention(name, on, off).",
+    ),
+    "reduction": (
+        ValueError,
+        "unknown reduction {given}. Choose one of: 'none', 'sum', 'mean'.",
+    ),
+    "implementation": (
+        ValueError,
+        "unknown implementation {given}. Choose None (the best that there is) or one of: {known}.",
+    ),
+    "bad_labels": (
+        ValueError,
+        "unknown bad_labels {given}. Choose one of: 'nan', 'raise'.",
+    ),
+    "flag": (
+        TypeError,
+        "{name} must be True or False, got {given}.",
+    ),
+    "non_negative_number": (
+        ValueError,
+        "{name} must be a finite number >= 0, got {given}. 0 turns it off.",
+    ),
+    "softcap": (
+        ValueError,
+        "softcap must be None or a finite number > 0, got {given}. None turns it off.",
+    ),
+    "ignore_index_type": (
+        TypeError,
+        "ignore_index must be None or an integer, got {given}. To leave out rows by position use where.",
+    ),
+    "ignore_index_soft": (
+        ValueError,
+        "ignore_index={given} needs integer labels, but the labels are class probabilities. Leave out rows with where.",
+    ),
+    "denominator": (
+        ValueError,
+        "denominator is used by reduction='mean' only, got it with reduction={reduction}. "
+        "Drop it, or use reduction='mean'.",
+    ),
+    "batch_operand_shape": (
+        ValueError,
+        "{name} must broadcast to the shape of the losses, {expected}, got {given}. "
+        "The shape of the losses is that of the logits without the class dimension.",
+    ),
+    "denominator_shape": (
+        ValueError,
+        "denominator must be a single number, got shape {given}. Sum it over the batch first.",
+    ),
+    "boolean": (
+        TypeError,
+        "{name} must be boolean, got {given}. Compare first, as in {name} = {name} != 0.",
+    ),
+    "class_vector_shape": (
+        ValueError,
+        "{name} must hold one value per class: expected shape {expected}, got {given}.",
+    ),
+    "class_vector_dtype": (
+        TypeError,
+        "{name} must be floating point, got {given}. Convert it first.",
+    ),
+    "prior_convention": (
+        ValueError,
+        "prior replaces the uniform distribution of convention='uniform', got convention={given}. Drop one of the two.",
+    ),
+    "prior_negative": (
+        ValueError,
+        "prior must hold probabilities >= 0, got {given} at class {index}. "
+        "Divide non-negative class counts by their sum.",
+    ),
+    "prior_sum": (
+        ValueError,
+        "prior must sum to 1, got a sum of {given}. Divide it by its sum.",
+    ),
+    "prior_outside_mask": (
+        ValueError,
+        "prior must be 0 for classes outside class_mask, got {given} at class {index}. "
+        "Set it to 0 there and divide by the sum.",
+    ),
+    "class_num_type": (
+        ValueError,
+        "{name} must be an integer >= 1, got {given}.",
+    ),
+    "class_num_shape": (
+        ValueError,
+        "logits must have the classes at axis 1, as in [N, class_num], got shape {shape}. Add a batch dimension.",
+    ),
+    "class_num": (
+        ValueError,
+        "class_num is {expected}, but the logits of shape {shape} have {given} classes at axis 1. "
+        "Pass class_num={given}, or check the width of the last layer.",
+    ),
+    "bad_label": (
+        IndexError,
+        "label {value} at index {index} is not one of the classes: expected {expected}. "
+        "To leave such rows out use ignore_index or where.",
+    ),
+    "bad_labels_compiled": (
+        RuntimeError,
+        "bad_labels='raise' reads the labels' values, which a compiled or vmapped function cannot. "
+        "Use bad_labels='nan' there, or call the loss eagerly.",
+    ),
+}
+
+
+def error(key: str, **given: object) -> Exception:
+    """Return the exception for `key` of `MESSAGES`, filled in with `given`.
+
+    Example:
+        >>> print(error("reduction", given="'avg'"))
+        unknown reduction 'avg'. Choose one of: 'none', 'sum', 'mean'.
+    """
+    kind, text = MESSAGES[key]
+    return kind(text.format(**given))

@@ -1,0 +1,191 @@
+"""Torch modules: thin shells over the functions. They hold options, and no parameters."""
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from lsce_spec import (
+    Convention,
+    LossOptions,
+    check_class_count,
+    check_class_num,
+    check_smoothing,
+    error,
+    find_convention,
+)
+from lsce_torch.functional import label_smoothed_cross_entropy
+
+
+class LabelSmoothedCrossEntropyLoss(nn.CrossEntropyLoss):
+    """`nn.CrossEntropyLoss` with every option of `label_smoothed_cross_entropy`: swap the class name, nothing else.
+
+    It is a subclass, so `isinstance` tests and state dicts keep working. Four things differ on purpose: the mean over
+    no rows is 0 and not NaN; float16 and bfloat16 logits give a float32 loss; labels that are no class give NaN and
+    no error unless `bad_labels="raise"`; a smoothing below 0 is an error.
+
+    Args:
+        weight: K class weights.
+        size_average, reduce: deprecated by torch, and translated to `reduction` as torch does.
+        ignore_index: integer labels to take out; soft labels take no notice of a negative one.
+        reduction: "mean", "sum" or "none".
+        label_smoothing: the smoothing e in [0, 1].
+        convention, prior, class_mask, z_loss, softcap, subtract_entropy, bad_labels, implementation: see
+            `label_smoothed_cross_entropy`.
+
+    Raises:
+        TypeError, ValueError: an option out of its range. Shapes are checked at the call.
+
+    Example:
+        >>> import torch
+        >>> loss_fn = LabelSmoothedCrossEntropyLoss(label_smoothing=0.1)
+        >>> logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 3.0]])
+        >>> print(round(loss_fn(logits, torch.tensor([0, 2])).item(), 4))
+        0.3341
+    """
+
+    prior: Tensor | None
+    class_mask: Tensor | None
+
+    def __init__(  # noqa: PLR0917  # positions as in nn.CrossEntropyLoss
+        self,
+        weight: Float[Tensor, " K"] | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        convention: str | Convention = "uniform",
+        prior: Float[Tensor, " K"] | None = None,
+        class_mask: Bool[Tensor, " K"] | None = None,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        subtract_entropy: bool = False,
+        bad_labels: str = "nan",
+        implementation: str | None = None,
+    ) -> None:
+        """Check the options and keep them; see the class."""
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        LossOptions.checked(
+            smoothing=label_smoothing,
+            convention=convention,
+            has_prior=prior is not None,
+            ignore_index=ignore_index,
+            z_loss=z_loss,
+            softcap=softcap,
+            subtract_entropy=subtract_entropy,
+            bad_labels=bad_labels,
+            reduction=self.reduction,
+            has_denominator=False,
+            implementation=implementation,
+        )
+        self.convention = convention
+        # Not in the state dict, which stays that of nn.CrossEntropyLoss.
+        self.register_buffer("prior", prior, persistent=False)
+        self.register_buffer("class_mask", class_mask, persistent=False)
+        self.z_loss = z_loss
+        self.softcap = softcap
+        self.subtract_entropy = subtract_entropy
+        self.bad_labels = bad_labels
+        self.implementation = implementation
+
+    def forward(
+        self,
+        input: Float[Tensor, "..."],  # noqa: A002  # nn.CrossEntropyLoss calls it so
+        target: Int[Tensor, "..."] | Float[Tensor, "..."],
+        *,
+        where: Bool[Tensor, "..."] | None = None,
+        smoothing: float | Float[Tensor, "..."] | None = None,
+        denominator: float | Float[Tensor, ""] | None = None,
+    ) -> Float[Tensor, "..."]:
+        """Return the loss.
+
+        Args:
+            input: logits [K], [N, K] or [N, K, d1, ...].
+            target: class indices without the class dimension, or probabilities with it.
+            where: booleans that broadcast to the losses; False takes a row out.
+            smoothing: replaces `label_smoothing` for this call, as a schedule does.
+            denominator: what reduction="mean" divides by.
+        """
+        soft = isinstance(target, Tensor) and target.is_floating_point()
+        if soft and self.ignore_index >= 0:
+            raise error("ignore_index_soft", given=self.ignore_index)
+        return label_smoothed_cross_entropy(
+            input,
+            target,
+            smoothing=self.label_smoothing if smoothing is None else smoothing,
+            convention=self.convention,
+            prior=self.prior,
+            axis=0 if isinstance(input, Tensor) and input.ndim == 1 else 1,
+            where=where,
+            ignore_index=None if soft else self.ignore_index,
+            class_weight=self.weight,
+            class_mask=self.class_mask,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            subtract_entropy=self.subtract_entropy,
+            bad_labels=self.bad_labels,
+            reduction=self.reduction,
+            denominator=denominator,
+            implementation=self.implementation,
+        )
+
+
+class CELossWithLabelSmoothing(nn.Module):
+    """Mean label-smoothed cross-entropy for a number of classes that is known beforehand.
+
+    Args:
+        label_smooth: the smoothing e in [0, 1]; None gives plain cross-entropy.
+        class_num: number of classes; 3755 is the number of level-1 Chinese characters of GB 2312.
+        convention: "clamp", which limits the one-hot target to [e/(class_num-1), 1-e], or any other, such as
+            "uniform".
+
+    Raises:
+        ValueError: label_smooth outside [0, 1], class_num below 1, or an unknown convention.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.tensor([[0.1, 8.0, 0.1], [0.1, 0.1, 8.0]])
+        >>> labels = torch.tensor([1, 2])
+        >>> print(round(CELossWithLabelSmoothing(0.2, class_num=3)(logits, labels).item(), 6))
+        1.580741
+        >>> uniform = CELossWithLabelSmoothing(0.2, class_num=3, convention="uniform")
+        >>> print(round(uniform(logits, labels).item(), 6))
+        1.054075
+    """
+
+    def __init__(
+        self,
+        label_smooth: float | None = 0.1,
+        class_num: int = 3755,
+        *,
+        convention: str | Convention = "clamp",
+    ) -> None:
+        """Check the options and keep them; see the class."""
+        super().__init__()
+        if label_smooth is not None:
+            check_smoothing(label_smooth, key="label_smooth")
+        check_class_num(class_num)
+        find_convention(convention)
+        self.label_smooth = label_smooth
+        self.class_num = class_num
+        self.convention = convention
+
+    def forward(self, logits: Float[Tensor, "N K"], labels: Int[Tensor, " N"]) -> Float[Tensor, ""]:
+        """Return the mean loss of logits [N, K] and labels [N]; further dimensions may follow both.
+
+        Raises:
+            ValueError: the logits have no dimension 1, or not class_num classes there.
+        """
+        check_class_count(self.class_num, tuple(logits.shape))
+        return label_smoothed_cross_entropy(
+            logits,
+            labels,
+            smoothing=0.0 if self.label_smooth is None else self.label_smooth,
+            convention=self.convention,
+            axis=1,
+            reduction="mean",
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options for `print(module)`."""
+        return f"label_smooth={self.label_smooth}, class_num={self.class_num}, convention={self.convention!r}"

@@ -1,0 +1,132 @@
+"""The readable implementation: the formula in plain torch operations, derivatives by autograd.
+
+The target is written out per class, so it costs a few tensors of the size of the logits; under `torch.compile` they
+are fused away. Forward mode, reverse mode and second derivatives all come from torch. Two lines are less obvious than
+they look, and both have the comment that says why: the sum inside `_log_sum_exp`, and the gap that is set to 0.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lsce_spec import LossOptions, smoothing_weights
+from lsce_torch.inputs import Batch
+
+
+def row_losses(batch: Batch, options: LossOptions) -> Float[Tensor, "*batch"]:
+    """Return the loss of each row; 0 for rows that do not count, NaN for bad labels."""
+    target = target_distribution(batch, options)
+    logits = batch.logits.to(batch.dtype)
+    if batch.counted is not None:
+        logits = torch.where(batch.counted[..., None], logits, 0)
+    allowed = None
+    if batch.class_mask is not None:
+        allowed = batch.class_mask
+        logits = torch.where(allowed, logits, 0)
+    if options.softcap is not None:
+        logits = options.softcap * torch.tanh(logits / options.softcap)
+
+    peak, gap, log_sum = _log_sum_exp(logits, allowed)
+    weighted = target
+    if batch.class_weight is not None:
+        weighted = target * batch.class_weight
+    # A class that is no target may have a logit of -inf: 0 * inf counts as 0. The gap keeps its value where it is
+    # finite, since the derivative by the smoothing is the gap itself.
+    gap = torch.where((weighted == 0) & torch.isinf(gap), 0, gap)
+    losses = torch.sum(weighted * gap, dim=-1) + torch.sum(weighted, dim=-1) * log_sum
+    if options.z_loss:
+        losses = losses + options.z_loss * (peak + log_sum) ** 2
+    if options.subtract_entropy:
+        losses = losses - torch.sum(torch.special.entr(target), dim=-1)
+    return losses if batch.counted is None else torch.where(batch.counted, losses, 0)
+
+
+def target_distribution(batch: Batch, options: LossOptions) -> Float[Tensor, "*batch K"]:
+    """Return the smoothed target of each row: 0 outside the class mask, NaN for bad labels."""
+    dtype, num_classes = batch.dtype, batch.logits.shape[-1]
+    if batch.soft:
+        labels = batch.labels.to(dtype)
+        if batch.counted is not None:
+            labels = torch.where(batch.counted[..., None], labels, 0)
+        target = _smoothed(labels, batch, options)
+    else:
+        classes = torch.arange(num_classes, device=batch.labels.device)
+        is_label = classes == batch.labels[..., None]
+        if batch.prior is not None:
+            target = _smoothed(is_label.to(dtype), batch, options)
+        else:
+            on, off = _on_off(batch, options)
+            target = torch.where(is_label, _as_tensor(on, batch), _as_tensor(off, batch))
+    if batch.bad is not None:
+        target = torch.where(batch.bad[..., None], torch.nan, target)
+    if batch.class_mask is not None:
+        target = torch.where(batch.class_mask, target, 0)
+    return target
+
+
+def _smoothed(
+    probabilities: Float[Tensor, "*batch K"],
+    batch: Batch,
+    options: LossOptions,
+) -> Float[Tensor, "*batch K"]:
+    """Return the target for class probabilities."""
+    smoothing = batch.smoothing
+    if batch.prior is not None:
+        return (1 - smoothing) * probabilities + smoothing * batch.prior
+    num_allowed = _num_allowed(batch)
+    if isinstance(num_allowed, int):
+        if num_allowed == 1:
+            return probabilities
+        target: Tensor = options.convention.soft_target(probabilities, smoothing, num_allowed)
+        return target
+    # One class leaves nothing to spread over. Two stand in for it, so that the branch not taken divides by no zero.
+    spread_over = torch.where(num_allowed == 1, 2, num_allowed)
+    smoothed = options.convention.soft_target(probabilities, _as_tensor(smoothing, batch), spread_over)
+    return torch.where(num_allowed == 1, probabilities, smoothed)
+
+
+def _on_off(batch: Batch, options: LossOptions) -> tuple[float | Tensor, float | Tensor]:
+    """Return the target at the label and elsewhere."""
+    num_allowed = _num_allowed(batch)
+    if isinstance(num_allowed, int):
+        return smoothing_weights(options.convention, batch.smoothing, num_allowed)
+    spread_over = torch.where(num_allowed == 1, 2, num_allowed)
+    smoothing = _as_tensor(batch.smoothing, batch)
+    on = options.convention.on(smoothing, spread_over)
+    off = options.convention.off(smoothing, spread_over)
+    return torch.where(num_allowed == 1, 1, on), torch.where(num_allowed == 1, 0, off)
+
+
+def _num_allowed(batch: Batch) -> int | Float[Tensor, ""]:
+    """Return the number of classes to spread over; a tensor if there is a class mask, which is not read back."""
+    if batch.class_mask is None:
+        return int(batch.logits.shape[-1])
+    return torch.sum(batch.class_mask).to(batch.dtype)
+
+
+def _log_sum_exp(
+    logits: Float[Tensor, "*batch K"], allowed: Bool[Tensor, " K"] | None
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch K"], Float[Tensor, "*batch"]]:
+    """Return the maximum m, the gaps m - z, and log sum exp(z - m)."""
+    constant = logits.detach()
+    if allowed is not None:
+        constant = torch.where(allowed, constant, -torch.inf)
+    peak, peak_class = torch.max(constant, dim=-1, keepdim=True)
+    gap = peak - logits
+    if allowed is not None:
+        gap = torch.where(allowed, gap, 0)
+
+    # log1p of the sum without its largest term keeps small losses accurate. That term enters as expm1(0), which adds
+    # 0 to the sum and yet has the derivative of exp(0): leaving it out would lose the gradient of the largest logit.
+    is_peak = torch.arange(logits.shape[-1], device=logits.device) == peak_class
+    terms = torch.where(is_peak, torch.expm1(-gap), torch.exp(-gap))
+    if allowed is not None:
+        terms = torch.where(allowed, terms, 0)
+    log_sum = torch.log1p(torch.sum(terms, dim=-1))
+    return peak.squeeze(-1), gap, log_sum
+
+
+def _as_tensor(value: float | Tensor, batch: Batch) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    return torch.full((), value, dtype=batch.dtype, device=batch.logits.device)
