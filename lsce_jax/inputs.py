@@ -62,7 +62,7 @@ class Batch(NamedTuple):
 
 def compute_dtype(logits: Array) -> jnp.dtype:
     """Return float64 for float64 logits and float32 for all others."""
-    return jnp.promote_types(logits.dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if logits.dtype == jnp.float64 else jnp.float32)
 
 
 def prepare(
@@ -116,10 +116,11 @@ def prepare(
         labels = jnp.moveaxis(labels, axis, -1)
         return Batch(logits, labels, smoothing, counted, None, prior, class_weight, class_mask)
 
-    # Wide enough to compare with any class index, and signed, so that -100 can be told from 156.
-    labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
-    if jnp.issubdtype(labels.dtype, jnp.unsignedinteger):
-        labels = jnp.minimum(labels, num_classes).astype(jnp.int32)
+    # Wide enough to compare with any class index, and signed; unsigned labels beyond int32 stay beyond every class.
+    if labels.dtype in {jnp.uint32, jnp.uint64}:
+        labels = jnp.minimum(labels, jnp.iinfo(jnp.int32).max)
+    if labels.dtype != jnp.int64:
+        labels = labels.astype(jnp.int32)
     if options.ignore_index is not None:
         kept = labels != options.ignore_index
         counted = kept if counted is None else counted & kept

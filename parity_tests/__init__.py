@@ -1,0 +1,1 @@
+"""The parity harness: an oracle, computed bounds, cases with traps, adapters, and mutants that prove its strength."""

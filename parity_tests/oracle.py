@@ -1,0 +1,162 @@
+"""The true loss and gradient of a case: `lsce_spec`'s definition, run at 50 digits on the exact bits of the inputs.
+
+mpmath numbers of 50 digits don't fit a NumPy array of floats, so each is kept as an unevaluated sum of two float64
+numbers, which holds 106 bits. For narrow dtypes and more than `WIDE` classes the same definition runs in float64,
+whose error is 2^-29 of what it is compared with; a test holds the two against each other.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import mpmath
+import numpy as np
+from numpy.typing import NDArray
+
+from lsce_spec import loss_row, mean_denominator, target_distribution
+from parity_tests.cases import Case
+from parity_tests.precision import FloatArray
+
+DIGITS = 50
+WIDE = 4096
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Numbers as unevaluated sums of two float64 arrays."""
+
+    high: FloatArray
+    low: FloatArray
+
+    def error_of(self, values: FloatArray) -> FloatArray:
+        """Return |values - exact|; 0 where both are the same infinity or both NaN, inf where only one is."""
+        with np.errstate(invalid="ignore", over="ignore"):
+            difference = np.abs((values - self.high) - self.low)
+        same = (values == self.high) | (np.isnan(values) & np.isnan(self.high))
+        same &= ~np.isfinite(self.high)
+        finite = np.isfinite(values) & np.isfinite(self.high)
+        return np.where(finite, difference, np.where(same, 0.0, np.inf))
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a case should give, and what the bounds need to know about it. Classes last, rows flattened.
+
+    Args:
+        loss: row losses of shape [N] for reduction="none", otherwise of shape [].
+        gradient: [N, K], of the sum of losses times upstream.
+        row_loss: [N], before the reduction.
+        factor: [N], what each row's gradient was multiplied with: upstream over denominator.
+        target: [N, K], smoothed, not weighted.
+        probabilities: [N, K], softmax.
+        counted: [N], rows that count.
+        bad: [N], rows whose label is no class.
+    """
+
+    loss: Exact
+    gradient: Exact
+    row_loss: FloatArray
+    factor: FloatArray
+    target: FloatArray
+    probabilities: FloatArray
+    counted: NDArray[np.bool_]
+    bad: NDArray[np.bool_]
+
+
+def solve(case: Case, maths: Any = None) -> Truth:
+    """Return the truth about a case.
+
+    Args:
+        case: the inputs.
+        maths: the maths module to run the definition with; by default mpmath's at 50 digits, or float64 where that
+            is known to be enough.
+    """
+    rows = case.rows()
+    if maths is None:
+        wide = rows.logits.shape[-1] > WIDE and case.dtype != "float64"
+        maths = math if wide else mpmath.mp
+    with mpmath.workdps(DIGITS):
+        return _solve(case, maths)
+
+
+def _solve(case: Case, maths: Any) -> Truth:
+    rows, options = case.rows(), case.options
+    number: Any = float if maths is math else mpmath.mpf
+    vector = lambda values: None if values is None else [number(float(v)) for v in values]  # noqa: E731
+    class_weight, prior = vector(case.class_weight), vector(case.prior)
+    class_mask = None if case.class_mask is None else [bool(member) for member in case.class_mask]
+    num_rows, num_classes = rows.logits.shape
+    labels = [int(v) if v.ndim == 0 else vector(v) for v in rows.labels]
+
+    losses, gradients, targets, probabilities = [], [], [], []
+    bad = np.zeros(num_rows, bool)
+    for i in range(num_rows):
+        label, nothing = labels[i], [number(0)] * num_classes
+        bad[i] = rows.counted[i] and isinstance(label, int) and not _is_class(label, num_classes, class_mask)
+        if bad[i] or not rows.counted[i]:
+            filler = number("nan") if bad[i] else number(0)
+            losses.append(filler)
+            gradients.append([filler if class_mask is None or class_mask[k] else number(0) for k in range(num_classes)])
+            targets.append(nothing)
+            probabilities.append(nothing)
+            continue
+        target = target_distribution(
+            label,
+            num_classes,
+            smoothing=number(float(rows.smoothing[i])),
+            convention=options.get("convention", "uniform"),
+            prior=prior,
+            class_mask=class_mask,
+        )
+        row = loss_row(
+            vector(rows.logits[i]),
+            target,
+            class_weight=class_weight,
+            class_mask=class_mask,
+            z_loss=number(options.get("z_loss", 0.0)),
+            softcap=None if options.get("softcap") is None else number(options["softcap"]),
+            subtract_entropy=options.get("subtract_entropy", False),
+            maths=maths,
+        )
+        losses.append(row.loss)
+        gradients.append(row.gradient)
+        targets.append(target)
+        probabilities.append(row.probabilities)
+
+    reduction = options.get("reduction", "none")
+    denominator = number(1)
+    if reduction == "mean":
+        denominator = options.get("denominator")
+        safe = [0 if bad[i] and isinstance(labels[i], int) else labels[i] for i in range(num_rows)]
+        if denominator is None:
+            denominator = mean_denominator(safe, rows.counted.tolist(), class_weight, maths)
+        denominator = number(denominator)
+    upstream = [number(float(v)) for v in rows.upstream]
+    factor = [u / denominator if denominator else number(0) for u in upstream]
+    if reduction == "none":
+        loss = losses
+    else:
+        total = maths.fsum(losses) if num_rows else number(0)
+        loss = [total / denominator if denominator else number(0)]
+    gradient = [[factor[i] * g for g in gradients[i]] for i in range(num_rows)]
+    exact_loss = _exact(loss, (len(loss),))
+    return Truth(
+        loss=exact_loss if reduction == "none" else Exact(exact_loss.high[0], exact_loss.low[0]),
+        gradient=_exact(sum(gradient, []), (num_rows, num_classes)),
+        row_loss=_exact(losses, (num_rows,)).high,
+        factor=_exact(factor, (num_rows,)).high,
+        target=_exact(sum(targets, []), (num_rows, num_classes)).high,
+        probabilities=_exact(sum(probabilities, []), (num_rows, num_classes)).high,
+        counted=rows.counted,
+        bad=bad,
+    )
+
+
+def _is_class(label: int, num_classes: int, class_mask: list[bool] | None) -> bool:
+    return 0 <= label < num_classes and (class_mask is None or class_mask[label])
+
+
+def _exact(numbers: list[Any], shape: tuple[int, ...]) -> Exact:
+    high = np.array([float(v) for v in numbers], dtype=np.float64).reshape(shape)
+    low = [float(v - h) if math.isfinite(h) else 0.0 for v, h in zip(numbers, high.ravel().tolist(), strict=True)]
+    return Exact(high, np.array(low, dtype=np.float64).reshape(shape))

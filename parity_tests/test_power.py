@@ -1,0 +1,89 @@
+"""Every fault of the mutant bank is rejected, at every dtype, by every kind of assertion that it concerns."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+
+from parity_tests.bounds import Arithmetic
+from parity_tests.cases import Case, case_names, make_case
+from parity_tests.comparison import Comparison, Result, against_each_other, against_oracle
+from parity_tests.mutants import FAULTS, evaluate
+from parity_tests.oracle import Truth, solve
+from parity_tests.precision import DTYPES
+
+# The loosest arithmetic that any adapter claims: if its bounds reject a fault, so do all others.
+ARITHMETIC = Arithmetic()
+NAMES = [name for name in case_names() if name != "wide"]
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+@cache
+def bank(dtype: str) -> list[tuple[Case, Truth, Result]]:
+    cases = [make_case(name, dtype) for name in NAMES]
+    return [(case, solve(case), evaluate(case)) for case in cases]
+
+
+@each_dtype
+def test_sound_implementation_passes(dtype: str) -> None:
+    for case, truth, sound in bank(dtype):
+        comparison = against_oracle(case, truth, sound, ARITHMETIC)
+        assert comparison.agrees, (case.name, comparison)
+
+
+def largest_shares(dtype: str, fault: str) -> dict[str, dict[str, float]]:
+    """Return, per assertion and per part that the fault changes, by how much the best case rejects it."""
+    shares: dict[str, dict[str, float]] = {"oracle": {}, "each other": {}}
+    for case, truth, sound in bank(dtype):
+        wrong = evaluate(case, fault)
+        comparisons: dict[str, Comparison] = {
+            "oracle": against_oracle(case, truth, wrong, ARITHMETIC),
+            "each other": against_each_other(case, truth, (wrong, sound), (ARITHMETIC, ARITHMETIC)),
+        }
+        for part in ("loss", "gradient"):
+            if not np.array_equal(getattr(wrong, part), getattr(sound, part), equal_nan=True):
+                for kind, comparison in comparisons.items():
+                    shares[kind][part] = max(shares[kind].get(part, 0.0), getattr(comparison, part))
+    return shares
+
+
+@each_dtype
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_rejected(fault: str, dtype: str) -> None:
+    shares = largest_shares(dtype, fault)
+    print(f"{dtype} {fault}: {shares}")
+    assert shares["oracle"], f"no case shows that {FAULTS[fault]}"
+    for kind, parts in shares.items():
+        for part, share in parts.items():
+            assert share > 1, f"{kind}: no {part} shows that {FAULTS[fault]}, nearest {share:.3g} of a bound"
+
+
+def test_wrong_class_of_number_is_rejected() -> None:
+    """NaN, inf and finite are three classes; so are the dtypes and the shapes."""
+    case = make_case("uniform_none", "float32")
+    truth, sound = solve(case), evaluate(case)
+    for filler in (np.nan, np.inf, -np.inf, np.finfo(np.float32).max):
+        loss = sound.loss.copy()
+        loss[2] = filler
+        wrong = Result(loss, sound.gradient, "float32", "float32")
+        assert against_oracle(case, truth, wrong, ARITHMETIC).loss > 1e30
+        assert against_each_other(case, truth, (wrong, sound), (ARITHMETIC, ARITHMETIC)).loss > 1e30
+    for wrong in (
+        Result(sound.loss, sound.gradient, "bfloat16", "float32"),
+        Result(sound.loss, sound.gradient, "float32", "float64"),
+        Result(sound.loss[:, None], sound.gradient, "float32", "float32"),
+        Result(sound.loss, sound.gradient[:-1], "float32", "float32"),
+    ):
+        assert not against_oracle(case, truth, wrong, ARITHMETIC).agrees
+
+
+def test_a_few_ulps_beyond_the_bound_are_rejected() -> None:
+    """The bounds are tight: 40 ulps of loss and 60 scaled ulps of gradient are too much for ten classes."""
+    case = make_case("classes_9", "float32")
+    truth, sound = solve(case), evaluate(case)
+    ulp = 2.0**-23
+    loss = Result(sound.loss * (1 + 40 * ulp), sound.gradient, "float32", "float32")
+    gradient = Result(sound.loss, sound.gradient * (1 + 60 * ulp), "float32", "float32")
+    assert against_oracle(case, truth, loss, ARITHMETIC).loss > 1
+    assert against_oracle(case, truth, gradient, ARITHMETIC).gradient > 1
