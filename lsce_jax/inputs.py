@@ -117,7 +117,7 @@ def prepare(
         return Batch(logits, labels, smoothing, counted, None, prior, class_weight, class_mask)
 
     # Wide enough to compare with any class index, and signed; unsigned labels beyond int32 stay beyond every class.
-    if labels.dtype in {jnp.uint32, jnp.uint64}:
+    if labels.dtype.name in {"uint32", "uint64"}:
         labels = jnp.minimum(labels, jnp.iinfo(jnp.int32).max)
     if labels.dtype != jnp.int64:
         labels = labels.astype(jnp.int32)

@@ -58,9 +58,9 @@ class LossOptions:
             raise error("prior_convention", given=repr(convention.name))
         if ignore_index is not None and (not isinstance(ignore_index, Integral) or isinstance(ignore_index, bool)):
             raise error("ignore_index_type", given=repr(ignore_index))
-        if not is_number(z_loss) or not math.isfinite(z_loss) or z_loss < 0:
+        if not is_number(z_loss) or not 0 <= z_loss < math.inf:
             raise error("non_negative_number", name="z_loss", given=repr(z_loss))
-        if softcap is not None and (not is_number(softcap) or not math.isfinite(softcap) or softcap <= 0):
+        if softcap is not None and (not is_number(softcap) or not 0 < softcap < math.inf):
             raise error("softcap", given=repr(softcap))
         if not isinstance(subtract_entropy, bool):
             raise error("flag", name="subtract_entropy", given=repr(subtract_entropy))

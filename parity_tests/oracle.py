@@ -142,11 +142,11 @@ def _solve(case: Case, maths: Any) -> Truth:
     exact_loss = _exact(loss, (len(loss),))
     return Truth(
         loss=exact_loss if reduction == "none" else Exact(exact_loss.high[0], exact_loss.low[0]),
-        gradient=_exact(sum(gradient, []), (num_rows, num_classes)),
+        gradient=_exact(_flat(gradient), (num_rows, num_classes)),
         row_loss=_exact(losses, (num_rows,)).high,
         factor=_exact(factor, (num_rows,)).high,
-        target=_exact(sum(targets, []), (num_rows, num_classes)).high,
-        probabilities=_exact(sum(probabilities, []), (num_rows, num_classes)).high,
+        target=_exact(_flat(targets), (num_rows, num_classes)).high,
+        probabilities=_exact(_flat(probabilities), (num_rows, num_classes)).high,
         counted=rows.counted,
         bad=bad,
     )
@@ -154,6 +154,10 @@ def _solve(case: Case, maths: Any) -> Truth:
 
 def _is_class(label: int, num_classes: int, class_mask: list[bool] | None) -> bool:
     return 0 <= label < num_classes and (class_mask is None or class_mask[label])
+
+
+def _flat(rows: list[list[Any]]) -> list[Any]:
+    return [value for row in rows for value in row]
 
 
 def _exact(numbers: list[Any], shape: tuple[int, ...]) -> Exact:

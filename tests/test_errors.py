@@ -1,0 +1,193 @@
+"""Bad input: one clear message each, the same words from both frameworks, and every message has a way to show up."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import lsce_jax
+import lsce_torch
+from lsce_spec import MESSAGES
+from lsce_spec import smoothing_weights as spec_smoothing_weights
+
+LOGITS, LABELS = np.zeros((4, 3), np.float32), np.array([0, 1, 2, 0])
+F32 = np.float32
+
+
+def call(**changes: Any) -> dict[str, Any]:
+    return {"logits": LOGITS, "labels": LABELS, **changes}
+
+
+def prior(*values: float) -> dict[str, Any]:
+    return call(prior=np.array(values, F32))
+
+
+# Message -> calls that show it. Arrays are NumPy's here and converted to the framework's.
+CALLS: dict[str, list[dict[str, Any]]] = {
+    "logits_dtype": [call(logits=LABELS.reshape(2, 2), labels=LABELS[:2]), call(logits=LOGITS > 0)],
+    "logits_scalar": [call(logits=np.zeros((), F32), labels=np.zeros((), int))],
+    "no_classes": [call(logits=np.zeros((4, 0), F32))],
+    "axis": [call(axis=2), call(axis=-3), call(axis=1.0), call(axis=True)],
+    "labels_dtype": [call(labels=LABELS > 0), call(labels=LABELS.astype(np.complex64))],
+    "labels_shape": [
+        call(labels=LABELS[:3]),
+        call(labels=LABELS[:, None]),
+        call(labels=np.zeros((4, 3), int)),
+        call(labels=np.zeros((), int)),
+        call(axis=0),
+    ],
+    "soft_labels_shape": [call(labels=np.zeros(4, F32)), call(labels=np.zeros((4, 2), F32))],
+    "smoothing_type": [call(smoothing=None), call(smoothing="0.1"), call(smoothing=True)],
+    "smoothing_range": [call(smoothing=1.5), call(smoothing=-0.1), call(smoothing=float("nan")), call(smoothing=2)],
+    "convention_type": [call(convention=None), call(convention=3)],
+    "convention_name": [call(convention="fairseq")],
+    "reduction": [call(reduction="avg"), call(reduction=None)],
+    "implementation": [call(implementation="cuda")],
+    "bad_labels": [call(bad_labels="ignore")],
+    "flag": [call(subtract_entropy=1)],
+    "non_negative_number": [call(z_loss=-1e-4), call(z_loss=float("inf")), call(z_loss=None), call(z_loss=True)],
+    "softcap": [call(softcap=0), call(softcap=-30.0), call(softcap=float("nan")), call(softcap="30")],
+    "ignore_index_type": [call(ignore_index=1.0), call(ignore_index=True), call(ignore_index="pad")],
+    "ignore_index_soft": [call(labels=LOGITS, ignore_index=-100)],
+    "denominator": [call(denominator=2.0, reduction="sum"), call(denominator=2.0, reduction="none")],
+    "denominator_shape": [call(denominator=np.ones(2, F32), reduction="mean")],
+    "batch_operand_shape": [
+        call(where=np.ones(3, bool)),
+        call(where=np.ones((4, 1), bool)),
+        call(smoothing=np.zeros(2, F32)),
+    ],
+    "boolean": [call(where=np.ones(4, F32)), call(class_mask=np.ones(3, int))],
+    "class_vector_shape": [
+        call(class_weight=np.ones(4, F32)),
+        call(class_mask=np.ones((1, 3), bool)),
+        call(prior=np.full(2, 0.5, F32)),
+    ],
+    "class_vector_dtype": [call(class_weight=np.ones(3, int)), call(prior=np.array([1, 0, 0]))],
+    "prior_convention": [{**prior(0.2, 0.3, 0.5), "convention": "clamp"}],
+    "prior_negative": [prior(-0.5, 1.0, 0.5), prior(float("nan"), 1.0, 0.0)],
+    "prior_sum": [prior(0.5, 0.5, 0.5), prior(0.3, 0.3, 0.3)],
+    "prior_outside_mask": [{**prior(0.2, 0.3, 0.5), "class_mask": np.array([True, True, False])}],
+    "bad_label": [
+        call(labels=np.array([0, 3, 1, -1]), bad_labels="raise"),
+        call(bad_labels="raise", class_mask=np.array([True, False, True])),
+        call(labels=np.array([0, -100, 1, 7]), bad_labels="raise", ignore_index=-100),
+    ],
+}
+# Shown by tests of their own below.
+ELSEWHERE = {
+    "logits_type",
+    "labels_type",
+    "label_smooth",
+    "class_num_type",
+    "class_num_shape",
+    "class_num",
+    "bad_labels_compiled",
+}
+
+
+def to_torch(value: Any) -> Any:
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
+def raised(function: Callable[[], Any]) -> Exception:
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # the type is what the callers compare
+        function()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("key", "arguments"),
+    [pytest.param(key, one, id=f"{key}-{i}") for key, many in CALLS.items() for i, one in enumerate(many)],
+)
+def test_message(key: str, arguments: dict[str, Any]) -> None:
+    kind, text = MESSAGES[key]
+    from_jax = raised(lambda: lsce_jax.label_smoothed_cross_entropy(**arguments))
+    converted = {name: to_torch(value) for name, value in arguments.items()}
+    from_torch = raised(lambda: lsce_torch.label_smoothed_cross_entropy(**converted))
+    assert type(from_jax) is kind
+    assert type(from_torch) is kind
+    # Without x64 JAX holds the int64 of NumPy as int32, and a message may name the dtype.
+    assert str(from_jax).replace("int32", "int64") == str(from_torch)
+    assert text.split("{")[0] in str(from_torch)
+
+
+def test_every_message_has_a_call() -> None:
+    assert set(CALLS) | ELSEWHERE == set(MESSAGES)
+
+
+def test_message_says_which_label() -> None:
+    problem = raised(lambda: lsce_jax.label_smoothed_cross_entropy(**CALLS["bad_label"][0]))
+    assert "label 3 at index [1]" in str(problem)
+    assert "expected 0 to 2" in str(problem)
+
+
+def test_wrong_types() -> None:
+    logits, labels = torch.zeros(2, 3), torch.tensor([0, 1])
+    for arguments in ((logits.numpy(), labels), (logits, labels.tolist())):
+        problem = raised(lambda arguments=arguments: lsce_torch.label_smoothed_cross_entropy(*arguments))
+        assert isinstance(problem, TypeError)
+        assert "must be a tensor" in str(problem)
+    for arguments in (("logits", labels.numpy()), (logits.numpy(), {"a": 1})):
+        problem = raised(lambda arguments=arguments: lsce_jax.label_smoothed_cross_entropy(*arguments))
+        assert isinstance(problem, TypeError)
+        assert "must be an array" in str(problem)
+
+
+@pytest.mark.parametrize(("key", "arguments", "shape"), [
+    ("label_smooth", (1.5, 3), (4, 3)),
+    ("label_smooth", (-0.1, 3), (4, 3)),
+    ("smoothing_type", ("0.1", 3), (4, 3)),
+    ("class_num_type", (0.1, 0), (4, 3)),
+    ("class_num_type", (0.1, 3.0), (4, 3)),
+    ("class_num", (0.1, 4), (4, 3)),
+    ("class_num_shape", (0.1, 4), (4,)),
+    ("convention_name", (0.1, 3, "paddle"), (4, 3)),
+])  # fmt: skip
+def test_class_num_module(key: str, arguments: tuple[Any, ...], shape: tuple[int, ...]) -> None:
+    kind, text = MESSAGES[key]
+    options = {"convention": arguments[2]} if len(arguments) > 2 else {}
+    logits = np.zeros(shape, F32)
+    problems = [
+        raised(lambda: lsce_jax.CELossWithLabelSmoothing(*arguments[:2], **options)(logits, LABELS)),
+        raised(
+            lambda: lsce_torch.CELossWithLabelSmoothing(*arguments[:2], **options)(to_torch(logits), to_torch(LABELS))
+        ),
+    ]
+    assert [type(problem) for problem in problems] == [kind, kind]
+    assert str(problems[0]) == str(problems[1])
+    assert text.split("{")[0] in str(problems[0])
+
+
+def test_modules_check_options_when_made() -> None:
+    for make in (
+        lambda: lsce_jax.LabelSmoothedCrossEntropyLoss(1.5),
+        lambda: lsce_torch.LabelSmoothedCrossEntropyLoss(label_smoothing=1.5),
+        lambda: spec_smoothing_weights("uniform", 1.5, 3),
+    ):
+        assert str(raised(make)) == MESSAGES["smoothing_range"][1].format(given=1.5)
+
+
+def test_raise_under_compilation() -> None:
+    """Under jit the message points to checkify; with checkify the label is named. torch says to call eagerly."""
+
+    def loss(logits: Any, labels: Any) -> Any:
+        return lsce_jax.label_smoothed_cross_entropy(logits, labels, bad_labels="raise")
+
+    assert "checkify" in str(raised(lambda: jax.jit(loss)(LOGITS, LABELS)))
+    checked = jax.jit(jax.experimental.checkify.checkify(loss))
+    outcome, losses = checked(LOGITS, LABELS)
+    outcome.throw()
+    assert losses.shape == (4,)
+    outcome, _ = checked(LOGITS, jnp.array([0, 1, 9, 0]))
+    assert "label 9 at index 2" in outcome.get()
+
+    def torch_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return lsce_torch.label_smoothed_cross_entropy(logits, labels, bad_labels="raise")
+
+    arguments = to_torch(LOGITS), to_torch(LABELS)
+    for transformed in (torch.compile(torch_loss, fullgraph=True), torch.func.vmap(torch_loss)):
+        assert "call the loss eagerly" in str(raised(lambda transformed=transformed: transformed(*arguments)))

@@ -1,0 +1,100 @@
+"""Who knows one package knows the other: same files, names, order, arguments and defaults, listed differences aside."""
+
+import ast
+import inspect
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import lsce_jax
+import lsce_torch
+
+ROOT = pathlib.Path(lsce_jax.__file__).parent.parent
+
+Parameters = list[tuple[str, Any, Any]]
+
+
+def parameters(function: Callable[..., Any]) -> Parameters:
+    # Flax hides the arguments of a class behind its metaclass.
+    target = function.__init__ if inspect.isclass(function) else function
+    return [(p.name, p.kind, p.default) for p in inspect.signature(target).parameters.values()]
+
+
+def difference(first: Any, second: Any) -> list[str]:
+    """Return what differs between the parameters of two functions, as text."""
+    found = []
+    ours, theirs = parameters(first), parameters(second)
+    if [name for name, _, _ in ours] != [name for name, _, _ in theirs]:
+        found.append(f"names: {[n for n, _, _ in ours]} and {[n for n, _, _ in theirs]}")
+    defaults = {name: (kind, default) for name, kind, default in theirs}
+    for name, kind, default in ours:
+        if name in defaults and (kind, default) != defaults[name]:
+            found.append(f"{name}: {default!r} and {defaults[name][1]!r}")
+    return found
+
+
+def public_names(package: Any) -> list[str]:
+    source = pathlib.Path(package.__file__).read_text()
+    return [alias.asname for node in ast.parse(source).body if isinstance(node, ast.ImportFrom) for alias in node.names]
+
+
+def test_public_names() -> None:
+    # The order is that of the modules; the linter sorts the shared ones by their package's name.
+    assert sorted(public_names(lsce_jax)) == sorted(public_names(lsce_torch))
+    own = [
+        [n for n in public_names(p) if getattr(p, n).__module__.startswith(p.__name__)] for p in (lsce_jax, lsce_torch)
+    ]
+    assert own[0] == own[1]
+
+
+def test_files() -> None:
+    files = [
+        sorted(path.name for path in (ROOT / name).iterdir() if path.suffix) for name in ("lsce_jax", "lsce_torch")
+    ]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("file", ["functional.py", "reference.py", "inputs.py", "modules.py"])
+def test_definitions_in_the_same_order(file: str) -> None:
+    def names(package: str) -> list[str]:
+        tree = ast.parse((ROOT / package / file).read_text())
+        return [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+
+    listed = {
+        "LossConstant", "_constant", "_value", "_as_last_axis", "_as_array",  # JAX: arrays in NNX, ranks, array-likes
+        "_as_tensor", "_check_tensor", "_is_readable", "dtype_name",  # torch: scalars, types, device
+    }  # fmt: skip
+    first, second = ([name for name in names(package) if name not in listed] for package in ("lsce_jax", "lsce_torch"))
+    assert first == second
+
+
+def test_arguments() -> None:
+    name = "label_smoothed_cross_entropy"
+    assert difference(getattr(lsce_jax, name), getattr(lsce_torch, name)) == ["reduction: 'none' and 'mean'"]
+    for name in ("CELossWithLabelSmoothing",):
+        assert difference(getattr(lsce_jax, name), getattr(lsce_torch, name)) == []
+    assert lsce_jax.smoothing_weights is lsce_torch.smoothing_weights
+    assert lsce_jax.Convention is lsce_torch.Convention
+
+
+def test_module_arguments() -> None:
+    """The torch module has nn.CrossEntropyLoss's names; every other option has the name and default of the JAX one."""
+    renamed = {"smoothing": "label_smoothing", "class_weight": "weight"}
+    only_in_torch = {"size_average", "reduce"}
+    only_in_jax = {"axis"}
+    ours = {renamed.get(n, n): d for n, _, d in parameters(lsce_jax.LabelSmoothedCrossEntropyLoss)}
+    theirs = {n: d for n, _, d in parameters(lsce_torch.LabelSmoothedCrossEntropyLoss)}
+    assert set(ours) - only_in_jax == set(theirs) - only_in_torch
+    differing = {n for n in ours.keys() & theirs.keys() if ours[n] != theirs[n]}
+    # nn.CrossEntropyLoss's own defaults.
+    assert differing == {"label_smoothing", "reduction", "ignore_index"}
+
+
+def test_the_mirror_fires() -> None:
+    def one(logits: object, *, axis: int = -1) -> None: ...
+
+    def other(logits: object, *, axis: int = 1, where: object = None) -> None: ...
+
+    assert len(difference(one, other)) == 2
