@@ -1,4 +1,4 @@
-"""The strictest settings that JAX has, for every test: a user who sets them must not be stopped by this library."""
+"""The strictest settings that JAX has, for all tests: a user who sets them must not be stopped by this library."""
 
 import jax
 
