@@ -1,15 +1,16 @@
-# Each target sets up what it needs. PYTHON chooses the interpreter that the virtual environment is made from.
+# Each target sets up what it needs. PYTHON is the interpreter that the virtual environments are made from.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := pip install --quiet --disable-pip-version-check
 
-.PHONY: install demo test lint clean
+.PHONY: install demo test test-oldest lint clean
 
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[all]'
+	$(BIN)/$(PIP) --editable '.[all]'
 	touch $@
 
 demo: install
@@ -18,10 +19,19 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
+# The same tests with the lowest versions that pyproject.toml admits.
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/$(PIP) --editable '.[all]' --constraint constraints-oldest.txt
+	touch $@
+
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) out dist
+	rm -rf $(VENV) .venv-oldest out dist

@@ -4,7 +4,7 @@ Classes last, labels that index safely, rows that do not count marked. An implem
 axes, ignored labels or bad ones beyond two boolean arrays.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,8 @@ from lsce_spec import (
 )
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch:
     """The arrays of one call, classes last.
 
     Args:

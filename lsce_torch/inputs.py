@@ -4,7 +4,7 @@ Classes last, labels that index safely, rows that do not count marked. An implem
 axes, ignored labels or bad ones beyond two boolean tensors.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,7 +24,8 @@ from lsce_spec import (
 )
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch:
     """The tensors of one call, classes last.
 
     Args:

@@ -104,6 +104,52 @@ def test_module_replaces_cross_entropy_loss(form: str, reduction: str) -> None:
     assert np.all(gradient_error <= 2 * bound.gradient)
 
 
+def narrow_losses(dtype: str, num_classes: int) -> dict[str, float]:
+    """Return the true smoothed loss of random narrow logits, what the frameworks make of it, and what we do."""
+    generator = np.random.default_rng(0)
+    logits = torch.from_numpy(generator.normal(size=(8, num_classes))).to(getattr(torch, dtype))
+    labels = torch.from_numpy(generator.integers(num_classes, size=8))
+    in_jax, jax_labels = jnp.asarray(logits.float().numpy()).astype(dtype), jnp.asarray(labels.numpy())
+    one_hot = jax.nn.one_hot(jax_labels, num_classes, dtype=in_jax.dtype)
+    cross_entropy = torch.nn.functional.cross_entropy
+    return {
+        "exact": float(cross_entropy(logits.double(), labels, label_smoothing=0.1)),
+        "torch": float(cross_entropy(logits, labels, label_smoothing=0.1)),
+        "optax": float(optax.softmax_cross_entropy(in_jax, optax.smooth_labels(one_hot, 0.1)).mean()),
+        "lsce_torch": float(lsce_torch.label_smoothed_cross_entropy(logits, labels)),
+        "lsce_jax": float(lsce_jax.label_smoothed_cross_entropy(in_jax, jax_labels, reduction="mean")),
+    }
+
+
+def test_readme_narrow_logits() -> None:
+    """The README's first two rows, to the digits that they show."""
+    losses = {name: round(value, 4) for name, value in narrow_losses("bfloat16", 128256).items()}
+    assert losses == {"exact": 12.8070, "torch": 12.8125, "optax": 12.8125, "lsce_torch": 12.8070, "lsce_jax": 12.8070}
+    losses = {name: round(value, 4) for name, value in narrow_losses("float16", 32000).items()}
+    assert losses == {"exact": 11.4261, "torch": np.inf, "optax": 11.4141, "lsce_torch": 11.4261, "lsce_jax": 11.4261}
+
+
+def test_readme_small_loss() -> None:
+    logits, label = np.array([[20.0, 0, 0, 0]], np.float32), np.array([0])
+    assert f"{np.log1p(3 * np.exp(-20.0)):.3e}" == "6.183e-09"
+    tensors = torch.from_numpy(logits), torch.from_numpy(label)
+    assert float(torch.nn.functional.cross_entropy(*tensors)) == 0
+    assert float(optax.softmax_cross_entropy_with_integer_labels(logits, label)[0]) == 0
+    assert f"{lsce_torch.label_smoothed_cross_entropy(*tensors, smoothing=0.0):.3e}" == "6.183e-09"
+    assert f"{lsce_jax.label_smoothed_cross_entropy(logits, label, smoothing=0.0)[0]:.3e}" == "6.183e-09"
+
+
+def test_readme_bad_label() -> None:
+    logits, label = np.arange(4, dtype=np.float32)[None], np.array([-1])
+    of_last = optax.softmax_cross_entropy_with_integer_labels(logits, np.array([3]))
+    assert optax.softmax_cross_entropy_with_integer_labels(logits, label) == of_last
+    assert np.isnan(lsce_jax.label_smoothed_cross_entropy(logits, label)).all()
+    tensors = torch.from_numpy(logits), torch.from_numpy(label)
+    with pytest.raises(IndexError):
+        torch.nn.functional.cross_entropy(*tensors)
+    assert torch.isnan(lsce_torch.label_smoothed_cross_entropy(*tensors))
+
+
 def test_module_without_rows() -> None:
     """Chosen difference: the mean over no rows is 0 where torch's is NaN."""
     labels = torch.full((3,), -100)

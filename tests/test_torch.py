@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import lsce_torch
 from lsce_torch import LabelSmoothedCrossEntropyLoss, label_smoothed_cross_entropy
@@ -65,7 +66,7 @@ def test_compiled_as_one_graph(options: dict[str, object]) -> None:
 
 
 def test_compiled_with_a_schedule_compiles_once() -> None:
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(label_smoothed_cross_entropy, backend=counter, fullgraph=True)
     for smoothing in torch.linspace(0, 0.2, 5):
         compiled(LOGITS, LABELS, smoothing=smoothing)
