@@ -63,7 +63,7 @@ class Batch:
 
 def compute_dtype(logits: Array) -> jnp.dtype:
     """Return float64 for float64 logits and float32 for all others."""
-    return jnp.dtype(jnp.float64 if logits.dtype == jnp.float64 else jnp.float32)
+    return np.dtype("float64" if logits.dtype == np.float64 else "float32")
 
 
 def prepare(
@@ -119,7 +119,7 @@ def prepare(
 
     # Wide enough to compare with any class index, and signed; unsigned labels beyond int32 stay beyond every class.
     if labels.dtype.name in {"uint32", "uint64"}:
-        labels = jnp.minimum(labels, jnp.iinfo(jnp.int32).max)
+        labels = jnp.minimum(labels, np.iinfo(np.int32).max)
     if labels.dtype != jnp.int64:
         labels = labels.astype(jnp.int32)
     if options.ignore_index is not None:

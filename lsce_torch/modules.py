@@ -45,7 +45,7 @@ class LabelSmoothedCrossEntropyLoss(nn.CrossEntropyLoss):
     prior: Tensor | None
     class_mask: Tensor | None
 
-    def __init__(  # noqa: PLR0917  # positions as in nn.CrossEntropyLoss
+    def __init__(  # positions as in nn.CrossEntropyLoss
         self,
         weight: Float[Tensor, " K"] | None = None,
         size_average: bool | None = None,

@@ -5,8 +5,8 @@ c_t the errors of exp, log1p and tanh in units of u. With d_k = max z - z_k, p =
 
 - A gap d_k is one rounded difference: error u d_k, and the softcap's error before it. So exp(-d_k) has the relative
   error e_k = c_e u + (error of d_k), s has h u + sum_k p_k e_k, and L has that as its absolute error, plus c_l u L.
-- The loss is S L + sum_k w_k q_k d_k, all terms >= 0. A target has up to 3 roundings (smoothing, division, addition), its
-  weight one, the product with the gap one, the sum h: (h + 6) u of each term, and the gaps' own errors.
+- The loss is S L + sum_k w_k q_k d_k, all terms >= 0. A target has up to 3 roundings (smoothing, division, addition),
+  its weight one, the product with the gap one, the sum h: (h + 6) u of each term, and the gaps' own errors.
 - A gradient entry is factor * (S p_k - w_k q_k). p_k has the relative error of exp(-d_k) and of s, and 6 u for the sum
   with 1, the division and the products; q_k has 7 u; the difference 4 u of itself.
 
@@ -86,9 +86,10 @@ def _error_bound(case: Case, truth: Truth, arithmetic: Arithmetic) -> Bound:
     mass = np.sum(wq, axis=-1)
 
     # c tanh(z / c): the division is damped by tanh's own conditioning, which is at most 1; then c_t, and the product.
-    capped = 0.0 if softcap is None else u * (arithmetic.tanh + 2) * np.abs(logits)
-    capped_peak = 0.0 if softcap is None else u * (arithmetic.tanh + 2) * np.abs(peak[:, 0])
-    gap_error = u * finite_gap + capped + (0.0 if softcap is None else capped_peak[:, None])
+    cap_error = 0.0 if softcap is None else u * (arithmetic.tanh + 2)
+    capped_peak = np.where(np.isfinite(peak[:, 0]), cap_error * np.abs(peak[:, 0]), 0.0)
+    capped = np.where(np.isfinite(logits), cap_error * np.abs(logits), 0.0)
+    gap_error = u * finite_gap + capped + capped_peak[:, None]
     log_sum_error = u * (h + arithmetic.exp + arithmetic.log1p * log_sum)
     log_sum_error = log_sum_error + np.sum(p * gap_error, axis=-1) + num_classes * tiny
 

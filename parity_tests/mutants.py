@@ -90,9 +90,11 @@ def _evaluate(case: Case, fault: str | None) -> Result:
     lse = peak[:, 0] + log_sum
 
     def weighted(q: NDArray[Any]) -> NDArray[Any]:
+        applied = weight
         if fault == "weight_not_in_smoothing" and not soft:
-            return q * np.where(np.arange(num_classes) == labels[:, None], weight[labels][:, None], 1)
-        return q * weight
+            applied = np.where(np.arange(num_classes) == labels[:, None], weight[labels][:, None], 1)
+        product: NDArray[Any] = q * applied
+        return product
 
     wq, gradient_wq = weighted(target), weighted(gradient_target)
     terms = np.where((wq == 0) & np.isinf(gap), 0, wq * gap)

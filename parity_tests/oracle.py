@@ -82,8 +82,12 @@ def solve(case: Case, maths: Any = None) -> Truth:
 def _solve(case: Case, maths: Any) -> Truth:
     rows, options = case.rows(), case.options
     number: Any = float if maths is math else mpmath.mpf
-    vector = lambda values: None if values is None else [number(float(v)) for v in values]  # noqa: E731
-    class_weight, prior = vector(case.class_weight), vector(case.prior)
+
+    def vector(values: FloatArray) -> list[Any]:
+        return [number(float(v)) for v in values]
+
+    class_weight = None if case.class_weight is None else vector(case.class_weight)
+    prior = None if case.prior is None else vector(case.prior)
     class_mask = None if case.class_mask is None else [bool(member) for member in case.class_mask]
     num_rows, num_classes = rows.logits.shape
     labels = [int(v) if v.ndim == 0 else vector(v) for v in rows.labels]
