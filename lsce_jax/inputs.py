@@ -96,8 +96,10 @@ def prepare(
     class_weight = _class_vector("class_weight", class_weight, num_classes, dtype)
     class_mask = _class_vector("class_mask", class_mask, num_classes, None)
     if prior is not None:
-        _check_prior(prior, class_mask, num_classes)
-        prior = _class_vector("prior", prior, num_classes, dtype)
+        # Shape first: the values are checked class by class. And the caller's own values, not those rounded to dtype.
+        rounded = _class_vector("prior", prior, num_classes, dtype)
+        check_prior(prior, class_mask)
+        prior = rounded
 
     smoothing = options.smoothing
     if not is_number(smoothing):
@@ -153,17 +155,14 @@ def _class_vector(name: str, vector: ArrayLike | None, num_classes: int, dtype: 
     return vector if dtype is None else vector.astype(dtype)
 
 
-def _check_prior(prior: ArrayLike, class_mask: Array | None, num_classes: int) -> None:
-    """Check the values of a prior, unless it or the mask is traced and has none yet."""
-    array = jnp.asarray(prior)
-    check_class_vector("prior", array.shape, array.dtype.name, num_classes)
+def check_prior(prior: ArrayLike, class_mask: ArrayLike | None) -> None:
+    """Raise unless the prior is a distribution over the classes of the mask. Traced values are not there to check."""
     if _is_traced(prior) or _is_traced(class_mask):
         return
-    # The caller's own float64 values, where there are any: JAX would have rounded them to float32.
     values = np.asarray(prior, dtype=np.float64)
-    mask = None if class_mask is None else np.asarray(class_mask).tolist()
-    unit_roundoff = float(jnp.finfo(array.dtype).eps) / 2  # type: ignore[no-untyped-call]  # JAX has no type there
-    check_prior_values(values.tolist(), mask, unit_roundoff)
+    mask = _class_vector("class_mask", class_mask, values.size, None)
+    unit_roundoff = float(jnp.finfo(jnp.asarray(prior).dtype).eps) / 2  # type: ignore[no-untyped-call]
+    check_prior_values(values.tolist(), None if mask is None else mask.tolist(), unit_roundoff)
 
 
 def _is_traced(array: object) -> bool:

@@ -5,6 +5,7 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from lsce_jax.functional import label_smoothed_cross_entropy
+from lsce_jax.inputs import check_prior
 from lsce_spec import (
     Convention,
     LossOptions,
@@ -70,6 +71,8 @@ class LabelSmoothedCrossEntropyLoss(nnx.Module):
             has_denominator=False,
             implementation=implementation,
         )
+        if prior is not None:
+            check_prior(prior, class_mask)
         self.smoothing = smoothing
         self.convention = convention
         self.prior = _constant(prior)

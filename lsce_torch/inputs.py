@@ -94,8 +94,10 @@ def prepare(
     class_weight = _class_vector("class_weight", class_weight, num_classes, logits.device, dtype)
     class_mask = _class_vector("class_mask", class_mask, num_classes, logits.device, None)
     if prior is not None:
-        _check_prior(prior, class_mask, num_classes)
-        prior = _class_vector("prior", prior, num_classes, logits.device, dtype)
+        # Shape first: the values are checked class by class. And the caller's own values, not those rounded to dtype.
+        rounded = _class_vector("prior", prior, num_classes, logits.device, dtype)
+        check_prior(prior, class_mask)
+        prior = rounded
 
     smoothing = options.smoothing
     if not is_number(smoothing):
@@ -156,14 +158,18 @@ def _class_vector(
     return vector if dtype is None else vector.to(dtype)
 
 
-def _check_prior(prior: Tensor, class_mask: Tensor | None, num_classes: int) -> None:
-    """Check the values of a prior, where reading them costs nothing: on the CPU and outside torch.compile and vmap."""
+def check_prior(prior: Tensor, class_mask: Tensor | None) -> None:
+    """Raise unless the prior is a distribution over the classes of the mask.
+
+    Only where reading the values costs nothing: on the CPU, outside torch.compile and the transforms of torch.func.
+    """
     prior = torch.as_tensor(prior)
-    check_class_vector("prior", tuple(prior.shape), dtype_name(prior), num_classes)
     if not _is_readable(prior) or not (class_mask is None or _is_readable(class_mask)):
         return
-    mask = None if class_mask is None else class_mask.tolist()
-    check_prior_values(prior.double().tolist(), mask, torch.finfo(prior.dtype).eps / 2)
+    mask = _class_vector("class_mask", class_mask, prior.numel(), prior.device, None)
+    check_prior_values(
+        prior.double().tolist(), None if mask is None else mask.tolist(), torch.finfo(prior.dtype).eps / 2
+    )
 
 
 def _is_readable(tensor: Tensor) -> bool:

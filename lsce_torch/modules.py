@@ -13,6 +13,7 @@ from lsce_spec import (
     find_convention,
 )
 from lsce_torch.functional import label_smoothed_cross_entropy
+from lsce_torch.inputs import check_prior
 
 
 class LabelSmoothedCrossEntropyLoss(nn.CrossEntropyLoss):
@@ -78,6 +79,8 @@ class LabelSmoothedCrossEntropyLoss(nn.CrossEntropyLoss):
             has_denominator=False,
             implementation=implementation,
         )
+        if prior is not None:
+            check_prior(prior, class_mask)
         self.convention = convention
         # Not in the state dict, which stays that of nn.CrossEntropyLoss.
         self.register_buffer("prior", prior, persistent=False)

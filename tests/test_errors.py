@@ -163,6 +163,15 @@ def test_class_num_module(key: str, arguments: tuple[Any, ...], shape: tuple[int
 
 
 def test_modules_check_options_when_made() -> None:
+    prior, mask = np.array([0.5, 0.4], F32), np.array([True, False])
+    for given, words in (({"prior": prior}, "sum to 1"), ({"prior": prior, "class_mask": mask}, "outside class_mask")):
+        converted = {name: to_torch(value) for name, value in given.items()}
+        messages = {
+            str(raised(lambda given=given: lsce_jax.LabelSmoothedCrossEntropyLoss(**given))),
+            str(raised(lambda given=converted: lsce_torch.LabelSmoothedCrossEntropyLoss(**given))),
+        }
+        assert len(messages) == 1
+        assert words in messages.pop()
     for make in (
         lambda: lsce_jax.LabelSmoothedCrossEntropyLoss(1.5),
         lambda: lsce_torch.LabelSmoothedCrossEntropyLoss(label_smoothing=1.5),
