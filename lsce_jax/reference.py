@@ -1,6 +1,6 @@
 """The readable implementation: the formula in plain jax.numpy operations, derivatives by autodiff.
 
-The target is written out per class; under `jit` XLA fuses it into the reductions, so no one-hot array is stored.
+The target is written out per class, so under `jit` the gradient costs a few arrays of the size of the logits.
 Forward mode, reverse mode and second derivatives all come from JAX. Two lines are less obvious than they look, and
 both have the comment that says why: the sum inside `_log_sum_exp`, and the gap that is set to 0.
 """
@@ -119,14 +119,13 @@ def _log_sum_exp(
     if allowed is not None:
         gap = jnp.where(allowed, gap, 0)
 
-    # log1p of the sum without its largest term keeps small losses accurate. That term enters as expm1(0), which adds
-    # 0 to the sum and yet has the derivative of exp(0): leaving it out would lose the gradient of the largest logit.
-    classes = _as_last_axis(jnp.arange(logits.shape[-1]), logits)
-    is_peak = classes == jnp.argmax(constant, axis=-1, keepdims=True)
-    terms = jnp.where(is_peak, jnp.expm1(-gap), jnp.exp(-gap))
+    # log1p of the sum less its largest term keeps small losses accurate. Each largest term, exp(0), is taken down to 0
+    # by subtracting 1, and so keeps its derivative: leaving it out would lose the gradient of the largest logit.
+    is_peak = (constant == peak).astype(logits.dtype)
+    terms = jnp.exp(-gap) - is_peak
     if allowed is not None:
         terms = jnp.where(allowed, terms, 0)
-    log_sum = jnp.log1p(jnp.sum(terms, axis=-1))
+    log_sum = jnp.log1p(jnp.sum(terms, axis=-1) + (jnp.sum(is_peak, axis=-1) - 1))
     return jnp.squeeze(peak, axis=-1), gap, log_sum
 
 

@@ -1,8 +1,8 @@
 """The readable implementation: the formula in plain torch operations, derivatives by autograd.
 
-The target is written out per class, so it costs a few tensors of the size of the logits; under `torch.compile` they
-are fused away. Forward mode, reverse mode and second derivatives all come from torch. Two lines are less obvious than
-they look, and both have the comment that says why: the sum inside `_log_sum_exp`, and the gap that is set to 0.
+The target is written out per class, so the gradient costs a few tensors of the size of the logits.
+Forward mode, reverse mode and second derivatives all come from torch. Two lines are less obvious than they look, and
+both have the comment that says why: the sum inside `_log_sum_exp`, and the gap that is set to 0.
 """
 
 import torch
@@ -111,18 +111,18 @@ def _log_sum_exp(
     constant = logits.detach()
     if allowed is not None:
         constant = torch.where(allowed, constant, -torch.inf)
-    peak, peak_class = torch.max(constant, dim=-1, keepdim=True)
+    peak = torch.amax(constant, dim=-1, keepdim=True)
     gap = peak - logits
     if allowed is not None:
         gap = torch.where(allowed, gap, 0)
 
-    # log1p of the sum without its largest term keeps small losses accurate. That term enters as expm1(0), which adds
-    # 0 to the sum and yet has the derivative of exp(0): leaving it out would lose the gradient of the largest logit.
-    is_peak = torch.arange(logits.shape[-1], device=logits.device) == peak_class
-    terms = torch.where(is_peak, torch.expm1(-gap), torch.exp(-gap))
+    # log1p of the sum less its largest term keeps small losses accurate. Each largest term, exp(0), is taken down to 0
+    # by subtracting 1, and so keeps its derivative: leaving it out would lose the gradient of the largest logit.
+    is_peak = (constant == peak).to(logits.dtype)
+    terms = torch.exp(-gap) - is_peak
     if allowed is not None:
         terms = torch.where(allowed, terms, 0)
-    log_sum = torch.log1p(torch.sum(terms, dim=-1))
+    log_sum = torch.log1p(torch.sum(terms, dim=-1) + (torch.sum(is_peak, dim=-1) - 1))
     return peak.squeeze(-1), gap, log_sum
 
 
