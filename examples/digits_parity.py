@@ -1,0 +1,437 @@
+"""One training, twice: the same network in Flax with Optax and in torch, on handwritten digits.
+
+    python -m examples.digits_parity --epochs 30 --smoothing 0.1
+
+Same initial weights, same batches in the same order, same optimizer; the two losses are `lsce_jax` and `lsce_torch`.
+The question is whether the two *trainings* agree. The yardstick is the training itself, started one ulp away
+(`parity_tests.trajectory` has the rule and its reasons). The answer is one line, and the exit code: 0 if they agree,
+1 if they do not, 2 for a bad option. Everything that was seen on the way goes to a web page and a picture.
+
+Read on from here to the end: data, the two networks, the weights carried across, the two training loops, the
+replicas, the run, the command line. Plots and page are in `digits_report.py`.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+import typer
+from flax import nnx
+from jaxtyping import Array, Float32, Float64, Int32, Int64
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+
+import lsce_jax
+import lsce_torch
+from examples import digits_report
+from examples.digits_report import EpochSummary, Run, expected_calibration_error
+from lsce_spec import check_smoothing, find_convention
+from parity_tests.trajectory import compare_trajectories, rounding_floor
+
+PIXELS, HIDDEN, CLASSES = 64, 128, 10
+BATCH_SIZE = 32
+REPLICAS = 16
+
+# AdamW is the same formula in Optax and in torch: bias-corrected moments, epsilon outside the square root, weight
+# decay apart from the gradient and times the learning rate. With the usual decimals the two round its *constants*
+# differently, though, and a constant that is off pulls every weight the same way at every step:
+# - Optax takes 1 - beta**t in float32; for 0.999 that is 1.3e-5 off (relative).
+# - Optax weighs the first moment by float32(0.9) and float32(0.1), whose sum is not 1; torch interpolates.
+# - torch multiplies the weights by float32(1 - learning_rate * weight_decay); for 2e-3 and 1e-2 that is 0.14 % too
+#   much decay.
+# Float32 holds the numbers below exactly, their differences from 1 and the product of the last and the first too.
+# What is left is rounding.
+LEARNING_RATE = 2.0**-8
+BETA1, BETA2 = 1 - 2.0**-3, 1 - 2.0**-6
+EPSILON = 2.0**-27
+WEIGHT_DECAY = 2.0**-7
+
+
+# --- Data -----------------------------------------------------------------------------------------------------------
+
+
+class Digits(NamedTuple):
+    """The 1797 digits that ship with scikit-learn (UCI, 8 x 8 pixels), pixels from 0 to 1."""
+
+    train_images: Float32[np.ndarray, "train 64"]
+    train_labels: Int32[np.ndarray, " train"]
+    test_images: Float32[np.ndarray, "test 64"]
+    test_labels: Int32[np.ndarray, " test"]
+
+
+def read_digits(seed: int) -> Digits:
+    """Return the digits, two thirds of each class to train on and one third to test on."""
+    digits = load_digits()
+    images = (digits.data / 16).astype(np.float32)
+    labels = digits.target.astype(np.int32)
+    train_images, test_images, train_labels, test_labels = train_test_split(
+        images, labels, test_size=1 / 3, stratify=labels, random_state=seed
+    )
+    return Digits(train_images, train_labels, test_images, test_labels)
+
+
+def batch_order(rows: int, epochs: int, seed: int) -> Int64[np.ndarray, "epochs batches batch"]:
+    """Return which rows each batch of each epoch holds; what does not fill a batch is left out of that epoch."""
+    random = np.random.default_rng(seed)
+    batches = rows // BATCH_SIZE
+    shuffled = np.stack([random.permutation(rows) for _ in range(epochs)])
+    return shuffled[:, : batches * BATCH_SIZE].reshape(epochs, batches, BATCH_SIZE)
+
+
+# --- The network, twice ---------------------------------------------------------------------------------------------
+# SiLU is smooth. At the kink of a ReLU one ulp can choose another slope, and then two faithful trainings part by far
+# more than their roundings.
+
+
+class FlaxNetwork(nnx.Module):
+    """Pixels to logits, one hidden layer."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        """Draw the initial weights."""
+        self.hidden = nnx.Linear(PIXELS, HIDDEN, rngs=rngs)
+        self.output = nnx.Linear(HIDDEN, CLASSES, rngs=rngs)
+
+    def __call__(self, images: Float32[Array, "N 64"]) -> Float32[Array, "N 10"]:
+        """Return the logits."""
+        return self.output(nnx.silu(self.hidden(images)))
+
+
+class TorchNetwork(nn.Module):
+    """Pixels to logits, one hidden layer."""
+
+    def __init__(self) -> None:
+        """Draw initial weights, which `carry_weights` then replaces."""
+        super().__init__()
+        self.hidden = nn.Linear(PIXELS, HIDDEN)
+        self.output = nn.Linear(HIDDEN, CLASSES)
+
+    def forward(self, images: Float32[Tensor, "N 64"]) -> Float32[Tensor, "N 10"]:
+        """Return the logits."""
+        return self.output(nn.functional.silu(self.hidden(images)))
+
+
+def carry_weights(source: FlaxNetwork, target: TorchNetwork) -> None:
+    """Give the torch network the weights of the Flax network, bit for bit.
+
+    A Flax kernel is [in, out], a torch weight [out, in].
+    """
+    for name in ("hidden", "output"):
+        flax_layer, torch_layer = getattr(source, name), getattr(target, name)
+        with torch.no_grad():
+            torch_layer.weight.copy_(torch.tensor(np.asarray(flax_layer.kernel[...]).T))
+            torch_layer.bias.copy_(torch.tensor(np.asarray(flax_layer.bias[...])))
+
+
+# --- The training, twice --------------------------------------------------------------------------------------------
+
+
+def jax_loss(smoothing: float, convention: str) -> Callable[..., Float32[Array, ""]]:
+    """Return the loss of logits and labels in JAX."""
+    return partial(lsce_jax.label_smoothed_cross_entropy, smoothing=smoothing, convention=convention, reduction="mean")
+
+
+def torch_loss(smoothing: float, convention: str) -> Callable[..., Float32[Tensor, ""]]:
+    """Return the loss of logits and labels in torch."""
+    return lsce_torch.LabelSmoothedCrossEntropyLoss(label_smoothing=smoothing, convention=convention, reduction="mean")
+
+
+def jax_optimizer() -> optax.GradientTransformation:
+    """Return AdamW of Optax."""
+    return optax.adamw(LEARNING_RATE, b1=BETA1, b2=BETA2, eps=EPSILON, weight_decay=WEIGHT_DECAY)
+
+
+def torch_optimizer(network: nn.Module) -> torch.optim.Optimizer:
+    """Return AdamW of torch."""
+    return torch.optim.AdamW(
+        network.parameters(), lr=LEARNING_RATE, betas=(BETA1, BETA2), eps=EPSILON, weight_decay=WEIGHT_DECAY
+    )
+
+
+class JaxTraining:
+    """The training in Flax and Optax."""
+
+    def __init__(self, network: FlaxNetwork, smoothing: float, convention: str) -> None:
+        """Set up loss and optimizer for a network."""
+        self.network = network
+        self.optimizer = nnx.Optimizer(network, jax_optimizer(), wrt=nnx.Param)
+        self.train_step = nnx.jit(jax_train_step(jax_loss(smoothing, convention)))
+        self.forward = nnx.jit(lambda network, images: network(images))
+
+    def step(self, images: Float32[np.ndarray, "N 64"], labels: Int32[np.ndarray, " N"]) -> float:
+        """Train on one batch and return its loss."""
+        return float(self.train_step(self.network, self.optimizer, jnp.asarray(images), jnp.asarray(labels)))
+
+    def probabilities(self, images: Float32[np.ndarray, "N 64"]) -> Float32[np.ndarray, "N 10"]:
+        """Return what the network believes."""
+        return np.asarray(jax.nn.softmax(self.forward(self.network, jnp.asarray(images)), axis=-1))
+
+
+def jax_train_step(loss_fn: Callable[..., Float32[Array, ""]]) -> Callable[..., Float32[Array, ""]]:
+    """Return one step of training, a function that `JaxTraining` compiles and `OneUlpReplicas` maps."""
+
+    def train_step(
+        network: FlaxNetwork,
+        optimizer: nnx.Optimizer[FlaxNetwork],
+        images: Float32[Array, "N 64"],
+        labels: Int32[Array, " N"],
+    ) -> Float32[Array, ""]:
+        loss, gradients = nnx.value_and_grad(lambda network: loss_fn(network(images), labels))(network)
+        optimizer.update(network, gradients)
+        return loss
+
+    return train_step
+
+
+class TorchTraining:
+    """The training in torch."""
+
+    def __init__(self, network: TorchNetwork, smoothing: float, convention: str) -> None:
+        """Set up loss and optimizer for a network."""
+        self.network = network
+        self.optimizer = torch_optimizer(network)
+        self.loss_fn = torch_loss(smoothing, convention)
+
+    def step(self, images: Float32[np.ndarray, "N 64"], labels: Int32[np.ndarray, " N"]) -> float:
+        """Train on one batch and return its loss."""
+        loss = self.loss_fn(self.network(torch.from_numpy(images)), torch.from_numpy(labels))
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+    @torch.no_grad()
+    def probabilities(self, images: Float32[np.ndarray, "N 64"]) -> Float32[np.ndarray, "N 10"]:
+        """Return what the network believes."""
+        return torch.softmax(self.network(torch.from_numpy(images)), dim=-1).numpy()
+
+
+# --- The yardstick --------------------------------------------------------------------------------------------------
+
+
+class OneUlpReplicas:
+    """The training in JAX, several times at once, each with its initial weights moved up or down by one ulp.
+
+    torch needs no replicas of its own: how far one ulp carries is a matter of the training, not of who computes it.
+    """
+
+    def __init__(self, network: FlaxNetwork, smoothing: float, convention: str, seed: int) -> None:
+        """Move the weights of copies of a network and set up their training."""
+        random = np.random.default_rng(seed)
+        graph, weights = nnx.split(network)
+
+        def start() -> nnx.State:
+            moved = nnx.merge(graph, jax.tree.map(lambda weight: one_ulp_away(weight, random), weights))
+            self.graph, state = nnx.split((moved, nnx.Optimizer(moved, jax_optimizer(), wrt=nnx.Param)))
+            return state
+
+        self.states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[start() for _ in range(REPLICAS)])
+        train_step = jax_train_step(jax_loss(smoothing, convention))
+
+        def train_replica(state: nnx.State, batches: tuple[Array, Array]) -> tuple[nnx.State, Float32[Array, ""]]:
+            network, optimizer = nnx.merge(self.graph, state)
+            loss = train_step(network, optimizer, *batches)
+            return nnx.state((network, optimizer)), loss
+
+        self.train_epoch = jax.jit(jax.vmap(partial(jax.lax.scan, train_replica), in_axes=(0, None)))
+
+    def epoch(
+        self, images: Float32[np.ndarray, "steps N 64"], labels: Int32[np.ndarray, "steps N"]
+    ) -> Float64[np.ndarray, "replicas steps"]:
+        """Train all replicas on the batches of one epoch and return their losses."""
+        self.states, losses = self.train_epoch(self.states, (jnp.asarray(images), jnp.asarray(labels)))
+        return np.asarray(losses, np.float64)
+
+
+def one_ulp_away(weight: Float32[Array, "..."], random: np.random.Generator) -> Float32[Array, "..."]:
+    """Return weights with each one replaced by its upper or lower neighbour in float32, at random."""
+    direction = random.choice(np.array([-np.inf, np.inf], np.float32), size=weight.shape)
+    return jnp.asarray(np.nextafter(np.asarray(weight), direction))
+
+
+# --- The run --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for."""
+
+    epochs: int
+    smoothing: float
+    convention: str
+    seed: int
+
+
+def train_both(digits: Digits, options: Options, on_step: Callable[[float, float], object]) -> Run:
+    """Train in both frameworks in lockstep, the replicas an epoch at a time, and compare."""
+    network, torch_network = FlaxNetwork(nnx.Rngs(options.seed)), TorchNetwork()
+    carry_weights(network, torch_network)
+    replicas = OneUlpReplicas(network, options.smoothing, options.convention, options.seed)
+    jax_training = JaxTraining(network, options.smoothing, options.convention)
+    torch_training = TorchTraining(torch_network, options.smoothing, options.convention)
+
+    losses: list[tuple[float, float]] = []
+    replica_losses: list[Float64[np.ndarray, "replicas steps"]] = []
+    epochs: list[EpochSummary] = []
+    for order in batch_order(len(digits.train_labels), options.epochs, options.seed):
+        images, labels = digits.train_images[order], digits.train_labels[order]
+        for batch_images, batch_labels in zip(images, labels, strict=True):
+            losses.append(
+                (jax_training.step(batch_images, batch_labels), torch_training.step(batch_images, batch_labels))
+            )
+            on_step(*losses[-1])
+        replica_losses.append(replicas.epoch(images, labels))
+        epochs.append(summarize_epoch(losses[-len(order) :], jax_training, torch_training, digits))
+
+    jax_losses, torch_losses = np.array(losses, np.float64).T
+    return Run(
+        smoothing=options.smoothing,
+        jax_losses=jax_losses,
+        torch_losses=torch_losses,
+        verdict=compare_trajectories(
+            jax_losses,
+            torch_losses,
+            np.concatenate(replica_losses, axis=1),
+            floor=rounding_floor(jax_losses, BATCH_SIZE),
+        ),
+        epochs=epochs,
+        jax_probabilities=jax_training.probabilities(digits.test_images),
+        torch_probabilities=torch_training.probabilities(digits.test_images),
+        test_labels=digits.test_labels,
+    )
+
+
+def summarize_epoch(
+    losses: list[tuple[float, float]], jax_training: JaxTraining, torch_training: TorchTraining, digits: Digits
+) -> EpochSummary:
+    """Return the table row of an epoch."""
+    jax_losses, torch_losses = np.array(losses, np.float64).T
+    jax_probabilities = jax_training.probabilities(digits.test_images)
+    torch_probabilities = torch_training.probabilities(digits.test_images)
+    return EpochSummary(
+        jax_loss=float(jax_losses.mean()),
+        torch_loss=float(torch_losses.mean()),
+        largest_difference=float(np.abs(jax_losses - torch_losses).max()),
+        jax_accuracy=digits_report.accuracy(jax_probabilities, digits.test_labels),
+        torch_accuracy=digits_report.accuracy(torch_probabilities, digits.test_labels),
+        jax_calibration_error=expected_calibration_error(jax_probabilities, digits.test_labels),
+        torch_calibration_error=expected_calibration_error(torch_probabilities, digits.test_labels),
+    )
+
+
+@contextmanager
+def on_the_cpu() -> Iterator[None]:
+    """Keep both frameworks on the CPU, also where there is a GPU, and torch on one thread.
+
+    More threads gain nothing on matrices this small, and lose a lot where other programs want the cores as well.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with jax.default_device(jax.devices("cpu")[0]), torch.device("cpu"):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def run(options: Options, console: Console) -> list[Run]:
+    """Train with smoothing 0, and with the smoothing asked for if that is another; show progress meanwhile."""
+    digits = read_digits(options.seed)
+    smoothings = sorted({0.0, options.smoothing})
+    steps = options.epochs * (len(digits.train_labels) // BATCH_SIZE)
+    columns = (
+        TextColumn("smoothing {task.fields[smoothing]:g}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("JAX {task.fields[jax_loss]:.4f}  torch {task.fields[torch_loss]:.4f}"),
+        TimeElapsedColumn(),
+    )
+    runs = []
+    with on_the_cpu(), Progress(*columns, console=console) as progress:
+        for smoothing in smoothings:
+            task = progress.add_task("", total=steps, smoothing=smoothing, jax_loss=np.nan, torch_loss=np.nan)
+
+            def show(jax_loss: float, torch_loss: float, task: TaskID = task) -> None:
+                progress.update(task, advance=1, jax_loss=jax_loss, torch_loss=torch_loss)
+
+            runs.append(train_both(digits, replace(options, smoothing=smoothing), show))
+    return runs
+
+
+# --- The command line -----------------------------------------------------------------------------------------------
+
+Value = TypeVar("Value")
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+def _checked_smoothing(smoothing: float) -> float:
+    return _checked(check_smoothing, smoothing)
+
+
+def _checked_convention(convention: str) -> str:
+    return _checked(find_convention, convention)
+
+
+def _checked(check: Callable[[Value], object], value: Value) -> Value:
+    """Turn the error of a check of the library into one of the command line."""
+    try:
+        check(value)
+    except ValueError as problem:
+        raise typer.BadParameter(str(problem)) from None
+    return value
+
+
+def _make_writable(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise typer.BadParameter(f"must be a folder, and {folder} is none.", param_hint="'--output'")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as problem:
+        reason = problem.strerror or str(problem)
+        raise typer.BadParameter(f"cannot write to the folder {folder}: {reason}.", param_hint="'--output'") from None
+
+
+@app.command()
+def main(
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 30,
+    smoothing: Annotated[float, typer.Option(callback=_checked_smoothing, help="Label smoothing, from 0 to 1.")] = 0.1,
+    convention: Annotated[
+        str,
+        typer.Option(callback=_checked_convention, help="Where it goes: uniform, non_target or clamp."),
+    ] = "uniform",
+    output: Annotated[Path, typer.Option(help="Folder for the web page and the picture.")] = Path("out/digits_parity"),
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of weights, split, batches and replicas.")] = 0,
+) -> None:
+    """Train one network on handwritten digits in JAX and in torch, and tell whether the two trainings agree.
+
+    Exit code 0: they agree. 1: they do not. 2: bad option.
+    """
+    _make_writable(output)
+    console = Console()
+    options = Options(epochs, smoothing, convention, seed)
+    runs = run(options, console)
+    digits_report.print_tables(runs, console)
+    paths = digits_report.write(runs, vars(options), output)
+    for path in paths:
+        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    console.print(digits_report.verdict_line(runs), soft_wrap=True, highlight=False)
+    if not all(result.verdict.agrees for result in runs):
+        raise typer.Exit(code=1)
+
+
+if __name__ == "__main__":
+    app()
