@@ -4,12 +4,14 @@ One entry point for every option, rather than one per option: what is not asked 
 fixed when the function is traced.
 """
 
+import math
+
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from lsce_jax import reference
-from lsce_jax.inputs import Batch, prepare
-from lsce_spec import Convention, LossOptions, error
+from lsce_jax.inputs import Batch, at_labels, prepare
+from lsce_spec import Convention, LossOptions, check_denominator_array, is_number
 
 _ROW_LOSSES = {"reference": reference.row_losses}
 
@@ -106,7 +108,7 @@ def label_smoothed_cross_entropy(
         subtract_entropy=subtract_entropy,
         bad_labels=bad_labels,
         reduction=reduction,
-        has_denominator=denominator is not None,
+        denominator=denominator,
         implementation=implementation,
     )
     batch = prepare(
@@ -119,35 +121,34 @@ def label_smoothed_cross_entropy(
         class_weight=class_weight,
         class_mask=class_mask,
     )
-    losses = _ROW_LOSSES[options.implementation](batch, options)
-    return _reduce(losses, batch, options.reduction, denominator)
+    if options.reduction != "mean":
+        losses = _ROW_LOSSES[options.implementation](batch, options)
+        return losses if options.reduction == "none" else losses.sum()
+
+    divisor = _divisor(denominator, batch)
+    # Divided by 0, no row counts: neither a NaN in it nor its derivative gets through.
+    counts = divisor != 0
+    if batch.class_weight is not None or denominator is not None:
+        batch = batch.counting_only(counts)
+    total = _ROW_LOSSES[options.implementation](batch, options).sum()
+    return jnp.where(counts, total / jnp.where(counts, divisor, 1), 0)
 
 
-def _reduce(
-    losses: Float[Array, "*batch"],
-    batch: Batch,
-    reduction: str,
-    denominator: float | Float[ArrayLike, ""] | None,
-) -> Float[Array, "..."]:
-    if reduction == "none":
-        return losses
-    total = jnp.sum(losses)
-    if reduction == "sum":
-        return total
+def _divisor(denominator: float | Float[ArrayLike, ""] | None, batch: Batch) -> Float[Array, ""]:
+    """Return what the mean divides by, as an array in the compute dtype."""
     if denominator is None:
         denominator = _mean_denominator(batch)
-    denominator = jnp.asarray(denominator, losses.dtype)
-    if denominator.shape != ():
-        raise error("denominator_shape", given=list(denominator.shape))
-    # Divided by 1 in the branch not taken, so that its derivative is no NaN either.
-    empty = denominator == 0
-    return jnp.where(empty, 0, total / jnp.where(empty, 1, denominator))
+    if is_number(denominator):
+        return jnp.asarray(denominator, batch.dtype)
+    denominator = jnp.asarray(denominator)
+    check_denominator_array(denominator.shape, denominator.dtype.name)
+    return denominator.astype(batch.dtype)
 
 
 def _mean_denominator(batch: Batch) -> int | Array:
     if batch.class_weight is not None and not batch.soft:
-        weights = jnp.take(batch.class_weight, batch.labels)
+        weights = at_labels(batch.class_weight, batch.labels)
         return jnp.sum(weights if batch.counted is None else jnp.where(batch.counted, weights, 0))
     if batch.counted is None:
-        return int(batch.logits[..., 0].size)
+        return math.prod(batch.batch_shape)
     return jnp.sum(batch.counted)

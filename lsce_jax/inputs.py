@@ -4,13 +4,13 @@ Classes last, labels that index safely, rows that do not count marked. An implem
 axes, ignored labels or bad ones beyond two boolean arrays.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
 
 from lsce_spec import (
     LossOptions,
@@ -20,6 +20,7 @@ from lsce_spec import (
     check_labels,
     check_logits,
     check_prior_values,
+    check_smoothing_dtype,
     error,
     is_floating,
     is_number,
@@ -56,9 +57,26 @@ class Batch:
         return is_floating(self.labels.dtype.name)
 
     @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Shape of the losses."""
+        return tuple(self.logits.shape[:-1])
+
+    @property
     def dtype(self) -> jnp.dtype:
         """Dtype to compute in and to return the loss in: that of the logits, float32 for narrower ones."""
         return compute_dtype(self.logits)
+
+    def counting_only(self, rows: Bool[Array, "*#batch"]) -> "Batch":
+        """Return the batch with only those of the rows counted that are True in `rows`."""
+        counted = jnp.broadcast_to(rows, self.batch_shape)
+        if self.counted is not None:
+            counted = counted & self.counted
+        smoothing = self.smoothing
+        if not is_number(smoothing):
+            # Whatever it is there, its derivative must be 0, and that of an entropy is infinite at 0.
+            smoothing = jnp.where(counted[..., None], smoothing, 0.5)
+        bad = None if self.bad is None else self.bad & counted
+        return replace(self, counted=counted, smoothing=smoothing, bad=bad)
 
 
 def compute_dtype(logits: Array) -> jnp.dtype:
@@ -85,7 +103,7 @@ def prepare(
         IndexError: a label that is no class, with bad_labels="raise".
     """
     logits = _as_array("logits", logits)
-    labels = _as_array("labels", labels)
+    labels = _as_array("labels", _within_int32(labels))
     check_logits(logits.shape, logits.dtype.name)
     axis = check_axis(axis, logits.shape)
     check_labels(labels.shape, labels.dtype.name, logits.shape, axis)
@@ -103,40 +121,40 @@ def prepare(
 
     smoothing = options.smoothing
     if not is_number(smoothing):
-        smoothing = jnp.asarray(smoothing, dtype)
+        smoothing = _as_array("smoothing", smoothing)
+        check_smoothing_dtype(smoothing.dtype.name)
         check_batch_operand("smoothing", smoothing.shape, None, batch_shape)
+        smoothing = smoothing.astype(dtype)
         smoothing = jnp.broadcast_to(smoothing, batch_shape)[..., None]
 
-    counted = None
     if where is not None:
-        where = jnp.asarray(where)
+        where = _as_array("where", where)
         check_batch_operand("where", where.shape, where.dtype.name, batch_shape)
-        counted = jnp.broadcast_to(where, batch_shape)
 
     if is_floating(labels.dtype.name):
         if options.ignore_index is not None:
             raise error("ignore_index_soft", given=options.ignore_index)
         labels = jnp.moveaxis(labels, axis, -1)
-        return Batch(logits, labels, smoothing, counted, None, prior, class_weight, class_mask)
+        batch = Batch(logits, labels, smoothing, None, None, prior, class_weight, class_mask)
+        return batch if where is None else batch.counting_only(where)
 
     # Wide enough to compare with any class index, and signed; unsigned labels beyond int32 stay beyond every class.
     if labels.dtype.name in {"uint32", "uint64"}:
         labels = jnp.minimum(labels, np.iinfo(np.int32).max)
     if labels.dtype != jnp.int64:
         labels = labels.astype(jnp.int32)
-    if options.ignore_index is not None:
-        kept = labels != options.ignore_index
-        counted = kept if counted is None else counted & kept
     bad = (labels < 0) | (labels >= num_classes)
     if class_mask is not None:
-        bad |= ~jnp.take(class_mask, jnp.where(bad, 0, labels))
-    if counted is not None:
-        bad &= counted
-    if options.bad_labels == "raise":
-        _raise_bad_label(labels, bad, num_classes, class_mask)
-    safe = bad if counted is None else bad | ~counted
-    labels = jnp.where(safe, 0, labels)
-    return Batch(logits, labels, smoothing, counted, bad, prior, class_weight, class_mask)
+        bad = bad | ~at_labels(class_mask, labels)
+    safe_labels = jnp.where(bad, 0, labels)
+    batch = Batch(logits, safe_labels, smoothing, None, bad, prior, class_weight, class_mask)
+    if where is not None:
+        batch = batch.counting_only(where)
+    if options.ignore_index is not None:
+        batch = batch.counting_only(labels != options.ignore_index)
+    if options.bad_labels == "raise" and batch.bad is not None:
+        _raise_bad_label(labels, batch.bad, class_mask is not None, num_classes)
+    return batch
 
 
 def _as_array(name: str, value: ArrayLike) -> Array:
@@ -144,33 +162,55 @@ def _as_array(name: str, value: ArrayLike) -> Array:
         return jnp.asarray(value)
     except (TypeError, ValueError) as problem:
         given = type(value).__name__
-        raise error(f"{name}_type", expected="an array", given=given) from problem
+        raise error("array_type", name=name, expected="an array", given=given) from problem
+
+
+def _within_int32(labels: ArrayLike) -> ArrayLike:
+    """Keep wide NumPy labels that are no class from becoming one: JAX would cut them to their lower 32 bits."""
+    if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu" and labels.dtype.itemsize >= 4:
+        limits = np.iinfo(np.int32)
+        return np.clip(labels, max(limits.min, np.iinfo(labels.dtype).min), limits.max)
+    return labels
+
+
+def at_labels(vector: Shaped[Array, " K"], labels: Int[Array, "*batch"]) -> Shaped[Array, "*batch"]:
+    """Return the entry of a vector over the classes at each label; 0 or False where the label is no class.
+
+    By comparison, since indexing with labels that are sharded over devices needs to be told how to shard its result.
+    """
+    classes = jnp.arange(vector.size, dtype=labels.dtype).reshape((1,) * labels.ndim + (-1,))
+    is_label = classes == labels[..., None]
+    values = vector.reshape(classes.shape)
+    if vector.dtype == jnp.bool_:
+        return jnp.any(is_label & values, axis=-1)
+    return jnp.sum(jnp.where(is_label, values, 0), axis=-1)
 
 
 def _class_vector(name: str, vector: ArrayLike | None, num_classes: int, dtype: jnp.dtype | None) -> Array | None:
     if vector is None:
         return None
-    vector = jnp.asarray(vector)
+    vector = _as_array(name, vector)
     check_class_vector(name, vector.shape, vector.dtype.name, num_classes)
     return vector if dtype is None else vector.astype(dtype)
 
 
 def check_prior(prior: ArrayLike, class_mask: ArrayLike | None) -> None:
     """Raise unless the prior is a distribution over the classes of the mask. Traced values are not there to check."""
+    rounded = _as_array("prior", prior)
+    check_class_vector("prior", rounded.shape, rounded.dtype.name, rounded.size)
     if _is_traced(prior) or _is_traced(class_mask):
         return
-    values = np.asarray(prior, dtype=np.float64)
-    mask = _class_vector("class_mask", class_mask, values.size, None)
-    unit_roundoff = float(jnp.finfo(jnp.asarray(prior).dtype).eps) / 2  # type: ignore[no-untyped-call]
-    check_prior_values(values.tolist(), None if mask is None else mask.tolist(), unit_roundoff)
+    mask = None if class_mask is None else np.asarray(class_mask).tolist()
+    unit_roundoff = float(jnp.finfo(rounded.dtype).eps) / 2  # type: ignore[no-untyped-call]
+    check_prior_values(np.asarray(prior, dtype=np.float64).tolist(), mask, unit_roundoff)
 
 
 def _is_traced(array: object) -> bool:
     return isinstance(array, jax.core.Tracer)
 
 
-def _raise_bad_label(labels: Array, bad: Array, num_classes: int, class_mask: Array | None) -> None:
-    expected = f"0 to {num_classes - 1}" + ("" if class_mask is None else ", inside class_mask")
+def _raise_bad_label(labels: Array, bad: Array, masked: bool, num_classes: int) -> None:
+    expected = f"0 to {num_classes - 1}" + (", inside class_mask" if masked else "")
     if _is_traced(bad):
         # Under jit this needs checkify.checkify around the caller; without it JAX's own error says so.
         first = jnp.argmax(bad.ravel())

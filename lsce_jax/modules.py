@@ -68,7 +68,7 @@ class LabelSmoothedCrossEntropyLoss(nnx.Module):
             subtract_entropy=subtract_entropy,
             bad_labels=bad_labels,
             reduction=reduction,
-            has_denominator=False,
+            denominator=None,
             implementation=implementation,
         )
         if prior is not None:

@@ -39,7 +39,10 @@ def row_losses(batch: Batch, options: LossOptions) -> Float[Array, "*batch"]:
     if options.z_loss:
         losses += options.z_loss * (peak + log_sum) ** 2
     if options.subtract_entropy:
-        losses -= jnp.sum(entr(target), axis=-1)
+        losses -= jnp.sum(_entropy_terms(target, batch), axis=-1)
+    # Where the mask lets no class through, no target is NaN either.
+    if batch.bad is not None:
+        losses += jnp.where(batch.bad, jnp.nan, 0)
     return losses if batch.counted is None else jnp.where(batch.counted, losses, 0)
 
 
@@ -66,6 +69,14 @@ def target_distribution(batch: Batch, options: LossOptions) -> Float[Array, "*ba
     return target
 
 
+def _entropy_terms(target: Float[Array, "*batch K"], batch: Batch) -> Float[Array, "*batch K"]:
+    """Return -q log q per class."""
+    if batch.prior is not None:
+        # Where the prior is 0 the target is 0 whatever the smoothing, and -q log q has no slope that could be infinite.
+        target = jnp.where((target == 0) & (_as_last_axis(batch.prior, target) == 0), 1, target)
+    return entr(target)
+
+
 def _smoothed(
     probabilities: Float[Array, "*batch K"],
     batch: Batch,
@@ -84,7 +95,7 @@ def _smoothed(
         return target
     # One class leaves nothing to spread over. Two stand in for it, so that the branch not taken divides by no zero.
     spread_over = jnp.where(num_allowed == 1, 2, num_allowed)
-    smoothed = options.convention.soft_target(probabilities, jnp.asarray(smoothing, probabilities.dtype), spread_over)
+    smoothed = options.convention.soft_target(probabilities, smoothing, spread_over)
     return jnp.where(num_allowed == 1, probabilities, smoothed)
 
 
@@ -94,9 +105,9 @@ def _on_off(batch: Batch, options: LossOptions) -> tuple[float | Array, float | 
     if isinstance(num_allowed, int):
         return smoothing_weights(options.convention, batch.smoothing, num_allowed)
     spread_over = jnp.where(num_allowed == 1, 2, num_allowed)
-    smoothing = jnp.asarray(batch.smoothing, batch.dtype)
-    on = options.convention.on(smoothing, spread_over)
-    off = options.convention.off(smoothing, spread_over)
+    # A number stays a number as long as it can: in float32 1 - 0.99999 would be 0.1 % off.
+    on = jnp.asarray(options.convention.on(batch.smoothing, spread_over), batch.dtype)
+    off = jnp.asarray(options.convention.off(batch.smoothing, spread_over), batch.dtype)
     return jnp.where(num_allowed == 1, 1, on), jnp.where(num_allowed == 1, 0, off)
 
 
@@ -124,7 +135,7 @@ def _log_sum_exp(
     is_peak = (constant == peak).astype(logits.dtype)
     terms = jnp.exp(-gap) - is_peak
     if allowed is not None:
-        terms = jnp.where(allowed, terms, 0)
+        is_peak, terms = jnp.where(allowed, is_peak, 0), jnp.where(allowed, terms, 0)
     log_sum = jnp.log1p(jnp.sum(terms, axis=-1) + (jnp.sum(is_peak, axis=-1) - 1))
     return jnp.squeeze(peak, axis=-1), gap, log_sum
 

@@ -42,6 +42,15 @@ class Convention:
     off: Callable[[Number, Number], Number]
     soft: Callable[[Number, Number, Number], Number] | None = None
 
+    def __post_init__(self) -> None:
+        """Raise unless the functions are functions."""
+        arguments = {"on": "(smoothing, num_classes)", "off": "(smoothing, num_classes)"}
+        if self.soft is not None:
+            arguments["soft"] = "(probabilities, smoothing, num_classes)"
+        for name, expected in arguments.items():
+            if not callable(getattr(self, name)):
+                raise error("convention_functions", name=name, arguments=expected, given=repr(getattr(self, name)))
+
     def soft_target(self, probabilities: Number, smoothing: Number, num_classes: Number) -> Number:
         """Return the smoothed target for soft labels, element by element."""
         if self.soft is not None:
@@ -56,7 +65,8 @@ def _at_most(value: Number, high: Number) -> Number:
 
 def _clip(value: Number, low: Number, high: Number) -> Number:
     """Limit `value` to [low, high], `high` winning where the two cross."""
-    return value.clip(min=low, max=high) if hasattr(value, "clip") else min(max(value, low), high)
+    # In two steps, since one bound may be a number and the other an array.
+    return value.clip(min=low).clip(max=high) if hasattr(value, "clip") else min(max(value, low), high)
 
 
 UNIFORM = Convention(
@@ -110,7 +120,8 @@ def smoothing_weights(convention: str | Convention, smoothing: Number, num_class
         num_classes: number of classes, at least 1.
 
     Returns:
-        The pair, of the type of `smoothing`; (1.0, 0.0) for a single class, which leaves nothing to spread over.
+        The pair: numbers, or arrays for an array of smoothings. The numbers (1.0, 0.0) for a single class, which
+        leaves nothing to spread over.
 
     Raises:
         ValueError: smoothing outside [0, 1], unknown convention, or no class.

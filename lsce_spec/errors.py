@@ -4,14 +4,14 @@ A message says what was expected, what was given, and what to do about it.
 """
 
 MESSAGES: dict[str, tuple[type[Exception], str]] = {
-    "logits_type": (
+    "array_type": (
         TypeError,
-        "logits must be {expected}, got {given}. Convert them first.",
+        "{name} must be {expected}, got {given}. Convert it first.",
     ),
     "logits_dtype": (
         TypeError,
         "logits must be floating point (float64, float32, bfloat16 or float16), got {given}. "
-        "Convert them to a floating-point dtype first.",
+        "Convert them to a floating-point dtype first; the order of the arguments is logits, labels.",
     ),
     "logits_scalar": (
         ValueError,
@@ -27,10 +27,6 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         "axis must be an integer in [{low}, {high}] for logits of shape {shape}, got {given}. "
         "It names the dimension of the logits that holds the classes.",
     ),
-    "labels_type": (
-        TypeError,
-        "labels must be {expected}, got {given}. Convert them first.",
-    ),
     "labels_dtype": (
         TypeError,
         "labels must be class indices (an integer dtype) or class probabilities "
@@ -41,6 +37,10 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         "integer labels must have the shape of the logits without the class dimension: "
         "expected {expected} for logits of shape {logits} with classes at axis {axis}, got {given}. "
         "{hint}",
+    ),
+    "labels_device": (
+        ValueError,
+        "logits and labels must be on the same device, got {logits} and {labels}. Move one of them.",
     ),
     "soft_labels_shape": (
         ValueError,
@@ -59,6 +59,10 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
     "label_smooth": (
         ValueError,
         "label_smooth must be None or a number in [0, 1], got {given}. None means plain cross-entropy; 0.1 is usual.",
+    ),
+    "convention_functions": (
+        TypeError,
+        "the {name} of a Convention must be a function of {arguments}, got {given}. For a constant pass a lambda.",
     ),
     "convention_type": (
         TypeError,
@@ -86,15 +90,15 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
     ),
     "non_negative_number": (
         ValueError,
-        "{name} must be a finite number >= 0, got {given}. 0 turns it off.",
+        "{name} must be a finite Python number >= 0, got {given}. 0 turns it off; arrays are not taken.",
     ),
     "softcap": (
         ValueError,
-        "softcap must be None or a finite number > 0, got {given}. None turns it off.",
+        "softcap must be None or a finite Python number > 0, got {given}. None turns it off; arrays are not taken.",
     ),
     "ignore_index_type": (
         TypeError,
-        "ignore_index must be None or an integer, got {given}. To leave out rows by position use where.",
+        "ignore_index must be None or an integer of 32 bits, got {given}. To leave out rows by position use where.",
     ),
     "ignore_index_soft": (
         ValueError,
@@ -109,6 +113,11 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         ValueError,
         "{name} must broadcast to the shape of the losses, {expected}, got {given}. "
         "The shape of the losses is that of the logits without the class dimension.",
+    ),
+    "denominator_value": (
+        ValueError,
+        "denominator must be a finite number >= 0 or a scalar array of one, got {given}. "
+        "It is what the sum of the losses is divided by.",
     ),
     "denominator_shape": (
         ValueError,
@@ -143,6 +152,11 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         ValueError,
         "prior must be 0 for classes outside class_mask, got {given} at class {index}. "
         "Set it to 0 there and divide by the sum.",
+    ),
+    "weight_type": (
+        TypeError,
+        "weight must be None or a tensor of class weights, got {given}. "
+        "The smoothing goes to label_smoothing, as in nn.CrossEntropyLoss.",
     ),
     "class_num_type": (
         ValueError,

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
-from lsce_spec.checks import check_smoothing, is_number
-from lsce_spec.conventions import Convention, find_convention
+from lsce_spec.checks import check_denominator, check_smoothing, is_number
+from lsce_spec.conventions import UNIFORM, Convention, find_convention
 from lsce_spec.errors import error
 
 IMPLEMENTATIONS = ("reference",)
@@ -43,7 +43,7 @@ class LossOptions:
         subtract_entropy: bool,
         bad_labels: str,
         reduction: str,
-        has_denominator: bool,
+        denominator: Any,
         implementation: str | None,
     ) -> "LossOptions":
         """Check every option and return them frozen.
@@ -54,9 +54,9 @@ class LossOptions:
         """
         check_smoothing(smoothing)
         convention = find_convention(convention)
-        if has_prior and convention.name != "uniform":
+        if has_prior and convention is not UNIFORM:
             raise error("prior_convention", given=repr(convention.name))
-        if ignore_index is not None and (not isinstance(ignore_index, Integral) or isinstance(ignore_index, bool)):
+        if ignore_index is not None and not _is_int32(ignore_index):
             raise error("ignore_index_type", given=repr(ignore_index))
         if not is_number(z_loss) or not 0 <= z_loss < math.inf:
             raise error("non_negative_number", name="z_loss", given=repr(z_loss))
@@ -68,19 +68,24 @@ class LossOptions:
             raise error("bad_labels", given=repr(bad_labels))
         if reduction not in REDUCTIONS:
             raise error("reduction", given=repr(reduction))
-        if has_denominator and reduction != "mean":
+        if denominator is not None and reduction != "mean":
             raise error("denominator", reduction=repr(reduction))
+        check_denominator(denominator)
         if implementation is not None and implementation not in IMPLEMENTATIONS:
             known = ", ".join(repr(name) for name in IMPLEMENTATIONS)
             raise error("implementation", given=repr(implementation), known=known)
         return LossOptions(
             smoothing=float(smoothing) if is_number(smoothing) else smoothing,
             convention=convention,
-            ignore_index=ignore_index,
-            z_loss=z_loss,
-            softcap=softcap,
+            ignore_index=None if ignore_index is None else int(ignore_index),
+            z_loss=float(z_loss),
+            softcap=None if softcap is None else float(softcap),
             subtract_entropy=subtract_entropy,
             bad_labels=bad_labels,
             reduction=reduction,
             implementation=implementation or IMPLEMENTATIONS[0],
         )
+
+
+def _is_int32(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and -(2**31) <= int(value) < 2**31

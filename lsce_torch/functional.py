@@ -4,13 +4,15 @@ One entry point for every option, rather than one per option: what is not asked 
 plain Python values.
 """
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lsce_spec import Convention, LossOptions, error
+from lsce_spec import Convention, LossOptions, check_denominator_array
 from lsce_torch import reference
-from lsce_torch.inputs import Batch, prepare
+from lsce_torch.inputs import Batch, dtype_name, prepare
 
 _ROW_LOSSES = {"reference": reference.row_losses}
 
@@ -108,7 +110,7 @@ def label_smoothed_cross_entropy(
         subtract_entropy=subtract_entropy,
         bad_labels=bad_labels,
         reduction=reduction,
-        has_denominator=denominator is not None,
+        denominator=denominator,
         implementation=implementation,
     )
     batch = prepare(
@@ -121,29 +123,28 @@ def label_smoothed_cross_entropy(
         class_weight=class_weight,
         class_mask=class_mask,
     )
-    losses = _ROW_LOSSES[options.implementation](batch, options)
-    return _reduce(losses, batch, options.reduction, denominator)
+    if options.reduction != "mean":
+        losses = _ROW_LOSSES[options.implementation](batch, options)
+        return losses if options.reduction == "none" else losses.sum()
+
+    divisor = _divisor(denominator, batch)
+    # Divided by 0, no row counts: neither a NaN in it nor its derivative gets through.
+    counts = divisor != 0
+    if batch.class_weight is not None or denominator is not None:
+        batch = batch.counting_only(counts)
+    total = _ROW_LOSSES[options.implementation](batch, options).sum()
+    return torch.where(counts, total / torch.where(counts, divisor, 1), 0)
 
 
-def _reduce(
-    losses: Float[Tensor, "*batch"],
-    batch: Batch,
-    reduction: str,
-    denominator: float | Float[Tensor, ""] | None,
-) -> Float[Tensor, "..."]:
-    if reduction == "none":
-        return losses
-    total = losses.sum()
-    if reduction == "sum":
-        return total
+def _divisor(denominator: float | Float[Tensor, ""] | None, batch: Batch) -> Float[Tensor, ""]:
+    """Return what the mean divides by, as an array in the compute dtype."""
     if denominator is None:
         denominator = _mean_denominator(batch)
-    denominator = torch.as_tensor(denominator, dtype=losses.dtype, device=losses.device)
-    if denominator.shape != ():
-        raise error("denominator_shape", given=list(denominator.shape))
-    # Divided by 1 in the branch not taken, so that its derivative is no NaN either.
-    empty = denominator == 0
-    return torch.where(empty, 0, total / torch.where(empty, 1, denominator))
+    if not isinstance(denominator, Tensor):
+        # Not as_tensor, which would have torch.compile compile again for each number of rows.
+        return torch.full((), denominator, dtype=batch.dtype, device=batch.logits.device)
+    check_denominator_array(tuple(denominator.shape), dtype_name(denominator))
+    return denominator.to(batch.dtype)
 
 
 def _mean_denominator(batch: Batch) -> int | Tensor:
@@ -151,5 +152,5 @@ def _mean_denominator(batch: Batch) -> int | Tensor:
         weights = batch.class_weight[batch.labels]
         return (weights if batch.counted is None else torch.where(batch.counted, weights, 0)).sum()
     if batch.counted is None:
-        return batch.logits[..., 0].numel()
+        return math.prod(batch.batch_shape)
     return batch.counted.sum()

@@ -4,7 +4,7 @@ Classes last, labels that index safely, rows that do not count marked. An implem
 axes, ignored labels or bad ones beyond two boolean tensors.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +18,7 @@ from lsce_spec import (
     check_labels,
     check_logits,
     check_prior_values,
+    check_smoothing_dtype,
     error,
     is_floating,
     is_number,
@@ -54,9 +55,26 @@ class Batch:
         return self.labels.is_floating_point()
 
     @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Shape of the losses."""
+        return tuple(self.logits.shape[:-1])
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype to compute in and to return the loss in: that of the logits, float32 for narrower ones."""
         return compute_dtype(self.logits)
+
+    def counting_only(self, rows: Bool[Tensor, "*#batch"]) -> "Batch":
+        """Return the batch with only those of the rows counted that are True in `rows`."""
+        counted = torch.broadcast_to(rows, self.batch_shape)
+        if self.counted is not None:
+            counted = counted & self.counted
+        smoothing = self.smoothing
+        if not is_number(smoothing):
+            # Whatever it is there, its derivative must be 0, and that of an entropy is infinite at 0.
+            smoothing = torch.where(counted[..., None], smoothing, 0.5)
+        bad = None if self.bad is None else self.bad & counted
+        return replace(self, counted=counted, smoothing=smoothing, bad=bad)
 
 
 def compute_dtype(logits: Tensor) -> torch.dtype:
@@ -84,6 +102,8 @@ def prepare(
     """
     _check_tensor("logits", logits)
     _check_tensor("labels", labels)
+    if labels.device != logits.device:
+        raise error("labels_device", logits=logits.device, labels=labels.device)
     check_logits(tuple(logits.shape), dtype_name(logits))
     axis = check_axis(axis, tuple(logits.shape))
     check_labels(tuple(labels.shape), dtype_name(labels), tuple(logits.shape), axis)
@@ -101,37 +121,41 @@ def prepare(
 
     smoothing = options.smoothing
     if not is_number(smoothing):
-        smoothing = torch.as_tensor(smoothing, dtype=dtype, device=logits.device)
+        smoothing = _as_tensor("smoothing", smoothing, logits.device)
+        check_smoothing_dtype(dtype_name(smoothing))
         check_batch_operand("smoothing", tuple(smoothing.shape), None, batch_shape)
+        smoothing = smoothing.to(dtype)
         smoothing = smoothing.broadcast_to(batch_shape)[..., None]
 
-    counted = None
     if where is not None:
-        where = torch.as_tensor(where, device=logits.device)
+        where = _as_tensor("where", where, logits.device)
         check_batch_operand("where", tuple(where.shape), dtype_name(where), batch_shape)
-        counted = where.broadcast_to(batch_shape)
 
     if is_floating(dtype_name(labels)):
         if options.ignore_index is not None:
             raise error("ignore_index_soft", given=options.ignore_index)
         labels = labels.movedim(axis, -1)
-        return Batch(logits, labels, smoothing, counted, None, prior, class_weight, class_mask)
+        batch = Batch(logits, labels, smoothing, None, None, prior, class_weight, class_mask)
+        return batch if where is None else batch.counting_only(where)
 
-    # Signed and wide enough to compare with any class index; a uint64 beyond int64 turns negative, no class either.
+    # Signed and wide enough to compare with any class index. A uint64 beyond int64 turns negative, which might be the
+    # index to ignore, so it is moved to where no class is.
+    unsigned = labels.dtype == torch.uint64
     labels = labels.to(torch.int64)
-    if options.ignore_index is not None:
-        kept = labels != options.ignore_index
-        counted = kept if counted is None else counted & kept
+    if unsigned:
+        labels = torch.where(labels < 0, torch.iinfo(torch.int64).max, labels)
     bad = (labels < 0) | (labels >= num_classes)
     if class_mask is not None:
         bad = bad | ~class_mask[torch.where(bad, 0, labels)]
-    if counted is not None:
-        bad = bad & counted
-    if options.bad_labels == "raise":
-        _raise_bad_label(labels, bad, num_classes, class_mask)
-    safe = bad if counted is None else bad | ~counted
-    labels = torch.where(safe, 0, labels)
-    return Batch(logits, labels, smoothing, counted, bad, prior, class_weight, class_mask)
+    safe_labels = torch.where(bad, 0, labels)
+    batch = Batch(logits, safe_labels, smoothing, None, bad, prior, class_weight, class_mask)
+    if where is not None:
+        batch = batch.counting_only(where)
+    if options.ignore_index is not None:
+        batch = batch.counting_only(labels != options.ignore_index)
+    if options.bad_labels == "raise" and batch.bad is not None:
+        _raise_bad_label(labels, batch.bad, class_mask is not None, num_classes)
+    return batch
 
 
 def dtype_name(tensor: Tensor) -> str:
@@ -141,7 +165,15 @@ def dtype_name(tensor: Tensor) -> str:
 
 def _check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        raise error(f"{name}_type", expected="a tensor", given=type(value).__name__)
+        raise error("array_type", name=name, expected="a tensor", given=type(value).__name__)
+
+
+def _as_tensor(name: str, value: object, device: torch.device) -> Tensor:
+    try:
+        return torch.as_tensor(value, device=device)
+    except (TypeError, ValueError, RuntimeError) as problem:
+        given = type(value).__name__
+        raise error("array_type", name=name, expected="a tensor", given=given) from problem
 
 
 def _class_vector(
@@ -153,7 +185,7 @@ def _class_vector(
 ) -> Tensor | None:
     if vector is None:
         return None
-    vector = torch.as_tensor(vector, device=device)
+    vector = _as_tensor(name, vector, device)
     check_class_vector(name, tuple(vector.shape), dtype_name(vector), num_classes)
     return vector if dtype is None else vector.to(dtype)
 
@@ -161,30 +193,27 @@ def _class_vector(
 def check_prior(prior: Tensor, class_mask: Tensor | None) -> None:
     """Raise unless the prior is a distribution over the classes of the mask.
 
-    Only where reading the values costs nothing: on the CPU, outside torch.compile and the transforms of torch.func.
+    Only where reading the values costs nothing: on the CPU, outside torch.compile and transforms that hide them.
     """
-    prior = torch.as_tensor(prior)
-    if not _is_readable(prior) or not (class_mask is None or _is_readable(class_mask)):
+    prior = _as_tensor("prior", prior, torch.device("cpu") if not isinstance(prior, Tensor) else prior.device)
+    check_class_vector("prior", tuple(prior.shape), dtype_name(prior), prior.numel())
+    if torch.compiler.is_compiling() or prior.device.type != "cpu":
         return
-    mask = _class_vector("class_mask", class_mask, prior.numel(), prior.device, None)
-    check_prior_values(
-        prior.double().tolist(), None if mask is None else mask.tolist(), torch.finfo(prior.dtype).eps / 2
-    )
+    try:
+        mask = None if class_mask is None else class_mask.tolist()
+        check_prior_values(prior.double().tolist(), mask, torch.finfo(prior.dtype).eps / 2)
+    except RuntimeError:  # within vmap, or a tensor without data: there are no values to check
+        return
 
 
-def _is_readable(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and not _is_traced(tensor)
-
-
-def _is_traced(tensor: Tensor) -> bool:
-    """Whether the tensor stands for others, within torch.compile or a torch.func transform."""
-    return torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-
-
-def _raise_bad_label(labels: Tensor, bad: Tensor, num_classes: int, class_mask: Tensor | None) -> None:
-    if _is_traced(bad):
+def _raise_bad_label(labels: Tensor, bad: Tensor, masked: bool, num_classes: int) -> None:
+    if torch.compiler.is_compiling():
         raise error("bad_labels_compiled")
-    if bad.any():
-        expected = f"0 to {num_classes - 1}" + ("" if class_mask is None else ", inside class_mask")
+    try:
+        found = bool(bad.any())
+    except RuntimeError as problem:  # within vmap, or a tensor without data
+        raise error("bad_labels_compiled") from problem
+    if found:
+        expected = f"0 to {num_classes - 1}" + (", inside class_mask" if masked else "")
         index = bad.nonzero()[0].tolist()
         raise error("bad_label", value=labels[tuple(index)].item(), index=index, expected=expected)

@@ -1,5 +1,6 @@
 """Torch modules: thin shells over the functions. They hold options, and no parameters."""
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -65,6 +66,8 @@ class LabelSmoothedCrossEntropyLoss(nn.CrossEntropyLoss):
         implementation: str | None = None,
     ) -> None:
         """Check the options and keep them; see the class."""
+        if weight is not None and not isinstance(weight, Tensor):
+            raise error("weight_type", given=repr(weight))
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         LossOptions.checked(
             smoothing=label_smoothing,
@@ -76,9 +79,11 @@ class LabelSmoothedCrossEntropyLoss(nn.CrossEntropyLoss):
             subtract_entropy=subtract_entropy,
             bad_labels=bad_labels,
             reduction=self.reduction,
-            has_denominator=False,
+            denominator=None,
             implementation=implementation,
         )
+        prior = None if prior is None else torch.as_tensor(prior)
+        class_mask = None if class_mask is None else torch.as_tensor(class_mask)
         if prior is not None:
             check_prior(prior, class_mask)
         self.convention = convention
@@ -90,6 +95,11 @@ class LabelSmoothedCrossEntropyLoss(nn.CrossEntropyLoss):
         self.subtract_entropy = subtract_entropy
         self.bad_labels = bad_labels
         self.implementation = implementation
+
+    def extra_repr(self) -> str:
+        """Return the main options for `print(module)`."""
+        convention = find_convention(self.convention).name
+        return f"label_smoothing={self.label_smoothing}, convention={convention!r}, reduction={self.reduction!r}"
 
     def forward(
         self,
@@ -110,7 +120,7 @@ class LabelSmoothedCrossEntropyLoss(nn.CrossEntropyLoss):
             denominator: what reduction="mean" divides by.
         """
         soft = isinstance(target, Tensor) and target.is_floating_point()
-        if soft and self.ignore_index >= 0:
+        if soft and self.ignore_index is not None and self.ignore_index >= 0:
             raise error("ignore_index_soft", given=self.ignore_index)
         return label_smoothed_cross_entropy(
             input,

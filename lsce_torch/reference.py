@@ -37,7 +37,10 @@ def row_losses(batch: Batch, options: LossOptions) -> Float[Tensor, "*batch"]:
     if options.z_loss:
         losses = losses + options.z_loss * (peak + log_sum) ** 2
     if options.subtract_entropy:
-        losses = losses - torch.sum(torch.special.entr(target), dim=-1)
+        losses = losses - torch.sum(_entropy_terms(target, batch), dim=-1)
+    # Where the mask lets no class through, no target is NaN either.
+    if batch.bad is not None:
+        losses = losses + torch.where(batch.bad, torch.nan, 0)
     return losses if batch.counted is None else torch.where(batch.counted, losses, 0)
 
 
@@ -64,6 +67,15 @@ def target_distribution(batch: Batch, options: LossOptions) -> Float[Tensor, "*b
     return target
 
 
+def _entropy_terms(target: Float[Tensor, "*batch K"], batch: Batch) -> Float[Tensor, "*batch K"]:
+    """Return -q log q per class."""
+    if batch.prior is not None:
+        # Where the prior is 0 the target is 0 whatever the smoothing, and -q log q has no slope that could be infinite.
+        target = torch.where((target == 0) & (batch.prior == 0), 1, target)
+    terms: Tensor = torch.special.entr(target)
+    return terms
+
+
 def _smoothed(
     probabilities: Float[Tensor, "*batch K"],
     batch: Batch,
@@ -81,7 +93,7 @@ def _smoothed(
         return target
     # One class leaves nothing to spread over. Two stand in for it, so that the branch not taken divides by no zero.
     spread_over = torch.where(num_allowed == 1, 2, num_allowed)
-    smoothed = options.convention.soft_target(probabilities, _as_tensor(smoothing, batch), spread_over)
+    smoothed = options.convention.soft_target(probabilities, smoothing, spread_over)
     return torch.where(num_allowed == 1, probabilities, smoothed)
 
 
@@ -91,9 +103,9 @@ def _on_off(batch: Batch, options: LossOptions) -> tuple[float | Tensor, float |
     if isinstance(num_allowed, int):
         return smoothing_weights(options.convention, batch.smoothing, num_allowed)
     spread_over = torch.where(num_allowed == 1, 2, num_allowed)
-    smoothing = _as_tensor(batch.smoothing, batch)
-    on = options.convention.on(smoothing, spread_over)
-    off = options.convention.off(smoothing, spread_over)
+    # A number stays a number as long as it can: in float32 1 - 0.99999 would be 0.1 % off.
+    on = _as_tensor(options.convention.on(batch.smoothing, spread_over), batch)
+    off = _as_tensor(options.convention.off(batch.smoothing, spread_over), batch)
     return torch.where(num_allowed == 1, 1, on), torch.where(num_allowed == 1, 0, off)
 
 
@@ -121,7 +133,7 @@ def _log_sum_exp(
     is_peak = (constant == peak).to(logits.dtype)
     terms = torch.exp(-gap) - is_peak
     if allowed is not None:
-        terms = torch.where(allowed, terms, 0)
+        is_peak, terms = torch.where(allowed, is_peak, 0), torch.where(allowed, terms, 0)
     log_sum = torch.log1p(torch.sum(terms, dim=-1) + (torch.sum(is_peak, dim=-1) - 1))
     return peak.squeeze(-1), gap, log_sum
 

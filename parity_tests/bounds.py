@@ -4,7 +4,8 @@ First-order bounds. u is the unit roundoff of the compute precision, h the depth
 c_t the errors of exp, log1p and tanh in units of u. With d_k = max z - z_k, p = softmax, s = sum exp(-d), L = log s:
 
 - A gap d_k is one rounded difference: error u d_k, and the softcap's error before it. So exp(-d_k) has the relative
-  error e_k = c_e u + (error of d_k), s has h u + sum_k p_k e_k, and L has that as its absolute error, plus c_l u L.
+  error e_k = c_e u + (error of d_k). The largest term is exactly 1 and left out of the sum: the rest s - 1 has the
+  error h u (s - 1) + sum_k exp(-d_k) e_k, and L = log1p(s - 1) has 1/s of that, plus c_l u L.
 - The loss is S L + sum_k w_k q_k d_k, all terms >= 0. A target has up to 3 roundings (smoothing, division, addition),
   its weight one, the product with the gap one, the sum h: (h + 6) u of each term, and the gaps' own errors.
 - A gradient entry is factor * (S p_k - w_k q_k). p_k has the relative error of exp(-d_k) and of s, and 6 u for the sum
@@ -78,10 +79,12 @@ def _error_bound(case: Case, truth: Truth, arithmetic: Arithmetic) -> Bound:
     peak = np.max(np.where(allowed, logits, -np.inf), axis=-1, initial=-np.inf, keepdims=True)
     gap = np.where(allowed, peak - logits, 0.0)
     p, q = truth.probabilities, truth.target
-    wq = np.abs(q if case.class_weight is None else q * case.class_weight)
+    signed_wq = q if case.class_weight is None else q * case.class_weight
+    wq = np.abs(signed_wq)
     # A class of logit -inf has p = 0 exactly, and makes the loss infinite if it is a target: no bound is needed.
     finite_gap = np.where(np.isfinite(gap), gap, 0.0)
-    log_sum = np.log1p(np.sum(np.where(allowed, np.exp(-gap), 0.0), axis=-1) - 1)
+    below = np.where(allowed & (gap > 0), np.exp(-gap), 0.0)
+    log_sum = np.log1p(np.sum(below, axis=-1) + np.sum(allowed & (gap == 0), axis=-1) - 1)
     lse = peak[:, 0] + log_sum
     mass = np.sum(wq, axis=-1)
 
@@ -90,8 +93,10 @@ def _error_bound(case: Case, truth: Truth, arithmetic: Arithmetic) -> Bound:
     capped_peak = np.where(np.isfinite(peak[:, 0]), cap_error * np.abs(peak[:, 0]), 0.0)
     capped = np.where(np.isfinite(logits), cap_error * np.abs(logits), 0.0)
     gap_error = u * finite_gap + capped + capped_peak[:, None]
-    log_sum_error = u * (h + arithmetic.exp + arithmetic.log1p * log_sum)
-    log_sum_error = log_sum_error + np.sum(p * gap_error, axis=-1) + num_classes * tiny
+    # The largest term is exactly 1 and left out; only the rest of the sum is rounded, and small losses stay accurate.
+    rest = -np.expm1(-log_sum)
+    rest_error = np.sum(np.where(gap > 0, p * gap_error, 0.0), axis=-1)
+    log_sum_error = u * ((h + arithmetic.exp) * rest + arithmetic.log1p * log_sum) + rest_error + num_classes * tiny
 
     products = np.sum(wq * finite_gap, axis=-1)
     row = np.sum(wq * gap_error, axis=-1) + u * (h + 6) * products
@@ -118,7 +123,7 @@ def _error_bound(case: Case, truth: Truth, arithmetic: Arithmetic) -> Bound:
     gradient = coefficient * p * (of_p + u * (h + 8)) + 7 * u * wq
     if z_loss:
         gradient += (2 * z_loss * (lse_error + 2 * u * np.abs(lse)))[:, None] * p
-    unscaled = np.abs((mass + 2 * z_loss * lse)[:, None] * p - np.where(wq > 0, np.sign(q), 0) * wq)
+    unscaled = np.abs((np.sum(signed_wq, axis=-1) + 2 * z_loss * lse)[:, None] * p - signed_wq)
     gradient += 4 * u * unscaled
     if softcap is not None:
         # 1 - tanh^2 is formed from a tanh that is off by c_t u: an absolute error, however small the derivative.

@@ -272,6 +272,15 @@ def _class_mask_non_target(dtype: str, generator: np.random.Generator) -> Case:
 
 
 @_case
+def _class_mask_near_one(dtype: str, generator: np.random.Generator) -> Case:
+    """Almost all probability moved: 1 - e must not be rounded in float32 before it is small."""
+    case = _class_mask(dtype, generator)
+    logits = np.where(np.arange(13) == case.labels[:, None], -1000.0, 0.0)
+    options = {"convention": "non_target", "reduction": "mean"}
+    return replace(case, logits=round_to(logits, dtype), smoothing=0.99999, options=options)
+
+
+@_case
 def _class_mask_of_one(dtype: str, generator: np.random.Generator) -> Case:
     """One class left: nothing to spread over."""
     mask = np.arange(5) == 3
@@ -297,6 +306,23 @@ def _where(dtype: str, generator: np.random.Generator) -> Case:
     where[[0, 6]] = False
     labels[[0, 6]] = [9999, -3]
     return replace(case, where=where, labels=labels)
+
+
+@_case
+def _where_soft(dtype: str, generator: np.random.Generator) -> Case:
+    """Rows taken out whose soft labels are NaN and infinite."""
+    labels = soft_labels(dtype, generator, (6, 5))
+    labels[1], labels[4] = np.nan, np.inf
+    where = np.array([True, False, True, True, False, True])
+    options = {"reduction": "mean", "subtract_entropy": True}
+    return random_case(dtype, generator, 6, 5, labels=labels, where=where, options=options)
+
+
+@_case
+def _denominator_of_zero(dtype: str, generator: np.random.Generator) -> Case:
+    """Divided by 0 nothing counts, not even a bad label."""
+    options = {"reduction": "mean", "denominator": 0.0}
+    return random_case(dtype, generator, 4, 6, labels=np.array([0, 7, 2, -1]), options=options)
 
 
 @_case

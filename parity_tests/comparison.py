@@ -94,7 +94,8 @@ def _compare(case: Case, truth: Truth, result: Result, bound: Bound, expected: t
 
 def _share(error: FloatArray, bound: FloatArray) -> FloatArray:
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(error == 0, 0.0, error / bound)
+        share = np.where(error == 0, 0.0, error / bound)
+    return np.where(np.isinf(error), np.inf, share)
 
 
 def _scaled_ulps(case: Case, truth: Truth, error: FloatArray) -> float:

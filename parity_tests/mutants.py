@@ -42,6 +42,10 @@ FAULTS = {
     "last_block_dropped": "classes beyond the last multiple of 4 are left out of the sum of exponentials",
     "stale_lse": "each row uses the log-sum-exp of the row before it",
     "entropy_kept": "the entropy of the target is not subtracted",
+    "log_for_log1p": "the logarithm is that of 1 plus the small rest, rounded",
+    "z_loss_slightly_off": "the z-loss is a thousandth too large",
+    "softcap_slightly_off": "the softcap is 1e-4 of itself too large",
+    "entropy_slightly_off": "the entropy is 1e-4 of itself too large",
     "prior_ignored": "the smoothing goes to all classes alike, not to the prior",
 }
 
@@ -70,6 +74,8 @@ def _evaluate(case: Case, fault: str | None) -> Result:
 
     raw = np.where(allowed & counted[:, None], rows.logits, 0).astype(dtype)
     cap = options.get("softcap")
+    if cap is not None and fault == "softcap_slightly_off":
+        cap *= 1 + 1e-4
     logits = raw if cap is None else dtype.type(cap) * _apply(np.tanh, raw / dtype.type(cap))
     target = _target(case, labels, allowed, dtype, fault)
     gradient_target = target
@@ -98,11 +104,11 @@ def _evaluate(case: Case, fault: str | None) -> Result:
 
     wq, gradient_wq = weighted(target), weighted(gradient_target)
     terms = np.where((wq == 0) & np.isinf(gap), 0, wq * gap)
-    z_loss = dtype.type(options.get("z_loss", 0.0))
+    z_loss = dtype.type(options.get("z_loss", 0.0) * (1.001 if fault == "z_loss_slightly_off" else 1))
     losses = terms.sum(-1) + wq.sum(-1) * log_sum + z_loss * lse**2
     if options.get("subtract_entropy") and fault != "entropy_kept":
         log_q = _apply(np.log, np.where(target > 0, target, 1))
-        losses = losses + (target * log_q).sum(-1)
+        losses = losses + (target * log_q).sum(-1) * dtype.type(1 + 1e-4 * (fault == "entropy_slightly_off"))
     coefficient = gradient_wq.sum(-1)
     if fault != "z_loss_gradient":
         coefficient = coefficient + 2 * z_loss * lse
@@ -116,7 +122,8 @@ def _evaluate(case: Case, fault: str | None) -> Result:
 
     upstream = np.ones(num_rows) if fault == "upstream_ignored" else rows.upstream
     loss, factor = _reduce(case, losses, labels, weight, upstream, fault)
-    gradient = factor[:, None].astype(dtype) * gradient
+    scale = factor[:, None].astype(dtype)
+    gradient = np.where(scale == 0, 0, scale * gradient)
     if fault == "zero_gradient":
         gradient = np.zeros_like(gradient)
     if fault == "zero_non_target_gradient":
@@ -192,7 +199,7 @@ def _log_sum(
         direct = np.where(allowed, np.exp(logits), 0).sum(-1)
         peak = np.max(np.where(allowed, logits, -np.inf), axis=-1)
         return np.log(direct) - peak, (1 + rest) * (direct / direct)
-    return _apply(np.log1p, rest), 1 + rest
+    return _apply(np.log if fault == "log_for_log1p" else np.log1p, rest + (fault == "log_for_log1p")), 1 + rest
 
 
 def _reduce(

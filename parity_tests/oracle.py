@@ -142,7 +142,8 @@ def _solve(case: Case, maths: Any) -> Truth:
     else:
         total = maths.fsum(losses) if num_rows else number(0)
         loss = [total / denominator if denominator else number(0)]
-    gradient = [[factor[i] * g for g in gradients[i]] for i in range(num_rows)]
+    # Divided by 0 no row counts, not even one that is NaN.
+    gradient = [[factor[i] * g if denominator else number(0) for g in gradients[i]] for i in range(num_rows)]
     exact_loss = _exact(loss, (len(loss),))
     return Truth(
         loss=exact_loss if reduction == "none" else Exact(exact_loss.high[0], exact_loss.low[0]),

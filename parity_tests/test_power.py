@@ -32,9 +32,37 @@ def test_sound_implementation_passes(dtype: str) -> None:
         assert comparison.agrees, (case.name, comparison)
 
 
-def largest_shares(dtype: str, fault: str) -> dict[str, dict[str, float]]:
-    """Return, per assertion and per part that the fault changes, by how much the best case rejects it."""
+# Where a fault may survive, and why that is right; in every other case that it changes it must be rejected.
+PERMITTED = {
+    # The gradient is 0 up to rounding.
+    "zero_gradient": {"at_optimum"},
+    "zero_non_target_gradient": {"at_optimum"},
+    "gradient_sign": {"at_optimum"},
+    # A smoothing of 1e-8 over ten classes is nothing to the precision; at 0.9 the target is the same for each of ten.
+    "other_off": {"smoothing_1e-08_clamp", "smoothing_1e-08_non_target", "smoothing_1e-08_uniform", "near_uniform"},
+    "unsmoothed_loss": {"smoothing_1e-08_clamp", "smoothing_1e-08_non_target", "smoothing_1e-08_uniform"},
+    "local_classes": {"smoothing_1e-08_clamp", "smoothing_1e-08_non_target", "smoothing_1e-08_uniform"},
+    "label_off_by_one": {"smoothing_0.9_non_target"},
+    # 128 classes are not padded; only the order of the sum changes.
+    "padding_joins": {"classes_128"},
+    # Sums of small integers are exact in bfloat16.
+    "bfloat16_sum": {"ties"},
+    # A thousandth of a z-loss of a thousandth.
+    "z_loss_slightly_off": {"everything"},
+}
+# These faults only reorder roundings except where they do harm.
+HARMFUL_IN = {
+    "maximum_kept": {"large_logits", "large_offset"},
+    "log_for_log1p": {"dominant"},
+}
+
+
+@each_dtype
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_rejected(fault: str, dtype: str) -> None:
+    """By both kinds of assertion, in each part of the result that it changes, and wherever it does harm."""
     shares: dict[str, dict[str, float]] = {"oracle": {}, "each other": {}}
+    survivors, changed = set(), set()
     for case, truth, sound in bank(dtype):
         wrong = evaluate(case, fault)
         comparisons: dict[str, Comparison] = {
@@ -43,20 +71,22 @@ def largest_shares(dtype: str, fault: str) -> dict[str, dict[str, float]]:
         }
         for part in ("loss", "gradient"):
             if not np.array_equal(getattr(wrong, part), getattr(sound, part), equal_nan=True):
+                changed.add(case.name)
                 for kind, comparison in comparisons.items():
                     shares[kind][part] = max(shares[kind].get(part, 0.0), getattr(comparison, part))
-    return shares
-
-
-@each_dtype
-@pytest.mark.parametrize("fault", FAULTS)
-def test_fault_is_rejected(fault: str, dtype: str) -> None:
-    shares = largest_shares(dtype, fault)
-    print(f"{dtype} {fault}: {shares}")
-    assert shares["oracle"], f"no case shows that {FAULTS[fault]}"
+        if case.name in changed and comparisons["oracle"].agrees:
+            survivors.add(case.name)
+    print(f"{dtype} {fault}: rejected in {len(changed - survivors)} of {len(changed)} cases, largest {shares}")
     for kind, parts in shares.items():
         for part, share in parts.items():
+            if part == "gradient" and fault.endswith("slightly_off") and dtype in {"bfloat16", "float16"}:
+                continue  # less than half a unit of the gradient's last place
             assert share > 1, f"{kind}: no {part} shows that {FAULTS[fault]}, nearest {share:.3g} of a bound"
+    if fault in HARMFUL_IN:
+        assert HARMFUL_IN[fault] <= changed - survivors
+    else:
+        assert changed - survivors, f"no case shows that {FAULTS[fault]}"
+        assert survivors <= PERMITTED.get(fault, set())
 
 
 def test_wrong_class_of_number_is_rejected() -> None:

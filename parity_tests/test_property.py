@@ -62,7 +62,7 @@ def cases(draw: st.DrawFn) -> Case:
         options["ignore_index"] = draw(st.sampled_from([None, -1, 0, num_classes]))
     else:
         labels = soft_labels(dtype, generator, shape)
-    smoothing: float | FloatArray = draw(st.sampled_from([0.0, 1e-8, 0.1, 0.5, 1.0]))
+    smoothing: float | FloatArray = draw(st.sampled_from([0.0, 1e-8, 0.1, 0.5, 0.99999, 1.0]))
     if draw(st.booleans()):
         smoothing = round_to(generator.random(batch_shape), compute)
     if options["reduction"] == "none":

@@ -41,7 +41,13 @@ CALLS: dict[str, list[dict[str, Any]]] = {
         call(axis=0),
     ],
     "soft_labels_shape": [call(labels=np.zeros(4, F32)), call(labels=np.zeros((4, 2), F32))],
-    "smoothing_type": [call(smoothing=None), call(smoothing="0.1"), call(smoothing=True)],
+    "smoothing_type": [
+        call(smoothing=None),
+        call(smoothing="0.1"),
+        call(smoothing=True),
+        call(smoothing=1j),
+        call(smoothing={}),
+    ],
     "smoothing_range": [call(smoothing=1.5), call(smoothing=-0.1), call(smoothing=float("nan")), call(smoothing=2)],
     "convention_type": [call(convention=None), call(convention=3)],
     "convention_name": [call(convention="fairseq")],
@@ -51,10 +57,18 @@ CALLS: dict[str, list[dict[str, Any]]] = {
     "flag": [call(subtract_entropy=1)],
     "non_negative_number": [call(z_loss=-1e-4), call(z_loss=float("inf")), call(z_loss=None), call(z_loss=True)],
     "softcap": [call(softcap=0), call(softcap=-30.0), call(softcap=float("nan")), call(softcap="30")],
-    "ignore_index_type": [call(ignore_index=1.0), call(ignore_index=True), call(ignore_index="pad")],
+    "ignore_index_type": [
+        call(ignore_index=1.0),
+        call(ignore_index=True),
+        call(ignore_index="pad"),
+        call(ignore_index=2**31),
+    ],
     "ignore_index_soft": [call(labels=LOGITS, ignore_index=-100)],
     "denominator": [call(denominator=2.0, reduction="sum"), call(denominator=2.0, reduction="none")],
     "denominator_shape": [call(denominator=np.ones(2, F32), reduction="mean")],
+    "denominator_value": [
+        call(denominator=value, reduction="mean") for value in (-2.0, float("nan"), float("inf"), True, "3", {})
+    ],
     "batch_operand_shape": [
         call(where=np.ones(3, bool)),
         call(where=np.ones((4, 1), bool)),
@@ -79,8 +93,10 @@ CALLS: dict[str, list[dict[str, Any]]] = {
 }
 # Shown by tests of their own below.
 ELSEWHERE = {
-    "logits_type",
-    "labels_type",
+    "array_type",
+    "labels_device",
+    "convention_functions",
+    "weight_type",
     "label_smooth",
     "class_num_type",
     "class_num_shape",
@@ -135,6 +151,41 @@ def test_wrong_types() -> None:
         problem = raised(lambda arguments=arguments: lsce_jax.label_smoothed_cross_entropy(*arguments))
         assert isinstance(problem, TypeError)
         assert "must be an array" in str(problem)
+
+
+@pytest.mark.parametrize("name", ["where", "prior", "class_weight", "class_mask"])
+def test_operands_that_are_no_arrays(name: str) -> None:
+    messages = {
+        str(raised(lambda: lsce_jax.label_smoothed_cross_entropy(LOGITS, LABELS, **{name: "x"}))).replace(
+            "an array", ""
+        ),
+        str(
+            raised(lambda: lsce_torch.label_smoothed_cross_entropy(to_torch(LOGITS), to_torch(LABELS), **{name: "x"}))
+        ).replace("a tensor", ""),
+    }
+    assert len(messages) == 1
+    assert messages.pop().startswith(f"{name} must be ")
+
+
+def test_boolean_smoothing() -> None:
+    flags = np.ones(4, bool)
+    for problem in (
+        raised(lambda: lsce_jax.label_smoothed_cross_entropy(LOGITS, LABELS, smoothing=flags)),
+        raised(
+            lambda: lsce_torch.label_smoothed_cross_entropy(
+                to_torch(LOGITS), to_torch(LABELS), smoothing=to_torch(flags)
+            )
+        ),
+    ):
+        assert str(problem).startswith("smoothing must be a number or an array")
+
+
+def test_other_messages() -> None:
+    on_no_device = torch.zeros(4, dtype=torch.long, device="meta")
+    problem = raised(lambda: lsce_torch.label_smoothed_cross_entropy(to_torch(LOGITS), on_no_device))
+    assert "on the same device, got cpu and meta" in str(problem)
+    assert "the on of a Convention must be a function" in str(raised(lambda: lsce_jax.Convention("flat", 0.9, 0.1)))
+    assert "smoothing goes to label_smoothing" in str(raised(lambda: lsce_torch.LabelSmoothedCrossEntropyLoss(0.1)))
 
 
 @pytest.mark.parametrize(("key", "arguments", "shape"), [

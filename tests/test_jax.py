@@ -111,6 +111,24 @@ def test_batch_over_two_devices() -> None:
     np.testing.assert_array_equal(gradient, expected_gradient)
 
 
+@pytest.mark.parametrize("spec", [("batch", None), (None, "classes"), ("batch", "classes")])
+def test_explicitly_sharded_logits(spec: tuple[str | None, ...]) -> None:
+    """The kind of mesh that jax.make_mesh makes by default; every option that looks up something at the label."""
+    shape = (2, 1) if spec[0] else (1, 2)
+    mesh = jax.make_mesh(shape, ("batch", "classes"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    logits = np.concatenate([LOGITS, LOGITS[:, :1]], axis=1)
+    options = {"class_weight": np.linspace(0.5, 2, 6), "class_mask": np.arange(6) != 5, "reduction": "mean"}
+    expected = label_smoothed_cross_entropy(logits, LABELS, **options)
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(logits, jax.P(*spec))
+        labels = jax.device_put(LABELS, jax.P(spec[0]))
+        loss, gradient = jax.jit(jax.value_and_grad(lambda z, y: label_smoothed_cross_entropy(z, y, **options)))(
+            sharded, labels
+        )
+    assert abs(float(loss) - float(expected)) < 16 * EPSILON * float(expected)
+    assert gradient.sharding.spec == sharded.sharding.spec
+
+
 def test_accumulated_microbatches_are_the_batch() -> None:
     where = np.array([True, True, False, True, False, True])
     total = float(where.sum())
@@ -128,6 +146,9 @@ def test_unsigned_and_wide_labels() -> None:
     for dtype in (np.uint8, np.uint16, np.uint32, np.int8, np.int16, np.int64):
         losses = label_smoothed_cross_entropy(LOGITS, LABELS.astype(dtype))
         np.testing.assert_array_equal(losses, label_smoothed_cross_entropy(LOGITS, LABELS))
+    wide = np.array([2**32, 2**32 + 1, -(2**32), 2**31 - 1])
+    assert np.isnan(label_smoothed_cross_entropy(LOGITS[:4], wide)).all()
+    assert np.isnan(label_smoothed_cross_entropy(LOGITS[:4], wide.astype(np.uint64))).all()
     with jax.enable_x64(True):
         far = label_smoothed_cross_entropy(LOGITS[:2], np.array([2**63 + 1, 2**32], np.uint64))
         assert np.isnan(far).all()

@@ -63,8 +63,10 @@ def test_definitions_in_the_same_order(file: str) -> None:
         return [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
 
     listed = {
-        "LossConstant", "_constant", "_value", "_as_last_axis", "_as_array",  # JAX: arrays in NNX, ranks, array-likes
-        "_as_tensor", "_check_tensor", "_is_readable", "dtype_name",  # torch: scalars, types, device
+        # JAX: arrays in NNX, ranks, array-likes, 32-bit labels, sharding, tracing.
+        "LossConstant", "_constant", "_value", "_as_last_axis", "_as_array", "_within_int32", "at_labels", "_is_traced",
+        # torch: scalars, types, values that are not at hand.
+        "_as_tensor", "_check_tensor", "dtype_name",
     }  # fmt: skip
     first, second = ([name for name in names(package) if name not in listed] for package in ("lsce_jax", "lsce_torch"))
     assert first == second

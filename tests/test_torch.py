@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import lsce_torch
 from lsce_torch import LabelSmoothedCrossEntropyLoss, label_smoothed_cross_entropy
@@ -73,6 +74,31 @@ def test_compiled_with_a_schedule_compiles_once() -> None:
     assert counter.frame_count == 1
 
 
+def test_compiled_for_any_batch_and_denominator_compiles_twice() -> None:
+    """Once for the first sizes and once for all others, like F.cross_entropy."""
+    for options in ({}, {"where": True}, {"denominator": True}, {"class_weight": torch.ones(5)}):
+        torch.compiler.reset()
+        counter = CompileCounter()
+        compiled = torch.compile(label_smoothed_cross_entropy, backend=counter, fullgraph=True)
+        for size in range(2, 14):
+            changes = {"where": torch.ones(size, dtype=torch.bool)} if "where" in options else {}
+            changes |= {"denominator": 10.5 + size} if "denominator" in options else {}
+            compiled(torch.randn(size, 5), torch.zeros(size, dtype=torch.long), **{**options, **changes})
+        assert counter.frame_count <= 3, options
+
+
+def test_values_that_are_not_at_hand() -> None:
+    """Within make_fx and on tensors without data nothing is read; bad_labels="raise" says that it would have to be."""
+    prior = torch.full((5,), 0.2)
+    loss = lambda z, y, prior: label_smoothed_cross_entropy(z, y, prior=prior)  # noqa: E731
+    graph = make_fx(loss, tracing_mode="fake")(LOGITS.float(), LABELS, prior)
+    assert torch.equal(graph(LOGITS.float(), LABELS, prior), loss(LOGITS.float(), LABELS, prior))
+    shape_only = LOGITS.to("meta"), LABELS.to("meta")
+    assert label_smoothed_cross_entropy(*shape_only, prior=prior.to("meta")).shape == ()
+    with pytest.raises(RuntimeError, match="call the loss eagerly"):
+        label_smoothed_cross_entropy(*shape_only, bad_labels="raise")
+
+
 def test_torch_func() -> None:
     one = label_smoothed_cross_entropy
     batched = label_smoothed_cross_entropy(LOGITS, LABELS, reduction="none")
@@ -116,8 +142,8 @@ def test_unsigned_and_wide_labels() -> None:
     expected = label_smoothed_cross_entropy(LOGITS, LABELS)
     for dtype in (torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32):
         assert torch.equal(label_smoothed_cross_entropy(LOGITS, LABELS.to(dtype)), expected)
-    far = torch.from_numpy(np.array([2**63 + 1, 2**32], np.uint64))
-    assert torch.isnan(label_smoothed_cross_entropy(LOGITS[:2], far, reduction="none")).all()
+    far = torch.from_numpy(np.array([2**63 + 1, 2**32, 2**64 - 100], np.uint64))
+    assert torch.isnan(label_smoothed_cross_entropy(LOGITS[:3], far, reduction="none", ignore_index=-100)).all()
 
 
 def test_bad_label_is_loud_in_loss_and_gradient() -> None:

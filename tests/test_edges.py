@@ -1,0 +1,91 @@
+"""Edge rules of both packages that no case of the parity tests has: what an oracle has no number for."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import lsce_jax
+import lsce_torch
+
+LOGITS, LABELS = np.random.default_rng(3).normal(size=(4, 5)).astype(np.float32), np.array([0, 1, 2, 0])
+
+
+def from_jax(variable: Any, loss: Callable[..., Any]) -> tuple[Any, Any]:
+    """Return sum of the losses and derivative by `variable`."""
+    return jax.value_and_grad(lambda v: loss(lsce_jax.label_smoothed_cross_entropy, jnp.asarray, v).sum())(
+        jnp.asarray(variable)
+    )
+
+
+def from_torch(variable: Any, loss: Callable[..., Any]) -> tuple[Any, Any]:
+    leaf = torch.from_numpy(np.array(variable)).requires_grad_()
+    value = loss(lsce_torch.label_smoothed_cross_entropy, torch.from_numpy, leaf).sum()
+    value.backward()
+    return value.detach().numpy(), leaf.grad.numpy()
+
+
+each_framework = pytest.mark.parametrize("evaluate", [from_jax, from_torch])
+
+
+@each_framework
+def test_mask_without_classes_is_loud(evaluate: Callable[..., Any]) -> None:
+    for labels in (LABELS, np.full((4, 5), 0.2, np.float32)):
+        loss, _ = evaluate(
+            LOGITS, lambda f, array, z, y=labels: f(z, array(y), class_mask=array(np.zeros(5, bool)), reduction="sum")
+        )
+        assert np.isnan(loss)
+
+
+@each_framework
+def test_entropy_of_a_prior_with_zeros_has_a_slope(evaluate: Callable[..., Any]) -> None:
+    """By hand: q = (1 - e/2, e/2, 0), equal logits; d/de (log 3 - H(q)) = (log q_2 - log q_1) / 2."""
+    prior = np.array([0.5, 0.5, 0], np.float32)
+    zeros, label = np.zeros((1, 3), np.float32), np.array([0])
+    _, slope = evaluate(
+        np.float32(0.3),
+        lambda f, array, e: f(
+            array(zeros), array(label), smoothing=e, prior=array(prior), subtract_entropy=True, reduction="sum"
+        ),
+    )
+    assert abs(slope - (np.log(0.15) - np.log(0.85)) / 2) < 1e-6
+
+
+@each_framework
+def test_rows_that_do_not_count_have_no_slope_by_the_smoothing(evaluate: Callable[..., Any]) -> None:
+    where = np.array([True, False, True, True])
+    _, slopes = evaluate(
+        np.array([0.1, 0.0, 0.2, 0.3], np.float32),
+        lambda f, array, e: f(
+            array(LOGITS), array(LABELS), smoothing=e, where=array(where), subtract_entropy=True, reduction="sum"
+        ),
+    )
+    assert slopes[1] == 0
+    assert np.isfinite(slopes).all()
+
+
+@each_framework
+def test_weights_that_sum_to_zero(evaluate: Callable[..., Any]) -> None:
+    """Divided by 0 nothing counts, not even a bad label."""
+    labels, weights = np.array([0, 7, 1, 2]), np.zeros(5, np.float32)
+    loss, gradient = evaluate(
+        LOGITS, lambda f, array, z: f(z, array(labels), class_weight=array(weights), reduction="mean")
+    )
+    assert loss == 0
+    assert np.all(gradient == 0)
+
+
+def test_numpy_scalars_do_not_widen_the_result() -> None:
+    with jax.enable_x64(True):
+        options = {"z_loss": np.float64(0.5), "softcap": np.float64(5), "smoothing": np.float64(0.1)}
+        assert lsce_jax.label_smoothed_cross_entropy(jnp.asarray(LOGITS), LABELS, **options).dtype == np.float32
+
+
+def test_convention_of_the_name_uniform_is_not_uniform() -> None:
+    own = lsce_jax.Convention("uniform", on=lambda e, k: 1 - e, off=lambda e, k: 0 * e)
+    with pytest.raises(ValueError, match="prior replaces the uniform distribution"):
+        lsce_jax.label_smoothed_cross_entropy(LOGITS, LABELS, convention=own, prior=np.full(5, 0.2, np.float32))
