@@ -127,11 +127,13 @@ def check_batch_operand(name: str, shape: Shape, dtype: str | None, batch_shape:
     """Raise unless an operand with a value per row broadcasts to `batch_shape` and is boolean, if `dtype` is given."""
     if dtype is not None and dtype != "bool":
         raise error("boolean", name=name, given=dtype)
-    fits = len(shape) <= len(batch_shape) and all(
-        # Not `in`, which does not see the symbolic sizes of torch.compile as equal.
-        size == 1 or size == batch_size  # noqa: PLR1714
-        for size, batch_size in zip(reversed(shape), reversed(batch_shape), strict=False)
-    )
+    fits = len(shape) <= len(batch_shape)
+    if fits:
+        # A loop of plain comparisons: torch.compile sees its symbolic sizes as equal neither with `in` nor, in torch
+        # 2.9, within `all`, and has there no zip of different lengths.
+        trailing = batch_shape[len(batch_shape) - len(shape) :]
+        for size, batch_size in zip(shape, trailing, strict=True):
+            fits = fits and (size == 1 or size == batch_size)  # noqa: PLR1714
     if not fits:
         raise error("batch_operand_shape", name=name, expected=list(batch_shape), given=list(shape))
 
