@@ -59,7 +59,9 @@ def test_page_is_self_contained(demo):
 
 def test_picture_shows_something(demo):
     pixels = imread(demo[1] / "digits_parity.png")
-    assert pixels.shape == (920, 1600, 4)
+    height, width, _ = pixels.shape
+    assert abs(height - 920) <= 2  # matplotlib 3.10 rounds inches to one pixel less
+    assert abs(width - 1600) <= 2
     assert 0.7 < pixels[..., :3].mean() < 0.99
 
 
