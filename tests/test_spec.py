@@ -7,7 +7,6 @@ import mpmath
 import numpy as np
 import pytest
 
-import lsce_spec
 from lsce_spec import (
     MESSAGES,
     Convention,
@@ -156,8 +155,3 @@ def test_messages_are_whole() -> None:
         filled = str(error(key, **dict.fromkeys(names, "x")))
         assert "{" not in filled
         assert filled.endswith(".") or key == "labels_shape"
-
-
-def test_exports_are_real() -> None:
-    for name in ("LossOptions", "Convention", "smoothing_weights", "loss_row", "target_distribution"):
-        assert hasattr(lsce_spec, name)
