@@ -16,6 +16,7 @@ from lsce_spec.checks import is_integer as is_integer
 from lsce_spec.checks import is_number as is_number
 from lsce_spec.conventions import CLAMP as CLAMP
 from lsce_spec.conventions import CONVENTIONS as CONVENTIONS
+from lsce_spec.conventions import MAX_SUP as MAX_SUP
 from lsce_spec.conventions import NON_TARGET as NON_TARGET
 from lsce_spec.conventions import UNIFORM as UNIFORM
 from lsce_spec.conventions import Convention as Convention

@@ -28,7 +28,8 @@ def is_integer(dtype: str) -> bool:
 
 def is_number(value: object) -> bool:
     """Whether `value` is a plain real number; True and False are not."""
-    return isinstance(value, Real) and not isinstance(value, bool)
+    # The two common types first: what is registered as Real takes a search.
+    return type(value) in {float, int} or (isinstance(value, Real) and not isinstance(value, bool))
 
 
 def check_smoothing(smoothing: object, key: str = "smoothing_range") -> None:

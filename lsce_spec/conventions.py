@@ -28,6 +28,8 @@ class Convention:
         off: function (smoothing, num_classes) -> target at every other class.
         soft: function (probabilities, smoothing, num_classes) -> target for soft labels. Without it the
             probabilities are interpolated, off + (on - off) * probabilities, which gives (on, off) for a one-hot row.
+        at_max: function (smoothing, num_classes) -> what is added to the target where the largest logit is, shared
+            alike among the largest if there are several. A constant to the gradient, as the rest of the target is.
 
     The functions are called with two or more classes; one class has nothing to spread over.
 
@@ -41,12 +43,15 @@ class Convention:
     on: Callable[[Number, Number], Number]
     off: Callable[[Number, Number], Number]
     soft: Callable[[Number, Number, Number], Number] | None = None
+    at_max: Callable[[Number, Number], Number] | None = None
 
     def __post_init__(self) -> None:
         """Raise unless the functions are functions."""
         arguments = {"on": "(smoothing, num_classes)", "off": "(smoothing, num_classes)"}
         if self.soft is not None:
             arguments["soft"] = "(probabilities, smoothing, num_classes)"
+        if self.at_max is not None:
+            arguments["at_max"] = "(smoothing, num_classes)"
         for name, expected in arguments.items():
             if not callable(getattr(self, name)):
                 raise error("convention_functions", name=name, arguments=expected, given=repr(getattr(self, name)))
@@ -96,7 +101,17 @@ CLAMP = Convention(
     ),
 )
 
-CONVENTIONS: dict[str, Convention] = {c.name: c for c in (UNIFORM, NON_TARGET, CLAMP)}
+# With a target of 1 at the label, e/K added everywhere and e taken away at the largest logit,
+#   - sum q_k log p_k = lse - z_y + e (max z - mean z)
+MAX_SUP = Convention(
+    "max_sup",
+    on=lambda smoothing, num_classes: 1 + smoothing / num_classes,
+    off=lambda smoothing, num_classes: smoothing / num_classes,
+    soft=lambda probabilities, smoothing, num_classes: probabilities + smoothing / num_classes,
+    at_max=lambda smoothing, num_classes: -smoothing,
+)
+
+CONVENTIONS: dict[str, Convention] = {c.name: c for c in (UNIFORM, NON_TARGET, CLAMP, MAX_SUP)}
 
 
 def find_convention(convention: str | Convention) -> Convention:
@@ -115,7 +130,8 @@ def smoothing_weights(convention: str | Convention, smoothing: Number, num_class
     """Return (on, off): the target at the label and at every other class.
 
     Args:
-        convention: "uniform", "non_target", "clamp" or a `Convention`.
+        convention: "uniform", "non_target", "clamp", "max_sup" or a `Convention`. What a convention adds at the largest
+            logit (`Convention.at_max`) is in neither of the two.
         smoothing: number in [0, 1], or an array of numbers.
         num_classes: number of classes, at least 1.
 
@@ -136,6 +152,7 @@ def smoothing_weights(convention: str | Convention, smoothing: Number, num_class
     References:
         uniform: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2016, section 7.
         non_target: Vaswani et al., "Attention Is All You Need", 2017, as in the tensor2tensor and fairseq code.
+        max_sup: Zhou et al., "MaxSup: Overcoming Representation Collapse in Label Smoothing", 2025.
     """
     convention = find_convention(convention)
     check_smoothing(smoothing)

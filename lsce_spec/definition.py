@@ -4,7 +4,8 @@
     d loss / d z_k = (S p_k - w_k q_k + 2 z_loss lse p_k) * d softcap,   S = sum_{k in V} w_k q_k
 
 Logits are plain numbers and `maths` is any module with exp, log, log1p, tanh and fsum: Python's `math`, or
-mpmath's `mp` context, which makes these very lines the 50-digit oracle of the parity tests. With
+mpmath's `mp` context, which makes these very lines the 50-digit oracle of the parity tests. The target q is a
+constant to the gradient, also where a convention adds something to it at the largest logit. With
 d_k = max(z) - z_k every term of -log p_k = d_k + log sum exp(-d) is >= 0, so a large offset in the logits cancels
 nothing, and log1p of the sum without its maximum keeps the relative accuracy of small losses.
 """
@@ -26,12 +27,14 @@ class Row:
         gradient: derivative of the loss by each of the K logits; 0 outside the class mask.
         lse: log of the sum of the exponentials of the (softcapped) logits.
         probabilities: softmax of the (softcapped) logits; 0 outside the class mask.
+        target: what the loss was taken against: the target that was passed, and `at_max` at the largest logit.
     """
 
     loss: Number
     gradient: list[Number]
     lse: Number
     probabilities: list[Number]
+    target: list[Number]
 
 
 def target_distribution(
@@ -85,6 +88,7 @@ def loss_row(
     z_loss: Number = 0,
     softcap: Number | None = None,
     subtract_entropy: bool = False,
+    at_max: Number = 0,
     maths: Any = math,
 ) -> Row:
     """Return loss and gradient of one row.
@@ -98,6 +102,7 @@ def loss_row(
         softcap: c of z <- c tanh(z / c), or None.
         subtract_entropy: whether to subtract the entropy of the target, which turns cross-entropy into
             Kullback-Leibler divergence.
+        at_max: what the convention adds to the target at the largest logit, shared alike among the largest.
         maths: module with exp, log, log1p, tanh and fsum for the type of the numbers.
 
     Example: two classes, equal logits.
@@ -106,9 +111,12 @@ def loss_row(
     """
     classes = [k for k in range(len(logits)) if class_mask is None or class_mask[k]]
     capped = {k: logits[k] if softcap is None else softcap * maths.tanh(logits[k] / softcap) for k in classes}
+    # Largest before the softcap, which is monotonic but, in finite precision, makes large logits equal.
+    top = max(classes, key=lambda k: logits[k])
+    largest = [k for k in classes if logits[k] == logits[top]]
+    target = [target[k] + at_max / len(largest) if k in largest else target[k] for k in range(len(logits))]
     weighted = {k: target[k] if class_weight is None else class_weight[k] * target[k] for k in classes}
 
-    top = max(classes, key=lambda k: capped[k])
     gap = {k: capped[top] - capped[k] for k in classes}
     exponential = {k: maths.exp(-gap[k]) for k in classes}
     without_top = maths.fsum([exponential[k] for k in classes if k != top])
@@ -131,7 +139,7 @@ def loss_row(
             # Derivative of the tanh as 1 / cosh^2, without the cancellation of 1 - tanh^2.
             half = maths.exp(-abs(logits[k] / softcap))
             gradient[k] *= (2 * half / (1 + half * half)) ** 2
-    return Row(loss=loss, gradient=gradient, lse=lse, probabilities=probabilities)
+    return Row(loss=loss, gradient=gradient, lse=lse, probabilities=probabilities, target=target)
 
 
 def mean_denominator(

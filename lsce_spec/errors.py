@@ -88,6 +88,11 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         TypeError,
         "{name} must be True or False, got {given}.",
     ),
+    "entropy_at_max": (
+        ValueError,
+        "subtract_entropy needs a target that is a distribution, but that of convention={given} is negative at the "
+        "largest logit. Drop one of the two.",
+    ),
     "non_negative_number": (
         ValueError,
         "{name} must be a finite Python number >= 0, got {given}. 0 turns it off; arrays are not taken.",
@@ -170,6 +175,31 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         ValueError,
         "class_num is {expected}, but the logits of shape {shape} have {given} classes at axis 1. "
         "Pass class_num={given}, or check the width of the last layer.",
+    ),
+    "inplace_reference": (
+        ValueError,
+        "inplace_backward=True needs implementation='fused', got 'reference', which differentiates what it computed "
+        "from the logits. Drop one of the two.",
+    ),
+    "inplace_logits": (
+        ValueError,
+        "inplace_backward=True writes the gradient over the logits, but {problem}. "
+        "Pass inplace_backward=False, or logits that are plain tensors with memory of their own.",
+    ),
+    "inplace_needs_reference": (
+        ValueError,
+        "inplace_backward=True needs the fused implementation, but {reason}, which only the reference supports. "
+        "Pass inplace_backward=False.",
+    ),
+    "inplace_transformed": (
+        RuntimeError,
+        "inplace_backward=True works in plain eager backward passes, not within torch.compile or torch.func, and its "
+        "gradient cannot be differentiated again. Pass inplace_backward=False there.",
+    ),
+    "overwritten": (
+        RuntimeError,
+        "these logits were overwritten by their gradient, as inplace_backward=True allows. "
+        "Use them before backward(), or pass inplace_backward=False.",
     ),
     "bad_label": (
         IndexError,

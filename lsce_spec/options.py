@@ -9,7 +9,7 @@ from lsce_spec.checks import check_denominator, check_smoothing, is_number
 from lsce_spec.conventions import UNIFORM, Convention, find_convention
 from lsce_spec.errors import error
 
-IMPLEMENTATIONS = ("reference",)
+IMPLEMENTATIONS = ("fused", "reference")
 REDUCTIONS = ("none", "sum", "mean")
 BAD_LABELS = ("nan", "raise")
 
@@ -30,6 +30,7 @@ class LossOptions:
     bad_labels: str
     reduction: str
     implementation: str
+    inplace_backward: bool
 
     @staticmethod
     def checked(
@@ -45,6 +46,7 @@ class LossOptions:
         reduction: str,
         denominator: Any,
         implementation: str | None,
+        inplace_backward: bool = False,
     ) -> "LossOptions":
         """Check every option and return them frozen.
 
@@ -64,6 +66,8 @@ class LossOptions:
             raise error("softcap", given=repr(softcap))
         if not isinstance(subtract_entropy, bool):
             raise error("flag", name="subtract_entropy", given=repr(subtract_entropy))
+        if subtract_entropy and convention.at_max is not None:
+            raise error("entropy_at_max", given=repr(convention.name))
         if bad_labels not in BAD_LABELS:
             raise error("bad_labels", given=repr(bad_labels))
         if reduction not in REDUCTIONS:
@@ -74,6 +78,10 @@ class LossOptions:
         if implementation is not None and implementation not in IMPLEMENTATIONS:
             known = ", ".join(repr(name) for name in IMPLEMENTATIONS)
             raise error("implementation", given=repr(implementation), known=known)
+        if not isinstance(inplace_backward, bool):
+            raise error("flag", name="inplace_backward", given=repr(inplace_backward))
+        if inplace_backward and implementation == "reference":
+            raise error("inplace_reference")
         return LossOptions(
             smoothing=float(smoothing) if is_number(smoothing) else smoothing,
             convention=convention,
@@ -84,6 +92,7 @@ class LossOptions:
             bad_labels=bad_labels,
             reduction=reduction,
             implementation=implementation or IMPLEMENTATIONS[0],
+            inplace_backward=inplace_backward,
         )
 
 

@@ -79,8 +79,9 @@ def _error_bound(case: Case, truth: Truth, arithmetic: Arithmetic) -> Bound:
     peak = np.max(np.where(allowed, logits, -np.inf), axis=-1, initial=-np.inf, keepdims=True)
     gap = np.where(allowed, peak - logits, 0.0)
     p, q = truth.probabilities, truth.target
-    signed_wq = q if case.class_weight is None else q * case.class_weight
-    wq = np.abs(signed_wq)
+    weight = 1.0 if case.class_weight is None else case.class_weight
+    signed_wq = q * weight
+    wq = truth.target_size * np.abs(weight)
     # A class of logit -inf has p = 0 exactly, and makes the loss infinite if it is a target: no bound is needed.
     finite_gap = np.where(np.isfinite(gap), gap, 0.0)
     below = np.where(allowed & (gap > 0), np.exp(-gap), 0.0)

@@ -147,7 +147,8 @@ for _size in (1, 2, 3, 7, 8, 9, 31, 33, 127, 128, 129, 1009):
     _BUILDERS[f"classes_{_size}"] = _of_size
 
 # Every convention with every reduction; near-uniform logits, since a large lse hides a wrong target.
-for _convention in ("uniform", "non_target", "clamp"):
+CONVENTIONS = ("uniform", "non_target", "clamp", "max_sup")
+for _convention in CONVENTIONS:
     for _reduction in ("none", "sum", "mean"):
 
         def _combination(
@@ -170,7 +171,7 @@ for _convention in ("uniform", "non_target", "clamp"):
 
 # Smoothing at its ends, tiny, and where the target is uniform or beyond.
 for _smoothing in (0.0, 1e-8, 0.9, 0.95, 1.0):
-    for _convention in ("uniform", "non_target", "clamp"):
+    for _convention in CONVENTIONS:
 
         def _extreme(
             dtype: str,
@@ -224,6 +225,14 @@ def _ties(dtype: str, generator: np.random.Generator) -> Case:
 
 
 @_case
+def _ties_max_sup(dtype: str, generator: np.random.Generator) -> Case:
+    """Several largest logits, of classes of different weight, share what is taken from the largest."""
+    weight = _weights(dtype, generator, 16)
+    options = {"convention": "max_sup"}
+    return replace(_ties(dtype, generator), class_weight=weight, smoothing=0.3, options=options)
+
+
+@_case
 def _near_uniform(dtype: str, generator: np.random.Generator) -> Case:
     """Small logits around 0, where a padded class would weigh as much as a real one."""
     options = {"reduction": "mean"}
@@ -269,6 +278,13 @@ def _class_mask(dtype: str, generator: np.random.Generator) -> Case:
 @_case
 def _class_mask_non_target(dtype: str, generator: np.random.Generator) -> Case:
     return replace(_class_mask(dtype, generator), options={"convention": "non_target", "reduction": "sum"})
+
+
+@_case
+def _class_mask_max_sup(dtype: str, generator: np.random.Generator) -> Case:
+    """The largest logit is the largest of those in the mask."""
+    options = {"convention": "max_sup", "softcap": 4.0, "z_loss": 0.01}
+    return replace(_class_mask(dtype, generator), options=options)
 
 
 @_case

@@ -46,6 +46,8 @@ FAULTS = {
     "z_loss_slightly_off": "the z-loss is a thousandth too large",
     "softcap_slightly_off": "the softcap is 1e-4 of itself too large",
     "entropy_slightly_off": "the entropy is 1e-4 of itself too large",
+    "max_sup_at_label": "the smoothing is taken from the label, not from the largest logit",
+    "max_sup_first": "the smoothing is taken from the first of several largest logits alone",
     "prior_ignored": "the smoothing goes to all classes alike, not to the prior",
 }
 
@@ -102,6 +104,18 @@ def _evaluate(case: Case, fault: str | None) -> Result:
         product: NDArray[Any] = q * applied
         return product
 
+    if options.get("convention") == "max_sup" and allowed.sum() > 1:
+        largest = allowed & (raw == np.max(np.where(allowed, raw, -np.inf), axis=-1, keepdims=True, initial=-np.inf))
+        if fault == "max_sup_at_label" and not soft:
+            largest = np.arange(num_classes) == labels[:, None]
+        if fault == "max_sup_first":
+            largest = np.arange(num_classes) == np.argmax(largest, axis=-1)[:, None]
+        smoothing = np.broadcast_to(np.asarray(case.smoothing), case.batch_shape).reshape(-1, 1)
+        taken = np.where(largest, smoothing / largest.sum(-1, keepdims=True), 0).astype(dtype)
+        if fault != "unsmoothed_loss":
+            target = target - taken
+        if fault != "unsmoothed_gradient":
+            gradient_target = gradient_target - taken
     wq, gradient_wq = weighted(target), weighted(gradient_target)
     terms = np.where((wq == 0) & np.isinf(gap), 0, wq * gap)
     z_loss = dtype.type(options.get("z_loss", 0.0) * (1.001 if fault == "z_loss_slightly_off" else 1))
@@ -165,6 +179,8 @@ def _target(
         target = probabilities
     elif convention == "uniform":
         target = (1 - smoothing) * probabilities + smoothing / spread_over
+    elif convention == "max_sup":
+        target = probabilities + smoothing / spread_over
     elif convention == "non_target":
         target = (1 - smoothing) * probabilities + smoothing * (1 - probabilities) / (spread_over - 1)
     else:

@@ -13,7 +13,7 @@ import mpmath
 import numpy as np
 from numpy.typing import NDArray
 
-from lsce_spec import loss_row, mean_denominator, target_distribution
+from lsce_spec import find_convention, loss_row, mean_denominator, target_distribution
 from parity_tests.cases import Case
 from parity_tests.precision import FloatArray
 
@@ -48,6 +48,7 @@ class Truth:
         row_loss: [N], before the reduction.
         factor: [N], what each row's gradient was multiplied with: upstream over denominator.
         target: [N, K], smoothed, not weighted.
+        target_size: [N, K], sum of the sizes of what the target is the sum of.
         probabilities: [N, K], softmax.
         counted: [N], rows that count.
         bad: [N], rows whose label is no class.
@@ -58,6 +59,7 @@ class Truth:
     row_loss: FloatArray
     factor: FloatArray
     target: FloatArray
+    target_size: FloatArray
     probabilities: FloatArray
     counted: NDArray[np.bool_]
     bad: NDArray[np.bool_]
@@ -92,7 +94,10 @@ def _solve(case: Case, maths: Any) -> Truth:
     num_rows, num_classes = rows.logits.shape
     labels = [int(v) if v.ndim == 0 else vector(v) for v in rows.labels]
 
-    losses, gradients, targets, probabilities = [], [], [], []
+    convention = find_convention(options.get("convention", "uniform"))
+    num_allowed = num_classes if class_mask is None else sum(class_mask)
+
+    losses, gradients, targets, target_sizes, probabilities = [], [], [], [], []
     bad = np.zeros(num_rows, bool)
     for i in range(num_rows):
         label, nothing = labels[i], [number(0)] * num_classes
@@ -102,13 +107,17 @@ def _solve(case: Case, maths: Any) -> Truth:
             losses.append(filler)
             gradients.append([filler if class_mask is None or class_mask[k] else number(0) for k in range(num_classes)])
             targets.append(nothing)
+            target_sizes.append(nothing)
             probabilities.append(nothing)
             continue
+        smoothing, at_max = number(float(rows.smoothing[i])), number(0)
+        if convention.at_max is not None and num_allowed > 1:
+            at_max = number(convention.at_max(smoothing, num_allowed))
         target = target_distribution(
             label,
             num_classes,
-            smoothing=number(float(rows.smoothing[i])),
-            convention=options.get("convention", "uniform"),
+            smoothing=smoothing,
+            convention=convention,
             prior=prior,
             class_mask=class_mask,
         )
@@ -120,20 +129,23 @@ def _solve(case: Case, maths: Any) -> Truth:
             z_loss=number(options.get("z_loss", 0.0)),
             softcap=None if options.get("softcap") is None else number(options["softcap"]),
             subtract_entropy=options.get("subtract_entropy", False),
+            at_max=at_max,
             maths=maths,
         )
         losses.append(row.loss)
         gradients.append(row.gradient)
-        targets.append(target)
+        targets.append(row.target)
+        target_sizes.append([abs(q) + abs(new - q) for q, new in zip(target, row.target, strict=True)])
         probabilities.append(row.probabilities)
 
     reduction = options.get("reduction", "none")
     denominator = number(1)
     if reduction == "mean":
         denominator = options.get("denominator")
-        safe = [0 if bad[i] and isinstance(labels[i], int) else labels[i] for i in range(num_rows)]
         if denominator is None:
-            denominator = mean_denominator(safe, rows.counted.tolist(), class_weight, maths)
+            # A bad label has no weight of its own, and counts as a row.
+            good = [labels[i] for i in range(num_rows) if not bad[i]]
+            denominator = mean_denominator(good, rows.counted[~bad].tolist(), class_weight, maths) + int(bad.sum())
         denominator = number(denominator)
     upstream = [number(float(v)) for v in rows.upstream]
     factor = [u / denominator if denominator else number(0) for u in upstream]
@@ -151,6 +163,7 @@ def _solve(case: Case, maths: Any) -> Truth:
         row_loss=_exact(losses, (num_rows,)).high,
         factor=_exact(factor, (num_rows,)).high,
         target=_exact(_flat(targets), (num_rows, num_classes)).high,
+        target_size=_exact(_flat(target_sizes), (num_rows, num_classes)).high,
         probabilities=_exact(_flat(probabilities), (num_rows, num_classes)).high,
         counted=rows.counted,
         bad=bad,
