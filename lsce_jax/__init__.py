@@ -1,7 +1,9 @@
 """Label-smoothed cross-entropy for JAX, Flax and Optax."""
 
 from lsce_jax.functional import label_smoothed_cross_entropy as label_smoothed_cross_entropy
+from lsce_jax.functional import label_smoothed_cross_entropy_with_stats as label_smoothed_cross_entropy_with_stats
 from lsce_jax.modules import CELossWithLabelSmoothing as CELossWithLabelSmoothing
 from lsce_jax.modules import LabelSmoothedCrossEntropyLoss as LabelSmoothedCrossEntropyLoss
+from lsce_jax.stats import LossStats as LossStats
 from lsce_spec import Convention as Convention
 from lsce_spec import smoothing_weights as smoothing_weights

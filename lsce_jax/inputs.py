@@ -174,16 +174,21 @@ def _within_int32(labels: ArrayLike) -> ArrayLike:
 
 
 def at_labels(vector: Shaped[Array, " K"], labels: Int[Array, "*batch"]) -> Shaped[Array, "*batch"]:
-    """Return the entry of a vector over the classes at each label; 0 or False where the label is no class.
-
-    By comparison, since indexing with labels that are sharded over devices needs to be told how to shard its result.
-    """
+    """Return the entry of a vector over the classes at each label; any where the label is no class."""
+    if not is_sharded(labels):
+        return vector.at[labels].get(mode="clip")
+    # By comparison, since indexing with labels whose type is sharded needs to be told how to shard its result.
     classes = jnp.arange(vector.size, dtype=labels.dtype).reshape((1,) * labels.ndim + (-1,))
     is_label = classes == labels[..., None]
     values = vector.reshape(classes.shape)
     if vector.dtype == jnp.bool_:
         return jnp.any(is_label & values, axis=-1)
     return jnp.sum(jnp.where(is_label, values, 0), axis=-1)
+
+
+def is_sharded(array: Array) -> bool:
+    """Whether the type of an array says that it is divided over devices, as with an explicit mesh."""
+    return any(axes is not None for axes in jax.typeof(array).sharding.spec)
 
 
 def _class_vector(name: str, vector: ArrayLike | None, num_classes: int, dtype: jnp.dtype | None) -> Array | None:

@@ -11,11 +11,14 @@ from jax.scipy.special import entr
 from jaxtyping import Array, Bool, Float
 
 from lsce_jax.inputs import Batch
+from lsce_jax.stats import LossStats, make_stats
 from lsce_spec import LossOptions, smoothing_weights
 
 
-def row_losses(batch: Batch, options: LossOptions) -> Float[Array, "*batch"]:
-    """Return the loss of each row; 0 for rows that do not count, NaN for bad labels."""
+def row_losses(
+    batch: Batch, options: LossOptions, with_stats: bool = False
+) -> tuple[Float[Array, "*batch"], LossStats | None]:
+    """Return the loss of each row, 0 for rows that do not count and NaN for bad labels, and the statistics if asked."""
     dtype = batch.dtype
     target = target_distribution(batch, options)
     logits = batch.logits.astype(dtype)
@@ -25,25 +28,35 @@ def row_losses(batch: Batch, options: LossOptions) -> Float[Array, "*batch"]:
     if batch.class_mask is not None:
         allowed = _as_last_axis(batch.class_mask, logits)
         logits = jnp.where(allowed, logits, 0)
+    uncapped = logits
     if options.softcap is not None:
         logits = options.softcap * jnp.tanh(logits / options.softcap)
 
     peak, gap, log_sum = _log_sum_exp(logits, allowed)
+    if options.convention.at_max is not None:
+        target = target + at_max(batch, options) * _share_of_largest(uncapped, allowed)
+        if batch.bad is not None:
+            target = jnp.where(batch.bad[..., None], jnp.nan, target)
     weighted = target
     if batch.class_weight is not None:
         weighted = target * _as_last_axis(batch.class_weight, logits)
     # A class that is no target may have a logit of -inf: 0 * inf counts as 0. The gap keeps its value where it is
     # finite, since the derivative by the smoothing is the gap itself.
-    gap = jnp.where((weighted == 0) & jnp.isinf(gap), 0, gap)
-    losses = jnp.sum(weighted * gap, axis=-1) + jnp.sum(weighted, axis=-1) * log_sum
-    if options.z_loss:
-        losses += options.z_loss * (peak + log_sum) ** 2
+    finite_gap = jnp.where((weighted == 0) & jnp.isinf(gap), 0, gap)
+    lse = peak + log_sum
+    smoothed = jnp.sum(weighted * finite_gap, axis=-1) + jnp.sum(weighted, axis=-1) * log_sum
     if options.subtract_entropy:
-        losses -= jnp.sum(_entropy_terms(target, batch), axis=-1)
+        smoothed -= jnp.sum(entropy_terms(target, batch), axis=-1)
     # Where the mask lets no class through, no target is NaN either.
     if batch.bad is not None:
-        losses += jnp.where(batch.bad, jnp.nan, 0)
-    return losses if batch.counted is None else jnp.where(batch.counted, losses, 0)
+        smoothed += jnp.where(batch.bad, jnp.nan, 0)
+    losses = smoothed + options.z_loss * lse**2 if options.z_loss else smoothed
+    if batch.counted is not None:
+        losses = jnp.where(batch.counted, losses, 0)
+    if not with_stats:
+        return losses, None
+    nll, correct = _nll(batch, gap, log_sum, allowed), _is_correct(batch, uncapped, allowed)
+    return losses, make_stats(batch, options, nll=nll, smoothed=smoothed, lse=lse, correct=correct)
 
 
 def target_distribution(batch: Batch, options: LossOptions) -> Float[Array, "*batch K"]:
@@ -60,7 +73,7 @@ def target_distribution(batch: Batch, options: LossOptions) -> Float[Array, "*ba
         if batch.prior is not None:
             target = _smoothed(is_label.astype(dtype), batch, options)
         else:
-            on, off = _on_off(batch, options)
+            on, off = on_off(batch, options)
             target = jnp.where(is_label, jnp.asarray(on, dtype), jnp.asarray(off, dtype))
     if batch.bad is not None:
         target = jnp.where(batch.bad[..., None], jnp.nan, target)
@@ -69,7 +82,40 @@ def target_distribution(batch: Batch, options: LossOptions) -> Float[Array, "*ba
     return target
 
 
-def _entropy_terms(target: Float[Array, "*batch K"], batch: Batch) -> Float[Array, "*batch K"]:
+def _share_of_largest(
+    logits: Float[Array, "*batch K"], allowed: Bool[Array, "*ones K"] | None
+) -> Float[Array, "*batch K"]:
+    """Return 1 at the largest logit and 0 elsewhere; shared alike among several."""
+    constant = _constant(logits, allowed)
+    is_largest = (constant == jnp.max(constant, axis=-1, keepdims=True)).astype(logits.dtype)
+    return is_largest / jnp.sum(is_largest, axis=-1, keepdims=True)
+
+
+def _nll(
+    batch: Batch,
+    gap: Float[Array, "*batch K"],
+    log_sum: Float[Array, "*batch"],
+    allowed: Bool[Array, "*ones K"] | None,
+) -> Float[Array, "*batch"]:
+    """Return the cross-entropy with the labels as they are."""
+    if not batch.soft:
+        return jnp.take_along_axis(gap, batch.labels[..., None], axis=-1)[..., 0] + log_sum
+    labels = batch.labels.astype(gap.dtype)
+    if allowed is not None:
+        labels = jnp.where(allowed, labels, 0)
+    terms = labels * jnp.where((labels == 0) & jnp.isinf(gap), 0, gap)
+    return jnp.sum(terms, axis=-1) + jnp.sum(labels, axis=-1) * log_sum
+
+
+def _is_correct(
+    batch: Batch, logits: Float[Array, "*batch K"], allowed: Bool[Array, "*ones K"] | None
+) -> Bool[Array, "*batch"]:
+    """Return whether the first largest logit is where the label, or its first largest probability, is."""
+    labels = jnp.argmax(batch.labels, axis=-1) if batch.soft else batch.labels
+    return jnp.argmax(_constant(logits, allowed), axis=-1) == labels
+
+
+def entropy_terms(target: Float[Array, "*batch K"], batch: Batch) -> Float[Array, "*batch K"]:
     """Return -q log q per class."""
     if batch.prior is not None:
         # Where the prior is 0 the target is 0 whatever the smoothing, and -q log q has no slope that could be infinite.
@@ -87,7 +133,7 @@ def _smoothed(
     if batch.prior is not None:
         prior = _as_last_axis(batch.prior, probabilities)
         return (1 - smoothing) * probabilities + smoothing * prior
-    num_allowed = _num_allowed(batch)
+    num_allowed = count_allowed(batch)
     if isinstance(num_allowed, int):
         if num_allowed == 1:
             return probabilities
@@ -99,9 +145,9 @@ def _smoothed(
     return jnp.where(num_allowed == 1, probabilities, smoothed)
 
 
-def _on_off(batch: Batch, options: LossOptions) -> tuple[float | Array, float | Array]:
+def on_off(batch: Batch, options: LossOptions) -> tuple[float | Array, float | Array]:
     """Return the target at the label and elsewhere."""
-    num_allowed = _num_allowed(batch)
+    num_allowed = count_allowed(batch)
     if isinstance(num_allowed, int):
         return smoothing_weights(options.convention, batch.smoothing, num_allowed)
     spread_over = jnp.where(num_allowed == 1, 2, num_allowed)
@@ -111,7 +157,18 @@ def _on_off(batch: Batch, options: LossOptions) -> tuple[float | Array, float | 
     return jnp.where(num_allowed == 1, 1, on), jnp.where(num_allowed == 1, 0, off)
 
 
-def _num_allowed(batch: Batch) -> int | Float[Array, ""]:
+def at_max(batch: Batch, options: LossOptions) -> float | Array:
+    """Return what the convention adds to the target at the largest logit."""
+    num_allowed = count_allowed(batch)
+    added = options.convention.at_max
+    if added is None:
+        return 0.0
+    if isinstance(num_allowed, int):
+        return 0.0 if num_allowed == 1 else added(batch.smoothing, num_allowed)
+    return jnp.where(num_allowed == 1, 0, added(batch.smoothing, num_allowed))
+
+
+def count_allowed(batch: Batch) -> int | Float[Array, ""]:
     """Return the number of classes to spread over; an array if the class mask may be traced."""
     if batch.class_mask is None:
         return int(batch.logits.shape[-1])
@@ -122,9 +179,7 @@ def _log_sum_exp(
     logits: Float[Array, "*batch K"], allowed: Bool[Array, "*ones K"] | None
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch K"], Float[Array, "*batch"]]:
     """Return the maximum m, the gaps m - z, and log sum exp(z - m)."""
-    constant = jax.lax.stop_gradient(logits)
-    if allowed is not None:
-        constant = jnp.where(allowed, constant, -jnp.inf)
+    constant = _constant(logits, allowed)
     peak = jnp.max(constant, axis=-1, keepdims=True)
     gap = peak - logits
     if allowed is not None:
@@ -138,6 +193,12 @@ def _log_sum_exp(
         is_peak, terms = jnp.where(allowed, is_peak, 0), jnp.where(allowed, terms, 0)
     log_sum = jnp.log1p(jnp.sum(terms, axis=-1) + (jnp.sum(is_peak, axis=-1) - 1))
     return jnp.squeeze(peak, axis=-1), gap, log_sum
+
+
+def _constant(logits: Float[Array, "*batch K"], allowed: Bool[Array, "*ones K"] | None) -> Float[Array, "*batch K"]:
+    """Return the logits to compare with each other: -inf outside the mask, and without a derivative."""
+    constant = jax.lax.stop_gradient(logits)
+    return constant if allowed is None else jnp.where(allowed, constant, -jnp.inf)
 
 
 def _as_last_axis(vector: Array, like: Array) -> Array:

@@ -3,5 +3,7 @@
 from lsce_spec import Convention as Convention
 from lsce_spec import smoothing_weights as smoothing_weights
 from lsce_torch.functional import label_smoothed_cross_entropy as label_smoothed_cross_entropy
+from lsce_torch.functional import label_smoothed_cross_entropy_with_stats as label_smoothed_cross_entropy_with_stats
 from lsce_torch.modules import CELossWithLabelSmoothing as CELossWithLabelSmoothing
 from lsce_torch.modules import LabelSmoothedCrossEntropyLoss as LabelSmoothedCrossEntropyLoss
+from lsce_torch.stats import LossStats as LossStats

@@ -38,6 +38,7 @@ class Batch:
         prior: probabilities that replace the uniform distribution, in the compute dtype, or None.
         class_weight: in the compute dtype, or None.
         class_mask: True for the classes that take part, or None.
+        given: the logits themselves, as the caller passed them.
     """
 
     logits: Float[Tensor, "*batch K"]
@@ -48,6 +49,7 @@ class Batch:
     prior: Float[Tensor, " K"] | None
     class_weight: Float[Tensor, " K"] | None
     class_mask: Bool[Tensor, " K"] | None
+    given: Tensor
 
     @property
     def soft(self) -> bool:
@@ -109,7 +111,9 @@ def prepare(
     check_labels(tuple(labels.shape), dtype_name(labels), tuple(logits.shape), axis)
     dtype = compute_dtype(logits)
 
-    logits = logits.movedim(axis, -1)
+    given = logits
+    if axis != logits.ndim - 1:
+        logits = logits.movedim(axis, -1)
     batch_shape, num_classes = tuple(logits.shape[:-1]), logits.shape[-1]
     class_weight = _class_vector("class_weight", class_weight, num_classes, logits.device, dtype)
     class_mask = _class_vector("class_mask", class_mask, num_classes, logits.device, None)
@@ -135,7 +139,7 @@ def prepare(
         if options.ignore_index is not None:
             raise error("ignore_index_soft", given=options.ignore_index)
         labels = labels.movedim(axis, -1)
-        batch = Batch(logits, labels, smoothing, None, None, prior, class_weight, class_mask)
+        batch = Batch(logits, labels, smoothing, None, None, prior, class_weight, class_mask, given)
         return batch if where is None else batch.counting_only(where)
 
     # Signed and wide enough to compare with any class index. A uint64 beyond int64 turns negative, which might be the
@@ -144,11 +148,12 @@ def prepare(
     labels = labels.to(torch.int64)
     if unsigned:
         labels = torch.where(labels < 0, torch.iinfo(torch.int64).max, labels)
-    bad = (labels < 0) | (labels >= num_classes)
+    bad = labels.clamp(0, num_classes - 1) != labels
+    safe_labels = labels.masked_fill(bad, 0)
     if class_mask is not None:
-        bad = bad | ~class_mask[torch.where(bad, 0, labels)]
-    safe_labels = torch.where(bad, 0, labels)
-    batch = Batch(logits, safe_labels, smoothing, None, bad, prior, class_weight, class_mask)
+        bad = bad | ~class_mask[safe_labels]
+        safe_labels = labels.masked_fill(bad, 0)
+    batch = Batch(logits, safe_labels, smoothing, None, bad, prior, class_weight, class_mask, given)
     if where is not None:
         batch = batch.counting_only(where)
     if options.ignore_index is not None:

@@ -20,9 +20,10 @@ from lsce_torch.inputs import check_prior
 class LabelSmoothedCrossEntropyLoss(nn.CrossEntropyLoss):
     """`nn.CrossEntropyLoss` with every option of `label_smoothed_cross_entropy`: swap the class name, nothing else.
 
-    It is a subclass, so `isinstance` tests and state dicts keep working. Four things differ on purpose: the mean over
-    no rows is 0 and not NaN; float16 and bfloat16 logits give a float32 loss; labels that are no class give NaN and
-    no error unless `bad_labels="raise"`; a smoothing below 0 is an error.
+    It is a subclass, so `isinstance` tests and state dicts keep working. On purpose a few things differ: the mean over
+    nothing (no rows, or weights of 0) is 0 and not NaN; nothing that an ignored row holds gets into the gradient, and
+    0 times an infinite logit counts as 0; the loss is float32 unless the logits are float64; labels that are no class
+    give NaN and no error unless `bad_labels="raise"`; a smoothing below 0 is an error.
 
     Args:
         weight: K class weights.
@@ -30,8 +31,8 @@ class LabelSmoothedCrossEntropyLoss(nn.CrossEntropyLoss):
         ignore_index: integer labels to take out; soft labels take no notice of a negative one.
         reduction: "mean", "sum" or "none".
         label_smoothing: the smoothing e in [0, 1].
-        convention, prior, class_mask, z_loss, softcap, subtract_entropy, bad_labels, implementation: see
-            `label_smoothed_cross_entropy`.
+        convention, prior, class_mask, z_loss, softcap, subtract_entropy, bad_labels, implementation, inplace_backward:
+            see `label_smoothed_cross_entropy`.
 
     Raises:
         TypeError, ValueError: an option out of its range. Shapes are checked at the call.
@@ -64,6 +65,7 @@ class LabelSmoothedCrossEntropyLoss(nn.CrossEntropyLoss):
         subtract_entropy: bool = False,
         bad_labels: str = "nan",
         implementation: str | None = None,
+        inplace_backward: bool = False,
     ) -> None:
         """Check the options and keep them; see the class."""
         if weight is not None and not isinstance(weight, Tensor):
@@ -81,6 +83,7 @@ class LabelSmoothedCrossEntropyLoss(nn.CrossEntropyLoss):
             reduction=self.reduction,
             denominator=None,
             implementation=implementation,
+            inplace_backward=inplace_backward,
         )
         prior = None if prior is None else torch.as_tensor(prior)
         class_mask = None if class_mask is None else torch.as_tensor(class_mask)
@@ -95,6 +98,7 @@ class LabelSmoothedCrossEntropyLoss(nn.CrossEntropyLoss):
         self.subtract_entropy = subtract_entropy
         self.bad_labels = bad_labels
         self.implementation = implementation
+        self.inplace_backward = inplace_backward
 
     def extra_repr(self) -> str:
         """Return the main options for `print(module)`."""
@@ -140,6 +144,7 @@ class LabelSmoothedCrossEntropyLoss(nn.CrossEntropyLoss):
             reduction=self.reduction,
             denominator=denominator,
             implementation=self.implementation,
+            inplace_backward=self.inplace_backward,
         )
 
 

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from lsce_spec import LossOptions, smoothing_weights
 from lsce_torch.inputs import Batch
+from lsce_torch.stats import LossStats, make_stats
 
 
-def row_losses(batch: Batch, options: LossOptions) -> Float[Tensor, "*batch"]:
-    """Return the loss of each row; 0 for rows that do not count, NaN for bad labels."""
+def row_losses(
+    batch: Batch, options: LossOptions, with_stats: bool = False
+) -> tuple[Float[Tensor, "*batch"], LossStats | None]:
+    """Return the loss of each row, 0 for rows that do not count and NaN for bad labels, and the statistics if asked."""
     target = target_distribution(batch, options)
     logits = batch.logits.to(batch.dtype)
     if batch.counted is not None:
@@ -23,25 +26,35 @@ def row_losses(batch: Batch, options: LossOptions) -> Float[Tensor, "*batch"]:
     if batch.class_mask is not None:
         allowed = batch.class_mask
         logits = torch.where(allowed, logits, 0)
+    uncapped = logits
     if options.softcap is not None:
         logits = options.softcap * torch.tanh(logits / options.softcap)
 
     peak, gap, log_sum = _log_sum_exp(logits, allowed)
+    if options.convention.at_max is not None:
+        target = target + at_max(batch, options) * _share_of_largest(uncapped, allowed)
+        if batch.bad is not None:
+            target = torch.where(batch.bad[..., None], torch.nan, target)
     weighted = target
     if batch.class_weight is not None:
         weighted = target * batch.class_weight
     # A class that is no target may have a logit of -inf: 0 * inf counts as 0. The gap keeps its value where it is
     # finite, since the derivative by the smoothing is the gap itself.
-    gap = torch.where((weighted == 0) & torch.isinf(gap), 0, gap)
-    losses = torch.sum(weighted * gap, dim=-1) + torch.sum(weighted, dim=-1) * log_sum
-    if options.z_loss:
-        losses = losses + options.z_loss * (peak + log_sum) ** 2
+    finite_gap = torch.where((weighted == 0) & torch.isinf(gap), 0, gap)
+    lse = peak + log_sum
+    smoothed = torch.sum(weighted * finite_gap, dim=-1) + torch.sum(weighted, dim=-1) * log_sum
     if options.subtract_entropy:
-        losses = losses - torch.sum(_entropy_terms(target, batch), dim=-1)
+        smoothed = smoothed - torch.sum(entropy_terms(target, batch), dim=-1)
     # Where the mask lets no class through, no target is NaN either.
     if batch.bad is not None:
-        losses = losses + torch.where(batch.bad, torch.nan, 0)
-    return losses if batch.counted is None else torch.where(batch.counted, losses, 0)
+        smoothed = smoothed + torch.where(batch.bad, torch.nan, 0)
+    losses = smoothed + options.z_loss * lse**2 if options.z_loss else smoothed
+    if batch.counted is not None:
+        losses = torch.where(batch.counted, losses, 0)
+    if not with_stats:
+        return losses, None
+    nll, correct = _nll(batch, gap, log_sum, allowed), _is_correct(batch, uncapped, allowed)
+    return losses, make_stats(batch, options, nll=nll, smoothed=smoothed, lse=lse, correct=correct)
 
 
 def target_distribution(batch: Batch, options: LossOptions) -> Float[Tensor, "*batch K"]:
@@ -58,8 +71,8 @@ def target_distribution(batch: Batch, options: LossOptions) -> Float[Tensor, "*b
         if batch.prior is not None:
             target = _smoothed(is_label.to(dtype), batch, options)
         else:
-            on, off = _on_off(batch, options)
-            target = torch.where(is_label, _as_tensor(on, batch), _as_tensor(off, batch))
+            on, off = on_off(batch, options)
+            target = torch.where(is_label, as_tensor(on, batch), as_tensor(off, batch))
     if batch.bad is not None:
         target = torch.where(batch.bad[..., None], torch.nan, target)
     if batch.class_mask is not None:
@@ -67,7 +80,40 @@ def target_distribution(batch: Batch, options: LossOptions) -> Float[Tensor, "*b
     return target
 
 
-def _entropy_terms(target: Float[Tensor, "*batch K"], batch: Batch) -> Float[Tensor, "*batch K"]:
+def _share_of_largest(
+    logits: Float[Tensor, "*batch K"], allowed: Bool[Tensor, " K"] | None
+) -> Float[Tensor, "*batch K"]:
+    """Return 1 at the largest logit and 0 elsewhere; shared alike among several."""
+    constant = _constant(logits, allowed)
+    is_largest = (constant == torch.amax(constant, dim=-1, keepdim=True)).to(logits.dtype)
+    return is_largest / torch.sum(is_largest, dim=-1, keepdim=True)
+
+
+def _nll(
+    batch: Batch,
+    gap: Float[Tensor, "*batch K"],
+    log_sum: Float[Tensor, "*batch"],
+    allowed: Bool[Tensor, " K"] | None,
+) -> Float[Tensor, "*batch"]:
+    """Return the cross-entropy with the labels as they are."""
+    if not batch.soft:
+        return torch.gather(gap, -1, batch.labels[..., None])[..., 0] + log_sum
+    labels = batch.labels.to(gap.dtype)
+    if allowed is not None:
+        labels = torch.where(allowed, labels, 0)
+    terms = labels * torch.where((labels == 0) & torch.isinf(gap), 0, gap)
+    return torch.sum(terms, dim=-1) + torch.sum(labels, dim=-1) * log_sum
+
+
+def _is_correct(
+    batch: Batch, logits: Float[Tensor, "*batch K"], allowed: Bool[Tensor, " K"] | None
+) -> Bool[Tensor, "*batch"]:
+    """Return whether the first largest logit is where the label, or its first largest probability, is."""
+    labels = torch.argmax(batch.labels, dim=-1) if batch.soft else batch.labels
+    return torch.argmax(_constant(logits, allowed), dim=-1) == labels
+
+
+def entropy_terms(target: Float[Tensor, "*batch K"], batch: Batch) -> Float[Tensor, "*batch K"]:
     """Return -q log q per class."""
     if batch.prior is not None:
         # Where the prior is 0 the target is 0 whatever the smoothing, and -q log q has no slope that could be infinite.
@@ -85,7 +131,7 @@ def _smoothed(
     smoothing = batch.smoothing
     if batch.prior is not None:
         return (1 - smoothing) * probabilities + smoothing * batch.prior
-    num_allowed = _num_allowed(batch)
+    num_allowed = count_allowed(batch)
     if isinstance(num_allowed, int):
         if num_allowed == 1:
             return probabilities
@@ -97,19 +143,30 @@ def _smoothed(
     return torch.where(num_allowed == 1, probabilities, smoothed)
 
 
-def _on_off(batch: Batch, options: LossOptions) -> tuple[float | Tensor, float | Tensor]:
+def on_off(batch: Batch, options: LossOptions) -> tuple[float | Tensor, float | Tensor]:
     """Return the target at the label and elsewhere."""
-    num_allowed = _num_allowed(batch)
+    num_allowed = count_allowed(batch)
     if isinstance(num_allowed, int):
         return smoothing_weights(options.convention, batch.smoothing, num_allowed)
     spread_over = torch.where(num_allowed == 1, 2, num_allowed)
     # A number stays a number as long as it can: in float32 1 - 0.99999 would be 0.1 % off.
-    on = _as_tensor(options.convention.on(batch.smoothing, spread_over), batch)
-    off = _as_tensor(options.convention.off(batch.smoothing, spread_over), batch)
+    on = as_tensor(options.convention.on(batch.smoothing, spread_over), batch)
+    off = as_tensor(options.convention.off(batch.smoothing, spread_over), batch)
     return torch.where(num_allowed == 1, 1, on), torch.where(num_allowed == 1, 0, off)
 
 
-def _num_allowed(batch: Batch) -> int | Float[Tensor, ""]:
+def at_max(batch: Batch, options: LossOptions) -> float | Tensor:
+    """Return what the convention adds to the target at the largest logit."""
+    num_allowed = count_allowed(batch)
+    added = options.convention.at_max
+    if added is None:
+        return 0.0
+    if isinstance(num_allowed, int):
+        return 0.0 if num_allowed == 1 else added(batch.smoothing, num_allowed)
+    return torch.where(num_allowed == 1, 0, as_tensor(added(batch.smoothing, num_allowed), batch))
+
+
+def count_allowed(batch: Batch) -> int | Float[Tensor, ""]:
     """Return the number of classes to spread over; a tensor if there is a class mask, which is not read back."""
     if batch.class_mask is None:
         return int(batch.logits.shape[-1])
@@ -120,9 +177,7 @@ def _log_sum_exp(
     logits: Float[Tensor, "*batch K"], allowed: Bool[Tensor, " K"] | None
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch K"], Float[Tensor, "*batch"]]:
     """Return the maximum m, the gaps m - z, and log sum exp(z - m)."""
-    constant = logits.detach()
-    if allowed is not None:
-        constant = torch.where(allowed, constant, -torch.inf)
+    constant = _constant(logits, allowed)
     peak = torch.amax(constant, dim=-1, keepdim=True)
     gap = peak - logits
     if allowed is not None:
@@ -138,7 +193,14 @@ def _log_sum_exp(
     return peak.squeeze(-1), gap, log_sum
 
 
-def _as_tensor(value: float | Tensor, batch: Batch) -> Tensor:
+def _constant(logits: Float[Tensor, "*batch K"], allowed: Bool[Tensor, " K"] | None) -> Float[Tensor, "*batch K"]:
+    """Return the logits to compare with each other: -inf outside the mask, and without a derivative."""
+    constant = logits.detach()
+    return constant if allowed is None else torch.where(allowed, constant, -torch.inf)
+
+
+def as_tensor(value: float | Tensor, batch: Batch) -> Tensor:
+    """Return a number as a tensor in the compute dtype."""
     if isinstance(value, Tensor):
         return value
     return torch.full((), value, dtype=batch.dtype, device=batch.logits.device)

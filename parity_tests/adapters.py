@@ -1,6 +1,7 @@
 """Adapters turn a framework's loss into NumPy arrays of loss and gradient. Each loads its framework when it is made."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,15 +30,20 @@ class JaxAdapter:
     Args:
         loss: the function; `lsce_jax.label_smoothed_cross_entropy` by default.
         jit: whether to compile it.
+        implementation: which one to choose; None leaves that to the function.
     """
 
-    def __init__(self, loss: Callable[..., Any] | None = None, jit: bool = True) -> None:
+    def __init__(
+        self, loss: Callable[..., Any] | None = None, jit: bool = True, implementation: str | None = None
+    ) -> None:
         """Load JAX."""
         import lsce_jax
 
         self.loss = loss or lsce_jax.label_smoothed_cross_entropy
+        if implementation is not None:
+            self.loss = partial(self.loss, implementation=implementation)
         self.jit = jit
-        self.name = "jax" if jit else "jax eager"
+        self.name = _name("jax", implementation, "" if jit else "eager")
         # XLA's expansions of exp, log1p and tanh for CPUs, measured up to 1.9, 3.2 and 3.6.
         self.arithmetic = Arithmetic(exp=3.0, log1p=4.0, tanh=5.0)
 
@@ -45,7 +51,7 @@ class JaxAdapter:
         """Return loss and gradient of a case."""
         import jax
 
-        arrays, options = _operands(case)
+        arrays, options = operands_of(case)
         with jax.enable_x64(case.dtype == "float64"):
             operands = {name: jax.numpy.asarray(value) for name, value in arrays.items()}
             upstream = operands.pop("upstream")
@@ -65,25 +71,30 @@ class TorchAdapter:
     Args:
         loss: the function; `lsce_torch.label_smoothed_cross_entropy` by default.
         compiled: whether to compile it, as one graph.
+        implementation: which one to choose; None leaves that to the function.
     """
 
-    def __init__(self, loss: Callable[..., Any] | None = None, compiled: bool = False) -> None:
+    def __init__(
+        self, loss: Callable[..., Any] | None = None, compiled: bool = False, implementation: str | None = None
+    ) -> None:
         """Load torch."""
         import torch
 
         import lsce_torch
 
         self.loss = loss or lsce_torch.label_smoothed_cross_entropy
+        if implementation is not None:
+            self.loss = partial(self.loss, implementation=implementation)
         if compiled:
             self.loss = torch.compile(self.loss, fullgraph=True)
-        self.name = "torch compiled" if compiled else "torch"
-        # SLEEF and libm, measured up to 1.2.
-        self.arithmetic = Arithmetic(exp=2.0, log1p=2.0, tanh=2.0)
+        self.name = _name("torch", implementation, "compiled" if compiled else "")
+        # SLEEF and libm, measured up to 1.2; exp within softmax up to 2.6.
+        self.arithmetic = Arithmetic(exp=3.0, log1p=2.0, tanh=2.0)
 
     def __call__(self, case: Case) -> Result:
         """Return loss and gradient of a case."""
-        arrays, options = _operands(case)
-        operands = {name: _to_torch(value) for name, value in arrays.items()}
+        arrays, options = operands_of(case)
+        operands = {name: to_torch(value) for name, value in arrays.items()}
         upstream = operands.pop("upstream")
         logits = operands.pop("logits").requires_grad_()
         loss = self.loss(logits, **operands, **options)
@@ -93,7 +104,11 @@ class TorchAdapter:
         return _result(case, kept.double().numpy(), gradient.double().numpy(), *names)
 
 
-def _operands(case: Case) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+def _name(*parts: str | None) -> str:
+    return " ".join(part for part in parts if part)
+
+
+def operands_of(case: Case) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     """Split a case into arrays and plain options, arrays that are no logits in the compute dtype."""
     compute = compute_dtype(case.dtype)
     soft = case.labels.dtype.kind == "f"
@@ -115,7 +130,8 @@ def _operands(case: Case) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     return {name: value for name, value in arrays.items() if value is not None}, options
 
 
-def _to_torch(array: NDArray[Any]) -> Any:
+def to_torch(array: NDArray[Any]) -> Any:
+    """Return an array as a tensor of the same bits."""
     import torch
 
     if array.dtype.name == "bfloat16":

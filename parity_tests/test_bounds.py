@@ -50,6 +50,22 @@ def test_elementary_functions(framework: str, function: str, dtype: str) -> None
     assert worst <= limit
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_exponentials_that_softmax_leaves(dtype: str) -> None:
+    """The fused loss of torch takes exp from softmax, whose results share a factor that is divided out again."""
+    generator = np.random.default_rng(0)
+    limit, worst = ARITHMETIC["torch"].exp, 0.0
+    for length in (2, 3, 17, 1000, 5003):
+        gaps = np.concatenate([[0.0], generator.uniform(0, 60, length - 1)]).astype(dtype)
+        p = torch.softmax(torch.from_numpy(-gaps), dim=-1)
+        with mpmath.workdps(40):
+            exact = [mpmath.exp(-mpmath.mpf(float(gap))) for gap in gaps]
+            errors = [abs(e - mpmath.mpf(float(q))) / e for e, q in zip(exact, p / p[0], strict=True)]
+            worst = max(worst, float(max(errors)) / FORMATS[dtype].roundoff)
+    print(f"torch {dtype} exp within softmax: {worst:.2f} u of {limit} u")
+    assert worst <= limit
+
+
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 @pytest.mark.parametrize("length", [2, 9, 33, 127, 128, 129, 1009, 4096, 32768])
 def test_depth_of_sums(framework: str, length: int) -> None:

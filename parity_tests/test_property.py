@@ -1,9 +1,12 @@
 """Whatever hypothesis makes up, both frameworks are within their bounds of the oracle and of each other."""
 
+from itertools import combinations
+
 import numpy as np
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
+from lsce_spec import IMPLEMENTATIONS
 from parity_tests.adapters import JaxAdapter, TorchAdapter
 from parity_tests.cases import Case, soft_labels
 from parity_tests.comparison import against_each_other, against_oracle
@@ -11,7 +14,11 @@ from parity_tests.oracle import solve
 from parity_tests.precision import DTYPES, FloatArray, compute_dtype, round_to
 
 # Eager, and few shapes: each new shape costs JAX a compilation of every operation.
-JAX, TORCH = JaxAdapter(jit=False), TorchAdapter()
+ADAPTERS = [
+    adapter(implementation=implementation, **eager)
+    for adapter, eager in ((JaxAdapter, {"jit": False}), (TorchAdapter, {}))
+    for implementation in IMPLEMENTATIONS
+]
 SHAPES = [(1, 1), (3, 2), (4, 7), (2, 3, 5)]
 
 
@@ -39,12 +46,12 @@ def cases(draw: st.DrawFn) -> Case:
     compute = compute_dtype(dtype)
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     options: dict[str, object] = {
-        "convention": draw(st.sampled_from(["uniform", "non_target", "clamp"])),
+        "convention": draw(st.sampled_from(["uniform", "non_target", "clamp", "max_sup"])),
         "reduction": draw(st.sampled_from(["none", "sum", "mean"])),
         "z_loss": draw(st.sampled_from([0.0, 1e-4, 0.1])),
         "softcap": draw(st.sampled_from([None, None, 0.5, 30.0])),
-        "subtract_entropy": draw(st.booleans()),
     }
+    options["subtract_entropy"] = options["convention"] != "max_sup" and draw(st.booleans())
     fields: dict[str, object] = {"where": None, "class_weight": None, "class_mask": None, "prior": None}
     if draw(st.booleans()):
         fields["class_weight"] = round_to(generator.uniform(0, 3, num_classes), compute)
@@ -79,9 +86,10 @@ def cases(draw: st.DrawFn) -> Case:
 )
 def test_any_case(case: Case) -> None:
     truth = solve(case)
-    results = (JAX(case), TORCH(case))
-    for adapter, result in zip((JAX, TORCH), results, strict=True):
+    results = [adapter(case) for adapter in ADAPTERS]
+    for adapter, result in zip(ADAPTERS, results, strict=True):
         comparison = against_oracle(case, truth, result, adapter.arithmetic)
         assert comparison.agrees, (adapter.name, comparison)
-    comparison = against_each_other(case, truth, results, (JAX.arithmetic, TORCH.arithmetic))
-    assert comparison.agrees, comparison
+    for (one, first), (other, second) in combinations(zip(ADAPTERS, results, strict=True), 2):
+        comparison = against_each_other(case, truth, (first, second), (one.arithmetic, other.arithmetic))
+        assert comparison.agrees, (one.name, other.name, comparison)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import lsce_jax
+import lsce_spec
 import lsce_torch
 
 LOGITS, LABELS = np.random.default_rng(3).normal(size=(4, 5)).astype(np.float32), np.array([0, 1, 2, 0])
@@ -70,13 +71,57 @@ def test_rows_that_do_not_count_have_no_slope_by_the_smoothing(evaluate: Callabl
 
 @each_framework
 def test_weights_that_sum_to_zero(evaluate: Callable[..., Any]) -> None:
-    """Divided by 0 nothing counts, not even a bad label."""
-    labels, weights = np.array([0, 7, 1, 2]), np.zeros(5, np.float32)
-    loss, gradient = evaluate(
-        LOGITS, lambda f, array, z: f(z, array(labels), class_weight=array(weights), reduction="mean")
+    """Divided by 0 nothing counts. But a bad label has no weight that could be 0: it stays loud."""
+    weights = np.array([0, 0, 0, 1, 1], np.float32)
+    for labels, expected in (([0, 2, 1, 2], 0), ([0, 7, 1, 2], np.nan)):
+        loss, gradient = evaluate(
+            LOGITS,
+            lambda f, array, z, y=labels: f(z, array(np.array(y)), class_weight=array(weights), reduction="mean"),
+        )
+        assert np.array_equal(loss, expected, equal_nan=True)
+        assert np.array_equal(gradient[1], np.full(5, expected), equal_nan=True)
+        assert np.isfinite(np.asarray(gradient)[[0, 2, 3]]).all()
+
+
+@pytest.mark.parametrize("implementation", lsce_spec.IMPLEMENTATIONS)
+@pytest.mark.parametrize("convention", lsce_spec.CONVENTIONS)
+@each_framework
+def test_bad_labels_have_no_slope_by_the_smoothing(
+    evaluate: Callable[..., Any], convention: str, implementation: str
+) -> None:
+    labels = np.array([0, 7, 2, 1])
+    options = {"convention": convention, "implementation": implementation, "reduction": "none"}
+    _, slopes = evaluate(
+        np.full(4, 0.3, np.float32), lambda f, array, e: f(array(LOGITS), array(labels), smoothing=e, **options)[1:]
     )
-    assert loss == 0
-    assert np.all(gradient == 0)
+    assert slopes[1] == 0
+    assert np.all(slopes[2:] != 0)
+
+
+@pytest.mark.parametrize("implementation", lsce_spec.IMPLEMENTATIONS)
+def test_nll_is_infinite_where_the_label_is_impossible(implementation: str) -> None:
+    """Also where the label is no target, and 0 * inf counts as 0 in the loss."""
+    logits, weights = np.array([[-np.inf, 0, 1]], np.float32), np.array([0, 1, 1], np.float32)
+    options = {"implementation": implementation, "reduction": "sum"}
+    _, stats = lsce_jax.label_smoothed_cross_entropy_with_stats(
+        logits, np.array([0]), class_weight=jnp.asarray(weights), **options
+    )
+    assert np.isposinf(stats.nll).all()
+    _, stats = lsce_torch.label_smoothed_cross_entropy_with_stats(
+        torch.from_numpy(logits), torch.tensor([0]), class_weight=torch.from_numpy(weights), **options
+    )
+    assert stats.nll.isposinf().all()
+
+
+@pytest.mark.parametrize("implementation", lsce_spec.IMPLEMENTATIONS)
+def test_rows_of_nan_are_not_correct(implementation: str) -> None:
+    logits, labels = np.array([[1, np.nan, 0], [0, 1, 0]], np.float32), np.array([1, 1])
+    _, stats = lsce_jax.label_smoothed_cross_entropy_with_stats(logits, labels, implementation=implementation)
+    assert stats.correct.tolist() == [False, True]
+    _, stats = lsce_torch.label_smoothed_cross_entropy_with_stats(
+        torch.from_numpy(logits), torch.from_numpy(labels), implementation=implementation
+    )
+    assert stats.correct.tolist() == [False, True]
 
 
 def test_numpy_scalars_do_not_widen_the_result() -> None:

@@ -55,6 +55,7 @@ CALLS: dict[str, list[dict[str, Any]]] = {
     "implementation": [call(implementation="cuda")],
     "bad_labels": [call(bad_labels="ignore")],
     "flag": [call(subtract_entropy=1)],
+    "entropy_at_max": [call(subtract_entropy=True, convention="max_sup")],
     "non_negative_number": [call(z_loss=-1e-4), call(z_loss=float("inf")), call(z_loss=None), call(z_loss=True)],
     "softcap": [call(softcap=0), call(softcap=-30.0), call(softcap=float("nan")), call(softcap="30")],
     "ignore_index_type": [
@@ -102,6 +103,12 @@ ELSEWHERE = {
     "class_num_shape",
     "class_num",
     "bad_labels_compiled",
+    # torch only, in test_torch_fused.py
+    "inplace_reference",
+    "inplace_logits",
+    "inplace_needs_reference",
+    "inplace_transformed",
+    "overwritten",
 }
 
 

@@ -22,10 +22,10 @@ def parameters(function: Callable[..., Any]) -> Parameters:
     return [(p.name, p.kind, p.default) for p in inspect.signature(target).parameters.values()]
 
 
-def difference(first: Any, second: Any) -> list[str]:
+def difference(first: Any, second: Any, only_in_second: tuple[str, ...] = ()) -> list[str]:
     """Return what differs between the parameters of two functions, as text."""
     found = []
-    ours, theirs = parameters(first), parameters(second)
+    ours, theirs = parameters(first), [p for p in parameters(second) if p[0] not in only_in_second]
     if [name for name, _, _ in ours] != [name for name, _, _ in theirs]:
         found.append(f"names: {[n for n, _, _ in ours]} and {[n for n, _, _ in theirs]}")
     defaults = {name: (kind, default) for name, kind, default in theirs}
@@ -50,10 +50,12 @@ def test_public_names() -> None:
 
 
 def test_files() -> None:
-    files = [
-        sorted(path.name for path in (ROOT / name).iterdir() if path.suffix) for name in ("lsce_jax", "lsce_torch")
-    ]
-    assert files[0] == files[1]
+    ours, theirs = (
+        {path.name for path in (ROOT / name).iterdir() if path.suffix} for name in ("lsce_jax", "lsce_torch")
+    )
+    # XLA manages the memory that torch's fused implementation has two files for.
+    assert theirs - ours == {"sweeps.py", "overwrite.py"}
+    assert not ours - theirs
 
 
 @pytest.mark.parametrize("file", ["functional.py", "reference.py", "inputs.py", "modules.py"])
@@ -65,16 +67,20 @@ def test_definitions_in_the_same_order(file: str) -> None:
     listed = {
         # JAX: arrays in NNX, ranks, array-likes, 32-bit labels, sharding, tracing.
         "LossConstant", "_constant", "_value", "_as_last_axis", "_as_array", "_within_int32", "at_labels", "_is_traced",
+        "is_sharded",
         # torch: scalars, types, values that are not at hand.
-        "_as_tensor", "_check_tensor", "dtype_name",
+        "as_tensor", "_as_tensor", "_check_tensor", "dtype_name",
     }  # fmt: skip
     first, second = ([name for name in names(package) if name not in listed] for package in ("lsce_jax", "lsce_torch"))
     assert first == second
 
 
 def test_arguments() -> None:
-    name = "label_smoothed_cross_entropy"
-    assert difference(getattr(lsce_jax, name), getattr(lsce_torch, name)) == ["reduction: 'none' and 'mean'"]
+    for name in ("label_smoothed_cross_entropy", "label_smoothed_cross_entropy_with_stats"):
+        # In JAX the caller donates the logits to jit.
+        found = difference(getattr(lsce_jax, name), getattr(lsce_torch, name), only_in_second=("inplace_backward",))
+        assert found == ["reduction: 'none' and 'mean'"]
+        assert parameters(getattr(lsce_torch, name))[-1][0] == "inplace_backward"
     for name in ("CELossWithLabelSmoothing",):
         assert difference(getattr(lsce_jax, name), getattr(lsce_torch, name)) == []
     assert lsce_jax.smoothing_weights is lsce_torch.smoothing_weights
@@ -84,7 +90,7 @@ def test_arguments() -> None:
 def test_module_arguments() -> None:
     """The torch module has nn.CrossEntropyLoss's names; every other option has the name and default of the JAX one."""
     renamed = {"smoothing": "label_smoothing", "class_weight": "weight"}
-    only_in_torch = {"size_average", "reduce"}
+    only_in_torch = {"size_average", "reduce", "inplace_backward"}
     only_in_jax = {"axis"}
     ours = {renamed.get(n, n): d for n, _, d in parameters(lsce_jax.LabelSmoothedCrossEntropyLoss)}
     theirs = {n: d for n, _, d in parameters(lsce_torch.LabelSmoothedCrossEntropyLoss)}

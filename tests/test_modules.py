@@ -18,7 +18,7 @@ OPTIONS: dict[str, Any] = {
     "softcap": 7.5,
     "subtract_entropy": True,
     "bad_labels": "raise",
-    "implementation": "reference",
+    "implementation": "fused",
 }
 LOGITS, LABELS = np.zeros((2, 3), np.float32), np.array([0, 1])
 WEIGHT = np.array([1.0, 2.0, 3.0], np.float32)
@@ -62,9 +62,15 @@ def test_options_arrive(arrived: dict[str, Any], convention: str) -> None:
 
     tensors = {n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in options.items()}
     drop_in = lsce_torch.LabelSmoothedCrossEntropyLoss(
-        torch.from_numpy(WEIGHT), ignore_index=5, reduction="mean", label_smoothing=0.125, **tensors
+        torch.from_numpy(WEIGHT),
+        ignore_index=5,
+        reduction="mean",
+        label_smoothing=0.125,
+        inplace_backward=True,
+        **tensors,
     )
     arrived.clear()
+    shared["inplace_backward"] = True
     drop_in(torch.from_numpy(LOGITS), torch.from_numpy(LABELS))
     check(arrived, {**shared, "axis": 1, "smoothing": 0.125, "where": None, "denominator": None})
     drop_in(torch.from_numpy(LOGITS[0]), torch.tensor(0), **per_call)

@@ -1,0 +1,51 @@
+"""What a loss knows about each row besides the loss, for metrics and logs."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from lsce_jax.inputs import Batch
+from lsce_spec import LossOptions
+
+
+class LossStats(NamedTuple):
+    """Values of each row, which no gradient flows through. 0 and False for rows that do not count.
+
+    Args:
+        nll: cross-entropy with the labels as they are: not smoothed, not weighted. Its exponential is the perplexity.
+        smoothed: the loss that was trained on, but for the z-loss.
+        z: the z-loss, z_loss * lse^2; with `smoothed` it adds up to the loss.
+        lse: log of the sum of the exponentials of the (softcapped) logits.
+        correct: whether the label is the (first) largest logit; for soft labels, their own (first) largest.
+        valid: whether the row counts: False where `where`, `ignore_index` or a denominator of 0 takes it out.
+    """
+
+    nll: Float[Array, "*batch"]
+    smoothed: Float[Array, "*batch"]
+    z: Float[Array, "*batch"]
+    lse: Float[Array, "*batch"]
+    correct: Bool[Array, "*batch"]
+    valid: Bool[Array, "*batch"]
+
+
+def make_stats(
+    batch: Batch,
+    options: LossOptions,
+    *,
+    nll: Float[Array, "*batch"],
+    smoothed: Float[Array, "*batch"],
+    lse: Float[Array, "*batch"],
+    correct: Bool[Array, "*batch"],
+) -> LossStats:
+    """Return the statistics, cleared where rows do not count and cut off from the gradient."""
+    # Neither a bad label nor a row of NaN is correct.
+    if batch.bad is not None:
+        nll = jnp.where(batch.bad, jnp.nan, nll)
+    correct = correct & ~jnp.isnan(nll)
+    valid = jnp.ones_like(correct) if batch.counted is None else batch.counted
+    nll, smoothed, z, lse = (
+        jax.lax.stop_gradient(jnp.where(valid, value, 0)) for value in (nll, smoothed, options.z_loss * lse**2, lse)
+    )
+    return LossStats(nll, smoothed, z, lse, correct & valid, valid)

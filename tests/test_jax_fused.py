@@ -1,0 +1,324 @@
+"""The fused implementation of JAX: derivatives, transforms, blocks of rows, and what is kept and compiled.
+
+Its values are held against the truth in the parity tests; here against the reference, or in exact equality.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from lsce_jax import fused, label_smoothed_cross_entropy, label_smoothed_cross_entropy_with_stats
+from lsce_spec import Convention
+
+LOGITS = np.random.default_rng(0).normal(size=(6, 5))
+LABELS = np.array([0, 4, 2, 2, 1, 3])
+SOFT = np.random.default_rng(1).dirichlet(np.ones(5), size=6)
+WEIGHT = np.linspace(0.5, 2, 5)
+MASK = np.arange(5) != 1
+PRIOR = np.array([0.1, 0.2, 0.3, 0.2, 0.2])
+EPSILON = 2.0**-52
+
+fused_loss = partial(label_smoothed_cross_entropy, implementation="fused")
+reference_loss = partial(label_smoothed_cross_entropy, implementation="reference")
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "unsmoothed": {"smoothing": 0.0},
+    "capped": {"convention": "non_target", "z_loss": 0.01, "softcap": 3.0},
+    "where": {"convention": "clamp", "where": np.arange(6) != 3},
+    "weighted": {"class_weight": WEIGHT, "class_mask": MASK, "ignore_index": 1, "reduction": "sum"},
+    "weighted_non_target": {"class_weight": WEIGHT, "convention": "non_target", "smoothing": 1.0, "reduction": "mean"},
+    "zero_weight": {"class_weight": np.array([0.0, 1, 0, 2, 1])},
+    "prior": {"prior": PRIOR, "subtract_entropy": True},
+    "prior_weighted": {"prior": PRIOR, "class_weight": WEIGHT, "smoothing": np.linspace(0.01, 0.99, 6)},
+    "entropy": {"subtract_entropy": True, "class_mask": MASK, "ignore_index": 1},
+    "per_row": {
+        "smoothing": np.linspace(0, 1, 6),
+        "convention": "non_target",
+        "softcap": 2.0,
+        "class_mask": MASK,
+        "ignore_index": 1,
+    },
+    "max_sup": {"convention": "max_sup", "class_weight": WEIGHT, "softcap": 3.0, "z_loss": 0.1},
+    "not_summing_to_one": {"convention": Convention("leaky", on=lambda e, k: 1 - e, off=lambda e, k: e / k)},
+}
+SOFT_OPTIONS: dict[str, dict[str, Any]] = {
+    "soft": {},
+    "soft_weighted": {"class_weight": WEIGHT, "class_mask": MASK, "where": np.arange(6) != 3},
+    "soft_clamp": {"convention": "clamp", "subtract_entropy": True, "z_loss": 0.01, "softcap": 2.0},
+    "soft_max_sup": {"convention": "max_sup"},
+}
+CALLS = {name: (LABELS, options) for name, options in OPTIONS.items()}
+CALLS |= {name: (SOFT, options) for name, options in SOFT_OPTIONS.items()}
+each_call = pytest.mark.parametrize(("labels", "options"), CALLS.values(), ids=CALLS.keys())
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four rows of five classes in each block, so that the last block overlaps the one before it."""
+    monkeypatch.setattr(fused, "_BLOCK_SIZE", 20)
+
+
+@pytest.fixture(autouse=True)
+def double_precision() -> Any:
+    with jax.enable_x64(True):
+        yield
+
+
+def outcome(loss: Callable[..., Any], logits: Any, labels: Any, **options: Any) -> tuple[Any, Any]:
+    """Return losses and the gradient of a sum in which each has another factor."""
+
+    def total(logits: Any) -> Any:
+        losses = loss(logits, labels, **options)
+        factors = jnp.linspace(1, 2, losses.size, dtype=losses.dtype).reshape(losses.shape)
+        return (losses * factors).sum(), losses
+
+    (_, losses), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(jnp.asarray(logits))
+    return np.asarray(losses), np.asarray(gradient)
+
+
+def assert_close(ours: tuple, theirs: tuple, epsilon: float = EPSILON) -> None:
+    """Equal but for a few roundings of sums of at most some dozen terms of the size of the largest."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.shape == other.shape
+        assert one.dtype == other.dtype
+        scale = 1 + np.max(np.abs(other), where=np.isfinite(other), initial=0)
+        with np.errstate(invalid="ignore"):
+            close = np.abs(one - other) <= 32 * epsilon * scale
+        assert np.all(close | (one == other) | (np.isnan(one) & np.isnan(other)))
+
+
+@each_call
+def test_equals_the_reference(labels: Any, options: dict[str, Any], small_blocks: None) -> None:
+    assert_close(outcome(fused_loss, LOGITS, labels, **options), outcome(reference_loss, LOGITS, labels, **options))
+    if labels is LABELS:
+        wrong = np.where(np.arange(6) == 5, 7, labels)
+        assert_close(outcome(fused_loss, LOGITS, wrong, **options), outcome(reference_loss, LOGITS, wrong, **options))
+
+
+@each_call
+def test_non_finite_logits(labels: Any, options: dict[str, Any], small_blocks: None) -> None:
+    for value in (np.nan, np.inf, -np.inf):
+        logits = LOGITS.copy()
+        logits[3, 4] = logits[1, 1] = logits[0, 0] = value  # row 3 may be ignored, class 1 masked, class 0 is a label
+        assert_close(outcome(fused_loss, logits, labels, **options), outcome(reference_loss, logits, labels, **options))
+
+
+@each_call
+def test_derivatives_against_finite_differences(labels: Any, options: dict[str, Any], small_blocks: None) -> None:
+    """Forward and reverse mode, to second order. The tolerance is that of the differences, not of the loss."""
+
+    @jax.jit
+    def loss(logits: Any) -> Any:
+        return fused_loss(logits, labels, **options)
+
+    check_grads(loss, (jnp.asarray(LOGITS),), order=2, modes=("fwd", "rev"), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["smoothing", "class_weight", "prior"])
+def test_other_operands_are_differentiated(name: str) -> None:
+    values = {"smoothing": np.linspace(0.1, 0.9, 6), "class_weight": WEIGHT, "prior": PRIOR}
+    # Of a bad label the reference makes NaN of every class weight.
+    labels = np.array([0, 4, 2, 2, 1, 3 if name == "class_weight" else 9])
+
+    def total(operand: Any, logits: Any, loss: Callable[..., Any]) -> Any:
+        options = {**values, name: operand}
+        return loss(logits, labels, subtract_entropy=True, **options)[:5].sum()
+
+    for derivative in (jax.grad, jax.jacfwd, lambda f: jax.grad(lambda x, *rest: jax.grad(f)(x, *rest).sum())):
+        results = [
+            np.asarray(derivative(partial(total, loss=loss))(jnp.asarray(values[name]), jnp.asarray(LOGITS)))
+            for loss in (fused_loss, reference_loss)
+        ]
+        assert_close((results[0],), (results[1],), 8 * EPSILON)
+
+
+def test_bad_label_leaves_the_derivative_by_smoothing_alone() -> None:
+    labels = np.array([0, 5, 2, 2, 1, 3])
+    for loss in (fused_loss, reference_loss):
+        gradient = jax.grad(lambda e, loss=loss: loss(LOGITS, labels, smoothing=e).sum())(jnp.full(6, 0.1))
+        assert gradient[1] == 0
+        assert gradient[0] != 0
+
+
+def test_hessian() -> None:
+    p = np.asarray(jax.nn.softmax(LOGITS[0]))
+    exact = np.diag(p) - np.outer(p, p)
+    logits = jnp.asarray(LOGITS[0])
+    for hessian in (jax.hessian, lambda f: jax.jacrev(jax.jacrev(f)), lambda f: jax.jacfwd(jax.jacfwd(f))):
+        assert np.all(np.abs(hessian(lambda z: fused_loss(z, 2))(logits) - exact) < 1e-15)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIONS if not {"smoothing", "where"} & OPTIONS[name].keys()])
+def test_vmap_is_the_batch(name: str, small_blocks: None) -> None:
+    """Bit for bit: the rule makes the new dimension one of rows."""
+    options = {**OPTIONS[name], "reduction": "none"}
+
+    def loss(logits: Any, labels: Any) -> Any:
+        return fused_loss(logits, labels, **options)
+
+    logits, labels = jnp.asarray(LOGITS), jnp.asarray(LABELS)
+    batched = jax.jit(loss)(logits, labels)
+    assert np.array_equal(jax.jit(jax.vmap(loss))(logits, labels), batched)
+    assert np.array_equal(jax.jit(jax.vmap(loss, in_axes=(1, 0)))(logits.T, labels), batched)
+    per_row = jax.jit(jax.vmap(jax.grad(loss)))(logits, labels)
+    assert_close((np.asarray(per_row),), (np.asarray(jax.jit(jax.grad(lambda *a: loss(*a).sum()))(logits, labels)),))
+    for in_axes, operands in (((0, None), (logits, labels[0])), ((None, 0), (logits[0], labels))):
+        expanded = (jnp.broadcast_to(operands[0], (6, 5)), jnp.broadcast_to(operands[1], (6,)))
+        # Not bit for bit: with one label for all rows XLA fuses what is left of the formula in another way.
+        results = (jax.jit(jax.vmap(loss, in_axes))(*operands), jax.jit(loss)(*expanded))
+        assert_close((np.asarray(results[0]),), (np.asarray(results[1]),))
+
+
+def test_vmap_of_statistics() -> None:
+    batched = label_smoothed_cross_entropy_with_stats(LOGITS, LABELS, z_loss=0.1)
+    losses, stats = jax.vmap(partial(label_smoothed_cross_entropy_with_stats, z_loss=0.1))(LOGITS, LABELS)
+    assert np.array_equal(losses, batched[0])
+    assert all(np.array_equal(one, other) for one, other in zip(stats, batched[1], strict=True))
+
+
+def test_vmap_over_class_vectors() -> None:
+    masks = np.stack([MASK, np.arange(5) != 2])
+    losses = jax.vmap(lambda mask: fused_loss(LOGITS, LABELS, class_mask=mask))(masks)
+    expected = jnp.stack([fused_loss(LOGITS, LABELS, class_mask=mask) for mask in masks])
+    assert_close((np.asarray(losses),), (np.asarray(expected),))
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 4, 5, 8, 9])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_blocks_do_not_matter(num_rows: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are no multiple of the block, rows larger than a block, more than one dimension of them."""
+    generator = np.random.default_rng(num_rows)
+    logits = jnp.asarray(generator.normal(size=(2, num_rows, 5))).astype(dtype)
+    labels = generator.integers(5, size=(2, num_rows))
+    where = generator.random((2, num_rows)) < 0.7
+    whole = outcome(fused_loss, logits, labels, where=where, class_mask=MASK)
+    for block_size in (1, 20, 35):
+        with monkeypatch.context() as patch:
+            patch.setattr(fused, "_BLOCK_SIZE", block_size)
+            divided = outcome(fused_loss, logits, labels, where=where, class_mask=MASK)
+        assert_close(divided, whole, 2.0**-52 if dtype == "float64" else 2.0**-23)
+
+
+def test_small_losses_are_relatively_accurate() -> None:
+    """exp(-d) itself, far below the roundoff of 1; where the label is the largest logit, and where it is not."""
+    logits = np.array([[0.0, 0.0], [1.0, 0.0], [20.0, 0.0], [60.0, 0.0], [80.0, 0.0]], np.float32)
+    expected = np.log1p(np.exp(-logits[:, 0].astype(float)))
+    for label, smoothing in ((0, 0.0), (1, 1.0)):
+        labels = np.full(5, label)
+        losses = np.asarray(fused_loss(logits, labels, smoothing=smoothing, convention="non_target"))
+        assert losses.dtype == np.float32
+        assert np.all(np.abs(losses - expected) <= 16 * 2.0**-24 * expected)
+
+
+@each_call
+def test_only_logits_and_labels_are_kept(labels: Any, options: dict[str, Any]) -> None:
+    """Of arrays as large as the logits the backward pass has no others."""
+    logits = jnp.asarray(LOGITS)
+    _, pullback = jax.vjp(lambda z: fused_loss(z, labels, **options), logits)
+    kept = [np.asarray(leaf) for leaf in jax.tree.leaves(pullback) if np.size(leaf) >= logits.size]
+    known = [LOGITS, np.asarray(labels)]
+    assert kept
+    for array in kept:
+        assert any(array.shape == one.shape and np.array_equal(array, one) for one in known)
+
+
+def test_the_reference_keeps_more() -> None:
+    """So that the test above is known to be able to fail."""
+    _, pullback = jax.vjp(lambda z: reference_loss(z, LABELS), jnp.asarray(LOGITS))
+    assert sum(np.size(leaf) >= LOGITS.size for leaf in jax.tree.leaves(pullback)) > 2
+
+
+def test_temporary_memory_is_that_of_a_block() -> None:
+    """On the CPU, where XLA writes out what it does not fuse: a few arrays of a block, of any number of rows."""
+    labels = jax.ShapeDtypeStruct((4096,), jnp.int32)
+    logits = jax.ShapeDtypeStruct((4096, 1024), jnp.float32)
+
+    def temporary(loss: Callable[..., Any]) -> int:
+        step = jax.jit(jax.value_and_grad(partial(loss, reduction="mean")))
+        return step.lower(logits, labels).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(fused_loss) < 4.5 * 4 * fused._BLOCK_SIZE
+    assert temporary(reference_loss) > 4 * 4096 * 1024
+
+
+def test_what_accelerators_are_given() -> None:
+    """No gather, for which the TPU compiler would write out the logits in float32, and no loop over blocks."""
+    logits, labels = jax.ShapeDtypeStruct((4096, 1024), jnp.bfloat16), jax.ShapeDtypeStruct((4096,), jnp.int32)
+    step = jax.jit(jax.value_and_grad(partial(fused_loss, reduction="mean"))).trace(logits, labels)
+    for platform in ("tpu", "cuda"):
+        text = step.lower(lowering_platforms=(platform,)).as_text()
+        assert "gather" not in text
+        assert "while" not in text
+    text = step.lower(lowering_platforms=("cpu",)).as_text()
+    assert "gather" in text
+    assert "while" in text
+
+
+def test_smoothing_is_no_reason_to_trace_again() -> None:
+    traces = []
+
+    @jax.jit
+    def step(logits: Any, smoothing: Any) -> Any:
+        traces.append(None)
+        return fused_loss(logits, LABELS, smoothing=smoothing, reduction="mean")
+
+    for smoothing in (0.0, 0.1, jnp.asarray(0.2), 1.0):
+        step(LOGITS, smoothing)
+    assert len(traces) <= 2  # a Python number and an array are two types of argument
+
+    # Nor outside jit.
+    fused_loss(LOGITS, LABELS, smoothing=0.1)
+    before = fused._peaks_and_sums._cache_size()
+    for smoothing in (0.2, 0.3):
+        jax.grad(lambda z, e=smoothing: fused_loss(z, LABELS, smoothing=e).sum())(jnp.asarray(LOGITS))
+        fused_loss(LOGITS, LABELS, smoothing=smoothing)
+    assert fused._peaks_and_sums._cache_size() <= before + 1  # the gradient's own
+
+
+def test_within_other_transforms() -> None:
+    """Scan and remat give what a plain call gives."""
+    logits, labels = jnp.asarray(LOGITS).reshape(3, 2, 5), jnp.asarray(LABELS).reshape(3, 2)
+    expected = fused_loss(logits, labels)
+
+    def body(carry: Any, row: tuple[Any, Any]) -> tuple[Any, Any]:
+        return carry, fused_loss(*row)
+
+    assert_close((np.asarray(jax.lax.scan(body, None, (logits, labels))[1]),), (np.asarray(expected),))
+    gradients = [
+        np.asarray(jax.grad(lambda z, f=f: f(z, labels).sum())(logits))
+        for f in (fused_loss, jax.checkpoint(fused_loss))
+    ]
+    assert_close((gradients[0],), (gradients[1],))
+
+
+def test_temporary_memory_of_other_dtypes_and_options() -> None:
+    """Nothing in float32 as large as the logits, which XLA for CPUs would make of bfloat16 ones."""
+    labels, vector = jax.ShapeDtypeStruct((4096,), jnp.int32), np.ones(1024, np.float32)
+    for dtype, options in (
+        (jnp.bfloat16, {}),
+        (jnp.float16, {}),
+        (jnp.float32, {"class_weight": vector}),
+        (jnp.float32, {"class_mask": vector > 0}),
+        (jnp.float32, {"prior": vector / 1024}),
+    ):
+        logits = jax.ShapeDtypeStruct((4096, 1024), dtype)
+        step = jax.jit(jax.value_and_grad(partial(fused_loss, reduction="mean", **options)))
+        temporary = step.lower(logits, labels).compile().memory_analysis().temp_size_in_bytes
+        assert temporary < 5.5 * 4 * fused._BLOCK_SIZE, (dtype, options)
+
+
+def test_exported_with_any_number_of_rows() -> None:
+    (size,) = jax.export.symbolic_shape("size")
+    arguments = jax.ShapeDtypeStruct((size, 5), jnp.float32), jax.ShapeDtypeStruct((size,), jnp.int32)
+    for platform in ("cpu", "tpu"):
+        exported = jax.export.export(jax.jit(fused_loss), platforms=[platform])(*arguments)
+    exported = jax.export.export(jax.jit(fused_loss))(*arguments)
+    losses = exported.call(LOGITS.astype(np.float32), LABELS.astype(np.int32))
+    assert_close((np.asarray(losses),), (np.asarray(fused_loss(LOGITS.astype(np.float32), LABELS)),), 2.0**-23)
