@@ -1,0 +1,125 @@
+"""The command line of the benchmarks.
+
+    python -m benchmarks dense
+    python -m benchmarks dense --framework jax --shape 1024x32768
+    python -m benchmarks tpu
+
+A framework is imported where it is measured, so that each can be measured without the other.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from benchmarks import report
+from benchmarks.timing import Row, Schedule, Shape
+
+SHAPES = (Shape(1024, 32768), Shape(2048, 50257), Shape(8192, 1000), Shape(128, 1000))
+QUICK_SHAPE = Shape(32, 1000)
+
+# What lets the TPU compiler do without a TPU, and beside another program that uses it.
+TPU_ENVIRONMENT = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
+
+
+def _parse_shape(text: str) -> Shape:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise typer.BadParameter(f"must be like 1024x32768, got {text!r}.")
+    return Shape(int(match[1]), int(match[2]))
+
+
+JsonOption = Annotated[Path | None, typer.Option("--json", dir_okay=False, help="File for all figures.")]
+
+
+@app.command()
+def dense(
+    framework: Annotated[Literal["jax", "torch", "both"], typer.Option(help="What to measure.")] = "both",
+    shape: Annotated[
+        list[Shape] | None,
+        typer.Option(parser=_parse_shape, metavar="ROWSxCLASSES", help="Of the logits; may be repeated."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each loss has its turn.")] = 5,
+    calls: Annotated[int, typer.Option(min=1, help="Calls that count in a turn.")] = 3,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Add torch.compile, which needs a C++ compiler.")
+    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A small shape and one round, to see that it runs.")] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Time and memory of loss and gradient, and of the peers, on the CPU."""
+    console, machine = Console(), report.describe_machine()
+    report.print_machine(machine, console)
+    console.print("÷: whose median is 1. A floor only writes a fresh array, as large as a gradient.\n")
+    shapes = shape or ([QUICK_SHAPE] if quick else SHAPES)
+    schedule = Schedule(1 if quick else rounds, calls)
+    measures: dict[str, Callable[[Shape, Schedule], list[Row]]] = {}
+    if framework != "torch":
+        from benchmarks import dense_jax  # noqa: PLC0415
+
+        measures["jax"] = dense_jax.measure
+    if framework != "jax":
+        from benchmarks import dense_torch  # noqa: PLC0415
+
+        measures["torch"] = partial(dense_torch.measure, with_compiled=compiled)
+    results = []
+    for name, size in product(measures, shapes):
+        rows = measures[name](size, schedule)
+        report.print_dense(name, size, rows, console)
+        results.append({"framework": name, "shape": size, "rows": [_figures(row) for row in rows]})
+    _write(json_file, {"machine": machine, "dense": results}, console)
+
+
+def _figures(row: Row) -> dict[str, Any]:
+    return row._asdict() | {"median_ms": row.milliseconds, "least_ms": row.least_milliseconds}
+
+
+@app.command()
+def tpu(json_file: JsonOption = None) -> None:
+    """What loss and gradient would cost on TPUs that are not there, by their compiler."""
+    if importlib.util.find_spec("libtpu") is None:
+        typer.echo(f"The TPU compiler is not installed. Run: pip install {_libtpu_requirement()!r}", err=True)
+        raise typer.Exit(code=1)
+    os.environ.update(TPU_ENVIRONMENT)
+    from benchmarks import tpu as compiled  # noqa: PLC0415 - JAX must find the environment set
+
+    console, machine = Console(), report.describe_machine()
+    report.print_machine(machine, console)
+    console.print()
+    costs = compiled.measure()
+    report.print_tpu(costs, compiled.SHAPE, console)
+    _write(json_file, {"machine": machine, "tpu": [cost._asdict() for cost in costs]}, console)
+
+
+def _libtpu_requirement() -> str:
+    """Return what the installed JAX asks for."""
+    requirements = importlib.metadata.requires("jax") or []
+    return next(line.partition(";")[0].strip() for line in requirements if line.startswith("libtpu"))
+
+
+def _write(path: Path | None, figures: dict[str, Any], console: Console) -> None:
+    if path is not None:
+        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,73 @@
+"""Loss and gradient in JAX, under jit on the CPU."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+import lsce_jax
+from benchmarks.timing import Case, Row, Schedule, Shape, time_in_turns
+
+Logits, Labels, Scalar = Float[Array, "N K"], Int[Array, " N"], Float[Array, ""]
+
+
+def one_hot(logits: Logits, labels: Labels, smoothing: Scalar) -> Scalar:
+    """What Optax offers for smoothed labels."""
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
+    return optax.softmax_cross_entropy(logits, targets).mean()
+
+
+def integer_labels(logits: Logits, labels: Labels, smoothing: Scalar) -> Scalar:
+    """What Optax offers for integer labels, which are not smoothed."""
+    del smoothing
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def ours(implementation: str) -> Callable[[Logits, Labels, Scalar], Scalar]:
+    """Return the loss of this project."""
+
+    def loss(logits: Logits, labels: Labels, smoothing: Scalar) -> Scalar:
+        return lsce_jax.label_smoothed_cross_entropy(
+            logits, labels, smoothing=smoothing, reduction="mean", implementation=implementation
+        )
+
+    return loss
+
+
+# The first two are what the others are compared with.
+LOSSES = {
+    "Optax one-hot, smoothed": one_hot,
+    "Optax integer, unsmoothed": integer_labels,
+    "lsce fused": ours("fused"),
+    "lsce reference": ours("reference"),
+}
+FLOORS = {
+    "floor: write an array": lambda logits, labels, smoothing: logits + 1,
+    "floor: exp, affine, write": lambda logits, labels, smoothing: jnp.exp(logits) * 0.5 - 0.25,
+}
+
+
+def measure(shape: Shape, schedule: Schedule) -> list[Row]:
+    """Return time, and temporary memory as the compiler gives it, of each loss with its gradient and of each floor."""
+    functions = {name: jax.value_and_grad(loss) for name, loss in LOSSES.items()} | FLOORS
+    with jax.default_device(jax.devices("cpu")[0]):
+        keys = jax.random.split(jax.random.key(0))
+        logits = jax.random.normal(keys[0], shape, jnp.float32)
+        labels = jax.random.randint(keys[1], shape[:1], 0, shape.classes)
+        # The smoothing is an argument, so that no compiler can compute anything beforehand.
+        arguments = (logits, labels, jnp.float32(0.1))
+        compiled = {name: jax.jit(function).lower(*arguments).compile() for name, function in functions.items()}
+        cases = [
+            Case(
+                name,
+                run=lambda *given, function=function: jax.block_until_ready(function(*given)),
+                arguments=lambda: arguments,
+                is_floor=name in FLOORS,
+            )
+            for name, function in compiled.items()
+        ]
+        seconds = time_in_turns(cases, schedule)
+    memory = [function.memory_analysis().temp_size_in_bytes for function in compiled.values()]
+    return [Row(case.name, s, m, case.is_floor) for case, s, m in zip(cases, seconds, memory, strict=True)]

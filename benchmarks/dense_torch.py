@@ -1,0 +1,110 @@
+"""Loss and gradient in torch, eager on the CPU, and if asked through torch.compile."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+import lsce_torch
+from benchmarks.timing import Case, Row, Schedule, Shape, time_in_turns
+
+Logits, Labels = Float[Tensor, "N K"], Int[Tensor, " N"]
+LossFunction = Callable[[Logits, Labels], Any]
+
+SMOOTHED = partial(F.cross_entropy, label_smoothing=0.1)
+FUSED = partial(lsce_torch.label_smoothed_cross_entropy, smoothing=0.1, implementation="fused")
+# What a trained model's logits have more at the label: their losses are close to 0, which takes a path of its own.
+CONFIDENCE = 30.0
+
+
+def measure(shape: Shape, schedule: Schedule, with_compiled: bool) -> list[Row]:
+    """Return time and peak memory of each loss with its gradient, and of the floor."""
+    cases = make_cases(shape, with_compiled)
+    memory = []
+    for case in cases:
+        case.run(*case.arguments())  # compiles, and starts threads
+        memory.append(peak_bytes(case))
+    seconds = time_in_turns(cases, schedule)
+    return [Row(case.name, s, m, case.is_floor) for case, s, m in zip(cases, seconds, memory, strict=True)]
+
+
+def make_cases(shape: Shape, with_compiled: bool) -> list[Case]:
+    """Return what to time; the first two are what the others are compared with."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(shape.classes, shape[:1], generator=generator)
+    logits = torch.randn(shape, generator=generator).requires_grad_()
+    trained = logits.detach().clone()
+    trained[torch.arange(shape.rows), labels] += CONFIDENCE
+    trained.requires_grad_()
+
+    def loss(name: str, function: LossFunction, arguments: Callable[[], tuple[Any, ...]]) -> Case:
+        return Case(name, partial(loss_and_gradient, function), arguments)
+
+    def plain() -> tuple[Logits, Labels]:
+        return logits, labels
+
+    cases = [
+        loss("F.cross_entropy, smoothed", SMOOTHED, plain),
+        loss("F.cross_entropy, unsmoothed", F.cross_entropy, plain),
+        loss("lsce fused", FUSED, plain),
+        # Its gradient takes the memory of the logits: each call needs new ones.
+        loss(
+            "lsce fused, in place",
+            partial(FUSED, inplace_backward=True),
+            lambda: (logits.detach().clone().requires_grad_(), labels),
+        ),
+        loss("lsce fused, trained logits", FUSED, lambda: (trained, labels)),
+        loss(
+            "lsce fused, with statistics",
+            partial(lsce_torch.label_smoothed_cross_entropy_with_stats, smoothing=0.1, implementation="fused"),
+            plain,
+        ),
+        loss("lsce reference", partial(FUSED, implementation="reference"), plain),
+    ]
+    if with_compiled:
+        torch._dynamo.reset()  # else the second shape would be compiled for all shapes
+        cases += [
+            loss("F.cross_entropy, compiled", torch.compile(SMOOTHED, dynamic=False), plain),
+            loss("lsce fused, compiled", torch.compile(FUSED, dynamic=False, fullgraph=True), plain),
+        ]
+    # In pages as the system gives them; lsce fused asks for large ones, which cost less, for its gradient.
+    return [*cases, Case("floor: write a tensor", lambda z, _: torch.empty_like(z).fill_(1), plain, True)]
+
+
+def loss_and_gradient(function: LossFunction, logits: Logits, labels: Labels) -> tuple[Any, Logits]:
+    """Return what the function does, the loss first, and the gradient of the loss.
+
+    By `torch.autograd.grad`, as the layer below would get it: `backward` may copy what it puts into a leaf.
+    """
+    output = function(logits, labels)
+    loss = output[0] if isinstance(output, tuple) else output
+    return output, torch.autograd.grad(loss, logits)[0]
+
+
+def peak_bytes(case: Case) -> int:
+    """Return how much a call has allocated at most at a time, beyond its arguments.
+
+    The profiler reports every allocation and release of torch's CPU allocator in order, those within an operation and
+    within compiled code included, which a TorchDispatchMode does not see. The greatest running total is the peak.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it writes a line to stderr at each start and stop
+    arguments = case.arguments()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = case.run(*arguments)
+    del result
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    changes = [(event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
+    return max(accumulate(change for _, change in sorted(changes)), default=0)
