@@ -257,8 +257,8 @@ def _blocked(plan: _Plan, operands: _Operands) -> tuple[_Peaks, _Sums]:
         return _whole(plan, rows_of_block, gather=True)
 
     def step(i: Array, results: tuple[_Peaks, _Sums]) -> tuple[_Peaks, _Sums]:
-        # The last block may start within the one before it.
-        start = jnp.minimum(i * block_rows, num_rows - block_rows)
+        # Dynamic slices move a start back that leaves too few rows: the last block may begin within the one before it.
+        start = i * block_rows
         peaks, sums = jax.tree.map(
             lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=0),
             results,
