@@ -1,5 +1,6 @@
 """Adapters turn a framework's loss into NumPy arrays of loss and gradient. Each loads its framework when it is made."""
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -8,56 +9,110 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity_tests.bounds import Arithmetic
-from parity_tests.cases import Case
+from parity_tests.cases import Case, features
 from parity_tests.comparison import Result
 from parity_tests.precision import as_dtype, compute_dtype
 
+DEVICES = ("cpu", "cuda", "tpu")
+
+
+class Unavailable(Exception):
+    """A framework, library or device is not on this machine; the message says what to do."""
+
+
+class LossFailure(Exception):
+    """A loss gave nothing that can be compared; the message says what it did."""
+
 
 class Adapter(Protocol):
-    """A loss of some framework on some device."""
+    """A loss of some framework on some device.
+
+    Args:
+        name: what reports call it.
+        framework: "jax", "torch" or "numpy".
+        device: one of `DEVICES`.
+        arithmetic: how accurate the elementary functions are there.
+    """
 
     name: str
+    framework: str
+    device: str
     arithmetic: Arithmetic
 
-    def __call__(self, case: Case) -> Result:
-        """Return loss and gradient of a case."""
+    def unsupported(self, case: Case) -> str | None:
+        """Return what the loss cannot be asked of a case, for people; None if it can be called."""
         ...
+
+    def __call__(self, case: Case) -> Result:
+        """Return loss and gradient of a case. Whatever it raises is reported as a failure of this case."""
+        ...
+
+
+def missing_features(case: Case, supports: frozenset[str] | None) -> str | None:
+    """Return which features of a case are not in `supports`, for people; None if all are. None supports everything."""
+    missing = sorted(features(case) - supports) if supports is not None else []
+    return f"has no {', '.join(missing)}" if missing else None
 
 
 class JaxAdapter:
     """`lsce_jax` or a function of the same signature.
 
     Args:
-        loss: the function; `lsce_jax.label_smoothed_cross_entropy` by default.
+        loss: the function; `lsce_jax.label_smoothed_cross_entropy` by default. It gets those options only that a case
+            sets, and `smoothing` and `reduction` always.
         jit: whether to compile it.
         implementation: which one to choose; None leaves that to the function.
+        device: where to run it.
+        name: what reports call it.
+        supports: the features (see `parity_tests.cases.features`) that it has; None for all.
+
+    Raises:
+        Unavailable: JAX, or the device, is not there.
     """
 
+    framework = "jax"
+
     def __init__(
-        self, loss: Callable[..., Any] | None = None, jit: bool = True, implementation: str | None = None
+        self,
+        loss: Callable[..., Any] | None = None,
+        jit: bool = True,
+        implementation: str | None = None,
+        device: str = "cpu",
+        name: str | None = None,
+        supports: frozenset[str] | None = None,
     ) -> None:
         """Load JAX."""
-        import lsce_jax
+        jax = _load("jax")
+        if loss is None:
+            import lsce_jax
 
-        self.loss = loss or lsce_jax.label_smoothed_cross_entropy
-        if implementation is not None:
-            self.loss = partial(self.loss, implementation=implementation)
-        self.jit = jit
-        self.name = _name("jax", implementation, "" if jit else "eager")
+            loss = lsce_jax.label_smoothed_cross_entropy
+        self.loss = loss if implementation is None else partial(loss, implementation=implementation)
+        self.jit, self.device, self.supports = jit, device, supports
+        self.name = name or _name("jax", implementation, "" if jit else "eager")
+        try:
+            self._jax_device = jax.devices(device)[0]
+        except RuntimeError as error:
+            raise Unavailable(f"JAX finds no {device} device on this machine: {error}") from error
         # XLA's expansions of exp, log1p and tanh for CPUs, measured up to 1.9, 3.2 and 3.6.
         self.arithmetic = Arithmetic(exp=3.0, log1p=4.0, tanh=5.0)
+
+    def unsupported(self, case: Case) -> str | None:
+        """Return what the loss cannot be asked of a case."""
+        return missing_features(case, self.supports)
 
     def __call__(self, case: Case) -> Result:
         """Return loss and gradient of a case."""
         import jax
 
         arrays, options = operands_of(case)
-        with jax.enable_x64(case.dtype == "float64"):
+        with jax.enable_x64(case.dtype == "float64"), jax.default_device(self._jax_device):
             operands = {name: jax.numpy.asarray(value) for name, value in arrays.items()}
             upstream = operands.pop("upstream")
 
             def total(logits: Any, operands: dict[str, Any], upstream: Any) -> tuple[Any, Any]:
                 loss = self.loss(logits, **operands, **options)
+                _check_shape(case, loss.shape)
                 return (loss * upstream).sum(), loss
 
             step = jax.value_and_grad(total, has_aux=True)
@@ -69,43 +124,82 @@ class TorchAdapter:
     """`lsce_torch` or a function of the same signature.
 
     Args:
-        loss: the function; `lsce_torch.label_smoothed_cross_entropy` by default.
+        loss: the function; `lsce_torch.label_smoothed_cross_entropy` by default. It gets those options only that a case
+            sets, and `smoothing` and `reduction` always.
         compiled: whether to compile it, as one graph.
         implementation: which one to choose; None leaves that to the function.
+        device: where to run it.
+        name: what reports call it.
+        supports: the features (see `parity_tests.cases.features`) that it has; None for all.
+
+    Raises:
+        Unavailable: torch, or the device, is not there.
     """
 
+    framework = "torch"
+
     def __init__(
-        self, loss: Callable[..., Any] | None = None, compiled: bool = False, implementation: str | None = None
+        self,
+        loss: Callable[..., Any] | None = None,
+        compiled: bool = False,
+        implementation: str | None = None,
+        device: str = "cpu",
+        name: str | None = None,
+        supports: frozenset[str] | None = None,
     ) -> None:
         """Load torch."""
-        import torch
+        torch = _load("torch")
+        if loss is None:
+            import lsce_torch
 
-        import lsce_torch
-
-        self.loss = loss or lsce_torch.label_smoothed_cross_entropy
-        if implementation is not None:
-            self.loss = partial(self.loss, implementation=implementation)
+            loss = lsce_torch.label_smoothed_cross_entropy
+        self.loss = loss if implementation is None else partial(loss, implementation=implementation)
         if compiled:
             self.loss = torch.compile(self.loss, fullgraph=True)
-        self.name = _name("torch", implementation, "compiled" if compiled else "")
+        self.device, self.supports = device, supports
+        self.name = name or _name("torch", implementation, "compiled" if compiled else "")
+        if device == "tpu" or (device == "cuda" and not torch.cuda.is_available()):
+            raise Unavailable(f"torch finds no {device} device on this machine")
         # SLEEF and libm, measured up to 1.2; exp within softmax up to 2.6.
         self.arithmetic = Arithmetic(exp=3.0, log1p=2.0, tanh=2.0)
+
+    def unsupported(self, case: Case) -> str | None:
+        """Return what the loss cannot be asked of a case."""
+        return missing_features(case, self.supports)
 
     def __call__(self, case: Case) -> Result:
         """Return loss and gradient of a case."""
         arrays, options = operands_of(case)
-        operands = {name: to_torch(value) for name, value in arrays.items()}
+        operands = {name: to_torch(value).to(self.device) for name, value in arrays.items()}
         upstream = operands.pop("upstream")
         logits = operands.pop("logits").requires_grad_()
         loss = self.loss(logits, **operands, **options)
+        _check_shape(case, tuple(loss.shape))
+        if not loss.requires_grad:
+            raise LossFailure("the loss has no gradient: it was detached, or computed outside of autograd")
         (loss * upstream).sum().backward()
+        if logits.grad is None:
+            raise LossFailure("no gradient reaches the logits")
         gradient, kept = logits.grad, loss.detach()
         names = [str(tensor.dtype).removeprefix("torch.") for tensor in (kept, gradient)]
-        return _result(case, kept.double().numpy(), gradient.double().numpy(), *names)
+        return _result(case, kept.double().cpu().numpy(), gradient.double().cpu().numpy(), *names)
+
+
+def _load(framework: str) -> Any:
+    try:
+        return importlib.import_module(framework)
+    except ModuleNotFoundError as error:
+        raise Unavailable(f"{framework} is not installed. Run: pip install 'lsce[{framework}]'") from error
 
 
 def _name(*parts: str | None) -> str:
     return " ".join(part for part in parts if part)
+
+
+def _check_shape(case: Case, shape: tuple[int, ...]) -> None:
+    wanted = case.batch_shape if case.options.get("reduction", "none") == "none" else ()
+    if tuple(shape) != wanted:
+        raise LossFailure(f"the loss has shape {list(shape)}, expected {list(wanted)}")
 
 
 def operands_of(case: Case) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
@@ -122,7 +216,9 @@ def operands_of(case: Case) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     for name in ("class_weight", "prior"):
         values = getattr(case, name)
         arrays[name] = None if values is None else as_dtype(values, compute)
-    options = {"reduction": "none", **case.options, "axis": case.axis}
+    options = {"reduction": "none", **case.options}
+    if "axis" in features(case):
+        options["axis"] = case.axis
     if isinstance(case.smoothing, float):
         options["smoothing"] = case.smoothing
     else:

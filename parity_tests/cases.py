@@ -86,6 +86,32 @@ class Case:
         )
 
 
+def features(case: Case) -> frozenset[str]:
+    """Return what a case asks of a loss beyond integer labels, one smoothing for all, "uniform" and classes last.
+
+    The names are those of the options of `label_smoothed_cross_entropy` where there is one, and "CONVENTION convention",
+    "soft labels", "smoothing per row", "bad labels" (a row that counts has a label that is no class), "axis", "no
+    batch" (logits [K]) and "narrow labels" (an integer dtype other than int64).
+    """
+    options, rows = case.options, case.rows()
+    arrays = ("where", "class_weight", "class_mask", "prior")
+    found = {name for name in arrays if getattr(case, name) is not None}
+    found |= {name for name in ("ignore_index", "softcap", "denominator") if options.get(name) is not None}
+    found |= {name for name in ("z_loss", "subtract_entropy") if options.get(name)}
+    soft = case.labels.dtype.kind == "f"
+    outside = (rows.labels < 0) | (rows.labels >= case.num_classes)
+    special = {
+        f"{options.get('convention')} convention": options.get("convention", "uniform") != "uniform",
+        "soft labels": soft,
+        "smoothing per row": not isinstance(case.smoothing, float),
+        "bad labels": not soft and bool(np.any(rows.counted & outside)),
+        "axis": case.axis not in (-1, case.logits.ndim - 1),
+        "no batch": case.logits.ndim == 1,
+        "narrow labels": not soft and case.labels.dtype != np.int64,
+    }
+    return frozenset(found | {name for name, present in special.items() if present})
+
+
 Builder = Callable[[str, np.random.Generator], Case]
 _BUILDERS: dict[str, Builder] = {}
 

@@ -1,6 +1,6 @@
 """Holds results against the truth, and against each other, within their bounds."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -27,26 +27,63 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Errors as shares of their bounds: above 1 is wrong. inf stands for a NaN, infinity or dtype out of place.
+class Worst:
+    """The element that uses the largest share of its bound.
 
     Args:
-        loss: largest share used by an element of the loss.
+        part: "loss" or "gradient".
+        index: where in that part, whose rows are flattened and whose classes are last.
+        value: what the implementation gave.
+        expected: what it is compared with.
+        bound: the error that is allowed.
+        share: error over bound; inf for a NaN, infinity or finite number out of place.
+    """
+
+    part: str
+    index: tuple[int, ...]
+    value: float
+    expected: float
+    bound: float
+    share: float
+
+    def __str__(self) -> str:
+        """Return one line for a message."""
+        place = f"{self.part}{list(self.index) if self.index else ''}"
+        return f"{place} = {self.value!r}, expected {self.expected!r}, bound {self.bound:.3g}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Errors as shares of their bounds: above 1 is wrong. inf stands for a NaN, infinity or finite number out of place.
+
+    Args:
+        loss: largest share used by an element of the loss; inf if the shapes are wrong.
         gradient: the same for the gradient.
-        gradient_ulps: largest error of the gradient in scaled ULPs, the spacing of numbers at
+        worst: the element with the largest share; None if there is no element, or the shapes are wrong.
+        problem: what no share can say: wrong shapes or dtypes.
+        ulps: error of each entry of the gradient in scaled ULPs, the spacing of numbers at
             |factor| * max(S p_k, w_k q_k); the entry's own spacing means nothing where p and q nearly cancel.
-        worst: what the worst element was, for the message.
     """
 
     loss: float
     gradient: float
-    gradient_ulps: float
-    worst: str
+    worst: Worst | None
+    problem: str | None = None
+    ulps: FloatArray = field(default_factory=lambda: np.zeros(0), repr=False, compare=False)
 
     @property
     def agrees(self) -> bool:
-        """Whether every element is within its bound."""
-        return self.loss <= 1 and self.gradient <= 1
+        """Whether every element is within its bound, and shapes and dtypes are right."""
+        return self.problem is None and self.loss <= 1 and self.gradient <= 1
+
+    @property
+    def share(self) -> float:
+        """Largest share of a bound that was used."""
+        return max(self.loss, self.gradient)
+
+    def __str__(self) -> str:
+        """Return one line for a message."""
+        return f"{self.share:.3g} of the bound: {self.problem or self.worst or 'no elements'}"
 
 
 def against_oracle(case: Case, truth: Truth, result: Result, arithmetic: Arithmetic) -> Comparison:
@@ -69,26 +106,31 @@ def against_each_other(
 def _compare(case: Case, truth: Truth, result: Result, bound: Bound, expected: tuple[Exact, Exact]) -> Comparison:
     loss, gradient = expected
     if result.loss.shape != loss.high.shape or result.gradient.shape != gradient.high.shape:
-        shapes = f"shapes {result.loss.shape}, {result.gradient.shape}"
-        return Comparison(np.inf, np.inf, np.inf, f"{shapes} for {loss.high.shape}, {gradient.high.shape}")
+        shapes = f"loss of shape {list(result.loss.shape)}, gradient {list(result.gradient.shape)}"
+        wanted = f"expected {list(loss.high.shape)}, {list(gradient.high.shape)}"
+        return Comparison(np.inf, np.inf, None, f"{shapes}; {wanted}")
+    problem = None
     if (result.loss_dtype, result.gradient_dtype) != (compute_dtype(case.dtype), case.dtype):
-        return Comparison(np.inf, np.inf, np.inf, f"dtypes {result.loss_dtype}, {result.gradient_dtype}")
+        dtypes = f"loss in {result.loss_dtype}, gradient in {result.gradient_dtype}"
+        problem = f"{dtypes}; expected {compute_dtype(case.dtype)}, {case.dtype}"
+    gradient_error = gradient.error_of(result.gradient)
     shares = {
         "loss": _share(loss.error_of(result.loss), bound.loss),
-        "gradient": _share(gradient.error_of(result.gradient), bound.gradient),
+        "gradient": _share(gradient_error, bound.gradient),
     }
-    name = max(shares, key=lambda key: np.max(shares[key], initial=0.0))
-    worst = "no elements"
-    if shares[name].size:
-        index = np.unravel_index(np.argmax(shares[name]), shares[name].shape)
-        values = (getattr(result, name)[index], (loss if name == "loss" else gradient).high[index])
-        where = [int(i) for i in index]
-        worst = f"{name}{where} = {values[0]!r}, expected {values[1]!r}, bound {getattr(bound, name)[index]:.3g}"
+    part = max(shares, key=lambda key: np.max(shares[key], initial=0.0))
+    worst = None
+    if shares[part].size:
+        index = tuple(int(i) for i in np.unravel_index(np.argmax(shares[part]), shares[part].shape))
+        value, wanted = getattr(result, part)[index], (loss if part == "loss" else gradient).high[index]
+        allowed = float(getattr(bound, part)[index])
+        worst = Worst(part, index, float(value), float(wanted), allowed, float(shares[part][index]))
     return Comparison(
         loss=float(np.max(shares["loss"], initial=0.0)),
         gradient=float(np.max(shares["gradient"], initial=0.0)),
-        gradient_ulps=_scaled_ulps(case, truth, gradient.error_of(result.gradient)),
         worst=worst,
+        problem=problem,
+        ulps=_scaled_ulps(case, truth, gradient_error),
     )
 
 
@@ -98,10 +140,10 @@ def _share(error: FloatArray, bound: FloatArray) -> FloatArray:
     return np.where(np.isinf(error), np.inf, share)
 
 
-def _scaled_ulps(case: Case, truth: Truth, error: FloatArray) -> float:
+def _scaled_ulps(case: Case, truth: Truth, error: FloatArray) -> FloatArray:
     weight = 1.0 if case.class_weight is None else np.abs(case.class_weight)
     wq = truth.target * weight
     mass = np.sum(wq, axis=-1, keepdims=True)
     scale = np.abs(truth.factor)[:, None] * np.maximum(mass * truth.probabilities, wq)
     with np.errstate(over="ignore"):
-        return float(np.max(error / ulp(scale, case.dtype), initial=0.0))
+        return error / ulp(scale, case.dtype)

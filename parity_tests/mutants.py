@@ -48,6 +48,15 @@ FAULTS = {
     "entropy_slightly_off": "the entropy is 1e-4 of itself too large",
     "max_sup_at_label": "the smoothing is taken from the label, not from the largest logit",
     "max_sup_first": "the smoothing is taken from the first of several largest logits alone",
+    "label_without_share": "1-e at the label and e/K elsewhere: the label misses its share of the smoothing",
+    "label_kept_whole": "1 at the label and e/K elsewhere: nothing is taken from the label",
+    "pad_class_left_out": "no smoothing goes to class 0, the padding: e/(K-2) elsewhere",
+    "local_mean": "the smoothing goes to the first half of the classes alone, as with the mean of a shard's logits",
+    "bfloat16_logits": "the logits are rounded to bfloat16",
+    "bfloat16_gradient": "the gradient is rounded to bfloat16",
+    "entropy_subtracted": "the entropy of the target is subtracted",
+    "gradient_of_sum": "the gradient is that of the sum, the loss is the mean",
+    "base_two": "the loss is in bits, not in nats",
     "prior_ignored": "the smoothing goes to all classes alike, not to the prior",
 }
 
@@ -74,7 +83,8 @@ def _evaluate(case: Case, fault: str | None) -> Result:
         if fault == "label_off_by_one":
             labels = (labels + 1) % num_classes
 
-    raw = np.where(allowed & counted[:, None], rows.logits, 0).astype(dtype)
+    given = round_to(rows.logits, "bfloat16") if fault == "bfloat16_logits" else rows.logits
+    raw = np.where(allowed & counted[:, None], given, 0).astype(dtype)
     cap = options.get("softcap")
     if cap is not None and fault == "softcap_slightly_off":
         cap *= 1 + 1e-4
@@ -120,7 +130,7 @@ def _evaluate(case: Case, fault: str | None) -> Result:
     terms = np.where((wq == 0) & np.isinf(gap), 0, wq * gap)
     z_loss = dtype.type(options.get("z_loss", 0.0) * (1.001 if fault == "z_loss_slightly_off" else 1))
     losses = terms.sum(-1) + wq.sum(-1) * log_sum + z_loss * lse**2
-    if options.get("subtract_entropy") and fault != "entropy_kept":
+    if (options.get("subtract_entropy") or fault == "entropy_subtracted") and fault != "entropy_kept":
         log_q = _apply(np.log, np.where(target > 0, target, 1))
         losses = losses + (target * log_q).sum(-1) * dtype.type(1 + 1e-4 * (fault == "entropy_slightly_off"))
     coefficient = gradient_wq.sum(-1)
@@ -136,7 +146,9 @@ def _evaluate(case: Case, fault: str | None) -> Result:
 
     upstream = np.ones(num_rows) if fault == "upstream_ignored" else rows.upstream
     loss, factor = _reduce(case, losses, labels, weight, upstream, fault)
-    scale = factor[:, None].astype(dtype)
+    if fault == "base_two":
+        loss, factor = loss / dtype.type(np.log(2)), factor / np.log(2)
+    scale = (upstream if fault == "gradient_of_sum" else factor)[:, None].astype(dtype)
     gradient = np.where(scale == 0, 0, scale * gradient)
     if fault == "zero_gradient":
         gradient = np.zeros_like(gradient)
@@ -147,6 +159,8 @@ def _evaluate(case: Case, fault: str | None) -> Result:
         gradient = -gradient
     if fault == "bfloat16_loss":
         loss = round_to(loss, "bfloat16")
+    if fault == "bfloat16_gradient":
+        gradient = round_to(gradient, "bfloat16")
     return Result(
         loss=round_to(loss, dtype.name),
         gradient=round_to(gradient, case.dtype),
@@ -173,7 +187,16 @@ def _target(
         spread_over = -(-spread_over // 2)
     if fault == "other_off":
         convention = "non_target" if convention == "uniform" else "uniform"
-    if case.prior is not None and fault not in {"prior_ignored", "other_off"}:
+    if fault in {"label_without_share", "label_kept_whole"} and spread_over > 1:
+        kept = 1 if fault == "label_kept_whole" else 1 - smoothing
+        target = kept * probabilities + smoothing * (1 - probabilities) / spread_over
+    elif fault == "pad_class_left_out" and spread_over > 2:
+        rest = (1 - probabilities) * (np.arange(case.num_classes) != 0)
+        target = (1 - smoothing) * probabilities + smoothing * rest / (spread_over - 2)
+    elif fault == "local_mean" and spread_over > 1:
+        half = -(-case.num_classes // 2)
+        target = (1 - smoothing) * probabilities + smoothing * (np.arange(case.num_classes) < half) / half
+    elif case.prior is not None and fault not in {"prior_ignored", "other_off"}:
         target = (1 - smoothing) * probabilities + smoothing * case.prior
     elif spread_over == 1:
         target = probabilities

@@ -1,0 +1,65 @@
+"""What the subcommands share: exit codes, JSON, progress."""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+AGREE, DISAGREE, CANNOT_RUN = 0, 1, 2
+
+JsonOption = Annotated[Path | None, typer.Option("--json", dir_okay=False, help="File for everything, as JSON.")]
+ReportOption = Annotated[Path | None, typer.Option("--report", file_okay=False, help="Folder for a web page.")]
+DtypeOption = Annotated[
+    list[str] | None, typer.Option("--dtype", help="float64, float32, bfloat16 or float16; may be repeated.")
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or tpu.")]
+
+Item = TypeVar("Item")
+
+
+def cannot_run(message: str) -> NoReturn:
+    """Say what stands in the way, and end with exit code 2."""
+    typer.echo(f"cannot run: {message}", err=True)
+    raise typer.Exit(code=CANNOT_RUN)
+
+
+def exit_with(agrees: bool) -> NoReturn:
+    """End with exit code 0 or 1."""
+    raise typer.Exit(code=AGREE if agrees else DISAGREE)
+
+
+def track(items: Iterable[Item], total: int, title: str, console: Console) -> Iterator[Item]:
+    """Yield items behind a progress bar, which leaves nothing on the screen."""
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield from progress.track(items, total=total)
+
+
+def jsonable(value: Any) -> Any:
+    """Return a value as JSON has it; infinities and NaN, which JSON has not, become the strings "inf", "-inf", "nan"."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return jsonable(asdict(value))
+    if isinstance(value, dict):
+        return {str(key): jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [jsonable(entry) for entry in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return jsonable(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def write_json(path: Path | None, content: Any, console: Console) -> None:
+    """Write a file, if one is wanted, and say so."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(jsonable(content), indent=1) + "\n", encoding="utf-8")
+        console.print(f"wrote {path}", soft_wrap=True, highlight=False)

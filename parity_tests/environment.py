@@ -1,0 +1,52 @@
+"""What ran where: versions, devices and the flags that change arithmetic. Loads no framework that is not loaded."""
+
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+LIBRARIES = ("lsce", "numpy", "jax", "jaxlib", "flax", "optax", "torch", "keras", "timm", "torchax")
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return Python, platform, the versions of `LIBRARIES`, and devices and flags of the frameworks that are loaded."""
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "versions": {name: found for name in LIBRARIES if (found := _version(name))},
+        "devices": _devices(),
+        "flags": _flags(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _devices() -> dict[str, list[str]]:
+    devices: dict[str, list[str]] = {}
+    if "jax" in sys.modules:
+        devices["jax"] = [f"{device.platform}: {device.device_kind}" for device in sys.modules["jax"].devices()]
+    if "torch" in sys.modules:
+        cuda = sys.modules["torch"].cuda
+        names = [cuda.get_device_name(i) for i in range(cuda.device_count())] if cuda.is_available() else []
+        devices["torch"] = ["cpu", *(f"cuda: {name}" for name in names)]
+    return devices
+
+
+def _flags() -> dict[str, Any]:
+    """Return the flags that claim a precision; `fingerprint` measures it."""
+    flags: dict[str, Any] = {}
+    if "jax" in sys.modules:
+        config = sys.modules["jax"].config
+        flags["jax_default_matmul_precision"] = config.jax_default_matmul_precision
+        flags["jax_enable_x64"] = bool(config.jax_enable_x64)
+    if "torch" in sys.modules:
+        torch = sys.modules["torch"]
+        flags["torch_float32_matmul_precision"] = torch.get_float32_matmul_precision()
+        flags["torch_deterministic"] = torch.are_deterministic_algorithms_enabled()
+        flags["torch_threads"] = torch.get_num_threads()
+    return flags
