@@ -16,11 +16,11 @@ from parity_tests.precision import as_dtype, compute_dtype
 DEVICES = ("cpu", "cuda", "tpu")
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """A framework, library or device is not on this machine; the message says what to do."""
 
 
-class LossFailure(Exception):
+class LossError(Exception):
     """A loss gave nothing that can be compared; the message says what it did."""
 
 
@@ -67,7 +67,7 @@ class JaxAdapter:
         supports: the features (see `parity_tests.cases.features`) that it has; None for all.
 
     Raises:
-        Unavailable: JAX, or the device, is not there.
+        UnavailableError: JAX, or the device, is not there.
     """
 
     framework = "jax"
@@ -93,7 +93,7 @@ class JaxAdapter:
         try:
             self._jax_device = jax.devices(device)[0]
         except RuntimeError as error:
-            raise Unavailable(f"JAX finds no {device} device on this machine: {error}") from error
+            raise UnavailableError(f"JAX finds no {device} device on this machine: {error}") from error
         # XLA's expansions of exp, log1p and tanh for CPUs, measured up to 1.9, 3.2 and 3.6.
         self.arithmetic = Arithmetic(exp=3.0, log1p=4.0, tanh=5.0)
 
@@ -133,7 +133,7 @@ class TorchAdapter:
         supports: the features (see `parity_tests.cases.features`) that it has; None for all.
 
     Raises:
-        Unavailable: torch, or the device, is not there.
+        UnavailableError: torch, or the device, is not there.
     """
 
     framework = "torch"
@@ -159,7 +159,7 @@ class TorchAdapter:
         self.device, self.supports = device, supports
         self.name = name or _name("torch", implementation, "compiled" if compiled else "")
         if device == "tpu" or (device == "cuda" and not torch.cuda.is_available()):
-            raise Unavailable(f"torch finds no {device} device on this machine")
+            raise UnavailableError(f"torch finds no {device} device on this machine")
         # SLEEF and libm, measured up to 1.2; exp within softmax up to 2.6.
         self.arithmetic = Arithmetic(exp=3.0, log1p=2.0, tanh=2.0)
 
@@ -176,10 +176,10 @@ class TorchAdapter:
         loss = self.loss(logits, **operands, **options)
         _check_shape(case, tuple(loss.shape))
         if not loss.requires_grad:
-            raise LossFailure("the loss has no gradient: it was detached, or computed outside of autograd")
+            raise LossError("the loss has no gradient: it was detached, or computed outside of autograd")
         (loss * upstream).sum().backward()
         if logits.grad is None:
-            raise LossFailure("no gradient reaches the logits")
+            raise LossError("no gradient reaches the logits")
         gradient, kept = logits.grad, loss.detach()
         names = [str(tensor.dtype).removeprefix("torch.") for tensor in (kept, gradient)]
         return _result(case, kept.double().cpu().numpy(), gradient.double().cpu().numpy(), *names)
@@ -189,7 +189,7 @@ def _load(framework: str) -> Any:
     try:
         return importlib.import_module(framework)
     except ModuleNotFoundError as error:
-        raise Unavailable(f"{framework} is not installed. Run: pip install 'lsce[{framework}]'") from error
+        raise UnavailableError(f"{framework} is not installed. Run: pip install 'lsce[{framework}]'") from error
 
 
 def _name(*parts: str | None) -> str:
@@ -199,7 +199,7 @@ def _name(*parts: str | None) -> str:
 def _check_shape(case: Case, shape: tuple[int, ...]) -> None:
     wanted = case.batch_shape if case.options.get("reduction", "none") == "none" else ()
     if tuple(shape) != wanted:
-        raise LossFailure(f"the loss has shape {list(shape)}, expected {list(wanted)}")
+        raise LossError(f"the loss has shape {list(shape)}, expected {list(wanted)}")
 
 
 def operands_of(case: Case) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:

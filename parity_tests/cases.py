@@ -89,9 +89,9 @@ class Case:
 def features(case: Case) -> frozenset[str]:
     """Return what a case asks of a loss beyond integer labels, one smoothing for all, "uniform" and classes last.
 
-    The names are those of the options of `label_smoothed_cross_entropy` where there is one, and "CONVENTION convention",
-    "soft labels", "smoothing per row", "bad labels" (a row that counts has a label that is no class), "axis", "no
-    batch" (logits [K]) and "narrow labels" (an integer dtype other than int64).
+    The names are those of the options of `label_smoothed_cross_entropy` where there is one, and "CONVENTION
+    convention", "soft labels", "smoothing per row", "bad labels" (a row that counts has a label that is no class),
+    "axis", "no batch" (logits [K]) and "narrow labels" (an integer dtype other than int64).
     """
     options, rows = case.options, case.rows()
     arrays = ("where", "class_weight", "class_mask", "prior")

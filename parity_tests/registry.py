@@ -101,7 +101,7 @@ def make_adapter(name: str, device: str = "cpu") -> Adapter:
 
     Raises:
         ValueError: there is no such adapter.
-        Unavailable: what it needs is not on this machine.
+        UnavailableError: what it needs is not on this machine.
     """
     if name == "oracle":
         return OracleAdapter()

@@ -1,1 +1,1 @@
-"""The subcommands of `lsce-parity`, a file each. They parse, show and write; what they compute is in the modules above."""
+"""The subcommands of `lsce-parity`, a file each: they parse, show and write. What they show is computed elsewhere."""

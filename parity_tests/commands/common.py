@@ -43,7 +43,7 @@ def track(items: Iterable[Item], total: int, title: str, console: Console) -> It
 
 
 def jsonable(value: Any) -> Any:
-    """Return a value as JSON has it; infinities and NaN, which JSON has not, become the strings "inf", "-inf", "nan"."""
+    """Return a value as JSON has it; infinities and NaN, which it has not, become the strings "inf", "-inf", "nan"."""
     if is_dataclass(value) and not isinstance(value, type):
         return jsonable(asdict(value))
     if isinstance(value, dict):
