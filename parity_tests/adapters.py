@@ -24,6 +24,10 @@ class LossError(Exception):
     """A loss gave nothing that can be compared; the message says what it did."""
 
 
+class ShapeError(LossError):
+    """The loss has neither the shape of the rows nor that of a scalar, whichever was asked for."""
+
+
 class Adapter(Protocol):
     """A loss of some framework on some device.
 
@@ -199,7 +203,7 @@ def _name(*parts: str | None) -> str:
 def _check_shape(case: Case, shape: tuple[int, ...]) -> None:
     wanted = case.batch_shape if case.options.get("reduction", "none") == "none" else ()
     if tuple(shape) != wanted:
-        raise LossError(f"the loss has shape {list(shape)}, expected {list(wanted)}")
+        raise ShapeError(f"the loss has shape {list(shape)}, expected {list(wanted)}")
 
 
 def operands_of(case: Case) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:

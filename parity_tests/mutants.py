@@ -22,6 +22,7 @@ FAULTS = {
     "zero_non_target_gradient": "the gradient is 0 except at the label",
     "other_off": "e/(K-1) for e/K, or e/K for e/(K-1)",
     "unsmoothed_gradient": "the smoothing is missing in the gradient",
+    "smoothing_detached": "the smoothing term of the loss has no gradient",
     "unsmoothed_loss": "the smoothing is missing in the loss",
     "sum_for_mean": "the sum is returned for the mean",
     "all_rows_counted": "the mean divides by all rows, not by those that count",
@@ -94,6 +95,10 @@ def _evaluate(case: Case, fault: str | None) -> Result:
     if fault in {"unsmoothed_gradient", "unsmoothed_loss"}:
         plain = _target(replace(case, smoothing=0.0, prior=None), labels, allowed, dtype, None)
         gradient_target, target = (plain, target) if fault == "unsmoothed_gradient" else (target, plain)
+    if fault == "smoothing_detached":
+        probabilities = labels if soft else np.arange(num_classes) == labels[:, None]
+        kept = 1 if options.get("convention") == "max_sup" else 1 - rows.smoothing[:, None]
+        gradient_target = np.where(allowed, kept * probabilities, 0).astype(dtype)
     weight = np.ones(num_classes, dtype) if case.class_weight is None else case.class_weight.astype(dtype)
 
     peak = np.max(np.where(allowed, logits, -np.inf), axis=-1, keepdims=True, initial=-np.inf).astype(dtype)
@@ -124,7 +129,7 @@ def _evaluate(case: Case, fault: str | None) -> Result:
         taken = np.where(largest, smoothing / largest.sum(-1, keepdims=True), 0).astype(dtype)
         if fault != "unsmoothed_loss":
             target = target - taken
-        if fault != "unsmoothed_gradient":
+        if fault not in {"unsmoothed_gradient", "smoothing_detached"}:
             gradient_target = gradient_target - taken
     wq, gradient_wq = weighted(target), weighted(gradient_target)
     terms = np.where((wq == 0) & np.isinf(gap), 0, wq * gap)

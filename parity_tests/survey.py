@@ -44,7 +44,12 @@ class Survey:
         """Whether every adapter of ours agrees with the truth, and with its twin, wherever it was called."""
         ours = [outcome for outcome in self.outcomes if self.members[outcome.adapter].ours]
         sound = all(outcome.status in ("agree", "unsupported") for outcome in ours)
-        return sound and all(difference.agrees for difference in self.differences)
+        return self.called and sound and all(difference.agrees for difference in self.differences)
+
+    @property
+    def called(self) -> bool:
+        """Whether any adapter was called at all."""
+        return any(outcome.status != "unsupported" for outcome in self.outcomes)
 
     def of(self, name: str) -> list[Outcome]:
         """Return the outcomes of an adapter in which it was called."""

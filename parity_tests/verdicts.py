@@ -39,18 +39,24 @@ def examine(adapter: Adapter, case: Case, truth: Truth) -> Outcome:
     unsupported = adapter.unsupported(case)
     if unsupported:
         return Outcome(adapter.name, case.name, case.dtype, "unsupported", unsupported)
+    return judge(adapter, case, truth, attempt(adapter, case))
+
+
+def attempt(adapter: Adapter, case: Case) -> Result | str:
+    """Return what an adapter gives for a case, or what it raised."""
     try:
-        result = adapter(case)
+        return adapter(case)
     except Exception as error:  # a user's loss may raise anything, and the other cases must still run
-        return Outcome(adapter.name, case.name, case.dtype, "failed", _describe(error))
-    return judge(adapter.name, case, truth, result, adapter)
+        return _describe(error)
 
 
-def judge(name: str, case: Case, truth: Truth, result: Result, adapter: Adapter) -> Outcome:
-    """Hold a result against the truth, within the bounds of an adapter."""
-    comparison = against_oracle(case, truth, result, adapter.arithmetic)
+def judge(adapter: Adapter, case: Case, truth: Truth, attempted: Result | str) -> Outcome:
+    """Hold what `attempt` returned against the truth, within the bounds of the adapter."""
+    if isinstance(attempted, str):
+        return Outcome(adapter.name, case.name, case.dtype, "failed", attempted)
+    comparison = against_oracle(case, truth, attempted, adapter.arithmetic)
     status: Status = "agree" if comparison.agrees else "disagree"
-    return Outcome(name, case.name, case.dtype, status, comparison.problem, comparison, result)
+    return Outcome(adapter.name, case.name, case.dtype, status, comparison.problem, comparison, attempted)
 
 
 def _describe(error: Exception) -> str:

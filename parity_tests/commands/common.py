@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -11,6 +11,10 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from parity_tests.comparison import Comparison
+from parity_tests.precision import DTYPES
+from parity_tests.survey import Survey
 
 AGREE, DISAGREE, CANNOT_RUN = 0, 1, 2
 
@@ -28,6 +32,14 @@ def cannot_run(message: str) -> NoReturn:
     """Say what stands in the way, and end with exit code 2."""
     typer.echo(f"cannot run: {message}", err=True)
     raise typer.Exit(code=CANNOT_RUN)
+
+
+def check_dtypes(given: Sequence[str] | None, default: Sequence[str]) -> tuple[str, ...]:
+    """Return the dtypes that are asked for."""
+    for dtype in given or ():
+        if dtype not in DTYPES:
+            cannot_run(f"there is no dtype {dtype!r} here; the dtypes are {', '.join(DTYPES)}")
+    return tuple(given or default)
 
 
 def exit_with(agrees: bool) -> NoReturn:
@@ -55,6 +67,44 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
+
+
+def survey_as_json(survey: Survey) -> dict[str, Any]:
+    """Return a survey for JSON: everything but the arrays."""
+    outcomes = [
+        {
+            "adapter": each.adapter,
+            "case": each.case,
+            "dtype": each.dtype,
+            "status": each.status,
+            "reason": each.reason,
+            **_comparison_as_json(each.comparison),
+        }
+        for each in survey.outcomes
+    ]
+    differences = [
+        {
+            "case": each.case,
+            "dtype": each.dtype,
+            "adapters": each.adapters,
+            "agrees": each.agrees,
+            "blame": each.blame,
+            **_comparison_as_json(each.comparison),
+        }
+        for each in survey.differences
+    ]
+    return {"agrees": survey.agrees, "outcomes": outcomes, "differences": differences}
+
+
+def _comparison_as_json(comparison: Comparison | None) -> dict[str, Any]:
+    if comparison is None:
+        return {}
+    return {
+        "loss_share": comparison.loss,
+        "gradient_share": comparison.gradient,
+        "largest_scaled_ulps": float(np.max(comparison.ulps, initial=0.0)),
+        "worst": comparison.worst,
+    }
 
 
 def write_json(path: Path | None, content: Any, console: Console) -> None:

@@ -1,0 +1,221 @@
+"""`lsce-parity compare A B`."""
+
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lsce_spec import check_smoothing, find_convention
+from parity_tests.adapters import Adapter, UnavailableError
+from parity_tests.cases import Case
+from parity_tests.commands.common import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ReportOption,
+    cannot_run,
+    check_dtypes,
+    exit_with,
+    survey_as_json,
+    write_json,
+)
+from parity_tests.environment import describe_environment
+from parity_tests.pairs import NUM_CLASSES, Pair, Question, Side, compare_sides, plain_cases
+from parity_tests.user_losses import (
+    SpecificationError,
+    find_reduction,
+    is_user_loss,
+    load_adapter,
+    parse_options,
+    take_mean,
+)
+from parity_tests.verdicts import Outcome
+
+SHOWN = 5
+
+SideArgument = Annotated[
+    str,
+    typer.Argument(
+        help="torch:package.module:name or jax:package.module:name, called as loss(logits, labels); or an adapter's "
+        "name (see `lsce-parity adapters`), oracle, mutant:FAULT.",
+        show_default=False,
+    ),
+]
+
+
+def compare(
+    first: SideArgument,
+    second: SideArgument,
+    first_option: Annotated[
+        list[str] | None, typer.Option("--a", metavar="KEY=VALUE", help="Argument for the first loss; repeat it.")
+    ] = None,
+    second_option: Annotated[
+        list[str] | None, typer.Option("--b", metavar="KEY=VALUE", help="Argument for the second loss; repeat it.")
+    ] = None,
+    smoothing: Annotated[float, typer.Option(help="The smoothing that both use.")] = 0.1,
+    convention: Annotated[
+        str | None,
+        typer.Option(help="What is right: uniform, non_target, clamp, max_sup. [default: what the first loss does]"),
+    ] = None,
+    reduction: Annotated[str, typer.Option(help="What is right for a loss that returns a scalar: mean, sum.")] = "mean",
+    classes: Annotated[
+        list[int] | None, typer.Option(min=1, help=f"Number of classes; repeat it. [default: {NUM_CLASSES}]")
+    ] = None,
+    ignore_index: Annotated[int | None, typer.Option(help="Label that both ignore.")] = None,
+    z_loss: Annotated[float, typer.Option(help="Z-loss that both add.")] = 0.0,
+    softcap: Annotated[float | None, typer.Option(help="Softcap that both use.")] = None,
+    subtract_entropy: Annotated[
+        bool, typer.Option("--subtract-entropy", help="Both subtract the entropy of the target.")
+    ] = False,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "cpu",
+    json_file: JsonOption = None,
+    report: ReportOption = None,
+) -> None:
+    """Whether two losses agree, in values and gradients; if not, which known difference it is.
+
+    Exit code 0: they agree, 1: they do not, 2: one of them cannot be called.
+
+    Examples:
+        lsce-parity compare torch:torch.nn:CrossEntropyLoss jax:my.losses:smooth_ce --a label_smoothing=0.1
+        lsce-parity compare jax:my.losses:smooth_ce oracle --convention non_target
+    """
+    console = Console()
+    question = Question(
+        smoothing=smoothing,
+        convention=convention,
+        reduction=reduction,
+        num_classes=tuple(classes or NUM_CLASSES),
+        ignore_index=ignore_index,
+        z_loss=z_loss,
+        softcap=softcap,
+        subtract_entropy=subtract_entropy,
+    )
+    _check(question)
+    dtypes = check_dtypes(dtype, ("float32",))
+    probe = plain_cases(question, dtypes[0])[-1 if ignore_index is None else 1]
+    adapters = [
+        _load(specification, option, device)
+        for specification, option in ((first, first_option), (second, second_option))
+    ]
+    sides = _with_reductions(adapters, probe, console)
+    pair = compare_sides(sides[0], sides[1], question, dtypes)
+    _print(pair, console)
+    _write(pair, question, json_file, report, console)
+    exit_with(pair.agrees)
+
+
+def _check(question: Question) -> None:
+    try:
+        check_smoothing(question.smoothing)
+        find_convention(question.convention or "uniform")
+        if question.reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be mean or sum, got {question.reduction!r}")
+    except (TypeError, ValueError) as error:
+        cannot_run(str(error))
+
+
+def _load(specification: str, options: list[str] | None, device: str) -> Adapter:
+    try:
+        return load_adapter(specification, parse_options(options or []), device)
+    except (SpecificationError, UnavailableError) as error:
+        cannot_run(str(error))
+
+
+def _with_reductions(adapters: list[Adapter], probe: Case, console: Console) -> list[Side]:
+    """Find out what each loss returns; a loss per row is averaged where the other is a scalar."""
+    found = [find_reduction(adapter, probe) if is_user_loss(adapter.name) else None for adapter in adapters]
+    if "mean" in found:
+        for adapter, reduction in zip(adapters, found, strict=True):
+            if reduction == "none":
+                console.print(Text(f"{adapter.name} returns a loss per row: its mean is compared."))
+                take_mean(adapter)
+    common = "mean" if "mean" in found else "none"
+    return [Side(adapter, common if is_user_loss(adapter.name) else None) for adapter in adapters]
+
+
+def _print(pair: Pair, console: Console) -> None:
+    for letter, reading in zip("AB", pair.readings, strict=True):
+        console.print(Text(f"{letter}  {reading.name}", style="bold"))
+        for line in reading.lines():
+            console.print(Text(f"   {line}"))
+    console.print()
+    differences = pair.survey.differences
+    for part, name in (("loss", "values"), ("gradient", "gradients")):
+        if differences:
+            word = "the same" if pair.part_agrees(part) else "DIFFERENT"
+            largest = max(getattr(each.comparison, part) for each in differences)
+            console.print(f"{name}: {word} (up to {_share(largest)} of what rounding explains)", highlight=False)
+    outcomes = pair.survey.outcomes
+    failures = Counter((each.adapter, each.reason) for each in outcomes if each.status == "failed")
+    for (name, reason), count in failures.items():
+        console.print(Text(f"{name} failed in {count} of {len(outcomes) // 2} cases: {reason}"))
+    _print_differences(pair, console)
+    verdict = "AGREE" if pair.agrees else "DISAGREE"
+    console.print(f"\n{verdict} in {len(outcomes) // 2} cases. Right is: {pair.definition}", highlight=False)
+
+
+def _print_differences(pair: Pair, console: Console) -> None:
+    outcomes = pair.survey.outcomes
+    shares = {(outcome.case, outcome.dtype, i % 2): _outcome(outcome) for i, outcome in enumerate(outcomes)}
+    differing = [each for each in pair.survey.differences if not each.agrees]
+    if not differing:
+        return
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    for heading in ("case", "dtype", "A", "B", "A and B"):
+        table.add_column(heading, justify="left" if heading in ("case", "dtype") else "right")
+    differing.sort(key=lambda each: each.comparison.share, reverse=True)
+    for each in differing[:SHOWN]:
+        key = each.case, each.dtype
+        table.add_row(*key, shares[(*key, 0)], shares[(*key, 1)], _share(each.comparison.share))
+    count = f"{len(differing)} of {len(pair.survey.differences)} cases differ"
+    console.print(f"\n{count}; the largest, as shares of what rounding explains (at most 1 is right):\n")
+    console.print(table)
+    console.print(
+        Text(f"\nA and B in {differing[0].case}: {differing[0].comparison.worst or differing[0].comparison.problem}")
+    )
+
+
+def _outcome(outcome: Outcome) -> str:
+    return _share(outcome.comparison.share) if outcome.comparison else outcome.status
+
+
+def _share(value: float) -> str:
+    return f"{value:.2g}"
+
+
+def _write(pair: Pair, question: Question, json_file: Path | None, report: Path | None, console: Console) -> None:
+    content = {
+        "command": "compare",
+        "agrees": pair.agrees,
+        "values_agree": pair.part_agrees("loss"),
+        "gradients_agree": pair.part_agrees("gradient"),
+        "question": asdict(question),
+        "definition": str(pair.definition),
+        "readings": [
+            {"name": each.name, "computes": each.computes, "mutants": each.mutants, "not_told_from": each.others}
+            for each in pair.readings
+        ],
+        "survey": survey_as_json(pair.survey),
+        "environment": describe_environment(),
+    }
+    write_json(json_file, content, console)
+    if report is not None:
+        from parity_tests.report import write_report  # noqa: PLC0415 - matplotlib takes a second
+
+        names = " and ".join(reading.name for reading in pair.readings)
+        page = write_report(
+            report,
+            pair.survey,
+            title=f"{names}",
+            evidence=[],
+            environment=describe_environment(),
+            notes=pair.notes(),
+        )
+        console.print(f"wrote {page}", soft_wrap=True, highlight=False)

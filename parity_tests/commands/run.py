@@ -1,0 +1,207 @@
+"""`lsce-parity run` and `lsce-parity adapters`."""
+
+from collections import Counter
+from fnmatch import fnmatch
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from parity_tests.adapters import UnavailableError
+from parity_tests.cases import case_names
+from parity_tests.commands.common import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ReportOption,
+    cannot_run,
+    check_dtypes,
+    exit_with,
+    survey_as_json,
+    track,
+    write_json,
+)
+from parity_tests.environment import describe_environment
+from parity_tests.precision import DTYPES
+from parity_tests.registry import ENTRIES, make_adapter
+from parity_tests.survey import Member, Survey, examine_each, make_cases
+from parity_tests.verdicts import Difference, Outcome
+
+# torch.compile takes seconds for each combination of options: only when asked for.
+SLOW = frozenset(name for name in ENTRIES if name.endswith("-compiled"))
+SHOWN = 20
+
+
+def run(
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", help="Name with * and ?; may be repeated. [default: all that are here and not slow]"),
+    ] = None,
+    case: Annotated[list[str] | None, typer.Option("--case", help="Name with * and ?; may be repeated.")] = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = "cpu",
+    json_file: JsonOption = None,
+    report: ReportOption = None,
+) -> None:
+    """Hold adapters against the truth and against each other, in every case and dtype.
+
+    Exit code 0: ours are all within their bounds, 1: one is not, 2: an adapter that was asked for is not here. Losses of
+    the frameworks' own and of other libraries are shown beside; what they get wrong is a finding and no failure.
+    """
+    console = Console()
+    dtypes = check_dtypes(dtype, DTYPES)
+    names = [name for name in case_names() if any(fnmatch(name, pattern) for pattern in case or ["*"])]
+    if not names:
+        cannot_run(f"no case is called {' or '.join(case or [])}; the cases are {', '.join(case_names())}")
+    members, missing = find_members(adapter, device)
+    cases = make_cases(names, dtypes)
+    found = Survey(members, [], [])
+    for outcomes, differences in track(examine_each(members, cases), len(cases), "cases", console):
+        found.outcomes.extend(outcomes)
+        found.differences.extend(differences)
+    print_survey(found, console)
+    for name, reason in missing.items():
+        console.print(Text(f"not here: {name} ({reason})", style="dim"))
+    environment = describe_environment()
+    content = {"command": "run", "survey": survey_as_json(found), "missing": missing, "environment": environment}
+    write_json(json_file, content, console)
+    if report is not None:
+        from parity_tests.report import write_report  # noqa: PLC0415 - matplotlib takes a second
+
+        page = write_report(
+            report, found, title="lsce parity", evidence=found.evidence(), environment=environment, notes=[]
+        )
+        console.print(f"wrote {page}", soft_wrap=True, highlight=False)
+    if not found.called:
+        cannot_run("no adapter has what these cases ask for")
+    console.print(verdict_line(found), highlight=False)
+    exit_with(found.agrees)
+
+
+def find_members(patterns: list[str] | None, device: str) -> tuple[dict[str, Member], dict[str, str]]:
+    """Return the adapters that are asked for, and why others are not here.
+
+    One that is asked for by its full name must be here, and so must one of ours at least.
+    """
+    wanted = [name for name in ENTRIES if name not in SLOW] if not patterns else []
+    for pattern in patterns or []:
+        matching = [name for name in ENTRIES if fnmatch(name, pattern)]
+        special = pattern in ("oracle", "numpy") or pattern.startswith("mutant:")
+        if not matching and not special:
+            cannot_run(f"there is no adapter {pattern!r}; `lsce-parity adapters` lists them")
+        wanted += matching or [pattern]
+    members, missing = {}, {}
+    for name in dict.fromkeys(wanted):
+        entry = ENTRIES.get(name)
+        try:
+            made = make_adapter(name, device)
+        except (UnavailableError, ValueError) as error:
+            if name in (patterns or []):
+                cannot_run(f"{name}: {error}")
+            missing[name] = str(error)
+            continue
+        members[name] = Member(made, entry is None or entry.kind == "ours", entry.twin if entry else None)
+    if not any(member.ours for member in members.values()) and not patterns:
+        cannot_run(f"none of our adapters is here for {device}: " + "; ".join(sorted(set(missing.values()))))
+    if not members:
+        cannot_run("; ".join(sorted(set(missing.values()))))
+    return members, missing
+
+
+def print_survey(found: Survey, console: Console) -> None:
+    """Print a row for each adapter, then what differs."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    for heading in ("adapter", "cases", "agree", "differ", "failed", "loss", "gradient", "in case"):
+        table.add_column(heading, justify="left" if heading in ("adapter", "in case") else "right")
+    for name, member in found.members.items():
+        outcomes = found.of(name)
+        status = Counter(outcome.status for outcome in outcomes)
+        with_result = [outcome for outcome in outcomes if outcome.comparison]
+        worst = max(with_result, key=_share, default=None)
+        shares = [max((getattr(o.comparison, part) for o in with_result), default=0.0) for part in ("loss", "gradient")]
+        table.add_row(
+            Text(name, style="" if member.ours else "dim"),
+            str(len(outcomes)),
+            *(str(status[key] or "") for key in ("agree", "disagree", "failed")),
+            *(f"{share:.2f}" if share < 1000 else f"{share:.0e}" for share in shares),
+            f"{worst.case} {worst.dtype}" if worst else "",
+        )
+    console.print("Largest error as a share of its bound; at most 1 is right. Dim: other libraries, shown beside.\n")
+    console.print(table)
+    console.print()
+    _print_wrong(found, console)
+    _print_closeness(found, console)
+
+
+def _share(outcome: Outcome) -> float:
+    return outcome.comparison.share if outcome.comparison else 0.0
+
+
+def _print_wrong(found: Survey, console: Console) -> None:
+    wrong = [
+        outcome
+        for outcome in found.outcomes
+        if found.members[outcome.adapter].ours and outcome.status in ("disagree", "failed")
+    ]
+    lines = [_describe(outcome) for outcome in sorted(wrong, key=_share, reverse=True)]
+    lines += [_describe_difference(each) for each in found.differences if not each.agrees]
+    for line in lines[:SHOWN]:
+        console.print(Text(line))
+    if len(lines) > SHOWN:
+        console.print(f"... and {len(lines) - SHOWN} more (--json has all)")
+    if lines:
+        console.print()
+
+
+def _describe(outcome: Outcome) -> str:
+    return f"{outcome.adapter} in {outcome.case} {outcome.dtype}: {outcome.comparison or outcome.reason}"
+
+
+def _describe_difference(difference: Difference) -> str:
+    first, second = difference.adapters
+    blame = f"outside of the truth's bounds: {' and '.join(difference.blame) or 'neither'}"
+    return f"{first} against {second} in {difference.case} {difference.dtype}: {difference.comparison}; {blame}"
+
+
+def _print_closeness(found: Survey, console: Console) -> None:
+    """Say how often ours are no further from the truth than a peer of the same framework."""
+    for name, member in found.members.items():
+        for peer, other in found.members.items():
+            if member.ours and not other.ours and member.adapter.framework == other.adapter.framework:
+                theirs = {(o.case, o.dtype): _share(o) for o in found.of(peer) if o.comparison}
+                pairs = [(_share(o), theirs[o.case, o.dtype]) for o in found.of(name) if (o.case, o.dtype) in theirs]
+                closer = sum(ours <= others for ours, others in pairs)
+                if pairs:
+                    console.print(f"{name} is as close to the truth as {peer}, or closer, in {closer} of {len(pairs)}")
+
+
+def verdict_line(found: Survey) -> str:
+    """Return the verdict in one line."""
+    ours = [outcome for outcome in found.outcomes if found.members[outcome.adapter].ours]
+    called = [outcome for outcome in ours if outcome.status != "unsupported"]
+    adapters = len({outcome.adapter for outcome in called})
+    scope = f"{adapters} adapters, {len(called)} results, {len(found.differences)} of them in pairs"
+    if found.agrees:
+        return f"AGREE: {scope}, at most {max(map(_share, called), default=0):.2f} of a bound"
+    wrong = sum(outcome.status != "agree" for outcome in called)
+    differing = sum(not difference.agrees for difference in found.differences)
+    return f"DISAGREE: {wrong} results and {differing} pairs of them ({scope})"
+
+
+def adapters(device: DeviceOption = "cpu") -> None:
+    """List the adapters, and what stands in the way of those that are not here."""
+    console = Console()
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    for heading in ("adapter", "framework", "whose", "here"):
+        table.add_column(heading)
+    for name, entry in ENTRIES.items():
+        try:
+            make_adapter(name, device)
+            here = "yes"
+        except UnavailableError as error:
+            here = f"no: {error}"
+        table.add_row(name, entry.framework, entry.kind, here)
+    console.print(table)
