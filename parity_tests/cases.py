@@ -7,6 +7,7 @@ the same bits.
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,6 +67,10 @@ class Case:
 
     def rows(self) -> Rows:
         """Return the case with its classes last and its rows flattened."""
+        return self._rows
+
+    @cached_property
+    def _rows(self) -> Rows:
         batch_shape, num_classes = self.batch_shape, self.num_classes
         num_rows = int(np.prod(batch_shape))
 

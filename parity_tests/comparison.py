@@ -88,8 +88,7 @@ class Comparison:
 
 def against_oracle(case: Case, truth: Truth, result: Result, arithmetic: Arithmetic) -> Comparison:
     """Compare a result with the truth."""
-    bound = error_bound(case, truth, arithmetic)
-    return _compare(case, truth, result, bound, (truth.loss, truth.gradient))
+    return within(case, truth, result, error_bound(case, truth, arithmetic))
 
 
 def against_each_other(
@@ -98,13 +97,14 @@ def against_each_other(
     """Compare two results: they may differ by the sum of their bounds."""
     first, second = (error_bound(case, truth, each) for each in arithmetic)
     both = Bound(first.loss + second.loss, first.gradient + second.gradient)
-    other = results[1]
-    exact = (Exact(other.loss, np.zeros_like(other.loss)), Exact(other.gradient, np.zeros_like(other.gradient)))
-    return _compare(case, truth, results[0], both, exact)
+    return within(case, truth, results[0], both, results[1])
 
 
-def _compare(case: Case, truth: Truth, result: Result, bound: Bound, expected: tuple[Exact, Exact]) -> Comparison:
-    loss, gradient = expected
+def within(case: Case, truth: Truth, result: Result, bound: Bound, other: Result | None = None) -> Comparison:
+    """Compare a result with the truth, or with another result, within a bound that is given."""
+    loss, gradient = truth.loss, truth.gradient
+    if other is not None:
+        loss, gradient = _exactly(other.loss), _exactly(other.gradient)
     if result.loss.shape != loss.high.shape or result.gradient.shape != gradient.high.shape:
         shapes = f"loss of shape {list(result.loss.shape)}, gradient {list(result.gradient.shape)}"
         wanted = f"expected {list(loss.high.shape)}, {list(gradient.high.shape)}"
@@ -132,6 +132,10 @@ def _compare(case: Case, truth: Truth, result: Result, bound: Bound, expected: t
         problem=problem,
         ulps=_scaled_ulps(case, truth, gradient_error),
     )
+
+
+def _exactly(values: FloatArray) -> Exact:
+    return Exact(values, np.zeros_like(values))
 
 
 def _share(error: FloatArray, bound: FloatArray) -> FloatArray:

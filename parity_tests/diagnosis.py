@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from parity_tests.bounds import Arithmetic
+from parity_tests.bounds import Arithmetic, Bound, error_bound
 from parity_tests.cases import CONVENTIONS, Case
-from parity_tests.comparison import Comparison, Result, against_each_other, against_oracle
+from parity_tests.comparison import Comparison, Result, within
 from parity_tests.mutants import FAULTS, evaluate
 from parity_tests.oracle import Truth, solve
 
@@ -85,7 +85,7 @@ class Diagnosis:
     def __init__(self, cases: Sequence[Case], candidates: Sequence[Candidate]) -> None:
         """Keep the cases and the candidates."""
         self.cases, self.candidates = cases, candidates
-        self._truths: dict[Candidate, list[tuple[Case, Truth]]] = {}
+        self._truths: dict[Candidate, list[tuple[Case, Truth, Bound]]] = {}
 
     def explain(self, results: Sequence[Result], expected: Candidate) -> list[Explanation]:
         """Return the candidates that explain the results of the cases, the best first.
@@ -100,12 +100,12 @@ class Diagnosis:
 
     def _shares(self, candidate: Candidate, results: Sequence[Result]) -> Iterator[float]:
         """Yield the distance from the candidate in each case."""
-        for (case, truth), result in zip(self._of_sound(candidate), results, strict=True):
+        for (case, truth, bound), result in zip(self._of_sound(candidate), results, strict=True):
             if candidate.fault is None:
-                yield _share(against_oracle(case, truth, result, ARITHMETIC))
+                yield _share(within(case, truth, result, bound))
             else:
-                wrong = evaluate(case, candidate.fault)
-                yield _share(against_each_other(case, truth, (result, wrong), (ARITHMETIC, ARITHMETIC)))
+                twice = Bound(2 * bound.loss, 2 * bound.gradient)
+                yield _share(within(case, truth, result, twice, evaluate(case, candidate.fault)))
 
     def _largest_finite(self, candidate: Candidate, results: Sequence[Result]) -> float:
         return max((share for share in self._shares(candidate, results) if math.isfinite(share)), default=0.0)
@@ -121,18 +121,19 @@ class Diagnosis:
 
     def _harmless(self, candidate: Candidate) -> bool:
         return candidate.fault is not None and all(
-            against_oracle(case, truth, evaluate(case, candidate.fault), ARITHMETIC).agrees
-            for case, truth in self._of_sound(candidate)
+            within(case, truth, evaluate(case, candidate.fault), bound).agrees
+            for case, truth, bound in self._of_sound(candidate)
         )
 
-    def _of_sound(self, candidate: Candidate) -> list[tuple[Case, Truth]]:
-        """Return the cases as the candidate understands them, and what it would give without its fault."""
+    def _of_sound(self, candidate: Candidate) -> list[tuple[Case, Truth, Bound]]:
+        """Return the cases as the candidate understands them, and the truth and bounds of it without its fault."""
         sound = replace(candidate, fault=None)
         if sound not in self._truths:
             cases = [sound.apply(case) for case in self.cases]
             # Only what is compared in float64 needs the 50 digits.
             truths = [solve(case, None if case.dtype == "float64" else math) for case in cases]
-            self._truths[sound] = list(zip(cases, truths, strict=True))
+            bounds = [error_bound(case, truth, ARITHMETIC) for case, truth in zip(cases, truths, strict=True)]
+            self._truths[sound] = list(zip(cases, truths, bounds, strict=True))
         return self._truths[sound]
 
 
@@ -160,7 +161,8 @@ def _plain_candidates(reductions: Sequence[str], smoothing: float) -> Iterator[C
     for fault in (None, *FAULTS):
         for convention in (*CONVENTIONS, "none") if smoothing else ("uniform",):
             for reduction in reductions:
-                for subtract_entropy in (False, True) if convention not in ("max_sup", "none") else (False,):
+                has_entropy = smoothing and convention not in ("max_sup", "none")
+                for subtract_entropy in (False, True) if has_entropy else (False,):
                     yield Candidate(convention, reduction, subtract_entropy, fault)
 
 

@@ -90,10 +90,10 @@ def _evaluate(case: Case, fault: str | None) -> Result:
     if cap is not None and fault == "softcap_slightly_off":
         cap *= 1 + 1e-4
     logits = raw if cap is None else dtype.type(cap) * _apply(np.tanh, raw / dtype.type(cap))
-    target = _target(case, labels, allowed, dtype, fault)
+    target = smoothed_target(case, labels, allowed, dtype, fault)
     gradient_target = target
     if fault in {"unsmoothed_gradient", "unsmoothed_loss"}:
-        plain = _target(replace(case, smoothing=0.0, prior=None), labels, allowed, dtype, None)
+        plain = smoothed_target(replace(case, smoothing=0.0, prior=None), labels, allowed, dtype, None)
         gradient_target, target = (plain, target) if fault == "unsmoothed_gradient" else (target, plain)
     if fault == "smoothing_detached":
         probabilities = labels if soft else np.arange(num_classes) == labels[:, None]
@@ -180,9 +180,10 @@ def _apply(function: Callable[..., Any], values: NDArray[Any]) -> NDArray[Any]:
     return result
 
 
-def _target(
+def smoothed_target(
     case: Case, labels: NDArray[Any], allowed: NDArray[np.bool_], dtype: np.dtype[Any], fault: str | None
 ) -> NDArray[Any]:
+    """Return the smoothed target [N, K] of labels [N] or [N, K], wrong in the way that `fault` names."""
     smoothing = np.broadcast_to(np.asarray(case.smoothing), case.batch_shape).reshape(-1, 1).astype(np.float64)
     spread_over = int(allowed.sum())
     soft = case.labels.dtype.kind == "f"

@@ -1,7 +1,7 @@
 """Whether the harness rejects what is wrong: every fault of the mutant bank under every assertion.
 
-An assertion that an applicable fault survives is itself a failure. What is asserted of a loss: it is within its bounds of
-the truth (`oracle`), two losses are within the sum of their bounds (`each other`), and a training stays within the
+An assertion that an applicable fault survives is itself a failure. What is asserted of a loss: it is within its bounds
+of the truth (`oracle`), two losses are within the sum of their bounds (`each other`), and a training stays within the
 envelope of its replicas (`trajectory`). A fault applies to a case if it changes the result there.
 """
 

@@ -1,0 +1,149 @@
+"""`lsce-parity peer-tests`, and the tables of docs/peer-tests.md."""
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from parity_tests.commands.common import cannot_run, exit_with, track
+from parity_tests.mutants import FAULTS
+from parity_tests.peer_tests import (
+    PEER_TESTS,
+    Compare,
+    Mark,
+    Setting,
+    Verdict,
+    settings_of,
+    squared_with_reference,
+    sum_with_rows,
+    targets,
+    unsmoothed_with_plain,
+    verdicts_on,
+    whole_with_parts,
+    with_own_differences,
+    with_reference,
+)
+
+SYMBOLS: dict[Mark, str] = {"caught": "✓", "survives": "✗", "nothing": "—"}
+BEGIN, END = "<!-- begin: lsce-parity peer-tests -->", "<!-- end -->"
+AGAINST: dict[Compare, str] = {
+    with_reference: "a reference",
+    squared_with_reference: "a reference, both squared",
+    with_own_differences: "its own differences",
+    whole_with_parts: "its own sum over parts",
+    sum_with_rows: "its own rows",
+    unsmoothed_with_plain: "plain loss, at smoothing 0",
+    targets: "targets by hand",
+}
+
+
+def peer_tests(
+    markdown: Annotated[
+        Path | None, typer.Option("--markdown", dir_okay=False, help="Page whose generated part is written anew.")
+    ] = None,
+) -> None:
+    """Show which wrong losses the published label-smoothing tests of other libraries would have caught.
+
+    Exit code 0: the bounds reject whatever one of these tests rejects, 1: they do not.
+    """
+    console = Console()
+    for fault in track(FAULTS, len(FAULTS), "wrong losses", console):
+        verdicts_on(fault)
+    console.print(_table())
+    names = [f"{number} {peer.name}" for number, peer in enumerate(PEER_TESTS, 1)]
+    console.print(f"{', '.join(names)}, B computed bounds", highlight=False)
+    console.print("✓ caught, ✗ survives, — nothing to be seen, ~ close", highlight=False)
+    if markdown is not None:
+        try:
+            markdown.write_text(with_generated(markdown.read_text(encoding="utf-8")), encoding="utf-8")
+        except (OSError, ValueError) as error:
+            cannot_run(f"{markdown} cannot be written anew: {error}")
+        console.print(f"wrote {markdown}", soft_wrap=True, highlight=False)
+    accepted = [fault for fault in shown_faults() if bounds_symbol(fault) != SYMBOLS["caught"]]
+    for fault in accepted:
+        console.print(f"the bounds accept {fault}, which one of these tests rejects", highlight=False)
+    exit_with(not accepted)
+
+
+def _table() -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=0)
+    table.add_column("wrong in this way", no_wrap=True)
+    for number in range(1, len(PEER_TESTS) + 1):
+        table.add_column(str(number), justify="center", min_width=2)
+    table.add_column("B", justify="center")
+    for fault in shown_faults():
+        table.add_row(fault, *map(symbol, verdicts_on(fault).values()), bounds_symbol(fault))
+    return table
+
+
+def symbol(verdict: Verdict) -> str:
+    """Return a verdict as the tables show it: ~ where another draw of the inputs may decide otherwise."""
+    return SYMBOLS[verdict.mark] + ("~" if verdict.close else "")
+
+
+def bounds_symbol(fault: str) -> str:
+    """Return what the computed bounds make of a fault on the inputs of all these tests."""
+    return SYMBOLS["caught" if any(verdict.ours for verdict in verdicts_on(fault).values()) else "nothing"]
+
+
+def shown_faults() -> list[str]:
+    """Return the faults that the inputs of any of these tests can show."""
+    return [fault for fault in FAULTS if any(verdict.mark != "nothing" for verdict in verdicts_on(fault).values())]
+
+
+def generated_markdown() -> str:
+    """Return the part of docs/peer-tests.md that is made from the code."""
+    shown = shown_faults()
+    lines = _head("wrong in this way", *[peer.name for peer in PEER_TESTS], "bounds")
+    for fault in shown:
+        lines.append(_row(FAULTS[fault], *map(symbol, verdicts_on(fault).values()), bounds_symbol(fault)))
+    hidden = "; ".join(FAULTS[fault] for fault in FAULTS if fault not in shown)
+    lines += ["", f"The inputs of none of these tests can show: {hidden}.", "", "## The tests", ""]
+    lines += _head("", "test", "dtype", "rows x classes", "logits", "e", "options", "held against", "loss", "gradient")
+    for peer in PEER_TESTS:
+        lines += [_row(peer.name, *_described(setting)) for setting in settings_of(peer)]
+    lines += ["", "## The files that were read", "", *_head("", "repository", "file", "commit")]
+    lines += [_row(peer.name, peer.repository, f"`{peer.path}`", f"`{peer.commit}`") for peer in PEER_TESTS]
+    return "\n".join(lines)
+
+
+def with_generated(page: str) -> str:
+    """Return a page with its generated part made anew.
+
+    Raises:
+        ValueError: the page does not mark that part.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"it has no part between {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{generated_markdown()}\n\n{END}{after}"
+
+
+def _head(*cells: str) -> list[str]:
+    return [_row(*cells), _row(*["---"] * len(cells))]
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _described(setting: Setting) -> list[str]:
+    case, tolerances = setting.case, (setting.loss, setting.gradient)
+    rows = setting.rows or int(np.prod(case.batch_shape))
+    options = [f"{name}={value}" for name, value in {"reduction": "none", **case.options}.items()]
+    options += ["class weights"] * (case.class_weight is not None) + ["soft labels"] * (case.labels.dtype.kind == "f")
+    return [
+        f"`{setting.test}`",
+        case.dtype,
+        f"{rows} x {case.num_classes}",
+        setting.logits,
+        f"{case.smoothing:g}",
+        ", ".join(options),
+        AGAINST[setting.compare] if any(tolerances) else "nothing",
+        *[f"{each.rtol:g}, {each.atol:g}" if each else "—" for each in tolerances],
+    ]

@@ -1,0 +1,92 @@
+"""`lsce-parity power`."""
+
+from fnmatch import fnmatch
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from parity_tests.commands.common import (
+    DtypeOption,
+    JsonOption,
+    cannot_run,
+    check_dtypes,
+    exit_with,
+    track,
+    write_json,
+)
+from parity_tests.mutants import FAULTS
+from parity_tests.power import HARMLESS, Trial, all_trials, sound_failures
+from parity_tests.precision import DTYPES
+from parity_tests.self_check_power import faults_caught
+from parity_tests.self_checks import CHECKS
+
+
+def power(
+    fault: Annotated[
+        list[str] | None, typer.Option("--fault", help="Name with * and ?; may be repeated. [default: all]")
+    ] = None,
+    dtype: DtypeOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Put every fault of the mutant bank under every assertion that the harness makes.
+
+    Exit code 0: all are rejected, 1: an assertion lets one pass that it should see, 2: no such fault.
+    """
+    console = Console()
+    dtypes = check_dtypes(dtype, DTYPES)
+    faults = [name for name in FAULTS if any(fnmatch(name, pattern) for pattern in fault or ["*"])]
+    if not faults:
+        cannot_run(f"no fault is called {' or '.join(fault or [])}; the faults are {', '.join(FAULTS)}")
+    found = [each for trials in track(all_trials(faults, dtypes), len(faults), "faults", console) for each in trials]
+    _print_table(found, dtypes, console)
+    survivors = [
+        f"{each.fault} survives {each.assertion} at {each.dtype}: {each.survives}" for each in found if each.survives
+    ]
+    survivors += [f"{case} {kind}: the sound loss is rejected" for kind in dtypes for case in sound_failures(kind)]
+    caught = faults_caught(dtypes[0])
+    survivors += [f"the self-check {name} rejects no fault at all" for name in CHECKS if not caught.get(name)]
+    _print_self_checks(caught, console)
+    for line in survivors:
+        console.print(Text(line, style="bold"))
+    write_json(json_file, {"command": "power", "trials": found, "self_checks": caught, "survivors": survivors}, console)
+    verdict = f"{len(survivors)} SURVIVE" if survivors else "ALL REJECTED"
+    console.print(f"{verdict}: {len(faults)} faults at {', '.join(dtypes)}, and in trainings", highlight=False)
+    exit_with(not survivors)
+
+
+def _print_table(found: list[Trial], dtypes: tuple[str, ...], console: Console) -> None:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("fault")
+    for heading in (*dtypes, "trainings"):
+        table.add_column(heading, justify="right")
+    trials = {(each.fault, each.dtype, each.assertion): each for each in found}
+    for fault in dict.fromkeys(each.fault for each in found):
+        cells = [_cell(trials[fault, dtype, "oracle"]) for dtype in dtypes]
+        table.add_row(fault, *cells, _cell(trials[fault, "float32", "trajectory"]))
+    console.print(
+        "Cases that reject the fault, of those that it changes; and the share of a bound at which the nearest of them "
+        "did (1 would be accepted).\n"
+    )
+    console.print(table)
+    console.print()
+
+
+def _cell(trial: Trial) -> str:
+    if not trial.changed:
+        return "harmless" if (trial.fault, trial.dtype) in HARMLESS else "-"
+    nearest = f" {trial.nearest:.1e}" if trial.rejected else ""
+    return f"{len(trial.rejected)}/{len(trial.changed)}{nearest}"
+
+
+def _print_self_checks(caught: dict[str, list[str]], console: Console) -> None:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("self-check, without an oracle")
+    table.add_column("faults that it rejects")
+    for name, faults in caught.items():
+        table.add_row(name, ", ".join(faults))
+    console.print(table)
+    console.print()

@@ -1,0 +1,126 @@
+"""`lsce-parity trajectory`."""
+
+import importlib.util
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from parity_tests.commands.common import JsonOption, ReportOption, cannot_run, exit_with, write_json
+from parity_tests.environment import describe_environment
+from parity_tests.stepwise import StepwiseVerdict, Training, TrainingError, compare_step_by_step
+from parity_tests.survey import Survey
+from parity_tests.user_losses import SpecificationError, find, parse_options
+
+TrainingArgument = Annotated[
+    str,
+    typer.Argument(
+        help="torch:package.module:name or jax:package.module:name of a class with the methods state, load and step.",
+        show_default=False,
+    ),
+]
+
+
+def trajectory(
+    first: TrainingArgument,
+    second: TrainingArgument,
+    first_option: Annotated[
+        list[str] | None, typer.Option("--a", metavar="KEY=VALUE", help="Argument for the first class; repeat it.")
+    ] = None,
+    second_option: Annotated[
+        list[str] | None, typer.Option("--b", metavar="KEY=VALUE", help="Argument for the second class; repeat it.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to take.")] = 20,
+    replicas: Annotated[int, typer.Option(min=1, help="One-ulp replicas of the first training.")] = 4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that a loss is the mean of.")] = 64,
+    json_file: JsonOption = None,
+    report: ReportOption = None,
+) -> None:
+    """Hold two trainings against each other step by step: free-running and teacher-forced.
+
+    Exit code 0: they agree, 1: they part, 2: they cannot be compared.
+
+    Example, the trainings of the demo:
+        lsce-parity trajectory jax:examples.digits_steps:JaxSteps torch:examples.digits_steps:TorchSteps
+    """
+    console = Console()
+    one, other = _make(first, first_option), _make(second, second_option)
+    try:
+        verdicts = compare_step_by_step(one, other, steps, replicas=replicas, batch_size=batch_size)
+    except TrainingError as error:
+        cannot_run(str(error))
+    agrees = all(verdict.agrees for verdict in verdicts)
+    for verdict in verdicts:
+        _print(verdict, console)
+    content = {
+        "command": "trajectory",
+        "agrees": agrees,
+        "trainings": [first, second],
+        "modes": [_as_json(verdict) for verdict in verdicts],
+        "environment": describe_environment(),
+    }
+    write_json(json_file, content, console)
+    if report is not None:
+        from parity_tests.report import write_report  # noqa: PLC0415 - matplotlib takes a second
+
+        page = write_report(
+            report,
+            Survey({}, [], []),
+            title=f"{first} and {second}",
+            evidence=[],
+            environment=describe_environment(),
+            trajectory=verdicts[0].losses,
+            notes=[f"{verdict.mode}: {_sentence(verdict)}" for verdict in verdicts],
+        )
+        console.print(f"wrote {page}", soft_wrap=True, highlight=False)
+    console.print(f"{'AGREE' if agrees else 'DISAGREE'} over {steps} steps", highlight=False)
+    exit_with(agrees)
+
+
+def _make(specification: str, options: list[str] | None) -> Training:
+    framework = specification.partition(":")[0]
+    if framework in ("jax", "torch") and importlib.util.find_spec(framework) is None:
+        cannot_run(f"{framework} is not installed. Run: pip install 'lsce[{framework}]'")
+    try:
+        made: Any = find(specification)(**parse_options(options or []))
+    except (SpecificationError, TypeError) as error:
+        cannot_run(f"{specification}: {error}")
+    missing = [name for name in ("state", "load", "step") if not callable(getattr(made, name, None))]
+    if missing:
+        cannot_run(f"{specification} gives a {type(made).__name__} without {', '.join(missing)}")
+    training: Training = made
+    return training
+
+
+def _print(verdict: StepwiseVerdict, console: Console) -> None:
+    console.print(Text(f"{verdict.mode}: {_sentence(verdict)}", style="bold"))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    for heading in ("tensor", "largest share", "at step", "first", "second"):
+        left = heading == "tensor"
+        table.add_column(heading, justify="left" if left else "right", overflow="fold")
+    for tensor in dict.fromkeys(each.tensor for each in verdict.worst):
+        worst = max((each for each in verdict.worst if each.tensor == tensor), key=lambda each: each.share)
+        table.add_row(tensor, f"{worst.share:.2g}", str(worst.step), f"{worst.first:.9g}", f"{worst.second:.9g}")
+    console.print(table)
+    console.print()
+
+
+def _sentence(verdict: StepwiseVerdict) -> str:
+    found = verdict.first_divergence
+    if found is not None:
+        return f"part at {found}"
+    blind = verdict.losses.blind_from
+    chaotic = f"; chaotic, so no evidence, from step {blind}" if blind is not None else ""
+    return f"agree, at most {verdict.largest.share:.2f} of what rounding explains{chaotic}"
+
+
+def _as_json(verdict: StepwiseVerdict) -> dict[str, Any]:
+    return {
+        "mode": verdict.mode,
+        "agrees": verdict.agrees,
+        "first_divergence": verdict.first_divergence,
+        "worst": verdict.worst,
+    }
