@@ -161,17 +161,21 @@ class Pair:
 
     Args:
         definition: what the true value is, and the bounds, are those of.
+        chosen: whether the definition was chosen, and is not that of the first loss.
         readings: what each loss computes.
         survey: outcomes of both against the truth, and against each other.
     """
 
     definition: Candidate
+    chosen: bool
     readings: tuple[Reading, Reading]
     survey: Survey
 
     @property
     def agrees(self) -> bool:
-        """Whether both gave results in every case, and these agree."""
+        """Whether both gave results in every case, these agree, and they are what was chosen to be right."""
+        if self.chosen and any(reading.mutants for reading in self.readings):
+            return False
         failed = any(outcome.status == "failed" for outcome in self.survey.outcomes)
         return not failed and bool(self.survey.differences) and all(each.agrees for each in self.survey.differences)
 
@@ -207,9 +211,8 @@ def compare_sides(first: Side, second: Side, question: Question, dtypes: Sequenc
     if question.convention is None and all(side.reduction is not None for side in sides):
         definition = _definition(diagnosed, expected)
     readings = [_read(side.adapter.name, found, definition) for side, found in zip(sides, diagnosed, strict=True)]
-    return Pair(
-        definition, (readings[0], readings[1]), _judge(sides, [definition.apply(case) for case in cases], attempts)
-    )
+    judged = _judge(sides, [definition.apply(case) for case in cases], attempts)
+    return Pair(definition, question.convention is not None, (readings[0], readings[1]), judged)
 
 
 def _named_cases(dtype: str) -> list[Case]:

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from parity_tests.bounds import Arithmetic
 from parity_tests.cases import CONVENTIONS, Case, case_names, make_case, random_case
@@ -208,10 +209,9 @@ def _trainings() -> dict[str, Case]:
     }
 
 
-def _train(case: Case, weights: FloatArray, inputs: FloatArray, fault: str | None) -> FloatArray:
+def _train(case: Case, weights: NDArray[np.float32], inputs: NDArray[np.float32], fault: str | None) -> FloatArray:
     """Train a linear layer in float32 and return the loss of each step."""
     losses = []
-    weights, inputs = weights.astype(np.float32), inputs.astype(np.float32)
     for _ in range(STEPS):
         logits = inputs @ weights
         result = evaluate(replace(case, logits=logits.astype(np.float64)), fault)
@@ -224,7 +224,7 @@ def _train(case: Case, weights: FloatArray, inputs: FloatArray, fault: str | Non
 def trajectory_trial(fault: str) -> Trial:
     """Return how a fault fares in trainings against the envelope of their replicas."""
     generator = np.random.default_rng(1)
-    inputs = generator.normal(size=(BATCH, FEATURES))
+    inputs = generator.normal(size=(BATCH, FEATURES)).astype(np.float32)
     start = generator.normal(size=(FEATURES, 7)).astype(np.float32)
     changed: set[str] = set()
     rejected: dict[str, float] = {}

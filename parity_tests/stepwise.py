@@ -25,7 +25,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from parity_tests.precision import FloatArray
+from parity_tests.precision import FORMATS, FloatArray
 from parity_tests.trajectory import TrajectoryVerdict, compare_trajectories, rounding_floor
 
 State = Mapping[str, NDArray[Any]]
@@ -215,7 +215,7 @@ def _copied(state: State) -> State:
 
 
 def _is_floating(values: NDArray[Any]) -> bool:
-    return values.dtype.kind == "f" or values.dtype in (ml_dtypes.bfloat16,)
+    return values.dtype.kind == "f" or values.dtype == ml_dtypes.bfloat16
 
 
 def one_ulp_away(state: State, random: np.random.Generator) -> State:
@@ -256,7 +256,7 @@ def _compare(
         allowed = 0.0
         if _is_floating(values):
             largest = np.max(np.abs(values.astype(np.float64)), initial=0.0)
-            roundoff = float(ml_dtypes.finfo(values.dtype).eps) / 2
+            roundoff = FORMATS[values.dtype.name].roundoff
             allowed = 2 * (envelope[name] + float(rounding_floor([largest], batch_size, roundoff)[0]))
         if values.size:
             yield _worst(step, name, values, other[name], allowed)

@@ -155,6 +155,16 @@ def test_a_wrong_loss_is_named(name: str) -> None:
     assert "DISAGREE" in outcome.output
 
 
+def test_both_wrong_in_the_same_way() -> None:
+    """They agree with each other; whether that is right was said, or was not."""
+    pair = ("torch:brought_losses:non_target", "torch:brought_losses:non_target")
+    assert compare(*pair).exit_code == 0
+    outcome = compare(*pair, "--convention", "uniform")
+    assert outcome.exit_code == 1
+    assert "values: the same" in outcome.output
+    assert outcome.output.count("known difference: other_off\n") == 2
+
+
 def test_which_part_differs() -> None:
     of_entropy = compare("torch:brought_losses:kl", "oracle").output
     assert "values: DIFFERENT" in of_entropy

@@ -32,7 +32,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import ArrayLike, Bool, Float64
+from jaxtyping import Bool, Float64
+from numpy.typing import ArrayLike  # jaxtyping's loads JAX
 
 Steps = Float64[np.ndarray, " steps"]
 
@@ -83,11 +84,11 @@ class TrajectoryVerdict:
 
 
 def compare_trajectories(
-    losses: Float64[ArrayLike, " steps"],
-    other: Float64[ArrayLike, " steps"],
-    replicas: Float64[ArrayLike, "replicas steps"],
+    losses: ArrayLike,
+    other: ArrayLike,
+    replicas: ArrayLike,
     *,
-    floor: float | Float64[ArrayLike, " steps"] = 0.0,
+    floor: float | ArrayLike = 0.0,
 ) -> TrajectoryVerdict:
     """Compare two trainings by the losses of their steps; see the module for the rule.
 
@@ -95,10 +96,10 @@ def compare_trajectories(
     was: there is no telling how far rounding goes there.
 
     Args:
-        losses: loss of each step of one training.
-        other: loss of each step of the training to compare.
-        replicas: losses of trainings that differ from the first by one ulp in each initial weight.
-        floor: rounding of the reported loss, such as `rounding_floor` gives.
+        losses: [steps], loss of each step of one training.
+        other: [steps], of the training to compare.
+        replicas: [replicas, steps], of trainings that differ from the first by one ulp in each initial weight.
+        floor: rounding of the reported loss, a number or [steps], such as `rounding_floor` gives.
 
     Returns:
         The verdict, with an array entry for each step.
@@ -133,7 +134,7 @@ def compare_trajectories(
 
 
 def rounding_floor(
-    losses: Float64[ArrayLike, " steps"],
+    losses: ArrayLike,
     batch_size: int,
     unit_roundoff: float = FLOAT32_UNIT_ROUNDOFF,
 ) -> Steps:
@@ -144,7 +145,7 @@ def rounding_floor(
     remains of them the replicas have too. Even where an envelope is 0, the losses agree to this precision only.
 
     Args:
-        losses: mean loss of each step.
+        losses: [steps], mean loss of each step.
         batch_size: number of rows N in each mean.
         unit_roundoff: half the spacing of floating-point numbers at 1; the default is that of float32.
 

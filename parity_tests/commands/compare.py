@@ -217,5 +217,6 @@ def _write(pair: Pair, question: Question, json_file: Path | None, report: Path 
             evidence=[],
             environment=describe_environment(),
             notes=pair.notes(),
+            agrees=pair.agrees,
         )
         console.print(f"wrote {page}", soft_wrap=True, highlight=False)

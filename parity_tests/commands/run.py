@@ -48,8 +48,8 @@ def run(
 ) -> None:
     """Hold adapters against the truth and against each other, in every case and dtype.
 
-    Exit code 0: ours are all within their bounds, 1: one is not, 2: an adapter that was asked for is not here. Losses of
-    the frameworks' own and of other libraries are shown beside; what they get wrong is a finding and no failure.
+    Exit code 0: ours are all within their bounds, 1: one is not, 2: an adapter that was asked for is not here. The
+    frameworks' own losses and those of other libraries are shown beside; what they get wrong is no failure.
     """
     console = Console()
     dtypes = check_dtypes(dtype, DTYPES)

@@ -73,6 +73,7 @@ def trajectory(
             evidence=[],
             environment=describe_environment(),
             trajectory=verdicts[0].losses,
+            agrees=agrees,
             notes=[f"{verdict.mode}: {_sentence(verdict)}" for verdict in verdicts],
         )
         console.print(f"wrote {page}", soft_wrap=True, highlight=False)

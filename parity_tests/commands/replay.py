@@ -1,0 +1,116 @@
+"""`lsce-parity replay DIR`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from parity_tests.adapters import DEVICES, Adapter
+from parity_tests.bundle import BundleError, read_bundle
+from parity_tests.commands.common import DeviceOption, JsonOption, cannot_run, exit_with, track, write_json
+from parity_tests.environment import describe_environment
+from parity_tests.replays import Replay, adapters_here
+from parity_tests.replays import replay as replay_bundle
+
+AdapterOption = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", help="May be repeated. [default: all of ours that are here and need no compiler]"),
+]
+
+
+def replay(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a bundle.", show_default=False)],
+    adapter: AdapterOption = None,
+    device: DeviceOption = "cpu",
+    json_file: JsonOption = None,
+) -> None:
+    """Hold the adapters that are here against values that were recorded elsewhere, on the same input bits.
+
+    Each adapter must be within its bounds of the truth, and of each recorded adapter within the sum of both bounds;
+    and so must each recorded adapter of the truth. Exit code 0: all are, 1: one is not, 2: the bundle is stale,
+    tampered with or of another version, or no adapter is here.
+
+    Examples:
+        lsce-parity replay from-the-gpu-machine
+
+        lsce-parity replay from-the-gpu-machine --adapter jax-fused --json replayed.json
+    """
+    console = Console()
+    try:
+        bundle = read_bundle(folder)
+        adapters, missing = find_adapters(adapter, device)
+        records = track(bundle.records, len(bundle.records), "cases", console)
+        found = replay_bundle(bundle, adapters, records)
+    except BundleError as error:
+        cannot_run(str(error))
+    if not any(outcome.status != "unsupported" for outcome in found.outcomes):
+        cannot_run(f"no recorded case can be asked of {', '.join(each.name for each in adapters)}")
+    print_replay(found, console)
+    for name, reason in missing.items():
+        console.print(Text(f"not here: {name} ({reason})", style="dim"))
+    environment = describe_environment()
+    for title, where in (("recorded with", bundle.environment), ("replayed with", environment)):
+        console.print(f"{title} {_in_words(where)}", highlight=False)
+    content = {
+        "command": "replay",
+        "agrees": found.agrees,
+        "devices": {
+            "here": {each.name: each.device for each in adapters},
+            "recorded": {name: each.device for name, each in bundle.adapters.items()},
+        },
+        "lines": found.lines(),
+        "evidence": found.evidence(),
+        "missing": missing,
+        "recorded": bundle.environment,
+        "environment": environment,
+    }
+    write_json(json_file, content, console)
+    verdict = "AGREE" if found.agrees else "DISAGREE"
+    console.print(f"\n{verdict}: {len(bundle.records)} recorded cases", highlight=False)
+    exit_with(found.agrees)
+
+
+def find_adapters(names: list[str] | None, device: str) -> tuple[list[Adapter], dict[str, str]]:
+    """Return the adapters that are here, and why others are not; one that was asked for must be."""
+    if device not in DEVICES:
+        cannot_run(f"there is no device {device!r} here; the devices are {', '.join(DEVICES)}")
+    try:
+        adapters, missing = adapters_here(names, device)
+    except ValueError as error:
+        cannot_run(str(error))
+    if missing and (names or not adapters):
+        cannot_run("; ".join(dict.fromkeys(missing.values())))
+    return adapters, missing
+
+
+def print_replay(found: Replay, console: Console) -> None:
+    """Print who was held against whom, then the worst of what is wrong."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    for heading in ("here", "recorded", "cases", "share", "verdict"):
+        table.add_column(heading, justify="right" if heading in ("cases", "share") else "left")
+    lines = found.lines()
+    here = {each.name: f"{each.name} on {each.device}" for each in found.adapters}
+    recorded = {name: f"{name} on {each.device}" for name, each in found.bundle.adapters.items()}
+    for line in lines:
+        verdict = "" if not line.cases else "agree" if line.agrees else "DISAGREE"
+        names = (here.get(line.here, line.here), recorded.get(line.recorded, line.recorded))
+        table.add_row(*map(Text, names), str(line.cases), f"{line.share:.2g}", verdict)
+    console.print("Share: the largest error as a share of what rounding explains; at most 1 is right.\n")
+    console.print(table)
+    console.print()
+    for line in lines:
+        if not line.agrees:
+            console.print(Text(str(line)), soft_wrap=True)
+
+
+def _in_words(environment: Mapping[str, Any]) -> str:
+    versions = [f"{name} {version}" for name, version in environment["versions"].items()]
+    devices = [device for each in environment["devices"].values() for device in each]
+    flags = [f"{name}={value}" for name, value in environment["flags"].items()]
+    parts = [f"Python {environment['python']}", *versions, environment["platform"], *devices, *flags]
+    return ", ".join(dict.fromkeys(parts))
