@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# What did not run on the CPU, or is claimed in the README and was not executed, fails the tests.
+EVIDENCE := --parity-require=cpu --parity-claims=docs/ledger.json
 PIP := pip install --quiet --disable-pip-version-check
 
 .PHONY: install demo test test-oldest lint clean
@@ -17,11 +19,11 @@ demo: install
 	$(BIN)/python -m examples.digits_parity
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(EVIDENCE)
 
 # The same tests with the lowest versions that pyproject.toml admits.
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest
+	.venv-oldest/bin/python -m pytest $(EVIDENCE)
 
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest

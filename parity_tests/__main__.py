@@ -6,6 +6,15 @@ import traceback
 import typer
 
 from parity_tests.commands.common import CANNOT_RUN
+from parity_tests.commands.compare import compare
+from parity_tests.commands.fingerprint import fingerprint
+from parity_tests.commands.matrix import matrix
+from parity_tests.commands.peer_tests import peer_tests
+from parity_tests.commands.power import power
+from parity_tests.commands.record import record
+from parity_tests.commands.replay import replay
+from parity_tests.commands.run import adapters, run
+from parity_tests.commands.trajectory import trajectory
 
 app = typer.Typer(
     add_completion=False,
@@ -15,6 +24,16 @@ app = typer.Typer(
     help="Hold losses of PyTorch and JAX against each other and against the truth. Exit code 0: they agree, 1: they "
     "do not, 2: it could not be found out.",
 )
+app.command()(adapters)
+app.command()(compare)
+app.command()(fingerprint)
+app.command()(matrix)
+app.command()(peer_tests)
+app.command()(power)
+app.command()(record)
+app.command()(replay)
+app.command()(run)
+app.command()(trajectory)
 
 
 def main() -> None:

@@ -51,7 +51,8 @@ def run(*parts: str) -> subprocess.CompletedProcess[str]:
     ("import lsce_jax", ("torch", "lsce_torch")),
     ("import lsce_torch", (*JAX_NAMES, "lsce_jax")),
     ("import lsce_spec", ("torch", *JAX_NAMES, "numpy", "lsce_jax", "lsce_torch")),
-    ("import parity_tests.adapters, parity_tests.oracle, parity_tests.mutants", ("torch", *JAX_NAMES)),
+    ("import parity_tests.__main__", ("torch", *JAX_NAMES)),
+    ("import parity_tests.plugin", ("torch", *JAX_NAMES, "numpy", "lsce_jax", "lsce_torch")),
     (USE_JAX, ("torch", "lsce_torch")),
     (USE_TORCH, (*JAX_NAMES, "lsce_jax")),
 ])  # fmt: skip

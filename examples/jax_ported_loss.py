@@ -1,0 +1,18 @@
+"""Two ports of `torch_original_loss` to JAX: one that looks right, and one that is. See docs/parity.md."""
+
+import jax
+import optax
+from jax import Array
+
+from lsce_jax import label_smoothed_cross_entropy
+
+
+def first_try(logits: Array, labels: Array, smoothing: float = 0.1) -> Array:
+    """Return the mean over the batch, with what Optax offers: its smoothing goes to all K classes."""
+    one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    return optax.softmax_cross_entropy(logits, optax.smooth_labels(one_hot, smoothing)).mean()
+
+
+def ported(logits: Array, labels: Array, smoothing: float = 0.1) -> Array:
+    """Return the mean over the batch, by the convention of the original."""
+    return label_smoothed_cross_entropy(logits, labels, smoothing=smoothing, convention="non_target", reduction="mean")

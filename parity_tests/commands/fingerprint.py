@@ -1,0 +1,64 @@
+"""`lsce-parity fingerprint`."""
+
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from parity_tests.adapters import DEVICES, UnavailableError
+from parity_tests.commands.common import DeviceOption, JsonOption, cannot_run, exit_with, write_json
+from parity_tests.environment import describe_environment
+from parity_tests.fingerprint import BACKENDS, Fingerprint, take_fingerprint
+
+
+def fingerprint(
+    framework: Annotated[str | None, typer.Option(help="jax or torch; default: each that is there.")] = None,
+    device: DeviceOption = "cpu",
+    json_file: JsonOption = None,
+) -> None:
+    """Measure the arithmetic of a device, and hold it against what the bounds assume.
+
+    Exit code 0: everything is within that; 1: something is not; 2: the framework or the device is not there.
+    """
+    if framework is not None and framework not in BACKENDS:
+        cannot_run(f"there is no framework {framework!r} here; the frameworks are {', '.join(BACKENDS)}")
+    if device not in DEVICES:
+        cannot_run(f"there is no device {device!r} here; the devices are {', '.join(DEVICES)}")
+    console = Console()
+    taken: list[Fingerprint] = []
+    missing: dict[str, str] = {}
+    for name in [framework] if framework else BACKENDS:
+        try:
+            backend = BACKENDS[name](device)
+        except UnavailableError as error:
+            missing[name] = str(error)
+            continue
+        with console.status(f"measuring {name} on {device}"):
+            taken.append(take_fingerprint(backend))
+        console.print(_table(taken[-1]))
+    if not taken:
+        cannot_run("; ".join(missing.values()))
+    for name, reason in missing.items():
+        console.print(f"{name} not measured: {reason}", markup=False, highlight=False)
+    environment = describe_environment()
+    flags = ", ".join(f"{flag}={value}" for flag, value in environment["flags"].items())
+    console.print(f"what the flags claim: {flags}", markup=False, highlight=False)
+    content = {"command": "fingerprint", "environment": environment, "fingerprints": taken, "missing": missing}
+    write_json(json_file, content, console)
+    exit_with(all(each.within for each in taken))
+
+
+def _table(taken: Fingerprint) -> Table:
+    table = Table(title=f"{taken.framework} on {taken.device}", box=box.SIMPLE, title_justify="left")
+    for column in ("dtype", "probe", "measured", "what the\nbounds\nassume", "verdict"):
+        table.add_column(column, no_wrap=column == "probe")
+    before = None
+    for each in taken.findings:
+        verdict = Text("within") if each.within else Text("exceeds", style="bold red")
+        dtype = each.dtype if each.dtype != before else ""
+        table.add_row(dtype, Text(each.probe), Text(each.measured), Text(each.assumed), verdict)
+        before = each.dtype
+    return table

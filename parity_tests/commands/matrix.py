@@ -1,0 +1,59 @@
+"""`lsce-parity matrix`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from parity_tests import ledger
+from parity_tests.commands.common import cannot_run, exit_with
+
+BEGIN, END = "<!-- lsce-parity matrix: begin -->", "<!-- lsce-parity matrix: end -->"
+
+
+def matrix(
+    ledger_file: Annotated[Path, typer.Option("--ledger", metavar="FILE", help="What is known, as JSON.")],
+    add: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Ledger of a session, to be put into the first; may be repeated."),
+    ] = None,
+    readme: Annotated[
+        Path, typer.Option(metavar="FILE", help="Page that has the matrix, between two comments.")
+    ] = Path("README.md"),
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; exit code 1 if the page is not as it would be.")
+    ] = False,
+) -> None:
+    """Write the support matrix into a page, from the ledger that `pytest --parity-ledger=FILE` writes.
+
+    Exit code 0: written, or as it would be; 1: it would be another; 2: a file is missing or not what it should be.
+    """
+    if check and add:
+        cannot_run("--check writes nothing, and --add does; give one of them")
+    try:
+        page = readme.read_text(encoding="utf-8")
+        sessions = ledger.merge(session for file in (ledger_file, *(add or ())) for session in ledger.read(file))
+        updated = replace_matrix(page, ledger.matrix(sessions))
+        if check:
+            if updated != page:
+                typer.echo(f"{readme} is not what {ledger_file} gives; run this without --check", err=True)
+            exit_with(updated == page)
+        if add:
+            ledger.write(ledger_file, sessions)
+        readme.write_text(updated, encoding="utf-8")
+    except (OSError, ValueError) as error:
+        cannot_run(str(error))
+    typer.echo(f"wrote {readme}")
+
+
+def replace_matrix(page: str, text: str) -> str:
+    """Return a page with a text between the two comments.
+
+    Raises:
+        ValueError: the page has not each of them once, in this order.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end) or BEGIN in rest or END in before + after:
+        raise ValueError(f"the page needs each of these lines once, in this order: {BEGIN} and {END}")
+    return f"{before}{begin}\n{text}\n{end}{after}"

@@ -1,0 +1,369 @@
+"""The pytest plugin: what a test needs, what it shows, and the ledger of what ran.
+
+    @pytest.mark.parity_framework("jax")
+    def test_loss(parity_device, parity_ledger):  # once for each device
+        parity_ledger.record("jax-mine", parity_device, "float32", "executed")
+        ...
+
+A test that a machine cannot run is skipped, and counted as not run; `--parity-require=cuda` makes a failure of it.
+
+pytest loads this in every session of an environment that has lsce. So it imports pytest and the standard library only,
+is silent where nothing of it is used, and imports a framework only when a test or an option asks for it.
+"""
+
+import argparse
+import importlib
+import sys
+from collections import Counter
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from parity_tests.ledger import (
+    DEVICES,
+    DTYPES,
+    Evidence,
+    Key,
+    Kind,
+    Session,
+    framework_of,
+    in_order,
+    installed_versions,
+    read,
+    strongest,
+    table,
+    write,
+)
+
+FRAMEWORKS = ("jax", "torch")
+REQUIRABLE = (*DEVICES, *FRAMEWORKS)
+
+_KEEPER = pytest.StashKey["Keeper"]()
+
+# --- What this machine has ------------------------------------------------------------------------------------------
+
+
+class AbsentError(Exception):
+    """A framework or a device is not on this machine."""
+
+
+def find_device(framework: str, device: str) -> str:
+    """Return the name of the card that a framework sees; empty for the CPU.
+
+    Raises:
+        AbsentError: the framework is not installed, or sees no such device.
+    """
+    module = _load(framework)
+    card = ""
+    if framework == "jax":
+        try:
+            card = module.devices(device)[0].device_kind
+        except RuntimeError as error:
+            cause = str(error).partition("\n")[0]
+            raise AbsentError(f"jax finds no {device} device: {cause}") from error
+    elif device == "cuda" and module.cuda.is_available():
+        card = module.cuda.get_device_name()
+    elif device != "cpu":
+        raise AbsentError(f"torch finds no {device} device")
+    return "" if device == "cpu" else card
+
+
+def _load(framework: str) -> Any:
+    try:
+        return importlib.import_module(framework)
+    except ModuleNotFoundError as error:
+        # An installation that is broken is no reason to skip.
+        if error.name != framework:
+            raise
+        raise AbsentError(f"{framework} is not installed") from error
+
+
+@dataclass(frozen=True)
+class _Obstacle:
+    """Why a test cannot be run, and which of its needs that leaves unmet."""
+
+    reason: str
+    needs: list[str]
+
+
+def _find_obstacle(devices: list[str], frameworks: list[str]) -> _Obstacle | None:
+    """Return what is missing here: each framework must see each device; without a framework, any of them."""
+    for framework in frameworks:
+        try:
+            _load(framework)
+        except AbsentError as error:
+            return _Obstacle(str(error), [framework, *devices])
+    for device in devices:
+        reasons = [_find_absence(framework, device) for framework in frameworks]
+        if not frameworks and device != "cpu":
+            both = [_find_absence(framework, device) for framework in FRAMEWORKS]
+            reasons = both if all(both) else []
+        if any(reasons):
+            return _Obstacle("; ".join(filter(None, reasons)), [device])
+    return None
+
+
+def _find_absence(framework: str, device: str) -> str | None:
+    """Return why a framework sees no such device, or None."""
+    try:
+        find_device(framework, device)
+    except AbsentError as error:
+        return str(error)
+    return None
+
+
+def _could_execute(adapter: str, device: str) -> bool:
+    """Return whether this machine could: an adapter whose name does not say its framework, on the CPU only."""
+    framework = framework_of(adapter)
+    return _find_absence(framework, device) is None if framework in FRAMEWORKS else device == "cpu"
+
+
+# --- Options, markers, fixtures -------------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options."""
+    group = parser.getgroup("parity", "parity of losses between devices and frameworks")
+    group.addoption(
+        "--parity-require",
+        type=_parse_requirements,
+        default=(),
+        metavar="NAMES",
+        help=f"Of {','.join(REQUIRABLE)}: fail where nothing was executed there, and instead of skipping tests that "
+        "need it.",
+    )
+    group.addoption("--parity-ledger", type=Path, metavar="FILE", help="Write what was recorded, as JSON.")
+    group.addoption(
+        "--parity-claims",
+        type=Path,
+        metavar="FILE",
+        help="Ledger: fail if it says executed where this machine could execute, and no test did.",
+    )
+
+
+def _parse_requirements(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if name not in REQUIRABLE:
+            raise argparse.ArgumentTypeError(f"it takes names of {', '.join(REQUIRABLE)}, with commas; got {name!r}")
+    return names
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the markers, and start the ledger."""
+    config.addinivalue_line("markers", "parity_device(name): the test needs this device: cpu, cuda or tpu.")
+    config.addinivalue_line("markers", "parity_framework(name): the test needs this framework: jax or torch.")
+    config.stash[_KEEPER] = Keeper(config)
+    config.pluginmanager.register(config.stash[_KEEPER], "lsce_parity_keeper")
+
+
+@pytest.fixture(params=[pytest.param(device, marks=pytest.mark.parity_device(device)) for device in DEVICES])
+def parity_device(request: pytest.FixtureRequest) -> str:
+    """Run the test once for each device: "cpu", "cuda", "tpu"."""
+    return str(request.param)
+
+
+@dataclass
+class Recorder:
+    """What a test says that it shows; it counts if the test passes."""
+
+    frameworks: frozenset[str]
+    evidence: set[Evidence] = field(default_factory=set)
+    called: bool = False
+    skipped: bool = False
+    failed: bool = False
+
+    def record(self, adapter: str, device: str, dtype: str, kind: Kind, detail: str = "") -> None:
+        """Say what the test shows if it passes. If it fails, nothing counts that others show of the same three.
+
+        Call it first: of a test that fails before, the ledger cannot know what it was about.
+
+        Args:
+            adapter: name of the adapter; it starts with its framework, as in "jax-fused".
+            device: "cpu", "cuda" or "tpu".
+            dtype: of the logits.
+            kind: "executed", "replayed", "interpreted", "compiled" or "not run".
+            detail: what tables add, such as the card's name, which `find_device` returns.
+
+        Raises:
+            ValueError: a field is no text or empty, or there is no such device or kind.
+        """
+        self.evidence.add(Evidence(adapter, device, dtype, kind, detail))
+
+
+@pytest.fixture
+def parity_ledger(request: pytest.FixtureRequest) -> Recorder:
+    """Return what `record` is called of."""
+    return request.config.stash[_KEEPER].start(request.node)
+
+
+# --- The session ----------------------------------------------------------------------------------------------------
+
+
+class Keeper:
+    """Keeps what tests record until it is known whether they pass, and holds it against what is required and claimed.
+
+    Raises:
+        pytest.UsageError: a file is none that can be read or written.
+    """
+
+    def __init__(self, config: pytest.Config) -> None:
+        """Read what is claimed."""
+        self._config = config
+        self._required: tuple[str, ...] = config.getoption("--parity-require")
+        self._ledger: Path | None = config.getoption("--parity-ledger")
+        self._claims: Path | None = config.getoption("--parity-claims")
+        self._claimed: set[Key] = set()
+        if self._claims is not None:
+            try:
+                self._claimed = _executed(entry for session in read(self._claims) for entry in session.evidence)
+            except (OSError, ValueError) as error:
+                raise pytest.UsageError(f"--parity-claims: {error}") from error
+        if self._ledger is not None and self._ledger.is_dir():
+            raise pytest.UsageError(f"--parity-ledger: {self._ledger} is a folder; name a file")
+        if self._ledger and self._claims and self._ledger.resolve() == self._claims.resolve():
+            raise pytest.UsageError(
+                "--parity-ledger would replace the claims of other machines; write another file, and add it with "
+                f"lsce-parity matrix --ledger {self._claims} --add FILE"
+            )
+        self._running: dict[str, Recorder] = {}
+        self._passed: dict[Evidence, frozenset[str]] = {}
+        self._failed: set[Key] = set()
+        self._not_run: Counter[str] = Counter()
+        self._absent: set[tuple[str, str]] = set()
+        self._problems: list[str] = []
+        self._ran = False
+
+    def start(self, item: pytest.Item) -> Recorder:
+        """Return what a test records with."""
+        recorder = Recorder(frozenset(_names(item, "parity_framework", FRAMEWORKS)))
+        self._running[item.nodeid] = recorder
+        return recorder
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> None:
+        """Note that tests are run, and not listed only."""
+        self._ran = not session.config.option.collectonly
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Skip a test that cannot be run here, or fail it if what it needs is required."""
+        devices, frameworks = _names(item, "parity_device", DEVICES), _names(item, "parity_framework", FRAMEWORKS)
+        obstacle = _find_obstacle(devices, frameworks)
+        if obstacle is None:
+            return
+        required = [name for name in obstacle.needs if name in self._required]
+        if required:
+            pytest.fail(f"{obstacle.reason}; --parity-require={','.join(required)} asks for it", pytrace=False)
+        self._not_run[obstacle.reason] += 1
+        self._absent.update((framework, device) for framework in frameworks or FRAMEWORKS for device in devices)
+        pytest.skip(obstacle.reason)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Follow a test that records; when it is torn down, its evidence counts or not."""
+        recorder = self._running.get(report.nodeid)
+        if recorder is None:
+            return
+        expected_failure = report.skipped and hasattr(report, "wasxfail")
+        recorder.failed |= report.failed or expected_failure
+        recorder.skipped |= report.skipped
+        recorder.called |= report.when == "call"
+        if report.when == "teardown":
+            del self._running[report.nodeid]
+            if recorder.failed:
+                self._failed |= {entry.key for entry in recorder.evidence}
+            elif recorder.called and not recorder.skipped:
+                for entry in recorder.evidence:
+                    self._passed[entry] = self._passed.get(entry, frozenset()) | recorder.frameworks
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Hold the ledger against what is required and claimed, and write it."""
+        if not self._ran:
+            return
+        self._problems = [*self._find_missing(), *self._find_unproven(), *self._write_ledger()]
+        if self._problems and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        if not self._config.pluginmanager.has_plugin("terminalreporter"):
+            for problem in self._problems:
+                print(problem, file=sys.stderr)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> Generator[None]:
+        """Show the ledger, last of all, if there is one or an option asks for it."""
+        yield  # to the summary of pytest itself
+        asked = self._required or self._ledger or self._claims
+        if not self._ran or not (asked or self._passed or self._failed):
+            return
+        terminalreporter.write_sep("=", "parity ledger")
+        for line in self._show():
+            terminalreporter.write_line(line)
+        for problem in self._problems:
+            terminalreporter.write_line(f"ERROR {problem}", red=True)
+
+    def _evidence(self) -> list[Evidence]:
+        return [entry for entry in self._passed if entry.key not in self._failed]
+
+    def _show(self) -> list[str]:
+        cells: dict[Key, str] = {key: kind for key, (kind, _) in strongest(self._evidence()).items()}
+        cells |= dict.fromkeys(self._failed, "failed")
+        for adapter, _, dtype in list(cells):
+            for framework, device in self._absent:
+                if framework == framework_of(adapter):
+                    cells.setdefault((adapter, device, dtype), "not run")
+        lines = table(cells) if cells else ["nothing was recorded"]
+        lines += [f"not run: {_count(count, 'test')}, {reason}" for reason, count in sorted(self._not_run.items())]
+        if self._claims is not None:
+            beyond = _list(_executed(self._evidence()) - self._claimed)
+            lines += [f"executed and not claimed by {self._claims}: {text}" for text in beyond]
+        return lines
+
+    def _find_missing(self) -> list[str]:
+        executed = [entry for entry in self._evidence() if entry.kind == "executed"]
+        found = {entry.device for entry in executed} | {entry.framework for entry in executed}
+        found.update(name for entry in executed for name in self._passed[entry])
+        missing = [name for name in self._required if name not in found]
+        return [f"--parity-require={name}: no test that passed recorded anything executed there" for name in missing]
+
+    def _find_unproven(self) -> list[str]:
+        unproven = self._claimed - _executed(self._evidence())
+        possible = {key for key in unproven if _could_execute(*key[:2])}
+        return [
+            f"{self._claims} claims what this session has not shown: {text} was executed" for text in _list(possible)
+        ]
+
+    def _write_ledger(self) -> list[str]:
+        if self._ledger is None:
+            return []
+        try:
+            write(self._ledger, [Session(installed_versions(), frozenset(self._evidence()))])
+        except OSError as error:
+            return [f"--parity-ledger: {error}"]
+        return []
+
+
+def _names(item: pytest.Item, marker: str, allowed: tuple[str, ...]) -> list[str]:
+    names = []
+    for mark in item.iter_markers(marker):
+        if len(mark.args) != 1 or mark.args[0] not in allowed or mark.kwargs:
+            pytest.fail(f"the marker {marker} takes one of {', '.join(allowed)}; got {mark.args}", pytrace=False)
+        names.append(mark.args[0])
+    return names
+
+
+def _executed(evidence: Iterable[Evidence]) -> set[Key]:
+    return {entry.key for entry in evidence if entry.kind == "executed"}
+
+
+def _list(keys: set[Key]) -> list[str]:
+    """Return a text for each adapter and device, with its dtypes."""
+    pairs = sorted({key[:2] for key in keys})
+    dtypes = {pair: in_order((dtype for *each, dtype in keys if tuple(each) == pair), DTYPES) for pair in pairs}
+    return [f"{adapter} on {device} in {', '.join(dtypes[adapter, device])}" for adapter, device in pairs]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
