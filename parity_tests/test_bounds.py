@@ -69,7 +69,10 @@ def test_exponentials_that_softmax_leaves(dtype: str) -> None:
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 @pytest.mark.parametrize("length", [2, 9, 33, 127, 128, 129, 1009, 4096, 32768])
 def test_depth_of_sums(framework: str, length: int) -> None:
-    """2^24 swallows each 1 that is added to it alone, so what is missing from the sum counts its additions."""
+    """2^24 swallows each 1 that is added to it alone: a lower bound of its additions, also for sums too long to count.
+
+    `test_fingerprint` counts the additions exactly, up to 2047 terms.
+    """
     generator = np.random.default_rng(length)
     for position in {0, length - 1, *generator.integers(length, size=4).tolist()}:
         values = np.ones((1, length), np.float32)
