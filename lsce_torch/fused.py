@@ -64,6 +64,8 @@ def row_losses(
 
 def _why_reference(batch: Batch, options: LossOptions, with_stats: bool) -> str | None:
     """Return what makes a call take the reference; None if nothing does."""
+    if batch.logits.device.type == "jax":
+        return "the logits are JAX's, through torchax, which cannot write into what it is given"
     for name in ("class_weight", "prior"):
         vector = getattr(batch, name)
         if vector is not None and vector.requires_grad:

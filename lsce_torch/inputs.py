@@ -81,7 +81,7 @@ class Batch:
 
 def compute_dtype(logits: Tensor) -> torch.dtype:
     """Return float64 for float64 logits and float32 for all others."""
-    return torch.promote_types(logits.dtype, torch.float32)
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def prepare(

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, Literal
 
 from lsce_spec import IMPLEMENTATIONS
+from parity_tests import peers
 from parity_tests.adapters import Adapter, JaxAdapter, TorchAdapter
 from parity_tests.bounds import Arithmetic
 from parity_tests.cases import Case
@@ -93,7 +94,22 @@ def _ours() -> list[Entry]:
     return entries
 
 
-ENTRIES: dict[str, Entry] = {entry.name: entry for entry in _ours()}
+def _peers() -> list[Entry]:
+    makers: dict[str, Callable[..., Adapter]] = {
+        "torch-cross-entropy": peers.torch_cross_entropy,
+        "torch-cross-entropy-compiled": peers.torch_cross_entropy_compiled,
+        "torch-timm": peers.timm_label_smoothing,
+        "torch-keras": partial(peers.keras_categorical, "torch"),
+        "jax-optax": peers.optax_dense,
+        "jax-optax-integer": peers.optax_integer,
+        "jax-t5x": peers.t5x,
+        "jax-keras": partial(peers.keras_categorical, "jax"),
+        "jax-torchax": peers.torchax_module,
+    }
+    return [Entry(name, name.partition("-")[0], "peer", make) for name, make in makers.items()]
+
+
+ENTRIES: dict[str, Entry] = {entry.name: entry for entry in _ours() + _peers()}
 
 
 def make_adapter(name: str, device: str = "cpu") -> Adapter:
