@@ -117,6 +117,41 @@ def features(case: Case) -> frozenset[str]:
     return frozenset(found | {name for name, present in special.items() if present})
 
 
+def describe_inputs(case: Case, index: tuple[int, ...]) -> dict[str, str]:
+    """Return, for people, what goes into an element of the loss or of the gradient.
+
+    Args:
+        case: the case.
+        index: row, or row and class, of the element; () where all rows enter it. Of the classes those near the element,
+            or else near the label, are shown.
+    """
+    rows = case.rows()
+    inputs = {"shape of the logits": str(list(case.logits.shape))}
+    inputs |= {key: str(value) for key, value in case.options.items()}
+    if not index or not 0 <= index[0] < len(rows.logits):
+        smoothing = case.smoothing if isinstance(case.smoothing, float) else "per row"
+        return inputs | {"smoothing": str(smoothing), "rows": "all of them enter this value"}
+    row, num_classes = index[0], rows.logits.shape[-1]
+    soft = rows.labels.ndim == 2
+    label = 0 if soft else int(rows.labels[row])
+    centre = min(max(index[1] if len(index) > 1 else label, 0), num_classes - 1)
+    near = slice(max(centre - 3, 0), min(centre + 4, num_classes))
+
+    def values(array: NDArray[Any]) -> str:
+        shown = ", ".join(f"{value:.7g}" for value in array[near])
+        return f"[{shown}]" + ("" if len(array[near]) == len(array) else f", classes {near.start} to {near.stop - 1}")
+
+    inputs[f"logits of row {row}"] = values(rows.logits[row])
+    inputs["label"] = values(rows.labels[row]) if soft else str(label)
+    inputs["smoothing"] = f"{rows.smoothing[row]:.9g}"
+    if not rows.counted[row]:
+        inputs["the row"] = "does not count"
+    if case.upstream is not None:
+        inputs["upstream gradient"] = f"{rows.upstream[row]:.9g}"
+    arrays = {"class_weight": case.class_weight, "class_mask": case.class_mask, "prior": case.prior}
+    return inputs | {key: values(array) for key, array in arrays.items() if array is not None}
+
+
 Builder = Callable[[str, np.random.Generator], Case]
 _BUILDERS: dict[str, Builder] = {}
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from parity_tests.bounds import Arithmetic, Bound, error_bound
-from parity_tests.cases import Case
+from parity_tests.cases import Case, describe_inputs
 from parity_tests.oracle import Exact, Truth
 from parity_tests.precision import FloatArray, compute_dtype, ulp
 
@@ -37,6 +37,7 @@ class Worst:
         expected: what it is compared with.
         bound: the error that is allowed.
         share: error over bound; inf for a NaN, infinity or finite number out of place.
+        inputs: what goes into the element, for people.
     """
 
     part: str
@@ -45,6 +46,7 @@ class Worst:
     expected: float
     bound: float
     share: float
+    inputs: dict[str, str] = field(repr=False, compare=False)
 
     def __str__(self) -> str:
         """Return one line for a message."""
@@ -124,7 +126,8 @@ def within(case: Case, truth: Truth, result: Result, bound: Bound, other: Result
         index = tuple(int(i) for i in np.unravel_index(np.argmax(shares[part]), shares[part].shape))
         value, wanted = getattr(result, part)[index], (loss if part == "loss" else gradient).high[index]
         allowed = float(getattr(bound, part)[index])
-        worst = Worst(part, index, float(value), float(wanted), allowed, float(shares[part][index]))
+        share = float(shares[part][index])
+        worst = Worst(part, index, float(value), float(wanted), allowed, share, describe_inputs(case, index))
     return Comparison(
         loss=float(np.max(shares["loss"], initial=0.0)),
         gradient=float(np.max(shares["gradient"], initial=0.0)),

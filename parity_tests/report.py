@@ -19,7 +19,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from parity_tests.cases import case_names, make_case
 from parity_tests.comparison import Comparison, Worst
 from parity_tests.ledger import KINDS, Evidence
 from parity_tests.precision import DTYPES, FloatArray
@@ -476,7 +475,7 @@ def describe(survey: Survey, case: str, dtype: str) -> Disagreement:
         elements=[
             (who, *_element(comparison, dtype), share_text(_largest(comparison))) for who, comparison in compared
         ],
-        inputs=inputs_near(case, dtype, worst.worst.index) if worst.worst else {},
+        inputs=worst.worst.inputs if worst.worst else {},
     )
 
 
@@ -505,44 +504,6 @@ def blame_sentences(wrong: list[str], differences: list[Difference]) -> list[str
     alone = [name for name in wrong if not any(name in difference.adapters for difference in differences)]
     sentences += [f"{name} is outside of the bounds of the truth." for name in alone]
     return sentences
-
-
-def inputs_near(name: str, dtype: str, index: tuple[int, ...]) -> dict[str, str]:
-    """Return the inputs of a row, near the class of `index` or else near the label; empty if the case is not ours.
-
-    Args:
-        name: of the case, which is made again.
-        dtype: of its logits.
-        index: row, or row and class, of the element; () where all rows enter it.
-    """
-    if name not in case_names() or dtype not in DTYPES:
-        return {}
-    case = make_case(name, dtype)
-    rows = case.rows()
-    inputs = {"shape of the logits": str(list(case.logits.shape))}
-    inputs |= {key: str(value) for key, value in case.options.items()}
-    if not index or not 0 <= index[0] < len(rows.logits):
-        smoothing = case.smoothing if isinstance(case.smoothing, float) else "per row"
-        return inputs | {"smoothing": str(smoothing), "rows": "all of them enter this value"}
-    row, num_classes = index[0], rows.logits.shape[-1]
-    soft = rows.labels.ndim == 2
-    label = 0 if soft else int(rows.labels[row])
-    centre = min(max(index[1] if len(index) > 1 else label, 0), num_classes - 1)
-    near = slice(max(centre - 3, 0), min(centre + 4, num_classes))
-
-    def values(array: NDArray[Any]) -> str:
-        shown = ", ".join(f"{value:.7g}" for value in array[near])
-        return f"[{shown}]" + ("" if len(array[near]) == len(array) else f", classes {near.start} to {near.stop - 1}")
-
-    inputs[f"logits of row {row}"] = values(rows.logits[row])
-    inputs["label"] = values(rows.labels[row]) if soft else str(label)
-    inputs["smoothing"] = f"{rows.smoothing[row]:.9g}"
-    if not rows.counted[row]:
-        inputs["the row"] = "does not count"
-    if case.upstream is not None:
-        inputs["upstream gradient"] = f"{rows.upstream[row]:.9g}"
-    arrays = {"class_weight": case.class_weight, "class_mask": case.class_mask, "prior": case.prior}
-    return inputs | {key: values(array) for key, array in arrays.items() if array is not None}
 
 
 # --- Heat map -------------------------------------------------------------------------------------------------------

@@ -260,6 +260,7 @@ def test_json(tmp_path: Path) -> None:
     assert content["readings"][0]["mutants"] == ["other_off"]
     assert content["readings"][1]["mutants"] == []
     assert len(content["survey"]["differences"]) == 9
+    assert "label" in content["survey"]["differences"][0]["worst"]["inputs"]
     assert content["survey"]["outcomes"][0]["worst"]["part"] in ("loss", "gradient")
     assert "torch" in content["environment"]["versions"]
 

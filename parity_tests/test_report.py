@@ -13,7 +13,7 @@ import pytest
 
 from parity_tests import report
 from parity_tests.adapters import Adapter
-from parity_tests.cases import Case, case_names, make_case
+from parity_tests.cases import Case, case_names, describe_inputs, make_case
 from parity_tests.comparison import Comparison, Result, Worst
 from parity_tests.ledger import Evidence
 from parity_tests.registry import FaultyAdapter, OracleAdapter
@@ -61,7 +61,7 @@ def survey_of(ours: tuple[Adapter, ...], peers: tuple[Adapter, ...] = (), twins:
 
 def outcome(adapter: str, share: float, case: str = "mine", dtype: str = "float32", **fields: object) -> Outcome:
     """Return an outcome of a given share; the status follows from it."""
-    worst = Worst("gradient", (0, 1), share, 0.0, 1.0, share)
+    worst = Worst("gradient", (0, 1), share, 0.0, 1.0, share, {"what": "label is 3"})
     comparison = Comparison(share / 2, share, worst, ulps=np.array([share]))
     comparison = replace(comparison, **fields)
     return Outcome(adapter, case, dtype, "agree" if comparison.agrees else "disagree", None, comparison)
@@ -263,30 +263,28 @@ def test_blame(tmp_path: Path, shares: tuple[float, float], apart: float, senten
 
 def test_inputs_are_those_of_the_row() -> None:
     case = make_case("classes_33", "float32")
-    inputs = report.inputs_near("classes_33", "float32", (2, 31))
+    inputs = describe_inputs(case, (2, 31))
     shown = ", ".join(f"{value:.7g}" for value in case.logits[2, 28:33])
     assert inputs["logits of row 2"] == f"[{shown}], classes 28 to 32"
     assert inputs["label"] == str(case.labels[2])
     assert case.upstream is not None
     assert inputs["upstream gradient"] == f"{case.upstream[2]:.9g}"
     # The loss of a row is shown with the logits near its label.
-    near_label = report.inputs_near("classes_33", "float32", (2,))["logits of row 2"]
+    near_label = describe_inputs(case, (2,))["logits of row 2"]
     assert f"{case.logits[2, case.labels[2]]:.7g}" in near_label
 
 
-def test_inputs_of_unknown_cases_are_left_out(tmp_path: Path) -> None:
-    assert report.inputs_near("of a user", "float32", (0, 0)) == {}
-    assert report.inputs_near("classes_7", "int4", (0, 0)) == {}
-    assert "Inputs" not in words(page_of(tmp_path, made_up([outcome("mine", 2.0)])))
-    assert "Inputs" in words(page_of(tmp_path, made_up([outcome("mine", 2.0, "classes_7")])))
+def test_inputs_are_on_the_page(tmp_path: Path) -> None:
+    assert "label is 3" in words(page_of(tmp_path, made_up([outcome("mine", 2.0)])))
 
 
 @pytest.mark.parametrize("name", [name for name in case_names() if name != "wide"])
 def test_inputs_of_every_case(name: str) -> None:
-    rows = make_case(name, "bfloat16").rows()
+    case = make_case(name, "bfloat16")
+    rows = case.rows()
     last = (len(rows.logits) - 1, rows.logits.shape[-1] - 1)
     for index in ((), last[:1], last, (len(rows.logits),)):
-        inputs = report.inputs_near(name, "bfloat16", index)
+        inputs = describe_inputs(case, index)
         assert "smoothing" in inputs
 
 
@@ -317,7 +315,7 @@ def test_nan_shares_count_as_infinite() -> None:
 
 
 def test_infinities_and_nan_break_nothing(tmp_path: Path) -> None:
-    worst = Worst("loss", (), math.nan, -math.inf, math.nan, math.nan)
+    worst = Worst("loss", (), math.nan, -math.inf, math.nan, math.nan, {})
     ulps = np.array([0.0, math.inf, math.nan, 1e308, 5e-324])
     outcomes = [
         outcome("mine", math.inf, "a", ulps=ulps),

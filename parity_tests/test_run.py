@@ -35,6 +35,7 @@ def test_a_mutant_does_not() -> None:
     outcome = run(*arguments, "--dtype", "float32")
     assert outcome.exit_code == 1, outcome.output
     assert "mutant:stale_lse in uniform_none float32: " in outcome.output
+    assert "its inputs: shape of the logits: [7, 11]; " in outcome.output
     assert "DISAGREE: 3 results and 0 pairs of them (2 adapters, 6 results" in outcome.output
 
 

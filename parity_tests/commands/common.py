@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from parity_tests.comparison import Comparison
+from parity_tests.comparison import Comparison, Worst
 from parity_tests.precision import DTYPES
 from parity_tests.survey import Survey
 
@@ -52,6 +52,11 @@ def track(items: Iterable[Item], total: int, title: str, console: Console) -> It
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         yield from progress.track(items, total=total)
+
+
+def describe(worst: Worst) -> str:
+    """Return the inputs of an element in one line."""
+    return "; ".join(f"{name}: {value}" for name, value in worst.inputs.items())
 
 
 def jsonable(value: Any) -> Any:

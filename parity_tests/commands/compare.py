@@ -21,6 +21,7 @@ from parity_tests.commands.common import (
     ReportOption,
     cannot_run,
     check_dtypes,
+    describe,
     exit_with,
     survey_as_json,
     write_json,
@@ -177,9 +178,10 @@ def _print_differences(pair: Pair, console: Console) -> None:
     count = f"{len(differing)} of {len(pair.survey.differences)} cases differ"
     console.print(f"\n{count}; the largest, as shares of what rounding explains (at most 1 is right):\n")
     console.print(table)
-    console.print(
-        Text(f"\nA and B in {differing[0].case}: {differing[0].comparison.worst or differing[0].comparison.problem}")
-    )
+    first = differing[0]
+    console.print(Text(f"\nA and B in {first.case}: {first.comparison.worst or first.comparison.problem}"))
+    if first.comparison.worst:
+        console.print(Text(f"    its inputs: {describe(first.comparison.worst)}"))
 
 
 def _outcome(outcome: Outcome) -> str:

@@ -19,6 +19,7 @@ from parity_tests.commands.common import (
     ReportOption,
     cannot_run,
     check_dtypes,
+    describe,
     exit_with,
     survey_as_json,
     track,
@@ -148,6 +149,10 @@ def _print_wrong(found: Survey, console: Console) -> None:
     ]
     lines = [_describe(outcome) for outcome in sorted(wrong, key=_share, reverse=True)]
     lines += [_describe_difference(each) for each in found.differences if not each.agrees]
+    if wrong:
+        worst = max(wrong, key=_share)
+        if worst.comparison and worst.comparison.worst:
+            lines.insert(1, f"    its inputs: {describe(worst.comparison.worst)}")
     for line in lines[:SHOWN]:
         console.print(Text(line))
     if len(lines) > SHOWN:
