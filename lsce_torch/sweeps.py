@@ -184,7 +184,9 @@ def logits_gradient(operands: Operands, sums: Sums, upstream: Float[Tensor, "*ba
     of_others = None if isinstance(operands.off, float) and not operands.off else upstream * operands.off
     at_label = of_max = None
     if operands.labels is not None:
-        at_label = of_p * torch.exp(-(sums.label_gap + sums.log_sum)) - upstream * operands.at_label
+        # Not exp of the sum, whose rounding a large gap makes as large as that of the gap itself.
+        p_label = torch.exp(-sums.label_gap) * torch.exp(-sums.log_sum)
+        at_label = of_p * p_label - upstream * operands.at_label
     if operands.at_max is not None and sums.num_largest is not None:
         of_max = upstream * operands.at_max / sums.num_largest
 

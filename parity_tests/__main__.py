@@ -8,6 +8,7 @@ import typer
 from parity_tests.commands.common import CANNOT_RUN
 from parity_tests.commands.compare import compare
 from parity_tests.commands.fingerprint import fingerprint
+from parity_tests.commands.hunt import hunt
 from parity_tests.commands.matrix import matrix
 from parity_tests.commands.peer_tests import peer_tests
 from parity_tests.commands.power import power
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.command()(adapters)
 app.command()(compare)
 app.command()(fingerprint)
+app.command()(hunt)
 app.command()(matrix)
 app.command()(peer_tests)
 app.command()(power)

@@ -86,7 +86,8 @@ def _error_bound(case: Case, truth: Truth, arithmetic: Arithmetic) -> Bound:
     # A class of logit -inf has p = 0 exactly, and makes the loss infinite if it is a target: no bound is needed.
     finite_gap = np.where(np.isfinite(gap), gap, 0.0)
     below = np.where(allowed & (gap > 0), np.exp(-gap), 0.0)
-    log_sum = np.log1p(np.sum(below, axis=-1) + np.sum(allowed & (gap == 0), axis=-1) - 1)
+    # The brackets matter: (tiny + 1) - 1 is 0.
+    log_sum = np.log1p(np.sum(below, axis=-1) + (np.sum(allowed & (gap == 0), axis=-1) - 1))
     lse = peak[:, 0] + log_sum
     mass = np.sum(wq, axis=-1)
 
@@ -130,7 +131,9 @@ def _error_bound(case: Case, truth: Truth, arithmetic: Arithmetic) -> Bound:
     if softcap is not None:
         # 1 - tanh^2 is formed from a tanh that is off by c_t u: an absolute error, however small the derivative.
         slope = 1 - np.tanh(raw / softcap) ** 2
-        gradient = gradient * slope + unscaled * u * (2 * arithmetic.tanh + 6)
+        slope_error = u * (2 * arithmetic.tanh + 6)
+        # Where tanh rounds to 1 the slope is nothing but error, and so are both factors where p and q are equal.
+        gradient = gradient * (slope + slope_error) + unscaled * slope_error
     gradient = factor * gradient
     weight_depth = arithmetic.depth(num_rows) + 2
     gradient += u * weight_depth * np.abs(truth.gradient.high) if case.class_weight is not None else 0.0

@@ -1,0 +1,167 @@
+"""`lsce-parity hunt`."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from parity_tests.adapters import DEVICES, Adapter
+from parity_tests.bundle import BundleError, read_bundle, record, write_bundle
+from parity_tests.cases import Case
+from parity_tests.commands.common import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    cannot_run,
+    check_dtypes,
+    exit_with,
+    track,
+    write_json,
+)
+from parity_tests.environment import describe_environment
+from parity_tests.hunt import PARTS, Find, describe, share_of
+from parity_tests.hunt import hunt as search
+from parity_tests.precision import DTYPES
+from parity_tests.registry import ENTRIES
+from parity_tests.replays import adapters_here
+
+SECONDS = 20.0
+# Under `jit` only: without it JAX compiles every operation for each shape, and torch.compile takes seconds a case.
+DEFAULT = [entry.name for entry in ENTRIES.values() if entry.kind == "ours" and entry.twin]
+
+
+def hunt(
+    adapter: Annotated[
+        list[str] | None, typer.Option("--adapter", help=f"May be repeated. [default: {', '.join(DEFAULT)}]")
+    ] = None,
+    dtype: DtypeOption = None,
+    seconds: Annotated[
+        float | None, typer.Option(help=f"Time for each adapter, dtype and part. [default: {SECONDS:g}]")
+    ] = None,
+    examples: Annotated[
+        int | None, typer.Option(help="In place of the time, calls of the adapter: finds the same each time.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed is another search.")] = 0,
+    save: Annotated[
+        Path | None,
+        typer.Option("--save", metavar="DIR", file_okay=False, help="Bundle to put the cases found into; see replay."),
+    ] = None,
+    device: DeviceOption = "cpu",
+    json_file: JsonOption = None,
+) -> None:
+    """Search for the inputs that bring adapters nearest to their bounds, or beyond: of the loss, and of the gradient.
+
+    Exit code 0: nothing beyond its bound was found, 1: something was, shown as small as can be, 2: it cannot run.
+
+    Examples:
+        lsce-parity hunt --adapter jax-fused --dtype float32 --seconds 60
+
+        lsce-parity hunt --examples 500 --save worst-cases
+    """
+    console = Console()
+    dtypes = check_dtypes(dtype, DTYPES)
+    if seconds is None and examples is None:
+        seconds = SECONDS
+    adapters = _adapters(adapter, device)
+    known = _known(save)
+    searches = [(each, dtype, part) for each in adapters for dtype in dtypes for part in PARTS]
+    try:
+        finds = [
+            search(each, dtype, part, examples=examples, seconds=seconds, seed=seed)
+            for each, dtype, part in track(searches, len(searches), "searches", console)
+        ]
+    except ValueError as error:
+        cannot_run(str(error))
+    _print(finds, console)
+    content = {
+        "command": "hunt",
+        "agrees": all(find.agrees for find in finds),
+        "budget": {"seconds": seconds, "examples": examples, "seed": seed},
+        "finds": [asdict(find) for find in finds],
+        "environment": describe_environment(),
+    }
+    write_json(json_file, content, console)
+    if save is not None:
+        _save(save, known, finds, adapters, console)
+    exit_with(all(find.agrees for find in finds))
+
+
+def _adapters(names: list[str] | None, device: str) -> list[Adapter]:
+    """Return those that were asked for, all of which must be here, or those of the default that are."""
+    if device not in DEVICES:
+        cannot_run(f"there is no device {device!r} here; the devices are {', '.join(DEVICES)}")
+    try:
+        adapters, missing = adapters_here(names or DEFAULT, device)
+    except ValueError as error:
+        cannot_run(str(error))
+    if missing and (names or not adapters):
+        cannot_run("; ".join(dict.fromkeys(missing.values())))
+    for name, reason in missing.items():
+        typer.echo(f"not here: {name} ({reason})", err=True)
+    return adapters
+
+
+def _known(folder: Path | None) -> list[Case]:
+    """Return the cases of a bundle that is there already."""
+    if folder is None or not folder.is_dir() or not any(folder.iterdir()):
+        return []
+    try:
+        return read_bundle(folder).cases
+    except BundleError as error:
+        cannot_run(str(error))
+
+
+def _save(
+    folder: Path, known: Sequence[Case], finds: Sequence[Find], adapters: Sequence[Adapter], console: Console
+) -> None:
+    """Write a bundle of the cases that were known and those that were found, of the same name the worse one."""
+    cases = {case.name: case for case in known}
+    by_name = {adapter.name: adapter for adapter in adapters}
+    for find in finds:
+        old = cases.get(find.case.name)
+        if old is None or share_of(by_name[find.adapter], old, find.part) < find.share:
+            cases[find.case.name] = find.case
+    try:
+        # The truth is all that a case of this kind is held against.
+        write_bundle(folder, record([], [cases[name] for name in sorted(cases)]))
+    except OSError as error:
+        cannot_run(f"{folder} cannot be written: {error.strerror}")
+    console.print(f"wrote {folder}: {len(cases)} cases", soft_wrap=True, highlight=False)
+
+
+def _print(finds: Sequence[Find], console: Console) -> None:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    for heading in ("adapter", "dtype", "part", "share", "calls", "in"):
+        table.add_column(heading, justify="right" if heading in ("share", "calls") else "left")
+    for find in finds:
+        row = (find.adapter, find.dtype, find.part, f"{find.share:.2g}", str(find.evaluations), describe(find.case))
+        table.add_row(*map(Text, row), style="" if find.agrees else "bold")
+    console.print("Largest error that was found, as a share of its bound beyond the rounding of the result.\n")
+    console.print(table)
+    broken = [find for find in finds if not find.agrees]
+    for find in broken:
+        console.print(Text(f"\n{find.adapter} in {find.dtype}, {describe(find.case)}: {find.problem}"), soft_wrap=True)
+        console.print(Text(_as_code(find.case)), soft_wrap=True)
+    if broken:
+        console.print(
+            f"\nDISAGREE: {len(broken)} of {len(finds)} searches found a result beyond its bound", highlight=False
+        )
+    else:
+        console.print(
+            f"\nAGREE: no result beyond its bound in {sum(find.evaluations for find in finds)} calls", highlight=False
+        )
+
+
+def _as_code(case: Case) -> str:
+    """Return what a case is made of, one thing a line, those that are not set left out."""
+    values = {each.name: getattr(case, each.name) for each in fields(case)}
+    given = {name: value for name, value in values.items() if value is not None and name not in ("name", "axis")}
+    lists = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in given.items()}
+    return "\n".join(f"    {name}: {value}" for name, value in lists.items())
