@@ -116,7 +116,7 @@ class JaxAdapter:
 
             def total(logits: Any, operands: dict[str, Any], upstream: Any) -> tuple[Any, Any]:
                 loss = self.loss(logits, **operands, **options)
-                _check_shape(case, loss.shape)
+                _check_shape(case, loss)
                 return (loss * upstream).sum(), loss
 
             step = jax.value_and_grad(total, has_aux=True)
@@ -173,12 +173,15 @@ class TorchAdapter:
 
     def __call__(self, case: Case) -> Result:
         """Return loss and gradient of a case."""
+        import torch
+
         arrays, options = operands_of(case)
         operands = {name: to_torch(value).to(self.device) for name, value in arrays.items()}
         upstream = operands.pop("upstream")
         logits = operands.pop("logits").requires_grad_()
-        loss = self.loss(logits, **operands, **options)
-        _check_shape(case, tuple(loss.shape))
+        with torch.enable_grad():  # whatever another loss has set, or this one sets
+            loss = self.loss(logits, **operands, **options)
+        _check_shape(case, loss)
         if not loss.requires_grad:
             raise LossError("the loss has no gradient: it was detached, or computed outside of autograd")
         (loss * upstream).sum().backward()
@@ -200,9 +203,12 @@ def _name(*parts: str | None) -> str:
     return " ".join(part for part in parts if part)
 
 
-def _check_shape(case: Case, shape: tuple[int, ...]) -> None:
+def _check_shape(case: Case, loss: Any) -> None:
+    if not hasattr(loss, "shape"):
+        raise ShapeError(f"the loss is a {type(loss).__name__}; a scalar or a loss per row is expected, as an array")
+    shape = tuple(loss.shape)
     wanted = case.batch_shape if case.options.get("reduction", "none") == "none" else ()
-    if tuple(shape) != wanted:
+    if shape != wanted:
         raise ShapeError(f"the loss has shape {list(shape)}, expected {list(wanted)}")
 
 

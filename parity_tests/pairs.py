@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from parity_tests.adapters import Adapter
+from parity_tests.bounds import Bound, error_bound
 from parity_tests.cases import Case, case_names, make_case, random_case
-from parity_tests.comparison import Result
+from parity_tests.comparison import Result, within
 from parity_tests.diagnosis import (
+    ARITHMETIC,
     AS_STATED,
     Candidate,
     Diagnosis,
@@ -19,13 +21,13 @@ from parity_tests.diagnosis import (
     plain_candidates,
 )
 from parity_tests.mutants import FAULTS
-from parity_tests.oracle import solve
+from parity_tests.oracle import Truth, solve
 from parity_tests.precision import FloatArray, round_to
 from parity_tests.survey import Member, Survey
 from parity_tests.verdicts import Outcome, attempt, compare_outcomes, judge
 
 NUM_ROWS = 7
-NUM_CLASSES = (2, 10, 33)
+NUM_CLASSES = (2, 10, 130)
 # Cases that many a loss is not made for. Where nothing explains a loss, what it does apart from them is looked at.
 EDGES = frozenset({"large logits", "large offset", "minus infinity", "small loss", "all ignored"})
 
@@ -40,6 +42,7 @@ class Question:
         reduction: what a loss that returns a scalar is expected to do: "mean" or "sum".
         num_classes: numbers of classes to try.
         ignore_index, z_loss, softcap, subtract_entropy: what else both have been told.
+        chosen: whether any of these was chosen; if not, what the first loss does is right.
     """
 
     smoothing: float = 0.1
@@ -50,6 +53,7 @@ class Question:
     z_loss: float = 0.0
     softcap: float | None = None
     subtract_entropy: bool = False
+    chosen: bool = False
 
 
 def plain_cases(question: Question, dtype: str) -> list[Case]:
@@ -162,22 +166,43 @@ class Pair:
     Args:
         definition: what the true value is, and the bounds, are those of.
         chosen: whether the definition was chosen, and is not that of the first loss.
+        known: whether one of the losses is the definition, or it was chosen.
         readings: what each loss computes.
         survey: outcomes of both against the truth, and against each other.
     """
 
     definition: Candidate
     chosen: bool
+    known: bool
     readings: tuple[Reading, Reading]
     survey: Survey
 
     @property
     def agrees(self) -> bool:
         """Whether both gave results in every case, these agree, and they are what was chosen to be right."""
-        if self.chosen and any(reading.mutants for reading in self.readings):
+        if self.chosen and any(reading.mutants or not reading.explanations for reading in self.readings):
+            return False
+        if self.with_nan:
             return False
         failed = any(outcome.status == "failed" for outcome in self.survey.outcomes)
         return not failed and bool(self.survey.differences) and all(each.agrees for each in self.survey.differences)
+
+    @property
+    def with_nan(self) -> list[str]:
+        """The cases in which a loss or a gradient is NaN where the true one is not, also where both losses are."""
+        return [
+            f"{outcome.adapter} in {outcome.case}"
+            for outcome in self.survey.outcomes
+            if outcome.comparison
+            and outcome.comparison.worst
+            and np.isnan(outcome.comparison.worst.value)
+            and not np.isnan(outcome.comparison.worst.expected)
+        ]
+
+    @property
+    def silent(self) -> list[str]:
+        """The losses that gave no result in any case."""
+        return [reading.name for reading in self.readings if not reading.gave_results]
 
     def part_agrees(self, part: str) -> bool:
         """Whether the losses ("loss") or the gradients ("gradient") agree wherever both gave results."""
@@ -208,11 +233,13 @@ def compare_sides(first: Side, second: Side, question: Question, dtypes: Sequenc
     attempts = [[attempt(side.adapter, case) for case in cases] for side in sides]
     diagnosed = _diagnose(cases, attempts, expected, candidates)
     definition = expected
-    if question.convention is None and all(side.reduction is not None for side in sides):
-        definition = _definition(diagnosed, expected)
+    known = True
+    if not question.chosen and all(side.reduction is not None for side in sides):
+        found = _definition(diagnosed)
+        definition, known = found or expected, found is not None
     readings = [_read(side.adapter.name, found, definition) for side, found in zip(sides, diagnosed, strict=True)]
-    judged = _judge(sides, [definition.apply(case) for case in cases], attempts)
-    return Pair(definition, question.convention is not None, (readings[0], readings[1]), judged)
+    judged = _judge(sides, [definition.apply(case) for case in cases], attempts, scaled=not known)
+    return Pair(definition, question.chosen, known, (readings[0], readings[1]), judged)
 
 
 def _named_cases(dtype: str) -> list[Case]:
@@ -258,12 +285,12 @@ def _diagnose(
     return found
 
 
-def _definition(diagnosed: list[_Diagnosed], expected: Candidate) -> Candidate:
-    """Return the sound loss that the first side is, or else the second, or else what was expected."""
+def _definition(diagnosed: list[_Diagnosed]) -> Candidate | None:
+    """Return the sound loss that the first side is, or else the second."""
     for explanations, _, _ in diagnosed:
         if explanations and explanations[0].exact and explanations[0].candidate.fault is None:
             return explanations[0].candidate
-    return expected
+    return None
 
 
 def _read(name: str, diagnosed: _Diagnosed, definition: Candidate) -> Reading:
@@ -276,8 +303,11 @@ def _read(name: str, diagnosed: _Diagnosed, definition: Candidate) -> Reading:
     return Reading(name, diagnosed.explanations, mutants, sorted(others), diagnosed.only_ordinary, True)
 
 
-def _judge(sides: tuple[Side, Side], cases: list[Case], attempts: list[list[Result | str]]) -> Survey:
+def _judge(sides: tuple[Side, Side], cases: list[Case], attempts: list[list[Result | str]], scaled: bool) -> Survey:
     """Hold what both gave against the truth and against each other.
+
+    Where neither is a loss that is known (`scaled`), the bounds are those of the definition times the size of their
+    results: an error that is small beside another loss may be large beside theirs.
 
     The cases may have another convention or reduction now than when the losses were called: a user's loss was told of
     neither, and where the other loss is told, they have not changed.
@@ -291,5 +321,19 @@ def _judge(sides: tuple[Side, Side], cases: list[Case], attempts: list[list[Resu
         pair = (judge(first, case, truth, attempted[0]), judge(second, case, truth, attempted[1]))
         outcomes += pair
         difference = compare_outcomes(case, truth, pair, (first, second))
+        if difference and scaled and pair[0].result and pair[1].result:
+            bound = _scaled_bound(case, truth, pair[0].result)
+            difference = replace(difference, comparison=within(case, truth, pair[0].result, bound, pair[1].result))
         differences += [difference] if difference else []
     return Survey(members, outcomes, differences)
+
+
+def _scaled_bound(case: Case, truth: Truth, result: Result) -> Bound:
+    bound = error_bound(case, truth, ARITHMETIC)
+
+    def scale(values: FloatArray, true: FloatArray) -> float:
+        sizes = [float(np.max(np.abs(each[np.isfinite(each)]), initial=0.0)) for each in (values, true)]
+        return sizes[0] / sizes[1] if sizes[1] else 1.0
+
+    loss, gradient = scale(result.loss, truth.loss.high), scale(result.gradient, truth.gradient.high)
+    return Bound(2 * loss * bound.loss, 2 * gradient * bound.gradient)

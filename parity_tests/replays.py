@@ -12,6 +12,7 @@ Results are held against the truth of today, which by then is known to be the re
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 
 from parity_tests.adapters import Adapter, UnavailableError
 from parity_tests.bounds import Arithmetic
@@ -147,7 +148,7 @@ def adapters_here(names: Sequence[str] | None, device: str) -> tuple[list[Adapte
     """Return the adapters that can be made here, and of the others why not.
 
     Args:
-        names: which; with none all of ours that no compiler must be waited for.
+        names: which, with * and ?; with none all of ours that no compiler must be waited for.
         device: where they run.
 
     Raises:
@@ -156,7 +157,8 @@ def adapters_here(names: Sequence[str] | None, device: str) -> tuple[list[Adapte
     if not names:
         names = [entry.name for entry in ENTRIES.values() if entry.kind == "ours" and "-compiled" not in entry.name]
     found, missing = [], {}
-    for name in dict.fromkeys(names):
+    matching = [[entry for entry in ENTRIES if fnmatch(entry, name)] or [name] for name in names]
+    for name in dict.fromkeys(each for some in matching for each in some):
         try:
             found.append(make_adapter(name, device))
         except UnavailableError as error:

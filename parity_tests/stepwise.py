@@ -14,7 +14,8 @@ every step when teacher-forced. For each tensor
     floor    = u (ceil(log2 batch) + 2) times its largest element: a mean over the batch, as in `rounding_floor`
     allowed  = 2 (envelope + floor)
 
-so an element that is off by more than `allowed` is a divergence. Integers must be equal.
+so an element that is off by more than `allowed` is a divergence. Integers must be equal. One number for a tensor: an
+element that is much smaller than the largest of its tensor may be wrong unseen. Split such tensors in `state`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -264,7 +265,8 @@ def _compare(
 
 def _worst(step: int, name: str, first: NDArray[Any], second: NDArray[Any], allowed: float) -> Divergence:
     one, other = first.astype(np.float64), second.astype(np.float64)
-    share = _shares(one, other, allowed)
+    # Integers are compared as they are: float64 does not hold all of them.
+    share = _shares(one, other, allowed) if _is_floating(first) else np.where(first == second, 0.0, np.inf)
     index = tuple(int(i) for i in np.unravel_index(np.argmax(share), share.shape))
     return Divergence(step, name, index, float(one[index]), float(other[index]), allowed, float(share[index]))
 
@@ -285,6 +287,8 @@ def _check_states(state: State, other: State) -> None:
             f"{others}"
         )
     for name, values in state.items():
+        if values.dtype.kind not in "biuf" and values.dtype != ml_dtypes.bfloat16:
+            raise TrainingError(f"{name} is of dtype {values.dtype}; give numbers that are real, in parts if need be")
         if values.shape != other[name].shape:
             shapes = f"{list(values.shape)} and {list(other[name].shape)}"
             hint = "; transpose one of them" if values.shape == other[name].shape[::-1] else ""

@@ -97,6 +97,35 @@ class Weighted(torch.nn.Module):
     def forward(self, logits, labels):
         return F.cross_entropy(logits, labels, self.weight)
 
+def exits(logits, labels):
+    raise SystemExit(0)
+
+def pair(logits, labels):
+    return F.cross_entropy(logits, labels), logits
+
+def times(logits, labels, c):
+    return c * F.cross_entropy(logits, labels, label_smoothing=0.1)
+
+def in_float64(logits, labels):
+    return F.cross_entropy(logits.double(), labels, label_smoothing=0.1)
+
+def finite_only(logits, labels):
+    if not torch.isfinite(logits).all():
+        raise ValueError("infinite")
+    return F.cross_entropy(logits, labels, label_smoothing=0.1)
+
+def turns_gradients_off(logits, labels):
+    torch.set_grad_enabled(False)
+    return F.cross_entropy(logits, labels, label_smoothing=0.1)
+
+def jax_rows_ignoring(logits, labels, e=0.1):
+    counted = labels != -100
+    return jnp.where(counted, jax_rows(logits, jnp.where(counted, labels, 0), e), 0)
+
+class Raising:
+    def __init__(self):
+        raise AttributeError("made of nothing")
+
 number = 3
 """
 
@@ -199,14 +228,68 @@ def test_an_unknown_loss_is_called_unknown() -> None:
 
 @pytest.mark.parametrize(("name", "message"), [
     ("raises", "failed in 9 of 9 cases: RuntimeError: out of luck"),
+    ("exits", "failed in 9 of 9 cases: SystemExit: 0"),
     ("column", "failed in 9 of 9 cases: ShapeError: the loss has shape [7, 1], expected []"),
+    ("pair", "failed in 9 of 9 cases: ShapeError: the loss is a tuple; a scalar or a loss per row is expected"),
     ("without_gradient", "failed in 9 of 9 cases: LossError: the loss has no gradient"),
-    ("not_a_number", "loss = nan, expected"),
 ])  # fmt: skip
 def test_a_loss_that_gives_nothing_is_reported(name: str, message: str) -> None:
     outcome = compare(f"torch:brought_losses:{name}", "jax:brought_losses:jax_uniform")
-    assert outcome.exit_code == 1, outcome.output
+    assert outcome.exit_code == 2, outcome.output
     assert message in outcome.output
+    assert "NO VERDICT in 9 cases" in outcome.output
+
+
+def test_nan_agrees_with_nothing() -> None:
+    for second in ("jax:brought_losses:jax_uniform", "torch:brought_losses:not_a_number"):
+        outcome = compare("torch:brought_losses:not_a_number", second)
+        assert outcome.exit_code == 1, outcome.output
+        assert "NaN where there is none: torch:brought_losses:not_a_number in plain, K = 10; " in outcome.output
+
+
+def test_losses_that_are_not_known_are_held_against_each_other_by_their_size() -> None:
+    pair = ("torch:brought_losses:times", "torch:brought_losses:times", "--a", "c=1e-5")
+    same = compare(*pair, "--b", "c=1e-5")
+    assert same.exit_code == 0, same.output
+    assert "AGREE in 9 cases. Neither is a loss that is known here" in same.output
+    assert compare(*pair, "--b", "c=1.0001e-5").exit_code == 1
+
+
+def test_what_was_chosen_is_right() -> None:
+    pair = ("torch:brought_losses:summed", "torch:brought_losses:summed")
+    assert compare(*pair).exit_code == 0
+    assert compare(*pair, "--reduction", "mean").exit_code == 1
+    assert compare(*pair, "--smoothing", "0.3").exit_code == 1
+    unknown = ("torch:brought_losses:scaled", "torch:brought_losses:scaled")
+    assert compare(*unknown).exit_code == 0
+    assert compare(*unknown, "--convention", "uniform").exit_code == 1
+
+
+def test_a_wide_result_is_named() -> None:
+    outcome = compare("torch:brought_losses:in_float64", "oracle")
+    assert outcome.exit_code == 1
+    assert "loss in float64, gradient in float32; expected float32, float32" in outcome.output
+
+
+def test_a_loss_that_refuses_infinities_is_compared_in_the_other_cases() -> None:
+    outcome = compare("torch:brought_losses:finite_only", "torch:brought_losses:finite_only")
+    assert outcome.exit_code == 1
+    assert "A failed in 1 of 9 cases: ValueError: infinite" in outcome.output
+    assert "B failed in 1 of 9 cases: ValueError: infinite" in outcome.output
+    assert "values: the same" in outcome.output
+
+
+def test_losses_do_not_change_each_others_gradient_mode() -> None:
+    outcome = compare("torch:brought_losses:turns_gradients_off", "torch:torch.nn.functional:cross_entropy")
+    assert "B failed" not in outcome.output
+
+
+def test_rows_are_averaged_over_those_that_count() -> None:
+    options = ("--ignore-index", "-100", "--a", "label_smoothing=0.1")
+    outcome = compare("torch:torch.nn:CrossEntropyLoss", "jax:brought_losses:jax_rows_ignoring", *options)
+    assert "all_rows_counted" not in outcome.output
+    # Both are NaN where every row is ignored.
+    assert "values: the same" in outcome.output
 
 
 def test_a_loss_that_fails_in_some_cases_is_compared_in_the_others() -> None:
@@ -236,6 +319,11 @@ def test_options_reach_the_loss() -> None:
     (["torch:brought_losses:kl", "oracle", "--a", "e"], "an option must be like smoothing=0.1, got 'e'"),
     (["torch:brought_losses:kl", "oracle", "--a", "E=1"], "does not take these options: got an unexpected keyword"),
     (["torch:brought_losses:Weighted", "oracle"], "does not take these options"),
+    (["torch:brought_losses:Raising", "oracle"], "making torch:brought_losses:Raising raised AttributeError: made of"),
+    (["oracle", "oracle", "--softcap", "-3"], "softcap must be above 0"),
+    (["oracle", "oracle", "--z-loss", "nan"], "z_loss must be at least 0"),
+    (["oracle", "oracle", "--smoothing", "0.3"], "these losses take all options"),
+    (["torch:brought_losses:kl", "oracle", "--device", "banana"], "there is no device 'banana'"),
     (["oracle", "oracle", "--smoothing", "1.5"], "smoothing must be"),
     (["oracle", "oracle", "--convention", "unifrom"], "unifrom"),
     (["oracle", "oracle", "--reduction", "none"], "reduction must be mean or sum"),
@@ -307,8 +395,8 @@ def test_sound_results_are_explained_without_a_fault(of_everything: tuple[str, D
 
 @pytest.mark.parametrize("fault", ["other_off", "zero_non_target_gradient", "prior_ignored"])
 def test_a_mutant_on_the_command_line(fault: str) -> None:
-    outcome = compare("oracle", f"mutant:{fault}")
-    assert outcome.exit_code == 1
+    outcome = CliRunner().invoke(app, ["compare", "oracle", f"mutant:{fault}"], env={"COLUMNS": "200"})
+    assert outcome.exit_code == 1, outcome.output
     assert f"known difference: {fault}\n" in outcome.output
 
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from parity_tests.adapters import Adapter, JaxAdapter, LossError, ShapeError, TorchAdapter
 from parity_tests.cases import Case
@@ -61,7 +61,7 @@ def find(specification: str) -> Any:
         sys.path.insert(0, "")
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:  # a module of the user's may raise anything
+    except (Exception, SystemExit) as error:  # a module of the user's may raise anything
         raise SpecificationError(f"importing {module_name} raised {type(error).__name__}: {error}") from error
     for part in name.split("."):
         if not hasattr(found, part):
@@ -103,14 +103,24 @@ def _bind(specification: str, options: Mapping[str, Any], as_array: Callable[[li
     arguments = {key: as_array(value) if isinstance(value, list) else value for key, value in options.items()}
     try:
         if inspect.isclass(found):
-            made: Any = found(**arguments)
-            return cast(Callable[..., Any], made)
+            return _make(specification, found, arguments)
         inspect.signature(found).bind("logits", "labels", **arguments)
     except TypeError as error:
         raise SpecificationError(f"{specification} does not take these options: {error}") from error
+    except SpecificationError:
+        raise
     except ValueError:
         pass  # what is built in has no signature to look at
     return partial(found, **arguments)
+
+
+def _make(specification: str, found: Any, arguments: Mapping[str, Any]) -> Callable[..., Any]:
+    inspect.signature(found).bind(**arguments)
+    try:
+        made: Callable[..., Any] = found(**arguments)
+    except (Exception, SystemExit) as error:  # a class of the user's may raise anything
+        raise SpecificationError(f"making {specification} raised {type(error).__name__}: {error}") from error
+    return made
 
 
 def _to_torch(values: list[Any]) -> Any:
@@ -121,25 +131,31 @@ def _to_jax(values: list[Any]) -> Any:
     return importlib.import_module("jax.numpy").asarray(values)
 
 
-def find_reduction(adapter: Adapter, case: Case) -> str | None:
-    """Return "none" if the loss gives one number per row, "mean" if it gives one number, whatever that is.
+def find_reduction(adapter: Adapter, cases: Sequence[Case]) -> str | None:
+    """Return "none" if the loss gives one number per row of a case, "mean" if it gives one number, whatever that is.
 
-    None if it gives neither; why not is found out again in each case, and reported there.
+    None if it gives neither in any of the cases; why not is found out again in each case, and reported there.
     """
-    for reduction in ("none", "mean"):
-        try:
-            adapter(replace(case, options={**case.options, "reduction": reduction}))
-        except ShapeError:
-            continue
-        except LossError:
-            pass  # of the right shape, and wrong otherwise
-        except Exception:  # a user's loss may raise anything
-            return None
-        return reduction
+    for case in cases:
+        for reduction in ("none", "mean"):
+            try:
+                adapter(replace(case, options={**case.options, "reduction": reduction}))
+            except ShapeError:
+                continue
+            except LossError:
+                pass  # of the right shape, and wrong otherwise
+            except (Exception, SystemExit):  # a user's loss may raise anything
+                break
+            return reduction
     return None
 
 
-def take_mean(adapter: Any) -> None:
-    """Make an adapter of a user's loss return the mean of its rows."""
+def take_mean(adapter: Any, ignore_index: int | None) -> None:
+    """Make an adapter of a user's loss return the mean of its rows, of those that are not ignored."""
     rows = adapter.loss
-    adapter.loss = lambda logits, labels, **settings: rows(logits, labels).mean()
+
+    def mean(logits: Any, labels: Any, **settings: Any) -> Any:
+        losses = rows(logits, labels)
+        return losses.mean() if ignore_index is None else losses.sum() / int((labels != ignore_index).sum())
+
+    adapter.loss = mean

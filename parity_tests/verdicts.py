@@ -46,7 +46,7 @@ def attempt(adapter: Adapter, case: Case) -> Result | str:
     """Return what an adapter gives for a case, or what it raised."""
     try:
         return adapter(case)
-    except Exception as error:  # a user's loss may raise anything, and the other cases must still run
+    except (Exception, SystemExit) as error:  # a user's loss may raise anything, and the other cases must still run
         return _describe(error)
 
 
@@ -59,7 +59,7 @@ def judge(adapter: Adapter, case: Case, truth: Truth, attempted: Result | str) -
     return Outcome(adapter.name, case.name, case.dtype, status, comparison.problem, comparison, attempted)
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 

@@ -115,6 +115,9 @@ def _comparison_as_json(comparison: Comparison | None) -> dict[str, Any]:
 def write_json(path: Path | None, content: Any, console: Console) -> None:
     """Write a file, if one is wanted, and say so."""
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(jsonable(content), indent=1) + "\n", encoding="utf-8")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(jsonable(content), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            cannot_run(f"{path} cannot be written: {error.strerror}")
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)

@@ -12,9 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lsce_spec import check_smoothing, find_convention
-from parity_tests.adapters import Adapter, UnavailableError
+from parity_tests.adapters import DEVICES, Adapter, UnavailableError
 from parity_tests.cases import Case
 from parity_tests.commands.common import (
+    CANNOT_RUN,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -59,17 +60,19 @@ def compare(
     second_option: Annotated[
         list[str] | None, typer.Option("--b", metavar="KEY=VALUE", help="Argument for the second loss; repeat it.")
     ] = None,
-    smoothing: Annotated[float, typer.Option(help="The smoothing that both use.")] = 0.1,
+    smoothing: Annotated[float | None, typer.Option(help="The smoothing that both use. [default: 0.1]")] = None,
     convention: Annotated[
         str | None,
         typer.Option(help="What is right: uniform, non_target, clamp, max_sup. [default: what the first loss does]"),
     ] = None,
-    reduction: Annotated[str, typer.Option(help="What is right for a loss that returns a scalar: mean, sum.")] = "mean",
+    reduction: Annotated[
+        str | None, typer.Option(help="What is right for a loss that returns a scalar: mean, sum. [default: mean]")
+    ] = None,
     classes: Annotated[
         list[int] | None, typer.Option(min=1, help=f"Number of classes; repeat it. [default: {NUM_CLASSES}]")
     ] = None,
     ignore_index: Annotated[int | None, typer.Option(help="Label that both ignore.")] = None,
-    z_loss: Annotated[float, typer.Option(help="Z-loss that both add.")] = 0.0,
+    z_loss: Annotated[float | None, typer.Option(help="Z-loss that both add.")] = None,
     softcap: Annotated[float | None, typer.Option(help="Softcap that both use.")] = None,
     subtract_entropy: Annotated[
         bool, typer.Option("--subtract-entropy", help="Both subtract the entropy of the target.")
@@ -81,34 +84,48 @@ def compare(
 ) -> None:
     """Whether two losses agree, in values and gradients; if not, which known difference it is.
 
-    Exit code 0: they agree, 1: they do not, 2: one of them cannot be called.
+    What is right is what the first loss does, if it is a loss that is known here, or else the second; or what you say
+    by --convention, --reduction, --smoothing, --z-loss, --softcap, --subtract-entropy.
+
+    Exit code 0: they agree, 1: they do not, 2: one of them gives no result at all.
 
     Examples:
         lsce-parity compare torch:torch.nn:CrossEntropyLoss jax:my.losses:smooth_ce --a label_smoothing=0.1
         lsce-parity compare jax:my.losses:smooth_ce oracle --convention non_target
     """
-    console = Console()
+    console = Console(markup=False)
+    told = (smoothing, convention, reduction, z_loss, softcap, subtract_entropy or None)
     question = Question(
-        smoothing=smoothing,
+        smoothing=0.1 if smoothing is None else smoothing,
         convention=convention,
-        reduction=reduction,
+        reduction=reduction or "mean",
         num_classes=tuple(classes or NUM_CLASSES),
         ignore_index=ignore_index,
-        z_loss=z_loss,
+        z_loss=z_loss or 0.0,
         softcap=softcap,
         subtract_entropy=subtract_entropy,
+        chosen=any(value is not None for value in told),
     )
     _check(question)
+    if device not in DEVICES:
+        cannot_run(f"there is no device {device!r} here; the devices are {', '.join(DEVICES)}")
     dtypes = check_dtypes(dtype, ("float32",))
-    probe = plain_cases(question, dtypes[0])[-1 if ignore_index is None else 1]
+    probes = [case for case in plain_cases(question, dtypes[0]) if case.name.startswith("plain")]
     adapters = [
         _load(specification, option, device)
         for specification, option in ((first, first_option), (second, second_option))
     ]
-    sides = _with_reductions(adapters, probe, console)
+    if not (is_user_loss(first) or is_user_loss(second)) and (question.chosen or classes or ignore_index is not None):
+        cannot_run(
+            "these losses take all options, and are held against each other in every named case: leave out what "
+            "is right, --classes and --ignore-index"
+        )
+    sides = _with_reductions(adapters, probes, ignore_index, console)
     pair = compare_sides(sides[0], sides[1], question, dtypes)
     _print(pair, console)
     _write(pair, question, json_file, report, console)
+    if pair.silent:
+        raise typer.Exit(code=CANNOT_RUN)
     exit_with(pair.agrees)
 
 
@@ -116,6 +133,12 @@ def _check(question: Question) -> None:
     try:
         check_smoothing(question.smoothing)
         find_convention(question.convention or "uniform")
+        if question.softcap is not None and not 0 < question.softcap < float("inf"):
+            raise ValueError(f"softcap must be above 0 and finite, got {question.softcap}")
+        if not 0 <= question.z_loss < float("inf"):
+            raise ValueError(f"z_loss must be at least 0 and finite, got {question.z_loss}")
+        if question.ignore_index is not None and abs(question.ignore_index) >= 2**31:
+            raise ValueError(f"ignore_index must fit in 32 bits, got {question.ignore_index}")
         if question.reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be mean or sum, got {question.reduction!r}")
     except (TypeError, ValueError) as error:
@@ -129,14 +152,16 @@ def _load(specification: str, options: list[str] | None, device: str) -> Adapter
         cannot_run(str(error))
 
 
-def _with_reductions(adapters: list[Adapter], probe: Case, console: Console) -> list[Side]:
+def _with_reductions(
+    adapters: list[Adapter], probes: list[Case], ignore_index: int | None, console: Console
+) -> list[Side]:
     """Find out what each loss returns; a loss per row is averaged where the other is a scalar."""
-    found = [find_reduction(adapter, probe) if is_user_loss(adapter.name) else None for adapter in adapters]
+    found = [find_reduction(adapter, probes) if is_user_loss(adapter.name) else None for adapter in adapters]
     if "mean" in found:
         for adapter, reduction in zip(adapters, found, strict=True):
             if reduction == "none":
                 console.print(Text(f"{adapter.name} returns a loss per row: its mean is compared."))
-                take_mean(adapter)
+                take_mean(adapter, ignore_index)
     common = "mean" if "mean" in found else "none"
     return [Side(adapter, common if is_user_loss(adapter.name) else None) for adapter in adapters]
 
@@ -154,12 +179,20 @@ def _print(pair: Pair, console: Console) -> None:
             largest = max(getattr(each.comparison, part) for each in differences)
             console.print(f"{name}: {word} (up to {_share(largest)} of what rounding explains)", highlight=False)
     outcomes = pair.survey.outcomes
-    failures = Counter((each.adapter, each.reason) for each in outcomes if each.status == "failed")
-    for (name, reason), count in failures.items():
-        console.print(Text(f"{name} failed in {count} of {len(outcomes) // 2} cases: {reason}"))
+    failures = Counter(("AB"[i % 2], each.reason) for i, each in enumerate(outcomes) if each.status == "failed")
+    for (letter, reason), count in failures.items():
+        console.print(Text(f"{letter} failed in {count} of {len(outcomes) // 2} cases: {reason}"))
+    if pair.with_nan:
+        more = f" and {len(pair.with_nan) - SHOWN} more" if len(pair.with_nan) > SHOWN else ""
+        console.print(Text(f"NaN where there is none: {'; '.join(pair.with_nan[:SHOWN])}{more}"))
     _print_differences(pair, console)
-    verdict = "AGREE" if pair.agrees else "DISAGREE"
-    console.print(f"\n{verdict} in {len(outcomes) // 2} cases. Right is: {pair.definition}", highlight=False)
+    verdict = "NO VERDICT" if pair.silent else "AGREE" if pair.agrees else "DISAGREE"
+    right = f"Right is: {pair.definition}"
+    if not pair.known:
+        right = (
+            "Neither is a loss that is known here: whether they are right was not asked, only whether they are the same"
+        )
+    console.print(f"\n{verdict} in {len(outcomes) // 2} cases. {right}", highlight=False)
 
 
 def _print_differences(pair: Pair, console: Console) -> None:
@@ -179,7 +212,7 @@ def _print_differences(pair: Pair, console: Console) -> None:
     console.print(f"\n{count}; the largest, as shares of what rounding explains (at most 1 is right):\n")
     console.print(table)
     first = differing[0]
-    console.print(Text(f"\nA and B in {first.case}: {first.comparison.worst or first.comparison.problem}"))
+    console.print(Text(f"\nA and B in {first.case}: {first.comparison.problem or first.comparison.worst}"))
     if first.comparison.worst:
         console.print(Text(f"    its inputs: {describe(first.comparison.worst)}"))
 

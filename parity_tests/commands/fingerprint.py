@@ -27,7 +27,7 @@ def fingerprint(
         cannot_run(f"there is no framework {framework!r} here; the frameworks are {', '.join(BACKENDS)}")
     if device not in DEVICES:
         cannot_run(f"there is no device {device!r} here; the devices are {', '.join(DEVICES)}")
-    console = Console()
+    console = Console(markup=False)
     taken: list[Fingerprint] = []
     missing: dict[str, str] = {}
     for name in [framework] if framework else BACKENDS:

@@ -65,7 +65,7 @@ def hunt(
 
         lsce-parity hunt --examples 500 --save worst-cases
     """
-    console = Console()
+    console = Console(markup=False)
     dtypes = check_dtypes(dtype, DTYPES)
     if seconds is None and examples is None:
         seconds = SECONDS

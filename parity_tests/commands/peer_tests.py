@@ -50,7 +50,7 @@ def peer_tests(
 
     Exit code 0: the bounds reject whatever one of these tests rejects, 1: they do not.
     """
-    console = Console()
+    console = Console(markup=False)
     for fault in track(FAULTS, len(FAULTS), "wrong losses", console):
         verdicts_on(fault)
     console.print(_table())

@@ -39,7 +39,7 @@ def power(
 
     Exit code 0: all are rejected, 1: an assertion lets one pass that it should see, 2: no such fault.
     """
-    console = Console()
+    console = Console(markup=False)
     dtypes = check_dtypes(dtype, DTYPES)
     faults = [name for name in FAULTS if any(fnmatch(name, pattern) for pattern in fault or ["*"])]
     if not faults:

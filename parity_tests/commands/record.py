@@ -36,7 +36,7 @@ def record(
 
         lsce-parity record ties --adapter torch-fused --case "ties*" --dtype float32
     """
-    console = Console()
+    console = Console(markup=False)
     _check_free(folder, force)
     dtypes = check_dtypes(dtype, DTYPES)
     names = [name for name in case_names() if any(fnmatch(name, pattern) for pattern in case or ["*"])]

@@ -40,7 +40,7 @@ def replay(
 
         lsce-parity replay from-the-gpu-machine --adapter jax-fused --json replayed.json
     """
-    console = Console()
+    console = Console(markup=False)
     try:
         bundle = read_bundle(folder)
         adapters, missing = find_adapters(adapter, device)

@@ -52,7 +52,7 @@ def run(
     Exit code 0: ours are all within their bounds, 1: one is not, 2: an adapter that was asked for is not here. The
     frameworks' own losses and those of other libraries are shown beside; what they get wrong is no failure.
     """
-    console = Console()
+    console = Console(markup=False)
     dtypes = check_dtypes(dtype, DTYPES)
     names = [name for name in case_names() if any(fnmatch(name, pattern) for pattern in case or ["*"])]
     if not names:
@@ -198,7 +198,7 @@ def verdict_line(found: Survey) -> str:
 
 def adapters(device: DeviceOption = "cpu") -> None:
     """List the adapters, and what stands in the way of those that are not here."""
-    console = Console()
+    console = Console(markup=False)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     for heading in ("adapter", "framework", "whose", "here"):
         table.add_column(heading)

@@ -1,6 +1,6 @@
 """`lsce-parity trajectory`."""
 
-import importlib.util
+import importlib
 from typing import Annotated, Any
 
 import typer
@@ -46,12 +46,14 @@ def trajectory(
     Example, the trainings of the demo:
         lsce-parity trajectory jax:examples.digits_steps:JaxSteps torch:examples.digits_steps:TorchSteps
     """
-    console = Console()
+    console = Console(markup=False)
     one, other = _make(first, first_option), _make(second, second_option)
     try:
         verdicts = compare_step_by_step(one, other, steps, replicas=replicas, batch_size=batch_size)
     except TrainingError as error:
         cannot_run(str(error))
+    except (Exception, SystemExit) as error:  # and so may its methods
+        cannot_run(f"a training raised {type(error).__name__}: {error}")
     agrees = all(verdict.agrees for verdict in verdicts)
     for verdict in verdicts:
         _print(verdict, console)
@@ -83,12 +85,17 @@ def trajectory(
 
 def _make(specification: str, options: list[str] | None) -> Training:
     framework = specification.partition(":")[0]
-    if framework in ("jax", "torch") and importlib.util.find_spec(framework) is None:
-        cannot_run(f"{framework} is not installed. Run: pip install 'lsce[{framework}]'")
+    if framework in ("jax", "torch"):
+        try:
+            importlib.import_module(framework)
+        except ModuleNotFoundError:
+            cannot_run(f"{framework} is not installed. Run: pip install 'lsce[{framework}]'")
     try:
         made: Any = find(specification)(**parse_options(options or []))
-    except (SpecificationError, TypeError) as error:
-        cannot_run(f"{specification}: {error}")
+    except SpecificationError as error:
+        cannot_run(str(error))
+    except (Exception, SystemExit) as error:  # a class of the user's may raise anything
+        cannot_run(f"making {specification} raised {type(error).__name__}: {error}")
     missing = [name for name in ("state", "load", "step") if not callable(getattr(made, name, None))]
     if missing:
         cannot_run(f"{specification} gives a {type(made).__name__} without {', '.join(missing)}")
