@@ -307,7 +307,9 @@ def _sums(
     terms, num_peaks = jnp.exp(-gap), jnp.ones((), gap.dtype)
     if not differentiable:
         # Without the largest terms, all of them 1, small losses keep their accuracy.
-        is_peak = gap <= 0 if allowed is None else (gap <= 0) & allowed
+        # Behind a softcap XLA may fuse its product into the gap, which is then not quite 0 at the peak: ask the logits.
+        is_peak = gap <= 0 if plan.softcap is None else jax.lax.stop_gradient(raw) >= peaks.largest[..., None]
+        is_peak = is_peak if allowed is None else is_peak & allowed
         terms, num_peaks = jnp.where(is_peak, 0, terms), jnp.sum(is_peak, axis=-1, dtype=gap.dtype)
     if allowed is not None:
         terms = jnp.where(allowed, terms, 0)

@@ -5,8 +5,7 @@ character (spread, tied, near the optimum, dominated, with infinities). Most cal
 best few: their best rows, down to single roundings, each row kept where its share of the bound grew; or an option, or
 the number of classes.
 
-Why not `hypothesis.target()`: it learns one number from a call, and this learns one from each row. For as many calls it
-finds smaller shares than cases drawn at random, and this finds larger ones (docs/parity.md has the figures).
+Why not `hypothesis.target()`: it learns one number from a call, and this learns one from each row.
 
 What is maximised is the share of the bound beyond the rounding of the result: (error - r) / (bound - r), r half a unit
 in the last place of a bfloat16 or float16 gradient and 0 elsewhere. It passes 1 where error / bound does; but that is
