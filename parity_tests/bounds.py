@@ -137,8 +137,9 @@ def _error_bound(case: Case, truth: Truth, arithmetic: Arithmetic) -> Bound:
     gradient = factor * gradient
     weight_depth = arithmetic.depth(num_rows) + 2
     gradient += u * weight_depth * np.abs(truth.gradient.high) if case.class_weight is not None else 0.0
-    # Results of products may be flushed to zero once or twice on the way.
-    gradient = np.where(allowed & live[:, None], gradient + 2 * tiny, 0.0)
+    # Products may be flushed to zero once or twice on the way, and exp before it is multiplied with the rest.
+    flushed = (2 + factor * (1 + coefficient)) * tiny
+    gradient = np.where(allowed & live[:, None], gradient + flushed, 0.0)
     gradient = gradient + _rounding(truth.gradient.high, case.dtype)
     return Bound(loss=_reduced(case, truth, row, arithmetic), gradient=gradient)
 

@@ -144,6 +144,9 @@ MENDED = [
          np.array([1]), {"reduction": "none", "convention": "non_target"}, 1.0),
     Case("tiny loss", "float64", np.array([[-4.123624055284118, -68.57268166388386]]), np.array([0]),
          {"reduction": "none"}, 0.0),
+    # XLA flushes exp(-87.4) to 0 before it is multiplied with what is upstream.
+    Case("flushed", "float32", np.array([[-87.4000015258789, 0.0]]), np.array([1]), {"reduction": "none"}, 0.0,
+         upstream=np.array([100.0])),
 ]  # fmt: skip
 
 
