@@ -143,12 +143,13 @@ def compare_step_by_step(
     for which, training in (("first", first), ("second", second)):
         _check_determined(which, training, start)
     random = np.random.default_rng(seed)
-    free = _run_free(first, second, start, steps, replicas, batch_size, random)
-    forced = _run_forced(first, second, start, steps, replicas, batch_size, random)
+    free = _run("free-running", first, second, start, steps, replicas, batch_size, random)
+    forced = _run("teacher-forced", first, second, start, steps, replicas, batch_size, random)
     return free, forced
 
 
-def _run_free(
+def _run(
+    mode: Mode,
     first: Training,
     second: Training,
     start: State,
@@ -157,47 +158,24 @@ def _run_free(
     batch_size: int,
     random: np.random.Generator,
 ) -> StepwiseVerdict:
-    state, other = start, start
+    state = other = start
     moved = [one_ulp_away(start, random) for _ in range(replicas)]
     envelope: dict[str, float] = {}
     worst: list[Divergence] = []
     losses = []
     for step in range(steps):
+        if mode == "teacher-forced":
+            other, envelope = state, {}
+            moved = [one_ulp_away(state, random) for _ in range(replicas)]
         loss, state = _advance(first, state, step)
         other_loss, other = _advance(second, other, step)
-        replica_losses = []
-        for number, replica in enumerate(moved):
-            replica_loss, moved[number] = _advance(first, replica, step)
-            replica_losses.append(replica_loss)
+        advanced = [_advance(first, replica, step) for replica in moved]
+        replica_losses, moved = [each for each, _ in advanced], [each for _, each in advanced]
         losses.append((loss, other_loss, *replica_losses))
         for name, value in _spread(state, loss, moved, replica_losses).items():
             envelope[name] = max(envelope.get(name, 0.0), value)
         worst += _compare(step, (loss, state), (other_loss, other), envelope, batch_size)
-    return StepwiseVerdict("free-running", worst, _of_losses(losses, batch_size))
-
-
-def _run_forced(
-    first: Training,
-    second: Training,
-    start: State,
-    steps: int,
-    replicas: int,
-    batch_size: int,
-    random: np.random.Generator,
-) -> StepwiseVerdict:
-    state = start
-    worst: list[Divergence] = []
-    losses = []
-    for step in range(steps):
-        before = state
-        loss, state = _advance(first, before, step)
-        other_loss, other = _advance(second, before, step)
-        moved = [_advance(first, one_ulp_away(before, random), step) for _ in range(replicas)]
-        replica_losses = [replica_loss for replica_loss, _ in moved]
-        losses.append((loss, other_loss, *replica_losses))
-        envelope = _spread(state, loss, [replica for _, replica in moved], replica_losses)
-        worst += _compare(step, (loss, state), (other_loss, other), envelope, batch_size)
-    return StepwiseVerdict("teacher-forced", worst, _of_losses(losses, batch_size))
+    return StepwiseVerdict(mode, worst, _of_losses(losses, batch_size))
 
 
 def _of_losses(losses: list[tuple[float, ...]], batch_size: int) -> TrajectoryVerdict:
