@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, is_dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -12,7 +13,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from parity_tests.cases import case_names
 from parity_tests.comparison import Comparison, Worst
+from parity_tests.environment import describe_environment
 from parity_tests.precision import DTYPES
 from parity_tests.survey import Survey
 
@@ -22,6 +25,12 @@ JsonOption = Annotated[Path | None, typer.Option("--json", dir_okay=False, help=
 ReportOption = Annotated[Path | None, typer.Option("--report", file_okay=False, help="Folder for a web page.")]
 DtypeOption = Annotated[
     list[str] | None, typer.Option("--dtype", help="float64, float32, bfloat16 or float16; may be repeated.")
+]
+FirstOption = Annotated[
+    list[str] | None, typer.Option("--a", metavar="KEY=VALUE", help="Argument for the first; may be repeated.")
+]
+SecondOption = Annotated[
+    list[str] | None, typer.Option("--b", metavar="KEY=VALUE", help="Argument for the second; may be repeated.")
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or tpu.")]
 
@@ -40,6 +49,14 @@ def check_dtypes(given: Sequence[str] | None, default: Sequence[str]) -> tuple[s
         if dtype not in DTYPES:
             cannot_run(f"there is no dtype {dtype!r} here; the dtypes are {', '.join(DTYPES)}")
     return tuple(given or default)
+
+
+def select_cases(patterns: Sequence[str] | None) -> list[str]:
+    """Return the names of the cases that are asked for, with * and ?; all of them without a pattern."""
+    names = [name for name in case_names() if any(fnmatch(name, pattern) for pattern in patterns or ["*"])]
+    if not names:
+        cannot_run(f"no case is called {' or '.join(patterns or [])}; the cases are {', '.join(case_names())}")
+    return names
 
 
 def exit_with(agrees: bool) -> NoReturn:
@@ -72,6 +89,19 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value
+
+
+def write_page(folder: Path | None, survey: Survey, console: Console, **parts: Any) -> None:
+    """Write a web page, if one is wanted, and say so; the parts are those of `write_report`."""
+    if folder is None:
+        return
+    from parity_tests.report import write_report  # noqa: PLC0415 - matplotlib takes a second
+
+    try:
+        page = write_report(folder, survey, **{"evidence": [], "environment": describe_environment(), **parts})
+    except OSError as error:
+        cannot_run(f"{folder} cannot be written: {error.strerror}")
+    console.print(f"wrote {page}", soft_wrap=True, highlight=False)
 
 
 def survey_as_json(survey: Survey) -> dict[str, Any]:

@@ -18,14 +18,17 @@ from parity_tests.commands.common import (
     CANNOT_RUN,
     DeviceOption,
     DtypeOption,
+    FirstOption,
     JsonOption,
     ReportOption,
+    SecondOption,
     cannot_run,
     check_dtypes,
     describe,
     exit_with,
     survey_as_json,
     write_json,
+    write_page,
 )
 from parity_tests.environment import describe_environment
 from parity_tests.pairs import NUM_CLASSES, Pair, Question, Side, compare_sides, plain_cases
@@ -54,12 +57,8 @@ SideArgument = Annotated[
 def compare(
     first: SideArgument,
     second: SideArgument,
-    first_option: Annotated[
-        list[str] | None, typer.Option("--a", metavar="KEY=VALUE", help="Argument for the first loss; repeat it.")
-    ] = None,
-    second_option: Annotated[
-        list[str] | None, typer.Option("--b", metavar="KEY=VALUE", help="Argument for the second loss; repeat it.")
-    ] = None,
+    first_option: FirstOption = None,
+    second_option: SecondOption = None,
     smoothing: Annotated[float | None, typer.Option(help="The smoothing that both use. [default: 0.1]")] = None,
     convention: Annotated[
         str | None,
@@ -241,17 +240,5 @@ def _write(pair: Pair, question: Question, json_file: Path | None, report: Path 
         "environment": describe_environment(),
     }
     write_json(json_file, content, console)
-    if report is not None:
-        from parity_tests.report import write_report  # noqa: PLC0415 - matplotlib takes a second
-
-        names = " and ".join(reading.name for reading in pair.readings)
-        page = write_report(
-            report,
-            pair.survey,
-            title=f"{names}",
-            evidence=[],
-            environment=describe_environment(),
-            notes=pair.notes(),
-            agrees=pair.agrees,
-        )
-        console.print(f"wrote {page}", soft_wrap=True, highlight=False)
+    names = " and ".join(reading.name for reading in pair.readings)
+    write_page(report, pair.survey, console, title=names, notes=pair.notes(), agrees=pair.agrees)

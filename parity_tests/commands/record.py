@@ -1,6 +1,5 @@
 """`lsce-parity record DIR`."""
 
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated
 
@@ -10,8 +9,15 @@ from rich.text import Text
 
 from parity_tests.bundle import MANIFEST, BundleError, read_bundle, write_bundle
 from parity_tests.bundle import record as record_cases
-from parity_tests.cases import case_names
-from parity_tests.commands.common import DeviceOption, DtypeOption, cannot_run, check_dtypes, exit_with, track
+from parity_tests.commands.common import (
+    DeviceOption,
+    DtypeOption,
+    cannot_run,
+    check_dtypes,
+    exit_with,
+    select_cases,
+    track,
+)
 from parity_tests.commands.replay import AdapterOption, find_adapters, print_replay
 from parity_tests.precision import DTYPES
 from parity_tests.replays import replay as replay_bundle
@@ -39,9 +45,7 @@ def record(
     console = Console(markup=False)
     _check_free(folder, force)
     dtypes = check_dtypes(dtype, DTYPES)
-    names = [name for name in case_names() if any(fnmatch(name, pattern) for pattern in case or ["*"])]
-    if not names:
-        cannot_run(f"no case is called {' or '.join(case or [])}; the cases are {', '.join(case_names())}")
+    names = select_cases(case)
     adapters, missing = find_adapters(adapter, device)
     cases = make_cases(names, dtypes)
     try:

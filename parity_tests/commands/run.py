@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from parity_tests.adapters import UnavailableError
-from parity_tests.cases import case_names
 from parity_tests.commands.common import (
     DeviceOption,
     DtypeOption,
@@ -21,9 +20,11 @@ from parity_tests.commands.common import (
     check_dtypes,
     describe,
     exit_with,
+    select_cases,
     survey_as_json,
     track,
     write_json,
+    write_page,
 )
 from parity_tests.environment import describe_environment
 from parity_tests.precision import DTYPES
@@ -54,9 +55,7 @@ def run(
     """
     console = Console(markup=False)
     dtypes = check_dtypes(dtype, DTYPES)
-    names = [name for name in case_names() if any(fnmatch(name, pattern) for pattern in case or ["*"])]
-    if not names:
-        cannot_run(f"no case is called {' or '.join(case or [])}; the cases are {', '.join(case_names())}")
+    names = select_cases(case)
     members, missing = find_members(adapter, device)
     cases = make_cases(names, dtypes)
     found = Survey(members, [], [])
@@ -69,13 +68,7 @@ def run(
     environment = describe_environment()
     content = {"command": "run", "survey": survey_as_json(found), "missing": missing, "environment": environment}
     write_json(json_file, content, console)
-    if report is not None:
-        from parity_tests.report import write_report  # noqa: PLC0415 - matplotlib takes a second
-
-        page = write_report(
-            report, found, title="lsce parity", evidence=found.evidence(), environment=environment, notes=[]
-        )
-        console.print(f"wrote {page}", soft_wrap=True, highlight=False)
+    write_page(report, found, console, title="lsce parity", evidence=found.evidence(), environment=environment)
     if not found.called:
         cannot_run("no adapter has what these cases ask for")
     console.print(verdict_line(found), highlight=False)

@@ -9,7 +9,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from parity_tests.commands.common import JsonOption, ReportOption, cannot_run, exit_with, write_json
+from parity_tests.commands.common import (
+    FirstOption,
+    JsonOption,
+    ReportOption,
+    SecondOption,
+    cannot_run,
+    exit_with,
+    write_json,
+    write_page,
+)
 from parity_tests.environment import describe_environment
 from parity_tests.stepwise import StepwiseVerdict, Training, TrainingError, compare_step_by_step
 from parity_tests.survey import Survey
@@ -27,12 +36,8 @@ TrainingArgument = Annotated[
 def trajectory(
     first: TrainingArgument,
     second: TrainingArgument,
-    first_option: Annotated[
-        list[str] | None, typer.Option("--a", metavar="KEY=VALUE", help="Argument for the first class; repeat it.")
-    ] = None,
-    second_option: Annotated[
-        list[str] | None, typer.Option("--b", metavar="KEY=VALUE", help="Argument for the second class; repeat it.")
-    ] = None,
+    first_option: FirstOption = None,
+    second_option: SecondOption = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps to take.")] = 20,
     replicas: Annotated[int, typer.Option(min=1, help="One-ulp replicas of the first training.")] = 4,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that a loss is the mean of.")] = 64,
@@ -65,20 +70,9 @@ def trajectory(
         "environment": describe_environment(),
     }
     write_json(json_file, content, console)
-    if report is not None:
-        from parity_tests.report import write_report  # noqa: PLC0415 - matplotlib takes a second
-
-        page = write_report(
-            report,
-            Survey({}, [], []),
-            title=f"{first} and {second}",
-            evidence=[],
-            environment=describe_environment(),
-            trajectory=verdicts[0].losses,
-            agrees=agrees,
-            notes=[f"{verdict.mode}: {_sentence(verdict)}" for verdict in verdicts],
-        )
-        console.print(f"wrote {page}", soft_wrap=True, highlight=False)
+    notes = [f"{verdict.mode}: {_sentence(verdict)}" for verdict in verdicts]
+    parts = {"trajectory": verdicts[0].losses, "agrees": agrees, "notes": notes}
+    write_page(report, Survey({}, [], []), console, title=f"{first} and {second}", **parts)
     console.print(f"{'AGREE' if agrees else 'DISAGREE'} over {steps} steps", highlight=False)
     exit_with(agrees)
 
