@@ -80,8 +80,8 @@ class Comparison:
 
     @property
     def share(self) -> float:
-        """Largest share of a bound that was used."""
-        return max(self.loss, self.gradient)
+        """Largest share of a bound that was used; NaN, which is larger than nothing, counts as infinite."""
+        return max(np.inf if np.isnan(part) else part for part in (self.loss, self.gradient))
 
     def __str__(self) -> str:
         """Return one line for a message."""

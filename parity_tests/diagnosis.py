@@ -10,11 +10,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from parity_tests.bounds import Arithmetic, Bound, error_bound
 from parity_tests.cases import CONVENTIONS, Case
-from parity_tests.comparison import Comparison, Result, within
+from parity_tests.comparison import Result, within
 from parity_tests.mutants import FAULTS, evaluate
 from parity_tests.oracle import Truth, solve
 
@@ -102,10 +100,10 @@ class Diagnosis:
         """Yield the distance from the candidate in each case."""
         for (case, truth, bound), result in zip(self._of_sound(candidate), results, strict=True):
             if candidate.fault is None:
-                yield _share(within(case, truth, result, bound))
+                yield within(case, truth, result, bound).share
             else:
                 twice = Bound(2 * bound.loss, 2 * bound.gradient)
-                yield _share(within(case, truth, result, twice, evaluate(case, candidate.fault)))
+                yield within(case, truth, result, twice, evaluate(case, candidate.fault)).share
 
     def _largest_finite(self, candidate: Candidate, results: Sequence[Result]) -> float:
         return max((share for share in self._shares(candidate, results) if math.isfinite(share)), default=0.0)
@@ -135,12 +133,6 @@ class Diagnosis:
             bounds = [error_bound(case, truth, ARITHMETIC) for case, truth in zip(cases, truths, strict=True)]
             self._truths[sound] = list(zip(cases, truths, bounds, strict=True))
         return self._truths[sound]
-
-
-def _share(comparison: Comparison) -> float:
-    if comparison.problem and comparison.worst is None:
-        return math.inf
-    return math.inf if np.isnan(comparison.share) else comparison.share
 
 
 def _oddity(candidate: Candidate, expected: Candidate) -> tuple[int, bool]:

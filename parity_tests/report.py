@@ -4,36 +4,25 @@ Tables and the heat map are HTML, so that they can be searched, copied and read 
 page. Names and messages come from a user's loss and stay out of the plots: matplotlib reads `$` as mathematics.
 """
 
-import base64
-import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jinja2
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from parity_tests.comparison import Comparison, Worst
 from parity_tests.ledger import KINDS, Evidence
-from parity_tests.precision import DTYPES, FloatArray
+from parity_tests.precision import DTYPES
+from parity_tests.report_plots import draw_trajectory, png, ulp_panels
 from parity_tests.survey import Survey
+from parity_tests.trajectory import TrajectoryVerdict
 from parity_tests.verdicts import Difference, Outcome
-
-if TYPE_CHECKING:  # its annotations load JAX, which need not be there
-    from parity_tests.trajectory import TrajectoryVerdict
 
 LONGEST_DISAGREEMENTS, LONGEST_FAILURES, LONGEST_WORST = 20, 20, 15
 LONGEST_BLOCK = 30
-
-BLUE, RUST, GREY = "#8fbce6", "#b3410f", "#555555"
-# The palette of Okabe and Ito, which colour-blind people can tell apart.
-DTYPE_COLOURS = {"float64": "#000000", "float32": "#0072b2", "bfloat16": "#d55e00", "float16": "#009e73"}
 
 KIND_MEANINGS = {
     "executed": "ran on that device, and every result was within its bounds",
@@ -51,7 +40,7 @@ def write_report(
     title: str,
     evidence: Sequence[Evidence],
     environment: Mapping[str, Any],
-    trajectory: "TrajectoryVerdict | None" = None,
+    trajectory: TrajectoryVerdict | None = None,
     notes: Sequence[str] = (),
     agrees: bool | None = None,
 ) -> Path:
@@ -92,7 +81,7 @@ def render(
     title: str,
     evidence: Sequence[Evidence],
     environment: Mapping[str, Any],
-    trajectory: "TrajectoryVerdict | None",
+    trajectory: TrajectoryVerdict | None,
     notes: Sequence[str],
     agrees: bool | None = None,
 ) -> str:
@@ -119,7 +108,7 @@ def render(
         heat_maps=heat_maps(survey),
         ulps=ulp_panels(survey),
         worst={who: worst_rows(survey, ours) for who, ours in _WHO},
-        trajectory=_png(draw_trajectory(trajectory)) if trajectory else None,
+        trajectory=png(draw_trajectory(trajectory)) if trajectory else None,
         ledger=ledger(evidence),
         environment=environment_tables(environment),
     )
@@ -165,10 +154,6 @@ def _number(value: float, dtype: str) -> str:
     return f"{value:.{17 if dtype == 'float64' else 9}g}"
 
 
-def _largest(comparison: Comparison) -> float:
-    return max(_known(comparison.loss), _known(comparison.gradient))
-
-
 def _known(share: float) -> float:
     """Return a share; NaN, which is larger than nothing, counts as infinite."""
     return math.inf if math.isnan(share) else share
@@ -189,7 +174,7 @@ class Banner(NamedTuple):
     sentences: list[str]
 
 
-def verdict(survey: Survey, trajectory: "TrajectoryVerdict | None", agrees: bool | None = None) -> Banner:
+def verdict(survey: Survey, trajectory: TrajectoryVerdict | None, agrees: bool | None = None) -> Banner:
     """Return the verdict about all that was compared; ours decide, peers are described beside."""
     ours = [outcome for name, member in survey.members.items() if member.ours for outcome in survey.of(name)]
     verdicts, sentences = [], []
@@ -240,7 +225,7 @@ def outcome_sentences(outcomes: list[Outcome]) -> list[str]:
         f"({', '.join(dtypes)}): {disagree or 'none'} of {_count(len(outcomes), 'result')} outside of the bounds, "
         f"{failed or 'none'} failed."
     ]
-    compared = [(_largest(outcome.comparison), outcome) for outcome in outcomes if outcome.comparison]
+    compared = [(outcome.comparison.share, outcome) for outcome in outcomes if outcome.comparison]
     if compared:
         share, worst = max(compared, key=lambda pair: pair[0])
         place = f"{worst.adapter} in {worst.case}, {worst.dtype}"
@@ -254,7 +239,7 @@ def difference_sentences(differences: list[Difference]) -> list[str]:
     return [f"{apart} of {_count(len(differences), 'pair')} differ by more than both bounds."] if apart else []
 
 
-def trajectory_sentence(trajectory: "TrajectoryVerdict") -> str:
+def trajectory_sentence(trajectory: TrajectoryVerdict) -> str:
     """Return what came of two trainings."""
     steps, step = len(trajectory.difference), trajectory.first_divergence
     if step is None:
@@ -303,7 +288,7 @@ def summarize(survey: Survey, name: str) -> Summary:
     if compared:
         loss = share_text(max(_known(comparison.loss) for _, comparison in compared))
         gradient = share_text(max(_known(comparison.gradient) for _, comparison in compared))
-        worst, _ = max(compared, key=lambda pair: _largest(pair[1]))
+        worst, _ = max(compared, key=lambda pair: pair[1].share)
         where = f"{worst.case}, {worst.dtype}"
     member = survey.members[name]
     return Summary(
@@ -322,23 +307,10 @@ def summarize(survey: Survey, name: str) -> Summary:
 
 def closer_than_peers(survey: Survey, name: str) -> str:
     """Return how often an adapter is closer to the truth than the best peer of its framework; empty without peers."""
-    framework = survey.members[name].adapter.framework
-    best: dict[tuple[str, str], float] = {}
-    for peer, member in survey.members.items():
-        if not member.ours and member.adapter.framework == framework:
-            for outcome in survey.of(peer):
-                if outcome.comparison:
-                    key = (outcome.case, outcome.dtype)
-                    best[key] = min(best.get(key, math.inf), _largest(outcome.comparison))
-    pairs = [
-        (_largest(outcome.comparison), best[outcome.case, outcome.dtype])
-        for outcome in survey.of(name)
-        if outcome.comparison and (outcome.case, outcome.dtype) in best
-    ]
-    if not pairs:
+    found = survey.closeness(name, survey.peers_of(name))
+    if not found.cases:
         return ""
-    closer, equal = sum(own < peer for own, peer in pairs), sum(own == peer for own, peer in pairs)
-    return f"{closer} of {len(pairs)}" + (f" ({equal} equal)" if equal else "")
+    return f"{found.closer} of {found.cases}" + (f" ({found.equal} equal)" if found.equal else "")
 
 
 def pair_sentences(differences: Iterable[Difference]) -> list[str]:
@@ -348,10 +320,10 @@ def pair_sentences(differences: Iterable[Difference]) -> list[str]:
         pairs.setdefault(difference.adapters, []).append(difference)
     sentences = []
     for (first, second), found in pairs.items():
-        worst = max(found, key=lambda difference: _largest(difference.comparison))
+        worst = max(found, key=lambda difference: difference.comparison.share)
         sentences.append(
             f"{first} against {second}: within both bounds of each other in {sum(each.agrees for each in found)} of "
-            f"{len(found)}; at most {_used(_largest(worst.comparison))} the sum of the bounds ({worst.case}, "
+            f"{len(found)}; at most {_used(worst.comparison.share)} the sum of the bounds ({worst.case}, "
             f"{worst.dtype})."
         )
     return sentences
@@ -360,7 +332,7 @@ def pair_sentences(differences: Iterable[Difference]) -> list[str]:
 def worst_rows(survey: Survey, ours: bool) -> list[tuple[str, ...]]:
     """Return the results that use the largest shares of their bounds, of our adapters or of peers."""
     found = [
-        (_largest(outcome.comparison), outcome, outcome.comparison)
+        (outcome.comparison.share, outcome, outcome.comparison)
         for outcome in survey.outcomes
         if outcome.comparison and survey.members[outcome.adapter].ours == ours
     ]
@@ -435,7 +407,7 @@ class Disagreement:
 
 def _outside(comparison: Comparison) -> bool:
     """Return whether an element is out of bounds. Wrong shapes have no worst element: they are among the failures."""
-    return comparison.worst is not None and _largest(comparison) > 1
+    return comparison.worst is not None and comparison.share > 1
 
 
 def find_disagreements(survey: Survey) -> list[tuple[str, str]]:
@@ -445,7 +417,7 @@ def find_disagreements(survey: Survey) -> list[tuple[str, str]]:
     for item in found + list(survey.differences):
         if item.comparison and _outside(item.comparison):
             key = (item.case, item.dtype)
-            shares[key] = max(shares.get(key, 0.0), _largest(item.comparison))
+            shares[key] = max(shares.get(key, 0.0), item.comparison.share)
     return sorted(shares, key=lambda key: -shares[key])
 
 
@@ -464,17 +436,15 @@ def describe(survey: Survey, case: str, dtype: str) -> Disagreement:
     }
     involved = [each for each in differences if each in apart or wrong.keys() & set(each.adapters)]
     compared = list(wrong.items()) + [(" against ".join(each.adapters), each.comparison) for each in apart]
-    compared.sort(key=lambda pair: -_largest(pair[1]))
+    compared.sort(key=lambda pair: -pair[1].share)
     worst = compared[0][1]
     return Disagreement(
         case=case,
         dtype=dtype,
-        share=_used(_largest(worst)),
+        share=_used(worst.share),
         who=", ".join(wrong) or " against ".join(involved[0].adapters),
         blame=blame_sentences(list(wrong), involved),
-        elements=[
-            (who, *_element(comparison, dtype), share_text(_largest(comparison))) for who, comparison in compared
-        ],
+        elements=[(who, *_element(comparison, dtype), share_text(comparison.share)) for who, comparison in compared],
         inputs=worst.worst.inputs if worst.worst else {},
     )
 
@@ -493,7 +463,7 @@ def blame_sentences(wrong: list[str], differences: list[Difference]) -> list[str
         if difference.agrees:
             start = f"{first} and {second} are within both bounds of each other, but "
         else:
-            start = f"{first} and {second} differ by {_used(_largest(difference.comparison))} the sum of their bounds: "
+            start = f"{first} and {second} differ by {_used(difference.comparison.share)} the sum of their bounds: "
         if not guilty:
             end = "each is within its own bounds of the truth."
         elif len(guilty) == 2:
@@ -562,131 +532,9 @@ def _cell_of(outcome: Outcome) -> Cell:
         return Cell((3, 0.0), "fail", "failed", words) if failed else Cell((0, 0.0), "–", "unsupported", words)
     if outcome.comparison.problem:
         return Cell((2, math.inf), "form", "out2", f"{outcome.dtype}: {outcome.comparison.problem}")
-    share = _largest(outcome.comparison)
+    share = outcome.comparison.share
     style = next((style for end, style in LEVELS if share <= end), "out2")
     return Cell((1, share), share_text(share), style, f"{outcome.dtype}: {_used(share)} the bound")
-
-
-# --- Plots ----------------------------------------------------------------------------------------------------------
-
-# Scaled ULPs: a bin for exactly 0, one for less than 2^LOWEST, one for each doubling, one for 2^HIGHEST and more.
-LOWEST, HIGHEST = -8, 8
-ULP_BINS = HIGHEST - LOWEST + 3
-
-
-class UlpLine(NamedTuple):
-    """Errors of the gradient of an adapter in a dtype: shares of the entries in each bin, and the largest.
-
-    Every case weighs the same, or the widest one would be all that is seen.
-    """
-
-    dtype: str
-    shares: FloatArray
-    within_half: float
-    largest: float
-
-    def __str__(self) -> str:
-        """Return one line for people."""
-        largest = f"{self.largest:.3g}" if math.isfinite(self.largest) else "∞"
-        return (
-            f"{self.dtype}: {self.shares[0]:.0%} exactly right, {self.within_half:.0%} within half a ULP, largest "
-            f"error {largest}"
-        )
-
-
-def ulp_panels(survey: Survey) -> list[tuple[str, list[UlpLine], str]]:
-    """Return name, lines and plot of each adapter that has any errors to show."""
-    panels = []
-    for name in survey.members:
-        ulps: dict[str, list[FloatArray]] = {}
-        for outcome in survey.of(name):
-            if outcome.comparison and outcome.comparison.ulps.size:
-                ulps.setdefault(outcome.dtype, []).append(outcome.comparison.ulps.ravel())
-        if ulps:
-            lines = [ulp_line(dtype, arrays) for dtype, arrays in ulps.items()]
-            panels.append((name, lines, _png(draw_ulps(lines))))
-    return panels
-
-
-def ulp_line(dtype: str, arrays: list[FloatArray]) -> UlpLine:
-    """Return the distribution of the errors of several cases, none of them empty."""
-    arrays = [np.where(np.isnan(array), np.inf, array) for array in arrays]
-    return UlpLine(
-        dtype,
-        np.mean([_bin_shares(array) for array in arrays], axis=0),
-        float(np.mean([np.mean(array <= 0.5) for array in arrays])),
-        float(max(array.max() for array in arrays)),
-    )
-
-
-def _bin_shares(ulps: FloatArray) -> FloatArray:
-    return np.bincount(_bin_of(ulps), minlength=ULP_BINS) / ulps.size
-
-
-def _bin_of(ulps: FloatArray) -> NDArray[np.int64]:
-    with np.errstate(divide="ignore"):
-        exponent = np.floor(np.log2(ulps))
-    place: NDArray[np.int64] = np.where(ulps > 0, np.clip(exponent, LOWEST - 1, HIGHEST) - LOWEST + 2, 0).astype(int)
-    return place
-
-
-def draw_ulps(lines: list[UlpLine]) -> Figure:
-    """Draw the distributions, one on top of the other, and a mark at the bin of the largest error."""
-    figure = Figure(figsize=(4.6, 2.8), layout="constrained")
-    axes = figure.subplots()
-    for line in lines:
-        colour = DTYPE_COLOURS.get(line.dtype, GREY)
-        axes.stairs(line.shares, color=colour, fill=True, alpha=0.15)
-        axes.stairs(line.shares, color=colour, linewidth=1.8, label=line.dtype)
-        largest = int(_bin_of(np.array([line.largest]))[0]) + 0.5
-        axes.plot(largest, 0, marker="v", markersize=9, color=colour, markeredgecolor="white", clip_on=False, zorder=3)
-    ticks = {0.5: "0"} | {power - LOWEST + 2: _power(power) for power in (-4, 0, 4, 8)}
-    axes.set_xticks(list(ticks), list(ticks.values()))
-    axes.set(xlabel="scaled ULPs", ylabel="share of entries", xlim=(0, ULP_BINS), ylim=(0, None))
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    _tidy(axes)
-    return figure
-
-
-def _power(exponent: int) -> str:
-    return str(2**exponent) if exponent >= 0 else f"1/{2**-exponent}"
-
-
-def draw_trajectory(trajectory: "TrajectoryVerdict") -> Figure:
-    """Draw the difference of each step, what rounding explains of it, and where the two trainings part."""
-    figure = Figure(figsize=(5.6, 4), layout="constrained")
-    axes = figure.subplots()
-    steps = np.arange(len(trajectory.difference))
-    # Neither 0 nor infinity has a place on a logarithmic axis: such steps are left out.
-    shown = (trajectory.difference > 0) & np.isfinite(trajectory.difference)
-    axes.plot(steps, trajectory.allowed, color="black", linewidth=1.5, label="allowed")
-    axes.plot(steps, trajectory.envelope, color=BLUE, linewidth=3, label="envelope of replicas")
-    axes.plot(steps[shown], trajectory.difference[shown], ".", color=RUST, markersize=4, label="difference")
-    if trajectory.blind_from is not None:
-        axes.axvspan(trajectory.blind_from, len(steps), color="#eeeeee", zorder=0, label="says little")
-    if trajectory.first_divergence is not None:
-        label = f"trainings part (step {trajectory.first_divergence})"
-        axes.axvline(trajectory.first_divergence, color=RUST, linestyle="--", linewidth=1.5, label=label)
-    axes.set(xlabel="step", ylabel="difference of the losses", xlim=(-0.5, len(steps) - 0.5))
-    if np.any(shown) or np.any(trajectory.allowed > 0):
-        axes.set_yscale("log")
-    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-    _tidy(axes)
-    return figure
-
-
-def _tidy(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=11)
-    legend = axes.get_legend() or axes.legend(frameon=False)
-    for label in (axes.xaxis.label, axes.yaxis.label, *legend.get_texts()):
-        label.set_fontsize(11)
-
-
-def _png(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return base64.b64encode(buffer.getvalue()).decode()
 
 
 # --- Ledger and environment -----------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Adapters x cases x dtypes: every outcome, and every pair of twins against each other."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from parity_tests.adapters import Adapter
 from parity_tests.cases import Case, make_case
@@ -23,6 +25,14 @@ class Member:
     adapter: Adapter
     ours: bool
     twin: str | None = None
+
+
+class Closeness(NamedTuple):
+    """Of the cases in which an adapter and a peer gave results: in how many it is closer to the truth, or as close."""
+
+    closer: int
+    equal: int
+    cases: int
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,25 @@ class Survey:
     def of(self, name: str) -> list[Outcome]:
         """Return the outcomes of an adapter in which it was called."""
         return [outcome for outcome in self.outcomes if outcome.adapter == name and outcome.status != "unsupported"]
+
+    def peers_of(self, name: str) -> list[str]:
+        """Return the peers of the adapter's framework."""
+        framework = self.members[name].adapter.framework
+        return [peer for peer, other in self.members.items() if not other.ours and other.adapter.framework == framework]
+
+    def closeness(self, name: str, peers: Sequence[str]) -> Closeness:
+        """Return how often an adapter's largest share is below that of the best of some peers."""
+        best: dict[tuple[str, str], float] = {}
+        for outcome in (each for peer in peers for each in self.of(peer)):
+            if outcome.comparison:
+                key = (outcome.case, outcome.dtype)
+                best[key] = min(best.get(key, math.inf), outcome.comparison.share)
+        pairs = [
+            (outcome.comparison.share, best[outcome.case, outcome.dtype])
+            for outcome in self.of(name)
+            if outcome.comparison and (outcome.case, outcome.dtype) in best
+        ]
+        return Closeness(sum(own < peer for own, peer in pairs), sum(own == peer for own, peer in pairs), len(pairs))
 
     def evidence(self) -> list[Evidence]:
         """Return what was executed: each adapter and dtype of which all outcomes agree."""

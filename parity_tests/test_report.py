@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from parity_tests import report
+from parity_tests import report, report_plots
 from parity_tests.adapters import Adapter
 from parity_tests.cases import Case, case_names, describe_inputs, make_case
 from parity_tests.comparison import Comparison, Result, Worst
@@ -343,8 +343,8 @@ def test_trajectories_of_little(tmp_path: Path, losses: list[float], other: list
 
 def test_ulp_bins() -> None:
     ulps = np.array([0.0, 2.0**-9, 2.0**-8, 0.5, 1.0, 1.99, 2.0, 255.9, 256.0, math.inf])
-    line = report.ulp_line("float32", [ulps, np.zeros(7)])
-    counts = np.zeros(report.ULP_BINS)
+    line = report_plots.ulp_line("float32", [ulps, np.zeros(7)])
+    counts = np.zeros(report_plots.ULP_BINS)
     # 0; below 2^-8; then a bin for each doubling from 2^-8 on; 2^8 and more.
     for place in (0, 1, 2, 9, 10, 10, 11, 17, 18, 18):
         counts[place] += 1 / 10
@@ -352,7 +352,7 @@ def test_ulp_bins() -> None:
     np.testing.assert_allclose(line.shares, counts / 2, rtol=1e-15)
     assert line.within_half == (0.4 + 1) / 2
     assert line.largest == math.inf
-    assert report.ulp_line("float32", [np.array([math.nan, 1.0])]).shares[-1] == 1 / 2
+    assert report_plots.ulp_line("float32", [np.array([math.nan, 1.0])]).shares[-1] == 1 / 2
     assert str(line) == "float32: 55% exactly right, 70% within half a ULP, largest error ∞"
 
 

@@ -166,14 +166,11 @@ def _describe_difference(difference: Difference) -> str:
 
 def _print_closeness(found: Survey, console: Console) -> None:
     """Say how often ours are no further from the truth than a peer of the same framework."""
-    for name, member in found.members.items():
-        for peer, other in found.members.items():
-            if member.ours and not other.ours and member.adapter.framework == other.adapter.framework:
-                theirs = {(o.case, o.dtype): _share(o) for o in found.of(peer) if o.comparison}
-                pairs = [(_share(o), theirs[o.case, o.dtype]) for o in found.of(name) if (o.case, o.dtype) in theirs]
-                closer = sum(ours <= others for ours, others in pairs)
-                if pairs:
-                    console.print(f"{name} is as close to the truth as {peer}, or closer, in {closer} of {len(pairs)}")
+    for name in (name for name, member in found.members.items() if member.ours):
+        for peer in found.peers_of(name):
+            closer, equal, cases = found.closeness(name, [peer])
+            if cases:
+                console.print(f"{name} is as close to the truth as {peer}, or closer, in {closer + equal} of {cases}")
 
 
 def verdict_line(found: Survey) -> str:
