@@ -13,8 +13,6 @@ from parity_tests.cases import Case, features
 from parity_tests.comparison import Result
 from parity_tests.precision import as_dtype, compute_dtype
 
-DEVICES = ("cpu", "cuda", "tpu")
-
 
 class UnavailableError(Exception):
     """A framework, library or device is not on this machine; the message says what to do."""
@@ -34,7 +32,7 @@ class Adapter(Protocol):
     Args:
         name: what reports call it.
         framework: "jax", "torch" or "numpy".
-        device: one of `DEVICES`.
+        device: "cpu", "cuda" or "tpu".
         arithmetic: how accurate the elementary functions are there.
     """
 

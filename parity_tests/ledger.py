@@ -7,9 +7,10 @@ import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
+
+from parity_tests.environment import installed_versions
 
 Kind = Literal["executed", "replayed", "interpreted", "compiled", "not run"]
 # From the strongest to the weakest.
@@ -93,15 +94,9 @@ def framework_of(adapter: str) -> str:
     return adapter.partition("-")[0]
 
 
-def installed_versions() -> dict[str, str]:
+def session_versions() -> dict[str, str]:
     """Return the versions of Python and of those of `PACKAGES` that are installed."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {"python": platform.python_version(), **installed_versions(PACKAGES)}
 
 
 def merge(sessions: Iterable[Session]) -> list[Session]:

@@ -31,8 +31,8 @@ from parity_tests.ledger import (
     Session,
     framework_of,
     in_order,
-    installed_versions,
     read,
+    session_versions,
     strongest,
     table,
     write,
@@ -339,7 +339,7 @@ class Keeper:
         if self._ledger is None:
             return []
         try:
-            write(self._ledger, [Session(installed_versions(), frozenset(self._evidence()))])
+            write(self._ledger, [Session(session_versions(), frozenset(self._evidence()))])
         except OSError as error:
             return [f"--parity-ledger: {error}"]
         return []

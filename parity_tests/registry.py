@@ -1,7 +1,8 @@
 """The adapters that the command line knows, by name. Making one loads its framework; listing them loads none."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import partial
 from typing import Any, Literal
 
@@ -110,6 +111,12 @@ def _peers() -> list[Entry]:
 
 
 ENTRIES: dict[str, Entry] = {entry.name: entry for entry in _ours() + _peers()}
+
+
+def match_names(patterns: Iterable[str]) -> list[str]:
+    """Return the names of `ENTRIES` that the patterns match, each once; what matches none of them stays as it is."""
+    matching = ([name for name in ENTRIES if fnmatch(name, pattern)] or [pattern] for pattern in patterns)
+    return list(dict.fromkeys(name for names in matching for name in names))
 
 
 def make_adapter(name: str, device: str = "cpu") -> Adapter:

@@ -12,7 +12,6 @@ Results are held against the truth of today, which by then is known to be the re
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatch
 
 from parity_tests.adapters import Adapter, UnavailableError
 from parity_tests.bounds import Arithmetic
@@ -21,7 +20,7 @@ from parity_tests.cases import case_names, make_case
 from parity_tests.comparison import Result, against_each_other
 from parity_tests.ledger import Evidence
 from parity_tests.oracle import WIDE, Truth, solve
-from parity_tests.registry import ENTRIES, make_adapter
+from parity_tests.registry import ENTRIES, make_adapter, match_names
 from parity_tests.verdicts import Difference, Outcome, compare_outcomes, examine
 
 TRUTH = "truth"
@@ -157,8 +156,7 @@ def adapters_here(names: Sequence[str] | None, device: str) -> tuple[list[Adapte
     if not names:
         names = [entry.name for entry in ENTRIES.values() if entry.kind == "ours" and "-compiled" not in entry.name]
     found, missing = [], {}
-    matching = [[entry for entry in ENTRIES if fnmatch(entry, name)] or [name] for name in names]
-    for name in dict.fromkeys(each for some in matching for each in some):
+    for name in match_names(names):
         try:
             found.append(make_adapter(name, device))
         except UnavailableError as error:

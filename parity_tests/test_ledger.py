@@ -8,7 +8,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from parity_tests import adapters, ledger, precision
+from parity_tests import ledger, precision
 from parity_tests.__main__ import app
 from parity_tests.commands.matrix import BEGIN, END, replace_matrix
 from parity_tests.ledger import Evidence, Session
@@ -30,7 +30,6 @@ def rows(sessions: list[Session]) -> list[str]:
 
 
 def test_names_are_those_of_the_other_modules() -> None:
-    assert ledger.DEVICES == adapters.DEVICES
     assert ledger.DTYPES == precision.DTYPES
 
 
@@ -48,7 +47,7 @@ def test_wrong_evidence(fields: Any, message: str) -> None:
 
 
 def test_versions() -> None:
-    versions = ledger.installed_versions()
+    versions = ledger.session_versions()
     assert next(iter(versions)) == "python"
     assert {"numpy", "jax", "torch"} < versions.keys()
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lsce_spec import check_smoothing, find_convention
-from parity_tests.adapters import DEVICES, Adapter, UnavailableError
+from parity_tests.adapters import Adapter, UnavailableError
 from parity_tests.cases import Case
 from parity_tests.commands.common import (
     CANNOT_RUN,
@@ -31,6 +31,7 @@ from parity_tests.commands.common import (
     write_page,
 )
 from parity_tests.environment import describe_environment
+from parity_tests.ledger import DEVICES
 from parity_tests.pairs import NUM_CLASSES, Pair, Question, Side, compare_sides, plain_cases
 from parity_tests.user_losses import (
     SpecificationError,

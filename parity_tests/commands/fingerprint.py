@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from parity_tests.adapters import DEVICES, UnavailableError
+from parity_tests.adapters import UnavailableError
 from parity_tests.commands.common import DeviceOption, JsonOption, cannot_run, exit_with, write_json
 from parity_tests.environment import describe_environment
 from parity_tests.fingerprint import BACKENDS, Fingerprint, take_fingerprint
+from parity_tests.ledger import DEVICES
 
 
 def fingerprint(

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from parity_tests.adapters import DEVICES, Adapter
+from parity_tests.adapters import Adapter
 from parity_tests.bundle import BundleError, read_bundle, record, write_bundle
 from parity_tests.cases import Case
 from parity_tests.commands.common import (
@@ -28,6 +28,7 @@ from parity_tests.commands.common import (
 from parity_tests.environment import describe_environment
 from parity_tests.hunt import PARTS, Find, describe, share_of
 from parity_tests.hunt import hunt as search
+from parity_tests.ledger import DEVICES
 from parity_tests.precision import DTYPES
 from parity_tests.registry import ENTRIES
 from parity_tests.replays import adapters_here

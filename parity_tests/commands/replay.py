@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from parity_tests.adapters import DEVICES, Adapter
+from parity_tests.adapters import Adapter
 from parity_tests.bundle import BundleError, read_bundle
 from parity_tests.commands.common import DeviceOption, JsonOption, cannot_run, exit_with, track, write_json
 from parity_tests.environment import describe_environment
+from parity_tests.ledger import DEVICES
 from parity_tests.replays import Replay, adapters_here
 from parity_tests.replays import replay as replay_bundle
 

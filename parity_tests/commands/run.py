@@ -1,7 +1,6 @@
 """`lsce-parity run` and `lsce-parity adapters`."""
 
 from collections import Counter
-from fnmatch import fnmatch
 from typing import Annotated
 
 import typer
@@ -28,7 +27,7 @@ from parity_tests.commands.common import (
 )
 from parity_tests.environment import describe_environment
 from parity_tests.precision import DTYPES
-from parity_tests.registry import ENTRIES, make_adapter
+from parity_tests.registry import ENTRIES, make_adapter, match_names
 from parity_tests.survey import Member, Survey, examine_each, make_cases
 from parity_tests.verdicts import Difference, Outcome
 
@@ -80,19 +79,14 @@ def find_members(patterns: list[str] | None, device: str) -> tuple[dict[str, Mem
 
     One that is asked for by its full name must be here, and so must one of ours at least.
     """
-    wanted = [name for name in ENTRIES if name not in SLOW] if not patterns else []
-    for pattern in patterns or []:
-        matching = [name for name in ENTRIES if fnmatch(name, pattern)]
-        special = pattern in ("oracle", "numpy") or pattern.startswith("mutant:")
-        if not matching and not special:
-            cannot_run(f"there is no adapter {pattern!r}; `lsce-parity adapters` lists them")
-        wanted += matching or [pattern]
     members, missing = {}, {}
-    for name in dict.fromkeys(wanted):
+    for name in match_names(patterns) if patterns else [name for name in ENTRIES if name not in SLOW]:
         entry = ENTRIES.get(name)
         try:
             made = make_adapter(name, device)
-        except (UnavailableError, ValueError) as error:
+        except ValueError as error:
+            cannot_run(str(error))
+        except UnavailableError as error:
             if name in (patterns or []):
                 cannot_run(f"{name}: {error}")
             missing[name] = str(error)
