@@ -128,7 +128,7 @@ class TorchAdapter:
     Args:
         loss: the function; `lsce_torch.label_smoothed_cross_entropy` by default. It gets those options only that a case
             sets, and `smoothing` and `reduction` always.
-        compiled: whether to compile it, as one graph.
+        compiled: whether to compile it, as one graph, anew for each case.
         implementation: which one to choose; None leaves that to the function.
         device: where to run it.
         name: what reports call it.
@@ -157,7 +157,7 @@ class TorchAdapter:
             loss = lsce_torch.label_smoothed_cross_entropy
         self.loss = loss if implementation is None else partial(loss, implementation=implementation)
         if compiled:
-            self.loss = torch.compile(self.loss, fullgraph=True)
+            self.loss = _compiled_anew(self.loss)
         self.device, self.supports = device, supports
         self.name = name or _name("torch", implementation, "compiled" if compiled else "")
         if device == "tpu" or (device == "cuda" and not torch.cuda.is_available()):
@@ -188,6 +188,17 @@ class TorchAdapter:
         gradient, kept = logits.grad, loss.detach()
         names = [str(tensor.dtype).removeprefix("torch.") for tensor in (kept, gradient)]
         return _result(case, kept.double().cpu().numpy(), gradient.double().cpu().numpy(), *names)
+
+
+def _compiled_anew(loss: Callable[..., Any]) -> Callable[..., Any]:
+    import torch
+
+    def call(*operands: Any, **options: Any) -> Any:
+        # The many combinations of options would reach the limit of recompilations.
+        torch.compiler.reset()
+        return torch.compile(loss, fullgraph=True)(*operands, **options)
+
+    return call
 
 
 def _load(framework: str) -> Any:
