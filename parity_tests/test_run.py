@@ -1,6 +1,8 @@
 """`run`, `adapters` and `power` on the command line."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,15 @@ def test_what_cannot_run(arguments: list[str], message: str) -> None:
     outcome = run("run", *arguments)
     assert outcome.exit_code == 2, outcome.output
     assert message in outcome.output
+
+
+def test_output_that_nobody_reads_is_no_disagreement() -> None:
+    """As in `lsce-parity ... | head`: Rich ends with 1 there."""
+    command = [sys.executable, "-m", "parity_tests", "run", "--adapter", "numpy", "--case", "one_row"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.wait() == 2
 
 
 def test_json_and_report(tmp_path: Path) -> None:

@@ -37,6 +37,21 @@ DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or tpu.")
 Item = TypeVar("Item")
 
 
+class PlainConsole(Console):
+    """A console that takes no text for markup: names and messages are a user's."""
+
+    def __init__(self) -> None:
+        """Switch markup off."""
+        super().__init__(markup=False)
+
+    def on_broken_pipe(self) -> None:
+        """End with exit code 2 where nobody reads on: 1, which is Rich's, says that losses disagree."""
+        try:
+            super().on_broken_pipe()
+        except SystemExit:
+            raise SystemExit(CANNOT_RUN) from None
+
+
 def cannot_run(message: str) -> NoReturn:
     """Say what stands in the way, and end with exit code 2."""
     typer.echo(f"cannot run: {message}", err=True)

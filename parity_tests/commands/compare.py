@@ -20,6 +20,7 @@ from parity_tests.commands.common import (
     DtypeOption,
     FirstOption,
     JsonOption,
+    PlainConsole,
     ReportOption,
     SecondOption,
     cannot_run,
@@ -93,7 +94,7 @@ def compare(
         lsce-parity compare torch:torch.nn:CrossEntropyLoss jax:my.losses:smooth_ce --a label_smoothing=0.1
         lsce-parity compare jax:my.losses:smooth_ce oracle --convention non_target
     """
-    console = Console(markup=False)
+    console = PlainConsole()
     told = (smoothing, convention, reduction, z_loss, softcap, subtract_entropy or None)
     question = Question(
         smoothing=0.1 if smoothing is None else smoothing,

@@ -4,12 +4,11 @@ from typing import Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from parity_tests.adapters import UnavailableError
-from parity_tests.commands.common import DeviceOption, JsonOption, cannot_run, exit_with, write_json
+from parity_tests.commands.common import DeviceOption, JsonOption, PlainConsole, cannot_run, exit_with, write_json
 from parity_tests.environment import describe_environment
 from parity_tests.fingerprint import BACKENDS, Fingerprint, take_fingerprint
 from parity_tests.ledger import DEVICES
@@ -28,7 +27,7 @@ def fingerprint(
         cannot_run(f"there is no framework {framework!r} here; the frameworks are {', '.join(BACKENDS)}")
     if device not in DEVICES:
         cannot_run(f"there is no device {device!r} here; the devices are {', '.join(DEVICES)}")
-    console = Console(markup=False)
+    console = PlainConsole()
     taken: list[Fingerprint] = []
     missing: dict[str, str] = {}
     for name in [framework] if framework else BACKENDS:

@@ -19,6 +19,7 @@ from parity_tests.commands.common import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    PlainConsole,
     cannot_run,
     check_dtypes,
     exit_with,
@@ -66,7 +67,7 @@ def hunt(
 
         lsce-parity hunt --examples 500 --save worst-cases
     """
-    console = Console(markup=False)
+    console = PlainConsole()
     dtypes = check_dtypes(dtype, DTYPES)
     if seconds is None and examples is None:
         seconds = SECONDS

@@ -6,10 +6,9 @@ from typing import Annotated
 import numpy as np
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from parity_tests.commands.common import cannot_run, exit_with, track
+from parity_tests.commands.common import PlainConsole, cannot_run, exit_with, track
 from parity_tests.mutants import FAULTS
 from parity_tests.peer_tests import (
     PEER_TESTS,
@@ -50,7 +49,7 @@ def peer_tests(
 
     Exit code 0: the bounds reject whatever one of these tests rejects, 1: they do not.
     """
-    console = Console(markup=False)
+    console = PlainConsole()
     for fault in track(FAULTS, len(FAULTS), "wrong losses", console):
         verdicts_on(fault)
     console.print(_table())

@@ -12,6 +12,7 @@ from rich.text import Text
 from parity_tests.commands.common import (
     DtypeOption,
     JsonOption,
+    PlainConsole,
     cannot_run,
     check_dtypes,
     exit_with,
@@ -39,7 +40,7 @@ def power(
 
     Exit code 0: all are rejected, 1: an assertion lets one pass that it should see, 2: no such fault.
     """
-    console = Console(markup=False)
+    console = PlainConsole()
     dtypes = check_dtypes(dtype, DTYPES)
     faults = [name for name in FAULTS if any(fnmatch(name, pattern) for pattern in fault or ["*"])]
     if not faults:

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from parity_tests.bundle import MANIFEST, BundleError, read_bundle, write_bundle
@@ -12,6 +11,7 @@ from parity_tests.bundle import record as record_cases
 from parity_tests.commands.common import (
     DeviceOption,
     DtypeOption,
+    PlainConsole,
     cannot_run,
     check_dtypes,
     exit_with,
@@ -42,7 +42,7 @@ def record(
 
         lsce-parity record ties --adapter torch-fused --case "ties*" --dtype float32
     """
-    console = Console(markup=False)
+    console = PlainConsole()
     _check_free(folder, force)
     dtypes = check_dtypes(dtype, DTYPES)
     names = select_cases(case)

@@ -12,7 +12,15 @@ from rich.text import Text
 
 from parity_tests.adapters import Adapter
 from parity_tests.bundle import BundleError, read_bundle
-from parity_tests.commands.common import DeviceOption, JsonOption, cannot_run, exit_with, track, write_json
+from parity_tests.commands.common import (
+    DeviceOption,
+    JsonOption,
+    PlainConsole,
+    cannot_run,
+    exit_with,
+    track,
+    write_json,
+)
 from parity_tests.environment import describe_environment
 from parity_tests.ledger import DEVICES
 from parity_tests.replays import Replay, adapters_here
@@ -41,7 +49,7 @@ def replay(
 
         lsce-parity replay from-the-gpu-machine --adapter jax-fused --json replayed.json
     """
-    console = Console(markup=False)
+    console = PlainConsole()
     try:
         bundle = read_bundle(folder)
         adapters, missing = find_adapters(adapter, device)

@@ -14,6 +14,7 @@ from parity_tests.commands.common import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    PlainConsole,
     ReportOption,
     cannot_run,
     check_dtypes,
@@ -52,7 +53,7 @@ def run(
     Exit code 0: ours are all within their bounds, 1: one is not, 2: an adapter that was asked for is not here. The
     frameworks' own losses and those of other libraries are shown beside; what they get wrong is no failure.
     """
-    console = Console(markup=False)
+    console = PlainConsole()
     dtypes = check_dtypes(dtype, DTYPES)
     names = select_cases(case)
     members, missing = find_members(adapter, device)
@@ -182,7 +183,7 @@ def verdict_line(found: Survey) -> str:
 
 def adapters(device: DeviceOption = "cpu") -> None:
     """List the adapters, and what stands in the way of those that are not here."""
-    console = Console(markup=False)
+    console = PlainConsole()
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     for heading in ("adapter", "framework", "whose", "here"):
         table.add_column(heading)

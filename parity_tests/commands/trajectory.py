@@ -12,6 +12,7 @@ from rich.text import Text
 from parity_tests.commands.common import (
     FirstOption,
     JsonOption,
+    PlainConsole,
     ReportOption,
     SecondOption,
     cannot_run,
@@ -51,7 +52,7 @@ def trajectory(
     Example, the trainings of the demo:
         lsce-parity trajectory jax:examples.digits_steps:JaxSteps torch:examples.digits_steps:TorchSteps
     """
-    console = Console(markup=False)
+    console = PlainConsole()
     one, other = _make(first, first_option), _make(second, second_option)
     try:
         verdicts = compare_step_by_step(one, other, steps, replicas=replicas, batch_size=batch_size)
