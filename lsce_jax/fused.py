@@ -127,7 +127,7 @@ def row_losses(
     if peaks.correct is None:
         return losses, None
     nll, correct = log_sum + sums.label_gap, peaks.correct > 0
-    return losses, make_stats(batch, options, nll=nll, smoothed=smoothed, lse=lse, correct=correct)
+    return losses, make_stats(batch, options, nll=nll, smoothed=smoothed, lse=lse, log_sum=log_sum, correct=correct)
 
 
 def _on_off_others(

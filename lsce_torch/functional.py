@@ -147,7 +147,7 @@ def label_smoothed_cross_entropy_with_stats(
 
     Returns:
         The loss, reduced as asked, and `LossStats` with one value per row: nll (neither smoothed nor weighted),
-        smoothed, z, lse, correct and valid. No gradient flows through them.
+        smoothed, z, lse, confidence, correct and valid. No gradient flows through them.
 
     Raises:
         TypeError, ValueError, IndexError: as there.

@@ -59,7 +59,9 @@ def row_losses(
         if entropy is not None:
             smoothed = smoothed - entropy
         nll, correct = sums.log_sum + sums.label_gap, torch.eq(first, batch.labels)
-        return losses, make_stats(batch, options, nll=nll, smoothed=smoothed, lse=lse, correct=correct)
+        return losses, make_stats(
+            batch, options, nll=nll, smoothed=smoothed, lse=lse, log_sum=sums.log_sum, correct=correct
+        )
 
 
 def _why_reference(batch: Batch, options: LossOptions, with_stats: bool) -> str | None:

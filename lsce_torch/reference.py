@@ -54,7 +54,7 @@ def row_losses(
     if not with_stats:
         return losses, None
     nll, correct = _nll(batch, gap, log_sum, allowed), _is_correct(batch, uncapped, allowed)
-    return losses, make_stats(batch, options, nll=nll, smoothed=smoothed, lse=lse, correct=correct)
+    return losses, make_stats(batch, options, nll=nll, smoothed=smoothed, lse=lse, log_sum=log_sum, correct=correct)
 
 
 def target_distribution(batch: Batch, options: LossOptions) -> Float[Tensor, "*batch K"]:

@@ -18,6 +18,7 @@ class LossStats(NamedTuple):
         smoothed: the loss that was trained on, but for the z-loss.
         z: the z-loss, z_loss * lse^2; with `smoothed` it adds up to the loss.
         lse: log of the sum of the exponentials of the (softcapped) logits.
+        confidence: probability of the largest logit, exp(max - lse).
         correct: whether the label is the (first) largest logit; for soft labels, their own (first) largest.
         valid: whether the row counts: False where `where`, `ignore_index` or a denominator of 0 takes it out.
     """
@@ -26,6 +27,7 @@ class LossStats(NamedTuple):
     smoothed: Float[Tensor, "*batch"]
     z: Float[Tensor, "*batch"]
     lse: Float[Tensor, "*batch"]
+    confidence: Float[Tensor, "*batch"]
     correct: Bool[Tensor, "*batch"]
     valid: Bool[Tensor, "*batch"]
 
@@ -37,15 +39,17 @@ def make_stats(
     nll: Float[Tensor, "*batch"],
     smoothed: Float[Tensor, "*batch"],
     lse: Float[Tensor, "*batch"],
+    log_sum: Float[Tensor, "*batch"],
     correct: Bool[Tensor, "*batch"],
 ) -> LossStats:
-    """Return the statistics, cleared where rows do not count and cut off from the gradient."""
+    """Return the statistics, cleared where rows do not count and cut off from the gradient.
+
+    `log_sum` is lse less the largest logit, which for a large offset is more than the difference of the two knows.
+    """
     # Neither a bad label nor a row of NaN is correct.
     if batch.bad is not None:
         nll = torch.where(batch.bad, torch.nan, nll)
     correct = correct & ~torch.isnan(nll)
     valid = torch.ones_like(correct) if batch.counted is None else batch.counted
-    nll, smoothed, z, lse = (
-        torch.where(valid, value.detach(), 0) for value in (nll, smoothed, options.z_loss * lse**2, lse)
-    )
-    return LossStats(nll, smoothed, z, lse, correct & valid, valid)
+    values = (nll, smoothed, options.z_loss * lse**2, lse, torch.exp(-log_sum))
+    return LossStats(*(torch.where(valid, value.detach(), 0) for value in values), correct & valid, valid)

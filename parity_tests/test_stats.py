@@ -70,11 +70,14 @@ def test_statistics(name: str, framework: str, implementation: str, dtype: str) 
     assert_within(stats["smoothed"], smoothed, counted, arithmetic)
     nll_bound = assert_within(stats["nll"], unsmoothed, counted, arithmetic)
 
-    exact_lse, correct = expected_lse_and_correct(case, counted)
+    exact_lse, confidence, correct = expected_lse_and_guess(case, counted)
     roundoff = FORMATS[compute_dtype(dtype)].roundoff
     known = np.isfinite(nll_bound)
     bound = nll_bound + 4 * roundoff * (np.abs(exact_lse) + np.max(np.abs(finite_rows(case)), axis=-1, initial=0))
     assert np.all(np.abs(stats["lse"] - exact_lse)[known] <= bound[known])
+    # What is off in the log-sum-exp, which the nll holds too, is off in the confidence as a factor.
+    factor = np.expm1(nll_bound[known]) + 4 * roundoff
+    assert np.all(np.abs(stats["confidence"] - confidence)[known] <= factor * confidence[known])
     assert np.array_equal(stats["correct"], correct)
 
     z_loss = np.float32(case.options.get("z_loss", 0.0))
@@ -104,8 +107,8 @@ def finite_rows(case: Case) -> Any:
     return np.where(np.isfinite(kept), kept, 0)
 
 
-def expected_lse_and_correct(case: Case, counted: Any) -> tuple[Any, Any]:
-    """Return both in float64, which is exact beside float32."""
+def expected_lse_and_guess(case: Case, counted: Any) -> tuple[Any, Any, Any]:
+    """Return the log-sum-exp, the largest probability, and whether it is the label's; exact beside float32."""
     rows, cap = case.rows(), case.options.get("softcap")
     allowed = np.ones(case.num_classes, bool) if case.class_mask is None else case.class_mask
     raw = np.where(allowed & rows.counted[:, None], rows.logits, np.where(allowed, 0, -np.inf))
@@ -114,7 +117,8 @@ def expected_lse_and_correct(case: Case, counted: Any) -> tuple[Any, Any]:
     soft = rows.labels.ndim == 2
     labels = np.argmax(np.where(counted[:, None], rows.labels, 0), axis=-1) if soft else rows.labels
     correct = counted & (np.argmax(raw, axis=-1) == labels)
-    return np.where(counted, lse, 0), correct
+    confidence = np.exp(np.max(capped, axis=-1) - lse)
+    return np.where(counted, lse, 0), np.where(counted, confidence, 0), correct
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -135,7 +139,7 @@ def test_no_gradient_flows_through_them() -> None:
 
         def total(z: Any, implementation: str = implementation) -> Any:
             _, stats = jax_loss(z, labels, z_loss=0.1, implementation=implementation)
-            return sum(value.sum() for value in stats[:4])
+            return sum(value.sum() for value in stats[:5])
 
         assert not np.any(jax.grad(total)(logits))
         leaf = torch.from_numpy(logits).requires_grad_()
