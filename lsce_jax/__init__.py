@@ -6,4 +6,7 @@ from lsce_jax.modules import CELossWithLabelSmoothing as CELossWithLabelSmoothin
 from lsce_jax.modules import LabelSmoothedCrossEntropyLoss as LabelSmoothedCrossEntropyLoss
 from lsce_jax.stats import LossStats as LossStats
 from lsce_spec import Convention as Convention
+from lsce_spec import convert_smoothing as convert_smoothing
+from lsce_spec import identify_loss as identify_loss
+from lsce_spec import identify_targets as identify_targets
 from lsce_spec import smoothing_weights as smoothing_weights

@@ -51,5 +51,8 @@ def make_stats(
         nll = jnp.where(batch.bad, jnp.nan, nll)
     correct = correct & ~jnp.isnan(nll)
     valid = jnp.ones_like(correct) if batch.counted is None else batch.counted
-    values = (nll, smoothed, options.z_loss * lse**2, lse, jnp.exp(-log_sum))
-    return LossStats(*(jax.lax.stop_gradient(jnp.where(valid, value, 0)) for value in values), correct & valid, valid)
+    nll, smoothed, z, lse, confidence = (
+        jax.lax.stop_gradient(jnp.where(valid, value, 0))
+        for value in (nll, smoothed, options.z_loss * lse**2, lse, jnp.exp(-log_sum))
+    )
+    return LossStats(nll, smoothed, z, lse, confidence, correct & valid, valid)

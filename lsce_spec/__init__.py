@@ -28,5 +28,9 @@ from lsce_spec.definition import mean_denominator as mean_denominator
 from lsce_spec.definition import target_distribution as target_distribution
 from lsce_spec.errors import MESSAGES as MESSAGES
 from lsce_spec.errors import error as error
+from lsce_spec.migration import Reading as Reading
+from lsce_spec.migration import convert_smoothing as convert_smoothing
+from lsce_spec.migration import identify_loss as identify_loss
+from lsce_spec.migration import identify_targets as identify_targets
 from lsce_spec.options import IMPLEMENTATIONS as IMPLEMENTATIONS
 from lsce_spec.options import LossOptions as LossOptions

@@ -201,6 +201,46 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         "these logits were overwritten by their gradient, as inplace_backward=True allows. "
         "Use them before backward(), or pass inplace_backward=False.",
     ),
+    "convert_smoothing": (
+        ValueError,
+        "no smoothing of convention {target} gives the target of {source} with smoothing={smoothing} and {num_classes} "
+        "classes: {values}. Pass convention={source} instead.",
+    ),
+    "identify_shape": (
+        ValueError,
+        "{name} must be numbers of shape {expected}, one row per example and none of it empty. "
+        "Flatten the batch dimensions first.",
+    ),
+    "identify_finite": (
+        ValueError,
+        "{name} must be finite numbers. Leave out the rows that are not.",
+    ),
+    "identify_rows": (
+        ValueError,
+        "{rows} rows like these do not tell conventions apart. Pass some ten rows of random normal logits, and two "
+        "classes or more.",
+    ),
+    "stats_type": (
+        TypeError,
+        "stats must be the LossStats that label_smoothed_cross_entropy_with_stats returns second, got {given}.",
+    ),
+    "stats_shape": (
+        ValueError,
+        "logits and stats must be of the same batch: expected {expected} rows as in stats, got {given}. "
+        "Pass the logits and labels that the loss was given.",
+    ),
+    "top_k": (
+        ValueError,
+        "k={k} needs logits of at least {k} classes, got {given}. Choose a smaller k, or check axis.",
+    ),
+    "merge_state": (
+        TypeError,
+        "only a metric of the same kind and options can be merged into a {expected}, got {given}.",
+    ),
+    "no_torchmetrics": (
+        ModuleNotFoundError,
+        "lsce_torch.metrics needs torchmetrics. Run: pip install 'lsce[metrics]'",
+    ),
     "bad_label": (
         IndexError,
         "label {value} at index {index} is not one of the classes: expected {expected}. "

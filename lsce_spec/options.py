@@ -18,19 +18,20 @@ BAD_LABELS = ("nan", "raise")
 class LossOptions:
     """Everything about a call but its arrays. See `label_smoothed_cross_entropy` for the meaning of each.
 
-    `smoothing` is a number, or an array that the framework package checks further.
+    Without arguments it is plain cross-entropy, row by row. `smoothing` is a number, or an array that the framework
+    package checks further.
     """
 
-    smoothing: Any
-    convention: Convention
-    ignore_index: int | None
-    z_loss: float
-    softcap: float | None
-    subtract_entropy: bool
-    bad_labels: str
-    reduction: str
-    implementation: str
-    inplace_backward: bool
+    smoothing: Any = 0.0
+    convention: Convention = UNIFORM
+    ignore_index: int | None = None
+    z_loss: float = 0.0
+    softcap: float | None = None
+    subtract_entropy: bool = False
+    bad_labels: str = BAD_LABELS[0]
+    reduction: str = REDUCTIONS[0]
+    implementation: str = IMPLEMENTATIONS[0]
+    inplace_backward: bool = False
 
     @staticmethod
     def checked(

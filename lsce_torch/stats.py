@@ -51,5 +51,8 @@ def make_stats(
         nll = torch.where(batch.bad, torch.nan, nll)
     correct = correct & ~torch.isnan(nll)
     valid = torch.ones_like(correct) if batch.counted is None else batch.counted
-    values = (nll, smoothed, options.z_loss * lse**2, lse, torch.exp(-log_sum))
-    return LossStats(*(torch.where(valid, value.detach(), 0) for value in values), correct & valid, valid)
+    nll, smoothed, z, lse, confidence = (
+        torch.where(valid, value.detach(), 0)
+        for value in (nll, smoothed, options.z_loss * lse**2, lse, torch.exp(-log_sum))
+    )
+    return LossStats(nll, smoothed, z, lse, confidence, correct & valid, valid)
