@@ -231,7 +231,7 @@ class TopKAccuracy(_Sums):
             labels,
             LossOptions(),
             axis=self.axis,
-            where=stats.valid,
+            where=None,
             prior=None,
             class_weight=None,
             class_mask=class_mask,
@@ -336,13 +336,13 @@ def _sum(values: Float[Array, "..."], rest: Float[Array, "..."] | None = None, k
 def _add(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
     """Add two numbers in two parts each."""
     total, rest = _two_sum(one[0], other[0])
-    total, rest = _two_sum(total, rest + (one[1] + other[1]))
-    # inf - inf: an infinite sum has no rest.
-    return total, jnp.where(jnp.isfinite(total), rest, 0)
+    return _two_sum(total, rest + (one[1] + other[1]))
 
 
 def _two_sum(one: Array, other: Array) -> tuple[Array, Array]:
     """Return the rounded sum and its rounding error, exactly."""
     total = one + other
     second = total - one
-    return total, (one - (total - second)) + (other - second)
+    rest = (one - (total - second)) + (other - second)
+    # inf - inf: an infinite sum has no rest.
+    return total, jnp.where(jnp.isfinite(total), rest, 0)

@@ -15,7 +15,7 @@ from fractions import Fraction
 from typing import Any
 
 from lsce_spec.checks import check_class_num, check_smoothing, is_number
-from lsce_spec.conventions import CLAMP, MAX_SUP, NON_TARGET, UNIFORM, Convention, Number, find_convention
+from lsce_spec.conventions import MAX_SUP, NON_TARGET, UNIFORM, Convention, Number, find_convention
 from lsce_spec.errors import error
 
 # Conventions of the field that have no name here, with what a user would write for them.
@@ -25,8 +25,8 @@ _SOURCE = {
     LEAKY: "Convention('leaky', on=lambda e, k: 1 - e, off=lambda e, k: e / k)",
     ADDED: "Convention('added', on=lambda e, k: 1 + 0 * e, off=lambda e, k: e / k)",
 }
-# "clamp" says something else than "non_target" from a smoothing of (K-1)/K on only.
-_RECOGNISED = (UNIFORM, NON_TARGET, LEAKY, ADDED, CLAMP)
+# Without "clamp", which is "non_target" up to a smoothing of (K-1)/K.
+_RECOGNISED = (UNIFORM, NON_TARGET, LEAKY, ADDED)
 # Relative error of one entry by dtype; lists are taken for float32 that was printed.
 _ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
@@ -134,7 +134,8 @@ def identify_targets(targets: Any, labels: Any = None) -> list[Reading]:
 
     Returns:
         Readings, the likeliest first; none if no known convention made these targets. A class that gets nothing in any
-        row is read as taken out, by `class_mask`.
+        row may still be in the softmax of your loss, or be taken out of it. The targets cannot tell: the first reading
+        leaves it in, with a `prior` that is 0 there, the others take it out, by `class_mask`.
 
     Raises:
         ValueError: an array is empty, not of that shape or not finite.
@@ -146,7 +147,7 @@ def identify_targets(targets: Any, labels: Any = None) -> list[Reading]:
         non_target 0.1
         uniform 0.125
     """
-    rows, tolerance = _matrix("targets", targets), 4 * _roundoff(targets)
+    rows, tolerance = _matrix("targets", targets), 16 * _roundoff(targets)
     num_classes = len(rows[0])
     if labels is None:
         indices = [max(range(num_classes), key=row.__getitem__) for row in rows]
@@ -160,14 +161,20 @@ def identify_targets(targets: Any, labels: Any = None) -> list[Reading]:
     ons = [row[y] for row, y in zip(rows, indices, strict=True)]
     if not offs or not (_is_constant(ons, tolerance) and _is_constant(offs, tolerance)):
         return []
-    on, off = sum(ons) / len(ons), sum(offs) / len(offs)
+    on, off = math.fsum(ons) / len(ons), math.fsum(offs) / len(offs)
 
     def error_of(reading: Reading) -> float:
         pairs = zip(_values(reading.convention, reading.smoothing, sum(mask)), (on, off), strict=False)
         return max(0.0 if value == seen else abs(value - seen) / max(value, seen) for value, seen in pairs)
 
-    options = {} if all(mask) else {"class_mask": mask}
-    return _readings(off, sum(mask), options, error_of, tolerance)
+    if all(mask):
+        return _readings(off, num_classes, {}, error_of, tolerance)
+    taken_out = _readings(off, sum(mask), {"class_mask": mask}, error_of, tolerance)
+    return [
+        Reading(UNIFORM, reading.smoothing, {"prior": [float(allowed) / sum(mask) for allowed in mask]})
+        for reading in taken_out
+        if reading.convention is UNIFORM
+    ] + taken_out
 
 
 def identify_loss(losses: Any, logits: Any, labels: Any) -> list[Reading]:
@@ -205,7 +212,7 @@ def identify_loss(losses: Any, logits: Any, labels: Any) -> list[Reading]:
     # The errors of a sum of K terms, each at random up or down, add up to about sqrt(K) of one.
     tolerance = (math.sqrt(num_classes) + 8) * 2 * max(_roundoff(losses), _roundoff(logits))
     features = [_Features.of(row, y) for row, y in zip(rows, indices, strict=True)]
-    for names in (("max_sup",), (), ("entropy",), ("z_loss",), ("entropy", "z_loss")):
+    for names in ((), ("max_sup",), ("entropy",), ("z_loss",), ("entropy", "z_loss")):
         found = _fits(names, values, features, num_classes, tolerance)
         if found:
             return found
@@ -288,9 +295,7 @@ def _readings(
                     return [reading]  # in which all conventions agree
                 found.append((len(repr(e)), size, reading))
                 break
-    names = {reading.convention.name for _, _, reading in found}
-    ordered = [reading for _, _, reading in sorted(found, key=lambda entry: entry[:2])]
-    return [r for r in ordered if r.convention is not CLAMP or NON_TARGET.name not in names]
+    return [reading for _, _, reading in sorted(found, key=lambda entry: entry[:2])]
 
 
 def _short_to_long(value: float) -> Iterator[float]:

@@ -221,7 +221,7 @@ class TopKAccuracy(_Sums):
             labels,
             LossOptions(),
             axis=self.axis,
-            where=stats.valid,
+            where=None,
             prior=None,
             class_weight=None,
             class_mask=self.class_mask,

@@ -103,6 +103,17 @@ ELSEWHERE = {
     "class_num_shape",
     "class_num",
     "bad_labels_compiled",
+    # in test_metrics.py
+    "stats_type",
+    "stats_shape",
+    "top_k",
+    "merge_state",
+    "no_torchmetrics",  # in test_isolation.py
+    # in test_migration.py
+    "convert_smoothing",
+    "identify_shape",
+    "identify_finite",
+    "identify_rows",
     # torch only, in test_torch_fused.py
     "inplace_reference",
     "inplace_logits",

@@ -40,6 +40,17 @@ for name in {forbidden!r}:
     assert name not in sys.modules, f"{{name}} was loaded"
 """
 
+# torchmetrics is no requirement of the loss.
+METRICS_WITHOUT_TORCHMETRICS = """
+import lsce_torch
+try:
+    import lsce_torch.metrics
+except ModuleNotFoundError as problem:
+    assert "pip install 'lsce[metrics]'" in str(problem), problem
+else:
+    raise AssertionError("imported")
+"""
+
 JAX_NAMES = ("jax", "jaxlib", "flax", "optax")
 
 
@@ -54,15 +65,21 @@ def run(*parts: str) -> subprocess.CompletedProcess[str]:
     ("import parity_tests.__main__", ("torch", *JAX_NAMES)),
     ("import parity_tests.plugin", ("torch", *JAX_NAMES, "numpy", "lsce_jax", "lsce_torch")),
     (USE_JAX, ("torch", "lsce_torch")),
-    (USE_TORCH, (*JAX_NAMES, "lsce_jax")),
+    (USE_TORCH, (*JAX_NAMES, "lsce_jax", "torchmetrics")),
+    ("import lsce_jax.metrics", ("torch", "torchmetrics", "lsce_torch")),
+    ("import lsce_torch.metrics", (*JAX_NAMES, "lsce_jax")),
 ])  # fmt: skip
 def test_other_framework_stays_unloaded(use: str, forbidden: tuple[str, ...]) -> None:
     outcome = run(use, LOADED.format(forbidden=forbidden))
     assert outcome.returncode == 0, outcome.stderr
 
 
-@pytest.mark.parametrize(("use", "blocked"), [(USE_JAX, ("torch",)), (USE_TORCH, JAX_NAMES)])
-def test_works_without_the_other_framework(use: str, blocked: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("use", "blocked"), [
+    (USE_JAX, ("torch",)),
+    (USE_TORCH, JAX_NAMES),
+    (METRICS_WITHOUT_TORCHMETRICS, ("torchmetrics",)),
+])  # fmt: skip
+def test_works_without_what_is_not_required(use: str, blocked: tuple[str, ...]) -> None:
     outcome = run(BLOCK.format(blocked=blocked), use)
     assert outcome.returncode == 0, outcome.stderr
 

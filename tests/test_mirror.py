@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 import lsce_jax
+import lsce_jax.metrics
 import lsce_torch
+import lsce_torch.metrics
 
 ROOT = pathlib.Path(lsce_jax.__file__).parent.parent
 
@@ -58,7 +60,7 @@ def test_files() -> None:
     assert not ours - theirs
 
 
-@pytest.mark.parametrize("file", ["functional.py", "reference.py", "inputs.py", "modules.py"])
+@pytest.mark.parametrize("file", ["functional.py", "reference.py", "inputs.py", "modules.py", "metrics.py"])
 def test_definitions_in_the_same_order(file: str) -> None:
     def names(package: str) -> list[str]:
         tree = ast.parse((ROOT / package / file).read_text())
@@ -67,7 +69,7 @@ def test_definitions_in_the_same_order(file: str) -> None:
     listed = {
         # JAX: arrays in NNX, ranks, array-likes, 32-bit labels, sharding, tracing.
         "LossConstant", "_constant", "_value", "_as_last_axis", "_as_array", "_within_int32", "at_labels", "_is_traced",
-        "is_sharded",
+        "is_sharded", "_count", "_add", "_two_sum",
         # torch: scalars, types, values that are not at hand.
         "as_tensor", "_as_tensor", "_check_tensor", "dtype_name",
     }  # fmt: skip
@@ -83,8 +85,19 @@ def test_arguments() -> None:
         assert parameters(getattr(lsce_torch, name))[-1][0] == "inplace_backward"
     for name in ("CELossWithLabelSmoothing",):
         assert difference(getattr(lsce_jax, name), getattr(lsce_torch, name)) == []
-    assert lsce_jax.smoothing_weights is lsce_torch.smoothing_weights
-    assert lsce_jax.Convention is lsce_torch.Convention
+    for name in ("smoothing_weights", "convert_smoothing", "identify_targets", "identify_loss", "Convention"):
+        assert getattr(lsce_jax, name) is getattr(lsce_torch, name)
+
+
+def test_metrics_arguments() -> None:
+    """Flax hands every metric what any of its neighbours takes; torchmetrics has options for all metrics."""
+    names = [name for name, of in vars(lsce_jax.metrics).items() if getattr(of, "__module__", "") == "lsce_jax.metrics"]
+    classes = [name for name in names if name[0].isupper()]
+    assert len(classes) == 6
+    for name in classes:
+        ours, theirs = (getattr(package.metrics, name) for package in (lsce_jax, lsce_torch))
+        assert difference(ours, theirs, only_in_second=("options",)) == []
+        assert difference(theirs.update, ours.update, only_in_second=("_",)) == []
 
 
 def test_module_arguments() -> None:
