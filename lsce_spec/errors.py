@@ -239,7 +239,7 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
     ),
     "no_torchmetrics": (
         ModuleNotFoundError,
-        "lsce_torch.metrics needs torchmetrics. Run: pip install 'lsce[metrics]'",
+        "lsce_torch.metrics needs torchmetrics, which is not installed. Run: pip install 'lsce[metrics]'.",
     ),
     "bad_label": (
         IndexError,

@@ -1,0 +1,287 @@
+"""Tag the words of sentences of unequal length, in Flax and Optax: padding, and batches that do not fit in memory.
+
+    python -m examples.jax_sequence --epochs 10 --microbatches 4
+
+The mean is over real words: `where` takes padding out of the loss, its gradient and the metrics. A batch is worked
+through in microbatches, and as these hold unequally many words, the mean of their means is not the mean of the batch:
+a word in a microbatch of short sentences counts for more. `denominator` mends that: all microbatches share one. The
+table says how far from the gradient of the whole batch both are: rounding with a shared denominator, about half of its
+length with denominators of their own. (What the tagger learns from it hardly differs here, as short sentences and long
+ones are of one kind.)
+
+The sentences are made up: a Markov chain of tags, each of which speaks a few of the words, and most words are spoken
+by several tags, so that the neighbours have to tell.
+
+What comes out: two tables, and in the output folder a plot. The same in torch: torch_sequence.py. In Linen the loss is
+used likewise: docs/flax.md.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import typer
+from flax import nnx
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float32, Int32
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from lsce_jax import label_smoothed_cross_entropy, label_smoothed_cross_entropy_with_stats
+from lsce_jax.metrics import Accuracy, CalibrationError, MeanNLL
+from lsce_spec import check_smoothing
+
+TAGS, WORDS, PADDING, MAX_LENGTH = 6, 24, 0, 40
+WIDTH, KERNEL = 32, 5
+SENTENCES, BATCH_SIZE = 1024, 64
+LEARNING_RATE = 4e-3
+METRICS = ("accuracy", "nll", "calibration_error")
+
+
+# --- Data -----------------------------------------------------------------------------------------------------------
+
+
+class Sentences(NamedTuple):
+    """Words and their tags, from the left; the rest of a row is PADDING."""
+
+    words: Int32[np.ndarray, "N 40"]
+    tags: Int32[np.ndarray, "N 40"]
+
+
+def make_sentences(seed: int) -> tuple[Sentences, Sentences]:
+    """Return sentences to train and to test on, from one grammar."""
+    random = np.random.default_rng(seed)
+    start = random.dirichlet(np.ones(TAGS))
+    follow = random.dirichlet(np.full(TAGS, 0.3), TAGS)
+    speak = random.dirichlet(np.full(WORDS - 1, 0.2), TAGS)
+    lengths = np.minimum(2 + random.geometric(0.1, 2 * SENTENCES), MAX_LENGTH)
+    words, tags = np.full((2, 2 * SENTENCES, MAX_LENGTH), PADDING, np.int32)
+    for place in range(MAX_LENGTH):
+        chances = follow[tags[:, place - 1]] if place else np.tile(start, (2 * SENTENCES, 1))
+        tags[:, place] = draw(chances, random)
+        words[:, place] = 1 + draw(speak[tags[:, place]], random)
+    beyond = np.arange(MAX_LENGTH) >= lengths[:, None]
+    words[beyond], tags[beyond] = PADDING, 0
+    return Sentences(words[:SENTENCES], tags[:SENTENCES]), Sentences(words[SENTENCES:], tags[SENTENCES:])
+
+
+def draw(chances: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Return one outcome of each row of probabilities."""
+    below = chances.cumsum(axis=1) < random.random((len(chances), 1))
+    return np.minimum(below.sum(axis=1), chances.shape[1] - 1)
+
+
+def batches(data: Sentences, seed: int, epoch: int) -> Iterator[Sentences]:
+    """Yield the batches of an epoch."""
+    order = np.random.default_rng([seed, epoch]).permutation(len(data.words))
+    for rows in order.reshape(-1, BATCH_SIZE):
+        yield Sentences(data.words[rows], data.tags[rows])
+
+
+def split(batch: Sentences, microbatches: int) -> list[Sentences]:
+    """Return a batch in pieces. Sentences of like length go together, as they do where padding costs time."""
+    order = np.argsort((batch.words != PADDING).sum(axis=1), kind="stable")
+    pieces = np.split(order, microbatches)
+    return [Sentences(batch.words[rows], batch.tags[rows]) for rows in pieces]
+
+
+# --- Network and training -------------------------------------------------------------------------------------------
+
+
+class Tagger(nnx.Module):
+    """Words to logits of tags; two convolutions see four words to either side."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        """Draw the initial weights."""
+        self.embed = nnx.Embed(WORDS, WIDTH, rngs=rngs)
+        self.hidden1 = nnx.Conv(WIDTH, WIDTH, KERNEL, rngs=rngs)
+        self.hidden2 = nnx.Conv(WIDTH, WIDTH, KERNEL, rngs=rngs)
+        self.output = nnx.Linear(WIDTH, TAGS, rngs=rngs)
+
+    def __call__(self, words: Int32[Array, "N 40"]) -> Float32[Array, "N 40 6"]:
+        """Return the logits."""
+        # Padding is 0 in every layer, so that the end of a sentence looks the same however much of it there is.
+        real = (words != PADDING)[..., None]
+        features = jnp.where(real, self.embed(words), 0)
+        features = jnp.where(real, nnx.silu(self.hidden1(features)), 0)
+        return self.output(nnx.silu(self.hidden2(features)))
+
+
+Optimizer = nnx.Optimizer[Tagger]
+
+
+def make_optimizer(microbatches: int) -> optax.GradientTransformation:
+    """Return Adam, which moves the weights after every last microbatch."""
+    return optax.MultiSteps(optax.adam(LEARNING_RATE), microbatches).gradient_transformation()
+
+
+def mean_loss(
+    tagger: Tagger, words: Array, tags: Array, smoothing: float, denominator: float | None = None
+) -> Float32[Array, ""]:
+    """Return the sum of the losses of real words over a denominator: their number, if not given."""
+    return label_smoothed_cross_entropy(
+        tagger(words), tags, smoothing=smoothing, where=words != PADDING, reduction="mean", denominator=denominator
+    )
+
+
+def denominators(pieces: list[Sentences], shared: bool) -> list[float]:
+    """Return what the loss of each microbatch is divided by, given that MultiSteps averages the gradients.
+
+    If it is to be shared: their mean number of words. With `MultiSteps(..., use_grad_mean=False)`: their sum.
+    """
+    words = [float(np.count_nonzero(piece.words != PADDING)) for piece in pieces]
+    return [sum(words) / len(words)] * len(words) if shared else words
+
+
+def arrays(data: Sentences) -> tuple[Array, Array]:
+    """Return words and tags as arrays."""
+    return jnp.asarray(data.words), jnp.asarray(data.tags)
+
+
+@nnx.jit
+def train_step(
+    tagger: Tagger, optimizer: Optimizer, words: Array, tags: Array, smoothing: float, denominator: float
+) -> None:
+    """Add the gradient of a microbatch, and move the weights if it is the last one."""
+    optimizer.update(tagger, nnx.grad(mean_loss)(tagger, words, tags, smoothing, denominator))
+
+
+@nnx.jit
+def flat_gradient(
+    tagger: Tagger, words: Array, tags: Array, smoothing: float, denominator: float | None = None
+) -> Float32[Array, " weights"]:
+    """Return the gradient as one vector."""
+    return ravel_pytree(nnx.grad(mean_loss)(tagger, words, tags, smoothing, denominator))[0]
+
+
+def gradient_error(tagger: Tagger, batch: Sentences, smoothing: float, microbatches: int, shared: bool) -> float:
+    """Return how far the accumulated gradient is from that of the whole batch, relative to its length."""
+    whole = flat_gradient(tagger, *arrays(batch), smoothing)
+    pieces = split(batch, microbatches)
+    gradients = [
+        flat_gradient(tagger, *arrays(piece), smoothing, denominator)
+        for piece, denominator in zip(pieces, denominators(pieces, shared), strict=True)
+    ]
+    return float(jnp.linalg.norm(sum(gradients) / microbatches - whole) / jnp.linalg.norm(whole))
+
+
+@nnx.jit
+def evaluate(tagger: Tagger, words: Array, tags: Array) -> dict[str, Float32[Array, ""]]:
+    """Return what the metrics say of the real words of some sentences."""
+    metrics = nnx.MultiMetric(accuracy=Accuracy(), nll=MeanNLL(), calibration_error=CalibrationError())
+    _, stats = label_smoothed_cross_entropy_with_stats(tagger(words), tags, where=words != PADDING)
+    metrics.update(stats=stats)
+    return metrics.compute()
+
+
+class Run(NamedTuple):
+    """One training: how it was done, and what was seen at each epoch."""
+
+    smoothing: float
+    shared: bool
+    gradient_errors: list[float]
+    metrics: list[dict[str, float]]
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Smoothing and denominator, for tables and plots."""
+        return f"{self.smoothing:g}", "shared" if self.shared else "own"
+
+
+def train_epoch(tagger: Tagger, optimizer: Optimizer, data: Sentences, run: Run, microbatches: int, seed: int) -> None:
+    """Train for an epoch, and note how far the gradient of its first batch is off."""
+    for step, batch in enumerate(batches(data, seed, len(run.metrics))):
+        if step == 0:
+            run.gradient_errors.append(gradient_error(tagger, batch, run.smoothing, microbatches, run.shared))
+        pieces = split(batch, microbatches)
+        for piece, denominator in zip(pieces, denominators(pieces, run.shared), strict=True):
+            train_step(tagger, optimizer, *arrays(piece), run.smoothing, denominator)
+
+
+# --- Results --------------------------------------------------------------------------------------------------------
+
+
+def make_table(runs: list[Run]) -> Table:
+    """Return how far the gradients were off, and the metrics after the last epoch."""
+    table = Table("smoothing", "denominator", "gradient off by", "accuracy", "nll", "calibration")
+    table.title = "Metrics of the test sentences"
+    for run in runs:
+        error = f"{np.mean(run.gradient_errors):.1e}"
+        table.add_row(*run.names, error, *(f"{run.metrics[-1][name]:.4f}" for name in METRICS))
+    return table
+
+
+def plot(runs: list[Run], picture: Path) -> None:
+    """Draw the errors of the gradient and the nll by epoch."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for run in runs:
+        epochs = range(1, len(run.metrics) + 1)
+        left.semilogy(epochs, run.gradient_errors, marker=".", label=", ".join(run.names))
+        right.plot(epochs, [metrics["nll"] for metrics in run.metrics], marker=".", label=", ".join(run.names))
+    left.set(title="Accumulated gradient", xlabel="epoch", ylabel="distance from the whole batch's, relative")
+    right.set(title="Test sentences", xlabel="epoch", ylabel="nll, nats per word")
+    left.legend(title="smoothing, denominator")
+    figure.suptitle("Sequence tagging in JAX: gradient accumulation over ragged microbatches")
+    figure.savefig(picture, dpi=100)
+
+
+# --- The command line -----------------------------------------------------------------------------------------------
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+def checked_smoothing(smoothing: float) -> float:
+    """Turn the error of the library into one of the command line."""
+    try:
+        check_smoothing(smoothing)
+    except ValueError as problem:
+        raise typer.BadParameter(str(problem)) from None
+    return smoothing
+
+
+def checked_microbatches(microbatches: int) -> int:
+    """Refuse what does not divide a batch."""
+    if BATCH_SIZE % microbatches:
+        raise typer.BadParameter(f"{BATCH_SIZE} sentences do not divide into {microbatches}: take a power of 2.")
+    return microbatches
+
+
+@app.command()
+def main(
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training sentences.")] = 10,
+    smoothing: Annotated[float, typer.Option(callback=checked_smoothing, help="Label smoothing, from 0 to 1.")] = 0.1,
+    microbatches: Annotated[
+        int, typer.Option(min=1, max=BATCH_SIZE, callback=checked_microbatches, help="Pieces of each batch.")
+    ] = 4,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of grammar, weights and batches.")] = 0,
+    output: Annotated[Path, typer.Option(file_okay=False, help="Folder for the plot.")] = Path("out/jax_sequence"),
+) -> None:
+    """Train taggers on made-up sentences in JAX, accumulating gradients over microbatches."""
+    console = Console()
+    output.mkdir(parents=True, exist_ok=True)
+    train, test = make_sentences(seed)
+    adam = make_optimizer(microbatches)  # one for all runs: for another, `nnx.jit` would compile again
+    runs = [Run(0.0, True, [], []), Run(smoothing, True, [], []), Run(smoothing, False, [], [])]
+    with Progress(console=console) as progress:
+        task = progress.add_task("training", total=len(runs) * epochs)
+        for run in runs:
+            tagger = Tagger(nnx.Rngs(seed))
+            optimizer = nnx.Optimizer(tagger, adam, wrt=nnx.Param)
+            for _ in range(epochs):
+                train_epoch(tagger, optimizer, train, run, microbatches, seed)
+                run.metrics.append({name: float(value) for name, value in evaluate(tagger, *arrays(test)).items()})
+                progress.advance(task)
+
+    console.print(make_table(runs))
+    plot(runs, output / "sequence.png")
+    console.print(f"wrote {output / 'sequence.png'}", soft_wrap=True, highlight=False)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,249 @@
+"""Smoothing from a schedule, in torch: none, constant, and annealed to 0.
+
+    python -m examples.torch_schedule --epochs 20
+
+Constant smoothing makes more predictions right and all of them too modest: nll and calibration error rise. Annealed
+to 0 it keeps part of the gain for a small part of the cost, and has the lowest nll of the three.
+
+Any function of the step will do. The compiled part gets the smoothing as a tensor, so its changes compile nothing
+again (a Python float is compiled twice: once as a constant, once for all). It has its place beside the learning rate,
+in the optimizer's parameter groups: there loggers look, checkpoints keep it, and a loop without a schedule can set it.
+
+What comes out: a table with means over the repeats, how often the step was compiled, and in the output folder a plot.
+The same in JAX: jax_schedule.py.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import torch
+import typer
+from jaxtyping import Float32, Int32
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from lsce_spec import check_smoothing
+from lsce_torch import label_smoothed_cross_entropy, label_smoothed_cross_entropy_with_stats
+from lsce_torch.metrics import Accuracy, CalibrationError, MeanNLL
+
+PIXELS, HIDDEN, CLASSES = 64, 128, 10
+BATCH_SIZE = 32
+LEARNING_RATE = 4e-3
+
+METRICS = ("accuracy", "nll", "calibration_error")
+
+Schedule = Callable[[int], float]
+Metrics = dict[str, float]
+
+
+# --- Data -----------------------------------------------------------------------------------------------------------
+
+
+class Digits(NamedTuple):
+    """The 1797 digits that ship with scikit-learn (UCI, 8 x 8 pixels), pixels from 0 to 1."""
+
+    train_images: Float32[np.ndarray, "train 64"]
+    test_images: Float32[np.ndarray, "test 64"]
+    train_labels: Int32[np.ndarray, " train"]
+    test_labels: Int32[np.ndarray, " test"]
+
+
+def read_digits(seed: int) -> Digits:
+    """Return the digits, two thirds of each class to train on and one third to test on."""
+    digits = load_digits()
+    images, labels = (digits.data / 16).astype(np.float32), digits.target.astype(np.int32)
+    return Digits(*train_test_split(images, labels, test_size=1 / 3, stratify=labels, random_state=seed))
+
+
+def batch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
+    """Return which rows each batch of an epoch holds; what does not fill a batch is left out of that epoch."""
+    order = np.random.default_rng([seed, epoch]).permutation(rows)
+    return order[: rows // BATCH_SIZE * BATCH_SIZE].reshape(-1, BATCH_SIZE)
+
+
+# --- Network and optimizer ------------------------------------------------------------------------------------------
+
+
+class Network(nn.Module):
+    """Pixels to logits, one hidden layer."""
+
+    def __init__(self) -> None:
+        """Draw the initial weights."""
+        super().__init__()
+        self.hidden = nn.Linear(PIXELS, HIDDEN)
+        self.output = nn.Linear(HIDDEN, CLASSES)
+
+    def forward(self, images: Float32[Tensor, "N 64"]) -> Float32[Tensor, "N 10"]:
+        """Return the logits."""
+        return self.output(nn.functional.silu(self.hidden(images)))
+
+
+def adam(network: Network, learning_rate: float, smoothing: float) -> torch.optim.Adam:
+    """Return Adam. The smoothing is for the loss; the parameter group only keeps it beside the learning rate."""
+    return torch.optim.Adam([{"params": network.parameters(), "smoothing": smoothing}], lr=learning_rate)
+
+
+def make_schedules(smoothing: float, steps: int) -> dict[str, Schedule]:
+    """Return the schedules to compare."""
+    return {
+        "none": lambda step: 0.0,
+        "constant": lambda step: smoothing,
+        "annealed": lambda step: smoothing * (1 - step / steps),
+    }
+
+
+# --- Training -------------------------------------------------------------------------------------------------------
+
+compilations: list[str] = []
+
+
+def count_compilation(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+    """Compile nothing, but count how often there is something to compile: a backend of torch.compile."""
+    del inputs
+    compilations.append("loss_fn")
+    return graph.forward
+
+
+@torch.compile(fullgraph=True, backend=count_compilation)  # for speed: without `backend`
+def loss_fn(network: Network, images: Tensor, labels: Tensor, smoothing: Tensor) -> Float32[Tensor, ""]:
+    """Return the mean loss of a batch."""
+    return label_smoothed_cross_entropy(network(images), labels, smoothing=smoothing)
+
+
+def train_step(
+    network: Network, optimizer: torch.optim.Adam, images: Tensor, labels: Tensor, *, schedule: Schedule, step: int
+) -> float:
+    """Train on one batch, and return the smoothing that it had."""
+    group = optimizer.param_groups[0]
+    group["smoothing"] = schedule(step)
+    optimizer.zero_grad()
+    loss_fn(network, images, labels, torch.tensor(group["smoothing"])).backward()
+    optimizer.step()
+    return group["smoothing"]
+
+
+@torch.no_grad()
+def evaluate(network: Network, images: Tensor, labels: Tensor) -> dict[str, Float32[Tensor, ""]]:
+    """Return what the metrics say of some images."""
+    metrics = MetricCollection(dict(zip(METRICS, (Accuracy(), MeanNLL(), CalibrationError()), strict=True)))
+    _, stats = label_smoothed_cross_entropy_with_stats(network(images), labels)
+    metrics.update(stats=stats)
+    return metrics.compute()
+
+
+class Run(NamedTuple):
+    """One training: the smoothing of each step, and the metrics on the test images after each epoch."""
+
+    smoothing: list[float]
+    metrics: list[Metrics]
+
+
+def train(schedule: Schedule, epochs: int, seed: int, on_epoch: Callable[[], None]) -> Run:
+    """Train a network."""
+    digits = read_digits(seed)
+    test = torch.from_numpy(digits.test_images), torch.from_numpy(digits.test_labels)
+    torch.manual_seed(seed)
+    network = Network()
+    optimizer = adam(network, LEARNING_RATE, smoothing=0.0)
+    run = Run([], [])
+    for epoch in range(epochs):
+        for rows in batch_order(len(digits.train_labels), seed, epoch):
+            images, labels = torch.from_numpy(digits.train_images[rows]), torch.from_numpy(digits.train_labels[rows])
+            step = len(run.smoothing)
+            run.smoothing.append(train_step(network, optimizer, images, labels, schedule=schedule, step=step))
+        run.metrics.append({name: float(value) for name, value in evaluate(network, *test).items()})
+        on_epoch()
+    return run
+
+
+# --- Results --------------------------------------------------------------------------------------------------------
+
+
+def mean_metrics(runs: list[Run], epoch: int) -> Metrics:
+    """Return the mean over the repeats of each metric after an epoch."""
+    return {name: float(np.mean([run.metrics[epoch][name] for run in runs])) for name in METRICS}
+
+
+def make_table(runs: dict[str, list[Run]]) -> Table:
+    """Return the metrics after the last epoch, a row for each schedule."""
+    repeats = len(runs["none"])
+    table = Table("smoothing", "first step", "last step", "accuracy", "nll", "calibration error")
+    table.title = "Test images" if repeats == 1 else f"Test images, mean of {repeats} trainings"
+    for name, repeated in runs.items():
+        numbers = [repeated[0].smoothing[0], repeated[0].smoothing[-1], *mean_metrics(repeated, -1).values()]
+        table.add_row(name, *(f"{number:.4f}" for number in numbers))
+    return table
+
+
+def plot(runs: dict[str, list[Run]], picture: Path) -> None:
+    """Draw smoothing by step, and nll and calibration error by epoch."""
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for name, repeated in runs.items():
+        means = [mean_metrics(repeated, epoch) for epoch in range(len(repeated[0].metrics))]
+        epochs = range(1, len(means) + 1)
+        left.plot(repeated[0].smoothing, label=name)
+        middle.plot(epochs, [mean["nll"] for mean in means], label=name)
+        right.plot(epochs, [mean["calibration_error"] for mean in means], label=name)
+    left.set(title="Schedule", xlabel="step", ylabel="smoothing")
+    middle.set(title="Test images: nll", xlabel="epoch", ylabel="nats per image", ylim=(0, None))
+    right.set(title="Test images: calibration error", xlabel="epoch", ylabel="|confidence - accuracy|", ylim=(0, None))
+    middle.legend(title="smoothing")
+    figure.suptitle("Digits in torch: smoothing from a schedule")
+    figure.savefig(picture, dpi=100)
+
+
+# --- The command line -----------------------------------------------------------------------------------------------
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+def checked_smoothing(smoothing: float) -> float:
+    """Turn the error of the library into one of the command line."""
+    try:
+        check_smoothing(smoothing)
+    except ValueError as problem:
+        raise typer.BadParameter(str(problem)) from None
+    return smoothing
+
+
+@app.command()
+def main(
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 20,
+    smoothing: Annotated[
+        float, typer.Option(callback=checked_smoothing, help="Constant and initial label smoothing, from 0 to 1.")
+    ] = 0.1,
+    repeats: Annotated[int, typer.Option(min=1, help="Trainings of each schedule, each with a seed of its own.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="The first: of weights, split and batches.")] = 0,
+    output: Annotated[Path, typer.Option(file_okay=False, help="Folder for the plot.")] = Path("out/torch_schedule"),
+) -> None:
+    """Train on handwritten digits in torch with smoothing from three schedules."""
+    console = Console()
+    output.mkdir(parents=True, exist_ok=True)
+    compilations.clear()
+    steps = epochs * (len(read_digits(seed).train_labels) // BATCH_SIZE)
+    schedules = make_schedules(smoothing, steps)
+    runs: dict[str, list[Run]] = {name: [] for name in schedules}
+    with Progress(console=console) as progress:
+        task = progress.add_task("training", total=len(schedules) * repeats * epochs)
+        for name, schedule in schedules.items():
+            for repeat in range(repeats):
+                runs[name].append(train(schedule, epochs, seed + repeat, lambda: progress.advance(task)))
+
+    console.print(make_table(runs))
+    total = len(schedules) * repeats * steps
+    console.print(f"{total} steps of {len(schedules)} schedules, {len(compilations)} compilation(s)", highlight=False)
+    plot(runs, output / "schedule.png")
+    console.print(f"wrote {output / 'schedule.png'}", soft_wrap=True, highlight=False)
+
+
+if __name__ == "__main__":
+    app()
