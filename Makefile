@@ -4,9 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # What did not run on the CPU, or is claimed in the README and was not executed, fails the tests.
 EVIDENCE := --parity-require=cpu --parity-claims=docs/ledger.json
+# Make 3.81, which macOS has, would mix the two.
+WHOLE_OUTPUT := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 PIP := pip install --quiet --disable-pip-version-check
 
-.PHONY: install demo test test-oldest lint clean
+.PHONY: install demo test test-parity test-rest test-oldest lint wheel clean
 
 install: $(VENV)/installed
 
@@ -18,12 +20,19 @@ $(VENV)/installed: pyproject.toml
 demo: install
 	$(BIN)/python -m examples.digits_parity
 
+# In two halves, side by side where there are two cores. Each shows what it found when it is through.
 test: install
-	$(BIN)/python -m pytest $(EVIDENCE)
+	$(MAKE) --jobs=2 $(WHOLE_OUTPUT) test-parity test-rest
+
+test-parity: install
+	$(BIN)/python -m pytest $(EVIDENCE) parity_tests
+
+test-rest: install
+	$(BIN)/python -m pytest --ignore=parity_tests
 
 # The same tests with the lowest versions that pyproject.toml admits.
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest $(EVIDENCE)
+	$(MAKE) test VENV=.venv-oldest
 
 .venv-oldest/installed: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
@@ -34,6 +43,13 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Into dist/, the wheel from the sdist. Then each extra alone, in an environment of its own: up to 2 GB at a time, where
+# torch is the one for CPUs, and half an hour on two busy cores. EXTRAS="--extra jax --extra torch" checks these only.
+wheel: install
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m tools.check_wheel dist $(EXTRAS)
 
 clean:
 	rm -rf $(VENV) .venv-oldest out dist
