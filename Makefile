@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # What did not run on the CPU, or is claimed in the README and was not executed, fails the tests.
 EVIDENCE := --parity-require=cpu --parity-claims=docs/ledger.json
+# With parity_tests, the testpaths of pyproject.toml.
+REST := tests examples lsce_spec lsce_jax lsce_torch README.md docs
 # Make 3.81, which macOS has, would mix the two.
 WHOLE_OUTPUT := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 PIP := pip install --quiet --disable-pip-version-check
@@ -28,7 +30,7 @@ test-parity: install
 	$(BIN)/python -m pytest $(EVIDENCE) parity_tests
 
 test-rest: install
-	$(BIN)/python -m pytest --ignore=parity_tests
+	$(BIN)/python -m pytest $(REST)
 
 # The same tests with the lowest versions that pyproject.toml admits.
 test-oldest: .venv-oldest/installed

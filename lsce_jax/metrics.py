@@ -11,12 +11,24 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from lsce_jax.inputs import prepare
 from lsce_jax.stats import LossStats
-from lsce_spec import LossOptions, check_batch_operand, check_class_num, error
+from lsce_spec import (
+    LossOptions,
+    check_batch_operand,
+    check_class_num,
+    check_denominator,
+    check_denominator_array,
+    error,
+    is_integer,
+)
+
+# A number in two parts: the rounded sum, and what rounding has left out of it.
+_Pair = tuple[Float[Array, "..."], Float[Array, "..."]]
 
 
 class _Sums(nnx.Metric):
@@ -36,22 +48,19 @@ class _Sums(nnx.Metric):
         """Add what another metric of this kind has seen, such as that of another shard or host.
 
         Raises:
-            TypeError: the other is of another kind.
+            TypeError: the other is of another kind or has other options.
         """
-        if type(other) is not type(self) or (other._names, other._shape) != (self._names, self._shape):
-            raise error("merge_state", expected=type(self).__name__, given=type(other).__name__)
-        self._add(**{name: getattr(other, name)[...] for name in self._names})
+        if type(other) is not type(self) or other._describe() != self._describe():
+            raise error("merge_state", expected=self._describe(), given=getattr(other, "_describe", other.__repr__)())
+        self._add(**{name: (getattr(other, name)[0], getattr(other, name)[1]) for name in self._names})
 
-    def all_reduce(self, axis_name: str) -> None:
-        """Add what all devices along an axis have seen, within `shard_map` or `pmap`."""
-        for name in self._names:
-            gathered = jax.lax.all_gather(getattr(self, name)[...], axis_name, axis=-1)
-            getattr(self, name)[...] = _sum(gathered[0], gathered[1], keep=len(self._shape))
+    def _describe(self) -> str:
+        return f"{type(self).__name__} with the sums {', '.join(self._names)} of shape {list(self._shape)}"
 
-    def _add(self, **terms: Float[Array, "2 ..."]) -> None:
+    def _add(self, **terms: _Pair) -> None:
         for name, term in terms.items():
             state = getattr(self, name)
-            state[...] = jnp.stack(_add((state[0], state[1]), (term[0], term[1])))
+            state[...] = jnp.stack(_add((state[0], state[1]), term))
 
     def _ratio(self, total: str, count: str) -> Float[Array, "..."]:
         """Return a quotient of two sums; NaN where nothing was seen."""
@@ -92,11 +101,13 @@ class MeanLoss(_Sums):
             denominator: what the batch adds to the number that the sum is divided by; the number of rows that count,
                 if not given. With class weights pass the sum of the weights of the labels that count.
             mask: rows to take, of those that the loss counted.
+
+        Raises:
+            TypeError, ValueError: an argument that is not as described.
         """
         rows = _rows(stats, mask)
-        losses = jnp.stack([jnp.where(rows, stats.smoothed, 0), jnp.where(rows, stats.z, 0)])
-        counted = _count(rows) if denominator is None else _sum(jnp.asarray(denominator))
-        self._add(loss=_sum(losses), denominator=counted)
+        loss = _sum(jnp.where(rows, stats.smoothed, 0), jnp.where(rows, stats.z, 0))
+        self._add(loss=loss, denominator=_count(rows) if denominator is None else _denominator(denominator))
 
     def compute(self) -> Float[Array, ""]:
         """Return the mean; NaN if no row was seen."""
@@ -180,8 +191,6 @@ class TopKAccuracy(_Sums):
 
     Args:
         k: how many logits, at least 1; with 1 it is `Accuracy`.
-        axis: dimension of the logits that holds the classes.
-        class_mask: K booleans: the classes that take part, as in the loss.
 
     Raises:
         ValueError: k is no integer or below 1.
@@ -197,12 +206,11 @@ class TopKAccuracy(_Sums):
         '0.5000'
     """
 
-    def __init__(self, k: int, *, axis: int = -1, class_mask: Bool[ArrayLike, " K"] | None = None) -> None:
+    def __init__(self, k: int) -> None:
         """Start with nothing seen."""
         check_class_num(k, name="k")
         super().__init__(f"correct_in_top_{k}", "count")
-        self.k, self.axis = k, axis
-        self.class_mask = None if class_mask is None else nnx.Variable(jnp.asarray(class_mask))
+        self.k = k
 
     def update(
         self,
@@ -210,6 +218,8 @@ class TopKAccuracy(_Sums):
         stats: LossStats,
         logits: Float[ArrayLike, "..."],
         labels: Int[ArrayLike, "..."] | Float[ArrayLike, "..."],
+        axis: int = -1,
+        class_mask: Bool[ArrayLike, " K"] | None = None,
         mask: Bool[ArrayLike, "..."] | None = None,
         **_: Any,
     ) -> None:
@@ -219,18 +229,20 @@ class TopKAccuracy(_Sums):
             stats: second result of `label_smoothed_cross_entropy_with_stats`, for which rows count.
             logits: as given to the loss.
             labels: as given to the loss.
+            axis: as given to the loss.
+            class_mask: as given to the loss.
             mask: rows to take, of those that the loss counted.
 
         Raises:
             TypeError, ValueError: as the loss; or the arrays are not those of the statistics, or hold fewer than k
                 classes.
         """
-        class_mask = None if self.class_mask is None else self.class_mask[...]
+        rows = _rows(stats, mask)
         batch = prepare(
             logits,
             labels,
             LossOptions(),
-            axis=self.axis,
+            axis=axis,
             where=None,
             prior=None,
             class_weight=None,
@@ -242,15 +254,18 @@ class TopKAccuracy(_Sums):
         if self.k > num_classes:
             raise error("top_k", k=self.k, given=num_classes)
         labels = (jnp.argmax(batch.labels, axis=-1) if batch.soft else batch.labels)[..., None]
-        logits = batch.logits
-        if class_mask is not None:
-            logits = jnp.where(class_mask.reshape((1,) * (logits.ndim - 1) + (-1,)), logits, -jnp.inf)
-        at_label = jnp.take_along_axis(logits, labels, axis=-1)
-        classes = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1)
-        larger = (logits > at_label) | ((logits == at_label) & (classes < labels))
+        # Comparisons and sums alone, which work on logits that are divided over devices in any way.
+        classes = jax.lax.broadcasted_iota(labels.dtype, (1,) * (labels.ndim - 1) + (num_classes,), labels.ndim - 1)
+        is_label = classes == labels
+        at_label = jnp.sum(jnp.where(is_label, batch.logits, 0), axis=-1, keepdims=True)
+        larger = (batch.logits > at_label) | ((batch.logits == at_label) & (classes < labels))
         # A label that is no class has no rank, nor has any in a row that holds a NaN.
-        found = (jnp.sum(larger, axis=-1) < self.k) & ~jnp.isnan(stats.nll)
-        rows = _rows(stats, mask)
+        found = ~jnp.isnan(stats.nll)
+        if batch.class_mask is not None:
+            allowed = batch.class_mask.reshape((1,) * (labels.ndim - 1) + (-1,))
+            larger &= allowed
+            found &= jnp.any(is_label & allowed, axis=-1)
+        found &= jnp.sum(larger, axis=-1) < self.k
         self._add(**{self._names[0]: _count(rows & found)}, count=_count(rows))
 
     def compute(self) -> Float[Array, ""]:
@@ -292,16 +307,20 @@ class CalibrationError(_Sums):
 
     def update(self, *, stats: LossStats, mask: Bool[ArrayLike, "..."] | None = None, **_: Any) -> None:
         """Add a batch: `stats` as for `MeanLoss.update`, `mask` the rows to take of those that the loss counted."""
-        rows, confidence = _rows(stats, mask).reshape(-1), stats.confidence.reshape(-1)
-        edges = jnp.arange(1, self.num_bins, dtype=confidence.dtype) / self.num_bins
-        # The number of edges below; NaN, above all of them, makes the last bin NaN and with it the result.
-        place = jnp.searchsorted(edges, confidence)
-        in_bin = (place[None] == jnp.arange(self.num_bins)[:, None]) & rows[None]
-        self._add(
-            confidence=_sum(jnp.where(in_bin, confidence[None], 0), keep=1),
-            correct=_count(in_bin & stats.correct.reshape(1, -1), keep=1),
-            count=_count(in_bin, keep=1),
+        rows, correct, confidence = (
+            values.reshape(-1) for values in (_rows(stats, mask), stats.correct, stats.confidence)
         )
+        edges = jnp.arange(1, self.num_bins, dtype=confidence.dtype)[:, None] / self.num_bins
+        bins = jnp.arange(self.num_bins)[:, None]
+        for start in range(0, rows.size, _MAX_ROWS):
+            part = slice(start, start + _MAX_ROWS)
+            place = jnp.sum(confidence[None, part] > edges, axis=0, dtype=int)
+            in_bin = (place[None] == bins) & rows[None, part]
+            self._add(
+                confidence=_sum_of_fractions(confidence[part], in_bin),
+                correct=_count(in_bin & correct[None, part], axis=-1),
+                count=_count(in_bin, axis=-1),
+            )
 
     def compute(self) -> Float[Array, ""]:
         """Return the error, from 0 to 1; NaN if no row was seen."""
@@ -321,25 +340,62 @@ def _rows(stats: LossStats, mask: Bool[ArrayLike, "..."] | None) -> Bool[Array, 
     return stats.valid & jnp.broadcast_to(mask, stats.valid.shape)
 
 
-def _count(rows: Bool[Array, "..."], keep: int = 0) -> Float[Array, "2 ..."]:
-    return _sum(rows.astype(float), keep=keep)
+def _denominator(denominator: float | Float[ArrayLike, ""]) -> _Pair:
+    """Return what the caller passes as denominator, a number or a scalar array, in two parts."""
+    check_denominator(denominator)
+    if isinstance(denominator, int | float):
+        high = np.asarray(denominator, jnp.zeros((), float).dtype)
+        return jnp.asarray(high), jnp.asarray(denominator - float(high), float)
+    array = jnp.asarray(denominator)
+    check_denominator_array(array.shape, array.dtype.name)
+    return _pair(array.astype(int)) if is_integer(array.dtype.name) else _sum(array)
 
 
-def _sum(values: Float[Array, "..."], rest: Float[Array, "..."] | None = None, keep: int = 0) -> Float[Array, "2 ..."]:
-    """Return the sum over all dimensions but the first `keep`, and what rounding has left out of it."""
-    values = values.astype(float)
-    rest = jnp.zeros_like(values) if rest is None else rest
+# The sums of parts of 10 bits over so many rows are whole numbers of 30 bits.
+_MAX_ROWS = 2**20
+
+
+def _sum_of_fractions(values: Float[Array, " N"], in_bin: Bool[Array, "bins N"]) -> _Pair:
+    """Return the sum in each bin of numbers from 0 to 1, rounded to multiples of 2^-30.
+
+    As whole numbers, in parts of 10 bits: a compiler adds these up many at a time, unlike numbers in two parts.
+    """
+    is_nan = jnp.isnan(values)
+    units = jnp.round(jnp.where(is_nan, 0, values) * 2.0**30).astype(jnp.int32)
+    total = _pair(jnp.zeros(in_bin.shape[0], int))
+    for shift in (20, 10, 0):
+        part = (units >> shift) & 1023 if shift < 20 else units >> shift
+        high, low = _pair(jnp.sum(jnp.where(in_bin, part[None], 0), axis=-1))
+        scale = 2.0 ** (shift - 30)
+        total = _add(total, (high * scale, low * scale))
+    return jnp.where(jnp.any(in_bin & is_nan[None], axis=-1), jnp.nan, total[0]), total[1]
+
+
+def _count(rows: Bool[Array, "..."], axis: int | None = None) -> _Pair:
+    return _pair(jnp.sum(rows, axis=axis, dtype=int))
+
+
+def _pair(whole: Int[Array, "..."]) -> _Pair:
+    """Return whole numbers of up to 31 bits in two parts."""
+    high = (whole >> 16 << 16).astype(float)
+    return _two_sum(high, (whole & 65535).astype(float))
+
+
+def _sum(values: Float[Array, "..."], rest: Float[Array, "..."] | None = None) -> _Pair:
+    """Return the sum over all dimensions of numbers, or of the sums of two."""
+    values = jax.lax.stop_gradient(values).astype(float)
+    rest = jnp.zeros_like(values) if rest is None else jax.lax.stop_gradient(rest).astype(float)
     zero = jnp.zeros((), values.dtype)
-    return jnp.stack(jax.lax.reduce((values, rest), (zero, zero), _add, range(keep, values.ndim)))
+    total, left_out = jax.lax.reduce(_two_sum(values, rest), (zero, zero), _add, range(values.ndim))
+    return total, left_out
 
 
-def _add(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Add two numbers in two parts each."""
+def _add(one: _Pair, other: _Pair) -> _Pair:
     total, rest = _two_sum(one[0], other[0])
     return _two_sum(total, rest + (one[1] + other[1]))
 
 
-def _two_sum(one: Array, other: Array) -> tuple[Array, Array]:
+def _two_sum(one: Array, other: Array) -> _Pair:
     """Return the rounded sum and its rounding error, exactly."""
     total = one + other
     second = total - one

@@ -5,6 +5,7 @@ from lsce_spec.checks import check_batch_operand as check_batch_operand
 from lsce_spec.checks import check_class_count as check_class_count
 from lsce_spec.checks import check_class_num as check_class_num
 from lsce_spec.checks import check_class_vector as check_class_vector
+from lsce_spec.checks import check_denominator as check_denominator
 from lsce_spec.checks import check_denominator_array as check_denominator_array
 from lsce_spec.checks import check_labels as check_labels
 from lsce_spec.checks import check_logits as check_logits

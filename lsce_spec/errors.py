@@ -206,6 +206,21 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         "no smoothing of convention {target} gives the target of {source} with smoothing={smoothing} and {num_classes} "
         "classes: {values}. Pass convention={source} instead.",
     ),
+    "convert_number": (
+        TypeError,
+        "smoothing must be a Python number in [0, 1], such as 0.1, got {given}. "
+        "Convert the values of a schedule one by one.",
+    ),
+    "identify_label": (
+        ValueError,
+        "labels must be class indices from 0 to {last}, got {value} at index {index}. Leave out the rows that the loss "
+        "ignores.",
+    ),
+    "identify_dtype": (
+        TypeError,
+        "{name} must be float32 or float64, got {given}, which is too coarse to tell conventions apart. "
+        "Compute in float32, as with logits.float() in torch.",
+    ),
     "identify_shape": (
         ValueError,
         "{name} must be numbers of shape {expected}, one row per example and none of it empty. "

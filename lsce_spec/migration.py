@@ -27,8 +27,8 @@ _SOURCE = {
 }
 # Without "clamp", which is "non_target" up to a smoothing of (K-1)/K.
 _RECOGNISED = (UNIFORM, NON_TARGET, LEAKY, ADDED)
-# Relative error of one entry by dtype; lists are taken for float32 that was printed.
-_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+# Narrower dtypes do not tell conventions apart.
+_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24}
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,14 @@ def convert_smoothing(source: str | Convention, target: str | Convention, smooth
     """
     given, wanted = find_convention(source), find_convention(target)
     if not is_number(smoothing):
-        raise error("non_negative_number", name="smoothing", given=repr(smoothing))
+        raise error("convert_number", given=repr(smoothing))
     check_smoothing(smoothing)
     check_class_num(num_classes, name="num_classes")
     if num_classes == 1 or given is wanted:
         return float(smoothing)
-    aim = _values(given, Fraction(smoothing), num_classes)
+    aim = _values(given, Fraction(float(smoothing)), num_classes)
     found = _smoothing_for(wanted, aim[1], num_classes)
-    if found is None or not _same(_values(wanted, found, num_classes), aim):
+    if found is None or not 0 <= found <= 1 or not _same(_values(wanted, found, num_classes), aim):
         on, off, at_max = (float(value) for value in aim)
         largest = f", {at_max:+.6g} at the largest logit" if at_max else ""
         raise error(
@@ -116,20 +116,18 @@ def _same(one: Sequence[Number], other: Sequence[Number]) -> bool:
 
 
 def _smoothing_for(convention: Convention, off: Number, num_classes: int) -> Fraction | None:
-    """Return the smoothing that gives `off`, which is linear up to 1/2 at least; None if there is none in [0, 1]."""
+    """Return the smoothing, beyond [0, 1] too, that gives `off`, which is linear up to 1/2 at least."""
     half = Fraction(1, 2)
     start, middle = (Fraction(convention.off(e, num_classes)) for e in (Fraction(0), half))
-    if middle == start:
-        return None
-    smoothing = half * (Fraction(off) - start) / (middle - start)
-    return smoothing if 0 <= smoothing <= 1 else None
+    return None if middle == start else half * (Fraction(off) - start) / (middle - start)
 
 
 def identify_targets(targets: Any, labels: Any = None) -> list[Reading]:
     """Recognise the convention that a matrix of smoothed targets was made with.
 
     Args:
-        targets: [N, K], lists of numbers or an array of any framework: what your code makes of the labels.
+        targets: [N, K], what your code makes of the labels, float32 or float64: an array of any framework or lists
+            of numbers, which count as float32. A few rows are enough.
         labels: [N] class indices; the largest target of each row, if not given.
 
     Returns:
@@ -138,8 +136,8 @@ def identify_targets(targets: Any, labels: Any = None) -> list[Reading]:
         leaves it in, with a `prior` that is 0 there, the others take it out, by `class_mask`.
 
     Raises:
-        ValueError: an array is empty, not of that shape or not finite.
-        IndexError: a label is no class.
+        TypeError: targets of a narrower dtype.
+        ValueError: an array is empty, not of that shape or not finite; or a label is no class.
 
     Example: is it 0.1 of one convention, or 0.125 of the other?
         >>> for reading in identify_targets([[0.9, 0.025, 0.025, 0.025, 0.025]]):
@@ -147,7 +145,7 @@ def identify_targets(targets: Any, labels: Any = None) -> list[Reading]:
         non_target 0.1
         uniform 0.125
     """
-    rows, tolerance = _matrix("targets", targets), 16 * _roundoff(targets)
+    rows, tolerance = _matrix("targets", targets), 16 * _roundoff("targets", targets)
     num_classes = len(rows[0])
     if labels is None:
         indices = [max(range(num_classes), key=row.__getitem__) for row in rows]
@@ -165,7 +163,7 @@ def identify_targets(targets: Any, labels: Any = None) -> list[Reading]:
 
     def error_of(reading: Reading) -> float:
         pairs = zip(_values(reading.convention, reading.smoothing, sum(mask)), (on, off), strict=False)
-        return max(0.0 if value == seen else abs(value - seen) / max(value, seen) for value, seen in pairs)
+        return max(0.0 if value == seen else abs(value - seen) / max(abs(value), abs(seen)) for value, seen in pairs)
 
     if all(mask):
         return _readings(off, num_classes, {}, error_of, tolerance)
@@ -182,18 +180,20 @@ def identify_loss(losses: Any, logits: Any, labels: Any) -> list[Reading]:
 
     The loss of a row is linear in what is asked for: on (lse - z_y) + off sum_{k != y} (lse - z_k), plus z_loss lse^2,
     minus the entropy of the target in the KL form. So a few rows tell all of these, and MaxSup by its own formula.
+    Class weights, masks, softcap and ignored rows are not looked for: leave them off for the question.
 
     Args:
-        losses: [N], not reduced; a loss that knows the mean only is called with one row at a time.
-        logits: [N, K], what the loss was given. Ten rows of random normal numbers are plenty, two the least.
+        losses: [N], not reduced, float32 or float64. A loss that knows the mean only is called with one row at a time.
+        logits: [N, K], what the loss was given. Ten rows of random normal numbers are plenty.
         labels: [N] class indices.
 
     Returns:
         Readings, the likeliest first; none if no known convention explains every loss within its rounding.
 
     Raises:
-        ValueError: an array is empty, not of that shape or not finite; or the rows are too few or too much alike.
-        IndexError: a label is no class.
+        TypeError: losses of a narrower dtype.
+        ValueError: an array is empty, not of that shape or not finite; a label is no class; or the rows are too few or
+            too much alike.
 
     Example: a loss in the KL form, whose rounding is that of float64.
         >>> import math
@@ -209,8 +209,11 @@ def identify_loss(losses: Any, logits: Any, labels: Any) -> list[Reading]:
     rows = _matrix("logits", logits)
     num_classes = len(rows[0])
     values, indices = _vector("losses", losses, len(rows)), _indices(labels, len(rows), num_classes)
-    # The errors of a sum of K terms, each at random up or down, add up to about sqrt(K) of one.
-    tolerance = (math.sqrt(num_classes) + 8) * 2 * max(_roundoff(losses), _roundoff(logits))
+    # The errors of a sum of K terms, each at random up or down, add up to about sqrt(K) of one. Logits are exact, of
+    # whatever dtype, but those that are not float64 make losses that are not, either.
+    wide = str(getattr(logits, "dtype", "")).endswith("float64")
+    roundoff = max(_roundoff("losses", losses), _ROUNDOFF["float64" if wide else "float32"])
+    tolerance = (math.sqrt(num_classes) + 8) * 2 * roundoff
     features = [_Features.of(row, y) for row, y in zip(rows, indices, strict=True)]
     for names in ((), ("max_sup",), ("entropy",), ("z_loss",), ("entropy", "z_loss")):
         found = _fits(names, values, features, num_classes, tolerance)
@@ -249,7 +252,8 @@ def _fits(
     else:
         columns = [[f.label, f.others, *({"entropy": -1.0, "z_loss": f.squared}[n] for n in names)] for f in features]
         rests = losses
-    solution = _least_squares(columns, rests)
+    # A few rows say it; all of them have to agree.
+    solution = _least_squares(columns[:32], rests[:32]) or _least_squares(columns, rests)
     if solution is None:
         if names == ():
             raise error("identify_rows", rows=len(losses))
@@ -286,11 +290,11 @@ def _readings(
     """Return for each convention the shortest smoothing that is within the tolerance, the shortest of all first."""
     found: list[tuple[int, float, Reading]] = []
     for convention in _RECOGNISED:
-        start = _smoothing_for(convention, max(off, 0.0), num_classes)
-        # Rounding may hide that it is 0.
-        for e in [] if start is None else [0.0, *_short_to_long(float(start))]:
+        start = _smoothing_for(convention, off, num_classes)
+        # Rounding may hide that it is 0, or put it beyond 1.
+        for e in [] if start is None else [0.0, *_short_to_long(min(max(float(start), 0.0), 1.0))]:
             reading = Reading(convention, e, options)
-            if 0 <= e <= 1 and (size := error_of(reading)) <= tolerance:
+            if (size := error_of(reading)) <= tolerance:
                 if e == 0:
                     return [reading]  # in which all conventions agree
                 found.append((len(repr(e)), size, reading))
@@ -341,24 +345,30 @@ def _matrix(name: str, array: Any) -> list[list[float]]:
 def _vector(name: str, array: Any, size: int) -> list[float]:
     """Return an array of any framework, or a list, as finite numbers, one per row."""
     values = array.tolist() if hasattr(array, "tolist") else array
-    if not isinstance(values, Sequence) or len(values) != size or not all(map(is_number, values)):
+    if isinstance(values, Sequence):
+        # Of scalars too, which a loss of one row at a time returns.
+        values = [value.tolist() if hasattr(value, "tolist") else value for value in values]
+    if not isinstance(values, list) or len(values) != size or not all(map(is_number, values)):
         raise error("identify_shape", name=name, expected=f"[{size}]")
     if not all(map(math.isfinite, values)):
         raise error("identify_finite", name=name)
-    return list(values)
+    return values
 
 
 def _indices(labels: Any, size: int, num_classes: int) -> list[int]:
     values = _vector("labels", labels, size)
     for index, value in enumerate(values):
         if value != int(value) or not 0 <= value < num_classes:
-            raise error("bad_label", value=value, index=[index], expected=f"0 to {num_classes - 1}")
+            raise error("identify_label", value=value, index=index, last=num_classes - 1)
     return [int(value) for value in values]
 
 
-def _roundoff(array: Any) -> float:
-    name = str(getattr(array, "dtype", "float32")).removeprefix("torch.")
-    return _ROUNDOFF.get(name, _ROUNDOFF["float32"])
+def _roundoff(name: str, array: Any) -> float:
+    first = array[0] if isinstance(array, Sequence) and len(array) else array
+    dtype = str(getattr(first, "dtype", "float32")).removeprefix("torch.")
+    if "float" in dtype and dtype not in _ROUNDOFF:
+        raise error("identify_dtype", name=name, given=dtype)
+    return _ROUNDOFF.get(dtype, _ROUNDOFF["float32"])
 
 
 def _is_constant(values: list[float], tolerance: float) -> bool:

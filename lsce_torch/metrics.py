@@ -6,13 +6,21 @@ exact up to 2^53 and the order of summation does not show in the result, which i
 torchmetrics: Lightning logs them, `MetricCollection` holds them together, and processes add up their sums.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from lsce_spec import LossOptions, check_batch_operand, check_class_num, error
+from lsce_spec import (
+    LossOptions,
+    check_batch_operand,
+    check_class_num,
+    check_denominator,
+    check_denominator_array,
+    error,
+)
 from lsce_torch.inputs import dtype_name, prepare
 from lsce_torch.stats import LossStats
 
@@ -42,6 +50,15 @@ class _Sums(Metric):
         for name, term in terms.items():
             setattr(self, name, getattr(self, name) + term)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        """Move the sums, as `.to(device)` asks, but leave them float64: `.to(torch.bfloat16)` is meant for weights."""
+
+        def move(value: Tensor) -> Tensor:
+            moved = fn(value)
+            return moved if moved.dtype == value.dtype else value.to(moved.device)
+
+        return super()._apply(move, exclude_state)
+
     def _ratio(self, total: str, count: str) -> Float[Tensor, "..."]:
         """Return a quotient of two sums; NaN where nothing was seen."""
         ratio: Tensor = getattr(self, total) / getattr(self, count)
@@ -62,6 +79,8 @@ class MeanLoss(_Sums):
         '0.3339'
     """
 
+    higher_is_better = False
+
     def __init__(self, **options: Any) -> None:
         """Start with nothing seen."""
         super().__init__("loss", "denominator", **options)
@@ -80,11 +99,14 @@ class MeanLoss(_Sums):
             denominator: what the batch adds to the number that the sum is divided by; the number of rows that count,
                 if not given. With class weights pass the sum of the weights of the labels that count.
             mask: rows to take, of those that the loss counted.
+
+        Raises:
+            TypeError, ValueError: an argument that is not as described.
         """
         rows = _rows(stats, mask)
-        losses = torch.stack([torch.where(rows, stats.smoothed, 0), torch.where(rows, stats.z, 0)])
-        counted = _sum(rows) if denominator is None else torch.as_tensor(denominator)
-        self._add(loss=_sum(losses), denominator=counted)
+        loss = _sum(torch.where(rows, stats.smoothed, 0)) + _sum(torch.where(rows, stats.z, 0))
+        counted = _sum(rows) if denominator is None else _denominator(denominator, rows.device)
+        self._add(loss=loss, denominator=counted)
 
     def compute(self) -> Float[Tensor, ""]:
         """Return the mean; NaN if no row was seen."""
@@ -103,6 +125,8 @@ class MeanNLL(_Sums):
         >>> f"{metric.compute():.4f}"  # log 8
         '2.0794'
     """
+
+    higher_is_better = False
 
     def __init__(self, **options: Any) -> None:
         """Start with nothing seen."""
@@ -149,6 +173,8 @@ class Accuracy(_Sums):
         '0.6667'
     """
 
+    higher_is_better = True
+
     def __init__(self, **options: Any) -> None:
         """Start with nothing seen."""
         super().__init__("correct", "count", **options)
@@ -168,8 +194,6 @@ class TopKAccuracy(_Sums):
 
     Args:
         k: how many logits, at least 1; with 1 it is `Accuracy`.
-        axis: dimension of the logits that holds the classes.
-        class_mask: K booleans: the classes that take part, as in the loss.
 
     Raises:
         ValueError: k is no integer or below 1.
@@ -185,16 +209,13 @@ class TopKAccuracy(_Sums):
         '0.5000'
     """
 
-    class_mask: Tensor | None
+    higher_is_better = True
 
-    def __init__(self, k: int, *, axis: int = -1, class_mask: Bool[Tensor, " K"] | None = None, **options: Any) -> None:
+    def __init__(self, k: int, **options: Any) -> None:
         """Start with nothing seen."""
         check_class_num(k, name="k")
         super().__init__(f"correct_in_top_{k}", "count", **options)
-        self.k, self.axis = k, axis
-        self.register_buffer(
-            "class_mask", None if class_mask is None else torch.as_tensor(class_mask), persistent=False
-        )
+        self.k = k
 
     def update(
         self,
@@ -202,6 +223,8 @@ class TopKAccuracy(_Sums):
         stats: LossStats,
         logits: Float[Tensor, "..."],
         labels: Int[Tensor, "..."] | Float[Tensor, "..."],
+        axis: int = -1,
+        class_mask: Bool[Tensor, " K"] | None = None,
         mask: Bool[Tensor, "..."] | None = None,
     ) -> None:
         """Add a batch.
@@ -210,21 +233,24 @@ class TopKAccuracy(_Sums):
             stats: second result of `label_smoothed_cross_entropy_with_stats`, for which rows count.
             logits: as given to the loss.
             labels: as given to the loss.
+            axis: as given to the loss.
+            class_mask: as given to the loss.
             mask: rows to take, of those that the loss counted.
 
         Raises:
             TypeError, ValueError: as the loss; or the arrays are not those of the statistics, or hold fewer than k
                 classes.
         """
+        rows = _rows(stats, mask)
         batch = prepare(
             logits,
             labels,
             LossOptions(),
-            axis=self.axis,
+            axis=axis,
             where=None,
             prior=None,
             class_weight=None,
-            class_mask=self.class_mask,
+            class_mask=class_mask,
         )
         if batch.batch_shape != tuple(stats.valid.shape):
             raise error("stats_shape", expected=list(stats.valid.shape), given=list(batch.batch_shape))
@@ -232,15 +258,15 @@ class TopKAccuracy(_Sums):
         if self.k > num_classes:
             raise error("top_k", k=self.k, given=num_classes)
         labels = (torch.argmax(batch.labels, dim=-1) if batch.soft else batch.labels)[..., None]
-        logits = batch.logits
-        if batch.class_mask is not None:
-            logits = torch.where(batch.class_mask, logits, -torch.inf)
-        at_label = torch.gather(logits, -1, labels)
-        classes = torch.arange(num_classes, device=logits.device)
-        larger = (logits > at_label) | ((logits == at_label) & (classes < labels))
+        classes = torch.arange(num_classes, device=labels.device)
+        at_label = torch.gather(batch.logits, -1, labels)
+        larger = (batch.logits > at_label) | ((batch.logits == at_label) & (classes < labels))
         # A label that is no class has no rank, nor has any in a row that holds a NaN.
-        found = (torch.sum(larger, dim=-1) < self.k) & ~torch.isnan(stats.nll)
-        rows = _rows(stats, mask)
+        found = ~torch.isnan(stats.nll)
+        if batch.class_mask is not None:
+            larger &= batch.class_mask
+            found &= batch.class_mask[labels[..., 0]]
+        found &= torch.sum(larger, dim=-1) < self.k
         self._add(**{self._names[0]: _sum(rows & found)}, count=_sum(rows))
 
     def compute(self) -> Float[Tensor, ""]:
@@ -273,6 +299,8 @@ class CalibrationError(_Sums):
     References:
         Guo et al., "On Calibration of Modern Neural Networks", 2017, section 2.
     """
+
+    higher_is_better = False
 
     def __init__(self, num_bins: int = 15, **options: Any) -> None:
         """Start with nothing seen."""
@@ -309,6 +337,16 @@ def _rows(stats: LossStats, mask: Bool[Tensor, "..."] | None) -> Bool[Tensor, "*
     mask = torch.as_tensor(mask, device=stats.valid.device)
     check_batch_operand("mask", tuple(mask.shape), dtype_name(mask), tuple(stats.valid.shape))
     return stats.valid & torch.broadcast_to(mask, stats.valid.shape)
+
+
+def _denominator(denominator: float | Float[Tensor, ""], device: torch.device) -> Float[Tensor, ""]:
+    """Return what the caller passes as denominator, a number or a tensor of one."""
+    check_denominator(denominator)
+    tensor = torch.as_tensor(
+        denominator, device=device, dtype=None if isinstance(denominator, Tensor) else torch.float64
+    )
+    check_denominator_array(tuple(tensor.shape), dtype_name(tensor))
+    return tensor.detach().double()
 
 
 def _sum(values: Tensor) -> Float[Tensor, ""]:

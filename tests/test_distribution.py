@@ -25,6 +25,13 @@ def test_make_has_the_target() -> None:
     assert re.search(r"^\.PHONY:.* wheel( |$)", makefile, re.MULTILINE)
 
 
+def test_the_halves_of_the_tests_are_all() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    rest = re.search(r"^REST := (.*)$", makefile, re.MULTILINE)
+    assert rest
+    assert {"parity_tests", *rest[1].split()} == {*PYPROJECT["tool"]["pytest"]["ini_options"]["testpaths"]}
+
+
 def test_every_package_is_typed() -> None:
     assert {*PACKAGES} <= {*PYPROJECT["tool"]["mypy"]["packages"]}
     for package in PACKAGES:

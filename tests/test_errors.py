@@ -111,6 +111,9 @@ ELSEWHERE = {
     "no_torchmetrics",  # in test_isolation.py
     # in test_migration.py
     "convert_smoothing",
+    "convert_number",
+    "identify_label",
+    "identify_dtype",
     "identify_shape",
     "identify_finite",
     "identify_rows",

@@ -267,17 +267,40 @@ def test_top_k_with_mask_axis_and_soft_labels(framework: Framework) -> None:
     mask, labels = np.array([False, True, True]), np.array([1, 1])
     array = framework.array
     _, stats = framework.loss(array(logits), array(labels), class_mask=array(mask))
-    metric = framework.metrics.TopKAccuracy(1, class_mask=array(mask))
-    metric.update(stats=stats, logits=array(logits), labels=array(labels))
+    metric = framework.metrics.TopKAccuracy(1)
+    metric.update(stats=stats, logits=array(logits), labels=array(labels), class_mask=array(mask))
     assert float(metric.compute()) == 0.5
-    metric = framework.metrics.TopKAccuracy(1, axis=0)
+    metric = framework.metrics.TopKAccuracy(1)
     soft = np.array([[0.2, 0.7, 0.1], [0.3, 0.3, 0.4]], np.float32)
     _, stats = framework.loss(array(logits.T.copy()), array(soft.T.copy()), axis=0)
-    metric.update(stats=stats, logits=array(logits.T.copy()), labels=array(soft.T.copy()))
+    metric.update(stats=stats, logits=array(logits.T.copy()), labels=array(soft.T.copy()), axis=0)
     assert float(metric.compute()) == 0.0
-    metric = framework.metrics.TopKAccuracy(2, axis=0)
-    metric.update(stats=stats, logits=array(logits.T.copy()), labels=array(soft.T.copy()))
+    metric = framework.metrics.TopKAccuracy(2)
+    metric.update(stats=stats, logits=array(logits.T.copy()), labels=array(soft.T.copy()), axis=0)
     assert float(metric.compute()) == 1.0
+
+
+def test_top_k_of_masked_and_infinite_logits(framework: Framework) -> None:
+    """Neither is a masked class ahead of one whose logit is -inf, nor is it ever found."""
+    array, mask = framework.array, np.array([False, True, True])
+    for labels, expected in (
+        (np.array([2]), 1.0),
+        (np.array([[0.8, 0.1, 0.1]], np.float32), 0.0),
+    ):
+        logits = array(np.array([[0.0, 1.0, -np.inf]], np.float32))
+        _, stats = framework.loss(logits, array(labels), class_mask=array(mask), smoothing=0.0)
+        metric = framework.metrics.TopKAccuracy(2)
+        metric.update(stats=stats, logits=logits, labels=array(labels), class_mask=array(mask))
+        assert float(metric.compute()) == expected
+
+
+def test_bins_include_their_upper_edge(framework: Framework) -> None:
+    """1/2 of two bins is in the lower one: with the surely wrong row in the upper, nothing evens out."""
+    metric = framework.metrics.CalibrationError(2)
+    metric.update(
+        stats=stats_of(framework, confidence=np.array([0.5, 1.0], np.float32), correct=np.array([True, False]))
+    )
+    assert float(metric.compute()) == 0.75
 
 
 def test_class_weights_with_their_denominator(framework: Framework) -> None:
@@ -306,6 +329,15 @@ def test_class_weights_with_their_denominator(framework: Framework) -> None:
         ("k must be an integer", lambda f, stats: f.metrics.TopKAccuracy(0)),
         ("num_bins must be an integer", lambda f, stats: f.metrics.CalibrationError(0.5)),
         (
+            "denominator must be a single number, got shape",
+            lambda f, stats: f.metrics.MeanLoss().update(stats=stats, denominator=f.array(np.ones(1, np.float32))),
+        ),
+        ("denominator must be a finite number >= 0", lambda f, s: f.metrics.MeanLoss().update(stats=s, denominator=-1)),
+        (
+            "denominator must be a finite number >= 0",
+            lambda f, s: f.metrics.MeanLoss().update(stats=s, denominator="x"),
+        ),
+        (
             "k=4 needs logits of at least 4",
             lambda f, stats: f.metrics.TopKAccuracy(4).update(
                 stats=stats, logits=f.array(np.zeros((2, 3), np.float32)), labels=f.array(np.zeros(2, int))
@@ -326,6 +358,17 @@ def test_errors(framework: Framework, words: str, call: Any) -> None:
 
 
 # --- JAX -----------------------------------------------------------------------------------------------------------
+
+
+def test_calibration_of_more_rows_than_are_added_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = make_rows(FRAMEWORKS["jax"])
+    values = []
+    for at_once in (2**20, 400):
+        monkeypatch.setattr(lsce_jax.metrics, "_MAX_ROWS", at_once)
+        metric = lsce_jax.metrics.CalibrationError()
+        feed(FRAMEWORKS["jax"], metric, rows)
+        values.append(float(metric.compute()))
+    assert values[0] == values[1]
 
 
 def test_merging_another_kind_is_an_error() -> None:
@@ -349,40 +392,49 @@ def update_all(metrics: nnx.MultiMetric, logits: Any, labels: Any) -> None:
     metrics.update(stats=stats, logits=logits, labels=labels)
 
 
-def mesh_of_two() -> jax.sharding.Mesh:
-    return jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-
-
-def test_compiled_and_sharded() -> None:
-    """Within `nnx.jit` in one `MultiMetric`, the rows divided over two devices."""
+@pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+@pytest.mark.parametrize("spec", [PartitionSpec("data"), PartitionSpec(None, "data")], ids=["rows", "classes"])
+def test_compiled_and_sharded(axis_type: Any, spec: PartitionSpec) -> None:
+    """Within `nnx.jit` in one `MultiMetric`, the rows or the classes divided over two devices."""
     rows, metrics = make_rows(FRAMEWORKS["jax"], 512), all_metrics()
-    sharding = NamedSharding(mesh_of_two(), PartitionSpec("data"))
+    logits, labels = np.pad(rows.logits, ((0, 0), (0, 1)), constant_values=-50), rows.labels
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(axis_type,))
+    logits = jax.device_put(logits, NamedSharding(mesh, spec))
+    labels = jax.device_put(labels, NamedSharding(mesh, PartitionSpec(*spec[:1])))
     for _ in range(2):
-        update_all(metrics, *(jax.device_put(array, sharding) for array in (rows.logits, rows.labels)))
+        update_all(metrics, logits, labels)
+    padded = with_stats(FRAMEWORKS["jax"], np.asarray(logits), np.asarray(labels))
     for name, value in metrics.compute().items():
         # Compiled otherwise, the statistics differ by roundings of their own.
-        assert float(value) == pytest.approx(exact(name, rows), rel=64 * ULP), name
+        assert float(value) == pytest.approx(exact(name, padded), rel=64 * ULP), name
 
 
-def test_all_reduce() -> None:
-    """Within `shard_map` every device ends up with the sums of all."""
-    rows = make_rows(FRAMEWORKS["jax"], 512)
-    graph, _ = nnx.split(all_metrics())
+def test_statistics_out_of_shard_map() -> None:
+    rows, metric = make_rows(FRAMEWORKS["jax"], 512), lsce_jax.metrics.MeanLoss()
+    mesh, spec = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)), PartitionSpec("data")
 
     def on_device(logits: Any, labels: Any) -> Any:
-        metrics = all_metrics()
-        update_all.__wrapped__(metrics, logits, labels)
-        for name in NAMES:
-            getattr(metrics, name).all_reduce("data")
-        return jax.tree.map(lambda leaf: leaf[None], nnx.state(metrics))
+        return lsce_jax.label_smoothed_cross_entropy_with_stats(logits, labels, **OPTIONS)[1]
 
-    spec = PartitionSpec("data")
-    on_devices = jax.shard_map(on_device, mesh=mesh_of_two(), in_specs=(spec, spec), out_specs=spec)
-    states = jax.jit(on_devices)(rows.logits, rows.labels)
-    for device in range(2):
-        metrics = nnx.merge(graph, jax.tree.map(lambda leaf, device=device: leaf[device], states))
-        for name, value in metrics.compute().items():
-            assert float(value) == pytest.approx(exact(name, rows), rel=64 * ULP), name
+    step = jax.jit(jax.shard_map(on_device, mesh=mesh, in_specs=(spec, spec), out_specs=spec))
+    metric.update(stats=step(rows.logits, rows.labels))
+    assert float(metric.compute()) == pytest.approx(exact("MeanLoss", rows), rel=64 * ULP)
+
+
+def test_denominators_of_any_kind() -> None:
+    """A number is exact in two parts, as is an integer; and what depends on the parameters carries no derivative."""
+    stats = stats_of(FRAMEWORKS["jax"], smoothed=np.ones(1, np.float32))
+    for denominator in (2**24 + 1, jnp.int32(2**24 + 1), 16777217.0):
+        metric = lsce_jax.metrics.MeanLoss()
+        metric.update(stats=stats, denominator=denominator)
+        assert np.asarray(metric.denominator[...], np.float64).sum() == 2**24 + 1
+
+    def loss(scale: Any) -> Any:
+        metric = lsce_jax.metrics.MeanLoss()
+        metric.update(stats=stats, denominator=scale)
+        return metric.compute() + scale
+
+    assert jax.grad(loss)(2.0) == 1.0
 
 
 # --- torch ---------------------------------------------------------------------------------------------------------
@@ -399,6 +451,7 @@ def test_collection_keeps_apart_what_started_alike() -> None:
             "accuracy": metrics.Accuracy(),
             "top2": metrics.TopKAccuracy(2),
             "top3": metrics.TopKAccuracy(3),
+            "top3_again": metrics.TopKAccuracy(3),
         }
     )
     logits, labels = torch.eye(5), torch.arange(5)
@@ -437,3 +490,29 @@ def test_forward_returns_the_batch_and_keeps_the_sum() -> None:
     _, stats = lsce_torch.label_smoothed_cross_entropy_with_stats(torch.eye(2), torch.tensor([1, 0]))
     assert float(metric(stats=stats)) == 0.0
     assert float(metric.compute()) == 0.5
+
+
+def test_sums_stay_float64() -> None:
+    """A model that is cast to bfloat16 takes its metrics along."""
+    model = torch.nn.Module()
+    model.metric = lsce_torch.metrics.Accuracy()
+    _, stats = lsce_torch.label_smoothed_cross_entropy_with_stats(torch.eye(2), torch.tensor([0, 1]))
+    model.metric.count += 2**20 + 1
+    for move in (lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.to("cpu")):
+        move(model)
+        assert (model.metric.count.dtype, model.metric.count.item()) == (torch.float64, 2**20 + 1)
+    model.metric.update(stats=stats)
+    model.metric.reset()
+    model.metric.update(stats=stats)
+    assert (model.metric.count.dtype, model.metric.count.item()) == (torch.float64, 2)
+    model.to("meta")
+    assert model.metric.count.device.type == "meta"
+
+
+def test_no_graph_is_kept() -> None:
+    logits = torch.eye(3, requires_grad=True)
+    _, stats = lsce_torch.label_smoothed_cross_entropy_with_stats(logits, torch.tensor([0, 1, 2]))
+    metric = lsce_torch.metrics.MeanLoss()
+    metric.update(stats=stats, denominator=logits.sum())
+    assert not metric.loss.requires_grad
+    assert not metric.denominator.requires_grad

@@ -46,6 +46,7 @@ def test_known_values() -> None:
     assert convert_smoothing("non_target", "uniform", 0.1, num_classes=1000) == 100 / 999
     assert convert_smoothing("uniform", "non_target", 1.0, num_classes=4) == 0.75
     assert convert_smoothing("clamp", "clamp", 0.9, num_classes=4) == 0.9
+    assert convert_smoothing("non_target", "uniform", np.float32(0.25), num_classes=5) == 0.3125
     # Nothing to spread over.
     assert convert_smoothing("uniform", "max_sup", 0.3, num_classes=1) == 0.3
     half = Convention("half", on=lambda e, k: 1 - e / 2 + e / 2 / k, off=lambda e, k: e / 2 / k)
@@ -75,13 +76,14 @@ def test_where_there_is_none(source: Any, target: Any, smoothing: float, num_cla
     ("arguments", "words"),
     [
         (("uniform", "non_target", 1.5, 10), r"smoothing must be in \[0, 1\]"),
-        (("uniform", "non_target", np.array([0.1]), 10), "arrays are not taken"),
+        (("uniform", "non_target", np.array([0.1]), 10), "smoothing must be a Python number"),
+        (("uniform", "non_target", True, 10), "smoothing must be a Python number"),
         (("uniform", "non_target", 0.1, 0), "num_classes must be an integer >= 1"),
         (("fairseq", "uniform", 0.1, 10), "unknown convention 'fairseq'"),
     ],
 )
 def test_wrong_arguments(arguments: tuple[Any, ...], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((TypeError, ValueError), match=words):
         convert_smoothing(*arguments)
 
 
@@ -93,21 +95,23 @@ def targets_of(convention: Any, smoothing: float, num_classes: int, dtype: Any) 
     return np.where(LABELS[num_classes][:, None] == np.arange(num_classes), on, off).astype(dtype)
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
-@pytest.mark.parametrize("smoothing", [0.1, 0.25, 0.05])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("smoothing", [0.1, 0.25, 0.05, 1.0])
 @pytest.mark.parametrize("num_classes", CLASSES)
 @pytest.mark.parametrize("convention", ["uniform", "non_target", LEAKY, ADDED])
 def test_targets(convention: Any, num_classes: int, smoothing: float, dtype: str) -> None:
     targets = targets_of(convention, smoothing, num_classes, dtype)
     name = convention if isinstance(convention, str) else convention.name
-    readings = {r.convention.name: r.smoothing for r in identify_targets(targets)}
+    # Where the label has not the most, its place has to be told.
+    labels = LABELS[num_classes] if smoothing == 1 else None
+    readings = {r.convention.name: r.smoothing for r in identify_targets(targets, labels)}
     assert readings[name] == smoothing
     if dtype == "float64":
         # Only the two that can reach the same target.
-        assert set(readings) == ({"uniform", "non_target"} if isinstance(convention, str) else {name})
-        if name == convention:
-            others = {n: convert_smoothing(convention, n, smoothing, num_classes) for n in readings}
-            assert readings == pytest.approx(others, rel=2**-48)
+        expected = {name: smoothing}
+        if convention in ("uniform", "non_target") and (convention, smoothing) != ("non_target", 1):
+            expected = {n: convert_smoothing(convention, n, smoothing, num_classes) for n in ("uniform", "non_target")}
+        assert readings == pytest.approx(expected, rel=2**-48)
 
 
 def test_targets_of_every_framework() -> None:
@@ -149,6 +153,7 @@ def test_a_class_that_gets_nothing() -> None:
 def test_targets_that_are_none_of_them() -> None:
     assert identify_targets(np.random.default_rng(0).dirichlet(np.ones(5), size=4)) == []
     assert identify_targets([[0.5, 0.3, 0.3]]) == []
+    assert identify_targets([[-0.1, -2.3, -2.3]]) == []  # log-probabilities
     spoilt = targets_of("uniform", 0.1, 10, np.float64)
     spoilt[3, 2] *= 1 + 1e-6
     assert identify_targets(spoilt) == []
@@ -218,7 +223,14 @@ def test_losses_that_are_none_of_them() -> None:
         (lambda: identify_targets([0.9, 0.1]), r"targets must be numbers of shape \[N, K\]"),
         (lambda: identify_targets([[0.9, 0.1], [1.0]]), r"targets must be numbers of shape \[N, K\]"),
         (lambda: identify_targets([[0.9, 0.1]], [0, 1]), r"labels must be numbers of shape \[1\]"),
-        (lambda: identify_targets([[0.9, 0.1]], [2]), "label 2 at index .* expected 0 to 1"),
+        (lambda: identify_targets([[0.9, 0.1]], [2]), "class indices from 0 to 1, got 2 at index 0"),
+        (lambda: identify_targets([[0.9, 0.1]], [-100]), "Leave out the rows that the loss ignores"),
+        (lambda: identify_targets(np.eye(2, dtype=np.float16)), "targets must be float32 or float64, got float16"),
+        (lambda: identify_targets(list(np.eye(2, dtype=np.float16))), "targets must be float32 or float64"),
+        (
+            lambda: identify_loss(torch.ones(2, dtype=torch.bfloat16), np.eye(2), [0, 1]),
+            "losses must be float32 or float64, got bfloat16, which is too coarse",
+        ),
         (lambda: identify_targets([[0.9, float("nan")]]), "targets must be finite"),
         (lambda: identify_loss([0.1], [[0.0, 1.0], [1.0, 0.0]], [0, 1]), r"losses must be numbers of shape \[2\]"),
         (lambda: identify_loss(0.1, [[0.0, 1.0]], [0]), r"losses must be numbers of shape \[1\]"),
@@ -228,5 +240,27 @@ def test_losses_that_are_none_of_them() -> None:
     ],
 )
 def test_wrong_arrays(call: Any, words: str) -> None:
-    with pytest.raises((ValueError, IndexError), match=words):
+    with pytest.raises((TypeError, ValueError), match=words):
         call()
+
+
+@pytest.mark.parametrize("convention", ["uniform", "non_target"])
+def test_logits_of_a_narrow_dtype_are_exact(convention: str) -> None:
+    logits = torch.from_numpy(LOGITS[10]).bfloat16()
+    labels = torch.from_numpy(LABELS[10])
+    losses = lsce_torch.label_smoothed_cross_entropy(
+        logits, labels, smoothing=0.12, convention=convention, reduction="none"
+    )
+    assert {r.convention.name: r.smoothing for r in identify_loss(losses, logits, labels)}[convention] == 0.12
+
+
+def test_one_row_at_a_time() -> None:
+    """A loss that knows the mean only gives scalars, of any framework."""
+    logits, labels = LOGITS[10].astype(np.float32), LABELS[10]
+    for package, array in ((lsce_jax, np.asarray), (lsce_torch, torch.from_numpy)):
+        losses = [
+            package.label_smoothed_cross_entropy(array(z[None]), array(y[None]), smoothing=0.1, reduction="mean")
+            for z, y in zip(logits, labels, strict=True)
+        ]
+        assert {r.convention.name: r.smoothing for r in identify_loss(losses, logits, list(labels))}["uniform"] == 0.1
+        assert identify_loss([np.float32(loss) for loss in losses], logits, list(torch.from_numpy(labels)))
