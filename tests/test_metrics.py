@@ -6,6 +6,8 @@ adds up float32, or averages the averages of batches, fails that, which the test
 
 import itertools
 import math
+import pathlib
+import re
 from fractions import Fraction
 from functools import cache
 from typing import Any, NamedTuple
@@ -355,6 +357,17 @@ def test_errors(framework: Framework, words: str, call: Any) -> None:
     _, stats = framework.loss(framework.array(np.zeros((2, 3), np.float32)), framework.array(np.zeros(2, int)))
     with pytest.raises((TypeError, ValueError), match=words):
         call(framework, stats)
+
+
+@pytest.mark.parametrize("heading", ["In Flax", "In PyTorch"])
+def test_the_last_sections_of_the_page_run_after_either_setup(heading: str) -> None:
+    page = (pathlib.Path(__file__).parents[1] / "docs/metrics.md").read_text(encoding="utf-8")
+    setup = re.findall(r"```python\n(.*?)```", page.partition(f"\n## {heading}\n")[2], re.DOTALL)[0]
+    blocks = re.findall(r"```python\n(.*?)```", page.partition("\n## Which rows count\n")[2], re.DOTALL)
+    assert len(blocks) == 4
+    namespace: dict[str, Any] = {}
+    for block in (setup, *blocks):
+        exec(block, namespace)
 
 
 # --- JAX -----------------------------------------------------------------------------------------------------------
