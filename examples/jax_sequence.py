@@ -1,6 +1,6 @@
 """Tag the words of sentences of unequal length, in Flax and Optax: padding, and batches that do not fit in memory.
 
-    python -m examples.jax_sequence --epochs 10 --microbatches 4
+    .venv/bin/python -m examples.jax_sequence --epochs 10 --microbatches 4
 
 The mean is over real words: `where` takes padding out of the loss, its gradient and the metrics. A batch is worked
 through in microbatches, and as these hold unequally many words, the mean of their means is not the mean of the batch:
@@ -12,8 +12,7 @@ ones are of one kind.)
 The sentences are made up: a Markov chain of tags, each of which speaks a few of the words, and most words are spoken
 by several tags, so that the neighbours have to tell.
 
-What comes out: two tables, and in the output folder a plot. The same in torch: torch_sequence.py. In Linen the loss is
-used likewise: docs/flax.md.
+What comes out: a table, and in the output folder a plot. The same in torch: torch_sequence.py.
 """
 
 from collections.abc import Iterator
@@ -209,7 +208,7 @@ def train_epoch(tagger: Tagger, optimizer: Optimizer, data: Sentences, run: Run,
 def make_table(runs: list[Run]) -> Table:
     """Return how far the gradients were off, and the metrics after the last epoch."""
     table = Table("smoothing", "denominator", "gradient off by", "accuracy", "nll", "calibration")
-    table.title = "Metrics of the test sentences"
+    table.title = "Gradients in training, mean over the epochs; metrics of the test sentences"
     for run in runs:
         error = f"{np.mean(run.gradient_errors):.1e}"
         table.add_row(*run.names, error, *(f"{run.metrics[-1][name]:.4f}" for name in METRICS))
@@ -245,10 +244,21 @@ def checked_smoothing(smoothing: float) -> float:
     return smoothing
 
 
+def made_folder(folder: Path) -> Path:
+    """Make the output folder, or turn the error into one of the command line."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise typer.BadParameter(f"cannot make the folder {folder}: {problem.strerror}.") from None
+    return folder
+
+
 def checked_microbatches(microbatches: int) -> int:
     """Refuse what does not divide a batch."""
     if BATCH_SIZE % microbatches:
-        raise typer.BadParameter(f"{BATCH_SIZE} sentences do not divide into {microbatches}: take a power of 2.")
+        raise typer.BadParameter(
+            f"{BATCH_SIZE} sentences do not divide into {microbatches}: take a power of 2 up to {BATCH_SIZE}."
+        )
     return microbatches
 
 
@@ -257,17 +267,25 @@ def main(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training sentences.")] = 10,
     smoothing: Annotated[float, typer.Option(callback=checked_smoothing, help="Label smoothing, from 0 to 1.")] = 0.1,
     microbatches: Annotated[
-        int, typer.Option(min=1, max=BATCH_SIZE, callback=checked_microbatches, help="Pieces of each batch.")
+        int,
+        typer.Option(min=1, max=BATCH_SIZE, callback=checked_microbatches, help="Pieces of each batch, a power of 2."),
     ] = 4,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of grammar, weights and batches.")] = 0,
-    output: Annotated[Path, typer.Option(file_okay=False, help="Folder for the plot.")] = Path("out/jax_sequence"),
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of grammar, weights and batches.")] = 0,
+    output: Annotated[Path, typer.Option(writable=True, callback=made_folder, help="Folder for the plot.")] = Path(
+        "out/jax_sequence"
+    ),
 ) -> None:
-    """Train taggers on made-up sentences in JAX, accumulating gradients over microbatches."""
+    """Train taggers on made-up sentences in JAX, accumulating gradients over microbatches.
+
+    Three trainings: without smoothing, with it, and with it but with each microbatch divided by its own number of
+    words. The table and the plot show how far each one's accumulated gradient is from that of the whole batch, and what
+    the tagger makes of test sentences.
+    """
     console = Console()
-    output.mkdir(parents=True, exist_ok=True)
     train, test = make_sentences(seed)
     adam = make_optimizer(microbatches)  # one for all runs: for another, `nnx.jit` would compile again
-    runs = [Run(0.0, True, [], []), Run(smoothing, True, [], []), Run(smoothing, False, [], [])]
+    choices = dict.fromkeys([(0.0, True), (smoothing, True), (smoothing, False)])  # none twice, if smoothing is 0
+    runs = [Run(value, shared, [], []) for value, shared in choices]
     with Progress(console=console) as progress:
         task = progress.add_task("training", total=len(runs) * epochs)
         for run in runs:

@@ -1,6 +1,6 @@
 """Teacher and student, in torch: soft labels, temperature, and whether a smoothed teacher teaches as well.
 
-    python -m examples.torch_distillation --epochs 16 --rows 120
+    .venv/bin/python -m examples.torch_distillation --epochs 16 --rows 120
 
 A teacher sees all training images with their labels, once without and once with smoothing. Students see few images, and
 instead of labels the teacher's probabilities at some temperature T, softmax(z / T). All of them train on one loss:
@@ -8,8 +8,8 @@ labels may be classes or probabilities.
 
 The smoothed teacher knows more (accuracy) and teaches less: told that all wrong classes are equally wrong, it no longer
 says which of them are alike, and its opinions of them are nearly level (right half of the plot). That is what Müller,
-Kornblith and Hinton found ("When Does Label Smoothing Help?", 2019, section 4). It takes a temperature, though, and
-grows with it: at 1, where the other teacher says little more than the label, the smoothed one teaches no worse.
+Kornblith and Hinton found ("When Does Label Smoothing Help?", 2019, section 4). It takes a temperature, though: it
+shows from 2 on; at 1, where the other teacher says little more than the label, the smoothed one teaches no worse.
 
 What comes out: a table with means over the repeats, and in the output folder a plot. The same in JAX:
 jax_distillation.py.
@@ -132,7 +132,7 @@ def probabilities(network: Network, images: Tensor, temperature: float) -> Float
 @torch.no_grad()
 def evaluate(network: Network, images: Tensor, labels: Tensor) -> dict[str, Float32[Tensor, ""]]:
     """Return what the metrics say of some images."""
-    metrics = MetricCollection(dict(zip(METRICS, (Accuracy(), MeanNLL(), CalibrationError()), strict=True)))
+    metrics = MetricCollection({"accuracy": Accuracy(), "nll": MeanNLL(), "calibration_error": CalibrationError()})
     _, stats = label_smoothed_cross_entropy_with_stats(network(images), labels)
     metrics.update(stats=stats)
     return metrics.compute()
@@ -188,7 +188,7 @@ def make_table(metrics: list[dict[Trained, dict[str, float]]], rows: int) -> Tab
 
 def plot(metrics: list[dict[Trained, dict[str, float]]], wrong: list[dict[float, np.ndarray]], picture: Path) -> None:
     """Draw the accuracy of students by temperature, and how teachers rate wrong classes."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
     alone = 100 * np.mean([repeat[Trained("student", 0.0, 0)]["accuracy"] for repeat in metrics])
     left.axhline(alone, color="black", linestyle="--", label="none: student of labels")
@@ -202,11 +202,12 @@ def plot(metrics: list[dict[Trained, dict[str, float]]], wrong: list[dict[float,
         right.semilogy(range(2, CLASSES + 1), mean, marker=".", label=f"smoothing {smoothing:g}")
     left.set_xscale("log", base=2)
     left.set_xticks(TEMPERATURES, [str(temperature) for temperature in TEMPERATURES])
-    left.set(title="Students", xlabel="temperature", ylabel="accuracy on test images, %")
+    left.set(
+        title="Students (dots: repeats; lines: their means)", xlabel="temperature", ylabel="accuracy on test images, %"
+    )
     right.set(title="Teachers", xlabel="rank of a class in the teacher's opinion", ylabel="mean probability")
-    left.legend(title="teacher", loc="lower right", bbox_to_anchor=(1, 0.12))
-    right.legend(title="teacher")
-    figure.suptitle("Digits in torch: distillation from teachers with and without smoothing (dots: repeats)")
+    figure.legend(*left.get_legend_handles_labels(), title="teacher", loc="outside lower center", ncols=3)
+    figure.suptitle("Digits in torch: distillation from teachers with and without smoothing")
     figure.savefig(picture, dpi=100)
 
 
@@ -224,6 +225,15 @@ def checked_smoothing(smoothing: float) -> float:
     return smoothing
 
 
+def made_folder(folder: Path) -> Path:
+    """Make the output folder, or turn the error into one of the command line."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise typer.BadParameter(f"cannot make the folder {folder}: {problem.strerror}.") from None
+    return folder
+
+
 @app.command()
 def main(
     epochs: Annotated[
@@ -234,14 +244,17 @@ def main(
     ] = 0.1,
     rows: Annotated[int, typer.Option(min=BATCH_SIZE, max=1000, help="Images that students train on.")] = 120,
     repeats: Annotated[int, typer.Option(min=1, help="Times to do it all, each with a seed of its own.")] = 3,
-    seed: Annotated[int, typer.Option(min=0, max=2**31, help="The first: of weights, split and batches.")] = 0,
-    output: Annotated[Path, typer.Option(file_okay=False, help="Folder for the plot.")] = Path(
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="First seed of weights, split and batches.")] = 0,
+    output: Annotated[Path, typer.Option(writable=True, callback=made_folder, help="Folder for the plot.")] = Path(
         "out/torch_distillation"
     ),
 ) -> None:
-    """Train students on what teachers say of handwritten digits in torch; one teacher was trained with smoothing."""
+    """Train students on what teachers say of handwritten digits in torch; one teacher was trained with smoothing.
+
+    Each teacher has a student at each of four temperatures, and one more student learns from labels. The table and the
+    plot show how well each does on test images; the plot also shows how teachers rate wrong classes.
+    """
     console = Console()
-    output.mkdir(parents=True, exist_ok=True)
     smoothings = sorted({0.0, smoothing})
     steps = epochs * (len(read_digits(seed).train_labels) // BATCH_SIZE)
     metrics, wrong = [], []
