@@ -1,6 +1,6 @@
 """Train on handwritten digits in Flax and Optax, and go on after a kill as if nothing had happened.
 
-    python -m examples.jax_digits --epochs 20
+    .venv/bin/python -m examples.jax_digits --epochs 20
 
 Stop it whenever you like (Ctrl-C, `kill -9`) and give the same command again: the losses are those of a run that nobody
 stopped, bit for bit (`tests/test_resumption.py`). That takes three things:
@@ -8,6 +8,8 @@ stopped, bit for bit (`tests/test_resumption.py`). That takes three things:
 - a checkpoint holds the weights, the optimizer's state and the step, and is whole or not there;
 - a batch is a function of (seed, step), so no iterator needs saving;
 - the losses have one line per step, so a checkpoint of n steps goes with the first n lines.
+
+An output folder serves one process at a time: nothing locks it.
 
 What comes out: a table, and in the output folder the losses, the checkpoints and a plot. Compare `--smoothing 0`: with
 smoothing 0.1 the network is right more often here, but has a higher nll and calibration error, because it is less sure
@@ -89,6 +91,7 @@ class Network(nnx.Module):
 
 
 Optimizer = nnx.Optimizer[Network]
+# Made once: for another one, equal as it is, `nnx.jit` would compile again.
 ADAMW = optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
 
@@ -134,12 +137,12 @@ def evaluate(network: Network, images: np.ndarray, labels: np.ndarray, smoothing
 
 
 class Checkpoints:
-    """The last two checkpoints of a run. Orbax writes one under another name and renames it when it is whole."""
+    """The latest checkpoint of a run. Orbax writes one under another name and renames it when it is whole."""
 
     def __init__(self, folder: Path) -> None:
         """Open or create the folder; what a kill left half written is removed."""
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True
+            max_to_keep=1, enable_async_checkpointing=False, cleanup_tmp_directories=True
         )
         self.manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
@@ -158,17 +161,28 @@ class Checkpoints:
 
 
 def open_run(folder: Path, options: dict[str, Any], fresh: bool) -> Checkpoints:
-    """Return the checkpoints in a folder, unless they are another run's."""
-    checkpoints, options_file = folder / "checkpoints", folder / "options.json"
-    if fresh:
-        options_file.unlink(missing_ok=True)
-        shutil.rmtree(checkpoints, ignore_errors=True)
-    found = json.loads(options_file.read_text()) if options_file.exists() else None
-    if found != options and (found or checkpoints.exists()):
-        other = ", ".join(f"{name}={value}" for name, value in (found or {}).items())
-        raise typer.BadParameter(f"{folder} holds another run ({other or 'unknown'}). Choose another, or add --fresh.")
+    """Return the checkpoints in a folder, unless it holds anything else. What is removed is this program's own."""
+    options_file, checkpoints, losses = (folder / name for name in ("options.json", "checkpoints", "losses.jsonl"))
+    found = read_options(options_file)
+    own = found.get("program") == options["program"]
+    renew = own and fresh
+    if found != options and not renew and any(path.exists() for path in (options_file, checkpoints, losses)):
+        other = ", ".join(f"{name}={value}" for name, value in found.items()) or "unknown"
+        advice = "Choose another folder, or add --fresh." if own else "Choose another folder."
+        raise typer.BadParameter(f"{folder} holds another run ({other}). {advice}")
+    if renew and checkpoints.exists():
+        shutil.rmtree(checkpoints)
     write_whole(options_file, json.dumps(options).encode())
     return Checkpoints(checkpoints)
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """Return the options of the run that a file tells of, none if it is missing or damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def keep_losses(path: Path, steps: int) -> None:
@@ -216,8 +230,9 @@ def plot_losses(losses: Path, smoothing: float, picture: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot([line["loss"] for line in lines], linewidth=1, label=f"loss, smoothing {smoothing:g}")
-    axes.plot([line["nll"] for line in lines], linewidth=1, label="nll: the same without smoothing")
-    axes.axhline(target_entropy(smoothing), color="black", linestyle="--", linewidth=1, label="least possible loss")
+    if smoothing:  # without it, both are the same line, and the least possible loss is 0
+        axes.plot([line["nll"] for line in lines], linewidth=1, label="nll: the same without smoothing")
+        axes.axhline(target_entropy(smoothing), color="black", linestyle="--", linewidth=1, label="least possible loss")
     axes.set(title="Handwritten digits in JAX: each training batch", xlabel="step", ylabel="nats per image")
     axes.set_ylim(bottom=0)
     axes.legend()
@@ -238,27 +253,43 @@ def checked_smoothing(smoothing: float) -> float:
     return smoothing
 
 
+def made_folder(folder: Path) -> Path:
+    """Make the output folder, or turn the error into one of the command line."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise typer.BadParameter(f"cannot make the folder {folder}: {problem.strerror}.") from None
+    return folder
+
+
 @app.command()
 def main(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 20,
     smoothing: Annotated[float, typer.Option(callback=checked_smoothing, help="Label smoothing, from 0 to 1.")] = 0.1,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of weights, split and batches.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of weights, split and batches.")] = 0,
     bfloat16: Annotated[bool, typer.Option("--bfloat16", help="Network in bfloat16; the loss stays float32.")] = False,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps from one checkpoint to the next.")] = 50,
     fresh: Annotated[bool, typer.Option("--fresh", help="Remove the run that the output folder holds.")] = False,
-    output: Annotated[Path, typer.Option(file_okay=False, help="Folder of the run.")] = Path("out/jax_digits"),
+    output: Annotated[Path, typer.Option(callback=made_folder, help="Folder of the run.")] = Path("out/jax_digits"),
 ) -> None:
-    """Train on handwritten digits in JAX, going on where the run in the output folder stopped."""
+    """Train on handwritten digits in JAX, going on where the run in the output folder stopped.
+
+    Kill it and give the same command again: the losses are those of a run that nobody stopped, bit for bit. A table
+    shows loss, nll, accuracy and calibration error, and a plot the losses by step.
+    """
     console = Console()
-    output.mkdir(parents=True, exist_ok=True)
-    checkpoints = open_run(output, {"smoothing": smoothing, "seed": seed, "bfloat16": bfloat16}, fresh)
+    options = {"program": "jax_digits", "smoothing": smoothing, "seed": seed, "bfloat16": bfloat16}
+    checkpoints = open_run(output, options, fresh)
     losses, picture = output / "losses.jsonl", output / "losses.png"
     digits = read_digits(seed)
     network = Network(bfloat16, nnx.Rngs(seed))
     optimizer = make_optimizer(network)
     first, last = checkpoints.restore(network, optimizer), epochs * (len(digits.train_labels) // BATCH_SIZE)
     keep_losses(losses, first)
-    console.print(f"{first} of {last} steps are done", highlight=False)
+    done = f"{first} of {last} steps are done"
+    if first > last:
+        done = f"{first} steps are done already, which is more than {last}: nothing to train"
+    console.print(done, highlight=False)
 
     with losses.open("a", buffering=1) as lines:
         for step in track(range(first, last), description="training", console=console):
