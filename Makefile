@@ -14,9 +14,9 @@ PIP := pip install --quiet --disable-pip-version-check
 
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/$(PIP) --editable '.[all]'
+	$(BIN)/$(PIP) --editable '.[all]' $(addprefix --constraint ,$(CONSTRAINTS))
 	touch $@
 
 demo: install
@@ -33,13 +33,8 @@ test-rest: install
 	$(BIN)/python -m pytest $(REST)
 
 # The same tests with the lowest versions that pyproject.toml admits.
-test-oldest: .venv-oldest/installed
-	$(MAKE) test VENV=.venv-oldest
-
-.venv-oldest/installed: pyproject.toml constraints-oldest.txt
-	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/$(PIP) --editable '.[all]' --constraint constraints-oldest.txt
-	touch $@
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 lint: install
 	$(BIN)/ruff format --check .
