@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lsce_spec import Convention, LossOptions, check_denominator_array
 from lsce_torch import fused, reference
-from lsce_torch.inputs import Batch, dtype_name, prepare
+from lsce_torch.inputs import Batch, at_labels, dtype_name, prepare
 from lsce_torch.stats import LossStats
 
 _ROW_LOSSES = {"fused": fused.row_losses, "reference": reference.row_losses}
@@ -251,7 +251,7 @@ def _divisor(denominator: float | Float[Tensor, ""] | None, batch: Batch) -> flo
 
 def _mean_denominator(batch: Batch) -> int | Tensor:
     if batch.class_weight is not None and not batch.soft:
-        weights = batch.class_weight[batch.labels]
+        weights = at_labels(batch.class_weight, batch.labels)
         if batch.bad is not None:
             # As without class weights; so the loss is NaN also where all others are 0.
             weights = torch.where(batch.bad, 1, weights)

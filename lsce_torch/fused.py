@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lsce_spec import LossOptions, error
 from lsce_torch import reference
-from lsce_torch.inputs import Batch, compute_dtype
+from lsce_torch.inputs import Batch, at_labels, compute_dtype
 from lsce_torch.overwrite import has_memory, what_is_overwritten
 from lsce_torch.stats import LossStats, make_stats
 from lsce_torch.sweeps import Operands, Sums, logits_gradient, sweep, target_mass, unstacked
@@ -105,7 +105,7 @@ def _make_operands(
             at_label, off = (_per_row(value) for value in reference.on_off(batch, options))
         else:
             off, num_others = _per_row(batch.smoothing), _sum_of_others(batch.prior, batch)
-            at_label = 1 - off + off * batch.prior[batch.labels]
+            at_label = 1 - off + off * at_labels(batch.prior, batch.labels)
             weight = batch.prior if weight is None else batch.prior * weight
         if batch.bad is not None and not isinstance(batch.smoothing, float):
             # No derivative by the smoothing comes from a row whose label is bad.
@@ -118,7 +118,7 @@ def _make_operands(
                 entropy = entropy + off * _sum_of_others(terms, batch)
         other_mass = num_others if weight is None else _sum_of_others(weight, batch)
         if batch.class_weight is not None:
-            at_label = at_label * batch.class_weight[batch.labels]
+            at_label = at_label * at_labels(batch.class_weight, batch.labels)
         if options.convention.at_max is not None:
             at_max = _per_row(reference.at_max(batch, options))
             if isinstance(at_max, Tensor) and batch.bad is not None:
@@ -161,7 +161,7 @@ def _sum_of_others(values: Float[Tensor, " K"], batch: Batch) -> Float[Tensor, "
     if batch.class_mask is not None:
         values = torch.where(batch.class_mask, values, 0)
     values = values.double()
-    return (torch.sum(values) - values[batch.labels]).to(batch.dtype)
+    return (torch.sum(values) - at_labels(values, batch.labels)).to(batch.dtype)
 
 
 class _RowLosses(torch.autograd.Function):

@@ -7,7 +7,7 @@ axes, ignored labels or bad ones beyond two boolean tensors.
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from lsce_spec import (
@@ -151,7 +151,7 @@ def prepare(
     bad = labels.clamp(0, num_classes - 1) != labels
     safe_labels = labels.masked_fill(bad, 0)
     if class_mask is not None:
-        bad = bad | ~class_mask[safe_labels]
+        bad = bad | ~at_labels(class_mask, safe_labels)
         safe_labels = labels.masked_fill(bad, 0)
     batch = Batch(logits, safe_labels, smoothing, None, bad, prior, class_weight, class_mask, given)
     if where is not None:
@@ -161,6 +161,12 @@ def prepare(
     if options.bad_labels == "raise" and batch.bad is not None:
         _raise_bad_label(labels, batch.bad, class_mask is not None, num_classes)
     return batch
+
+
+def at_labels(vector: Shaped[Tensor, " K"], labels: Int[Tensor, "*batch"]) -> Shaped[Tensor, "*batch"]:
+    """Return the entry of a vector over the classes at each label."""
+    # One dimension, since torch 2.9 cannot index with a tensor that has none under vmap.
+    return vector[labels.reshape(-1)].reshape(labels.shape)
 
 
 def dtype_name(tensor: Tensor) -> str:

@@ -21,7 +21,7 @@ from lsce_spec import (
     check_denominator_array,
     error,
 )
-from lsce_torch.inputs import dtype_name, prepare
+from lsce_torch.inputs import at_labels, dtype_name, prepare
 from lsce_torch.stats import LossStats
 
 try:
@@ -265,7 +265,7 @@ class TopKAccuracy(_Sums):
         found = ~torch.isnan(stats.nll)
         if batch.class_mask is not None:
             larger &= batch.class_mask
-            found &= batch.class_mask[labels[..., 0]]
+            found &= at_labels(batch.class_mask, labels[..., 0])
         found &= torch.sum(larger, dim=-1) < self.k
         self._add(**{self._names[0]: _sum(rows & found)}, count=_sum(rows))
 

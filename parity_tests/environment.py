@@ -2,6 +2,7 @@
 
 import platform
 import sys
+import warnings
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -51,7 +52,9 @@ def _flags() -> dict[str, Any]:
         flags["jax_enable_x64"] = bool(config.jax_enable_x64)
     if "torch" in sys.modules:
         torch = sys.modules["torch"]
-        flags["torch_float32_matmul_precision"] = torch.get_float32_matmul_precision()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch 2.9 deprecates here what it does itself
+            flags["torch_float32_matmul_precision"] = torch.get_float32_matmul_precision()
         flags["torch_deterministic"] = torch.are_deterministic_algorithms_enabled()
         flags["torch_threads"] = torch.get_num_threads()
     return flags
