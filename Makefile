@@ -42,7 +42,7 @@ lint: install
 	$(BIN)/mypy
 
 # Into dist/, the wheel from the sdist. Then each extra alone, in an environment of its own: up to 2 GB at a time, where
-# torch is the one for CPUs, and half an hour on two busy cores. EXTRAS="--extra jax --extra torch" checks these only.
+# torch is the one for CPUs, and 8 minutes on two cores. EXTRAS="--extra jax --extra torch" checks these only.
 wheel: install
 	rm -rf dist
 	$(BIN)/python -m build
