@@ -191,7 +191,8 @@ def _derivative(
 
     _, tangents_out = jax.jvp(at_peaks, primals, tangents)
     # The barrier's transpose is one too: what comes back for each row is computed once, not for every class again.
-    tangents_out = jax.lax.optimization_barrier(tangents_out)  # type: ignore[no-untyped-call]
+    # One for each of them: JAX 0.12 cannot transpose a barrier of which a part is known to be zero.
+    tangents_out = jax.tree.map(jax.lax.optimization_barrier, tangents_out)
     return (peaks, sums), (jax.tree.map(jnp.zeros_like, peaks), tangents_out)
 
 
