@@ -279,7 +279,7 @@ def make_classifier(smoothing: float, denominator: float | None) -> Any:
     lightning, metrics = pytest.importorskip("lightning"), pytest.importorskip("lsce_torch.metrics")
     collection = pytest.importorskip("torchmetrics").MetricCollection
 
-    class Classifier(lightning.LightningModule):  # type: ignore[misc, name-defined]
+    class Classifier(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.layer = linear()
