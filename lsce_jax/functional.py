@@ -6,6 +6,7 @@ fixed when the function is traced.
 
 import inspect
 import math
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -215,8 +216,25 @@ def _evaluate(
         class_mask=class_mask,
     )
     row_losses = _ROW_LOSSES[options.implementation]
+    return reduce_losses(batch, options, denominator, lambda batch: row_losses(batch, options, with_stats))
+
+
+def reduce_losses(
+    batch: Batch,
+    options: LossOptions,
+    denominator: float | Float[ArrayLike, ""] | None,
+    row_losses: Callable[[Batch], tuple[Float[Array, "..."], LossStats | None]],
+) -> tuple[Float[Array, "..."], LossStats | None]:
+    """Return the losses of a batch, reduced, and the statistics.
+
+    Args:
+        batch: what `row_losses` is called with, perhaps with fewer rows that count.
+        options: which reduction.
+        denominator: see `label_smoothed_cross_entropy`.
+        row_losses: returns the losses, 0 for rows that do not count, or their sum, and the statistics.
+    """
     if options.reduction != "mean":
-        losses, stats = row_losses(batch, options, with_stats)
+        losses, stats = row_losses(batch)
         return (losses if options.reduction == "none" else losses.sum()), stats
 
     divisor = _divisor(denominator, batch)
@@ -224,12 +242,12 @@ def _evaluate(
         # Divided by 0, no row counts: neither a NaN in it nor its derivative gets through.
         if divisor == 0:
             batch, divisor = batch.counting_only(jnp.array(False)), 1
-        losses, stats = row_losses(batch, options, with_stats)
+        losses, stats = row_losses(batch)
         return losses.sum() / divisor, stats
     counts = divisor != 0
     if batch.class_weight is not None or denominator is not None:
         batch = batch.counting_only(counts)
-    losses, stats = row_losses(batch, options, with_stats)
+    losses, stats = row_losses(batch)
     return jnp.where(counts, losses.sum() / jnp.where(counts, divisor, 1), 0), stats
 
 

@@ -83,10 +83,31 @@ class _Sums(NamedTuple):
     largest_mass: Float[Array, "*batch"] | None  # mean of w over the largest logits
 
 
+class Targets(NamedTuple):
+    """What makes the target of an integer label, for all rows or for each; see `make_targets`."""
+
+    on: Float[Array, "*#batch"]
+    off: Float[Array, "*#batch"]
+    at_max: Float[Array, "*#batch"] | None
+
+
+def make_targets(batch: Batch, options: LossOptions) -> Targets:
+    """Return the unweighted target at the label, but for a prior; what it is proportional to elsewhere; and `at_max`.
+
+    From the smoothing itself where that is a number: in float32 1 - 0.99999 would be 0.1 % off.
+    """
+    on, off = reference.on_off(batch, options) if batch.prior is None else (1 - batch.smoothing, batch.smoothing)
+    at_max = None if options.convention.at_max is None else _per_row(reference.at_max(batch, options), batch)
+    return Targets(_per_row(on, batch), _per_row(off, batch), at_max)
+
+
 def row_losses(
-    batch: Batch, options: LossOptions, with_stats: bool = False
+    batch: Batch, options: LossOptions, with_stats: bool = False, targets: Targets | None = None
 ) -> tuple[Float[Array, "*batch"], LossStats | None]:
-    """Return the loss of each row, 0 for rows that do not count and NaN for bad labels, and the statistics if asked."""
+    """Return the loss of each row, 0 for rows that do not count and NaN for bad labels, and the statistics if asked.
+
+    `targets` may be passed by who has them; without, they are made from the batch's smoothing.
+    """
     if batch.soft:
         kept: tuple[Array, LossStats | None] = jax.checkpoint(
             lambda: reference.row_losses(batch, options, with_stats)
@@ -106,7 +127,8 @@ def row_losses(
     log_sum = jnp.log1p(sums.rest)
     lse = peaks.peak + log_sum
 
-    on, off, num_others = _on_off_others(batch, options, sums)
+    targets = targets or make_targets(batch, options)
+    on, off, num_others = _on_off_others(batch, targets, sums)
     at_label, other_mass = on, num_others
     if batch.class_weight is not None:
         at_label = on * at_labels(batch.class_weight, batch.labels)
@@ -114,8 +136,8 @@ def row_losses(
         other_mass = sums.other_mass
     mass = at_label + off * other_mass
     smoothed = _product(at_label, sums.label_gap) + _product(off, sums.other_gaps)
-    if sums.largest_gap is not None:
-        at_max = jnp.where(jnp.asarray(batch.bad), 0, _per_row(reference.at_max(batch, options), batch))
+    if targets.at_max is not None:
+        at_max = jnp.where(jnp.asarray(batch.bad), 0, targets.at_max)
         smoothed += at_max * sums.largest_gap
         mass += at_max * sums.largest_mass
     smoothed += mass * log_sum
@@ -131,15 +153,14 @@ def row_losses(
 
 
 def _on_off_others(
-    batch: Batch, options: LossOptions, sums: _Sums
+    batch: Batch, targets: Targets, sums: _Sums
 ) -> tuple[Float[Array, "*#batch"], Float[Array, "*#batch"], Float[Array, "*#batch"]]:
     """Return the unweighted target at the label, what it is proportional to elsewhere, and the sum of that."""
+    on, off = targets.on, targets.off
     if batch.prior is None:
-        on, off = (_per_row(value, batch) for value in reference.on_off(batch, options))
         num_others = jnp.asarray(reference.count_allowed(batch) - 1, batch.dtype)
     else:
-        off = _per_row(batch.smoothing, batch)
-        on = _per_row(1 - batch.smoothing, batch) + off * at_labels(batch.prior, batch.labels)
+        on = on + off * at_labels(batch.prior, batch.labels)
         num_others = jnp.asarray(sums.other_mass if sums.other_prior is None else sums.other_prior)
     # NaN at the label makes loss and gradient NaN; 0 elsewhere leaves the derivatives of all else alone.
     bad = jnp.asarray(batch.bad)

@@ -32,7 +32,8 @@ class Batch:
     """The arrays of one call, classes last.
 
     Args:
-        logits: as the caller passed them, but for the place of the class dimension.
+        logits: as the caller passed them, but for the place of the class dimension; or only their shape and dtype, as
+            long as they have not been computed.
         labels: class indices within range, or the probabilities of soft labels.
         smoothing: number, or one per row in the compute dtype.
         counted: False for rows that `where` or `ignore_index` takes out; None where every row counts.
@@ -42,7 +43,7 @@ class Batch:
         class_mask: True for the classes that take part, or None.
     """
 
-    logits: Float[Array, "*batch K"]
+    logits: Float[Array, "*batch K"] | jax.ShapeDtypeStruct
     labels: Int[Array, "*batch"] | Float[Array, "*batch K"]
     smoothing: float | Float[Array, "*batch 1"]
     counted: Bool[Array, "*batch"] | None
@@ -79,13 +80,13 @@ class Batch:
         return replace(self, counted=counted, smoothing=smoothing, bad=bad)
 
 
-def compute_dtype(logits: Array) -> jnp.dtype:
+def compute_dtype(logits: Array | jax.ShapeDtypeStruct) -> jnp.dtype:
     """Return float64 for float64 logits and float32 for all others."""
     return np.dtype("float64" if logits.dtype == np.float64 else "float32")
 
 
 def prepare(
-    logits: ArrayLike,
+    logits: ArrayLike | jax.ShapeDtypeStruct,
     labels: ArrayLike,
     options: LossOptions,
     *,
@@ -95,21 +96,23 @@ def prepare(
     class_weight: ArrayLike | None,
     class_mask: ArrayLike | None,
 ) -> Batch:
-    """Check the arrays of a call and return them in canonical form.
+    """Check the arrays of a call and return them in canonical form. Of the logits, shape and dtype will do.
 
     Raises:
         TypeError: wrong type or dtype.
         ValueError: wrong shape, or a prior that is no distribution.
         IndexError: a label that is no class, with bad_labels="raise".
     """
-    logits = _as_array("logits", logits)
+    if not isinstance(logits, jax.ShapeDtypeStruct):
+        logits = _as_array("logits", logits)
     labels = _as_array("labels", _within_int32(labels))
     check_logits(logits.shape, logits.dtype.name)
     axis = check_axis(axis, logits.shape)
     check_labels(labels.shape, labels.dtype.name, logits.shape, axis)
     dtype = compute_dtype(logits)
 
-    logits = jnp.moveaxis(logits, axis, -1)
+    if not isinstance(logits, jax.ShapeDtypeStruct):
+        logits = jnp.moveaxis(logits, axis, -1)
     batch_shape, num_classes = logits.shape[:-1], logits.shape[-1]
     class_weight = _class_vector("class_weight", class_weight, num_classes, dtype)
     class_mask = _class_vector("class_mask", class_mask, num_classes, None)

@@ -6,6 +6,7 @@ plain Python values.
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -221,21 +222,39 @@ def _evaluate(
         class_mask=class_mask,
     )
     row_losses = _ROW_LOSSES[options.implementation]
+    return reduce_losses(batch, options, denominator, lambda batch: row_losses(batch, options, with_stats))
+
+
+def reduce_losses(
+    batch: Batch,
+    options: LossOptions,
+    denominator: float | Float[Tensor, ""] | None,
+    row_losses: Callable[[Batch], tuple[Float[Tensor, "..."], LossStats | None]],
+) -> tuple[Float[Tensor, "..."], LossStats | None]:
+    """Return the losses of a batch, reduced, and the statistics.
+
+    Args:
+        batch: what `row_losses` is called with, perhaps with fewer rows that count.
+        options: which reduction.
+        denominator: see `label_smoothed_cross_entropy`.
+        row_losses: returns the losses, 0 for rows that do not count, or their sum, and the statistics.
+    """
     if options.reduction != "mean":
-        losses, stats = row_losses(batch, options, with_stats)
+        losses, stats = row_losses(batch)
         return (losses if options.reduction == "none" else losses.sum()), stats
 
     divisor = _divisor(denominator, batch)
     if not isinstance(divisor, Tensor):
         # Divided by 0, no row counts: neither a NaN in it nor its derivative gets through.
         if divisor == 0:
-            batch, divisor = batch.counting_only(torch.zeros((), dtype=torch.bool, device=logits.device)), 1
-        losses, stats = row_losses(batch, options, with_stats)
+            none = torch.zeros((), dtype=torch.bool, device=batch.labels.device)
+            batch, divisor = batch.counting_only(none), 1
+        losses, stats = row_losses(batch)
         return losses.sum() / divisor, stats
     counts = divisor != 0
     if batch.class_weight is not None or denominator is not None:
         batch = batch.counting_only(counts)
-    losses, stats = row_losses(batch, options, with_stats)
+    losses, stats = row_losses(batch)
     return torch.where(counts, losses.sum() / torch.where(counts, divisor, 1), 0), stats
 
 
