@@ -49,6 +49,7 @@ class _Plan(NamedTuple):
     largest: bool
     correct: bool
     block_size: int
+    in_loop: bool  # whether within a loop that JAX may differentiate twice
 
 
 class _Operands(NamedTuple):
@@ -102,11 +103,20 @@ def make_targets(batch: Batch, options: LossOptions) -> Targets:
 
 
 def row_losses(
-    batch: Batch, options: LossOptions, with_stats: bool = False, targets: Targets | None = None
+    batch: Batch,
+    options: LossOptions,
+    with_stats: bool = False,
+    targets: Targets | None = None,
+    in_loop: bool = False,
 ) -> tuple[Float[Array, "*batch"], LossStats | None]:
     """Return the loss of each row, 0 for rows that do not count and NaN for bad labels, and the statistics if asked.
 
-    `targets` may be passed by who has them; without, they are made from the batch's smoothing.
+    Args:
+        batch: the rows.
+        options: of the loss.
+        with_stats: whether to return statistics.
+        targets: those of the rows; None makes them from the batch's smoothing.
+        in_loop: whether the call is within a loop of this package's, with derivatives of any order.
     """
     if batch.soft:
         kept: tuple[Array, LossStats | None] = jax.checkpoint(
@@ -119,6 +129,7 @@ def row_losses(
         largest=options.convention.at_max is not None,
         correct=with_stats,
         block_size=_BLOCK_SIZE,
+        in_loop=in_loop,
     )
     operands = _Operands(
         batch.logits, batch.labels.astype(jnp.int32), batch.counted, batch.class_mask, batch.prior, batch.class_weight
@@ -195,7 +206,8 @@ def _peaks_and_sums(plan: _Plan, operands: _Operands) -> tuple[_Peaks, _Sums]:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _differentiable(plan: _Plan, operands: _Operands) -> tuple[_Peaks, _Sums]:
-    results: tuple[_Peaks, _Sums] = _in_blocks(plan)(operands)
+    # Where JAX differentiates a scan twice, it drops the rule of a custom_jvp, and cannot go on at a custom_vmap.
+    results: tuple[_Peaks, _Sums] = _for_platform(plan, operands) if plan.in_loop else _in_blocks(plan)(operands)
     return results
 
 
@@ -223,11 +235,7 @@ def _in_blocks(plan: _Plan) -> Callable[[_Operands], tuple[_Peaks, _Sums]]:
 
     @custom_vmap
     def peaks_and_sums(operands: _Operands) -> tuple[_Peaks, _Sums]:
-        # Rows that are divided over devices would have to move; and of a symbolic number there is no last block.
-        if is_sharded(operands.logits) or not all(isinstance(size, int) for size in operands.logits.shape):
-            return _whole(plan, operands)
-        peaks, sums = jax.lax.platform_dependent(operands, cpu=partial(_blocked, plan), default=partial(_whole, plan))
-        return peaks, sums
+        return _for_platform(plan, operands)
 
     @peaks_and_sums.def_vmap
     def batched(
@@ -251,6 +259,14 @@ def _in_blocks(plan: _Plan) -> Callable[[_Operands], tuple[_Peaks, _Sums]]:
         return out, jax.tree.map(lambda _: True, out)
 
     return peaks_and_sums
+
+
+def _for_platform(plan: _Plan, operands: _Operands) -> tuple[_Peaks, _Sums]:
+    # Rows that are divided over devices would have to move; and of a symbolic number there is no last block.
+    if is_sharded(operands.logits) or not all(isinstance(size, int) for size in operands.logits.shape):
+        return _whole(plan, operands)
+    peaks, sums = jax.lax.platform_dependent(operands, cpu=partial(_blocked, plan), default=partial(_whole, plan))
+    return peaks, sums
 
 
 def _blocked(plan: _Plan, operands: _Operands) -> tuple[_Peaks, _Sums]:
@@ -300,13 +316,14 @@ def _whole(plan: _Plan, operands: _Operands, gather: bool = False) -> tuple[_Pea
     raw, capped, allowed = _logits(plan, operands)
     if allowed is not None:
         raw, capped = (jnp.where(allowed, values, -jnp.inf) for values in (raw, capped))
-    largest, correct = jnp.max(raw, axis=-1), None
+    constant = jax.lax.stop_gradient((raw, capped))
+    largest, correct = jnp.max(constant[0], axis=-1), None
     if plan.correct:
         # A sum, to be one more of the sweep: 1 for the label and -1 for each class before it, if they are largest.
         classes, labels = _classes(raw), operands.labels[..., None]
         score = (classes == labels).astype(raw.dtype) - (classes < labels).astype(raw.dtype)
-        correct = jnp.sum(jnp.where(raw == largest[..., None], score, 0), axis=-1)
-    peaks = _Peaks(largest if plan.softcap is None else jnp.max(capped, axis=-1), largest, correct)
+        correct = jnp.sum(jnp.where(constant[0] == largest[..., None], score, 0), axis=-1)
+    peaks = _Peaks(largest if plan.softcap is None else jnp.max(constant[1], axis=-1), largest, correct)
     return peaks, _sums(plan, operands, peaks, gather=gather)
 
 
@@ -332,7 +349,9 @@ def _sums(
         # Behind a softcap XLA may fuse its product into the gap, which is then not quite 0 at the peak: ask the logits.
         is_peak = gap <= 0 if plan.softcap is None else jax.lax.stop_gradient(raw) >= peaks.largest[..., None]
         is_peak = is_peak if allowed is None else is_peak & allowed
-        terms, num_peaks = jnp.where(is_peak, 0, terms), jnp.sum(is_peak, axis=-1, dtype=gap.dtype)
+        # Left out by subtraction, which is exact and keeps their derivatives.
+        terms = jnp.where(is_peak, terms - jax.lax.stop_gradient(terms), terms)
+        num_peaks = jnp.sum(is_peak, axis=-1, dtype=gap.dtype)
     if allowed is not None:
         terms = jnp.where(allowed, terms, 0)
 

@@ -8,6 +8,7 @@ from lsce_spec.checks import check_class_vector as check_class_vector
 from lsce_spec.checks import check_denominator as check_denominator
 from lsce_spec.checks import check_denominator_array as check_denominator_array
 from lsce_spec.checks import check_labels as check_labels
+from lsce_spec.checks import check_layer as check_layer
 from lsce_spec.checks import check_logits as check_logits
 from lsce_spec.checks import check_prior_values as check_prior_values
 from lsce_spec.checks import check_smoothing as check_smoothing
@@ -34,4 +35,6 @@ from lsce_spec.migration import convert_smoothing as convert_smoothing
 from lsce_spec.migration import identify_loss as identify_loss
 from lsce_spec.migration import identify_targets as identify_targets
 from lsce_spec.options import IMPLEMENTATIONS as IMPLEMENTATIONS
+from lsce_spec.options import LINEAR_IMPLEMENTATIONS as LINEAR_IMPLEMENTATIONS
+from lsce_spec.options import ChunkOptions as ChunkOptions
 from lsce_spec.options import LossOptions as LossOptions

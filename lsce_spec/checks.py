@@ -86,6 +86,39 @@ def check_logits(shape: Shape, dtype: str) -> None:
         raise error("logits_scalar")
 
 
+def check_layer(
+    hidden: tuple[Shape, str], weight: tuple[Shape, str], bias: tuple[Shape, str] | None, features_axis: int
+) -> int:
+    """Return the number of classes of a linear layer; raise unless shapes and dtypes fit each other.
+
+    Args:
+        hidden: shape and dtype of what goes into the layer.
+        weight: the same of the weight.
+        bias: the same of the bias, or None.
+        features_axis: which dimension of the weight has the features: 0 in [D, K], 1 in [K, D].
+    """
+    for name, operand in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if operand is not None and not is_floating(operand[1]):
+            raise error("hidden_dtype", name=name, given=operand[1])
+    if not hidden[0]:
+        raise error("hidden_scalar")
+    features, shape = hidden[0][-1], weight[0]
+    if len(shape) != 2 or shape[features_axis] != features:
+        fits_transposed = len(shape) == 2 and shape[1 - features_axis] == features
+        raise error(
+            "weight_shape",
+            layout="[D, K]" if features_axis == 0 else "[K, D]",
+            features=features,
+            hidden=list(hidden[0]),
+            given=list(shape),
+            hint="Transpose it." if fits_transposed else "Check the order of the arguments: hidden, weight, labels.",
+        )
+    num_classes = shape[1 - features_axis]
+    if bias is not None and bias[0] != (num_classes,):
+        raise error("bias_shape", classes=num_classes, expected=[num_classes], given=list(bias[0]))
+    return num_classes
+
+
 def check_axis(axis: object, shape: Shape) -> int:
     """Return `axis` of logits of `shape` counted from the front."""
     rank = len(shape)

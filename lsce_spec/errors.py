@@ -256,6 +256,58 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         ModuleNotFoundError,
         "lsce_torch.metrics needs torchmetrics, which is not installed. Run: pip install 'lsce[metrics]'.",
     ),
+    "chunk_size": (
+        ValueError,
+        "chunk_size must be a positive integer, the number of rows whose logits are in memory at a time, or None, "
+        "got {given}. Leave it out to let it be chosen.",
+    ),
+    "recompute_none": (
+        ValueError,
+        "recompute=False needs reduction='sum' or 'mean': a gradient that is computed with the loss cannot know what "
+        "each row's will be multiplied with. Leave recompute out, or reduce.",
+    ),
+    "gradient_filter": (
+        ValueError,
+        "gradient_filter must be a number in [0, 1), got {given}. 0 leaves nothing out; 2**-12 suits bfloat16.",
+    ),
+    "filter_recompute": (
+        ValueError,
+        "gradient_filter needs the gradient to be computed with the loss: reduction='sum' or 'mean', and not "
+        "recompute=True. Change these, or leave gradient_filter out.",
+    ),
+    "chunked_only": (
+        ValueError,
+        "{name} is an option of implementation='chunked'; 'reference' computes all logits at once. "
+        "Leave out {name}={given} or the implementation.",
+    ),
+    "hidden_dtype": (
+        TypeError,
+        "{name} must be floating point (float64, float32, bfloat16 or float16), got {given}. Convert it first; "
+        "the order of the arguments is hidden, weight, labels.",
+    ),
+    "hidden_scalar": (
+        ValueError,
+        "hidden must have a feature dimension, got a scalar (shape []). Pass an array of shape [..., D].",
+    ),
+    "weight_shape": (
+        ValueError,
+        "weight must have shape {layout} with D = {features} features, the size of the last dimension of hidden "
+        "{hidden}, got {given}. {hint}",
+    ),
+    "bias_shape": (
+        ValueError,
+        "bias must have one number for each of the {classes} classes: expected {expected}, got {given}.",
+    ),
+    "linear_soft_labels": (
+        TypeError,
+        "labels of the linear loss must be class indices (an integer dtype), got {given}: class probabilities are as "
+        "large as the logits that it avoids. Use label_smoothed_cross_entropy on the logits.",
+    ),
+    "layer_device": (
+        ValueError,
+        "hidden, weight, bias and labels must be on the same device, got {name} on {given} and hidden on {expected}. "
+        "Move one of them.",
+    ),
     "bad_label": (
         IndexError,
         "label {value} at index {index} is not one of the classes: expected {expected}. "

@@ -10,6 +10,7 @@ from lsce_spec.conventions import UNIFORM, Convention, find_convention
 from lsce_spec.errors import error
 
 IMPLEMENTATIONS = ("fused", "reference")
+LINEAR_IMPLEMENTATIONS = ("chunked", "reference")
 REDUCTIONS = ("none", "sum", "mean")
 BAD_LABELS = ("nan", "raise")
 
@@ -48,8 +49,9 @@ class LossOptions:
         denominator: Any,
         implementation: str | None,
         inplace_backward: bool = False,
+        implementations: tuple[str, ...] = IMPLEMENTATIONS,
     ) -> "LossOptions":
-        """Check every option and return them frozen.
+        """Check every option and return them frozen. `implementations` are the known ones, the default first.
 
         Raises:
             ValueError: a value out of its range, or two options that exclude each other.
@@ -76,8 +78,8 @@ class LossOptions:
         if denominator is not None and reduction != "mean":
             raise error("denominator", reduction=repr(reduction))
         check_denominator(denominator)
-        if implementation is not None and implementation not in IMPLEMENTATIONS:
-            known = ", ".join(repr(name) for name in IMPLEMENTATIONS)
+        if implementation is not None and implementation not in implementations:
+            known = ", ".join(repr(name) for name in implementations)
             raise error("implementation", given=repr(implementation), known=known)
         if not isinstance(inplace_backward, bool):
             raise error("flag", name="inplace_backward", given=repr(inplace_backward))
@@ -92,9 +94,49 @@ class LossOptions:
             subtract_entropy=subtract_entropy,
             bad_labels=bad_labels,
             reduction=reduction,
-            implementation=implementation or IMPLEMENTATIONS[0],
+            implementation=implementation or implementations[0],
             inplace_backward=inplace_backward,
         )
+
+
+@dataclass(frozen=True)
+class ChunkOptions:
+    """How the linear loss goes through its rows. See `linear_label_smoothed_cross_entropy` for the meaning of each."""
+
+    chunk_size: int | None = None
+    recompute: bool = False
+    gradient_filter: float = 0.0
+
+    @staticmethod
+    def checked(
+        *, chunk_size: int | None, recompute: bool | None, gradient_filter: float, options: LossOptions
+    ) -> "ChunkOptions":
+        """Check every option and return them frozen.
+
+        Raises:
+            ValueError: a value out of its range, or two options that exclude each other.
+            TypeError: a value of the wrong type.
+        """
+        if chunk_size is not None and (
+            not isinstance(chunk_size, Integral) or isinstance(chunk_size, bool) or chunk_size < 1
+        ):
+            raise error("chunk_size", given=repr(chunk_size))
+        if recompute is not None and not isinstance(recompute, bool):
+            raise error("flag", name="recompute", given=repr(recompute))
+        by_row = options.reduction == "none"
+        if recompute is False and by_row:
+            raise error("recompute_none")
+        if not is_number(gradient_filter) or not 0 <= gradient_filter < 1:
+            raise error("gradient_filter", given=repr(gradient_filter))
+        if options.implementation == "reference":
+            given = {"chunk_size": chunk_size, "recompute": recompute, "gradient_filter": gradient_filter or None}
+            for name, value in given.items():
+                if value is not None:
+                    raise error("chunked_only", name=name, given=repr(value))
+        recompute = by_row if recompute is None else recompute
+        if gradient_filter and recompute:
+            raise error("filter_recompute")
+        return ChunkOptions(None if chunk_size is None else int(chunk_size), recompute, float(gradient_filter))
 
 
 def _is_int32(value: object) -> bool:

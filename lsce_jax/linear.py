@@ -1,0 +1,234 @@
+"""The last linear layer and the loss in one: the logits are never whole in memory."""
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from lsce_jax import chunked, reference
+from lsce_jax.chunked import Layer
+from lsce_jax.functional import reduce_losses
+from lsce_jax.inputs import Batch, _as_array, compute_dtype, prepare
+from lsce_jax.stats import LossStats
+from lsce_spec import LINEAR_IMPLEMENTATIONS, ChunkOptions, Convention, LossOptions, check_layer, error
+
+
+def linear_label_smoothed_cross_entropy(
+    hidden: Float[ArrayLike, "... D"],
+    weight: Float[ArrayLike, "D K"],
+    labels: Int[ArrayLike, "..."],
+    *,
+    bias: Float[ArrayLike, " K"] | None = None,
+    smoothing: float | Float[ArrayLike, "..."] = 0.1,
+    convention: str | Convention = "uniform",
+    prior: Float[ArrayLike, " K"] | None = None,
+    where: Bool[ArrayLike, "..."] | None = None,
+    ignore_index: int | None = None,
+    class_weight: Float[ArrayLike, " K"] | None = None,
+    class_mask: Bool[ArrayLike, " K"] | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    subtract_entropy: bool = False,
+    bad_labels: str = "nan",
+    reduction: str = "none",
+    denominator: float | Float[ArrayLike, ""] | None = None,
+    implementation: str | None = None,
+    chunk_size: int | None = None,
+    recompute: bool | None = None,
+    gradient_filter: float = 0.0,
+) -> Float[Array, "..."]:
+    r"""`label_smoothed_cross_entropy` of the logits hidden @ weight + bias, which are never whole in memory.
+
+    The rows are taken some at a time. Of a sum or mean of losses all gradients are computed with the loss, so that no
+    logits are computed twice; of the losses of single rows, whose gradients depend on what becomes of them, they are
+    computed later, from logits computed again.
+
+    Args:
+        hidden: [..., D] features. float64, float32, bfloat16 or float16: the dtype to multiply in.
+        weight: [D, K], the kernel of a Flax layer, of any of these dtypes: it is multiplied in the dtype of hidden, and
+            its gradient, added up in float32 or wider, comes in its own. So the gradient of a float32 weight is not
+            rounded to bfloat16 where hidden is.
+        labels: [...] class indices, of any integer dtype.
+        bias: K numbers, or None.
+        smoothing, convention, prior, where, ignore_index, class_weight, class_mask, z_loss, softcap, subtract_entropy,
+            bad_labels, reduction, denominator: see `label_smoothed_cross_entropy`.
+        implementation: "chunked"; "reference", which computes all logits at once; None chooses "chunked".
+        chunk_size: how many rows' logits to have in memory at most; None chooses min(max(D, 256), 4096).
+        recompute: whether to compute the logits again for the gradient, and hold no gradient before. None does so for
+            reduction="none", which allows nothing else.
+        gradient_filter: classes whose part of the gradient of the logits, but for what smoothing alone adds to it, is
+            at most this in every row of a chunk are left out of the two matrix products for the gradient. What
+            smoothing adds is always there. 0 leaves nothing out.
+
+    Returns:
+        Losses, with `reduction="none"` of shape [...], else a scalar. float64 for float64 hidden, otherwise float32.
+
+    Raises:
+        TypeError: wrong type or dtype, or labels that are probabilities.
+        ValueError: wrong shape, value out of range, or options that exclude each other.
+        IndexError: a label outside the classes, with `bad_labels="raise"`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> hidden, weight = jnp.array([[2.0, 0.0], [0.0, 3.0]]), jnp.eye(2, 3)
+        >>> labels = jnp.array([0, 1])
+        >>> step = jax.value_and_grad(linear_label_smoothed_cross_entropy, argnums=(0, 1))
+        >>> loss, (of_hidden, of_weight) = step(hidden, weight, labels, reduction="mean")
+        >>> f"{loss:.4f}", of_hidden.shape, of_weight.shape
+        ('0.3339', (2, 2), (2, 3))
+
+    References:
+        Gradient with the loss: Hsu et al., "Liger Kernel", 2024, arXiv:2410.10989. Leaving out what the softmax makes
+        negligible: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024, arXiv:2411.09009.
+    """
+    loss, _ = _evaluate(
+        hidden,
+        weight,
+        labels,
+        with_stats=False,
+        bias=bias,
+        smoothing=smoothing,
+        convention=convention,
+        prior=prior,
+        where=where,
+        ignore_index=ignore_index,
+        class_weight=class_weight,
+        class_mask=class_mask,
+        z_loss=z_loss,
+        softcap=softcap,
+        subtract_entropy=subtract_entropy,
+        bad_labels=bad_labels,
+        reduction=reduction,
+        denominator=denominator,
+        implementation=implementation,
+        chunk_size=chunk_size,
+        recompute=recompute,
+        gradient_filter=gradient_filter,
+    )
+    return loss
+
+
+def linear_label_smoothed_cross_entropy_with_stats(
+    hidden: Float[ArrayLike, "... D"],
+    weight: Float[ArrayLike, "D K"],
+    labels: Int[ArrayLike, "..."],
+    **options: Any,
+) -> tuple[Float[Array, "..."], LossStats]:
+    """Return the loss of `linear_label_smoothed_cross_entropy`, and what is known of each row besides.
+
+    Args:
+        hidden: as there.
+        weight: as there.
+        labels: as there.
+        options: as there, with the same defaults.
+
+    Returns:
+        The loss, reduced as asked, and `LossStats` with one value per row; see
+        `label_smoothed_cross_entropy_with_stats`.
+
+    Raises:
+        TypeError, ValueError, IndexError: as there.
+
+    Example: perplexity of a batch.
+        >>> import jax.numpy as jnp
+        >>> hidden, weight = jnp.array([[2.0, 0.0], [0.0, 3.0]]), jnp.eye(2, 3)
+        >>> _, stats = linear_label_smoothed_cross_entropy_with_stats(hidden, weight, jnp.array([0, 1]))
+        >>> f"{jnp.exp(stats.nll.mean()):.4f}"
+        '1.1843'
+    """
+    loss, stats = _evaluate(hidden, weight, labels, with_stats=True, **{**_DEFAULTS, **options})
+    assert stats is not None
+    return loss, stats
+
+
+# Written out once, in `linear_label_smoothed_cross_entropy`; help() and editors show them for both.
+_DEFAULTS: dict[str, Any] = dict(linear_label_smoothed_cross_entropy.__kwdefaults__ or {})
+linear_label_smoothed_cross_entropy_with_stats.__signature__ = inspect.signature(  # type: ignore[attr-defined]
+    linear_label_smoothed_cross_entropy
+).replace(return_annotation=tuple)
+
+
+def _evaluate(
+    hidden: Float[ArrayLike, "... D"],
+    weight: Float[ArrayLike, "D K"],
+    labels: Int[ArrayLike, "..."],
+    *,
+    with_stats: bool,
+    bias: Float[ArrayLike, " K"] | None,
+    smoothing: float | Float[ArrayLike, "..."],
+    convention: str | Convention,
+    prior: Float[ArrayLike, " K"] | None,
+    where: Bool[ArrayLike, "..."] | None,
+    ignore_index: int | None,
+    class_weight: Float[ArrayLike, " K"] | None,
+    class_mask: Bool[ArrayLike, " K"] | None,
+    z_loss: float,
+    softcap: float | None,
+    subtract_entropy: bool,
+    bad_labels: str,
+    reduction: str,
+    denominator: float | Float[ArrayLike, ""] | None,
+    implementation: str | None,
+    chunk_size: int | None,
+    recompute: bool | None,
+    gradient_filter: float,
+) -> tuple[Float[Array, "..."], LossStats | None]:
+    """Return the loss, and the statistics if asked. See `linear_label_smoothed_cross_entropy`."""
+    options = LossOptions.checked(
+        smoothing=smoothing,
+        convention=convention,
+        has_prior=prior is not None,
+        ignore_index=ignore_index,
+        z_loss=z_loss,
+        softcap=softcap,
+        subtract_entropy=subtract_entropy,
+        bad_labels=bad_labels,
+        reduction=reduction,
+        denominator=denominator,
+        implementation=implementation,
+        implementations=LINEAR_IMPLEMENTATIONS,
+    )
+    chunks = ChunkOptions.checked(
+        chunk_size=chunk_size, recompute=recompute, gradient_filter=gradient_filter, options=options
+    )
+    layer, num_classes = _prepare_layer(hidden, weight, bias)
+    batch = prepare(
+        jax.ShapeDtypeStruct((*layer.hidden.shape[:-1], num_classes), layer.hidden.dtype),
+        labels,
+        options,
+        axis=-1,
+        where=where,
+        prior=prior,
+        class_weight=class_weight,
+        class_mask=class_mask,
+    )
+    if batch.soft:
+        raise error("linear_soft_labels", given=batch.labels.dtype.name)
+
+    def row_losses(batch: Batch) -> tuple[Float[Array, "..."], LossStats | None]:
+        if options.implementation == "chunked" and 0 not in batch.batch_shape:
+            return chunked.losses(batch, layer, options, chunks, with_stats)
+        return reference.row_losses(replace(batch, logits=_all_logits(layer)), options, with_stats)
+
+    return reduce_losses(batch, options, denominator, row_losses)
+
+
+def _prepare_layer(hidden: ArrayLike, weight: ArrayLike, bias: ArrayLike | None) -> tuple[Layer, int]:
+    """Check the arrays of the layer and return them, and the number of classes."""
+    layer = Layer(
+        _as_array("hidden", hidden),
+        _as_array("weight", weight),
+        None if bias is None else _as_array("bias", bias),
+    )
+    described = [None if array is None else (array.shape, array.dtype.name) for array in layer]
+    assert described[0] is not None and described[1] is not None
+    return layer, check_layer(described[0], described[1], described[2], features_axis=0)
+
+
+def _all_logits(layer: Layer) -> Float[Array, "*batch K"]:
+    dtype = compute_dtype(layer.hidden)
+    logits = jnp.matmul(layer.hidden, layer.weight.astype(layer.hidden.dtype), preferred_element_type=dtype)
+    return logits if layer.bias is None else logits + layer.bias.astype(dtype).reshape((1,) * (logits.ndim - 1) + (-1,))
