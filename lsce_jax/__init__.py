@@ -2,8 +2,13 @@
 
 from lsce_jax.functional import label_smoothed_cross_entropy as label_smoothed_cross_entropy
 from lsce_jax.functional import label_smoothed_cross_entropy_with_stats as label_smoothed_cross_entropy_with_stats
+from lsce_jax.linear import linear_label_smoothed_cross_entropy as linear_label_smoothed_cross_entropy
+from lsce_jax.linear import (
+    linear_label_smoothed_cross_entropy_with_stats as linear_label_smoothed_cross_entropy_with_stats,
+)
 from lsce_jax.modules import CELossWithLabelSmoothing as CELossWithLabelSmoothing
 from lsce_jax.modules import LabelSmoothedCrossEntropyLoss as LabelSmoothedCrossEntropyLoss
+from lsce_jax.modules import LinearLabelSmoothedCrossEntropyLoss as LinearLabelSmoothedCrossEntropyLoss
 from lsce_jax.stats import LossStats as LossStats
 from lsce_spec import Convention as Convention
 from lsce_spec import convert_smoothing as convert_smoothing

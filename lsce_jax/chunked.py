@@ -240,9 +240,7 @@ def _total_loss(plan: _Plan, operands: _Operands) -> tuple[Float[Array, ""], Los
 
 
 def _total_tangent(plan: _Plan, primals: tuple[_Operands], tangents: tuple[_Operands]) -> tuple[Any, Any]:
-    given = {
-        name: tangent for name, tangent in _floating(tangents[0]).items() if not isinstance(tangent, SymbolicZero)
-    }
+    given = {name: tangent for name, tangent in _floating(tangents[0]).items() if not isinstance(tangent, SymbolicZero)}
     total, stats, gradients = _with_gradients(plan, tuple(given), *primals)
     tangent = jnp.zeros_like(total)
     for name, of in given.items():

@@ -104,8 +104,8 @@ def prepare(
         IndexError: a label that is no class, with bad_labels="raise".
     """
     if not isinstance(logits, jax.ShapeDtypeStruct):
-        logits = _as_array("logits", logits)
-    labels = _as_array("labels", _within_int32(labels))
+        logits = as_array("logits", logits)
+    labels = as_array("labels", _within_int32(labels))
     check_logits(logits.shape, logits.dtype.name)
     axis = check_axis(axis, logits.shape)
     check_labels(labels.shape, labels.dtype.name, logits.shape, axis)
@@ -124,14 +124,14 @@ def prepare(
 
     smoothing = options.smoothing
     if not is_number(smoothing):
-        smoothing = _as_array("smoothing", smoothing)
+        smoothing = as_array("smoothing", smoothing)
         check_smoothing_dtype(smoothing.dtype.name)
         check_batch_operand("smoothing", smoothing.shape, None, batch_shape)
         smoothing = smoothing.astype(dtype)
         smoothing = jnp.broadcast_to(smoothing, batch_shape)[..., None]
 
     if where is not None:
-        where = _as_array("where", where)
+        where = as_array("where", where)
         check_batch_operand("where", where.shape, where.dtype.name, batch_shape)
 
     if is_floating(labels.dtype.name):
@@ -160,7 +160,7 @@ def prepare(
     return batch
 
 
-def _as_array(name: str, value: ArrayLike) -> Array:
+def as_array(name: str, value: ArrayLike) -> Array:
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError) as problem:
@@ -197,14 +197,14 @@ def is_sharded(array: Array) -> bool:
 def _class_vector(name: str, vector: ArrayLike | None, num_classes: int, dtype: jnp.dtype | None) -> Array | None:
     if vector is None:
         return None
-    vector = _as_array(name, vector)
+    vector = as_array(name, vector)
     check_class_vector(name, vector.shape, vector.dtype.name, num_classes)
     return vector if dtype is None else vector.astype(dtype)
 
 
 def check_prior(prior: ArrayLike, class_mask: ArrayLike | None) -> None:
     """Raise unless the prior is a distribution over the classes of the mask. Traced values are not there to check."""
-    rounded = _as_array("prior", prior)
+    rounded = as_array("prior", prior)
     check_class_vector("prior", rounded.shape, rounded.dtype.name, rounded.size)
     if _is_traced(prior) or _is_traced(class_mask):
         return

@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from lsce_jax import chunked, reference
 from lsce_jax.chunked import Layer
 from lsce_jax.functional import reduce_losses
-from lsce_jax.inputs import Batch, _as_array, compute_dtype, prepare
+from lsce_jax.inputs import Batch, as_array, compute_dtype, prepare
 from lsce_jax.stats import LossStats
 from lsce_spec import LINEAR_IMPLEMENTATIONS, ChunkOptions, Convention, LossOptions, check_layer, error
 
@@ -137,7 +137,7 @@ def linear_label_smoothed_cross_entropy_with_stats(
         >>> hidden, weight = jnp.array([[2.0, 0.0], [0.0, 3.0]]), jnp.eye(2, 3)
         >>> _, stats = linear_label_smoothed_cross_entropy_with_stats(hidden, weight, jnp.array([0, 1]))
         >>> f"{jnp.exp(stats.nll.mean()):.4f}"
-        '1.1843'
+        '1.1820'
     """
     loss, stats = _evaluate(hidden, weight, labels, with_stats=True, **{**_DEFAULTS, **options})
     assert stats is not None
@@ -219,9 +219,9 @@ def _evaluate(
 def _prepare_layer(hidden: ArrayLike, weight: ArrayLike, bias: ArrayLike | None) -> tuple[Layer, int]:
     """Check the arrays of the layer and return them, and the number of classes."""
     layer = Layer(
-        _as_array("hidden", hidden),
-        _as_array("weight", weight),
-        None if bias is None else _as_array("bias", bias),
+        as_array("hidden", hidden),
+        as_array("weight", weight),
+        None if bias is None else as_array("bias", bias),
     )
     described = [None if array is None else (array.shape, array.dtype.name) for array in layer]
     assert described[0] is not None and described[1] is not None

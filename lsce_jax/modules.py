@@ -6,7 +6,10 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from lsce_jax.functional import label_smoothed_cross_entropy
 from lsce_jax.inputs import check_prior
+from lsce_jax.linear import linear_label_smoothed_cross_entropy
 from lsce_spec import (
+    LINEAR_IMPLEMENTATIONS,
+    ChunkOptions,
     Convention,
     LossOptions,
     check_class_count,
@@ -123,6 +126,129 @@ class LabelSmoothedCrossEntropyLoss(nnx.Module):
             reduction=self.reduction,
             denominator=denominator,
             implementation=self.implementation,
+        )
+
+
+class LinearLabelSmoothedCrossEntropyLoss(nnx.Module):
+    """`linear_label_smoothed_cross_entropy` with its options kept: a module without parameters.
+
+    The weight comes with each call, so that it may be that of the model's last layer or of its embedding.
+
+    Args:
+        smoothing, convention, prior, ignore_index, class_weight, class_mask, z_loss, softcap, subtract_entropy,
+            bad_labels, reduction, implementation, chunk_size, recompute, gradient_filter: see
+            `linear_label_smoothed_cross_entropy`.
+
+    Raises:
+        TypeError, ValueError: an option out of its range. Shapes are checked at the call.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> loss_fn = LinearLabelSmoothedCrossEntropyLoss(smoothing=0.1, reduction="mean")
+        >>> hidden, weight = jnp.array([[2.0, 0.0], [0.0, 3.0]]), jnp.eye(2, 3)
+        >>> f"{loss_fn(hidden, weight, jnp.array([0, 1])):.4f}"
+        '0.3339'
+    """
+
+    def __init__(
+        self,
+        smoothing: float = 0.1,
+        *,
+        convention: str | Convention = "uniform",
+        prior: Float[ArrayLike, " K"] | None = None,
+        ignore_index: int | None = None,
+        class_weight: Float[ArrayLike, " K"] | None = None,
+        class_mask: Bool[ArrayLike, " K"] | None = None,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        subtract_entropy: bool = False,
+        bad_labels: str = "nan",
+        reduction: str = "none",
+        implementation: str | None = None,
+        chunk_size: int | None = None,
+        recompute: bool | None = None,
+        gradient_filter: float = 0.0,
+    ) -> None:
+        """Check the options and keep them; see the class."""
+        options = LossOptions.checked(
+            smoothing=smoothing,
+            convention=convention,
+            has_prior=prior is not None,
+            ignore_index=ignore_index,
+            z_loss=z_loss,
+            softcap=softcap,
+            subtract_entropy=subtract_entropy,
+            bad_labels=bad_labels,
+            reduction=reduction,
+            denominator=None,
+            implementation=implementation,
+            implementations=LINEAR_IMPLEMENTATIONS,
+        )
+        ChunkOptions.checked(
+            chunk_size=chunk_size, recompute=recompute, gradient_filter=gradient_filter, options=options
+        )
+        if prior is not None:
+            check_prior(prior, class_mask)
+        self.smoothing = smoothing
+        self.convention = convention
+        self.prior = _constant(prior)
+        self.ignore_index = ignore_index
+        self.class_weight = _constant(class_weight)
+        self.class_mask = _constant(class_mask)
+        self.z_loss = z_loss
+        self.softcap = softcap
+        self.subtract_entropy = subtract_entropy
+        self.bad_labels = bad_labels
+        self.reduction = reduction
+        self.implementation = implementation
+        self.chunk_size = chunk_size
+        self.recompute = recompute
+        self.gradient_filter = gradient_filter
+
+    def __call__(
+        self,
+        hidden: Float[ArrayLike, "... D"],
+        weight: Float[ArrayLike, "D K"],
+        labels: Int[ArrayLike, "..."],
+        *,
+        bias: Float[ArrayLike, " K"] | None = None,
+        where: Bool[ArrayLike, "..."] | None = None,
+        smoothing: float | Float[ArrayLike, "..."] | None = None,
+        denominator: float | Float[ArrayLike, ""] | None = None,
+    ) -> Float[Array, "..."]:
+        """Return the loss.
+
+        Args:
+            hidden: [..., D] features.
+            weight: [D, K].
+            labels: [...] class indices.
+            bias: K numbers, or None.
+            where: booleans that broadcast to the losses; False takes a row out.
+            smoothing: replaces the module's own for this call, as a schedule does.
+            denominator: what reduction="mean" divides by.
+        """
+        return linear_label_smoothed_cross_entropy(
+            hidden,
+            weight,
+            labels,
+            bias=bias,
+            smoothing=self.smoothing if smoothing is None else smoothing,
+            convention=self.convention,
+            prior=_value(self.prior),
+            where=where,
+            ignore_index=self.ignore_index,
+            class_weight=_value(self.class_weight),
+            class_mask=_value(self.class_mask),
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            subtract_entropy=self.subtract_entropy,
+            bad_labels=self.bad_labels,
+            reduction=self.reduction,
+            denominator=denominator,
+            implementation=self.implementation,
+            chunk_size=self.chunk_size,
+            recompute=self.recompute,
+            gradient_filter=self.gradient_filter,
         )
 
 

@@ -12,7 +12,7 @@ and its forward mode. A derivative of the gradient, forward mode and torch.compi
 plain operations, which torch differentiates and the compiler fuses by itself.
 
 Soft labels take the same way, with a weight for each row. A `class_weight` or `prior` that requires a gradient takes
-the reference, as do the rarer combinations that `_why_reference` lists.
+the reference, as do the rarer combinations that `why_reference` lists.
 """
 
 import math
@@ -35,16 +35,16 @@ def row_losses(
     batch: Batch, options: LossOptions, with_stats: bool = False
 ) -> tuple[Float[Tensor, "*batch"], LossStats | None]:
     """Return the loss of each row, 0 for rows that do not count and NaN for bad labels, and the statistics if asked."""
-    reason = _why_reference(batch, options, with_stats)
+    reason = why_reference(batch, options, with_stats)
     if reason is not None:
         if options.inplace_backward:
             raise error("inplace_needs_reference", reason=reason)
         return reference.row_losses(batch, options, with_stats)
-    operands, entropy = _make_operands(batch, options, with_stats)
+    operands, entropy = make_operands(batch, options, with_stats)
     losses: Tensor
     if torch.compiler.is_compiling():
         sums, first = _plain_sums(operands)
-        losses = _losses(operands, sums)[0]
+        losses = losses_of(operands, sums)[0]
     else:
         losses, stacked, first = _RowLosses.apply(*operands)  # type: ignore[no-untyped-call]
         sums = unstacked(stacked)
@@ -54,17 +54,27 @@ def row_losses(
             losses = torch.where(batch.counted, losses, 0)
     if first is None:
         return losses, None
+    return losses, stats_of(batch, options, operands, entropy, sums, first)
+
+
+def stats_of(
+    batch: Batch,
+    options: LossOptions,
+    operands: Operands,
+    entropy: float | Float[Tensor, "*#batch"] | None,
+    sums: Sums,
+    first: Int[Tensor, "*batch"],
+) -> LossStats:
+    """Return the statistics that the sums make; `first` is the index of the first largest logit."""
     with torch.no_grad():
-        _, smoothed, lse = _losses(operands, sums)
+        _, smoothed, lse = losses_of(operands, sums)
         if entropy is not None:
             smoothed = smoothed - entropy
         nll, correct = sums.log_sum + sums.label_gap, torch.eq(first, batch.labels)
-        return losses, make_stats(
-            batch, options, nll=nll, smoothed=smoothed, lse=lse, log_sum=sums.log_sum, correct=correct
-        )
+        return make_stats(batch, options, nll=nll, smoothed=smoothed, lse=lse, log_sum=sums.log_sum, correct=correct)
 
 
-def _why_reference(batch: Batch, options: LossOptions, with_stats: bool) -> str | None:
+def why_reference(batch: Batch, options: LossOptions, with_stats: bool) -> str | None:
     """Return what makes a call take the reference; None if nothing does."""
     if batch.logits.device.type == "jax":
         return "the logits are JAX's, through torchax, which cannot write into what it is given"
@@ -82,7 +92,7 @@ def _why_reference(batch: Batch, options: LossOptions, with_stats: bool) -> str 
     return None
 
 
-def _make_operands(
+def make_operands(
     batch: Batch, options: LossOptions, with_stats: bool
 ) -> tuple[Operands, float | Float[Tensor, "*#batch"] | None]:
     """Return the operands, and the entropy of the target if it is to be subtracted."""
@@ -129,7 +139,7 @@ def _make_operands(
         counted=batch.counted,
         bad=batch.bad,
         class_mask=batch.class_mask,
-        weight=weight,
+        factor=weight,
         at_label=at_label,
         off=off,
         other_mass=other_mass,
@@ -172,7 +182,7 @@ class _RowLosses(torch.autograd.Function):
         """Return the losses, the sums that they are made of, stacked, and the index of the first largest logit."""
         operands = Operands._make(arguments)
         stacked, first = sweep(operands)
-        losses, _, _ = _losses(operands, unstacked(stacked))
+        losses, _, _ = losses_of(operands, unstacked(stacked))
         return losses, stacked, first
 
     @staticmethod
@@ -230,7 +240,7 @@ class _RowLosses(torch.autograd.Function):
             ones = (1,) * (batch_ndim + last + 1 - value.ndim)
             return value.reshape(info.batch_size, *ones, *value.shape[1:])
 
-        moved = {name: in_front(name, 1) for name in ("logits", "class_mask", "weight")}
+        moved = {name: in_front(name, 1) for name in ("logits", "class_mask", "factor")}
         rows = ("labels", "counted", "bad", "at_label", "off", "other_mass", "at_max")
         moved |= {name: in_front(name, 0) for name in rows}
         shape = torch.Size([info.batch_size, *moved["logits"].shape[-1 - batch_ndim :]])
@@ -248,7 +258,7 @@ def _kept(ctx: Any) -> tuple[Operands, Tensor]:
     return Operands._make(next(remaining) if is_tensor else number for is_tensor, number in pairs), stacked
 
 
-def _losses(operands: Operands, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
+def losses_of(operands: Operands, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
     """Return the losses that the sums make, the losses without the z-loss, and the log-sum-exp."""
     lse = sums.peak + sums.log_sum
     smoothed = target_mass(operands, sums) * sums.log_sum
@@ -280,9 +290,19 @@ def _gradients(
     operands: Operands, sums: Sums, upstream: Float[Tensor, "*batch"], needed: tuple[bool, ...]
 ) -> dict[str, Tensor | None]:
     """Return the gradient of each operand that needs one."""
+    gradients = target_gradients(operands, sums, upstream, needed)
+    if Operands._make(needed).logits:
+        if operands.counted is not None:
+            upstream = upstream.masked_fill(~operands.counted, 0)
+        gradients["logits"] = logits_gradient(operands, sums, upstream)
+    return gradients
+
+
+def target_gradients(
+    operands: Operands, sums: Sums, upstream: Float[Tensor, "*batch"], needed: tuple[bool, ...]
+) -> dict[str, Tensor | None]:
+    """Return the gradients of `at_label`, `off` and `at_max`, where needed; they need no logits."""
     needs = Operands._make(needed)
-    if operands.counted is not None:
-        upstream = upstream.masked_fill(~operands.counted, 0)
     gradients: dict[str, Tensor | None] = {}
     parts: dict[str, tuple[Tensor | None, Any]] = {
         "at_label": (sums.label_gap, 1),
@@ -292,18 +312,18 @@ def _gradients(
     for name, (gap, mass) in parts.items():
         target = getattr(operands, name)
         if getattr(needs, name):
+            if operands.counted is not None:
+                upstream = upstream.masked_fill(~operands.counted, 0)
             slope = mass * sums.log_sum
             if gap is not None:
                 slope = slope + _finite_where_zero(gap, target)
             gradients[name] = (upstream * slope).sum_to_size(target.shape)
-    if needs.logits:
-        gradients["logits"] = logits_gradient(operands, sums, upstream)
     return gradients
 
 
-def _plain_losses(operands: Operands) -> Float[Tensor, "*batch"]:
+def plain_losses(operands: Operands) -> Float[Tensor, "*batch"]:
     sums, _ = _plain_sums(operands)
-    losses, _, _ = _losses(operands, sums)
+    losses, _, _ = losses_of(operands, sums)
     return losses
 
 
@@ -337,7 +357,7 @@ def _plain_sums(operands: Operands) -> tuple[Sums, Int[Tensor, "*batch"] | None]
         is_label = torch.arange(gap.shape[-1], device=gap.device) == operands.labels[..., None]
         label_gap = torch.sum(torch.where(is_label, gap, 0), dim=-1)
         other_gap = torch.where(is_label, 0, gap)
-    weight = operands.weight
+    weight = operands.factor
     if weight is not None:
         other_gap = weight * torch.where((weight == 0) & torch.isinf(other_gap), 0, other_gap)
     num_largest = largest_mass = largest_gap = None
@@ -370,5 +390,5 @@ def _plain_gradients(
 def _plain_pullback(operands: Operands, names: list[str]) -> Callable[[Tensor], dict[str, Any]]:
     """Return the function from what comes from upstream to the gradients of the operands of these names."""
     primals = {name: getattr(operands, name) for name in names}
-    pullback = torch.func.vjp(lambda of: _plain_losses(operands._replace(**of)), primals)[1]
+    pullback = torch.func.vjp(lambda of: plain_losses(operands._replace(**of)), primals)[1]
     return lambda upstream: pullback(upstream)[0]

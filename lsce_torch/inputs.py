@@ -102,8 +102,8 @@ def prepare(
         ValueError: wrong shape, or a prior that is no distribution.
         IndexError: a label that is no class, with bad_labels="raise".
     """
-    _check_tensor("logits", logits)
-    _check_tensor("labels", labels)
+    check_tensor("logits", logits)
+    check_tensor("labels", labels)
     if labels.device != logits.device:
         raise error("labels_device", logits=logits.device, labels=labels.device)
     check_logits(tuple(logits.shape), dtype_name(logits))
@@ -174,7 +174,7 @@ def dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _check_tensor(name: str, value: object) -> None:
+def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise error("array_type", name=name, expected="a tensor", given=type(value).__name__)
 

@@ -5,6 +5,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lsce_spec import (
+    LINEAR_IMPLEMENTATIONS,
+    ChunkOptions,
     Convention,
     LossOptions,
     check_class_count,
@@ -15,6 +17,7 @@ from lsce_spec import (
 )
 from lsce_torch.functional import label_smoothed_cross_entropy
 from lsce_torch.inputs import check_prior
+from lsce_torch.linear import linear_label_smoothed_cross_entropy
 
 
 class LabelSmoothedCrossEntropyLoss(nn.CrossEntropyLoss):
@@ -145,6 +148,140 @@ class LabelSmoothedCrossEntropyLoss(nn.CrossEntropyLoss):
             denominator=denominator,
             implementation=self.implementation,
             inplace_backward=self.inplace_backward,
+        )
+
+
+class LinearLabelSmoothedCrossEntropyLoss(nn.Module):
+    """`linear_label_smoothed_cross_entropy` with its options kept: a module without parameters.
+
+    The weight comes with each call, so that it may be that of the model's last layer or of its embedding.
+
+    Args:
+        smoothing, convention, prior, ignore_index, class_weight, class_mask, z_loss, softcap, subtract_entropy,
+            bad_labels, reduction, implementation, chunk_size, recompute, gradient_filter: see
+            `linear_label_smoothed_cross_entropy`.
+
+    Raises:
+        TypeError, ValueError: an option out of its range. Shapes are checked at the call.
+
+    Example:
+        >>> import torch
+        >>> loss_fn = LinearLabelSmoothedCrossEntropyLoss(smoothing=0.1)
+        >>> hidden, weight = torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.eye(3, 2)
+        >>> f"{loss_fn(hidden, weight, torch.tensor([0, 1])):.4f}"
+        '0.3339'
+    """
+
+    prior: Tensor | None
+    class_weight: Tensor | None
+    class_mask: Tensor | None
+
+    def __init__(
+        self,
+        smoothing: float = 0.1,
+        *,
+        convention: str | Convention = "uniform",
+        prior: Float[Tensor, " K"] | None = None,
+        ignore_index: int | None = None,
+        class_weight: Float[Tensor, " K"] | None = None,
+        class_mask: Bool[Tensor, " K"] | None = None,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        subtract_entropy: bool = False,
+        bad_labels: str = "nan",
+        reduction: str = "mean",
+        implementation: str | None = None,
+        chunk_size: int | None = None,
+        recompute: bool | None = None,
+        gradient_filter: float = 0.0,
+    ) -> None:
+        """Check the options and keep them; see the class."""
+        super().__init__()
+        options = LossOptions.checked(
+            smoothing=smoothing,
+            convention=convention,
+            has_prior=prior is not None,
+            ignore_index=ignore_index,
+            z_loss=z_loss,
+            softcap=softcap,
+            subtract_entropy=subtract_entropy,
+            bad_labels=bad_labels,
+            reduction=reduction,
+            denominator=None,
+            implementation=implementation,
+            implementations=LINEAR_IMPLEMENTATIONS,
+        )
+        ChunkOptions.checked(
+            chunk_size=chunk_size, recompute=recompute, gradient_filter=gradient_filter, options=options
+        )
+        constants = {"prior": prior, "class_weight": class_weight, "class_mask": class_mask}
+        for name, constant in constants.items():
+            tensor = None if constant is None else torch.as_tensor(constant)
+            self.register_buffer(name, tensor, persistent=False)
+        if self.prior is not None:
+            check_prior(self.prior, self.class_mask)
+        self.smoothing = smoothing
+        self.convention = convention
+        self.ignore_index = ignore_index
+        self.z_loss = z_loss
+        self.softcap = softcap
+        self.subtract_entropy = subtract_entropy
+        self.bad_labels = bad_labels
+        self.reduction = reduction
+        self.implementation = implementation
+        self.chunk_size = chunk_size
+        self.recompute = recompute
+        self.gradient_filter = gradient_filter
+
+    def extra_repr(self) -> str:
+        """Return the main options for `print(module)`."""
+        convention = find_convention(self.convention).name
+        return f"smoothing={self.smoothing}, convention={convention!r}, reduction={self.reduction!r}"
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "... D"],
+        weight: Float[Tensor, "K D"],
+        labels: Int[Tensor, "..."],
+        *,
+        bias: Float[Tensor, " K"] | None = None,
+        where: Bool[Tensor, "..."] | None = None,
+        smoothing: float | Float[Tensor, "..."] | None = None,
+        denominator: float | Float[Tensor, ""] | None = None,
+    ) -> Float[Tensor, "..."]:
+        """Return the loss.
+
+        Args:
+            hidden: [..., D] features.
+            weight: [K, D].
+            labels: [...] class indices.
+            bias: K numbers, or None.
+            where: booleans that broadcast to the losses; False takes a row out.
+            smoothing: replaces the module's own for this call, as a schedule does.
+            denominator: what reduction="mean" divides by.
+        """
+        return linear_label_smoothed_cross_entropy(
+            hidden,
+            weight,
+            labels,
+            bias=bias,
+            smoothing=self.smoothing if smoothing is None else smoothing,
+            convention=self.convention,
+            prior=self.prior,
+            where=where,
+            ignore_index=self.ignore_index,
+            class_weight=self.class_weight,
+            class_mask=self.class_mask,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            subtract_entropy=self.subtract_entropy,
+            bad_labels=self.bad_labels,
+            reduction=self.reduction,
+            denominator=denominator,
+            implementation=self.implementation,
+            chunk_size=self.chunk_size,
+            recompute=self.recompute,
+            gradient_filter=self.gradient_filter,
         )
 
 

@@ -37,7 +37,7 @@ class Operands(NamedTuple):
     counted: Bool[Tensor, "*batch"] | None
     bad: Bool[Tensor, "*batch"] | None
     class_mask: Bool[Tensor, "*#batch K"] | None
-    weight: Float[Tensor, "*#batch K"] | None  # w: of the target away from the label; None for 1
+    factor: Float[Tensor, "*#batch K"] | None  # w: of the target away from the label; None for 1
     at_label: float | Float[Tensor, "*#batch"]  # weighted target at the label
     off: float | Float[Tensor, "*#batch"]  # target away from the label, but for w
     other_mass: float | Float[Tensor, "*#batch"]  # sum of w over the classes that are not the label
@@ -78,7 +78,7 @@ def sweep(operands: Operands) -> tuple[Tensor, Tensor | None]:
                 scratch = torch.empty(z.shape, dtype=dtype, device=z.device)
             _fill_sums(z, scratch, *others, softcap=operands.softcap)
 
-    _in_threads(work, _blocks(logits, (excluded, operands.weight), (operands.labels, first, *stacked.unbind())))
+    _in_threads(work, _blocks(logits, (excluded, operands.factor), (operands.labels, first, *stacked.unbind())))
     if operands.counted is not None:
         # What rows hold that do not count must not reach anything, not even as a NaN times 0.
         stacked.masked_fill_(~operands.counted, 0)
@@ -193,7 +193,7 @@ def logits_gradient(operands: Operands, sums: Sums, upstream: Float[Tensor, "*ba
     gradient = _empty_like(logits) if operands.overwritten is None else logits.detach()
     excluded = None if operands.class_mask is None else ~operands.class_mask
     is_plain = dtype == logits.dtype and logits.is_contiguous() and operands.softcap is None
-    wide = (gradient, excluded, operands.weight)
+    wide = (gradient, excluded, operands.factor)
     rows = (operands.labels, operands.counted, of_p, of_others, at_label, of_max, sums.largest)
 
     def work(blocks: Iterator[tuple[Any, ...]]) -> None:
