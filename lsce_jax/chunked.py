@@ -5,13 +5,13 @@ the gradient of the logits. That is all; what remains is when.
 
 With the loss. A sum of losses hands every row the same upstream gradient, so the gradients of all inputs are computed
 with the loss, while the logits are at hand (6 N D K operations), and multiplied with the upstream gradient later. They
-are kept until then: one array as large as the weight, in float32 for narrower dtypes. This is a custom_jvp whose tangent
+are kept until then: one array as large as the weight, in float32 for narrower dtypes. It is a custom_jvp whose tangent
 is their inner product with the tangents that come in: its transpose is the multiplication, so that reverse mode costs
 what it should and forward mode works as well.
 
 After it. Losses of single rows may be weighted by anything afterwards, so their chunks are computed again for the
-gradient (8 N D K): a scan over `jax.checkpoint`, differentiated by JAX, to any order. The derivatives of the first kind's
-gradients go this way too.
+gradient (8 N D K): a scan over `jax.checkpoint`, differentiated by JAX, to any order. Derivatives of the gradients
+above go this way too.
 
 A chunk takes rows that lie `num_chunks` apart: where rows are divided over devices, each device has a part of every
 chunk. On a single device the rows that count come first, and the chunks without any cost nothing.
@@ -61,15 +61,15 @@ class _Plan(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """What each row has of its own, in chunks; or for all rows the same number."""
+    """What each row has of its own: the rows of a chunk, or of all C chunks."""
 
-    hidden: Float[Array, "C n D"]
-    on: Float[Array, "C n"] | Float[Array, ""]
-    off: Float[Array, "C n"] | Float[Array, ""]
-    at_max: Float[Array, "C n"] | Float[Array, ""] | None
-    labels: Int[Array, "C n"]
-    counted: Bool[Array, "C n"] | None
-    bad: Bool[Array, "C n"]
+    hidden: Float[Array, "*C n D"]
+    on: Float[Array, "*C n"]
+    off: Float[Array, "*C n"]
+    at_max: Float[Array, "*C n"] | None
+    labels: Int[Array, "*C n"]
+    counted: Bool[Array, "*C n"] | None
+    bad: Bool[Array, "*C n"]
 
 
 class _Shared(NamedTuple):
@@ -118,7 +118,8 @@ def losses(
         counted = jnp.ones(batch_shape, bool)
 
     def padded(array: Array) -> Array:
-        array = array.reshape(num_rows, *array.shape[len(batch_shape) :])
+        of_row = array.shape[len(batch_shape) :]
+        array = jnp.broadcast_to(array, (*batch_shape, *of_row)).reshape(num_rows, *of_row)
         if num_rows == num_chunks * chunk_rows:
             return array
         return jnp.pad(array, [(0, num_chunks * chunk_rows - num_rows)] + [(0, 0)] * (array.ndim - 1))
@@ -127,8 +128,6 @@ def losses(
         order = jnp.argsort(~padded(batch.counted), stable=True)
 
     def in_chunks(array: Array) -> Array:
-        if batch_shape and not array.ndim:  # one number for all rows
-            return array
         array = padded(array)
         if order is not None:
             return array[order].reshape(num_chunks, chunk_rows, *array.shape[1:])
@@ -165,10 +164,17 @@ def choose_chunk_size(num_features: int) -> int:
 
     Each chunk reads the weight twice and reads and writes its gradient: 4 D K numbers, against 6 n D K operations. From
     256 rows on that is a small part of the time on a CPU. With D rows the logits take as much memory as the gradient of
-    the weight, which is there anyway; an accelerator, with more operations to a byte, has use for that many. Beyond 4096
-    none has.
+    the weight, which is there anyway; an accelerator, with more operations to a byte, has use for that many. No device
+    has use for more than 4096.
     """
     return min(max(num_features, 256), 4096)
+
+
+def _without_ignored(rows: _Rows) -> _Rows:
+    """Return rows whose `hidden` is 0 where they do not count: 0 times a NaN would reach the weight's gradient."""
+    if rows.counted is None:
+        return rows
+    return rows._replace(hidden=jnp.where(rows.counted[..., None], rows.hidden, 0))
 
 
 def _logits(
@@ -180,9 +186,7 @@ def _logits(
     return logits if bias is None else logits + bias.astype(dtype)[None, :]
 
 
-def _chunk_losses(
-    plan: _Plan, logits: Float[Array, "n K"], rows: _Rows, shared: _Shared
-) -> tuple[Float[Array, " n"], LossStats | None]:
+def _losses_of(plan: _Plan, logits: Float[Array, "n K"], rows: _Rows, shared: _Shared) -> _Results:
     batch = Batch(
         logits=logits,
         labels=rows.labels,
@@ -197,38 +201,27 @@ def _chunk_losses(
     return fused.row_losses(batch, plan.options, plan.with_stats, targets, in_loop=True)
 
 
-def _without_ignored(rows: _Rows) -> _Rows:
-    """Return rows whose `hidden` is 0 where they do not count: 0 times a NaN would reach the weight's gradient."""
-    if rows.counted is None:
-        return rows
-    return rows._replace(hidden=jnp.where(rows.counted[..., None], rows.hidden, 0))
-
-
 @partial(jax.jit, static_argnums=0)
 def _row_losses(plan: _Plan, operands: _Operands) -> _Results:
     """Return the losses of all rows, to be differentiated by JAX: each chunk is computed again for that."""
-    shared, rows = operands.shared, _without_ignored(operands.rows)
-    dtype = compute_dtype(rows.hidden)
+    rows, shared = _without_ignored(operands.rows), operands.shared
     # The gradients of the chunks are added up in the dtype that the scan sees.
-    shared = shared._replace(weight=shared.weight.astype(jnp.promote_types(shared.weight.dtype, dtype)))
-    fixed = rows._replace(**{name: None for name, array in rows._asdict().items() if array is not None and array.ndim})
+    dtype = jnp.promote_types(shared.weight.dtype, compute_dtype(rows.hidden))
+    shared = shared._replace(weight=shared.weight.astype(dtype))
 
     @jax.checkpoint
-    def chunk(shared: _Shared, fixed: _Rows, scanned: dict[str, Array]) -> tuple[Array, LossStats | None]:
-        rows = fixed._replace(**scanned)
+    def chunk(rows: _Rows, shared: _Shared) -> _Results:
         logits = _logits(rows.hidden, shared.weight.astype(rows.hidden.dtype), shared.bias)
-        return _chunk_losses(plan, logits, rows, shared)
+        return _losses_of(plan, logits, rows, shared)
 
-    def step(_: None, scanned: dict[str, Array]) -> tuple[None, tuple[Array, LossStats | None]]:
+    def step(_: None, rows: _Rows) -> tuple[None, _Results]:
         if not plan.skip:
-            return None, chunk(shared, fixed, scanned)
-        shapes = jax.eval_shape(chunk, shared, fixed, scanned)
+            return None, chunk(rows, shared)
+        shapes = jax.eval_shape(chunk, rows, shared)
         nothing = jax.tree.map(lambda result: jnp.zeros(result.shape, result.dtype), shapes)
-        some = jnp.any(scanned["counted"])
-        return None, jax.lax.cond(some, chunk, lambda *_: nothing, shared, fixed, scanned)
+        return None, jax.lax.cond(jnp.any(jnp.asarray(rows.counted)), chunk, lambda *_: nothing, rows, shared)
 
-    scanned = {name: array for name, array in rows._asdict().items() if array is not None and array.ndim}
-    _, results = jax.lax.scan(step, None, scanned)
+    results: _Results = jax.lax.scan(step, None, rows)[1]
     return results
 
 
@@ -240,7 +233,7 @@ def _total_loss(plan: _Plan, operands: _Operands) -> tuple[Float[Array, ""], Los
 
 
 def _total_tangent(plan: _Plan, primals: tuple[_Operands], tangents: tuple[_Operands]) -> tuple[Any, Any]:
-    given = {name: tangent for name, tangent in _floating(tangents[0]).items() if not isinstance(tangent, SymbolicZero)}
+    given = {name: of for name, of in _floating(tangents[0]).items() if not isinstance(of, SymbolicZero)}
     total, stats, gradients = _with_gradients(plan, tuple(given), *primals)
     tangent = jnp.zeros_like(total)
     for name, of in given.items():
@@ -252,98 +245,113 @@ _total_loss.defjvp(_total_tangent, symbolic_zeros=True)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _with_gradients(
     plan: _Plan, wanted: tuple[str, ...], operands: _Operands
 ) -> tuple[Float[Array, ""], LossStats | None, _Gradients]:
     """Return the sum of all losses, the statistics, and the gradients of the operands of these names."""
-    shared, rows = operands.shared, _without_ignored(operands.rows)
-    dtype = compute_dtype(rows.hidden)
+    results: tuple[Array, LossStats | None, _Gradients] = _total_and_gradients(plan, wanted, operands)
+    return results
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _total_and_gradients(
+    plan: _Plan, wanted: tuple[str, ...], operands: _Operands
+) -> tuple[Float[Array, ""], LossStats | None, _Gradients]:
+    rows, shared = _without_ignored(operands.rows), operands.shared
+    num_chunks, chunk_rows, num_features = rows.hidden.shape
+    dtype, floating = compute_dtype(rows.hidden), _floating(operands)
     weight = shared.weight.astype(rows.hidden.dtype)
-    num_chunks, chunk_rows, _ = rows.hidden.shape
-    floating = _floating(operands)
-    of_loss = tuple(name for name in wanted if name not in {"hidden", "weight", "bias"})
-    wants_logits = len(of_loss) < len(wanted)
+    by_chunk = {*_FLOATING["rows"]}
 
-    def chunk(i: Array) -> tuple[Any, _Gradients]:
-        """Return losses and statistics of a chunk, and the gradients of the loss's operands and of the logits."""
-        part = jax.tree.map(lambda array: array[i] if array.ndim else array, rows)
-        logits = _logits(part.hidden, weight, shared.bias)
-
-        def total(by: _Gradients) -> tuple[Array, Any]:
-            results = _chunk_losses(
-                plan,
-                by.get("logits", logits),
-                part._replace(**{name: by[name] for name in _FLOATING["rows"] if name in by}),
-                shared._replace(**{name: by[name] for name in _FLOATING["shared"] if name in by}),
-            )
-            return results[0].sum(), results
-
-        by = {name: getattr(part, name, None) for name in of_loss}
-        by = {name: getattr(shared, name) if by[name] is None else by[name] for name in of_loss}
-        if wants_logits:
-            by["logits"] = logits
-        if not by:
-            return total(by)[1], {}
-        gradients, results = jax.grad(total, has_aux=True)(by)
+    def step(i: Array, carry: tuple[_Results, _Gradients]) -> tuple[_Results, _Gradients]:
+        results, gradients = carry
+        part = _Operands(jax.tree.map(lambda array: array[i], rows), shared)
+        of_part, parts = _chunk_gradients(plan, wanted, part, weight)
+        if "logits" in parts:
+            of_logits = parts.pop("logits")
+            if "bias" in wanted:
+                parts["bias"] = jnp.sum(of_logits, axis=0)
+            if plan.gradient_filter:
+                products = _add_large(plan.gradient_filter, gradients, part, weight, of_logits)
+            else:
+                products = _add_all(gradients, part.rows.hidden, weight, of_logits)
+            parts["hidden"] = products.pop("hidden")
+            gradients = gradients | products
+        for name in parts.keys() & gradients.keys():
+            if name in by_chunk:
+                gradients[name] = jax.lax.dynamic_update_index_in_dim(gradients[name], parts[name], i, axis=0)
+            else:
+                gradients[name] = gradients[name] + parts[name]
+        results = jax.tree.map(
+            lambda whole, of: jax.lax.dynamic_update_index_in_dim(whole, of, i, axis=0), results, of_part
+        )
         return results, gradients
 
-    def add(gradients: _Gradients, i: Array, parts: _Gradients) -> _Gradients:
-        """Return the gradients with those of a chunk added."""
-        parts = dict(parts)
-        hidden, of_logits = rows.hidden[i], parts.pop("logits", None)
-        added = {}
-        for name, gradient in gradients.items():
-            if name == "hidden":
-                part = jnp.matmul(of_logits.astype(hidden.dtype), weight.T, preferred_element_type=dtype)
-                added[name] = jax.lax.dynamic_update_index_in_dim(gradient, part, i, axis=0)
-            elif name == "weight":
-                added[name] = _add_product(gradient, hidden, of_logits.astype(hidden.dtype))
-            elif name == "bias":
-                added[name] = gradient + jnp.sum(of_logits, axis=0)
-            elif name in _FLOATING["rows"] and floating[name].ndim:
-                added[name] = jax.lax.dynamic_update_index_in_dim(gradient, parts[name], i, axis=0)
-            else:
-                added[name] = gradient + parts[name]
-        return added
-
-    def step(i: Array, carry: tuple[Any, _Gradients]) -> tuple[Any, _Gradients]:
-        results, gradients = carry
-        part, parts = chunk(i)
-        results = jax.tree.map(
-            lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, i, axis=0), results, part
-        )
-        return results, add(gradients, i, parts)
-
-    shapes, _ = jax.eval_shape(chunk, jnp.int32(0))
+    first = _Operands(jax.tree.map(lambda array: array[0], rows), shared)
+    shapes = jax.eval_shape(lambda: _chunk_gradients(plan, (), first, weight)[0])
     results = jax.tree.map(lambda part: jnp.zeros((num_chunks, *part.shape), part.dtype), shapes)
     gradients = {name: jnp.zeros(floating[name].shape, dtype) for name in wanted}
+    if plan.gradient_filter and "weight" in wanted:
+        gradients["off_hidden"] = jnp.zeros(num_features, dtype)
     num_needed: int | Array = num_chunks
     if plan.skip:
-        num_needed = -(-jnp.sum(rows.counted, dtype=jnp.int32) // chunk_rows)
+        num_needed = -(-jnp.sum(jnp.asarray(rows.counted), dtype=jnp.int32) // chunk_rows)
     (losses, stats), gradients = jax.lax.fori_loop(0, num_needed, step, (results, gradients))
+    if "off_hidden" in gradients:
+        gradients["weight"] -= gradients.pop("off_hidden")[:, None] * _others(shared, dtype)[None, :]
     return losses.sum(), stats, gradients
 
 
-@_with_gradients.__wrapped__.defjvp
-def _with_gradients_tangent(
+@_total_and_gradients.defjvp
+def _tangent_of_gradients(
     plan: _Plan, wanted: tuple[str, ...], primals: tuple[_Operands], tangents: tuple[_Operands]
 ) -> tuple[Any, Any]:
     """Differentiate the gradients as JAX does those of `_row_losses`."""
+    dtype = compute_dtype(primals[0].rows.hidden)
 
     def again(operands: _Operands) -> tuple[Array, _Gradients]:
-        floating = _floating(operands)
-
         def total(by: _Gradients) -> Array:
             return _row_losses(plan, _replaced(operands, by))[0].sum()
 
+        floating = _floating(operands)
         value, gradients = jax.value_and_grad(total)({name: floating[name] for name in wanted})
-        dtype = compute_dtype(operands.rows.hidden)
         return value, {name: gradient.astype(dtype) for name, gradient in gradients.items()}
 
     total, stats, gradients = _with_gradients(plan, wanted, *primals)
     _, (of_total, of_gradients) = jax.jvp(again, primals, tangents)
     return (total, stats, gradients), (of_total, _zero_tangents(stats), of_gradients)
+
+
+def _chunk_gradients(
+    plan: _Plan, wanted: tuple[str, ...], part: _Operands, weight: Float[Array, "D K"]
+) -> tuple[_Results, _Gradients]:
+    """Return losses and statistics of a chunk, and the gradients of the logits and of what else the loss depends on."""
+    logits = _logits(part.rows.hidden, weight, part.shared.bias)
+    floating = _floating(part)
+    by = {name: floating[name] for name in wanted if name not in Layer._fields}
+    if len(by) < len(wanted):
+        by["logits"] = logits
+
+    def total(by: _Gradients) -> tuple[Array, _Results]:
+        operands = _replaced(part, by)
+        results = _losses_of(plan, by.get("logits", logits), operands.rows, operands.shared)
+        return results[0].sum(), results
+
+    if not by:
+        return total(by)[1], {}
+    gradients, results = jax.grad(total, has_aux=True)(by)
+    return results, dict(gradients)
+
+
+def _add_all(
+    gradients: _Gradients, hidden: Float[Array, "n D"], weight: Float[Array, "D K"], of_logits: Float[Array, "n K"]
+) -> _Gradients:
+    """Return the gradient of hidden, and that of the weight with this chunk's added, if it is wanted."""
+    of_logits, dtype = of_logits.astype(hidden.dtype), of_logits.dtype
+    products = {"hidden": jnp.matmul(of_logits, weight.T, preferred_element_type=dtype)}
+    if "weight" in gradients:
+        products["weight"] = _add_product(gradients["weight"], hidden, of_logits)
+    return products
 
 
 def _add_product(
@@ -363,7 +371,7 @@ def _add_product(
             # Dynamic slices move a start back that leaves too few: what the tile before has had is taken as 0.
             start = jnp.minimum(j * _TILE, num_classes - _TILE)
             tile = jax.lax.dynamic_slice_in_dim(of_logits, start, _TILE, axis=1)
-            tile = jnp.where(start + jnp.arange(_TILE) >= j * _TILE, tile, 0)
+            tile = jnp.where((start + jnp.arange(_TILE) >= j * _TILE)[None, :], tile, 0)
             old = jax.lax.dynamic_slice_in_dim(total, start, _TILE, axis=1)
             return jax.lax.dynamic_update_slice_in_dim(total, whole(old, hidden, tile), start, axis=1)
 
@@ -374,6 +382,61 @@ def _add_product(
         return whole(total, hidden, of_logits)
     added: Array = jax.lax.platform_dependent(total, hidden, of_logits, cpu=in_tiles, default=whole)
     return added
+
+
+def _add_large(
+    threshold: float,
+    gradients: _Gradients,
+    part: _Operands,
+    weight: Float[Array, "D K"],
+    of_logits: Float[Array, "n K"],
+) -> _Gradients:
+    """Return what `_add_all` does, without the classes whose probability is negligible in every row.
+
+    Away from the label the gradient of a logit is S p_k - off w_k, of which the second part is the product of a number
+    for each row and one for each class. It needs no matrix product: sum_k w_k W_k is the same for all rows, and the sum
+    of off h over all rows is added up as "off_hidden". The first part is left out where it is small.
+    """
+    rows, dtype = part.rows, of_logits.dtype
+    others, num_classes = _others(part.shared, dtype), weight.shape[1]
+    off = jnp.where(rows.bad, 0, rows.off)
+    if rows.counted is not None:
+        off = jnp.where(rows.counted, off, 0)
+    rest = of_logits + off[:, None] * others[None, :]
+    is_large = ~(jnp.max(jnp.abs(rest), axis=0) <= threshold)  # NaN is large
+    num_large = jnp.sum(is_large, dtype=jnp.int32)
+    classes = jnp.flatnonzero(is_large, size=-(-num_classes // _TILE) * _TILE, fill_value=0)
+    rest = rest.astype(rows.hidden.dtype)
+
+    def step(j: Array, products: _Gradients) -> _Gradients:
+        of_tile = jax.lax.dynamic_slice_in_dim(classes, j * _TILE, _TILE)
+        tile = jnp.where((j * _TILE + jnp.arange(_TILE) < num_large)[None, :], rest[:, of_tile], 0)
+        products = dict(products)
+        products["hidden"] += jnp.matmul(tile, weight[:, of_tile].T, preferred_element_type=dtype)
+        if "weight" in products:
+            product = jnp.matmul(rows.hidden.T, tile, preferred_element_type=dtype)
+            products["weight"] = products["weight"].at[:, of_tile].add(product)
+        return products
+
+    products = {"hidden": jnp.zeros(rows.hidden.shape, dtype)}
+    if "weight" in gradients:
+        products["weight"] = gradients["weight"]
+    products = dict(jax.lax.fori_loop(0, -(-num_large // _TILE), step, products))
+    sum_of_others = jnp.matmul(weight, others.astype(weight.dtype), preferred_element_type=dtype)
+    products["hidden"] -= off[:, None] * sum_of_others[None, :]
+    if "weight" in gradients:
+        of_hidden = jnp.sum(off[:, None] * rows.hidden.astype(dtype), axis=0)
+        products["off_hidden"] = gradients["off_hidden"] + of_hidden
+    return products
+
+
+def _others(shared: _Shared, dtype: jnp.dtype) -> Float[Array, " K"]:
+    """Return w, to which the target is proportional away from the label."""
+    others = jnp.ones(shared.weight.shape[1], dtype)
+    for factor in (shared.prior, shared.class_weight):
+        if factor is not None:
+            others = others * factor
+    return others if shared.class_mask is None else jnp.where(shared.class_mask, others, 0)
 
 
 def _floating(operands: _Operands) -> dict[str, Any]:

@@ -5,6 +5,7 @@ axes, ignored labels or bad ones beyond two boolean arrays.
 """
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ class Batch:
         class_mask: True for the classes that take part, or None.
     """
 
-    logits: Float[Array, "*batch K"] | jax.ShapeDtypeStruct
+    logits: Float[Array, "*batch K"]
     labels: Int[Array, "*batch"] | Float[Array, "*batch K"]
     smoothing: float | Float[Array, "*batch 1"]
     counted: Bool[Array, "*batch"] | None
@@ -80,7 +81,7 @@ class Batch:
         return replace(self, counted=counted, smoothing=smoothing, bad=bad)
 
 
-def compute_dtype(logits: Array | jax.ShapeDtypeStruct) -> jnp.dtype:
+def compute_dtype(logits: Array) -> jnp.dtype:
     """Return float64 for float64 logits and float32 for all others."""
     return np.dtype("float64" if logits.dtype == np.float64 else "float32")
 
@@ -103,15 +104,15 @@ def prepare(
         ValueError: wrong shape, or a prior that is no distribution.
         IndexError: a label that is no class, with bad_labels="raise".
     """
-    if not isinstance(logits, jax.ShapeDtypeStruct):
-        logits = as_array("logits", logits)
+    only_shape = isinstance(logits, jax.ShapeDtypeStruct)
+    logits = cast("Array", logits) if isinstance(logits, jax.ShapeDtypeStruct) else as_array("logits", logits)
     labels = as_array("labels", _within_int32(labels))
     check_logits(logits.shape, logits.dtype.name)
     axis = check_axis(axis, logits.shape)
     check_labels(labels.shape, labels.dtype.name, logits.shape, axis)
     dtype = compute_dtype(logits)
 
-    if not isinstance(logits, jax.ShapeDtypeStruct):
+    if not only_shape:
         logits = jnp.moveaxis(logits, axis, -1)
     batch_shape, num_classes = logits.shape[:-1], logits.shape[-1]
     class_weight = _class_vector("class_weight", class_weight, num_classes, dtype)
@@ -161,6 +162,7 @@ def prepare(
 
 
 def as_array(name: str, value: ArrayLike) -> Array:
+    """Return what the caller passed under that name as an array; raise if it is none."""
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError) as problem:

@@ -16,7 +16,7 @@ from lsce_jax.stats import LossStats
 from lsce_spec import LINEAR_IMPLEMENTATIONS, ChunkOptions, Convention, LossOptions, check_layer, error
 
 
-def linear_label_smoothed_cross_entropy(
+def linear_label_smoothed_cross_entropy(  # noqa: D417 - most are described where they come from
     hidden: Float[ArrayLike, "... D"],
     weight: Float[ArrayLike, "D K"],
     labels: Int[ArrayLike, "..."],
@@ -196,7 +196,7 @@ def _evaluate(
     )
     layer, num_classes = _prepare_layer(hidden, weight, bias)
     batch = prepare(
-        jax.ShapeDtypeStruct((*layer.hidden.shape[:-1], num_classes), layer.hidden.dtype),
+        jax.ShapeDtypeStruct((*layer.hidden.shape[:-1], num_classes), layer.hidden.dtype),  # type: ignore[no-untyped-call]
         labels,
         options,
         axis=-1,
@@ -223,9 +223,8 @@ def _prepare_layer(hidden: ArrayLike, weight: ArrayLike, bias: ArrayLike | None)
         as_array("weight", weight),
         None if bias is None else as_array("bias", bias),
     )
-    described = [None if array is None else (array.shape, array.dtype.name) for array in layer]
-    assert described[0] is not None and described[1] is not None
-    return layer, check_layer(described[0], described[1], described[2], features_axis=0)
+    of_hidden, of_weight, *of_bias = ((array.shape, array.dtype.name) for array in layer if array is not None)
+    return layer, check_layer(of_hidden, of_weight, *of_bias, features_axis=0)
 
 
 def _all_logits(layer: Layer) -> Float[Array, "*batch K"]:

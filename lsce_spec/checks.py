@@ -87,7 +87,7 @@ def check_logits(shape: Shape, dtype: str) -> None:
 
 
 def check_layer(
-    hidden: tuple[Shape, str], weight: tuple[Shape, str], bias: tuple[Shape, str] | None, features_axis: int
+    hidden: tuple[Shape, str], weight: tuple[Shape, str], bias: tuple[Shape, str] | None = None, *, features_axis: int
 ) -> int:
     """Return the number of classes of a linear layer; raise unless shapes and dtypes fit each other.
 

@@ -3,8 +3,8 @@ r"""The linear layer and the loss, some rows at a time: no more than one chunk o
 The gradient of a chunk's logits z = h W^T + b gives those of h, W and b by two matrix products, and the sweeps of the
 fused loss write it over the logits. That is all; what remains is when.
 
-With the loss. A sum of losses hands every row the same upstream gradient, so the gradients of the layer are computed with
-the loss, while the logits are at hand (6 N D K operations), and multiplied with the upstream gradient later. They are
+With the loss. A sum of losses hands every row the same upstream gradient, so the gradients of the layer are computed
+with the loss, while the logits are at hand (6 N D K operations), and multiplied with the upstream gradient later. They are
 kept until then: one tensor as large as the weight, in float32 for narrower dtypes. `backward` gives them away; a second
 one over the same graph computes them again.
 
@@ -123,7 +123,7 @@ def losses(
         result = result - (entropy.sum() if settings.total else entropy)
     if first is None:
         return result, None
-    sums = Sums(*(None if s is None else s.reshape(batch.batch_shape) for s in unstacked(stacked)))
+    sums = unstacked(stacked.reshape(-1, *batch.batch_shape))
     operands = operands._replace(**{name: _batch_shaped(operands, name, batch) for name in ROWS})
     return result, fused.stats_of(batch, options, operands, entropy, sums, first.reshape(batch.batch_shape))
 
@@ -337,8 +337,8 @@ class _Gradients:
     """The gradients of the layer, added up chunk by chunk, the weight's and the bias's in the compute dtype."""
 
     def __init__(self, layer: Layer, operands: Operands, settings: Settings, needs: dict[str, bool]) -> None:
-        dtype = compute_dtype(layer.hidden)
-        self.layer, self.settings = layer, settings
+        """Make room for those that are needed."""
+        self.layer, self.threshold, self.dtype = layer, settings.gradient_filter, compute_dtype(layer.hidden)
         self.weight = layer.weight.detach().to(layer.hidden.dtype)
         self.sums: dict[str, Tensor] = {}
         if needs["hidden"]:
@@ -346,7 +346,12 @@ class _Gradients:
         for name in ("weight", "bias"):
             if needs[name]:
                 like = getattr(layer, name)
-                self.sums[name] = torch.zeros(like.shape, dtype=dtype, device=like.device)
+                self.sums[name] = torch.zeros(like.shape, dtype=self.dtype, device=like.device)
+        self.others = self.sum_of_others = self.off_hidden = None
+        if self.threshold:
+            self.others = _others(operands, layer.weight, self.dtype)
+            self.sum_of_others = torch.mv(self.weight.T, self.others.to(self.weight.dtype)).to(self.dtype)
+            self.off_hidden = torch.zeros_like(self.sum_of_others)
 
     def add(self, part: slice, rows: Operands, sums: Sums, upstream: Float[Tensor, " n"]) -> None:
         """Add the gradients of a chunk, whose logits are overwritten."""
@@ -356,16 +361,53 @@ class _Gradients:
             # 0 times a NaN would reach the weight's gradient.
             hidden = hidden.masked_fill(~rows.counted[:, None], 0)
         with torch.autocast(hidden.device.type, enabled=False):
-            if "hidden" in self.sums:
-                torch.mm(of_logits, self.weight, out=self.sums["hidden"][part])
-            if "weight" in self.sums:
-                _add_product(self.sums["weight"], of_logits, hidden)
             if "bias" in self.sums:
-                self.sums["bias"] += of_logits.sum(dim=0, dtype=self.sums["bias"].dtype)
+                self.sums["bias"] += of_logits.sum(dim=0, dtype=self.dtype)
+            if self.others is None:
+                if "hidden" in self.sums:
+                    torch.mm(of_logits, self.weight, out=self.sums["hidden"][part])
+                if "weight" in self.sums:
+                    _add_product(self.sums["weight"], of_logits, hidden)
+            else:
+                self._add_large(part, rows, of_logits, hidden)
+
+    def _add_large(self, part: slice, rows: Operands, of_logits: Tensor, hidden: Tensor) -> None:
+        """Add the products without the classes whose probability is negligible in every row.
+
+        Away from the label the gradient of a logit is S p_k - off w_k, of which the second part is the product of a
+        number for each row and one for each class. It needs no matrix product: sum_k w_k W_k is the same for all rows,
+        and the sum of off h over all rows is added up. The first part is left out where it is small.
+        """
+        assert self.others is not None
+        assert self.sum_of_others is not None
+        off = torch.as_tensor(rows.off, dtype=self.dtype, device=hidden.device).expand(hidden.shape[0])
+        for excluded in (rows.bad, None if rows.counted is None else ~rows.counted):
+            if excluded is not None:
+                off = off.masked_fill(excluded, 0)
+        rest = of_logits.add_(off[:, None] * self.others.to(of_logits.dtype))
+        is_small = torch.linalg.vector_norm(rest, torch.inf, dim=0) <= self.threshold  # NaN is not
+        large = (~is_small).nonzero().squeeze(-1)
+        rest = rest[:, large]
+        if "hidden" in self.sums:
+            product = torch.mm(rest, self.weight[large]).to(self.dtype)
+            self.sums["hidden"][part] = product.addcmul_(off[:, None], self.sum_of_others, value=-1)
+        if "weight" in self.sums:
+            self.sums["weight"].index_add_(0, large, torch.mm(rest.T, hidden).to(self.dtype))
+            self.off_hidden += off @ hidden.to(self.dtype)
 
     def finish(self) -> dict[str, Tensor]:
         """Return the gradients."""
+        if self.others is not None and self.off_hidden is not None and "weight" in self.sums:
+            self.sums["weight"].addcmul_(self.others[:, None], self.off_hidden, value=-1)
         return self.sums
+
+
+def _others(operands: Operands, weight: Float[Tensor, "K D"], dtype: torch.dtype) -> Float[Tensor, " K"]:
+    """Return w, to which the target is proportional away from the label."""
+    others = torch.ones(weight.shape[0], dtype=dtype, device=weight.device)
+    if operands.factor is not None:
+        others = others * operands.factor
+    return others if operands.class_mask is None else others.masked_fill(~operands.class_mask, 0)
 
 
 def _add_product(total: Float[Tensor, "K D"], of_logits: Float[Tensor, "n K"], hidden: Float[Tensor, "n D"]) -> None:
@@ -400,7 +442,7 @@ def _plain_pullback(layer: Layer, operands: Operands, total: bool, names: list[s
     """Return the function from what comes from upstream to the gradients of the arguments of these names."""
     primals = {name: getattr(layer if name in Layer._fields else operands, name) for name in names}
 
-    def plain(by: dict[str, Tensor]) -> Tensor:
+    def plain(by: dict[str, Any]) -> Tensor:
         of_layer = {name: value for name, value in by.items() if name in Layer._fields}
         of_rows = {name: value for name, value in by.items() if name not in Layer._fields}
         return _plain_losses(layer._replace(**of_layer), operands._replace(**of_rows), total)

@@ -322,6 +322,7 @@ def target_gradients(
 
 
 def plain_losses(operands: Operands) -> Float[Tensor, "*batch"]:
+    """Return the losses in operations that torch differentiates."""
     sums, _ = _plain_sums(operands)
     losses, _, _ = losses_of(operands, sums)
     return losses

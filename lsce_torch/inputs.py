@@ -175,6 +175,7 @@ def dtype_name(tensor: Tensor) -> str:
 
 
 def check_tensor(name: str, value: object) -> None:
+    """Raise unless what the caller passed under that name is a tensor."""
     if not isinstance(value, Tensor):
         raise error("array_type", name=name, expected="a tensor", given=type(value).__name__)
 

@@ -17,7 +17,7 @@ from lsce_torch.inputs import Batch, check_tensor, dtype_name, prepare
 from lsce_torch.stats import LossStats
 
 
-def linear_label_smoothed_cross_entropy(
+def linear_label_smoothed_cross_entropy(  # noqa: D417 - most are described where they come from
     hidden: Float[Tensor, "... D"],
     weight: Float[Tensor, "K D"],
     labels: Int[Tensor, "..."],
@@ -225,9 +225,8 @@ def _prepare_layer(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor 
             if tensor.device != hidden.device:
                 raise error("layer_device", name=name, given=tensor.device, expected=hidden.device)
     layer = Layer(hidden, weight, bias)
-    described = [None if tensor is None else (tuple(tensor.shape), dtype_name(tensor)) for tensor in layer]
-    assert described[0] is not None and described[1] is not None
-    num_classes = check_layer(described[0], described[1], described[2], features_axis=1)
+    of_hidden, of_weight, *of_bias = ((tuple(t.shape), dtype_name(t)) for t in layer if t is not None)
+    num_classes = check_layer(of_hidden, of_weight, *of_bias, features_axis=1)
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         layer = layer._replace(hidden=hidden.to(torch.get_autocast_dtype(device)))
