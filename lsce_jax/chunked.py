@@ -111,7 +111,7 @@ def losses(
     batch_shape, num_features = batch.batch_shape, layer.hidden.shape[-1]
     num_rows, num_chunks, chunk_rows = math.prod(batch_shape), 1, math.prod(batch_shape)
     if isinstance(num_rows, int):  # and not symbolic
-        num_chunks = -(-num_rows // (chunks.chunk_size or choose_chunk_size(num_features)))
+        num_chunks = -(-num_rows // chunks.rows_at_most(num_features, batch.logits.shape[-1]))
         chunk_rows = -(-num_rows // num_chunks)
     counted, order = batch.counted, None
     if counted is None and num_rows != num_chunks * chunk_rows:
@@ -122,7 +122,9 @@ def losses(
         array = jnp.broadcast_to(array, (*batch_shape, *of_row)).reshape(num_rows, *of_row)
         if num_rows == num_chunks * chunk_rows:
             return array
-        return jnp.pad(array, [(0, num_chunks * chunk_rows - num_rows)] + [(0, 0)] * (array.ndim - 1))
+        # With rows like the last one, whose derivatives are finite; but none that counts, or has a bad label.
+        added = jnp.broadcast_to(array[-1:], (num_chunks * chunk_rows - num_rows, *of_row))
+        return jnp.concatenate([array, jnp.zeros_like(added) if array.dtype == bool else added])
 
     if batch.counted is not None and num_chunks > 1 and jax.device_count() == 1:
         order = jnp.argsort(~padded(batch.counted), stable=True)
@@ -157,17 +159,6 @@ def losses(
     else:
         result, stats = _total_loss(plan, operands)
     return result, None if stats is None else jax.lax.stop_gradient(jax.tree.map(by_row, stats))
-
-
-def choose_chunk_size(num_features: int) -> int:
-    """Return how many rows to compute the logits of at a time.
-
-    Each chunk reads the weight twice and reads and writes its gradient: 4 D K numbers, against 6 n D K operations. From
-    256 rows on that is a small part of the time on a CPU. With D rows the logits take as much memory as the gradient of
-    the weight, which is there anyway; an accelerator, with more operations to a byte, has use for that many. No device
-    has use for more than 4096.
-    """
-    return min(max(num_features, 256), 4096)
 
 
 def _without_ignored(rows: _Rows) -> _Rows:
@@ -311,11 +302,13 @@ def _tangent_of_gradients(
 
     def again(operands: _Operands) -> tuple[Array, _Gradients]:
         def total(by: _Gradients) -> Array:
-            return _row_losses(plan, _replaced(operands, by))[0].sum()
+            results: _Results = _row_losses(plan, _replaced(operands, by))
+            return results[0].sum()
 
         floating = _floating(operands)
-        value, gradients = jax.value_and_grad(total)({name: floating[name] for name in wanted})
-        return value, {name: gradient.astype(dtype) for name, gradient in gradients.items()}
+        value: tuple[Array, _Gradients] = jax.value_and_grad(total)({name: floating[name] for name in wanted})
+        total_loss, gradients = value
+        return total_loss, {name: gradient.astype(dtype) for name, gradient in gradients.items()}
 
     total, stats, gradients = _with_gradients(plan, wanted, *primals)
     _, (of_total, of_gradients) = jax.jvp(again, primals, tangents)
@@ -371,7 +364,7 @@ def _add_product(
             # Dynamic slices move a start back that leaves too few: what the tile before has had is taken as 0.
             start = jnp.minimum(j * _TILE, num_classes - _TILE)
             tile = jax.lax.dynamic_slice_in_dim(of_logits, start, _TILE, axis=1)
-            tile = jnp.where((start + jnp.arange(_TILE) >= j * _TILE)[None, :], tile, 0)
+            tile = jnp.where((start + jnp.arange(_TILE, dtype=start.dtype) >= j * _TILE)[None, :], tile, 0)
             old = jax.lax.dynamic_slice_in_dim(total, start, _TILE, axis=1)
             return jax.lax.dynamic_update_slice_in_dim(total, whole(old, hidden, tile), start, axis=1)
 
@@ -410,7 +403,7 @@ def _add_large(
 
     def step(j: Array, products: _Gradients) -> _Gradients:
         of_tile = jax.lax.dynamic_slice_in_dim(classes, j * _TILE, _TILE)
-        tile = jnp.where((j * _TILE + jnp.arange(_TILE) < num_large)[None, :], rest[:, of_tile], 0)
+        tile = jnp.where((j * _TILE + jnp.arange(_TILE, dtype=j.dtype) < num_large)[None, :], rest[:, of_tile], 0)
         products = dict(products)
         products["hidden"] += jnp.matmul(tile, weight[:, of_tile].T, preferred_element_type=dtype)
         if "weight" in products:

@@ -4,9 +4,9 @@ The gradient of a chunk's logits z = h W^T + b gives those of h, W and b by two 
 fused loss write it over the logits. That is all; what remains is when.
 
 With the loss. A sum of losses hands every row the same upstream gradient, so the gradients of the layer are computed
-with the loss, while the logits are at hand (6 N D K operations), and multiplied with the upstream gradient later. They are
-kept until then: one tensor as large as the weight, in float32 for narrower dtypes. `backward` gives them away; a second
-one over the same graph computes them again.
+with the loss, while the logits are at hand (6 N D K operations), and multiplied with the upstream gradient later. They
+are kept until then: one tensor as large as the weight, in float32 for narrower dtypes. `backward` gives them away; a
+second one over the same graph computes them again.
 
 After it. Losses of single rows may be weighted by anything afterwards, so their chunks are computed again for the
 gradient (8 N D K). The sums of each row are kept.
@@ -100,9 +100,8 @@ def losses(
     operands, entropy = fused.make_operands(batch, options, with_stats)
     hidden = layer.hidden.reshape(-1, layer.hidden.shape[-1])
     operands = operands._replace(logits=cast("Tensor", None), **{name: _flat(operands, name, batch) for name in ROWS})
-    settings = Settings(
-        chunks.chunk_size or choose_chunk_size(hidden.shape[1]), not chunks.recompute, chunks.gradient_filter, None
-    )
+    chunk_size = chunks.rows_at_most(*reversed(layer.weight.shape))
+    settings = Settings(chunk_size, not chunks.recompute, chunks.gradient_filter, None)
     if torch.compiler.is_compiling():
         from lsce_torch import compiled  # noqa: PLC0415 - registers operators, which takes a while
 
@@ -126,16 +125,6 @@ def losses(
     sums = unstacked(stacked.reshape(-1, *batch.batch_shape))
     operands = operands._replace(**{name: _batch_shaped(operands, name, batch) for name in ROWS})
     return result, fused.stats_of(batch, options, operands, entropy, sums, first.reshape(batch.batch_shape))
-
-
-def choose_chunk_size(num_features: int) -> int:
-    """Return how many rows to compute the logits of at a time.
-
-    Each chunk reads the weight twice and reads and writes its gradient: 4 D K numbers, against 6 n D K operations. From
-    256 rows on that is a small part of the time on a CPU. With D / 2 rows the logits take half the memory of the
-    gradient of the weight, which is there anyway. Beyond 4096 no device has use for more.
-    """
-    return min(max(num_features // 2, 256), 4096)
 
 
 def _named(layer: Layer) -> list[tuple[str, Tensor | None]]:
@@ -223,13 +212,13 @@ class _ChunkedLosses(torch.autograd.Function):
             gradients = dict(_plain_pullback(layer, operands, settings.total, names)(upstream))
         else:
             kept = settings.kept or {}
-            if all(isinstance(kept.get(name), Tensor) for name in Layer._fields if needs[name]):
-                for name in Layer._fields:
-                    if needs[name]:
-                        # Taken out, so that nothing else holds them, and whoever gets them need not copy.
-                        gradients[name] = _scaled(kept.pop(name), upstream, getattr(layer, name).dtype)
+            of_layer = {name: needs[name] for name in Layer._fields}
+            if all(isinstance(kept.get(name), Tensor) for name, need in of_layer.items() if need):
+                # Taken out, so that nothing else holds them, and whoever gets them need not copy.
+                of_total = {name: kept.pop(name) for name, need in of_layer.items() if need}
+                gradients |= {name: _scaled(of, upstream, getattr(layer, name).dtype) for name, of in of_total.items()}
             else:
-                gradients |= layer_gradients(layer, operands, settings, stacked, upstream, needs)
+                gradients |= layer_gradients(layer, operands, settings, stacked, upstream, of_layer)
             rows = upstream.expand(layer.hidden.shape[0])
             needed = [needs.get(name, False) for name in Operands._fields]
             gradients |= fused.target_gradients(operands, unstacked(stacked), rows, tuple(needed))
@@ -301,15 +290,17 @@ def layer_gradients(
     layer: Layer, operands: Operands, settings: Settings, stacked: Tensor, upstream: Tensor, needs: dict[str, bool]
 ) -> dict[str, Tensor]:
     """Return the gradients of the layer, in its dtypes, from logits computed again and the sums as they were."""
-    upstream = upstream.expand(layer.hidden.shape[0])
     gradients = _Gradients(layer, operands, settings, needs)
-    if any(needs[name] for name in Layer._fields):
+    if any(needs.values()):
         for part, rows in _chunks(layer, operands, settings):
-            of_rows = upstream[part]
+            sums = unstacked(stacked[:, part])
+            # That of a total is multiplied in at the end, as it would be of gradients that were computed with the loss.
+            of_rows = torch.ones_like(sums.peak) if settings.total else upstream[part]
             if rows.counted is not None:
                 of_rows = of_rows.masked_fill(~rows.counted, 0)
-            gradients.add(part, rows, unstacked(stacked[:, part]), of_rows)
-    return {name: gradient.to(getattr(layer, name).dtype) for name, gradient in gradients.finish().items()}
+            gradients.add(part, rows, sums, of_rows)
+    factor = upstream if settings.total else torch.ones_like(stacked[0, 0])
+    return {name: _scaled(of, factor, getattr(layer, name).dtype) for name, of in gradients.finish().items()}
 
 
 def _chunks(layer: Layer, operands: Operands, settings: Settings) -> Iterator[tuple[slice, Operands]]:
@@ -380,6 +371,7 @@ class _Gradients:
         """
         assert self.others is not None
         assert self.sum_of_others is not None
+        assert self.off_hidden is not None
         off = torch.as_tensor(rows.off, dtype=self.dtype, device=hidden.device).expand(hidden.shape[0])
         for excluded in (rows.bad, None if rows.counted is None else ~rows.counted):
             if excluded is not None:
@@ -393,7 +385,7 @@ class _Gradients:
             self.sums["hidden"][part] = product.addcmul_(off[:, None], self.sum_of_others, value=-1)
         if "weight" in self.sums:
             self.sums["weight"].index_add_(0, large, torch.mm(rest.T, hidden).to(self.dtype))
-            self.off_hidden += off @ hidden.to(self.dtype)
+            self.off_hidden.add_(off @ hidden.to(self.dtype))
 
     def finish(self) -> dict[str, Tensor]:
         """Return the gradients."""

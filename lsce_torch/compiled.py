@@ -1,7 +1,7 @@
 """The chunked loss as operators of torch's, which torch.compile takes into its graph without looking into them.
 
-An operator takes and returns tensors and numbers only: the operands are spelled out, what may be either is a tensor, and
-an empty tensor stands for a result that there is none of.
+An operator takes and returns tensors and numbers only: the operands are spelled out, what may be either is a tensor,
+and an empty tensor stands for a result that there is none of.
 """
 
 from typing import Any
@@ -45,7 +45,8 @@ def chunked_losses(layer: Layer, operands: Operands, settings: Settings) -> tupl
 
 def _unpack(arguments: tuple[Any, ...]) -> tuple[Layer, Operands, Settings, dict[str, bool]]:
     hidden, weight, bias, *of_rows, with_stats, chunk_size, total, gradient_filter, needs = arguments
-    operands = Operands(None, *of_rows, overwritten=None, with_stats=with_stats)
+    # Neither logits nor what is overwritten.
+    operands = Operands._make([None, *of_rows, None, with_stats])
     settings = Settings(chunk_size, total, gradient_filter, None)
     return Layer(hidden, weight, bias), operands, settings, dict(zip(Layer._fields, needs, strict=True))
 

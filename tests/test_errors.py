@@ -93,7 +93,52 @@ CALLS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 # Shown by tests of their own below.
+# The same for the linear loss.
+HIDDEN, WEIGHT = np.zeros((4, 2), F32), np.zeros((2, 3), F32)
+
+
+def linear_call(**changes: Any) -> dict[str, Any]:
+    return {"hidden": HIDDEN, "weight": WEIGHT, "labels": LABELS, "reduction": "mean", **changes}
+
+
+LINEAR_CALLS: dict[str, list[dict[str, Any]]] = {
+    "hidden_dtype": [
+        linear_call(hidden=LABELS.reshape(2, 2)),
+        linear_call(weight=WEIGHT.astype(np.int64)),
+        linear_call(bias=np.zeros(3, bool)),
+    ],
+    "hidden_scalar": [linear_call(hidden=np.zeros((), F32))],
+    "weight_shape": [
+        linear_call(weight=np.zeros((4, 5), F32)),
+        linear_call(weight=np.zeros(2, F32)),
+    ],
+    "bias_shape": [linear_call(bias=np.zeros(2, F32)), linear_call(bias=np.zeros((3, 1), F32))],
+    "linear_soft_labels": [linear_call(labels=np.zeros((4, 3), F32))],
+    "labels_shape": [linear_call(labels=LABELS[:3])],
+    "array_type": [linear_call(hidden="x"), linear_call(bias={})],
+    "implementation": [linear_call(implementation="fused")],
+    "chunk_size": [linear_call(chunk_size=0), linear_call(chunk_size=2.0), linear_call(chunk_size=True)],
+    "flag": [linear_call(recompute=1)],
+    "recompute_none": [linear_call(recompute=False, reduction="none")],
+    "gradient_filter": [
+        linear_call(gradient_filter=-1e-3),
+        linear_call(gradient_filter=1.0),
+        linear_call(gradient_filter=None),
+        linear_call(gradient_filter=float("nan")),
+    ],
+    "filter_recompute": [
+        linear_call(gradient_filter=0.1, recompute=True),
+        linear_call(gradient_filter=0.1, reduction="none"),
+    ],
+    "chunked_only": [
+        linear_call(implementation="reference", chunk_size=3),
+        linear_call(implementation="reference", recompute=True),
+        linear_call(implementation="reference", gradient_filter=0.1),
+    ],
+}
+
 ELSEWHERE = {
+    "layer_device",
     "array_type",
     "labels_device",
     "convention_functions",
@@ -152,8 +197,38 @@ def test_message(key: str, arguments: dict[str, Any]) -> None:
     assert text.split("{")[0] in str(from_torch)
 
 
+@pytest.mark.parametrize(
+    ("key", "arguments"),
+    [pytest.param(key, one, id=f"{key}-{i}") for key, many in LINEAR_CALLS.items() for i, one in enumerate(many)],
+)
+def test_message_of_the_linear_loss(key: str, arguments: dict[str, Any]) -> None:
+    kind, text = MESSAGES[key]
+    from_jax = raised(lambda: lsce_jax.linear_label_smoothed_cross_entropy(**arguments))
+    converted = {name: to_torch(value) for name, value in arguments.items()}
+    converted["weight"] = converted["weight"].permute(*reversed(range(converted["weight"].ndim)))
+    from_torch = raised(lambda: lsce_torch.linear_label_smoothed_cross_entropy(**converted))
+    assert type(from_jax) is kind
+    assert type(from_torch) is kind
+    assert text.split("{")[0] in str(from_torch)
+    if key == "weight_shape":
+        assert ("[D, K]" in str(from_jax), "[K, D]" in str(from_torch)) == (True, True)
+    elif key != "array_type":
+        assert str(from_jax).replace("int32", "int64") == str(from_torch)
+
+
+def test_a_transposed_weight_is_recognised() -> None:
+    problems = [
+        raised(lambda: lsce_jax.linear_label_smoothed_cross_entropy(HIDDEN, WEIGHT.T, LABELS)),
+        raised(lambda: lsce_torch.linear_label_smoothed_cross_entropy(*map(to_torch, (HIDDEN, WEIGHT, LABELS)))),
+    ]
+    assert all(str(problem).endswith("Transpose it.") for problem in problems)
+    on_no_device = torch.zeros(3, 2, device="meta")
+    problem = raised(lambda: lsce_torch.linear_label_smoothed_cross_entropy(to_torch(HIDDEN), on_no_device, LABELS))
+    assert "on the same device" in str(problem)
+
+
 def test_every_message_has_a_call() -> None:
-    assert set(CALLS) | ELSEWHERE == set(MESSAGES)
+    assert set(CALLS) | set(LINEAR_CALLS) | ELSEWHERE == set(MESSAGES)
 
 
 def test_message_says_which_label() -> None:

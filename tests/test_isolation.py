@@ -25,6 +25,7 @@ logits, labels = numpy.zeros((2, 4), numpy.float32), numpy.array([1, 3])
 losses = lsce_jax.label_smoothed_cross_entropy(logits, labels, where=numpy.array([True, False]))
 assert abs(float(losses[0]) - numpy.log(4)) < 1e-6, losses
 assert lsce_jax.LabelSmoothedCrossEntropyLoss(reduction="mean")(logits, labels) > 1
+assert lsce_jax.linear_label_smoothed_cross_entropy(logits, numpy.eye(4, dtype="f4"), labels, reduction="mean") > 1
 """
 USE_TORCH = """
 import math, torch, lsce_torch
@@ -33,6 +34,9 @@ loss = lsce_torch.label_smoothed_cross_entropy(logits, labels)
 loss.backward()
 assert abs(float(loss) - math.log(4)) < 1e-6, loss
 assert lsce_torch.LabelSmoothedCrossEntropyLoss(label_smoothing=0.1)(logits, labels) > 1
+assert lsce_torch.linear_label_smoothed_cross_entropy(logits, torch.eye(4), labels) > 1
+compiled = torch.compile(lsce_torch.linear_label_smoothed_cross_entropy, backend="eager", fullgraph=True)
+assert compiled(logits, torch.eye(4), labels) > 1
 """
 LOADED = """
 import sys

@@ -1,0 +1,338 @@
+"""The linear loss of JAX: derivatives, transforms, chunks, and what is in memory.
+
+Its values are held against the truth in the parity tests; here against the reference, or in exact equality.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.test_util import check_grads
+
+from lsce_jax import (
+    LinearLabelSmoothedCrossEntropyLoss,
+    chunked,
+    label_smoothed_cross_entropy,
+    linear_label_smoothed_cross_entropy,
+    linear_label_smoothed_cross_entropy_with_stats,
+)
+
+N, D, K = 7, 3, 5
+GENERATOR = np.random.default_rng(0)
+HIDDEN, WEIGHT, BIAS = (GENERATOR.normal(size=shape) for shape in ((N, D), (D, K), (K,)))
+LABELS = np.array([0, 4, 2, 2, 1, 3, 1])
+CLASS_WEIGHT = np.linspace(0.5, 2, K)
+EPSILON = 2.0**-52
+
+chunked_loss = partial(linear_label_smoothed_cross_entropy, chunk_size=3)
+reference_loss = partial(linear_label_smoothed_cross_entropy, implementation="reference")
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "mean": {"reduction": "mean"},
+    "none": {},
+    "recompute": {"reduction": "sum", "recompute": True},
+    "where": {"reduction": "mean", "where": np.arange(N) % 3 != 0},
+    "where_none": {"where": np.arange(N) % 3 != 0, "softcap": 3.0},
+    "everything": {
+        "reduction": "mean",
+        "class_weight": CLASS_WEIGHT,
+        "class_mask": np.arange(K) != 0,
+        "ignore_index": 0,
+        "z_loss": 0.01,
+        "softcap": 2.0,
+        "convention": "non_target",
+        "smoothing": np.linspace(0.1, 0.9, N),
+    },
+    "max_sup": {"reduction": "sum", "convention": "max_sup", "class_weight": CLASS_WEIGHT},
+    "prior": {"reduction": "mean", "prior": np.full(K, 1 / K), "subtract_entropy": True, "denominator": 3.0},
+}
+each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+
+
+@pytest.fixture(autouse=True)
+def double_precision() -> Any:
+    with jax.enable_x64(True):
+        yield
+
+
+def without_chunks(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "recompute"}
+
+
+def outcome(loss: Callable[..., Any], *layer: Any, **options: Any) -> tuple[Any, ...]:
+    """Return losses and all gradients of a sum in which each loss has another factor."""
+
+    def total(layer: Any) -> Any:
+        hidden, weight, bias = layer
+        losses = loss(hidden, weight, LABELS, bias=bias, **options)
+        factors = jnp.linspace(1, 2, losses.size, dtype=losses.dtype).reshape(losses.shape)
+        return (losses * factors).sum(), losses
+
+    (_, losses), gradients = jax.jit(jax.value_and_grad(total, has_aux=True))(tuple(map(jnp.asarray, layer)))
+    return tuple(map(np.asarray, (losses, *gradients)))
+
+
+def assert_close(ours: tuple, theirs: tuple, epsilon: float = EPSILON) -> None:
+    """Equal but for a few roundings of sums of at most some dozen terms of the size of the largest."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.shape == other.shape
+        assert one.dtype == other.dtype
+        scale = 1 + np.max(np.abs(other), initial=0)
+        assert np.all(np.abs(one - other) <= 32 * epsilon * scale)
+
+
+@each_option
+@pytest.mark.parametrize("chunk_size", [3, 100])
+def test_equals_the_reference(options: dict[str, Any], chunk_size: int | None) -> None:
+    theirs = outcome(reference_loss, HIDDEN, WEIGHT, BIAS, **without_chunks(options))
+    loss = partial(linear_label_smoothed_cross_entropy, chunk_size=chunk_size)
+    assert_close(outcome(loss, HIDDEN, WEIGHT, BIAS, **options), theirs)
+
+
+@pytest.mark.parametrize("name", ["mean", "none", "everything", "prior"])
+def test_derivatives_against_finite_differences(name: str) -> None:
+    """Forward and reverse mode, to second order. The tolerance is that of the differences, not of the loss."""
+
+    @jax.jit
+    def loss(hidden: Any, weight: Any, bias: Any) -> Any:
+        return chunked_loss(hidden, weight, LABELS, bias=bias, **OPTIONS[name])
+
+    layer = tuple(map(jnp.asarray, (HIDDEN, WEIGHT, BIAS)))
+    check_grads(loss, layer, order=2, modes=("fwd", "rev"), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_hessian_and_third_derivative(reduction: str) -> None:
+    def total(loss: Callable[..., Any], hidden: Any) -> Any:
+        return loss(hidden, WEIGHT, LABELS[:4], reduction=reduction).sum()
+
+    hidden = jnp.asarray(HIDDEN[:4])
+    for derivative in (jax.hessian, lambda f: jax.jacrev(jax.grad(f)), lambda f: jax.jacfwd(jax.hessian(f))):
+        ours, theirs = (derivative(partial(total, loss))(hidden) for loss in (chunked_loss, reference_loss))
+        assert_close((np.asarray(ours),), (np.asarray(theirs),))
+
+
+@pytest.mark.parametrize("name", ["smoothing", "class_weight", "prior", "denominator"])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_other_operands_are_differentiated(name: str, recompute: bool) -> None:
+    values = {"smoothing": np.full(N, 0.3), "class_weight": CLASS_WEIGHT, "prior": np.full(K, 0.2), "denominator": 2.5}
+
+    def total(operand: Any, loss: Callable[..., Any]) -> Any:
+        return loss(HIDDEN, WEIGHT, LABELS, subtract_entropy=True, reduction="mean", **{**values, name: operand})
+
+    ours = partial(chunked_loss, recompute=recompute)
+    results = [np.asarray(jax.grad(total)(jnp.asarray(values[name]), loss)) for loss in (ours, reference_loss)]
+    assert_close((results[0],), (results[1],), 8 * EPSILON)
+
+
+def test_only_what_is_asked_for_is_computed() -> None:
+    """The gradient of hidden alone, or of the bias, is the same as among all, and takes none of the others along."""
+
+    def loss(hidden: Any, weight: Any, bias: Any) -> Any:
+        return chunked_loss(hidden, weight, LABELS, bias=bias, reduction="mean")
+
+    whole = jax.grad(loss, argnums=(0, 1, 2))(HIDDEN, WEIGHT, BIAS)
+    for i in range(3):
+        assert_close((np.asarray(jax.grad(loss, argnums=i)(HIDDEN, WEIGHT, BIAS)),), (np.asarray(whole[i]),))
+    # Of the three matrix products, the one for the weight's gradient is not there.
+    compiled = jax.jit(jax.grad(loss)).lower(HIDDEN, WEIGHT, BIAS).compile()
+    assert compiled.as_text().count(" dot(") == 2
+
+
+def test_gradient_with_the_loss_computes_no_logits_twice() -> None:
+    """Three products for a chunk: logits and the gradients of hidden and weight. A fourth computes the logits again."""
+
+    def count(**options: Any) -> int:
+        def loss(hidden: Any, weight: Any) -> Any:
+            return chunked_loss(hidden, weight, LABELS, **options).sum()
+
+        compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(HIDDEN, WEIGHT).compile()
+        return compiled.as_text().count(" dot(")
+
+    assert count(reduction="mean") == 3
+    assert count(reduction="mean", recompute=True) == 4
+    assert count(reduction="none") == 4
+
+
+def test_memory_is_that_of_a_chunk() -> None:
+    """Compiled for 4 and for 16 chunks, the temporary memory is the same, and less than all logits."""
+    rows, features, classes = 512, 8, 4096
+
+    def temporary(num_chunks: int, **options: Any) -> int:
+        hidden = jnp.zeros((rows * num_chunks, features), jnp.float32)
+        weight, labels = jnp.zeros((features, classes), jnp.float32), jnp.zeros(rows * num_chunks, jnp.int32)
+
+        def loss(hidden: Any, weight: Any) -> Any:
+            return linear_label_smoothed_cross_entropy(hidden, weight, labels, chunk_size=rows, **options).sum()
+
+        compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(hidden, weight).compile()
+        return int(compiled.memory_analysis().temp_size_in_bytes)
+
+    chunk = 4 * rows * classes
+    for options in ({"reduction": "mean"}, {"reduction": "none"}):
+        few, many = temporary(4, **options), temporary(16, **options)
+        # What grows is hidden and its gradient, in chunks, and a few numbers for each row.
+        assert many - few <= 12 * rows * 4 * (2 * features + 8)
+        assert few < 3 * chunk
+
+
+def test_more_classes_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weight's gradient is added up in tiles of classes, of which the last begins within the one before."""
+    monkeypatch.setattr(chunked, "_TILE", 2)
+    jax.clear_caches()
+    theirs = outcome(reference_loss, HIDDEN, WEIGHT, BIAS, reduction="mean")
+    for options in ({}, {"gradient_filter": 1e-300}):
+        assert_close(outcome(chunked_loss, HIDDEN, WEIGHT, BIAS, reduction="mean", **options), theirs)
+    jax.clear_caches()
+
+
+def test_gradient_filter() -> None:
+    """What is left out is bounded; a threshold that nothing is below leaves nothing out, smoothing included."""
+    hidden = 4 * HIDDEN
+    for options in (OPTIONS["where"], OPTIONS["everything"]):
+        exact = outcome(chunked_loss, hidden, WEIGHT, BIAS, **options)
+        assert_close(outcome(chunked_loss, hidden, WEIGHT, BIAS, gradient_filter=1e-300, **options), exact)
+    threshold = 0.05
+    loss, *gradients = outcome(chunked_loss, hidden, WEIGHT, BIAS, reduction="sum")
+    same_loss, *filtered = outcome(chunked_loss, hidden, WEIGHT, BIAS, reduction="sum", gradient_filter=threshold)
+    assert loss == same_loss
+    bounds = (threshold * np.abs(WEIGHT).sum(1), threshold * np.abs(hidden).sum(0)[:, None], 0.0)
+    for exact, approximate, bound in zip(gradients, filtered, bounds, strict=True):
+        assert np.all(np.abs(exact - approximate) <= bound + 32 * EPSILON)
+    assert np.any(np.abs(gradients[1] - filtered[1]) > 32 * EPSILON)
+
+
+def test_ignored_rows_are_free_of_nan() -> None:
+    """Whatever they hold; and in chunks without any row that counts nothing is computed."""
+    counted = np.arange(N) < 2
+    hidden = np.where(counted[:, None], HIDDEN, np.nan)
+    for options in ({"reduction": "mean"}, {"reduction": "mean", "recompute": True}, {}):
+        loss, *gradients = outcome(chunked_loss, hidden, WEIGHT, BIAS, where=counted, **options)
+        theirs = outcome(reference_loss, HIDDEN, WEIGHT, BIAS, where=counted, **without_chunks(options))
+        assert_close((loss, *gradients), theirs)
+        assert np.all(gradients[0][2:] == 0)
+
+
+def test_bad_label_is_nan_and_raises() -> None:
+    labels = np.where(np.arange(N) == 4, 9, LABELS)
+    losses = chunked_loss(HIDDEN, WEIGHT, labels)
+    assert np.isnan(losses[4])
+    assert np.isfinite(np.delete(losses, 4)).all()
+    with pytest.raises(IndexError, match="label 9 at index"):
+        chunked_loss(HIDDEN, WEIGHT, labels, bad_labels="raise")
+
+
+@pytest.mark.parametrize("shape", [(0,), (), (2, 0), (1,), (2, 3)])
+def test_shapes(shape: tuple[int, ...]) -> None:
+    hidden, labels = GENERATOR.normal(size=(*shape, D)), np.ones(shape, int)
+    for reduction in ("none", "sum", "mean"):
+
+        def total(loss: Callable[..., Any], *layer: Any, reduction: str = reduction) -> Any:
+            losses = loss(*layer, labels, reduction=reduction)
+            assert losses.shape == (shape if reduction == "none" else ())
+            return losses.sum()
+
+        for argnums in (1, 2):
+            ours, theirs = (jax.grad(total, argnums)(loss, hidden, WEIGHT) for loss in (chunked_loss, reference_loss))
+            assert_close((np.asarray(ours),), (np.asarray(theirs),))
+
+
+def test_vmap() -> None:
+    """Over rows, over layers, and of a gradient."""
+    losses = chunked_loss(HIDDEN, WEIGHT, LABELS)
+    by_row = jax.vmap(lambda h, y: linear_label_smoothed_cross_entropy(h, WEIGHT, y))(HIDDEN, LABELS)
+    assert_close((np.asarray(by_row),), (np.asarray(losses),))
+    weights = np.stack([WEIGHT, 2 * WEIGHT])
+    for reduction in ("mean", "none"):
+        step = jax.grad(lambda w, r=reduction: chunked_loss(HIDDEN, w, LABELS, reduction=r).sum())
+        assert_close((np.asarray(jax.vmap(step)(weights)),), (np.stack([step(w) for w in weights]),))
+    counted = np.arange(2 * N).reshape(2, N) % 3 != 0
+    step = jax.grad(lambda w, c: chunked_loss(HIDDEN, w, LABELS, where=c, reduction="mean"))
+    theirs = np.stack([step(w, c) for w, c in zip(weights, counted, strict=True)])
+    assert_close((np.asarray(jax.vmap(step)(weights, counted)),), (theirs,))
+
+
+def test_scan_over_microbatches_with_denominator() -> None:
+    """Microbatches of different numbers of rows that count add up to the gradient of the whole batch."""
+    hidden, labels = jnp.asarray(HIDDEN[:6]), jnp.asarray(LABELS[:6])
+    counted = jnp.array([True, False, True, True, False, False])
+
+    @jax.remat
+    def loss(weight: Any, hidden: Any, labels: Any, counted: Any) -> Any:
+        return linear_label_smoothed_cross_entropy(
+            hidden, weight, labels, where=counted, reduction="mean", denominator=3, chunk_size=2
+        )
+
+    def step(total: Any, batch: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss)(jnp.asarray(WEIGHT), *batch)), None
+
+    batches = [array.reshape(2, 3, *array.shape[1:]) for array in (hidden, labels, counted)]
+    (total, gradient), _ = jax.jit(lambda: jax.lax.scan(step, (0.0, jnp.zeros((D, K))), tuple(batches)))()
+    whole = jax.value_and_grad(lambda w: reference_loss(hidden, w, labels, where=counted, reduction="mean"))(
+        jnp.asarray(WEIGHT)
+    )
+    assert_close((np.asarray(total), np.asarray(gradient)), tuple(map(np.asarray, whole)))
+
+
+def test_tied_embedding() -> None:
+    """The weight is the embedding as well, and gets both gradients."""
+    table, tokens = jnp.asarray(WEIGHT.T), jnp.asarray(LABELS)
+
+    def loss(table: Any, loss: Callable[..., Any]) -> Any:
+        return loss(jnp.tanh(table[tokens]), table.T, jnp.roll(tokens, 1), reduction="mean")
+
+    ours, theirs = (np.asarray(jax.grad(loss)(table, of)) for of in (chunked_loss, reference_loss))
+    assert_close((ours,), (theirs,))
+
+
+def test_narrow_hidden_and_a_float32_weight() -> None:
+    """The weight is multiplied in bfloat16; its gradient is not rounded to bfloat16."""
+    hidden, weight = jnp.asarray(HIDDEN, jnp.bfloat16), jnp.asarray(WEIGHT, jnp.float32)
+    for recompute in (False, True):
+        loss, gradients = jax.value_and_grad(
+            lambda h, w, r=recompute: chunked_loss(h, w, LABELS, reduction="mean", recompute=r), argnums=(0, 1)
+        )(hidden, weight)
+        assert loss.dtype == jnp.float32
+        assert [gradient.dtype for gradient in gradients] == [jnp.bfloat16, jnp.float32]
+        assert jnp.any(gradients[1] != gradients[1].astype(jnp.bfloat16).astype(jnp.float32))
+
+
+def test_stats() -> None:
+    logits = HIDDEN @ WEIGHT + BIAS
+    counted = np.arange(N) % 3 != 0
+    for reduction in ("mean", "none"):
+        loss, ours = linear_label_smoothed_cross_entropy_with_stats(
+            HIDDEN, WEIGHT, LABELS, bias=BIAS, where=counted, chunk_size=3, reduction=reduction, z_loss=0.1
+        )
+        theirs = reference_loss(HIDDEN, WEIGHT, LABELS, bias=BIAS, where=counted, reduction=reduction, z_loss=0.1)
+        assert_close((np.asarray(loss),), (np.asarray(theirs),))
+        nll = label_smoothed_cross_entropy(logits, LABELS, smoothing=0.0, where=counted)
+        assert_close((np.asarray(ours.nll),), (np.asarray(nll),))
+        assert np.array_equal(ours.valid, counted)
+        assert np.array_equal(ours.correct, counted & (logits.argmax(-1) == LABELS))
+
+
+def test_a_number_as_smoothing_keeps_its_accuracy_and_compiles_once() -> None:
+    """1 - 0.99999 in float32 is off by 0.1 %; another smoothing is no other program."""
+    hidden, weight = HIDDEN.astype(np.float32), WEIGHT.astype(np.float32)
+    chunked_loss(hidden, weight, LABELS, smoothing=0.5, convention="non_target", reduction="sum")
+    compiled = chunked._with_gradients._cache_size()
+    for smoothing in (0.25, 0.99999):
+        ours = chunked_loss(hidden, weight, LABELS, smoothing=smoothing, convention="non_target", reduction="sum")
+        theirs = reference_loss(
+            hidden.astype(np.float64), weight.astype(np.float64), LABELS, smoothing=smoothing,
+            convention="non_target", reduction="sum",
+        )  # fmt: skip
+        assert abs(float(ours) - float(theirs)) <= 64 * 2.0**-24 * float(theirs)
+    assert chunked._with_gradients._cache_size() == compiled
+
+
+def test_module_and_options() -> None:
+    loss_fn = LinearLabelSmoothedCrossEntropyLoss(0.2, reduction="mean", chunk_size=2, class_weight=CLASS_WEIGHT)
+    theirs = reference_loss(HIDDEN, WEIGHT, LABELS, smoothing=0.2, reduction="mean", class_weight=CLASS_WEIGHT)
+    assert_close((np.asarray(nnx.jit(loss_fn)(HIDDEN, WEIGHT, LABELS)),), (np.asarray(theirs),))

@@ -1,0 +1,368 @@
+"""The linear loss of torch: derivatives, transforms, chunks, memory, autocast and torch.compile.
+
+Its values are held against the truth in the parity tests; here against the reference, or in exact equality.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lsce_torch import (
+    LinearLabelSmoothedCrossEntropyLoss,
+    chunked,
+    label_smoothed_cross_entropy,
+    linear_label_smoothed_cross_entropy,
+    linear_label_smoothed_cross_entropy_with_stats,
+)
+
+N, D, K = 7, 3, 5
+GENERATOR = np.random.default_rng(0)
+HIDDEN, WEIGHT, BIAS = (torch.from_numpy(GENERATOR.normal(size=shape)) for shape in ((N, D), (K, D), (K,)))
+LABELS = torch.tensor([0, 4, 2, 2, 1, 3, 1])
+CLASS_WEIGHT = torch.linspace(0.5, 2, K, dtype=torch.float64)
+COUNTED = torch.arange(N) % 3 != 0
+EPSILON = 2.0**-52
+
+chunked_loss = partial(linear_label_smoothed_cross_entropy, chunk_size=3)
+reference_loss = partial(linear_label_smoothed_cross_entropy, implementation="reference")
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "mean": {},
+    "none": {"reduction": "none"},
+    "recompute": {"reduction": "sum", "recompute": True},
+    "where": {"where": COUNTED},
+    "where_none": {"where": COUNTED, "softcap": 3.0, "reduction": "none"},
+    "everything": {
+        "class_weight": CLASS_WEIGHT,
+        "class_mask": torch.arange(K) != 0,
+        "ignore_index": 0,
+        "z_loss": 0.01,
+        "softcap": 2.0,
+        "convention": "non_target",
+        "smoothing": torch.linspace(0.1, 0.9, N, dtype=torch.float64),
+    },
+    "max_sup": {"reduction": "sum", "convention": "max_sup", "class_weight": CLASS_WEIGHT},
+    "prior": {"prior": torch.full((K,), 0.2, dtype=torch.float64), "subtract_entropy": True, "denominator": 3.0},
+}
+each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+
+
+def without_chunks(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name != "recompute"}
+
+
+def outcome(loss: Callable[..., Tensor], *layer: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    """Return losses and all gradients of a sum in which each loss has another factor."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in layer]
+    losses = loss(leaves[0], leaves[1], LABELS, bias=leaves[2], **options)
+    factors = torch.linspace(1, 2, losses.numel(), dtype=losses.dtype).view(losses.shape)
+    return losses.detach(), *torch.autograd.grad((losses * factors).sum(), leaves)
+
+
+def assert_close(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], epsilon: float = EPSILON) -> None:
+    """Equal but for a few roundings of sums of at most some dozen terms of the size of the largest."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.shape == other.shape
+        assert one.dtype == other.dtype
+        scale = 1 + (other.abs().max() if other.numel() else 0)
+        assert torch.all((one - other).abs() <= 32 * epsilon * scale)
+
+
+@each_option
+@pytest.mark.parametrize("chunk_size", [1, 3, 7, 100, None])
+def test_equals_the_reference(options: dict[str, Any], chunk_size: int | None) -> None:
+    theirs = outcome(reference_loss, HIDDEN, WEIGHT, BIAS, **without_chunks(options))
+    loss = partial(linear_label_smoothed_cross_entropy, chunk_size=chunk_size)
+    assert_close(outcome(loss, HIDDEN, WEIGHT, BIAS, **options), theirs)
+
+
+@pytest.mark.parametrize("name", ["mean", "none", "everything"])
+def test_gradcheck(name: str) -> None:
+    """Reverse and forward mode, batched, to second order, against finite differences."""
+    options = OPTIONS[name]
+    layer = [tensor.clone().requires_grad_() for tensor in (HIDDEN, WEIGHT, BIAS)]
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return chunked_loss(hidden, weight, LABELS, bias=bias, **options)
+
+    assert torch.autograd.gradcheck(loss, layer, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(loss, layer)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_function_transforms(reduction: str) -> None:
+    """Gradients, also of every row and of several layers, Jacobians and Hessians of torch.func."""
+
+    def total(loss: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda weight: loss(HIDDEN, weight, LABELS, reduction=reduction).sum()
+
+    weights = torch.stack([WEIGHT, 2 * WEIGHT])
+    for derivative in (torch.func.grad, torch.func.hessian, torch.func.jacfwd, torch.func.jacrev):
+        ours, theirs = (derivative(total(loss))(WEIGHT) for loss in (chunked_loss, reference_loss))
+        assert_close((ours,), (theirs,))
+    by_layer = torch.func.vmap(torch.func.grad(total(chunked_loss)))(weights)
+    assert_close((by_layer,), (torch.stack([torch.func.grad(total(chunked_loss))(w) for w in weights]),))
+    by_row = torch.func.vmap(lambda h, y: linear_label_smoothed_cross_entropy(h, WEIGHT, y))(HIDDEN, LABELS)
+    assert_close((by_row,), (chunked_loss(HIDDEN, WEIGHT, LABELS, reduction="none"),))
+
+
+def test_backward_twice() -> None:
+    """The first takes the gradients that were computed with the loss, the second computes them again."""
+    layer = [tensor.clone().requires_grad_() for tensor in (HIDDEN, WEIGHT, BIAS)]
+    loss = chunked_loss(layer[0], layer[1], LABELS, bias=layer[2])
+    first = torch.autograd.grad(loss, layer, retain_graph=True)
+    second = torch.autograd.grad(2 * loss, layer)
+    assert all(torch.equal(two, 2 * one) for one, two in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (0, 2), (1, 2)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_only_some_gradients(needed: tuple[int, ...], reduction: str) -> None:
+    _, *whole = outcome(chunked_loss, HIDDEN, WEIGHT, BIAS, reduction=reduction)
+    layer = [tensor.clone().requires_grad_(i in needed) for i, tensor in enumerate((HIDDEN, WEIGHT, BIAS))]
+    losses = chunked_loss(layer[0], layer[1], LABELS, bias=layer[2], reduction=reduction)
+    factors = torch.linspace(1, 2, losses.numel(), dtype=losses.dtype).view(losses.shape)
+    (losses * factors).sum().backward()
+    for i, tensor in enumerate(layer):
+        if i in needed:
+            assert tensor.grad is not None
+            assert torch.equal(tensor.grad, whole[i])
+        else:
+            assert tensor.grad is None
+
+
+def test_nothing_is_computed_that_is_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither gradients without need, nor logits of rows that do not count."""
+    chunks: list[int] = []
+    added: list[tuple[str, ...]] = []
+    yield_chunks, add = chunked._chunks, chunked._Gradients.add
+
+    def spy(*arguments: Any) -> Any:
+        for part, rows in yield_chunks(*arguments):
+            chunks.append(len(rows.logits))
+            yield part, rows
+
+    def spy_add(self: Any, *arguments: Any) -> None:
+        added.append(tuple(self.sums))
+        add(self, *arguments)
+
+    monkeypatch.setattr(chunked, "_chunks", spy)
+    monkeypatch.setattr(chunked._Gradients, "add", spy_add)
+    weight = WEIGHT.clone().requires_grad_()
+    with torch.no_grad():
+        chunked_loss(HIDDEN, weight, LABELS)
+    assert chunks == [3, 3, 1]
+    assert added == []
+    chunks.clear()
+    chunked_loss(HIDDEN, weight, LABELS, where=COUNTED)
+    assert sum(chunks) == int(COUNTED.sum())
+    assert added == [("weight",)] * len(chunks)
+
+
+def test_gradient_filter() -> None:
+    """What is left out is bounded; a threshold that nothing is below leaves nothing out, smoothing included."""
+    hidden = 4 * HIDDEN
+    for name in ("mean", "where", "max_sup", "everything", "prior"):
+        exact = outcome(chunked_loss, hidden, WEIGHT, BIAS, **OPTIONS[name])
+        filtered = outcome(chunked_loss, hidden, WEIGHT, BIAS, gradient_filter=1e-300, **OPTIONS[name])
+        assert_close(filtered, exact)
+    threshold = 0.05
+    loss, *gradients = outcome(chunked_loss, hidden, WEIGHT, BIAS, reduction="sum")
+    same_loss, *approximate = outcome(chunked_loss, hidden, WEIGHT, BIAS, reduction="sum", gradient_filter=threshold)
+    assert loss == same_loss
+    bounds = (threshold * WEIGHT.abs().sum(0), threshold * hidden.abs().sum(0), 0.0)
+    for exact, other, bound in zip(gradients, approximate, bounds, strict=True):
+        assert torch.all((exact - other).abs() <= bound + 32 * EPSILON)
+    assert torch.any((gradients[1] - approximate[1]).abs() > 32 * EPSILON)
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"reduction": "none"}])
+def test_ignored_rows_are_free_of_nan(options: dict[str, Any]) -> None:
+    hidden = torch.where(COUNTED[:, None], HIDDEN, torch.nan)
+    ours = outcome(chunked_loss, hidden, WEIGHT, BIAS, where=COUNTED, **options)
+    assert_close(ours, outcome(reference_loss, HIDDEN, WEIGHT, BIAS, where=COUNTED, **without_chunks(options)))
+    assert torch.all(ours[1][~COUNTED] == 0)
+    none = outcome(chunked_loss, hidden, WEIGHT, BIAS, where=torch.zeros(N, dtype=torch.bool), **options)
+    assert all(torch.all(values == 0) for values in none)
+
+
+def test_bad_label_is_nan_and_raises() -> None:
+    labels = LABELS.where(torch.arange(N) != 4, 9)
+    losses = chunked_loss(HIDDEN, WEIGHT, labels, reduction="none")
+    assert losses.isnan().tolist() == [i == 4 for i in range(N)]
+    with pytest.raises(IndexError, match="label 9 at index"):
+        chunked_loss(HIDDEN, WEIGHT, labels, bad_labels="raise")
+
+
+@pytest.mark.parametrize("shape", [(0,), (), (2, 0), (1,), (2, 3)])
+def test_shapes(shape: tuple[int, ...]) -> None:
+    hidden, labels = torch.randn(*shape, D, dtype=torch.float64), torch.ones(shape, dtype=torch.int8)
+    weight = WEIGHT.clone().requires_grad_()
+    for reduction in ("none", "sum", "mean"):
+        losses = [loss(hidden, weight, labels, reduction=reduction) for loss in (chunked_loss, reference_loss)]
+        assert losses[0].shape == (shape if reduction == "none" else ())
+        assert_close(*((torch.autograd.grad(loss.sum(), weight)) for loss in losses))
+
+
+def test_strides() -> None:
+    """Transposed, sliced and expanded inputs."""
+    hidden = torch.from_numpy(GENERATOR.normal(size=(2 * D, N))).T[:, ::2]
+    weight = torch.from_numpy(GENERATOR.normal(size=(D, 2 * K))).T[::2]
+    bias = torch.ones(1, dtype=torch.float64).expand(K)
+    ours = outcome(chunked_loss, hidden, weight, bias)
+    assert_close(ours, outcome(chunked_loss, hidden.contiguous(), weight.contiguous(), bias.contiguous()))
+
+
+def test_microbatches_and_checkpoint() -> None:
+    """Microbatches of different numbers of rows that count add up to the gradient of the whole batch."""
+    weight = WEIGHT.clone().requires_grad_()
+    for part in (slice(0, 2), slice(2, 7)):
+        loss = checkpoint(
+            chunked_loss, HIDDEN[part], weight, LABELS[part], where=COUNTED[part], denominator=int(COUNTED.sum()),
+            use_reentrant=False,
+        )  # fmt: skip
+        loss.backward()
+    assert weight.grad is not None
+    (whole,) = torch.autograd.grad(reference_loss(HIDDEN, weight, LABELS, where=COUNTED), weight)
+    assert_close((weight.grad,), (whole,))
+
+
+class TiedModel(nn.Module):
+    """An embedding whose weight makes the logits as well."""
+
+    def __init__(self) -> None:  # noqa: D107
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.layer = nn.Embedding(K, D), nn.Linear(D, D)
+        self.loss: Any = partial(linear_label_smoothed_cross_entropy, chunk_size=3)
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:  # noqa: D102
+        loss: Tensor = self.loss(torch.tanh(self.layer(self.embedding(tokens))), self.embedding.weight, labels)
+        return loss
+
+
+def gradients_of(model: nn.Module, function: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+    loss = function(LABELS, LABELS.roll(1))
+    return loss.detach(), *torch.autograd.grad(loss, tuple(model.parameters()))
+
+
+def test_tied_embedding_and_compiled() -> None:
+    """One graph without a break, in eager mode's arithmetic but for the layers around it."""
+    model = TiedModel()
+    eager = gradients_of(model, model)
+    assert_close(gradients_of(model, torch.compile(model, fullgraph=True)), eager, 2.0**-23)
+    model.loss = reference_loss
+    assert_close(gradients_of(model, model), eager, 2.0**-23)
+
+
+@pytest.mark.parametrize("name", ["none", "where_none", "everything", "max_sup"])
+def test_compiled(name: str) -> None:
+    compiled = torch.compile(chunked_loss, fullgraph=True)
+    ours = outcome(compiled, HIDDEN, WEIGHT, BIAS, **OPTIONS[name])
+    assert_close(ours, outcome(reference_loss, HIDDEN, WEIGHT, BIAS, **OPTIONS[name]))
+
+
+def test_compiled_for_any_number_of_rows() -> None:
+    compiled = torch.compile(linear_label_smoothed_cross_entropy_with_stats, fullgraph=True, dynamic=True)
+    for rows in (7, 5, 6):
+        loss, stats = compiled(HIDDEN[:rows], WEIGHT, LABELS[:rows])
+        theirs, eager = linear_label_smoothed_cross_entropy_with_stats(HIDDEN[:rows], WEIGHT, LABELS[:rows])
+        assert_close((loss, stats.nll, stats.lse), (theirs, eager.nll, eager.lse))
+
+
+def test_operators() -> None:
+    """Checks of torch's own: the schema is true, shapes without data are right, and the backward can be traced."""
+    from lsce_torch import compiled  # noqa: F401, PLC0415 - registers them
+
+    hidden, weight, bias = (tensor.clone().requires_grad_() for tensor in (HIDDEN, WEIGHT, BIAS))
+    at_label, off, mass = (torch.tensor(value, dtype=torch.float64) for value in (0.9, 0.02, 4.0))
+    bad = torch.zeros(N, dtype=torch.bool)
+    rows = (LABELS, None, bad, None, None, at_label, off, mass, None, 0.0, None, True)
+    for total in (True, False):
+        arguments = (hidden, weight, bias, *rows, 3, total, 0.0, [total] * 3)
+        torch.library.opcheck(torch.ops.lsce.chunked_losses, arguments)
+
+
+def test_autocast() -> None:
+    """Multiplied in bfloat16; the gradient of the float32 weight is not rounded to bfloat16."""
+    layer = [tensor.float().requires_grad_() for tensor in (HIDDEN, WEIGHT, BIAS)]
+    for options in ({}, {"recompute": True}):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = chunked_loss(layer[0], layer[1], LABELS, bias=layer[2], **options)
+        narrow = chunked_loss(layer[0].bfloat16(), layer[1], LABELS, bias=layer[2], **options)
+        gradients, others = (torch.autograd.grad(total, layer) for total in (loss, narrow))
+        assert loss.dtype == torch.float32
+        assert all(torch.equal(one, other) for one, other in zip((loss, *gradients), (narrow, *others), strict=True))
+        assert torch.any(gradients[1] != gradients[1].bfloat16().float())
+
+
+def test_reference_where_it_must_be() -> None:
+    """Class weights and a prior that are trained take all logits at once."""
+    for name, value in (("class_weight", CLASS_WEIGHT), ("prior", torch.full((K,), 0.2, dtype=torch.float64))):
+        leaf = value.clone().requires_grad_()
+        losses = [loss(HIDDEN, WEIGHT, LABELS, **{name: leaf}) for loss in (chunked_loss, reference_loss)]
+        assert_close(*(torch.autograd.grad(loss, leaf) for loss in losses))
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"subtract_entropy": True, "where": COUNTED}])
+def test_smoothing_is_differentiated(options: dict[str, Any]) -> None:
+    smoothing = torch.full((N,), 0.3, dtype=torch.float64, requires_grad=True)
+    losses = [
+        loss(HIDDEN, WEIGHT, LABELS, smoothing=smoothing, **options).sum() for loss in (chunked_loss, reference_loss)
+    ]
+    assert_close(*(torch.autograd.grad(loss, smoothing) for loss in losses))
+
+
+def test_stats() -> None:
+    logits = HIDDEN @ WEIGHT.T + BIAS
+    for reduction in ("mean", "none"):
+        loss, ours = linear_label_smoothed_cross_entropy_with_stats(
+            HIDDEN, WEIGHT, LABELS, bias=BIAS, where=COUNTED, chunk_size=3, reduction=reduction, z_loss=0.1
+        )
+        theirs = reference_loss(HIDDEN, WEIGHT, LABELS, bias=BIAS, where=COUNTED, reduction=reduction, z_loss=0.1)
+        nll = label_smoothed_cross_entropy(logits, LABELS, smoothing=0.0, where=COUNTED, reduction="none")
+        assert_close((loss, ours.nll), (theirs, nll))
+        assert torch.equal(ours.valid, COUNTED)
+        assert torch.equal(ours.correct, COUNTED & (logits.argmax(-1) == LABELS))
+
+
+def test_memory_is_that_of_a_chunk() -> None:
+    """With four times the rows the largest allocation is the same, and never that of all logits."""
+    rows, classes = 64, 4096
+
+    class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+        bytes = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(tensor, Tensor):
+                    self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+            return result
+
+    for options in ({}, {"reduction": "none"}):
+        largest = []
+        for num_chunks in (2, 8):
+            hidden = torch.randn(rows * num_chunks, D, requires_grad=True)
+            weight = torch.randn(classes, D, requires_grad=True)
+            labels = torch.zeros(rows * num_chunks, dtype=torch.int64)
+            with Largest() as mode:
+                loss = linear_label_smoothed_cross_entropy(hidden, weight, labels, chunk_size=rows, **options)
+                loss.sum().backward()
+            largest.append(mode.bytes)
+        assert largest == [4 * rows * classes, 4 * rows * classes]
+
+
+def test_module() -> None:
+    loss_fn = LinearLabelSmoothedCrossEntropyLoss(0.2, chunk_size=2, class_weight=CLASS_WEIGHT)
+    theirs = reference_loss(HIDDEN, WEIGHT, LABELS, smoothing=0.2, class_weight=CLASS_WEIGHT)
+    assert_close((loss_fn(HIDDEN, WEIGHT, LABELS),), (theirs,))
+    assert not loss_fn.state_dict()
+    assert "smoothing=0.2" in repr(loss_fn)
+    assert loss_fn.float().class_weight.dtype == torch.float32
