@@ -61,15 +61,15 @@ class _Plan(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """What each row has of its own: the rows of a chunk, or of all C chunks."""
+    """What each row has of its own, in C chunks; without that dimension, in one."""
 
-    hidden: Float[Array, "*C n D"]
-    on: Float[Array, "*C n"]
-    off: Float[Array, "*C n"]
-    at_max: Float[Array, "*C n"] | None
-    labels: Int[Array, "*C n"]
-    counted: Bool[Array, "*C n"] | None
-    bad: Bool[Array, "*C n"]
+    hidden: Float[Array, "n C D"]
+    on: Float[Array, "n C"]
+    off: Float[Array, "n C"]
+    at_max: Float[Array, "n C"] | None
+    labels: Int[Array, "n C"]
+    counted: Bool[Array, "n C"] | None
+    bad: Bool[Array, "n C"]
 
 
 class _Shared(NamedTuple):
@@ -92,7 +92,7 @@ _FLOATING = {
     "rows": ("hidden", "on", "off", "at_max"),
     "shared": ("weight", "bias", "prior", "class_weight"),
 }
-_Results = tuple[Float[Array, "C n"], LossStats | None]
+_Results = tuple[Float[Array, "n C"], LossStats | None]
 _Gradients = dict[str, Array]
 
 
@@ -127,19 +127,19 @@ def losses(
         return jnp.concatenate([array, jnp.zeros_like(added) if array.dtype == bool else added])
 
     if batch.counted is not None and num_chunks > 1 and jax.device_count() == 1:
-        order = jnp.argsort(~padded(batch.counted), stable=True)
+        first_counted = jnp.argsort(~padded(batch.counted), stable=True)
+        order = first_counted.reshape(num_chunks, chunk_rows).T.reshape(-1)
 
     def in_chunks(array: Array) -> Array:
         array = padded(array)
         if order is not None:
-            return array[order].reshape(num_chunks, chunk_rows, *array.shape[1:])
-        return jnp.moveaxis(array.reshape(chunk_rows, num_chunks, *array.shape[1:]), 1, 0)
+            array = array[order]
+        return array.reshape(chunk_rows, num_chunks, *array.shape[1:])
 
     def by_row(array: Array) -> Array:
-        if order is None:
-            array = jnp.moveaxis(array, 0, 1).reshape(-1)
-        else:
-            array = jnp.zeros_like(array.reshape(-1)).at[order].set(array.reshape(-1), unique_indices=True)
+        array = array.reshape(-1)
+        if order is not None:
+            array = jnp.zeros_like(array).at[order].set(array, unique_indices=True)
         return array[:num_rows].reshape(batch_shape)
 
     rows = _Rows(
@@ -159,6 +159,16 @@ def losses(
     else:
         result, stats = _total_loss(plan, operands)
     return result, None if stats is None else jax.lax.stop_gradient(jax.tree.map(by_row, stats))
+
+
+def _chunk(i: int | Array, array: Array) -> Array:
+    part: Array = jax.lax.dynamic_index_in_dim(array, i, axis=1, keepdims=False)
+    return part
+
+
+def _with_chunk(i: Array, array: Array, part: Array) -> Array:
+    updated: Array = jax.lax.dynamic_update_index_in_dim(array, part, i, axis=1)
+    return updated
 
 
 def _without_ignored(rows: _Rows) -> _Rows:
@@ -197,7 +207,7 @@ def _row_losses(plan: _Plan, operands: _Operands) -> _Results:
     """Return the losses of all rows, to be differentiated by JAX: each chunk is computed again for that."""
     rows, shared = _without_ignored(operands.rows), operands.shared
     # The gradients of the chunks are added up in the dtype that the scan sees.
-    dtype = jnp.promote_types(shared.weight.dtype, compute_dtype(rows.hidden))
+    dtype = max(compute_dtype(rows.hidden), compute_dtype(shared.weight), key=lambda dtype: dtype.itemsize)
     shared = shared._replace(weight=shared.weight.astype(dtype))
 
     @jax.checkpoint
@@ -212,7 +222,8 @@ def _row_losses(plan: _Plan, operands: _Operands) -> _Results:
         nothing = jax.tree.map(lambda result: jnp.zeros(result.shape, result.dtype), shapes)
         return None, jax.lax.cond(jnp.any(jnp.asarray(rows.counted)), chunk, lambda *_: nothing, rows, shared)
 
-    results: _Results = jax.lax.scan(step, None, rows)[1]
+    _, by_chunk = jax.lax.scan(step, None, jax.tree.map(lambda array: jnp.moveaxis(array, 1, 0), rows))
+    results: _Results = jax.tree.map(lambda array: jnp.moveaxis(array, 0, 1), by_chunk)
     return results
 
 
@@ -249,14 +260,14 @@ def _total_and_gradients(
     plan: _Plan, wanted: tuple[str, ...], operands: _Operands
 ) -> tuple[Float[Array, ""], LossStats | None, _Gradients]:
     rows, shared = _without_ignored(operands.rows), operands.shared
-    num_chunks, chunk_rows, num_features = rows.hidden.shape
+    chunk_rows, num_chunks, num_features = rows.hidden.shape
     dtype, floating = compute_dtype(rows.hidden), _floating(operands)
     weight = shared.weight.astype(rows.hidden.dtype)
     by_chunk = {*_FLOATING["rows"]}
 
     def step(i: Array, carry: tuple[_Results, _Gradients]) -> tuple[_Results, _Gradients]:
         results, gradients = carry
-        part = _Operands(jax.tree.map(lambda array: array[i], rows), shared)
+        part = _Operands(jax.tree.map(partial(_chunk, i), rows), shared)
         of_part, parts = _chunk_gradients(plan, wanted, part, weight)
         if "logits" in parts:
             of_logits = parts.pop("logits")
@@ -270,17 +281,14 @@ def _total_and_gradients(
             gradients = gradients | products
         for name in parts.keys() & gradients.keys():
             if name in by_chunk:
-                gradients[name] = jax.lax.dynamic_update_index_in_dim(gradients[name], parts[name], i, axis=0)
+                gradients[name] = _with_chunk(i, gradients[name], parts[name])
             else:
                 gradients[name] = gradients[name] + parts[name]
-        results = jax.tree.map(
-            lambda whole, of: jax.lax.dynamic_update_index_in_dim(whole, of, i, axis=0), results, of_part
-        )
-        return results, gradients
+        return jax.tree.map(partial(_with_chunk, i), results, of_part), gradients
 
-    first = _Operands(jax.tree.map(lambda array: array[0], rows), shared)
+    first = _Operands(jax.tree.map(partial(_chunk, 0), rows), shared)
     shapes = jax.eval_shape(lambda: _chunk_gradients(plan, (), first, weight)[0])
-    results = jax.tree.map(lambda part: jnp.zeros((num_chunks, *part.shape), part.dtype), shapes)
+    results = jax.tree.map(lambda part: jnp.zeros((chunk_rows, num_chunks), part.dtype), shapes)
     gradients = {name: jnp.zeros(floating[name].shape, dtype) for name in wanted}
     if plan.gradient_filter and "weight" in wanted:
         gradients["off_hidden"] = jnp.zeros(num_features, dtype)
