@@ -2,6 +2,8 @@
 
     python -m benchmarks dense
     python -m benchmarks dense --framework jax --shape 1024x32768
+    python -m benchmarks linear
+    python -m benchmarks linear --scaling
     python -m benchmarks tpu
 
 A framework is imported where it is measured, so that each can be measured without the other.
@@ -16,16 +18,22 @@ from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
 from benchmarks import report
-from benchmarks.timing import Row, Schedule, Shape
+from benchmarks.timing import LinearShape, Row, Schedule, Shape
 
 SHAPES = (Shape(1024, 32768), Shape(2048, 50257), Shape(8192, 1000), Shape(128, 1000))
 QUICK_SHAPE = Shape(32, 1000)
+LINEAR_SHAPES = (LinearShape(2048, 512, 50257),)
+QUICK_LINEAR_SHAPE = LinearShape(32, 16, 1000)
+# Many times the rows of a chunk, so that what grows with their number would show.
+SCALING_SHAPES = tuple(LinearShape(rows, 64, 32768) for rows in (1024, 4096, 16384, 65536))
+QUICK_SCALING_SHAPES = tuple(LinearShape(rows, 16, 1000) for rows in (32, 64))
 
 # What lets the TPU compiler do without a TPU, and beside another program that uses it.
 TPU_ENVIRONMENT = {
@@ -45,6 +53,13 @@ def _parse_shape(text: str) -> Shape:
     if match is None:
         raise typer.BadParameter(f"must be like 1024x32768, got {text!r}.")
     return Shape(int(match[1]), int(match[2]))
+
+
+def _parse_linear_shape(text: str) -> LinearShape:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise typer.BadParameter(f"must be like 2048x512x50257, got {text!r}.")
+    return LinearShape(int(match[1]), int(match[2]), int(match[3]))
 
 
 JsonOption = Annotated[Path | None, typer.Option("--json", dir_okay=False, help="File for all figures.")]
@@ -88,6 +103,52 @@ def dense(
     _write(json_file, {"machine": machine, "dense": results}, console)
 
 
+@app.command()
+def linear(
+    framework: Annotated[Literal["jax", "torch", "both"], typer.Option(help="What to measure.")] = "both",
+    shape: Annotated[
+        list[LinearShape] | None,
+        typer.Option(parser=_parse_linear_shape, metavar="ROWSxFEATURESxCLASSES", help="May be repeated."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each loss has its turn.")] = 5,
+    calls: Annotated[int, typer.Option(min=1, help="Calls that count in a turn.")] = 1,
+    scaling: Annotated[
+        bool, typer.Option("--scaling", help="Of ours alone: time and memory for more and more rows.")
+    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small shapes and one round, to see that it runs.")] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Time and memory of the last linear layer with loss and gradients, and of the peers, on the CPU."""
+    if scaling and shape:
+        raise typer.BadParameter("has shapes of its own: leave '--shape' out.", param_hint="'--scaling'")
+    console, machine = Console(), report.describe_machine()
+    report.print_machine(machine, console)
+    console.print()
+    schedule = Schedule(1 if quick else rounds, calls)
+    modules: dict[str, ModuleType] = {}
+    if framework != "torch":
+        from benchmarks import linear_jax  # noqa: PLC0415
+
+        modules["jax"] = linear_jax
+    if framework != "jax":
+        from benchmarks import linear_torch  # noqa: PLC0415
+
+        modules["torch"] = linear_torch
+    results: list[dict[str, Any]] = []
+    if scaling:
+        shapes = QUICK_SCALING_SHAPES if quick else SCALING_SHAPES
+        for name, module in modules.items():
+            rows = module.measure_scaling(shapes, schedule)
+            report.print_scaling(name, shapes, rows, console)
+            results.append({"framework": name, "shapes": shapes, "rows": [_figures(row) for row in rows]})
+    else:
+        for name, size in product(modules, shape or ([QUICK_LINEAR_SHAPE] if quick else LINEAR_SHAPES)):
+            rows = modules[name].measure(size, schedule)
+            report.print_linear(name, size, rows, console)
+            results.append({"framework": name, "shape": size, "rows": [_figures(row) for row in rows]})
+    _write(json_file, {"machine": machine, "scaling" if scaling else "linear": results}, console)
+
+
 def _figures(row: Row) -> dict[str, Any]:
     return row._asdict() | {"median_ms": row.milliseconds, "least_ms": row.least_milliseconds}
 
@@ -106,7 +167,10 @@ def tpu(json_file: JsonOption = None) -> None:
     console.print()
     costs = compiled.measure()
     report.print_tpu(costs, compiled.SHAPE, console)
-    _write(json_file, {"machine": machine, "tpu": [cost._asdict() for cost in costs]}, console)
+    linear_costs = compiled.measure_linear()
+    report.print_linear_tpu(linear_costs, compiled.LINEAR_SHAPE, compiled.linear_chunk_bytes(), console)
+    figures = {"tpu": [cost._asdict() for cost in costs], "tpu linear": [cost._asdict() for cost in linear_costs]}
+    _write(json_file, {"machine": machine, **figures}, console)
 
 
 def _libtpu_requirement() -> str:

@@ -18,6 +18,24 @@ class Shape(NamedTuple):
     classes: int
 
 
+class LinearShape(NamedTuple):
+    """Of a linear layer and its batch: hidden is [rows, features], the logits would be [rows, classes]."""
+
+    rows: int
+    features: int
+    classes: int
+
+    @property
+    def logits_bytes(self) -> int:
+        """What all logits take in float32."""
+        return 4 * self.rows * self.classes
+
+    @property
+    def gradient_bytes(self) -> int:
+        """What the gradients of hidden and weight take in float32."""
+        return 4 * (self.rows + self.classes) * self.features
+
+
 class Schedule(NamedTuple):
     """How often each function is called: `rounds` times one call that does not count and `calls` that do."""
 

@@ -4,7 +4,11 @@ Needs libtpu, and `benchmarks.__main__.TPU_ENVIRONMENT` set before the import. W
 labels is one in bfloat16; cast to float32, as accurate as the others, it costs more.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +16,15 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks.dense_jax import Labels, Logits, Scalar, integer_labels, one_hot, ours
-from benchmarks.timing import Shape
+from benchmarks.linear_jax import LOSSES as ALL_LINEAR_LOSSES
+from benchmarks.linear_jax import with_gradients
+from benchmarks.timing import LinearShape, Shape
+from lsce_spec import ChunkOptions
 
 SHAPE = Shape(8192, 32768)
 TOPOLOGIES = ("v5e:2x2", "v6e:2x2")
+LINEAR_SHAPE = LinearShape(8192, 2048, 131072)
+LINEAR_TOPOLOGY = "v6e:2x2"
 
 
 class Cost(NamedTuple):
@@ -27,6 +36,17 @@ class Cost(NamedTuple):
     temp_bytes: int
     accessed_bytes: float
     minimal_bytes: int  # the logits read once and the gradient written once
+
+
+class LinearCost(NamedTuple):
+    """The same for the last linear layer with the loss."""
+
+    topology: str
+    name: str
+    loss_dtype: str
+    temp_bytes: int
+    accessed_bytes: float
+    operations: float
 
 
 def integer_labels_float32(logits: Logits, labels: Labels, smoothing: Scalar) -> Scalar:
@@ -41,17 +61,16 @@ LOSSES = {
     "lsce fused": ours("fused"),
     "lsce reference": ours("reference"),
 }
+LINEAR_LOSSES = {
+    name: ALL_LINEAR_LOSSES[name] for name in ("lse form", "lsce fused", "lsce linear", "lsce linear, recompute")
+}
 
 
 def measure() -> list[Cost]:
     """Compile each loss with its gradient for each topology; bfloat16 logits."""
     costs = []
     for topology in TOPOLOGIES:
-        core = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-        arguments = [
-            jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(core))
-            for shape, dtype in ((SHAPE, jnp.bfloat16), (SHAPE[:1], jnp.int32), ((), jnp.float32))
-        ]
+        arguments = _arguments(topology, (SHAPE, jnp.bfloat16), (SHAPE[:1], jnp.int32), ((), jnp.float32))
         for name, loss in LOSSES.items():
             compiled = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
             costs.append(
@@ -65,3 +84,66 @@ def measure() -> list[Cost]:
                 )
             )
     return costs
+
+
+def measure_linear() -> list[LinearCost]:
+    """Compile each loss of hidden and weight with its gradients; both bfloat16."""
+    rows, features, classes = LINEAR_SHAPE
+    arguments = _arguments(
+        LINEAR_TOPOLOGY,
+        ((rows, features), jnp.bfloat16),
+        ((features, classes), jnp.bfloat16),
+        ((rows,), jnp.int32),
+        ((), jnp.float32),
+    )
+    costs = []
+    for name, loss in LINEAR_LOSSES.items():
+        compiled = _compile(with_gradients(loss), arguments)
+        counted = compiled.cost_analysis()
+        if name.startswith("lsce linear"):  # the others have no loop
+            with unrolled():
+                counted = _compile(with_gradients(loss), arguments).cost_analysis()
+        costs.append(
+            LinearCost(
+                topology=LINEAR_TOPOLOGY,
+                name=name,
+                loss_dtype=compiled.out_info[0].dtype.name,
+                temp_bytes=compiled.memory_analysis().temp_size_in_bytes,
+                accessed_bytes=counted["bytes accessed"],
+                operations=counted["flops"],
+            )
+        )
+    return costs
+
+
+def linear_chunk_bytes() -> int:
+    """Return what the logits of one chunk take."""
+    rows, features, classes = LINEAR_SHAPE
+    return 4 * min(ChunkOptions().rows_at_most(features, classes), rows) * classes
+
+
+@contextmanager
+def unrolled() -> Iterator[None]:
+    """Trace each round of a loop for itself: the compiler's count takes a loop for one round."""
+
+    def fori_loop(lower: int, upper: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+        for i in range(lower, upper):
+            carry = body(jnp.int32(i), carry)
+        return carry
+
+    jax.clear_caches()
+    try:
+        with mock.patch.multiple(jax.lax, fori_loop=fori_loop, scan=partial(jax.lax.scan, unroll=True)):
+            yield
+    finally:
+        jax.clear_caches()
+
+
+def _compile(function: Callable[..., Any], arguments: list[jax.ShapeDtypeStruct]) -> jax.stages.Compiled:
+    return jax.jit(function).lower(*arguments).compile()
+
+
+def _arguments(topology: str, *described: tuple[tuple[int, ...], Any]) -> list[jax.ShapeDtypeStruct]:
+    core = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    sharding = SingleDeviceSharding(core)
+    return [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in described]

@@ -208,7 +208,8 @@ def _row_losses(plan: _Plan, operands: _Operands) -> _Results:
     rows, shared = _without_ignored(operands.rows), operands.shared
     # The gradients of the chunks are added up in the dtype that the scan sees.
     dtype = max(compute_dtype(rows.hidden), compute_dtype(shared.weight), key=lambda dtype: dtype.itemsize)
-    shared = shared._replace(weight=shared.weight.astype(dtype))
+    bias = None if shared.bias is None else shared.bias.astype(dtype)
+    shared = shared._replace(weight=shared.weight.astype(dtype), bias=bias)
 
     @jax.checkpoint
     def chunk(rows: _Rows, shared: _Shared) -> _Results:
@@ -263,6 +264,9 @@ def _total_and_gradients(
     chunk_rows, num_chunks, num_features = rows.hidden.shape
     dtype, floating = compute_dtype(rows.hidden), _floating(operands)
     weight = shared.weight.astype(rows.hidden.dtype)
+    if rows.hidden.dtype == jnp.float16:
+        # Gradients that are computed with the loss are not scaled yet, and in float16 many would be 0.
+        rows, weight = rows._replace(hidden=rows.hidden.astype(dtype)), weight.astype(dtype)
     by_chunk = {*_FLOATING["rows"]}
 
     def step(i: Array, carry: tuple[_Results, _Gradients]) -> tuple[_Results, _Gradients]:

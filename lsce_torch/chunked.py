@@ -274,8 +274,9 @@ def run(
     row_losses = torch.empty(num_rows, dtype=dtype, device=layer.hidden.device)
     stacked = torch.empty((5 if operands.at_max is None else 7, num_rows), dtype=dtype, device=layer.hidden.device)
     first = torch.empty(num_rows, dtype=torch.int64, device=layer.hidden.device) if operands.with_stats else None
-    gradients = _Gradients(layer, operands, settings, needs)
-    for part, rows in _chunks(layer, operands, settings):
+    multiplied = _multiplied(layer, settings)
+    gradients = _Gradients(multiplied, operands, settings, needs)
+    for part, rows in _chunks(multiplied, operands, settings):
         stacked[:, part], first_of_rows = sweep(rows)
         if first is not None and first_of_rows is not None:
             first[part] = first_of_rows
@@ -290,9 +291,10 @@ def layer_gradients(
     layer: Layer, operands: Operands, settings: Settings, stacked: Tensor, upstream: Tensor, needs: dict[str, bool]
 ) -> dict[str, Tensor]:
     """Return the gradients of the layer, in its dtypes, from logits computed again and the sums as they were."""
-    gradients = _Gradients(layer, operands, settings, needs)
+    multiplied = _multiplied(layer, settings)
+    gradients = _Gradients(multiplied, operands, settings, needs)
     if any(needs.values()):
-        for part, rows in _chunks(layer, operands, settings):
+        for part, rows in _chunks(multiplied, operands, settings):
             sums = unstacked(stacked[:, part])
             # That of a total is multiplied in at the end, as it would be of gradients that were computed with the loss.
             of_rows = torch.ones_like(sums.peak) if settings.total else upstream[part]
@@ -303,34 +305,43 @@ def layer_gradients(
     return {name: _scaled(of, factor, getattr(layer, name).dtype) for name, of in gradients.finish().items()}
 
 
+def _multiplied(layer: Layer, settings: Settings) -> Layer:
+    """Return the layer as it is multiplied: weight and bias rounded to the dtype of hidden, without derivatives."""
+    dtype = layer.hidden.dtype
+    # Gradients that are computed with the loss are not scaled yet, and in float16 many would be 0.
+    then = torch.float32 if dtype == torch.float16 and settings.total else dtype
+    return Layer(*(None if tensor is None else tensor.detach().to(dtype).to(then) for tensor in layer))  # type: ignore[arg-type]
+
+
 def _chunks(layer: Layer, operands: Operands, settings: Settings) -> Iterator[tuple[slice, Operands]]:
-    """Yield some rows at a time, and their operands with the logits, which only live until the next."""
-    num_rows, weight = layer.hidden.shape[0], layer.weight.detach().to(layer.hidden.dtype)
-    bias = None if layer.bias is None else layer.bias.detach().to(layer.hidden.dtype)
+    """Yield some rows at a time, and their operands with the logits, which only live until the next.
+
+    The layer is one of `_multiplied`.
+    """
+    num_rows = layer.hidden.shape[0]
     # As many chunks as needed, all of about the same size.
     step = -(-num_rows // -(-num_rows // settings.chunk_size))
-    buffer = weight.new_empty((step, weight.shape[0]))
+    buffer = layer.weight.new_empty((step, layer.weight.shape[0]))
     for start in range(0, num_rows, step):
         part = slice(start, start + step)
-        hidden = layer.hidden[part].detach()
+        hidden = layer.hidden[part]
         logits = buffer[: hidden.shape[0]]
         with torch.autocast(hidden.device.type, enabled=False):
-            if bias is None:
-                torch.mm(hidden, weight.T, out=logits)
+            if layer.bias is None:
+                torch.mm(hidden, layer.weight.T, out=logits)
             else:
-                torch.addmm(bias, hidden, weight.T, out=logits)
+                torch.addmm(layer.bias, hidden, layer.weight.T, out=logits)
         rows = {name: getattr(operands, name) for name in ROWS}
         rows = {name: v[part] if isinstance(v, Tensor) and v.ndim else v for name, v in rows.items()}
         yield part, operands._replace(logits=logits, **rows)
 
 
 class _Gradients:
-    """The gradients of the layer, added up chunk by chunk, the weight's and the bias's in the compute dtype."""
+    """The gradients of a layer of `_multiplied`, added up chunk by chunk; of weight and bias in the compute dtype."""
 
     def __init__(self, layer: Layer, operands: Operands, settings: Settings, needs: dict[str, bool]) -> None:
         """Make room for those that are needed."""
         self.layer, self.threshold, self.dtype = layer, settings.gradient_filter, compute_dtype(layer.hidden)
-        self.weight = layer.weight.detach().to(layer.hidden.dtype)
         self.sums: dict[str, Tensor] = {}
         if needs["hidden"]:
             self.sums["hidden"] = torch.empty_like(layer.hidden, memory_format=torch.contiguous_format)
@@ -341,13 +352,13 @@ class _Gradients:
         self.others = self.sum_of_others = self.off_hidden = None
         if self.threshold:
             self.others = _others(operands, layer.weight, self.dtype)
-            self.sum_of_others = torch.mv(self.weight.T, self.others.to(self.weight.dtype)).to(self.dtype)
+            self.sum_of_others = torch.mv(layer.weight.T, self.others.to(layer.weight.dtype)).to(self.dtype)
             self.off_hidden = torch.zeros_like(self.sum_of_others)
 
     def add(self, part: slice, rows: Operands, sums: Sums, upstream: Float[Tensor, " n"]) -> None:
         """Add the gradients of a chunk, whose logits are overwritten."""
         of_logits = logits_gradient(rows._replace(overwritten=()), sums, upstream)
-        hidden = self.layer.hidden[part].detach()
+        hidden = self.layer.hidden[part]
         if rows.counted is not None:
             # 0 times a NaN would reach the weight's gradient.
             hidden = hidden.masked_fill(~rows.counted[:, None], 0)
@@ -356,7 +367,7 @@ class _Gradients:
                 self.sums["bias"] += of_logits.sum(dim=0, dtype=self.dtype)
             if self.others is None:
                 if "hidden" in self.sums:
-                    torch.mm(of_logits, self.weight, out=self.sums["hidden"][part])
+                    torch.mm(of_logits, self.layer.weight, out=self.sums["hidden"][part])
                 if "weight" in self.sums:
                     _add_product(self.sums["weight"], of_logits, hidden)
             else:
@@ -381,7 +392,7 @@ class _Gradients:
         large = (~is_small).nonzero().squeeze(-1)
         rest = rest[:, large]
         if "hidden" in self.sums:
-            product = torch.mm(rest, self.weight[large]).to(self.dtype)
+            product = torch.mm(rest, self.layer.weight[large]).to(self.dtype)
             self.sums["hidden"][part] = product.addcmul_(off[:, None], self.sum_of_others, value=-1)
         if "weight" in self.sums:
             self.sums["weight"].index_add_(0, large, torch.mm(rest.T, hidden).to(self.dtype))
@@ -409,7 +420,11 @@ def _add_product(total: Float[Tensor, "K D"], of_logits: Float[Tensor, "n K"], h
         return
     for start in range(0, total.shape[0], _TILE):
         part = slice(start, start + _TILE)
-        total[part] += torch.mm(of_logits[:, part].T, hidden)
+        if total.device.type == "cpu":
+            total[part].addmm_(of_logits[:, part].T.to(total.dtype), hidden.to(total.dtype))
+        else:
+            # In the narrow dtype, for which accelerators have units of their own.
+            total[part] += torch.mm(of_logits[:, part].T, hidden)
 
 
 def _scaled(gradient: Tensor, upstream: Float[Tensor, ""], dtype: torch.dtype) -> Tensor:

@@ -71,8 +71,10 @@ def _(*arguments: Any) -> list[Tensor]:
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return layer.hidden.new_empty(shape, dtype=dtype)
 
+    # That of hidden comes in the dtype that it is multiplied in.
+    narrow = torch.bfloat16 if layer.hidden.dtype == torch.bfloat16 else dtype
     gradients = {
-        name: torch.empty_like(tensor, dtype=tensor.dtype if name == "hidden" else dtype)
+        name: torch.empty_like(tensor, dtype=narrow if name == "hidden" else dtype)
         for name, tensor in zip(Layer._fields, layer, strict=True)
         if tensor is not None and needs[name]
     }

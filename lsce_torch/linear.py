@@ -48,17 +48,17 @@ def linear_label_smoothed_cross_entropy(  # noqa: D417 - most are described wher
     computed later, from logits computed again.
 
     Args:
-        hidden: [..., D] features. float64, float32, bfloat16 or float16: the dtype to multiply in.
-        weight: [K, D], that of nn.Linear, of any of these dtypes: it is multiplied in the dtype of hidden, and its
-            gradient, added up in float32 or wider, comes in its own. So the gradient of a float32 weight is not rounded
-            to bfloat16 where hidden is.
+        hidden: [..., D] features. float64, float32, bfloat16 or float16: the dtype to multiply in (float16: in float32
+            for a sum or mean, whose gradients are computed before they are scaled).
+        weight: [K, D], that of nn.Linear, of any of these dtypes. It is multiplied in the dtype of hidden; its
+            gradient, added up in float32 or wider, comes in its own.
         labels: [...] class indices, of any integer dtype.
         bias: K numbers, or None.
         smoothing, convention, prior, where, ignore_index, class_weight, class_mask, z_loss, softcap, subtract_entropy,
             bad_labels, reduction, denominator: see `label_smoothed_cross_entropy`.
         implementation: "chunked"; "reference", which computes all logits at once; None chooses "chunked".
         chunk_size: how many rows' logits to have in memory at most; None chooses D / 2, but from 256 to 4096, and more
-            if K is below 16384.
+            if K is below 4096.
         recompute: whether to compute the logits again for the gradient, and hold no gradient before. None does so for
             reduction="none", which allows nothing else.
         gradient_filter: classes whose part of the gradient of the logits, but for what smoothing alone adds to it, is

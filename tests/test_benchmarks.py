@@ -1,18 +1,24 @@
 """The benchmarks: that each row is there, that memory is measured right, and that turns are taken. No speed is held."""
 
+import contextlib
+import io
 import json
 import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from benchmarks import dense_jax, dense_torch
-from benchmarks.__main__ import QUICK_SHAPE, app
-from benchmarks.timing import Case, Schedule, Shape, time_in_turns
+from benchmarks import dense_jax, dense_torch, linear_jax, linear_torch, report, tpu
+from benchmarks.__main__ import QUICK_LINEAR_SHAPE, QUICK_SCALING_SHAPES, QUICK_SHAPE, app
+from benchmarks.timing import Case, LinearShape, Schedule, Shape, time_in_turns
 
 
 def run(*arguments):
@@ -49,6 +55,86 @@ def test_every_row_has_figures(quick):
     assert {"date", "cpu", "cores", "jax", "torch", "optax"} <= figures["machine"].keys()
 
 
+@pytest.fixture(scope="module")
+def quick_linear(tmp_path_factory):
+    return run_quick_linear(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def quick_scaling(tmp_path_factory):
+    return run_quick_linear(tmp_path_factory, "--scaling")
+
+
+def run_quick_linear(tmp_path_factory, *arguments):
+    path = tmp_path_factory.mktemp("benchmarks") / "figures.json"
+    result = run("linear", "--quick", "--calls", 2, *arguments, "--json", path)
+    assert result.exit_code == 0, result.output
+    return result.stdout.replace(f"wrote {path}", ""), json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_every_linear_row_is_printed(quick_linear):
+    output, figures = quick_linear
+    assert max(map(len, output.splitlines())) <= 80
+    names = {table["framework"]: [row["name"] for row in table["rows"]] for table in figures["linear"]}
+    assert names["jax"] == [*linear_jax.LOSSES, *linear_jax.FLOORS]
+    assert names["torch"] == [case.name for case in linear_torch.make_cases(QUICK_LINEAR_SHAPE)]
+    for table in figures["linear"]:
+        assert table["shape"] == list(QUICK_LINEAR_SHAPE)
+        for row in table["rows"]:
+            assert re.search(rf"^{re.escape(row['name'])}( +[\d.]+){{6}} *$", output, re.MULTILINE)
+            assert len(row["seconds"]) == 2
+            assert all(seconds > 0 for seconds in row["seconds"])
+            assert row["memory"] >= 0
+
+
+def test_every_number_of_rows_is_printed(quick_scaling):
+    output, figures = quick_scaling
+    assert max(map(len, output.splitlines())) <= 80
+    assert [table["framework"] for table in figures["scaling"]] == ["jax", "torch"]
+    for table in figures["scaling"]:
+        assert [row["name"] for row in table["rows"]] == [str(shape.rows) for shape in QUICK_SCALING_SHAPES]
+        for row in table["rows"]:
+            assert len(re.findall(rf"^{row['name']}(?: +[\d.]+){{5}} *$", output, re.MULTILINE)) == 2
+            assert row["memory"] > 0
+
+
+# --- What is timed --------------------------------------------------------------------------------------------------
+
+
+def test_linear_losses_are_the_same():
+    shape = LinearShape(300, 8, 40)  # in chunks of which the last is not full
+    hidden, weight, labels, smoothing = linear_jax.make_arguments(shape)
+    expected = linear_jax.with_gradients(linear_jax.LOSSES["lse form"])(hidden, weight, labels, smoothing)
+    for name, loss in linear_jax.LOSSES.items():
+        actual = linear_jax.with_gradients(loss)(hidden, weight, labels, smoothing)
+        for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-7, err_msg=name)
+    arguments = torch.tensor(np.asarray(hidden)), torch.tensor(np.asarray(weight.T)), torch.tensor(np.asarray(labels))
+    for argument in arguments[:2]:
+        argument.requires_grad_()
+    for name, loss in linear_torch.LOSSES.items():
+        if not name.endswith("chunked"):  # unsmoothed
+            output, *gradients = linear_torch.loss_and_gradients(loss, *arguments[:2], arguments[2].long())
+            actual = (output[0] if isinstance(output, tuple) else output).detach(), gradients[0], gradients[1].T
+            for a, e in zip(actual, jax.tree.leaves(expected), strict=True):
+                np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def test_floors_compute_the_products():
+    hidden, weight, labels, smoothing = linear_jax.make_arguments(LinearShape(300, 8, 40))
+    logits = hidden @ weight
+    for actual, expected in zip(
+        linear_jax.products(hidden, weight, labels, smoothing), (logits @ weight.T, hidden.T @ logits), strict=True
+    ):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5)
+    hidden, weight, labels = linear_torch.make_arguments(LinearShape(300, 8, 40))
+    logits = hidden @ weight.T
+    for actual, expected in zip(
+        linear_torch.products(hidden, weight, labels), (logits @ weight, logits.T @ hidden), strict=True
+    ):
+        torch.testing.assert_close(actual, expected.detach(), rtol=1e-5, atol=1e-4)
+
+
 # --- Memory ---------------------------------------------------------------------------------------------------------
 
 
@@ -71,6 +157,24 @@ def test_peak_memory_within_an_operation():
     # A sum of bytes makes integers of eight bytes of them first; the second sum has the memory of the first.
     case = Case("", lambda bytes_: (bytes_.sum(), bytes_.sum()), lambda: (torch.zeros(10**6, dtype=torch.uint8),))
     assert dense_torch.peak_bytes(case) == pytest.approx(8 * 10**6, abs=1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "logits", "chunks", "gradients"),
+    [
+        ("F.cross_entropy, smoothed", 3, 0, 0),  # the gradients of the layer come when two of these are gone
+        ("lsce fused", 2, 0, 0),
+        ("lsce linear", 0, 1, 1),
+        ("lsce linear, recompute", 0, 1, 1),
+        ("lsce linear, none then mean", 0, 1, 1),
+    ],
+)
+def test_peak_memory_of_the_linear_loss(name, logits, chunks, gradients):
+    shape = LinearShape(2048, 16, 20000)
+    case = next(case for case in linear_torch.make_cases(shape) if case.name == name)
+    chunk_bytes = 4 * 256 * shape.classes
+    expected = logits * shape.logits_bytes + chunks * chunk_bytes + gradients * shape.gradient_bytes
+    assert dense_torch.peak_bytes(case) == pytest.approx(expected, rel=0.05)
 
 
 # --- Time -----------------------------------------------------------------------------------------------------------
@@ -97,6 +201,19 @@ def test_bad_shape(text):
     assert f"'--shape': must be like 1024x32768, got '{text}'." in result.stderr
 
 
+@pytest.mark.parametrize("text", ["2048x512", "0x1x1", "axbxc", "1x2x3x4"])
+def test_bad_linear_shape(text):
+    result = run("linear", "--shape", text)
+    assert result.exit_code == 2
+    assert f"'--shape': must be like 2048x512x50257, got '{text}'." in result.stderr
+
+
+def test_scaling_has_shapes_of_its_own():
+    result = run("linear", "--scaling", "--shape", "8x8x8")
+    assert result.exit_code == 2
+    assert "'--scaling': has shapes of its own" in result.stderr
+
+
 def test_tpu_without_its_compiler(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     result = run("tpu")
@@ -104,9 +221,43 @@ def test_tpu_without_its_compiler(monkeypatch):
     assert "pip install 'libtpu==" in result.stderr
 
 
+def test_each_round_of_an_unrolled_loop_counts():
+    shape = LinearShape(1024, 16, 16384)  # four chunks
+    arguments = linear_jax.make_arguments(shape)
+    function = linear_jax.with_gradients(tpu.LINEAR_LOSSES["lsce linear"])
+    products = []
+    for unroll in (contextlib.nullcontext, tpu.unrolled):
+        with unroll():
+            products.append(jax.jit(function).lower(*arguments).as_text().count("stablehlo.dot_general"))
+    assert products[1] >= 4 * 3 > products[0]
+
+
+def test_table_of_the_linear_loss_on_tpus():
+    output = io.StringIO()
+    costs = [
+        tpu.LinearCost(tpu.LINEAR_TOPOLOGY, name, "float32", 3 * 10**9, 3e10, 1.5e13) for name in tpu.LINEAR_LOSSES
+    ]
+    report.print_linear_tpu(costs, tpu.LINEAR_SHAPE, tpu.linear_chunk_bytes(), Console(file=output, width=80))
+    for name in tpu.LINEAR_LOSSES:
+        assert re.search(rf"^{name} +3000 +30000 +6.8 *$", output.getvalue(), re.MULTILINE)
+    assert "the weight's gradient takes 1074 MB, " in output.getvalue()
+
+
+@pytest.mark.parametrize("name", tpu.LINEAR_LOSSES)
+def test_losses_of_narrow_arrays_are_wide(name):
+    hidden, weight = jax.ShapeDtypeStruct((8, 4), jnp.bfloat16), jax.ShapeDtypeStruct((4, 6), jnp.bfloat16)
+    labels, smoothing = jax.ShapeDtypeStruct((8,), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
+    loss, gradients = jax.eval_shape(
+        linear_jax.with_gradients(tpu.LINEAR_LOSSES[name]), hidden, weight, labels, smoothing
+    )
+    assert loss.dtype == jnp.float32
+    assert [gradient.dtype for gradient in gradients] == [jnp.bfloat16, jnp.bfloat16]
+
+
+@pytest.mark.parametrize("what", ["dense", "linear"])
 @pytest.mark.parametrize(("framework", "other"), [("jax", "torch"), ("torch", "jax")])
-def test_a_framework_is_measured_without_the_other(framework, other):
-    code = f"import sys, benchmarks.__main__, benchmarks.dense_{framework}; assert {other!r} not in sys.modules"
+def test_a_framework_is_measured_without_the_other(framework, other, what):
+    code = f"import sys, benchmarks.__main__, benchmarks.{what}_{framework}; assert {other!r} not in sys.modules"
     outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert outcome.returncode == 0, outcome.stderr
 
