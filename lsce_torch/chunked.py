@@ -29,7 +29,7 @@ from lsce_torch import fused
 from lsce_torch.inputs import Batch, compute_dtype
 from lsce_torch.overwrite import has_memory
 from lsce_torch.stats import LossStats
-from lsce_torch.sweeps import Operands, Sums, logits_gradient, sweep, unstacked
+from lsce_torch.sweeps import Operands, in_large_pages, logits_gradient, sweep, sweep_with_gradient, unstacked
 
 # Classes of a part of the weight's gradient, where the product comes in a narrower dtype than the sum.
 _TILE = 8192
@@ -277,13 +277,12 @@ def run(
     multiplied = _multiplied(layer, settings)
     gradients = _Gradients(multiplied, operands, settings, needs)
     for part, rows in _chunks(multiplied, operands, settings):
-        stacked[:, part], first_of_rows = sweep(rows)
+        stacked[:, part], first_of_rows = (sweep_with_gradient if any(needs.values()) else sweep)(rows)
         if first is not None and first_of_rows is not None:
             first[part] = first_of_rows
-        sums = unstacked(stacked[:, part])
-        row_losses[part] = fused.losses_of(rows, sums)[0]
+        row_losses[part] = fused.losses_of(rows, unstacked(stacked[:, part]))[0]
         if any(needs.values()):
-            gradients.add(part, rows, sums, torch.ones_like(sums.peak))
+            gradients.add(part, rows)
     return row_losses, stacked, first, gradients.finish()
 
 
@@ -295,12 +294,15 @@ def layer_gradients(
     gradients = _Gradients(multiplied, operands, settings, needs)
     if any(needs.values()):
         for part, rows in _chunks(multiplied, operands, settings):
-            sums = unstacked(stacked[:, part])
-            # That of a total is multiplied in at the end, as it would be of gradients that were computed with the loss.
-            of_rows = torch.ones_like(sums.peak) if settings.total else upstream[part]
-            if rows.counted is not None:
-                of_rows = of_rows.masked_fill(~rows.counted, 0)
-            gradients.add(part, rows, sums, of_rows)
+            if settings.total:
+                # As with the loss, to the last bit; what comes from upstream is multiplied in at the end.
+                sweep_with_gradient(rows)
+            else:
+                of_rows = upstream[part]
+                if rows.counted is not None:
+                    of_rows = of_rows.masked_fill(~rows.counted, 0)
+                logits_gradient(rows._replace(overwritten=()), unstacked(stacked[:, part]), of_rows)
+            gradients.add(part, rows)
     factor = upstream if settings.total else torch.ones_like(stacked[0, 0])
     return {name: _scaled(of, factor, getattr(layer, name).dtype) for name, of in gradients.finish().items()}
 
@@ -321,7 +323,7 @@ def _chunks(layer: Layer, operands: Operands, settings: Settings) -> Iterator[tu
     num_rows = layer.hidden.shape[0]
     # As many chunks as needed, all of about the same size.
     step = -(-num_rows // -(-num_rows // settings.chunk_size))
-    buffer = layer.weight.new_empty((step, layer.weight.shape[0]))
+    buffer = in_large_pages(layer.weight.new_empty((step, layer.weight.shape[0])))
     for start in range(0, num_rows, step):
         part = slice(start, start + step)
         hidden = layer.hidden[part]
@@ -345,19 +347,19 @@ class _Gradients:
         self.sums: dict[str, Tensor] = {}
         if needs["hidden"]:
             self.sums["hidden"] = torch.empty_like(layer.hidden, memory_format=torch.contiguous_format)
-        for name in ("weight", "bias"):
-            if needs[name]:
-                like = getattr(layer, name)
-                self.sums[name] = torch.zeros(like.shape, dtype=self.dtype, device=like.device)
+        if needs["weight"]:
+            self.sums["weight"] = in_large_pages(torch.empty_like(layer.weight, dtype=self.dtype))
+        if needs["bias"]:
+            self.sums["bias"] = torch.zeros(layer.weight.shape[0], dtype=self.dtype, device=layer.weight.device)
         self.others = self.sum_of_others = self.off_hidden = None
         if self.threshold:
             self.others = _others(operands, layer.weight, self.dtype)
             self.sum_of_others = torch.mv(layer.weight.T, self.others.to(layer.weight.dtype)).to(self.dtype)
             self.off_hidden = torch.zeros_like(self.sum_of_others)
 
-    def add(self, part: slice, rows: Operands, sums: Sums, upstream: Float[Tensor, " n"]) -> None:
-        """Add the gradients of a chunk, whose logits are overwritten."""
-        of_logits = logits_gradient(rows._replace(overwritten=()), sums, upstream)
+    def add(self, part: slice, rows: Operands) -> None:
+        """Add the gradients of a chunk, whose logits have been overwritten by theirs."""
+        of_logits = rows.logits
         hidden = self.layer.hidden[part]
         if rows.counted is not None:
             # 0 times a NaN would reach the weight's gradient.
@@ -369,7 +371,7 @@ class _Gradients:
                 if "hidden" in self.sums:
                     torch.mm(of_logits, self.layer.weight, out=self.sums["hidden"][part])
                 if "weight" in self.sums:
-                    _add_product(self.sums["weight"], of_logits, hidden)
+                    _add_product(self.sums["weight"], of_logits, hidden, is_first=part.start == 0)
             else:
                 self._add_large(part, rows, of_logits, hidden)
 
@@ -395,6 +397,8 @@ class _Gradients:
             product = torch.mm(rest, self.layer.weight[large]).to(self.dtype)
             self.sums["hidden"][part] = product.addcmul_(off[:, None], self.sum_of_others, value=-1)
         if "weight" in self.sums:
+            if part.start == 0:
+                self.sums["weight"].zero_()
             self.sums["weight"].index_add_(0, large, torch.mm(rest.T, hidden).to(self.dtype))
             self.off_hidden.add_(off @ hidden.to(self.dtype))
 
@@ -413,18 +417,23 @@ def _others(operands: Operands, weight: Float[Tensor, "K D"], dtype: torch.dtype
     return others if operands.class_mask is None else others.masked_fill(~operands.class_mask, 0)
 
 
-def _add_product(total: Float[Tensor, "K D"], of_logits: Float[Tensor, "n K"], hidden: Float[Tensor, "n D"]) -> None:
-    """Add of_logits.T @ hidden to the total."""
+def _add_product(
+    total: Float[Tensor, "K D"], of_logits: Float[Tensor, "n K"], hidden: Float[Tensor, "n D"], *, is_first: bool
+) -> None:
+    """Add of_logits.T @ hidden to the total, or set it to that."""
+    old = 0 if is_first else 1
     if total.dtype == hidden.dtype:
-        total.addmm_(of_logits.T, hidden)
+        torch.addmm(total, of_logits.T, hidden, beta=old, out=total)
         return
     for start in range(0, total.shape[0], _TILE):
         part = slice(start, start + _TILE)
         if total.device.type == "cpu":
-            total[part].addmm_(of_logits[:, part].T.to(total.dtype), hidden.to(total.dtype))
+            tile, narrow = of_logits[:, part].T.to(total.dtype), hidden.to(total.dtype)
+            torch.addmm(total[part], tile, narrow, beta=old, out=total[part])
         else:
             # In the narrow dtype, for which accelerators have units of their own.
-            total[part] += torch.mm(of_logits[:, part].T, hidden)
+            product = torch.mm(of_logits[:, part].T, hidden)
+            total[part] = product if is_first else total[part] + product
 
 
 def _scaled(gradient: Tensor, upstream: Float[Tensor, ""], dtype: torch.dtype) -> Tensor:

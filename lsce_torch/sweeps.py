@@ -85,6 +85,46 @@ def sweep(operands: Operands) -> tuple[Tensor, Tensor | None]:
     return stacked, first
 
 
+def sweep_with_gradient(operands: Operands) -> tuple[Tensor, Tensor | None]:
+    """Return what `sweep` does, and overwrite the logits by the gradient of the sum of the losses.
+
+    Each block of rows makes both while it is in the cache. Where that takes more than one array of its size, with a
+    softcap or something at the largest logit, the gradient comes from a sweep of its own.
+    """
+    if operands.softcap is not None or operands.at_max is not None:
+        stacked, first = sweep(operands)
+        upstream = torch.ones_like(stacked[0])
+        if operands.counted is not None:
+            upstream = upstream.masked_fill(~operands.counted, 0)
+        logits_gradient(operands._replace(overwritten=()), unstacked(stacked), upstream)
+        return stacked, first
+    logits, dtype = operands.logits, compute_dtype(operands.logits)
+    stacked = torch.empty((5, *logits.shape[:-1]), dtype=dtype, device=logits.device)
+    first = None
+    if operands.with_stats:
+        first = torch.empty(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    excluded = None if operands.class_mask is None else ~operands.class_mask
+    off, at_label, mass = (
+        torch.as_tensor(value, dtype=dtype, device=logits.device)
+        for value in (operands.off, operands.at_label, operands.at_label + operands.off * operands.other_mass)
+    )
+
+    def work(blocks: Iterator[tuple[Any, ...]]) -> None:
+        scratch = None
+        for z, *others in blocks:
+            if z.dtype == dtype:
+                scratch = z
+            elif scratch is None or scratch.shape != z.shape:
+                scratch = torch.empty(z.shape, dtype=dtype, device=z.device)
+            _fill_both(z, scratch, *others, z_loss=operands.z_loss)
+
+    rows = (operands.labels, operands.counted, operands.bad, off, at_label, mass, first, *stacked.unbind())
+    _in_threads(work, _blocks(logits, (excluded, operands.factor), rows))
+    if operands.counted is not None:
+        stacked.masked_fill_(~operands.counted, 0)
+    return stacked, first
+
+
 def unstacked(stacked: Tensor) -> Sums:
     """Return the sums by name."""
     sums = stacked.unbind()
@@ -163,6 +203,79 @@ def _fill_sums(
         work.div_(top[..., None]).frac_()
         rest = torch.where(small, torch.sum(work, dim=-1), rest)
     torch.log1p(rest, out=log_sum)
+
+
+def _fill_both(
+    z: Float[Tensor, "*rows K"],  # the logits, and then their gradient
+    work: Float[Tensor, "*rows K"],  # z itself, or scratch
+    excluded: Bool[Tensor, "*#rows K"] | None,
+    weight: Float[Tensor, "*#rows K"] | None,
+    label: Int[Tensor, "*rows"],
+    counted: Bool[Tensor, "*rows"] | None,
+    bad: Bool[Tensor, "*rows"] | None,
+    off: Float[Tensor, "*rows"],
+    at_label: Float[Tensor, "*rows"],
+    mass: Float[Tensor, "*rows"],  # of the target
+    first: Int[Tensor, "*rows"] | None,  # written, as all of the following
+    peak: Float[Tensor, "*rows"],
+    log_sum: Float[Tensor, "*rows"],
+    label_gap: Float[Tensor, "*rows"],
+    other_gaps: Float[Tensor, "*rows"],
+    largest: Float[Tensor, "*rows"],
+    *,
+    z_loss: float,
+) -> None:
+    """Compute sums and gradient of one block of rows."""
+    if work is not z:
+        work.copy_(z)
+    if excluded is not None:
+        work.masked_fill_(excluded, -torch.inf)
+    if first is None:
+        torch.amax(work, dim=-1, out=largest)
+    else:
+        torch.max(work, dim=-1, out=(largest, first))
+    peak.copy_(largest)
+    work.sub_(peak[..., None])
+    if excluded is not None:
+        work.masked_fill_(excluded, 0)
+    # As in `_fill_sums`: the label's gap is left out of the sum, not subtracted from it.
+    index = label[..., None]
+    of_label = torch.gather(work, -1, index)
+    torch.neg(of_label.squeeze(-1), out=label_gap)
+    work.scatter_(-1, index, 0)
+    weighted = work if weight is None else torch.mul(work, weight).masked_fill_(weight == 0, 0)
+    torch.sum(weighted, dim=-1, out=other_gaps).neg_()
+    work.scatter_(-1, index, of_label)
+    if excluded is not None:
+        work.masked_fill_(excluded, -torch.inf)
+
+    torch.exp_(work)
+    total = torch.sum(work, dim=-1)
+    rest, small = total - 1, total < 2
+    if work.device.type != "cpu" or _any(small):
+        # Without its largest term, where that is most of the sum, small losses stay accurate.
+        largest_index = (torch.argmax(work, dim=-1) if first is None else first)[..., None]
+        work.scatter_(-1, largest_index, 0)
+        rest = torch.where(small, torch.sum(work, dim=-1), rest)
+        work.scatter_(-1, largest_index, 1)
+    torch.log1p(rest, out=log_sum)
+
+    of_p = mass if not z_loss else mass + 2 * z_loss * (peak + log_sum)
+    if bad is not None:
+        of_p = of_p.masked_fill(bad, torch.nan)
+    of_label = of_p * torch.exp(-label_gap) * torch.exp(-log_sum) - at_label
+    work.mul_((of_p / total)[..., None])
+    if weight is None:
+        work.sub_(off[..., None])
+    else:
+        work.addcmul_(off[..., None], weight, value=-1)
+    work.scatter_(-1, index, of_label[..., None])
+    if excluded is not None:
+        work.masked_fill_(excluded, 0)
+    if counted is not None:
+        work.masked_fill_(~counted[..., None], 0)
+    if work is not z:
+        z.copy_(work)
 
 
 def _any(rows: Bool[Tensor, "*rows"]) -> bool:
@@ -362,17 +475,20 @@ if hasattr(os, "register_at_fork"):
 
 
 def _empty_like(logits: Tensor) -> Tensor:
-    """Return uninitialised memory, in large pages where the system has them.
+    return in_large_pages(torch.empty_like(logits))
+
+
+def in_large_pages(fresh: Tensor) -> Tensor:
+    """Return memory that has not been touched yet, in large pages where the system has them.
 
     A fresh tensor is not there before it is written: the system stops at each page of 4 KiB to find one and clear it,
     which for 128 MiB takes as long as the whole forward pass. Linux does so for 2 MiB at a time if asked.
     """
-    result = torch.empty_like(logits)
-    if result.device.type == "cpu" and result.nbytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        start = -(-result.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    if fresh.device.type == "cpu" and fresh.nbytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        start = -(-fresh.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         # A hint: if it is refused, the pages are small ones.
-        _libc().madvise(start, result.data_ptr() + result.nbytes - start, mmap.MADV_HUGEPAGE)
-    return result
+        _libc().madvise(start, fresh.data_ptr() + fresh.nbytes - start, mmap.MADV_HUGEPAGE)
+    return fresh
 
 
 @cache
