@@ -56,7 +56,7 @@ def linear_label_smoothed_cross_entropy(  # noqa: D417 - most are described wher
         smoothing, convention, prior, where, ignore_index, class_weight, class_mask, z_loss, softcap, subtract_entropy,
             bad_labels, reduction, denominator: see `label_smoothed_cross_entropy`.
         implementation: "chunked"; "reference", which computes all logits at once; None chooses "chunked".
-        chunk_size: how many rows' logits to have in memory at most; None chooses 3/4 D, but from 256 to 4096, and more
+        chunk_size: how many rows' logits to have in memory at most; None chooses D, but from 256 to 1024, and more
             if K is below 4096.
         recompute: whether to compute the logits again for the gradient, and hold no gradient before. None does so for
             reduction="none", which allows nothing else.

@@ -138,16 +138,12 @@ class ChunkOptions:
             raise error("filter_recompute")
         return ChunkOptions(None if chunk_size is None else int(chunk_size), recompute, float(gradient_filter))
 
-    def rows_at_most(self, num_features: int, num_classes: int) -> int:
+    def rows_at_most(self, preferred: int, num_classes: int) -> int:
         """Return how many rows to compute the logits of at a time.
 
-        Each chunk reads the weight twice and reads and writes its gradient: 4 D K numbers, against 6 n D K operations.
-        From 256 rows on that is a small part of the time on a CPU. With 3/4 D rows the logits take three quarters of
-        the memory of the weight's gradient, which is there anyway; accelerators, with more operations to a byte, have
-        use for that many, but no more than 4096. Of few classes a chunk has 2^20 logits, so that what it costs to start
-        one does not show.
+        Of few classes a chunk has 2^20 logits, so that what it costs to start one does not show.
         """
-        return self.chunk_size or max(min(max(3 * num_features // 4, 256), 4096), 2**20 // num_classes)
+        return self.chunk_size or max(preferred, 2**20 // num_classes)
 
 
 def _is_int32(value: object) -> bool:
