@@ -13,6 +13,7 @@ import lsce_torch
 from benchmarks import dense_torch
 from benchmarks.timing import Case, LinearShape, Row, Schedule, time_in_turns
 from lsce_spec import ChunkOptions
+from lsce_torch.chunked import preferred_rows
 
 Hidden, Weight, Labels = Float[Tensor, "N D"], Float[Tensor, "K D"], Int[Tensor, " N"]
 LossFunction = Callable[[Hidden, Weight, Labels], Any]
@@ -86,7 +87,7 @@ def products(hidden: Hidden, weight: Weight, labels: Labels) -> tuple[Hidden, We
     """Only the products, some rows at a time: with the logits in the place of their gradient."""
     del labels
     of_hidden, of_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-    size = ChunkOptions().rows_at_most(hidden.shape[1], weight.shape[0])
+    size = ChunkOptions().rows_at_most(preferred_rows(hidden.shape[1]), weight.shape[0])
     buffer = hidden.new_empty(min(size, hidden.shape[0]), weight.shape[0])
     for rows, of_rows in zip(hidden.split(size), of_hidden.split(size), strict=True):
         logits = torch.mm(rows, weight.T, out=buffer[: rows.shape[0]])

@@ -19,6 +19,7 @@ from benchmarks.dense_jax import Labels, Logits, Scalar, integer_labels, one_hot
 from benchmarks.linear_jax import LOSSES as ALL_LINEAR_LOSSES
 from benchmarks.linear_jax import with_gradients
 from benchmarks.timing import LinearShape, Shape
+from lsce_jax.chunked import preferred_rows
 from lsce_spec import ChunkOptions
 
 SHAPE = Shape(8192, 32768)
@@ -119,7 +120,7 @@ def measure_linear() -> list[LinearCost]:
 def linear_chunk_bytes() -> int:
     """Return what the logits of one chunk take."""
     rows, features, classes = LINEAR_SHAPE
-    return 4 * min(ChunkOptions().rows_at_most(features, classes), rows) * classes
+    return 4 * min(ChunkOptions().rows_at_most(preferred_rows(features), classes), rows) * classes
 
 
 @contextmanager

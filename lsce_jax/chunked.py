@@ -164,10 +164,10 @@ def losses(
 def preferred_rows(num_features: int) -> int:
     """Return how many rows a chunk should have.
 
-    Each reads the weight twice and reads and writes its gradient: 4 D K numbers, against 6 n D K operations. With D rows
-    the logits take as much memory as the gradient of the weight, which is there anyway, and on a CPU reading the weight
-    hardly shows. Compiled for a TPU v6e, D = 2048, K = 131072, bfloat16, the temporary memory is 1.1 GB with 1024 rows,
-    that of the weight's gradient, and 3.3 GB with 2048, hence no more.
+    Each reads the weight twice and reads and writes its gradient: 4 D K numbers, against 6 n D K operations. With D
+    rows the logits take as much memory as the gradient of the weight, which is there anyway, and on a CPU reading the
+    weight hardly shows. Compiled for a TPU v6e, D = 2048, K = 131072, bfloat16, the temporary memory is 1.1 GB with
+    1024 rows, that of the weight's gradient, and 3.3 GB with 2048, hence no more.
     """
     return min(max(num_features, 256), 1024)
 
