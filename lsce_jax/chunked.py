@@ -29,7 +29,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 from lsce_jax import fused
-from lsce_jax.inputs import Batch, compute_dtype
+from lsce_jax.inputs import Batch, compute_dtype, is_sharded
 from lsce_jax.stats import LossStats
 from lsce_spec import ChunkOptions, LossOptions
 
@@ -108,10 +108,20 @@ def losses(
         chunks: how to go through the rows.
         with_stats: whether to return statistics.
     """
+    if layer.hidden.shape[-1] == 1:
+        # A product of single numbers would be fused into the loss, and rounded in some of its uses and not in others.
+        hidden = jnp.concatenate([layer.hidden, jnp.zeros_like(layer.hidden)], axis=-1)
+        layer = Layer(hidden, jnp.concatenate([layer.weight, jnp.zeros_like(layer.weight)]), layer.bias)
     batch_shape, num_features = batch.batch_shape, layer.hidden.shape[-1]
-    num_rows, num_chunks, chunk_rows = math.prod(batch_shape), 1, math.prod(batch_shape)
-    if isinstance(num_rows, int):  # and not symbolic
-        num_chunks = -(-num_rows // chunks.rows_at_most(preferred_rows(num_features), batch.logits.shape[-1]))
+    num_rows, num_classes = math.prod(batch_shape), batch.logits.shape[-1]
+    num_chunks, chunk_rows = 1, num_rows
+    if all(isinstance(size, int) for size in (num_rows, num_features, num_classes)):  # and not symbolic
+        num_chunks = -(-num_rows // chunks.rows_at_most(preferred_rows(num_features), num_classes))
+        if is_sharded(layer.hidden):
+            # Rows of a mesh cannot be padded, and each device needs as many of each chunk.
+            size = jax.sharding.get_abstract_mesh().size
+            fitting = (number for number in range(num_chunks, num_rows + 1) if num_rows % (number * size) == 0)
+            num_chunks = next(fitting, 1)
         chunk_rows = -(-num_rows // num_chunks)
     counted, order = batch.counted, None
     if counted is None and num_rows != num_chunks * chunk_rows:
@@ -153,9 +163,10 @@ def losses(
     operands = _Operands(jax.tree.map(in_chunks, rows), shared)
     # All that the smoothing does is in the targets; without its value, plans for different ones are the same.
     plan = _Plan(replace(options, smoothing=0.0), with_stats, order is not None, chunks.gradient_filter)
-    if chunks.recompute:
+    if chunks.recompute or is_sharded(layer.hidden):
+        # On an explicit mesh JAX wants to be told how the sum over the rows of a matrix product is divided.
         row_losses, stats = _row_losses(plan, operands)
-        result = by_row(row_losses)
+        result = by_row(row_losses) if chunks.recompute else row_losses.sum()
     else:
         result, stats = _total_loss(plan, operands)
     return result, None if stats is None else jax.lax.stop_gradient(jax.tree.map(by_row, stats))

@@ -106,7 +106,7 @@ def prepare(
     """
     only_shape = isinstance(logits, jax.ShapeDtypeStruct)
     logits = cast("Array", logits) if isinstance(logits, jax.ShapeDtypeStruct) else as_array("logits", logits)
-    labels = as_array("labels", _within_int32(labels))
+    labels = as_array("labels", within_int32(labels))
     check_logits(logits.shape, logits.dtype.name)
     axis = check_axis(axis, logits.shape)
     check_labels(labels.shape, labels.dtype.name, logits.shape, axis)
@@ -170,7 +170,7 @@ def as_array(name: str, value: ArrayLike) -> Array:
         raise error("array_type", name=name, expected="an array", given=given) from problem
 
 
-def _within_int32(labels: ArrayLike) -> ArrayLike:
+def within_int32(labels: ArrayLike) -> ArrayLike:
     """Keep wide NumPy labels that are no class from becoming one: JAX would cut them to their lower 32 bits."""
     if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu" and labels.dtype.itemsize >= 4:
         limits = np.iinfo(np.int32)

@@ -11,9 +11,9 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from lsce_jax import chunked, reference
 from lsce_jax.chunked import Layer
 from lsce_jax.functional import reduce_losses
-from lsce_jax.inputs import Batch, as_array, compute_dtype, prepare
+from lsce_jax.inputs import Batch, as_array, compute_dtype, prepare, within_int32
 from lsce_jax.stats import LossStats
-from lsce_spec import LINEAR_IMPLEMENTATIONS, ChunkOptions, Convention, LossOptions, check_layer, error
+from lsce_spec import LINEAR_IMPLEMENTATIONS, ChunkOptions, Convention, LossOptions, check_layer, error, is_floating
 
 
 def linear_label_smoothed_cross_entropy(  # noqa: D417 - most are described where they come from
@@ -196,6 +196,9 @@ def _evaluate(
         chunk_size=chunk_size, recompute=recompute, gradient_filter=gradient_filter, options=options
     )
     layer, num_classes = _prepare_layer(hidden, weight, bias)
+    labels = as_array("labels", within_int32(labels))
+    if is_floating(labels.dtype.name):
+        raise error("linear_soft_labels", given=labels.dtype.name)
     batch = prepare(
         jax.ShapeDtypeStruct((*layer.hidden.shape[:-1], num_classes), layer.hidden.dtype),  # type: ignore[no-untyped-call]
         labels,
@@ -206,13 +209,11 @@ def _evaluate(
         class_weight=class_weight,
         class_mask=class_mask,
     )
-    if batch.soft:
-        raise error("linear_soft_labels", given=batch.labels.dtype.name)
 
     def row_losses(batch: Batch) -> tuple[Float[Array, "..."], LossStats | None]:
         if options.implementation == "chunked" and 0 not in batch.batch_shape:
             return chunked.losses(batch, layer, options, chunks, with_stats)
-        return reference.row_losses(replace(batch, logits=_all_logits(layer)), options, with_stats)
+        return reference.row_losses(replace(batch, logits=_all_logits(layer, batch)), options, with_stats)
 
     return reduce_losses(batch, options, denominator, row_losses)
 
@@ -228,7 +229,10 @@ def _prepare_layer(hidden: ArrayLike, weight: ArrayLike, bias: ArrayLike | None)
     return layer, check_layer(of_hidden, of_weight, *of_bias, features_axis=0)
 
 
-def _all_logits(layer: Layer) -> Float[Array, "*batch K"]:
-    dtype = compute_dtype(layer.hidden)
-    logits = jnp.matmul(layer.hidden, layer.weight.astype(layer.hidden.dtype), preferred_element_type=dtype)
+def _all_logits(layer: Layer, batch: Batch) -> Float[Array, "*batch K"]:
+    dtype, hidden = compute_dtype(layer.hidden), layer.hidden
+    if batch.counted is not None:
+        # 0 times a NaN would reach the weight's gradient.
+        hidden = jnp.where(batch.counted[..., None], hidden, 0)
+    logits = jnp.matmul(hidden, layer.weight.astype(layer.hidden.dtype), preferred_element_type=dtype)
     return logits if layer.bias is None else logits + layer.bias.astype(dtype).reshape((1,) * (logits.ndim - 1) + (-1,))

@@ -268,7 +268,7 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
     ),
     "gradient_filter": (
         ValueError,
-        "gradient_filter must be a number in [0, 1), got {given}. 0 leaves nothing out; 2**-12 suits bfloat16.",
+        "gradient_filter must be a number in [0, 1), got {given}. 0 leaves nothing out.",
     ),
     "filter_recompute": (
         ValueError,

@@ -16,12 +16,14 @@ A derivative of the gradient, and forward mode, take all logits at once, in plai
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
 from lsce_spec import ChunkOptions, LossOptions
@@ -85,7 +87,7 @@ def losses(
     if index is not None:
         some, some_stats = losses(
             _selected(batch, index),
-            layer._replace(hidden=layer.hidden.reshape(-1, layer.hidden.shape[-1])[index]),
+            layer._replace(hidden=layer.hidden.reshape(batch.labels.numel(), layer.hidden.shape[-1])[index]),
             options,
             chunks,
             with_stats,
@@ -98,7 +100,7 @@ def losses(
         return (scattered(some) if chunks.recompute else some), stats
 
     operands, entropy = fused.make_operands(batch, options, with_stats)
-    hidden = layer.hidden.reshape(-1, layer.hidden.shape[-1])
+    hidden = layer.hidden.reshape(batch.labels.numel(), layer.hidden.shape[-1])
     operands = operands._replace(logits=cast("Tensor", None), **{name: _flat(operands, name, batch) for name in ROWS})
     chunk_size = chunks.rows_at_most(preferred_rows(hidden.shape[1]), layer.weight.shape[0])
     settings = Settings(chunk_size, not chunks.recompute, chunks.gradient_filter, None)
@@ -145,6 +147,8 @@ def _named(layer: Layer) -> list[tuple[str, Tensor | None]]:
 def _rows_that_count(batch: Batch, layer: Layer) -> Int[Tensor, " n"] | None:
     """Return the indices of the rows that count, if these are not all and it is possible to take only them."""
     if batch.counted is None or torch.compiler.is_compiling():
+        return None
+    if batch.counted.is_meta or isinstance(batch.counted, FakeTensor):
         return None
     tensors = [t for t in (batch.counted, batch.labels, batch.smoothing, layer.hidden) if isinstance(t, Tensor)]
     if not has_memory(*tensors) or (batch.counted.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -318,6 +322,10 @@ def layer_gradients(
     return {name: _scaled(of, factor, getattr(layer, name).dtype) for name, of in gradients.finish().items()}
 
 
+def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+
+
 def _multiplied(layer: Layer, settings: Settings) -> Layer:
     """Return the layer as it is multiplied: weight and bias rounded to the dtype of hidden, without derivatives."""
     dtype = layer.hidden.dtype
@@ -339,7 +347,7 @@ def _chunks(layer: Layer, operands: Operands, settings: Settings) -> Iterator[tu
         part = slice(start, start + step)
         hidden = layer.hidden[part]
         logits = buffer[: hidden.shape[0]]
-        with torch.autocast(hidden.device.type, enabled=False):
+        with _without_autocast(hidden):
             if layer.bias is None:
                 torch.mm(hidden, layer.weight.T, out=logits)
             else:
@@ -375,7 +383,7 @@ class _Gradients:
         if rows.counted is not None:
             # 0 times a NaN would reach the weight's gradient.
             hidden = hidden.masked_fill(~rows.counted[:, None], 0)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with _without_autocast(hidden):
             if "bias" in self.sums:
                 self.sums["bias"] += of_logits.sum(dim=0, dtype=self.dtype)
             if self.others is None:

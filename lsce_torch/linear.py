@@ -196,6 +196,8 @@ def _evaluate(
         chunk_size=chunk_size, recompute=recompute, gradient_filter=gradient_filter, options=options
     )
     layer, num_classes = _prepare_layer(hidden, weight, labels, bias)
+    if labels.is_floating_point():
+        raise error("linear_soft_labels", given=dtype_name(labels))
     batch = prepare(
         layer.hidden.new_zeros(1).expand(*layer.hidden.shape[:-1], num_classes),
         labels,
@@ -206,14 +208,12 @@ def _evaluate(
         class_weight=class_weight,
         class_mask=class_mask,
     )
-    if batch.soft:
-        raise error("linear_soft_labels", given=dtype_name(batch.labels))
 
     def row_losses(batch: Batch) -> tuple[Float[Tensor, "..."], LossStats | None]:
         chunkable = batch.labels.numel() and fused.why_reference(batch, options, with_stats) is None
         if options.implementation == "chunked" and chunkable:
             return chunked.losses(batch, layer, options, chunks, with_stats)
-        return reference.row_losses(replace(batch, logits=_all_logits(layer)), options, with_stats)
+        return reference.row_losses(replace(batch, logits=_all_logits(layer, batch)), options, with_stats)
 
     return reduce_losses(batch, options, denominator, row_losses)
 
@@ -229,11 +229,14 @@ def _prepare_layer(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor 
     of_hidden, of_weight, *of_bias = ((tuple(t.shape), dtype_name(t)) for t in layer if t is not None)
     num_classes = check_layer(of_hidden, of_weight, *of_bias, features_axis=1)
     device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         layer = layer._replace(hidden=hidden.to(torch.get_autocast_dtype(device)))
     return layer, num_classes
 
 
-def _all_logits(layer: Layer) -> Float[Tensor, "*batch K"]:
-    dtype = layer.hidden.dtype
-    return F.linear(layer.hidden, layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype))
+def _all_logits(layer: Layer, batch: Batch) -> Float[Tensor, "*batch K"]:
+    dtype, hidden = layer.hidden.dtype, layer.hidden
+    if batch.counted is not None:
+        # 0 times a NaN would reach the weight's gradient.
+        hidden = torch.where(batch.counted[..., None], hidden, 0)
+    return F.linear(hidden, layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype))

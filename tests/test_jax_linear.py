@@ -336,3 +336,75 @@ def test_module_and_options() -> None:
     loss_fn = LinearLabelSmoothedCrossEntropyLoss(0.2, reduction="mean", chunk_size=2, class_weight=CLASS_WEIGHT)
     theirs = reference_loss(HIDDEN, WEIGHT, LABELS, smoothing=0.2, reduction="mean", class_weight=CLASS_WEIGHT)
     assert_close((np.asarray(nnx.jit(loss_fn)(HIDDEN, WEIGHT, LABELS)),), (np.asarray(theirs),))
+
+
+def test_one_feature_in_float64() -> None:
+    """A product of two numbers, which XLA would round in one use and not in another."""
+    hidden = jnp.array([1.7769346512604225, -0.6945933575499162, -1.180283911849588, -1.7838454781954174])[:, None]
+    weight, labels = jnp.array([[1.2887231687245124, -0.13599423088681162]]), jnp.array([0, 0, 1, 0])
+    expected = np.asarray(reference_loss(hidden, weight, labels))
+    for options in ({}, {"reduction": "sum"}):
+        ours = linear_label_smoothed_cross_entropy(hidden, weight, labels, chunk_size=1, **options)
+        assert_close((np.asarray(ours),), (expected if not options else expected.sum(),))
+
+
+def test_ignored_rows_in_the_reference() -> None:
+    counted = np.arange(N) != 2
+    hidden = np.where(counted[:, None], HIDDEN, np.nan)
+    assert np.isfinite(outcome(reference_loss, hidden, WEIGHT, BIAS, where=counted)[2]).all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_float16_is_scaled_in_time(reduction: str) -> None:
+    """A loss scale of 2^16 saves gradients that would be 0 in float16, also where they are computed with the loss."""
+    classes = 20000
+    hidden = jnp.asarray(GENERATOR.normal(size=(8, 4)), jnp.float16)
+    weight = jnp.asarray(2 * GENERATOR.normal(size=(4, classes)), jnp.float16)
+
+    def loss(weight: Any) -> Any:
+        labels = jnp.arange(8)
+        return (
+            2.0**16
+            * linear_label_smoothed_cross_entropy(hidden, weight, labels, smoothing=0.0, reduction=reduction)
+            .astype(jnp.float32)
+            .mean()
+        )
+
+    assert jnp.all(jnp.any(jax.grad(loss)(weight) != 0, axis=0))
+
+
+def test_rows_of_an_explicit_mesh() -> None:
+    """Rows that are divided over two devices, among them a number of them that the chunks do not divide."""
+    mesh = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))
+    hidden, weight, labels = np.linspace(-1, 1, 60).reshape(20, 3), np.eye(3, 5), np.arange(20) % 5
+    for options in ({}, {"chunk_size": 4}, {"chunk_size": 6, "where": labels != 1}):
+
+        def step(hidden: Any, weight: Any, labels: Any, options: Any = options) -> Any:
+            def loss(hidden: Any, weight: Any) -> Any:
+                return linear_label_smoothed_cross_entropy(hidden, weight, labels, reduction="mean", **options)
+
+            return jax.value_and_grad(loss, (0, 1))(hidden, weight)
+
+        theirs = step(hidden, weight, labels)
+        with jax.set_mesh(mesh):
+            divided = [
+                jax.device_put(array, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)))
+                for array, axes in ((hidden, ("rows", None)), (weight, ()), (labels, ("rows",)))
+            ]
+            ours = jax.jit(step)(*divided)
+        pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+        for one, other in pairs:
+            assert_close((np.asarray(one),), (np.asarray(other),))
+
+
+@pytest.mark.parametrize("name", ["where", "where_none", "everything", "recompute"])
+def test_rows_that_count_come_first_on_one_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests have several devices; on one, chunks without a row that counts are not computed."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    options = {**OPTIONS[name], "where": np.arange(N) == 5}
+    for chunk_size in (1, 3):
+        loss = partial(linear_label_smoothed_cross_entropy, chunk_size=chunk_size)
+        theirs = outcome(reference_loss, HIDDEN, WEIGHT, BIAS, **without_chunks(options))
+        assert_close(outcome(loss, HIDDEN, WEIGHT, BIAS, **options), theirs)
+    _, stats = linear_label_smoothed_cross_entropy_with_stats(HIDDEN, WEIGHT, LABELS, chunk_size=3, **options)
+    assert np.array_equal(stats.valid, options["where"] & (options.get("ignore_index") != LABELS))

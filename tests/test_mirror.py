@@ -71,7 +71,7 @@ def test_definitions_in_the_same_order(file: str) -> None:
 
     listed = {
         # JAX: arrays in NNX, ranks, array-likes, 32-bit labels, sharding, tracing.
-        "LossConstant", "_constant", "_value", "_as_last_axis", "as_array", "_within_int32", "_is_traced",
+        "LossConstant", "_constant", "_value", "_as_last_axis", "as_array", "within_int32", "_is_traced",
         "is_sharded", "_sum_of_fractions", "_count", "_pair", "_add", "_two_sum",
         # torch: scalars, types, values that are not at hand.
         "as_tensor", "_as_tensor", "check_tensor", "dtype_name",

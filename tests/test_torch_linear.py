@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from lsce_torch import (
@@ -366,3 +367,35 @@ def test_module() -> None:
     assert not loss_fn.state_dict()
     assert "smoothing=0.2" in repr(loss_fn)
     assert loss_fn.float().class_weight.dtype == torch.float32
+
+
+def test_ignored_rows_in_the_reference() -> None:
+    """Also where the reference is not asked for: class weights that are trained."""
+    hidden = torch.where(COUNTED[:, None], HIDDEN, torch.nan)
+    for options in ({"implementation": "reference"}, {"class_weight": CLASS_WEIGHT.clone().requires_grad_()}):
+        weight = WEIGHT.clone().requires_grad_()
+        linear_label_smoothed_cross_entropy(hidden, weight, LABELS, where=COUNTED, **options).backward()
+        assert weight.grad is not None
+        assert weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_float16_is_scaled_in_time(reduction: str) -> None:
+    """A loss scale of 2^16 saves gradients that would be 0 in float16, also where they are computed with the loss."""
+    hidden = torch.from_numpy(GENERATOR.normal(size=(8, 4))).half()
+    weight = torch.from_numpy(2 * GENERATOR.normal(size=(20000, 4))).half().requires_grad_()
+    loss = linear_label_smoothed_cross_entropy(hidden, weight, torch.arange(8), smoothing=0.0, reduction=reduction)
+    (gradient,) = torch.autograd.grad(2.0**16 * loss.mean(), weight)
+    assert gradient.dtype == torch.float16
+    assert torch.all((gradient != 0).any(dim=1))
+
+
+def test_tensors_without_data() -> None:
+    """Of the meta device, and of FakeTensorMode; and no features, which leaves the bias."""
+    loss = linear_label_smoothed_cross_entropy(HIDDEN.to("meta"), WEIGHT.to("meta"), LABELS.to("meta"))
+    assert loss.is_meta
+    with FakeTensorMode() as mode, torch.no_grad():
+        hidden, weight, labels, counted = (mode.from_tensor(t) for t in (HIDDEN, WEIGHT, LABELS, COUNTED))
+        assert linear_label_smoothed_cross_entropy(hidden, weight, labels, where=counted).shape == ()
+    nothing = HIDDEN[:, :0], WEIGHT[:, :0], LABELS
+    assert_close((chunked_loss(*nothing, bias=BIAS),), (reference_loss(*nothing, bias=BIAS),))
