@@ -274,7 +274,10 @@ def _blocked(plan: _Plan, operands: _Operands) -> tuple[_Peaks, _Sums]:
     *batch_shape, num_classes = operands.logits.shape
     num_rows, block_rows = math.prod(batch_shape), max(1, plan.block_size // num_classes)
     if num_rows <= block_rows:
-        return _whole(plan, operands, gather=True)
+        # A product that makes the logits would be fused into some of their uses and not into others, which round it
+        # otherwise: then the largest logit is not equal to itself. Nothing is fused through a choice.
+        logits = jnp.where(jnp.isnan(operands.logits), jnp.nan, operands.logits)
+        return _whole(plan, operands._replace(logits=logits), gather=True)
     flat = operands._replace(
         logits=operands.logits.reshape(num_rows, num_classes),
         labels=operands.labels.reshape(num_rows),

@@ -322,3 +322,15 @@ def test_exported_with_any_number_of_rows() -> None:
     exported = jax.export.export(jax.jit(fused_loss))(*arguments)
     losses = exported.call(LOGITS.astype(np.float32), LABELS.astype(np.int32))
     assert_close((np.asarray(losses),), (np.asarray(fused_loss(LOGITS.astype(np.float32), LABELS)),), 2.0**-23)
+
+
+def test_logits_that_are_a_product() -> None:
+    """XLA would round the product in one use of the logits and not in another, where a loop fuses it into the loss."""
+    values = jnp.array([1.7769346512604225, -0.6945933575499162, -1.180283911849588, -1.7838454781954174])
+    factors, labels = jnp.array([1.2887231687245124, -0.13599423088681162]), jnp.array([0, 0, 1, 0])
+
+    def losses(loss: Callable[..., Any]) -> Any:
+        return jax.lax.scan(lambda _, row: (None, loss(row[0] * factors, row[1])), None, (values, labels))[1]
+
+    ours, theirs = (np.asarray(losses(loss)) for loss in (fused_loss, reference_loss))
+    assert_close((ours,), (theirs,))
