@@ -358,11 +358,11 @@ def test_ignored_rows_in_the_reference() -> None:
 def test_float16_is_scaled_in_time(reduction: str) -> None:
     """A loss scale of 2^16 saves gradients that would be 0 in float16, also where they are computed with the loss."""
     classes = 20000
-    hidden = jnp.asarray(GENERATOR.normal(size=(8, 4)), jnp.float16)
-    weight = jnp.asarray(2 * GENERATOR.normal(size=(4, classes)), jnp.float16)
+    hidden = jnp.asarray(GENERATOR.normal(size=(64, 16)), jnp.float16)
+    weight = jnp.asarray(2 * GENERATOR.normal(size=(16, classes)), jnp.float16)
 
     def loss(weight: Any) -> Any:
-        labels = jnp.arange(8)
+        labels = jnp.arange(64)
         return (
             2.0**16
             * linear_label_smoothed_cross_entropy(hidden, weight, labels, smoothing=0.0, reduction=reduction)

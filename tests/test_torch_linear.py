@@ -382,9 +382,9 @@ def test_ignored_rows_in_the_reference() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_float16_is_scaled_in_time(reduction: str) -> None:
     """A loss scale of 2^16 saves gradients that would be 0 in float16, also where they are computed with the loss."""
-    hidden = torch.from_numpy(GENERATOR.normal(size=(8, 4))).half()
-    weight = torch.from_numpy(2 * GENERATOR.normal(size=(20000, 4))).half().requires_grad_()
-    loss = linear_label_smoothed_cross_entropy(hidden, weight, torch.arange(8), smoothing=0.0, reduction=reduction)
+    hidden = torch.from_numpy(GENERATOR.normal(size=(64, 16))).half()
+    weight = torch.from_numpy(2 * GENERATOR.normal(size=(20000, 16))).half().requires_grad_()
+    loss = linear_label_smoothed_cross_entropy(hidden, weight, torch.arange(64), smoothing=0.0, reduction=reduction)
     (gradient,) = torch.autograd.grad(2.0**16 * loss.mean(), weight)
     assert gradient.dtype == torch.float16
     assert torch.all((gradient != 0).any(dim=1))
@@ -399,3 +399,26 @@ def test_tensors_without_data() -> None:
         assert linear_label_smoothed_cross_entropy(hidden, weight, labels, where=counted).shape == ()
     nothing = HIDDEN[:, :0], WEIGHT[:, :0], LABELS
     assert_close((chunked_loss(*nothing, bias=BIAS),), (reference_loss(*nothing, bias=BIAS),))
+
+
+def test_small_losses_stay_accurate_where_gradients_come_with_them() -> None:
+    """Logits are whole numbers: only the sum of 4 exponentials (3 u each), log1p (2 u) and the total round."""
+    logits = torch.tensor([[30.0, 1, 0, -2, 3], [0, 1, 28, 2, -1]])
+    labels = torch.tensor([0, 2])
+    weight = torch.eye(5, requires_grad=True)
+    loss = linear_label_smoothed_cross_entropy(logits, weight, labels, smoothing=0.0, reduction="sum")
+    others = torch.exp(logits.double() - logits.double().amax(-1, keepdim=True)).scatter(1, labels[:, None], 0)
+    expected = torch.log1p(others.sum(-1)).sum()
+    assert (loss.double() - expected).abs() <= 2.0**-24 * (3 + 4 + 2 + 1) * expected
+
+
+def test_gradient_filter_of_rows_that_do_not_count() -> None:
+    """Where they stay in the batch: if there are no others, and in torch.compile."""
+    filtered = partial(chunked_loss, gradient_filter=0.9, reduction="sum")
+    none = outcome(filtered, HIDDEN, WEIGHT, BIAS, where=torch.zeros(N, dtype=torch.bool))
+    assert all(torch.all(values == 0) for values in none)
+    compiled = torch.compile(filtered, fullgraph=True, backend="aot_eager")
+    _, of_hidden, of_weight, _ = outcome(compiled, HIDDEN, WEIGHT, BIAS, where=COUNTED)
+    assert torch.all(of_hidden[~COUNTED] == 0)
+    nan = torch.where(COUNTED[:, None], HIDDEN, torch.nan)
+    assert torch.equal(outcome(compiled, nan, WEIGHT, BIAS, where=COUNTED)[2], of_weight)
