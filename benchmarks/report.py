@@ -36,7 +36,7 @@ LINEAR_LEGENDS = {
     "jax": "temp: allocated beyond arguments and results.\n÷ lse: by the time of the lse form; ratio: of temp to its.",
     "torch": (
         "peak: the most allocated at a time beyond the arguments, gradients included.\n"
-        "÷ F.ce: by the time of F.cross_entropy, smoothed; ratio: of the peak to its.\n"
+        "÷ ce: by the time of F.cross_entropy, smoothed; ratio: of the peak to its.\n"
         "chunked: unsmoothed, since smoothed it has all logits in memory."
     ),
 }
@@ -102,7 +102,7 @@ def print_dense(framework: str, shape: Shape, rows: Sequence[Row], console: Cons
 def print_linear(framework: str, shape: LinearShape, rows: Sequence[Row], console: Console) -> None:
     """Print times and memory, and their ratios to one that has all logits in memory."""
     title = f"{TITLES[framework]} on the CPU, float32, {_times(shape)} (logits: {_mb(shape.logits_bytes)} MB)"
-    divided_by = {"jax": "÷ lse", "torch": "÷ F.ce"}[framework]
+    divided_by = {"jax": "÷ lse", "torch": "÷ ce"}[framework]
     headings = (
         "layer, loss, gradients, ms",
         "median",
