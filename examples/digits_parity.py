@@ -4,8 +4,8 @@
 
 Same initial weights, same batches in the same order, same optimizer; the two losses are `lsce_jax` and `lsce_torch`.
 The question is whether the two *trainings* agree. The yardstick is the training itself, started one ulp away
-(`parity_tests.trajectory` has the rule and its reasons). The answer is one line, and the exit code: 0 if they agree,
-1 if they do not, 2 for a bad option. Everything that was seen on the way goes to a web page and a picture.
+(`parity_tests.trainings.trajectory` has the rule and its reasons). The answer is one line, and the exit code: 0 if they
+agree, 1 if they do not, 2 for a bad option. Everything that was seen on the way goes to a web page and a picture.
 
 Read on from here to the end: data, the two networks, the weights carried across, the two training loops, the
 replicas, the run, the command line. Plots and page are in `digits_report.py`.
@@ -38,7 +38,7 @@ import lsce_torch
 from examples import digits_report
 from examples.digits_report import EpochSummary, Run, expected_calibration_error
 from lsce_spec import check_smoothing, find_convention
-from parity_tests.trajectory import compare_trajectories, rounding_floor
+from parity_tests.trainings.trajectory import compare_trajectories, rounding_floor
 
 PIXELS, HIDDEN, CLASSES = 64, 128, 10
 BATCH_SIZE = 32

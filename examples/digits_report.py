@@ -18,7 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from parity_tests.trajectory import TrajectoryVerdict
+from parity_tests.trainings.trajectory import TrajectoryVerdict
 
 BINS = 15
 JAX_COLOUR, TORCH_COLOUR, GREY, LIGHT = "#8fbce6", "#b3410f", "#555555", "#d8d8d8"

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from parity_tests.ledger import (
+from parity_tests.evidence.ledger import (
     DEVICES,
     DTYPES,
     Evidence,

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from examples import digits_parity
 from examples.digits_report import confidence_bins, expected_calibration_error
 from lsce_torch import label_smoothed_cross_entropy
-from parity_tests.trajectory import compare_trajectories, rounding_floor
+from parity_tests.trainings.trajectory import compare_trajectories, rounding_floor
 
 EPOCHS, SMOOTHING, SEED = 3, 0.1, 0
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from examples import jax_lm, lm_text, torch_lm
 from lsce_torch import label_smoothed_cross_entropy, linear_label_smoothed_cross_entropy
-from parity_tests.trajectory import compare_trajectories, rounding_floor
+from parity_tests.trainings.trajectory import compare_trajectories, rounding_floor
 
 MODULES = [jax_lm, torch_lm]
 REPLICAS = 8
@@ -279,7 +279,7 @@ def test_the_loss_in_chunks_takes_less_memory(module):
 
 
 class Yardstick(NamedTuple):
-    """A JAX training and replicas of it, to hold torch trainings against; see parity_tests/trajectory.py."""
+    """A JAX training and replicas of it, to hold torch trainings against; see parity_tests/trainings/trajectory.py."""
 
     text: lm_text.Text
     losses: list[float]

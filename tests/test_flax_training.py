@@ -20,9 +20,9 @@ from lsce_jax import (
     label_smoothed_cross_entropy_with_stats,
     smoothing_weights,
 )
-from parity_tests.bounds import Arithmetic, error_bound, tree_depth
-from parity_tests.cases import Case
-from parity_tests.oracle import solve
+from parity_tests.truth.bounds import Arithmetic, error_bound, tree_depth
+from parity_tests.truth.cases import Case
+from parity_tests.truth.oracle import solve
 
 Parameters = dict[str, Any]
 

@@ -29,14 +29,14 @@ import torch.nn.functional as F
 import lsce_jax
 import lsce_torch
 from lsce_spec import Convention
-from parity_tests.adapters import Adapter, JaxAdapter, TorchAdapter
-from parity_tests.bounds import Bound, error_bound
-from parity_tests.cases import Case, soft_labels
-from parity_tests.comparison import Result
-from parity_tests.drop_in import TORCH, Setting, apart, log_softmax, peer_bound, verdict
-from parity_tests.oracle import Truth, solve
-from parity_tests.peers import PeerAdapter, keras_categorical
-from parity_tests.precision import FORMATS
+from parity_tests.losses.adapters import Adapter, JaxAdapter, TorchAdapter
+from parity_tests.losses.peers import PeerAdapter, keras_categorical
+from parity_tests.suite.drop_in import TORCH, Setting, apart, log_softmax, peer_bound, verdict
+from parity_tests.truth.bounds import Bound, error_bound
+from parity_tests.truth.cases import Case, soft_labels
+from parity_tests.truth.comparison import Result
+from parity_tests.truth.oracle import Truth, solve
+from parity_tests.truth.precision import FORMATS
 
 PAGE = Path(__file__).parents[1] / "docs" / "migrating.md"
 OURS = {"jax": JaxAdapter(), "torch": TorchAdapter()}

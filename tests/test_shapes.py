@@ -15,8 +15,8 @@ from lsce_{framework} import reference
 """
 
 ALL_CASES = """
-from parity_tests.adapters import {adapter}
-from parity_tests.cases import case_names, make_case
+from parity_tests.losses.adapters import {adapter}
+from parity_tests.truth.cases import case_names, make_case
 adapter = {adapter}({options})
 for name in case_names():
     adapter(make_case(name, "bfloat16"))

@@ -1,7 +1,7 @@
 """The loss in torch training loops as docs/pytorch.md shows them: what the page says holds, and could fail to.
 
 Most tests train one linear layer whose logits are exact, however a device orders their sums: inputs are -1, 0 and 1,
-and weights are multiples of 1/8. So the logits' gradient has the bound of parity_tests/bounds.py, and the layer's
+and weights are multiples of 1/8. So the logits' gradient has the bound of parity_tests/truth/bounds.py, and the layer's
 gradient that bound carried through one sum over the rows.
 """
 
@@ -21,9 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 from lsce_torch import LabelSmoothedCrossEntropyLoss, label_smoothed_cross_entropy_with_stats
-from parity_tests.bounds import Arithmetic, error_bound
-from parity_tests.cases import Case
-from parity_tests.oracle import solve
+from parity_tests.truth.bounds import Arithmetic, error_bound
+from parity_tests.truth.cases import Case
+from parity_tests.truth.oracle import solve
 
 _GENERATOR = np.random.default_rng(0)
 INPUTS = _GENERATOR.integers(-1, 2, (12, 4)).astype(np.float64)

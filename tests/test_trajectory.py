@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from parity_tests.trajectory import compare_trajectories, rounding_floor
+from parity_tests.trainings.trajectory import compare_trajectories, rounding_floor
 
 LOSSES = np.array([2.0, 1.5, 1.25, 1.0])
 REPLICAS = LOSSES + np.array([[0.0, 0.01, -0.002, 0.0], [0.0, -0.004, 0.0, 0.03]])

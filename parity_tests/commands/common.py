@@ -13,11 +13,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from parity_tests.cases import case_names
-from parity_tests.comparison import Comparison, Worst
-from parity_tests.environment import describe_environment
-from parity_tests.precision import DTYPES
-from parity_tests.survey import Survey
+from parity_tests.evidence.environment import describe_environment
+from parity_tests.studies.survey import Survey
+from parity_tests.truth.cases import case_names
+from parity_tests.truth.comparison import Comparison, Worst
+from parity_tests.truth.precision import DTYPES
 
 AGREE, DISAGREE, CANNOT_RUN = 0, 1, 2
 
@@ -110,7 +110,7 @@ def write_page(folder: Path | None, survey: Survey, console: Console, **parts: A
     """Write a web page, if one is wanted, and say so; the parts are those of `write_report`."""
     if folder is None:
         return
-    from parity_tests.report import write_report  # noqa: PLC0415 - matplotlib takes a second
+    from parity_tests.report.page import write_report  # noqa: PLC0415 - matplotlib takes a second
 
     try:
         page = write_report(folder, survey, **{"evidence": [], "environment": describe_environment(), **parts})

@@ -12,8 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from lsce_spec import check_smoothing, find_convention
-from parity_tests.adapters import Adapter, UnavailableError
-from parity_tests.cases import Case
 from parity_tests.commands.common import (
     CANNOT_RUN,
     DeviceOption,
@@ -31,10 +29,10 @@ from parity_tests.commands.common import (
     write_json,
     write_page,
 )
-from parity_tests.environment import describe_environment
-from parity_tests.ledger import DEVICES
-from parity_tests.pairs import NUM_CLASSES, Pair, Question, Side, compare_sides, plain_cases
-from parity_tests.user_losses import (
+from parity_tests.evidence.environment import describe_environment
+from parity_tests.evidence.ledger import DEVICES
+from parity_tests.losses.adapters import Adapter, UnavailableError
+from parity_tests.losses.user_losses import (
     SpecificationError,
     find_reduction,
     is_user_loss,
@@ -42,7 +40,9 @@ from parity_tests.user_losses import (
     parse_options,
     take_mean,
 )
-from parity_tests.verdicts import Outcome
+from parity_tests.studies.pairs import NUM_CLASSES, Pair, Question, Side, compare_sides, plain_cases
+from parity_tests.studies.verdicts import Outcome
+from parity_tests.truth.cases import Case
 
 SHOWN = 5
 

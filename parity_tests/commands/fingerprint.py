@@ -7,11 +7,11 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from parity_tests.adapters import UnavailableError
 from parity_tests.commands.common import DeviceOption, JsonOption, PlainConsole, cannot_run, exit_with, write_json
-from parity_tests.environment import describe_environment
-from parity_tests.fingerprint import BACKENDS, Fingerprint, take_fingerprint
-from parity_tests.ledger import DEVICES
+from parity_tests.evidence.environment import describe_environment
+from parity_tests.evidence.ledger import DEVICES
+from parity_tests.losses.adapters import UnavailableError
+from parity_tests.studies.fingerprint import BACKENDS, Fingerprint, take_fingerprint
 
 
 def fingerprint(

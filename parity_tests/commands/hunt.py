@@ -12,9 +12,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from parity_tests.adapters import Adapter
-from parity_tests.bundle import BundleError, read_bundle, record, write_bundle
-from parity_tests.cases import Case
 from parity_tests.commands.common import (
     DeviceOption,
     DtypeOption,
@@ -26,13 +23,16 @@ from parity_tests.commands.common import (
     track,
     write_json,
 )
-from parity_tests.environment import describe_environment
-from parity_tests.hunt import PARTS, Find, describe, share_of
-from parity_tests.hunt import hunt as search
-from parity_tests.ledger import DEVICES
-from parity_tests.precision import DTYPES
-from parity_tests.registry import ENTRIES
-from parity_tests.replays import adapters_here
+from parity_tests.evidence.environment import describe_environment
+from parity_tests.evidence.ledger import DEVICES
+from parity_tests.losses.adapters import Adapter
+from parity_tests.losses.registry import ENTRIES
+from parity_tests.studies.bundle import BundleError, read_bundle, record, write_bundle
+from parity_tests.studies.hunt import PARTS, Find, describe, share_of
+from parity_tests.studies.hunt import hunt as search
+from parity_tests.studies.replays import adapters_here
+from parity_tests.truth.cases import Case
+from parity_tests.truth.precision import DTYPES
 
 SECONDS = 20.0
 # Under `jit` only: without it JAX compiles every operation for each shape, and torch.compile takes seconds a case.

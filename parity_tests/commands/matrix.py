@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from parity_tests import ledger
 from parity_tests.commands.common import cannot_run, exit_with
+from parity_tests.evidence import ledger
 
 BEGIN, END = "<!-- lsce-parity matrix: begin -->", "<!-- lsce-parity matrix: end -->"
 

@@ -9,8 +9,8 @@ from rich import box
 from rich.table import Table
 
 from parity_tests.commands.common import PlainConsole, cannot_run, exit_with, track
-from parity_tests.mutants import FAULTS
-from parity_tests.peer_tests import (
+from parity_tests.faults.dense import FAULTS
+from parity_tests.studies.published_tests import (
     PEER_TESTS,
     Compare,
     Mark,

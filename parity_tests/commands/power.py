@@ -19,11 +19,11 @@ from parity_tests.commands.common import (
     track,
     write_json,
 )
-from parity_tests.mutants import FAULTS
-from parity_tests.power import HARMLESS, Trial, all_trials, sound_failures
-from parity_tests.precision import DTYPES
-from parity_tests.self_check_power import faults_caught
+from parity_tests.faults.dense import FAULTS
 from parity_tests.self_checks import CHECKS
+from parity_tests.studies.power import HARMLESS, Trial, all_trials, sound_failures
+from parity_tests.studies.self_check_power import faults_caught
+from parity_tests.truth.precision import DTYPES
 
 # Faults that are named for each self-check; --json has all.
 SHOWN = 4

@@ -6,8 +6,6 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from parity_tests.bundle import MANIFEST, BundleError, read_bundle, write_bundle
-from parity_tests.bundle import record as record_cases
 from parity_tests.commands.common import (
     DeviceOption,
     DtypeOption,
@@ -19,9 +17,11 @@ from parity_tests.commands.common import (
     track,
 )
 from parity_tests.commands.replay import AdapterOption, find_adapters, print_replay
-from parity_tests.precision import DTYPES
-from parity_tests.replays import replay as replay_bundle
-from parity_tests.survey import make_cases
+from parity_tests.studies.bundle import MANIFEST, BundleError, read_bundle, write_bundle
+from parity_tests.studies.bundle import record as record_cases
+from parity_tests.studies.replays import replay as replay_bundle
+from parity_tests.studies.survey import make_cases
+from parity_tests.truth.precision import DTYPES
 
 
 def record(

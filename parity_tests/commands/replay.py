@@ -10,8 +10,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from parity_tests.adapters import Adapter
-from parity_tests.bundle import BundleError, read_bundle
 from parity_tests.commands.common import (
     DeviceOption,
     JsonOption,
@@ -21,10 +19,12 @@ from parity_tests.commands.common import (
     track,
     write_json,
 )
-from parity_tests.environment import describe_environment
-from parity_tests.ledger import DEVICES
-from parity_tests.replays import Replay, adapters_here
-from parity_tests.replays import replay as replay_bundle
+from parity_tests.evidence.environment import describe_environment
+from parity_tests.evidence.ledger import DEVICES
+from parity_tests.losses.adapters import Adapter
+from parity_tests.studies.bundle import BundleError, read_bundle
+from parity_tests.studies.replays import Replay, adapters_here
+from parity_tests.studies.replays import replay as replay_bundle
 
 AdapterOption = Annotated[
     list[str] | None,

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from parity_tests.adapters import UnavailableError
 from parity_tests.commands.common import (
     DeviceOption,
     DtypeOption,
@@ -26,11 +25,12 @@ from parity_tests.commands.common import (
     write_json,
     write_page,
 )
-from parity_tests.environment import describe_environment
-from parity_tests.precision import DTYPES
-from parity_tests.registry import ENTRIES, make_adapter, match_names
-from parity_tests.survey import Member, Survey, examine_each, make_cases
-from parity_tests.verdicts import Difference, Outcome
+from parity_tests.evidence.environment import describe_environment
+from parity_tests.losses.adapters import UnavailableError
+from parity_tests.losses.registry import ENTRIES, make_adapter, match_names
+from parity_tests.studies.survey import Member, Survey, examine_each, make_cases
+from parity_tests.studies.verdicts import Difference, Outcome
+from parity_tests.truth.precision import DTYPES
 
 # torch.compile takes seconds for each combination of options: only when asked for.
 SLOW = frozenset(name for name in ENTRIES if name.endswith("-compiled"))

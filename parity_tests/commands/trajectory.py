@@ -20,10 +20,10 @@ from parity_tests.commands.common import (
     write_json,
     write_page,
 )
-from parity_tests.environment import describe_environment
-from parity_tests.stepwise import StepwiseVerdict, Training, TrainingError, compare_step_by_step
-from parity_tests.survey import Survey
-from parity_tests.user_losses import SpecificationError, find, parse_options
+from parity_tests.evidence.environment import describe_environment
+from parity_tests.losses.user_losses import SpecificationError, find, parse_options
+from parity_tests.studies.survey import Survey
+from parity_tests.trainings.stepwise import StepwiseVerdict, Training, TrainingError, compare_step_by_step
 
 TrainingArgument = Annotated[
     str,

@@ -1,0 +1,1 @@
+"""What is known of which adapter, dtype and device."""

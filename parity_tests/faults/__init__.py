@@ -1,0 +1,1 @@
+"""Losses that are wrong on purpose."""

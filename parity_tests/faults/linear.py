@@ -1,0 +1,131 @@
+"""Linear layers with wrong losses, to prove that the bounds reject them."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from parity_tests.faults.dense import evaluate
+from parity_tests.truth.cases import Case
+from parity_tests.truth.linear_bounds import LinearResult
+from parity_tests.truth.linear_cases import LinearCase
+from parity_tests.truth.precision import FloatArray, compute_dtype, round_to
+
+# Name -> what is wrong. Those that the loss alone can have are faults of `parity_tests.faults.dense`.
+LINEAR_FAULTS = {
+    "other_off": "e/(K-1) for e/K, or e/K for e/(K-1)",
+    "unsmoothed_gradient": "the smoothing is missing in the gradient",
+    "all_rows_counted": "the mean divides by all rows, not by those that count",
+    "upstream_ignored": "the gradient is not multiplied with what comes from upstream",
+    "z_loss_gradient": "the z-loss is missing in the gradient",
+    "softcap_derivative": "the derivative of the softcap is missing",
+    "max_sup_at_label": "the smoothing is taken from the label, not from the largest logit",
+    "last_chunk_dropped": "a last chunk that is not full is left out",
+    "last_chunk_repeated": "a last chunk that is not full is filled with the rows before it, which count twice",
+    "weight_of_last_chunk": "the weight's gradient is that of the last chunk alone",
+    "bias_of_last_chunk": "the bias's gradient is that of the last chunk alone",
+    "bias_without_gradient": "the gradient of the bias is 0",
+    "bias_not_added": "the logits are without the bias",
+    "bias_in_each_feature": "the bias is added once more",
+    "ignored_rows_in_weight": "rows that do not count enter the weight's gradient",
+    "zero_times_nan": "the weight's gradient has 0 times what rows hold that do not count",
+    "strided_rows": "hidden's gradient has the rows of the chunks one after the other, which lie apart",
+    "weight_scaled_twice": "the weight's gradient is multiplied twice with what comes from upstream",
+    "weight_not_scaled": "the weight's gradient is not multiplied with what comes from upstream",
+    "weight_transposed": "hidden's gradient is the product with the transposed weight",
+    "hidden_for_weight": "hidden's gradient is the product with hidden",
+    "bfloat16_chunks": "the weight's gradient is added up in bfloat16",
+}
+
+
+def evaluate_linear(case: LinearCase, fault: str | None = None) -> LinearResult:
+    """Return loss and gradients of a case in NumPy, wrong in the way that `fault` names, sound without one.
+
+    The loss is that of `parity_tests.faults.dense` in the compute dtype; the products are exact beside that.
+    """
+    assert fault is None or fault in LINEAR_FAULTS, fault
+    with np.errstate(all="ignore"):
+        return _evaluate_linear(case, fault)
+
+
+def _evaluate_linear(case: LinearCase, fault: str | None) -> LinearResult:
+    compute, counted = compute_dtype(case.dtype), case.loss.rows().counted
+    weight = case.multiplied_weight
+    hidden = np.where(counted[:, None], case.rows(), 0.0)
+    times_bias = {"bias_not_added": 0, "bias_in_each_feature": 2}.get(str(fault), 1)
+    logits = hidden @ weight + (0 if case.bias is None else times_bias * case.bias)
+    case_of_loss = replace(case.loss, dtype=compute, logits=round_to(logits, compute).reshape(case.loss.logits.shape))
+    result = evaluate(case_of_loss, fault if fault in _OF_LOSS else None)
+    loss, gradient = result.loss, result.gradient
+    chunks = [slice(start, start + case.chunk_size) for start in range(0, len(hidden), case.chunk_size)]
+    last = chunks[-1] if chunks else slice(0)
+    is_partial = len(hidden[last]) < case.chunk_size and len(chunks) > 1
+    if fault in {"last_chunk_dropped", "last_chunk_repeated"} and is_partial:
+        loss, gradient = _wrong_last_chunk(case_of_loss, loss, gradient, last, fault)
+    of_hidden = gradient @ weight.T
+    if fault == "weight_transposed" and weight.shape[0] == weight.shape[1]:
+        of_hidden = gradient @ weight
+    if fault == "hidden_for_weight" and hidden.shape[0] == weight.shape[1]:
+        of_hidden = gradient @ hidden
+    if fault == "strided_rows" and len(chunks) > 1:
+        whole = len(hidden) - len(hidden) % len(chunks)
+        apart = of_hidden[:whole].reshape(-1, len(chunks), of_hidden.shape[1]).swapaxes(0, 1)
+        of_hidden[:whole] = apart.reshape(whole, -1)
+    terms, of_terms = hidden, gradient
+    if fault == "zero_times_nan":
+        terms = case.rows()
+    if fault == "ignored_rows_in_weight":
+        finite = np.nan_to_num(case.rows(), nan=1.0, posinf=1.0, neginf=1.0)
+        largest = np.max(np.abs(gradient[counted]), initial=0.0)
+        terms, of_terms = finite, np.where(counted[:, None], gradient, largest)
+    of_weight = _added_up(terms, of_terms, chunks, fault)
+    upstream = case.loss.upstream
+    if upstream is not None and upstream.ndim == 0:
+        of_weight = of_weight * {"weight_scaled_twice": upstream, "weight_not_scaled": 1 / upstream}.get(str(fault), 1)
+    parts = {"loss": loss, "hidden": of_hidden, "weight": of_weight}
+    if case.bias is not None:
+        summed = gradient[last] if fault == "bias_of_last_chunk" else gradient
+        parts["bias"] = summed.sum(axis=0) * (fault != "bias_without_gradient")
+    dtypes = {"loss": compute, "hidden": case.dtype, "weight": case.weight_dtype, "bias": case.weight_dtype}
+    dtypes = {name: dtypes[name] for name in parts}
+    return LinearResult({name: round_to(part, dtypes[name]) for name, part in parts.items()}, dtypes)
+
+
+_OF_LOSS = (
+    "other_off",
+    "unsmoothed_gradient",
+    "all_rows_counted",
+    "upstream_ignored",
+    "z_loss_gradient",
+    "softcap_derivative",
+    "max_sup_at_label",
+)
+
+
+def _added_up(hidden: FloatArray, gradient: FloatArray, chunks: list[slice], fault: str | None) -> FloatArray:
+    """Return the weight's gradient."""
+    total = np.zeros((hidden.shape[1], gradient.shape[1]))
+    for chunk in chunks:
+        product = hidden[chunk].T @ gradient[chunk]
+        if fault == "weight_of_last_chunk":
+            total = product
+        elif fault == "bfloat16_chunks":
+            total = round_to(total + product, "bfloat16")
+        else:
+            total = total + product
+    return total
+
+
+def _wrong_last_chunk(
+    case: Case, loss: FloatArray, gradient: FloatArray, last: slice, fault: str
+) -> tuple[FloatArray, FloatArray]:
+    """Return loss and gradient without the last rows, or with as many before them counted twice."""
+    row_losses = evaluate(replace(case, options={**case.options, "reduction": "none"})).loss
+    loss, gradient = loss.copy(), gradient.copy()
+    num_rows = len(gradient)
+    wrong, times = (last, 0) if fault == "last_chunk_dropped" else (slice(last.start - 1, last.start), 2)
+    if loss.ndim:
+        loss[wrong] *= times
+    elif num_rows and np.sum(row_losses):
+        loss = loss * (1 + (times - 1) * np.sum(row_losses[wrong]) / np.sum(row_losses))
+    gradient[wrong] *= times
+    return loss, gradient

@@ -1,0 +1,1 @@
+"""Anything callable as a loss on NumPy arrays."""

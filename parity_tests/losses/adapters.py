@@ -1,0 +1,266 @@
+"""Adapters turn a framework's loss into NumPy arrays of loss and gradient. Each loads its framework when it is made."""
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parity_tests.truth.bounds import Arithmetic
+from parity_tests.truth.cases import Case, features
+from parity_tests.truth.comparison import Result
+from parity_tests.truth.precision import as_dtype, compute_dtype
+
+
+class UnavailableError(Exception):
+    """A framework, library or device is not on this machine; the message says what to do."""
+
+
+class LossError(Exception):
+    """A loss gave nothing that can be compared; the message says what it did."""
+
+
+class ShapeError(LossError):
+    """The loss has neither the shape of the rows nor that of a scalar, whichever was asked for."""
+
+
+class Adapter(Protocol):
+    """A loss of some framework on some device.
+
+    Args:
+        name: what reports call it.
+        framework: "jax", "torch" or "numpy".
+        device: "cpu", "cuda" or "tpu".
+        arithmetic: how accurate the elementary functions are there.
+    """
+
+    name: str
+    framework: str
+    device: str
+    arithmetic: Arithmetic
+
+    def unsupported(self, case: Case) -> str | None:
+        """Return what the loss cannot be asked of a case, for people; None if it can be called."""
+        ...
+
+    def __call__(self, case: Case) -> Result:
+        """Return loss and gradient of a case. Whatever it raises is reported as a failure of this case."""
+        ...
+
+
+def missing_features(case: Case, supports: frozenset[str] | None) -> str | None:
+    """Return which features of a case are not in `supports`, for people; None if all are. None supports everything."""
+    missing = sorted(features(case) - supports) if supports is not None else []
+    return f"has no {', '.join(missing)}" if missing else None
+
+
+class JaxAdapter:
+    """`lsce_jax` or a function of the same signature.
+
+    Args:
+        loss: the function; `lsce_jax.label_smoothed_cross_entropy` by default. It gets those options only that a case
+            sets, and `smoothing` and `reduction` always.
+        jit: whether to compile it.
+        implementation: which one to choose; None leaves that to the function.
+        device: where to run it.
+        name: what reports call it.
+        supports: the features (see `parity_tests.truth.cases.features`) that it has; None for all.
+
+    Raises:
+        UnavailableError: JAX, or the device, is not there.
+    """
+
+    framework = "jax"
+
+    def __init__(
+        self,
+        loss: Callable[..., Any] | None = None,
+        jit: bool = True,
+        implementation: str | None = None,
+        device: str = "cpu",
+        name: str | None = None,
+        supports: frozenset[str] | None = None,
+    ) -> None:
+        """Load JAX."""
+        jax = _load("jax")
+        if loss is None:
+            import lsce_jax
+
+            loss = lsce_jax.label_smoothed_cross_entropy
+        self.loss = loss if implementation is None else partial(loss, implementation=implementation)
+        self.jit, self.device, self.supports = jit, device, supports
+        self.name = name or _name("jax", implementation, "" if jit else "eager")
+        try:
+            self._jax_device = jax.devices(device)[0]
+        except RuntimeError as error:
+            raise UnavailableError(f"JAX finds no {device} device on this machine: {error}") from error
+        # XLA's expansions of exp, log1p and tanh for CPUs, measured up to 1.9, 3.2 and 3.6.
+        self.arithmetic = Arithmetic(exp=3.0, log1p=4.0, tanh=5.0)
+
+    def unsupported(self, case: Case) -> str | None:
+        """Return what the loss cannot be asked of a case."""
+        return missing_features(case, self.supports)
+
+    def __call__(self, case: Case) -> Result:
+        """Return loss and gradient of a case."""
+        import jax
+
+        arrays, options = operands_of(case)
+        with jax.enable_x64(case.dtype == "float64"), jax.default_device(self._jax_device):
+            operands = {name: jax.numpy.asarray(value) for name, value in arrays.items()}
+            upstream = operands.pop("upstream")
+
+            def total(logits: Any, operands: dict[str, Any], upstream: Any) -> tuple[Any, Any]:
+                loss = self.loss(logits, **operands, **options)
+                _check_shape(case, loss)
+                return (loss * upstream).sum(), loss
+
+            step = jax.value_and_grad(total, has_aux=True)
+            (_, loss), gradient = (jax.jit(step) if self.jit else step)(operands.pop("logits"), operands, upstream)
+            return _result(case, np.asarray(loss), np.asarray(gradient), loss.dtype.name, gradient.dtype.name)
+
+
+class TorchAdapter:
+    """`lsce_torch` or a function of the same signature.
+
+    Args:
+        loss: the function; `lsce_torch.label_smoothed_cross_entropy` by default. It gets those options only that a case
+            sets, and `smoothing` and `reduction` always.
+        compiled: whether to compile it, as one graph, anew for each case.
+        implementation: which one to choose; None leaves that to the function.
+        device: where to run it.
+        name: what reports call it.
+        supports: the features (see `parity_tests.truth.cases.features`) that it has; None for all.
+
+    Raises:
+        UnavailableError: torch, or the device, is not there.
+    """
+
+    framework = "torch"
+
+    def __init__(
+        self,
+        loss: Callable[..., Any] | None = None,
+        compiled: bool = False,
+        implementation: str | None = None,
+        device: str = "cpu",
+        name: str | None = None,
+        supports: frozenset[str] | None = None,
+    ) -> None:
+        """Load torch."""
+        torch = _load("torch")
+        if loss is None:
+            import lsce_torch
+
+            loss = lsce_torch.label_smoothed_cross_entropy
+        self.loss = loss if implementation is None else partial(loss, implementation=implementation)
+        if compiled:
+            self.loss = _compiled_anew(self.loss)
+        self.device, self.supports = device, supports
+        self.name = name or _name("torch", implementation, "compiled" if compiled else "")
+        if device == "tpu" or (device == "cuda" and not torch.cuda.is_available()):
+            raise UnavailableError(f"torch finds no {device} device on this machine")
+        # SLEEF and libm, measured up to 1.2; exp within softmax up to 2.6.
+        self.arithmetic = Arithmetic(exp=3.0, log1p=2.0, tanh=2.0)
+
+    def unsupported(self, case: Case) -> str | None:
+        """Return what the loss cannot be asked of a case."""
+        return missing_features(case, self.supports)
+
+    def __call__(self, case: Case) -> Result:
+        """Return loss and gradient of a case."""
+        import torch
+
+        arrays, options = operands_of(case)
+        operands = {name: to_torch(value).to(self.device) for name, value in arrays.items()}
+        upstream = operands.pop("upstream")
+        logits = operands.pop("logits").requires_grad_()
+        with torch.enable_grad():  # whatever another loss has set, or this one sets
+            loss = self.loss(logits, **operands, **options)
+        _check_shape(case, loss)
+        if not loss.requires_grad:
+            raise LossError("the loss has no gradient: it was detached, or computed outside of autograd")
+        (loss * upstream).sum().backward()
+        if logits.grad is None:
+            raise LossError("no gradient reaches the logits")
+        gradient, kept = logits.grad, loss.detach()
+        names = [str(tensor.dtype).removeprefix("torch.") for tensor in (kept, gradient)]
+        return _result(case, kept.double().cpu().numpy(), gradient.double().cpu().numpy(), *names)
+
+
+def _compiled_anew(loss: Callable[..., Any]) -> Callable[..., Any]:
+    import torch
+
+    def call(*operands: Any, **options: Any) -> Any:
+        # The many combinations of options would reach the limit of recompilations.
+        torch.compiler.reset()
+        return torch.compile(loss, fullgraph=True)(*operands, **options)
+
+    return call
+
+
+def _load(framework: str) -> Any:
+    try:
+        return importlib.import_module(framework)
+    except ModuleNotFoundError as error:
+        raise UnavailableError(f"{framework} is not installed. Run: pip install 'lsce[{framework}]'") from error
+
+
+def _name(*parts: str | None) -> str:
+    return " ".join(part for part in parts if part)
+
+
+def _check_shape(case: Case, loss: Any) -> None:
+    if not hasattr(loss, "shape"):
+        raise ShapeError(f"the loss is a {type(loss).__name__}; a scalar or a loss per row is expected, as an array")
+    shape = tuple(loss.shape)
+    wanted = case.batch_shape if case.options.get("reduction", "none") == "none" else ()
+    if shape != wanted:
+        raise ShapeError(f"the loss has shape {list(shape)}, expected {list(wanted)}")
+
+
+def operands_of(case: Case) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """Split a case into arrays and plain options, arrays that are no logits in the compute dtype."""
+    compute = compute_dtype(case.dtype)
+    soft = case.labels.dtype.kind == "f"
+    arrays: dict[str, Any] = {
+        "logits": as_dtype(case.logits, case.dtype),
+        "labels": as_dtype(case.labels, case.dtype) if soft else case.labels,
+        "where": case.where,
+        "class_mask": case.class_mask,
+        "upstream": as_dtype(np.asarray(1.0 if case.upstream is None else case.upstream), compute),
+    }
+    for name in ("class_weight", "prior"):
+        values = getattr(case, name)
+        arrays[name] = None if values is None else as_dtype(values, compute)
+    options = {"reduction": "none", **case.options}
+    if "axis" in features(case):
+        options["axis"] = case.axis
+    if isinstance(case.smoothing, float):
+        options["smoothing"] = case.smoothing
+    else:
+        arrays["smoothing"] = as_dtype(case.smoothing, compute)
+    return {name: value for name, value in arrays.items() if value is not None}, options
+
+
+def to_torch(array: NDArray[Any]) -> Any:
+    """Return an array as a tensor of the same bits."""
+    import torch
+
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.astype(np.float32)).to(torch.bfloat16)
+    return torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape).copy())
+
+
+def _result(case: Case, loss: NDArray[Any], gradient: NDArray[Any], loss_dtype: str, gradient_dtype: str) -> Result:
+    moved = np.moveaxis(gradient.astype(np.float64), case.axis, -1)
+    num_rows = int(np.prod(case.batch_shape))
+    loss = loss.astype(np.float64)
+    return Result(
+        loss=loss.reshape(num_rows) if case.options.get("reduction", "none") == "none" else loss,
+        gradient=moved.reshape(num_rows, case.num_classes),
+        loss_dtype=loss_dtype,
+        gradient_dtype=gradient_dtype,
+    )

@@ -1,0 +1,396 @@
+"""Losses of other libraries as adapters, each called within what its library documents, in the library's own terms.
+
+What an adapter translates: names of arguments, the place of the class dimension, a one-hot or smoothed target where the
+library wants one, and the reduction where the library leaves it to its user. What it does not hide: everything that
+comes out. So "disagree" and "failed" are findings about the library, and "unsupported" means it was not asked.
+
+T5X is no library that can be installed beside these, and its formula is written here once more.
+"""
+
+import importlib
+import importlib.util
+import multiprocessing
+import os
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from parity_tests.losses.adapters import Adapter, JaxAdapter, LossError, TorchAdapter, UnavailableError
+from parity_tests.truth.cases import Case
+from parity_tests.truth.comparison import Result
+
+# What asks for nothing, and so needs no argument of a library.
+NEUTRAL = (
+    ("convention", "uniform"),
+    ("z_loss", 0.0),
+    ("softcap", None),
+    ("subtract_entropy", False),
+    ("ignore_index", None),
+    ("denominator", None),
+    ("bad_labels", "nan"),
+)
+
+
+class PeerAdapter:
+    """An adapter around a library's loss: not called where `refuse` gives a reason, and spared what it need not know.
+
+    That is options that ask for nothing, arrays that broadcast, and a JAX that rejects promotion of dtypes and ranks:
+    a user may have set that, and the libraries were not made for it.
+
+    Args:
+        adapter: what to call.
+        refuse: returns what a case asks that the library does not take and that is no feature of
+            `parity_tests.truth.cases.features`; None if it can be called.
+    """
+
+    def __init__(self, adapter: Adapter, refuse: Callable[[Case], str | None] = lambda case: None) -> None:
+        """Keep both."""
+        self.adapter, self.refuse = adapter, refuse
+        self.name, self.framework, self.device = adapter.name, adapter.framework, adapter.device
+        self.arithmetic = adapter.arithmetic
+
+    def unsupported(self, case: Case) -> str | None:
+        """Return what the library cannot be asked of a case."""
+        return self.adapter.unsupported(case) or self.refuse(case)
+
+    def __call__(self, case: Case) -> Result:
+        """Return loss and gradient of a case."""
+        options = {name: value for name, value in case.options.items() if (name, value) not in NEUTRAL}
+        where = None if case.where is None else np.broadcast_to(case.where, case.batch_shape)
+        smoothing = case.smoothing
+        if not isinstance(smoothing, float):
+            smoothing = np.broadcast_to(smoothing, case.batch_shape)
+        case = replace(case, options=options, where=where, smoothing=smoothing)
+        if self.framework != "jax":
+            return self.adapter(case)
+        with _default_promotion():
+            return self.adapter(case)
+
+
+@contextmanager
+def _default_promotion() -> Iterator[None]:
+    jax = importlib.import_module("jax")
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+class WorkerAdapter:
+    """An adapter that runs in a process of its own, for a library that reads its environment when it is imported.
+
+    The process starts with the first case and ends with this object, or with the program. As with all of Python's
+    multiprocessing, a script that uses it needs `if __name__ == "__main__":`.
+
+    Args:
+        make: makes the adapter; called in both processes, and here for its name and the cases it takes only.
+        environment: variables of that process.
+    """
+
+    def __init__(self, make: Callable[[], Adapter], environment: Mapping[str, str]) -> None:
+        """Make the adapter in this process."""
+        self.make, self.environment = make, dict(environment)
+        self.adapter = make()
+        self.name, self.framework, self.device = self.adapter.name, self.adapter.framework, self.adapter.device
+        self.arithmetic = self.adapter.arithmetic
+        self._pool: ProcessPoolExecutor | None = None
+
+    def unsupported(self, case: Case) -> str | None:
+        """Return what the library cannot be asked of a case."""
+        return self.adapter.unsupported(case)
+
+    def __call__(self, case: Case) -> Result:
+        """Return loss and gradient of a case."""
+        if self._pool is None:
+            spawn = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(1, spawn, initializer=_set_environment, initargs=(self.environment,))
+            weakref.finalize(self, self._pool.shutdown)
+        try:
+            outcome = self._pool.submit(_evaluate, self.make, case).result()
+        except BrokenProcessPool as error:
+            self._pool = None
+            raise LossError(f"the process of {self.name} ended while it computed the loss") from error
+        if isinstance(outcome, str):
+            raise LossError(outcome)
+        return outcome
+
+
+def _set_environment(environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)
+
+
+def _evaluate(make: Callable[[], Adapter], case: Case) -> Result | str:
+    """Return the result, or what was raised: not every exception of a library survives the way between processes."""
+    try:
+        return make()(case)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def torch_cross_entropy(device: str = "cpu") -> Adapter:
+    """Return `torch.nn.functional.cross_entropy`."""
+    torch = _library("torch", "'lsce[torch]'")
+    return _torch_cross_entropy("torch-cross-entropy", torch.nn.functional.cross_entropy, device)
+
+
+def torch_cross_entropy_compiled(device: str = "cpu") -> Adapter:
+    """Return `torch.nn.CrossEntropyLoss` under `torch.compile`, as one graph, compiled anew for each case."""
+    torch = _library("torch", "'lsce[torch]'")
+
+    def loss(logits: Any, labels: Any, weight: Any = None, **options: Any) -> Any:
+        # All modules of a class share their compiled code, and the many cases would reach the limit of recompilations.
+        torch.compiler.reset()
+        return torch.compile(torch.nn.CrossEntropyLoss(weight, **options), fullgraph=True)(logits, labels)
+
+    return _torch_cross_entropy("torch-cross-entropy-compiled", loss, device)
+
+
+def _torch_cross_entropy(name: str, cross_entropy: Callable[..., Any], device: str) -> Adapter:
+    def loss(
+        logits: Any,
+        labels: Any,
+        *,
+        smoothing: float,
+        reduction: str,
+        axis: int = -1,
+        class_weight: Any = None,
+        ignore_index: int = -100,
+    ) -> Any:
+        # Classes are in dimension 1, or alone. Left as they are there: torch.compile warns of inputs that are views.
+        if logits.ndim > 1 and axis % logits.ndim != 1:
+            labels = labels.movedim(axis, 1) if labels.is_floating_point() else labels
+            logits = logits.movedim(axis, 1)
+        return cross_entropy(
+            logits,
+            labels,
+            weight=None if class_weight is None else class_weight.to(logits.dtype),  # no other dtype is taken
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=smoothing,
+        )
+
+    supports = frozenset({"ignore_index", "class_weight", "soft labels", "axis", "no batch"})
+    return PeerAdapter(TorchAdapter(loss, device=device, name=name, supports=supports))
+
+
+def timm_label_smoothing(device: str = "cpu") -> Adapter:
+    """Return `timm.loss.LabelSmoothingCrossEntropy`, which has the mean only."""
+    timm_loss = _library("timm.loss", "'lsce[torch,peers]'")
+
+    def loss(logits: Any, labels: Any, *, smoothing: float, reduction: str) -> Any:
+        return timm_loss.LabelSmoothingCrossEntropy(smoothing)(logits, labels)
+
+    def refuse(case: Case) -> str | None:
+        reduction = case.options.get("reduction", "none")
+        if reduction != "mean":
+            return f"has no reduction={reduction!r}"
+        return "takes a smoothing below 1 only" if case.smoothing == 1 else None
+
+    return PeerAdapter(TorchAdapter(loss, device=device, name="torch-timm", supports=frozenset()), refuse)
+
+
+def optax_dense(device: str = "cpu") -> Adapter:
+    """Return `optax.softmax_cross_entropy` of `optax.smooth_labels`."""
+    optax = _library("optax", "'lsce[jax]'")
+
+    def loss(
+        logits: Any,
+        labels: Any,
+        *,
+        smoothing: Any,
+        reduction: str,
+        axis: int = -1,
+        where: Any = None,
+        class_mask: Any = None,
+    ) -> Any:
+        jax = importlib.import_module("jax")
+        num_classes = logits.shape[axis]
+        if not jax.numpy.issubdtype(labels.dtype, jax.numpy.floating):
+            labels = jax.nn.one_hot(labels, num_classes, axis=axis, dtype=logits.dtype)
+        if not isinstance(smoothing, float):
+            smoothing = jax.numpy.expand_dims(smoothing, axis)
+        classes, elements = None, where
+        if class_mask is not None:
+            rows = tuple(np.delete(logits.shape, axis))
+            classes = jax.numpy.moveaxis(jax.numpy.broadcast_to(class_mask, (*rows, num_classes)), -1, axis)
+            elements = classes if where is None else classes & jax.numpy.expand_dims(where, axis)
+        targets = optax.smooth_labels(labels, smoothing, axis=axis, where=classes)
+        return _reduced(optax.softmax_cross_entropy(logits, targets, axis=axis, where=elements), reduction, where)
+
+    supports = {"soft labels", "smoothing per row", "class_mask", "where", "axis", "no batch", "narrow labels"}
+    return PeerAdapter(JaxAdapter(loss, device=device, name="jax-optax", supports=frozenset(supports)))
+
+
+def optax_integer(device: str = "cpu") -> Adapter:
+    """Return `optax.softmax_cross_entropy_with_integer_labels`, which has no smoothing."""
+    optax = _library("optax", "'lsce[jax]'")
+
+    def loss(logits: Any, labels: Any, *, smoothing: float, reduction: str, axis: int = -1, where: Any = None) -> Any:
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels, axis=axis, where=where)
+        return _reduced(losses, reduction, where)
+
+    def refuse(case: Case) -> str | None:
+        return "has no smoothing" if np.any(case.smoothing) else None
+
+    supports = frozenset({"where", "axis", "no batch", "narrow labels"})
+    return PeerAdapter(JaxAdapter(loss, device=device, name="jax-optax-integer", supports=supports), refuse)
+
+
+def _reduced(losses: Any, reduction: str, where: Any) -> Any:
+    """Reduce as a user of Optax does."""
+    if reduction == "mean":
+        return losses.mean(where=where)
+    return losses.sum() if reduction == "sum" else losses
+
+
+def t5x(device: str = "cpu") -> Adapter:
+    """Return the loss of T5X, after the formulas of its file `t5x/losses.py`.
+
+    `cross_entropy_with_logits` is -sum q log p + z_loss lse^2 with the gradient (1 + 2 z_loss lse) p - q.
+    `compute_weighted_cross_entropy` has q = 1-e at the label and e/(K-1) elsewhere, in float32, subtracts the entropy
+    of q, and divides the weighted sum by a factor. Here the entropy is subtracted where a case asks for that, and a
+    uniform smoothing e is given as e (K-1)/K, which is the same target.
+    """
+    jax, jnp = (_library(name, "'lsce[jax]'") for name in ("jax", "jax.numpy"))
+
+    def forward(logits: Any, targets: Any, z_loss: float) -> tuple[Any, Any]:
+        peak = logits.max(axis=-1, keepdims=True)
+        exponentials = jnp.exp(logits - peak)
+        total = exponentials.sum(axis=-1, keepdims=True)
+        log_p = logits - peak - jnp.log(total)
+        lse = jnp.log(total) + peak
+        losses = -(targets * log_p).sum(axis=-1) + z_loss * lse[..., 0] ** 2
+        return losses, ((1 + 2 * z_loss * lse) * exponentials / total - targets, log_p)
+
+    def backward(z_loss: float, residuals: Any, upstream: Any) -> tuple[Any, Any]:
+        slope, log_p = residuals
+        upstream = upstream[..., None]
+        return (upstream * slope).astype(log_p.dtype), (-upstream * log_p).astype(jnp.float32)
+
+    cross_entropy_with_logits = jax.custom_vjp(lambda *operands: forward(*operands)[0], nondiff_argnums=(2,))
+    cross_entropy_with_logits.defvjp(forward, backward)
+
+    def loss(
+        logits: Any,
+        labels: Any,
+        *,
+        smoothing: float,
+        reduction: str,
+        convention: str = "uniform",
+        z_loss: float = 0.0,
+        subtract_entropy: bool = False,
+        where: Any = None,
+        denominator: float | None = None,
+    ) -> Any:
+        num_classes = logits.shape[-1]
+        if convention == "uniform":
+            smoothing *= (num_classes - 1) / num_classes
+        on, off = 1 - smoothing, smoothing / (num_classes - 1)
+        targets = jnp.where(labels[..., None] == jnp.arange(num_classes), on, off).astype(jnp.float32)
+        losses = cross_entropy_with_logits(logits, targets, z_loss)
+        if subtract_entropy:
+            losses += on * jnp.log(on) + (num_classes - 1) * off * jnp.log(off + 1e-20)
+        if where is not None:
+            losses *= where
+        if reduction == "none":
+            return losses
+        if reduction == "mean" and denominator is None:
+            denominator = labels.size if where is None else where.sum()
+        return losses.sum() if denominator is None else losses.sum() / denominator
+
+    supports = frozenset(
+        {"non_target convention", "z_loss", "subtract_entropy", "where", "denominator", "no batch", "narrow labels"}
+    )
+    return PeerAdapter(JaxAdapter(loss, device=device, name="jax-t5x", supports=supports))
+
+
+def keras_categorical(backend: str, device: str = "cpu") -> Adapter:
+    """Return `keras.losses.CategoricalCrossentropy` on a backend, "jax" or "torch", in a process of its own."""
+    if device != "cpu":
+        raise UnavailableError(f"{backend}-keras runs on the CPU only here, not on {device}")
+    return WorkerAdapter(partial(_keras_here, backend), {"KERAS_BACKEND": backend, "KERAS_TORCH_DEVICE": "cpu"})
+
+
+def _keras_here(backend: str) -> Adapter:
+    # Not imported: that would fix the backend of this process.
+    _find_library("keras", f"'lsce[{backend},peers]'")
+
+    def refuse(case: Case) -> str | None:
+        return "takes two classes or more" if case.num_classes == 1 else None
+
+    adapter: Callable[..., Adapter] = JaxAdapter if backend == "jax" else TorchAdapter
+    supports = frozenset({"soft labels", "where", "axis", "narrow labels"})
+    return PeerAdapter(adapter(_keras_loss, name=f"{backend}-keras", supports=supports), refuse)
+
+
+def _keras_loss(
+    logits: Any, labels: Any, *, smoothing: float, reduction: str, axis: int = -1, where: Any = None
+) -> Any:
+    keras = importlib.import_module("keras")
+    if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(labels.dtype)):
+        labels = keras.ops.one_hot(labels, logits.shape[axis], axis=axis)
+    # Keras computes in float32 whatever it is given, unless told otherwise.
+    dtype = "float64" if keras.backend.standardize_dtype(logits.dtype) == "float64" else "float32"
+    if reduction == "mean":
+        reduction = "sum_over_batch_size" if where is None else "mean_with_sample_weight"
+    loss = keras.losses.CategoricalCrossentropy(
+        from_logits=True, label_smoothing=smoothing, axis=axis, reduction=reduction, dtype=dtype
+    )
+    return loss(labels, logits, sample_weight=where)
+
+
+def torchax_module(device: str = "cpu") -> Adapter:
+    """Return our torch module run on JAX by torchax, which is torch's way onto a TPU."""
+    try:
+        interop = _library("torchax.interop", "'lsce[jax,torch]' torchax")
+    except UnavailableError:
+        raise
+    except Exception as error:
+        raise UnavailableError(
+            f"torchax cannot be imported ({error}). torchax 0.0.13 works with torch 2.12, builds of 0.0.14 with torch "
+            "2.13. Run: pip install 'torch<2.13', or pip install --pre --upgrade torchax"
+        ) from error
+    make_module = importlib.import_module("lsce_torch").LabelSmoothedCrossEntropyLoss
+    moveaxis = importlib.import_module("jax.numpy").moveaxis
+
+    def torch_loss(logits: Any, labels: Any, call: dict[str, Any], *, class_weight: Any = None, **options: Any) -> Any:
+        return make_module(class_weight, **options)(logits, labels, **call)
+
+    def loss(logits: Any, labels: Any, *, axis: int = -1, **options: Any) -> Any:
+        # The module has the class dimension of nn.CrossEntropyLoss.
+        place = min(1, logits.ndim - 1)
+        if labels.ndim == logits.ndim:
+            labels = moveaxis(labels, axis, place)
+        call = {name: options.pop(name) for name in ("smoothing", "where", "denominator") if name in options}
+        with warnings.catch_warnings():
+            # torch's int64 is JAX's int32, which holds every label.
+            warnings.filterwarnings("ignore", "Explicitly requested dtype", UserWarning)
+            return interop.call_torch(torch_loss, moveaxis(logits, axis, place), labels, call, **options)
+
+    return PeerAdapter(JaxAdapter(loss, device=device, name="jax-torchax"))
+
+
+def _library(name: str, install: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise _missing(error.name, install) from error
+
+
+def _find_library(name: str, install: str) -> None:
+    try:
+        found = importlib.util.find_spec(name)
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        raise _missing(name, install)
+
+
+def _missing(name: str | None, install: str) -> UnavailableError:
+    return UnavailableError(f"{name} is not installed. Run: pip install {install}")

@@ -1,0 +1,140 @@
+"""The adapters that the command line knows, by name. Making one loads its framework; listing them loads none."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
+from typing import Any, Literal
+
+from lsce_spec import IMPLEMENTATIONS
+from parity_tests.faults.dense import FAULTS, evaluate
+from parity_tests.losses import peers
+from parity_tests.losses.adapters import Adapter, JaxAdapter, TorchAdapter
+from parity_tests.truth.bounds import Arithmetic
+from parity_tests.truth.cases import Case
+from parity_tests.truth.comparison import Result
+from parity_tests.truth.oracle import solve
+from parity_tests.truth.precision import compute_dtype, round_to
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An adapter that can be made.
+
+    Args:
+        name: what the command line calls it.
+        framework: "jax" or "torch".
+        kind: "ours" must be within its bounds; "peer" is shown beside.
+        make: makes it, for a device.
+        twin: name of the adapter of the other framework that is the same implementation, for the three-way verdict.
+    """
+
+    name: str
+    framework: str
+    kind: Literal["ours", "peer"]
+    make: Callable[..., Adapter]
+    twin: str | None = None
+
+
+class FaultyAdapter:
+    """The NumPy implementation, wrong in the way that a fault of the mutant bank names; sound without one."""
+
+    framework, device = "numpy", "cpu"
+
+    def __init__(self, fault: str | None = None) -> None:
+        """Choose the fault."""
+        self.fault = fault
+        self.name = f"mutant:{fault}" if fault else "numpy"
+        self.arithmetic = Arithmetic()
+
+    def unsupported(self, case: Case) -> str | None:
+        """Return None: it has every option."""
+        return None
+
+    def __call__(self, case: Case) -> Result:
+        """Return loss and gradient of a case."""
+        return evaluate(case, self.fault)
+
+
+class OracleAdapter:
+    """The true loss and gradient, rounded to the dtypes that an implementation returns."""
+
+    name, framework, device = "oracle", "numpy", "cpu"
+
+    def __init__(self) -> None:
+        """State its accuracy."""
+        self.arithmetic = Arithmetic()
+
+    def unsupported(self, case: Case) -> str | None:
+        """Return None: it has every option."""
+        return None
+
+    def __call__(self, case: Case) -> Result:
+        """Return loss and gradient of a case."""
+        truth, compute = solve(case), compute_dtype(case.dtype)
+        loss, gradient = round_to(truth.loss.high, compute), round_to(truth.gradient.high, case.dtype)
+        return Result(loss, gradient, compute, case.dtype)
+
+
+def _ours() -> list[Entry]:
+    entries = []
+    for implementation in IMPLEMENTATIONS:
+        options: dict[str, Any] = {"implementation": implementation}
+        jax, torch = f"jax-{implementation}", f"torch-{implementation}"
+        entries += [
+            Entry(jax, "jax", "ours", partial(JaxAdapter, name=jax, **options), twin=torch),
+            Entry(torch, "torch", "ours", partial(TorchAdapter, name=torch, **options), twin=jax),
+            Entry(f"{jax}-eager", "jax", "ours", partial(JaxAdapter, name=f"{jax}-eager", jit=False, **options)),
+            Entry(
+                f"{torch}-compiled",
+                "torch",
+                "ours",
+                partial(TorchAdapter, name=f"{torch}-compiled", compiled=True, **options),
+            ),
+        ]
+    return entries
+
+
+def _peers() -> list[Entry]:
+    makers: dict[str, Callable[..., Adapter]] = {
+        "torch-cross-entropy": peers.torch_cross_entropy,
+        "torch-cross-entropy-compiled": peers.torch_cross_entropy_compiled,
+        "torch-timm": peers.timm_label_smoothing,
+        "torch-keras": partial(peers.keras_categorical, "torch"),
+        "jax-optax": peers.optax_dense,
+        "jax-optax-integer": peers.optax_integer,
+        "jax-t5x": peers.t5x,
+        "jax-keras": partial(peers.keras_categorical, "jax"),
+        "jax-torchax": peers.torchax_module,
+    }
+    return [Entry(name, name.partition("-")[0], "peer", make) for name, make in makers.items()]
+
+
+ENTRIES: dict[str, Entry] = {entry.name: entry for entry in _ours() + _peers()}
+
+
+def match_names(patterns: Iterable[str]) -> list[str]:
+    """Return the names of `ENTRIES` that the patterns match, each once; what matches none of them stays as it is."""
+    matching = ([name for name in ENTRIES if fnmatch(name, pattern)] or [pattern] for pattern in patterns)
+    return list(dict.fromkeys(name for names in matching for name in names))
+
+
+def make_adapter(name: str, device: str = "cpu") -> Adapter:
+    """Return the adapter of a name: one of `ENTRIES`, "oracle", "numpy", or "mutant:FAULT".
+
+    Raises:
+        ValueError: there is no such adapter.
+        UnavailableError: what it needs is not on this machine.
+    """
+    if name == "oracle":
+        return OracleAdapter()
+    if name == "numpy":
+        return FaultyAdapter()
+    kind, _, fault = name.partition(":")
+    if kind == "mutant":
+        if fault not in FAULTS:
+            raise ValueError(f"there is no mutant {fault!r}; the mutants are {', '.join(FAULTS)}")
+        return FaultyAdapter(fault)
+    if name not in ENTRIES:
+        raise ValueError(f"there is no adapter {name!r}; the adapters are {', '.join(ENTRIES)}, oracle, mutant:FAULT")
+    return ENTRIES[name].make(device=device)

@@ -1,0 +1,161 @@
+"""Losses that a user names: `torch:package.module:name` or `jax:package.module:name`.
+
+What is named is called as `loss(logits, labels)` with logits [N, K] and integer labels [N], and returns a scalar or one
+loss per row; the harness takes the gradient. A class is made into an object first, and that is called. Options are the
+keyword arguments of the function or of the class.
+"""
+
+import importlib
+import inspect
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from parity_tests.losses.adapters import Adapter, JaxAdapter, LossError, ShapeError, TorchAdapter
+from parity_tests.losses.registry import make_adapter
+from parity_tests.truth.cases import Case
+
+FRAMEWORKS = ("torch", "jax")
+
+
+class SpecificationError(ValueError):
+    """What the user named is not there, or cannot be called as a loss."""
+
+
+def is_user_loss(specification: str) -> bool:
+    """Return whether it names a loss of the user's, not an adapter of the harness."""
+    return specification.partition(":")[0] in FRAMEWORKS
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """Turn `key=value` into keyword arguments. Values are JSON where they can be, else strings.
+
+    Example:
+        >>> parse_options(["smoothing=0.1", "reduction=mean", "weight=[1, 2]", "flag=true"])
+        {'smoothing': 0.1, 'reduction': 'mean', 'weight': [1, 2], 'flag': True}
+    """
+    options = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise SpecificationError(f"an option must be like smoothing=0.1, got {pair!r}")
+        try:
+            options[key] = json.loads(text)
+        except json.JSONDecodeError:
+            options[key] = text
+    return options
+
+
+def find(specification: str) -> Any:
+    """Return what `framework:package.module:name` names. Modules are looked for in the current folder first."""
+    parts = specification.split(":")
+    if len(parts) != 3 or not all(parts) or parts[0] not in FRAMEWORKS:
+        raise SpecificationError(
+            f"expected torch:package.module:name or jax:package.module:name, got {specification!r}"
+        )
+    _, module_name, name = parts
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # a module of the user's may raise anything
+        raise SpecificationError(f"importing {module_name} raised {type(error).__name__}: {error}") from error
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise SpecificationError(f"{module_name} has no {name}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise SpecificationError(f"{specification} cannot be called: it is a {type(found).__name__}")
+    return found
+
+
+def load_adapter(specification: str, options: Mapping[str, Any], device: str = "cpu", jit: bool = False) -> Adapter:
+    """Return the adapter of a user's loss, or of a name that `make_adapter` knows.
+
+    Raises:
+        SpecificationError: there is no such loss, it does not take the options, or an adapter was given options.
+        UnavailableError: the framework or the device is not there.
+    """
+    if not is_user_loss(specification):
+        if options:
+            raise SpecificationError(f"options are for losses of your own, and {specification} is none")
+        try:
+            return make_adapter(specification, device)
+        except ValueError as error:
+            raise SpecificationError(f"{error}; or torch:package.module:name, jax:package.module:name") from None
+    torch = specification.startswith("torch:")
+    # The framework first, so that its absence is not taken for an error of the user's module.
+    adapter = TorchAdapter(name=specification, device=device) if torch else JaxAdapter(None, jit, device=device)
+    loss = _bind(specification, options, _to_torch if torch else _to_jax)
+
+    def call(logits: Any, labels: Any, **settings: Any) -> Any:
+        return loss(logits, labels)
+
+    adapter.name, adapter.loss = specification, call
+    return adapter
+
+
+def _bind(specification: str, options: Mapping[str, Any], as_array: Callable[[list[Any]], Any]) -> Callable[..., Any]:
+    found = find(specification)
+    arguments = {key: as_array(value) if isinstance(value, list) else value for key, value in options.items()}
+    try:
+        if inspect.isclass(found):
+            return _make(specification, found, arguments)
+        inspect.signature(found).bind("logits", "labels", **arguments)
+    except TypeError as error:
+        raise SpecificationError(f"{specification} does not take these options: {error}") from error
+    except SpecificationError:
+        raise
+    except ValueError:
+        pass  # what is built in has no signature to look at
+    return partial(found, **arguments)
+
+
+def _make(specification: str, found: Any, arguments: Mapping[str, Any]) -> Callable[..., Any]:
+    inspect.signature(found).bind(**arguments)
+    try:
+        made: Callable[..., Any] = found(**arguments)
+    except (Exception, SystemExit) as error:  # a class of the user's may raise anything
+        raise SpecificationError(f"making {specification} raised {type(error).__name__}: {error}") from error
+    return made
+
+
+def _to_torch(values: list[Any]) -> Any:
+    return importlib.import_module("torch").tensor(values)
+
+
+def _to_jax(values: list[Any]) -> Any:
+    return importlib.import_module("jax.numpy").asarray(values)
+
+
+def find_reduction(adapter: Adapter, cases: Sequence[Case]) -> str | None:
+    """Return "none" if the loss gives one number per row of a case, "mean" if it gives one number, whatever that is.
+
+    None if it gives neither in any of the cases; why not is found out again in each case, and reported there.
+    """
+    for case in cases:
+        for reduction in ("none", "mean"):
+            try:
+                adapter(replace(case, options={**case.options, "reduction": reduction}))
+            except ShapeError:
+                continue
+            except LossError:
+                pass  # of the right shape, and wrong otherwise
+            except (Exception, SystemExit):  # a user's loss may raise anything
+                break
+            return reduction
+    return None
+
+
+def take_mean(adapter: Any, ignore_index: int | None) -> None:
+    """Make an adapter of a user's loss return the mean of its rows, of those that are not ignored."""
+    rows = adapter.loss
+
+    def mean(logits: Any, labels: Any, **settings: Any) -> Any:
+        losses = rows(logits, labels)
+        return losses.mean() if ignore_index is None else losses.sum() / int((labels != ignore_index).sum())
+
+    adapter.loss = mean

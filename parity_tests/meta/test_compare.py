@@ -1,0 +1,426 @@
+"""`compare`: a correct pair agrees, a wrong one does not and is named."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from parity_tests.__main__ import app
+from parity_tests.faults.dense import FAULTS, evaluate
+from parity_tests.losses.user_losses import SpecificationError, find, parse_options
+from parity_tests.studies.diagnosis import Candidate, Diagnosis, departures, faults_as_candidates
+from parity_tests.studies.pairs import Question, plain_cases
+from parity_tests.studies.power import HARMLESS
+from parity_tests.truth.cases import make_case
+
+# What a user brings: right and wrong losses in both frameworks, each by its own formula.
+LOSSES = """
+import jax
+import jax.numpy as jnp
+import torch
+import torch.nn.functional as F
+
+calls = 0
+
+def jax_uniform(logits, labels, e=0.1):
+    log_p = jax.nn.log_softmax(logits)
+    q = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype) * (1 - e) + e / logits.shape[-1]
+    return -(q * log_p).sum(-1).mean()
+
+def jax_rows(logits, labels, e=0.1):
+    log_p = jax.nn.log_softmax(logits)
+    own = jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
+    return -((1 - e) * own + e * log_p.mean(-1))
+
+def jax_ignoring(logits, labels, e=0.1):
+    counted = labels != -100
+    return jnp.where(counted, jax_rows(logits, jnp.where(counted, labels, 0), e), 0).sum() / len(labels)
+
+def non_target(logits, labels, e=0.1):
+    log_p = F.log_softmax(logits, -1)
+    own = log_p.gather(1, labels[:, None])[:, 0]
+    return -((1 - e) * own + e / (logits.shape[-1] - 1) * (log_p.sum(-1) - own)).mean()
+
+def summed(logits, labels):
+    return F.cross_entropy(logits, labels, label_smoothing=0.1, reduction="sum")
+
+def kl(logits, labels, e=0.1):
+    q = F.one_hot(labels, logits.shape[-1]) * (1 - e) + e / logits.shape[-1]
+    return F.kl_div(F.log_softmax(logits, -1), q, reduction="batchmean")
+
+def detached(logits, labels, e=0.1):
+    log_p = F.log_softmax(logits, -1)
+    return -((1 - e) * log_p.gather(1, labels[:, None])[:, 0] + e * log_p.mean(-1).detach()).mean()
+
+def low_precision(logits, labels):
+    return F.cross_entropy(logits.bfloat16().float(), labels, label_smoothing=0.1)
+
+def label_not_shared(logits, labels, e=0.1):
+    q = torch.full_like(logits, e / logits.shape[-1]).scatter(1, labels[:, None], 1 - e)
+    return -(q * F.log_softmax(logits, -1)).sum(-1).mean()
+
+def unsmoothed(logits, labels):
+    return F.cross_entropy(logits, labels)
+
+def from_probabilities(logits, labels, e=0.1):
+    p = torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True)
+    q = F.one_hot(labels, logits.shape[-1]) * (1 - e) + e / logits.shape[-1]
+    return -(q * torch.log(p)).sum(-1).mean()
+
+def scaled(logits, labels):
+    return 1.5 * F.cross_entropy(logits, labels, label_smoothing=0.1)
+
+def raises(logits, labels):
+    raise RuntimeError("out of luck")
+
+def raises_sometimes(logits, labels):
+    if logits.shape[-1] == 33:
+        raise RuntimeError("too wide")
+    return F.cross_entropy(logits, labels, label_smoothing=0.1)
+
+def not_a_number(logits, labels):
+    return F.cross_entropy(logits, labels) * float("nan")
+
+def column(logits, labels):
+    return F.cross_entropy(logits, labels, reduction="none")[:, None]
+
+def without_gradient(logits, labels):
+    return F.cross_entropy(logits, labels, label_smoothing=0.1).detach()
+
+class Weighted(torch.nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+    def forward(self, logits, labels):
+        return F.cross_entropy(logits, labels, self.weight)
+
+def exits(logits, labels):
+    raise SystemExit(0)
+
+def pair(logits, labels):
+    return F.cross_entropy(logits, labels), logits
+
+def times(logits, labels, c):
+    return c * F.cross_entropy(logits, labels, label_smoothing=0.1)
+
+def in_float64(logits, labels):
+    return F.cross_entropy(logits.double(), labels, label_smoothing=0.1)
+
+def finite_only(logits, labels):
+    if not torch.isfinite(logits).all():
+        raise ValueError("infinite")
+    return F.cross_entropy(logits, labels, label_smoothing=0.1)
+
+def turns_gradients_off(logits, labels):
+    torch.set_grad_enabled(False)
+    return F.cross_entropy(logits, labels, label_smoothing=0.1)
+
+def jax_rows_ignoring(logits, labels, e=0.1):
+    counted = labels != -100
+    return jnp.where(counted, jax_rows(logits, jnp.where(counted, labels, 0), e), 0)
+
+class Raising:
+    def __init__(self):
+        raise AttributeError("made of nothing")
+
+number = 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def _users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "brought_losses.py").write_text(LOSSES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def compare(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["compare", *arguments, "--classes", "10"], env={"COLUMNS": "200"})
+
+
+@pytest.mark.parametrize("first", [
+    ["torch:torch.nn:CrossEntropyLoss", "--a", "label_smoothing=0.1"],
+    ["torch:torch.nn.functional:cross_entropy", "--a", "label_smoothing=0.1"],
+    ["torch:lsce_torch:label_smoothed_cross_entropy"],
+    ["jax:brought_losses:jax_rows"],
+    ["jax-fused"],
+    ["oracle"],
+])  # fmt: skip
+def test_a_correct_pair_agrees(first: list[str]) -> None:
+    outcome = compare(*first, "jax:brought_losses:jax_uniform")
+    assert outcome.exit_code == 0, outcome.output
+    assert "AGREE in 9 cases. Right is: uniform convention, mean" in outcome.output
+    assert "known difference" not in outcome.output
+
+
+def test_two_losses_of_another_convention_agree_with_each_other() -> None:
+    outcome = compare("torch:brought_losses:non_target", "torch-fused", "--convention", "non_target")
+    assert outcome.exit_code == 0, outcome.output
+    assert "Right is: non_target convention" in outcome.output
+    # Without a word about it, two losses of a user's are held against what the first one does.
+    assert "Right is: non_target" in compare("torch:brought_losses:non_target", "jax:brought_losses:jax_uniform").output
+
+
+WRONG = {
+    "non_target": "other_off",
+    "summed": "sum_for_mean",
+    "kl": "entropy_subtracted",
+    "detached": "smoothing_detached",
+    "low_precision": "bfloat16_logits",
+    "label_not_shared": "label_without_share",
+    # Its logarithm is that of 1 + tiny, which shows where there is no smoothing.
+    "unsmoothed": "no_smoothing, log_for_log1p",
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_loss_is_named(name: str) -> None:
+    outcome = compare(f"torch:brought_losses:{name}", "jax:brought_losses:jax_uniform", "--convention", "uniform")
+    assert outcome.exit_code == 1, outcome.output
+    assert f"known difference: {WRONG[name]}\n" in outcome.output
+    assert "DISAGREE" in outcome.output
+
+
+def test_both_wrong_in_the_same_way() -> None:
+    """They agree with each other; whether that is right was said, or was not."""
+    pair = ("torch:brought_losses:non_target", "torch:brought_losses:non_target")
+    assert compare(*pair).exit_code == 0
+    outcome = compare(*pair, "--convention", "uniform")
+    assert outcome.exit_code == 1
+    assert "values: the same" in outcome.output
+    assert outcome.output.count("known difference: other_off\n") == 2
+
+
+def test_which_part_differs() -> None:
+    of_entropy = compare("torch:brought_losses:kl", "oracle").output
+    assert "values: DIFFERENT" in of_entropy
+    assert "gradients: the same" in of_entropy
+    detached = compare("torch:brought_losses:detached", "oracle").output
+    assert "values: the same" in detached
+    assert "gradients: DIFFERENT" in detached
+
+
+def test_a_denominator_that_counts_ignored_rows_is_named() -> None:
+    options = ["--ignore-index", "-100"]
+    right = compare("torch:torch.nn:CrossEntropyLoss", "torch-fused", "--a", "label_smoothing=0.1", *options)
+    # All but the case of which every row is ignored, whose mean is NaN in torch.
+    assert "1 of 10 cases differ" in right.output
+    wrong = compare("jax:brought_losses:jax_ignoring", "torch-fused", *options)
+    assert wrong.exit_code == 1
+    assert "known difference: all_rows_counted\n" in wrong.output
+
+
+def test_a_loss_without_the_maximum_subtracted_is_right_but_for_the_edges() -> None:
+    outcome = compare("torch:brought_losses:from_probabilities", "oracle")
+    assert outcome.exit_code == 1
+    assert "computes: uniform convention, mean; in the edge cases something else" in outcome.output
+    assert "large logits, K = 10" in outcome.output
+
+
+def test_an_unknown_loss_is_called_unknown() -> None:
+    outcome = compare("torch:brought_losses:scaled", "oracle")
+    assert outcome.exit_code == 1
+    assert "computes: no loss that is known here" in outcome.output
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("raises", "failed in 9 of 9 cases: RuntimeError: out of luck"),
+    ("exits", "failed in 9 of 9 cases: SystemExit: 0"),
+    ("column", "failed in 9 of 9 cases: ShapeError: the loss has shape [7, 1], expected []"),
+    ("pair", "failed in 9 of 9 cases: ShapeError: the loss is a tuple; a scalar or a loss per row is expected"),
+    ("without_gradient", "failed in 9 of 9 cases: LossError: the loss has no gradient"),
+])  # fmt: skip
+def test_a_loss_that_gives_nothing_is_reported(name: str, message: str) -> None:
+    outcome = compare(f"torch:brought_losses:{name}", "jax:brought_losses:jax_uniform")
+    assert outcome.exit_code == 2, outcome.output
+    assert message in outcome.output
+    assert "NO VERDICT in 9 cases" in outcome.output
+
+
+def test_nan_agrees_with_nothing() -> None:
+    for second in ("jax:brought_losses:jax_uniform", "torch:brought_losses:not_a_number"):
+        outcome = compare("torch:brought_losses:not_a_number", second)
+        assert outcome.exit_code == 1, outcome.output
+        assert "NaN where there is none: torch:brought_losses:not_a_number in plain, K = 10; " in outcome.output
+
+
+def test_losses_that_are_not_known_are_held_against_each_other_by_their_size() -> None:
+    pair = ("torch:brought_losses:times", "torch:brought_losses:times", "--a", "c=1e-5")
+    same = compare(*pair, "--b", "c=1e-5")
+    assert same.exit_code == 0, same.output
+    assert "AGREE in 9 cases. Neither is a loss that is known here" in same.output
+    assert compare(*pair, "--b", "c=1.0001e-5").exit_code == 1
+
+
+def test_what_was_chosen_is_right() -> None:
+    pair = ("torch:brought_losses:summed", "torch:brought_losses:summed")
+    assert compare(*pair).exit_code == 0
+    assert compare(*pair, "--reduction", "mean").exit_code == 1
+    assert compare(*pair, "--smoothing", "0.3").exit_code == 1
+    unknown = ("torch:brought_losses:scaled", "torch:brought_losses:scaled")
+    assert compare(*unknown).exit_code == 0
+    assert compare(*unknown, "--convention", "uniform").exit_code == 1
+
+
+def test_a_wide_result_is_named() -> None:
+    outcome = compare("torch:brought_losses:in_float64", "oracle")
+    assert outcome.exit_code == 1
+    assert "loss in float64, gradient in float32; expected float32, float32" in outcome.output
+
+
+def test_a_loss_that_refuses_infinities_is_compared_in_the_other_cases() -> None:
+    outcome = compare("torch:brought_losses:finite_only", "torch:brought_losses:finite_only")
+    assert outcome.exit_code == 1
+    assert "A failed in 1 of 9 cases: ValueError: infinite" in outcome.output
+    assert "B failed in 1 of 9 cases: ValueError: infinite" in outcome.output
+    assert "values: the same" in outcome.output
+
+
+def test_losses_do_not_change_each_others_gradient_mode() -> None:
+    outcome = compare("torch:brought_losses:turns_gradients_off", "torch:torch.nn.functional:cross_entropy")
+    assert "B failed" not in outcome.output
+
+
+def test_rows_are_averaged_over_those_that_count() -> None:
+    options = ("--ignore-index", "-100", "--a", "label_smoothing=0.1")
+    outcome = compare("torch:torch.nn:CrossEntropyLoss", "jax:brought_losses:jax_rows_ignoring", *options)
+    assert "all_rows_counted" not in outcome.output
+    # Both are NaN where every row is ignored.
+    assert "values: the same" in outcome.output
+
+
+def test_a_loss_that_fails_in_some_cases_is_compared_in_the_others() -> None:
+    outcome = compare("torch:brought_losses:raises_sometimes", "oracle", "--classes", "33")
+    assert outcome.exit_code == 1
+    assert "failed in 9 of 18 cases: RuntimeError: too wide" in outcome.output
+    assert "computes: uniform convention, mean\n" in outcome.output
+    assert "values: the same" in outcome.output
+
+
+def test_options_reach_the_loss() -> None:
+    weight = json.dumps([1.0] * 9 + [3.0])
+    outcome = compare("torch:brought_losses:Weighted", "oracle", "--a", f"weight={weight}", "--smoothing", "0")
+    assert "DIFFERENT" in outcome.output
+    outcome = compare("torch:brought_losses:Weighted", "oracle", "--a", f"weight={[1.0] * 10}", "--smoothing", "0.0")
+    assert "known difference: log_for_log1p\n" in outcome.output
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["torch:brought_losses:nothing", "oracle"], "brought_losses has no nothing"),
+    (["torch:brought_losses:number", "oracle"], "cannot be called: it is a int"),
+    (["torch:no_such_module:loss", "oracle"], "importing no_such_module raised ModuleNotFoundError"),
+    (["torch:brought_losses", "oracle"], "expected torch:package.module:name or jax:package.module:name"),
+    (["torch-fusd", "oracle"], "there is no adapter 'torch-fusd'; the adapters are jax-fused"),
+    (["mutant:unheard_of", "oracle"], "there is no mutant 'unheard_of'; the mutants are zero_gradient"),
+    (["oracle", "oracle", "--a", "e=1"], "options are for losses of your own"),
+    (["torch:brought_losses:kl", "oracle", "--a", "e"], "an option must be like smoothing=0.1, got 'e'"),
+    (["torch:brought_losses:kl", "oracle", "--a", "E=1"], "does not take these options: got an unexpected keyword"),
+    (["torch:brought_losses:Weighted", "oracle"], "does not take these options"),
+    (["torch:brought_losses:Raising", "oracle"], "making torch:brought_losses:Raising raised AttributeError: made of"),
+    (["oracle", "oracle", "--softcap", "-3"], "softcap must be above 0"),
+    (["oracle", "oracle", "--z-loss", "nan"], "z_loss must be at least 0"),
+    (["oracle", "oracle", "--smoothing", "0.3"], "these losses take all options"),
+    (["torch:brought_losses:kl", "oracle", "--device", "banana"], "there is no device 'banana'"),
+    (["oracle", "oracle", "--smoothing", "1.5"], "smoothing must be"),
+    (["oracle", "oracle", "--convention", "unifrom"], "unifrom"),
+    (["oracle", "oracle", "--reduction", "none"], "reduction must be mean or sum"),
+    (["oracle", "oracle", "--dtype", "float8"], "there is no dtype 'float8' here; the dtypes are float64"),
+])  # fmt: skip
+def test_what_cannot_be_compared(arguments: list[str], message: str) -> None:
+    outcome = compare(*arguments)
+    assert outcome.exit_code == 2, outcome.output
+    assert "cannot run: " in outcome.output
+    assert message in outcome.output
+
+
+def test_json(tmp_path: Path) -> None:
+    file = tmp_path / "new" / "pair.json"
+    compare("torch:brought_losses:non_target", "oracle", "--json", str(file))
+
+    def refuse(name: str) -> Any:
+        raise AssertionError(f"{name} is no JSON")
+
+    content = json.loads(file.read_text(), parse_constant=refuse)
+    assert content["agrees"] is content["values_agree"] is content["gradients_agree"] is False
+    assert content["readings"][0]["mutants"] == ["other_off"]
+    assert content["readings"][1]["mutants"] == []
+    assert len(content["survey"]["differences"]) == 9
+    assert "label" in content["survey"]["differences"][0]["worst"]["inputs"]
+    assert content["survey"]["outcomes"][0]["worst"]["part"] in ("loss", "gradient")
+    assert "torch" in content["environment"]["versions"]
+
+
+def test_report(tmp_path: Path) -> None:
+    compare("torch:brought_losses:non_target", "oracle", "--report", str(tmp_path / "page"))
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert "other_off" in page
+    assert "DISAGREE" in page
+
+
+# Cases that between them show every fault.
+SHOWING = (
+    *("everything", "class_mask", "class_weight", "ignored", "dominant", "large_logits", "minus_infinity", "softcap"),
+    *("ties_max_sup", "max_sup_none", "prior_distribution", "classes_9", "subtract_entropy", "z_loss", "uniform_mean"),
+    *("non_target_mean", "large_offset"),
+)
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def of_everything(request: pytest.FixtureRequest) -> tuple[str, Diagnosis]:
+    cases = [make_case(name, request.param) for name in SHOWING]
+    return request.param, Diagnosis(cases, faults_as_candidates())
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_mutant_is_named(fault: str, of_everything: tuple[str, Diagnosis]) -> None:
+    """By a comparison of losses that take all options: the best explanation is the fault, or one that is the same."""
+    dtype, diagnosis = of_everything
+    results = [evaluate(case, fault) for case in diagnosis.cases]
+    found = diagnosis.explain(results, Candidate())
+    if (fault, dtype) in HARMLESS:
+        assert [each.candidate.fault for each in found] == [None]
+    else:
+        assert found[0].candidate.fault == fault
+
+
+def test_sound_results_are_explained_without_a_fault(of_everything: tuple[str, Diagnosis]) -> None:
+    _, diagnosis = of_everything
+    found = diagnosis.explain([evaluate(case) for case in diagnosis.cases], Candidate())
+    assert [each.candidate.fault for each in found] == [None]
+    assert found[0].exact
+
+
+@pytest.mark.parametrize("fault", ["other_off", "zero_non_target_gradient", "prior_ignored"])
+def test_a_mutant_on_the_command_line(fault: str) -> None:
+    outcome = CliRunner().invoke(app, ["compare", "oracle", f"mutant:{fault}"], env={"COLUMNS": "200"})
+    assert outcome.exit_code == 1, outcome.output
+    assert f"known difference: {fault}\n" in outcome.output
+
+
+def test_departures() -> None:
+    right = Candidate("uniform", "mean", False)
+    assert departures(right, right) == []
+    assert departures(Candidate("clamp", "mean", False), right) == ["other_off"]
+    assert departures(Candidate("clamp", "mean", False), Candidate("non_target", "mean", False)) == ["clamp_convention"]
+    wrong = Candidate("none", "sum", True, "stale_lse")
+    assert departures(wrong, right) == ["no_smoothing", "sum_for_mean", "entropy_subtracted", "stale_lse"]
+
+
+def test_plain_cases_hold_what_they_promise() -> None:
+    for dtype in ("float64", "float32", "bfloat16", "float16"):
+        cases = plain_cases(Question(smoothing=0.2, num_classes=(1, 5), ignore_index=-7, z_loss=0.1), dtype)
+        assert len({case.name for case in cases}) == len(cases) == 20
+        assert all(case.options == {"ignore_index": -7, "z_loss": 0.1} for case in cases)
+        assert all(case.smoothing == 0.2 for case in cases)
+
+
+def test_what_is_found() -> None:
+    assert find("torch:torch.nn.functional:cross_entropy") is torch.nn.functional.cross_entropy
+    assert find("jax:brought_losses:Weighted.forward")
+    with pytest.raises(SpecificationError, match="has no Weighted"):
+        find("torch:brought_losses:Weighted.backward")
+    assert parse_options([]) == {}
+    assert parse_options(["a=", "b=x=y", "c=null"]) == {"a": "", "b": "x=y", "c": None}

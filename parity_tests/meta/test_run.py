@@ -1,0 +1,195 @@
+"""`run`, `adapters` and `power` on the command line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from parity_tests.__main__ import app
+from parity_tests.faults.dense import evaluate
+from parity_tests.losses import registry
+from parity_tests.losses.adapters import Adapter, UnavailableError
+from parity_tests.losses.registry import ENTRIES, Entry, FaultyAdapter
+from parity_tests.studies.survey import Member, survey
+from parity_tests.studies.verdicts import Outcome
+from parity_tests.truth.cases import make_case
+from parity_tests.truth.comparison import Result as LossResult
+from parity_tests.truth.oracle import solve
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "160"})
+
+
+def test_ours_agree() -> None:
+    outcome = run(
+        "run", "--adapter", "*-fused", "--case", "uniform_mean", "--case", "class_mask*", "--dtype", "float32"
+    )
+    assert outcome.exit_code == 0, outcome.output
+    assert "AGREE: 2 adapters, 12 results, 6 of them in pairs, at most 0." in outcome.output
+
+
+def test_a_mutant_does_not() -> None:
+    arguments = ("run", "--adapter", "oracle", "--adapter", "mutant:stale_lse", "--case", "uniform_*")
+    outcome = run(*arguments, "--dtype", "float32")
+    assert outcome.exit_code == 1, outcome.output
+    assert "mutant:stale_lse in uniform_none float32: " in outcome.output
+    assert "its inputs: shape of the logits: [7, 11]; " in outcome.output
+    assert "DISAGREE: 3 results and 0 pairs of them (2 adapters, 6 results" in outcome.output
+
+
+def test_the_frameworks_own_loss_is_shown_beside() -> None:
+    outcome = run("run", "--adapter", "torch-fused", "--adapter", "torch-cross-entropy", "--case", "dominant")
+    assert outcome.exit_code == 0, outcome.output
+    assert "torch-fused is as close to the truth as torch-cross-entropy, or closer, in 4 of 4" in outcome.output
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--adapter", "jax-fusd"], "there is no adapter 'jax-fusd'"),
+    (["--case", "nothing*"], "no case is called nothing*; the cases are classes_1, "),
+    (["--dtype", "int8"], "there is no dtype 'int8'"),
+    (["--adapter", "torch-fused", "--device", "tpu"], "torch-fused: torch finds no tpu device"),
+    (["--adapter", "torch-cross-entropy", "--case", "where"], "no adapter has what these cases ask for"),
+])  # fmt: skip
+def test_what_cannot_run(arguments: list[str], message: str) -> None:
+    outcome = run("run", *arguments)
+    assert outcome.exit_code == 2, outcome.output
+    assert message in outcome.output
+
+
+def test_output_that_nobody_reads_is_no_disagreement() -> None:
+    """As in `lsce-parity ... | head`: Rich ends with 1 there."""
+    command = [sys.executable, "-m", "parity_tests", "run", "--adapter", "numpy", "--case", "one_row"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.wait() == 2
+
+
+def test_json_and_report(tmp_path: Path) -> None:
+    file, page = tmp_path / "run.json", tmp_path / "page"
+    arguments = ("--adapter", "numpy", "--case", "minus_infinity", "--case", "bad_labels", "--dtype", "float32")
+    outcome = run("run", *arguments, "--json", str(file), "--report", str(page))
+    assert outcome.exit_code == 0, outcome.output
+    content = json.loads(file.read_text())
+    assert [each["status"] for each in content["survey"]["outcomes"]] == ["agree", "agree"]
+    assert "AGREE" in (page / "index.html").read_text()
+
+
+class Broken:
+    """An adapter that misbehaves in the way that it is told."""
+
+    framework, device = "numpy", "cpu"
+
+    def __init__(self, how: str) -> None:
+        self.how, self.name, self.arithmetic = how, f"broken:{how}", FaultyAdapter().arithmetic
+
+    def unsupported(self, case: object) -> str | None:
+        return None
+
+    def __call__(self, case: object) -> LossResult:
+        sound = evaluate(make_case("uniform_mean", "float32"))
+        if self.how == "raises":
+            raise ValueError("first line\nsecond line")
+        if self.how == "silent":
+            raise KeyError
+        if self.how == "nan":
+            return LossResult(sound.loss * float("nan"), sound.gradient, "float32", "float32")
+        if self.how == "shape":
+            return LossResult(sound.loss, sound.gradient[:, :-1], "float32", "float32")
+        return LossResult(sound.loss, sound.gradient, "bfloat16", "float32")
+
+
+@pytest.mark.parametrize(("how", "status", "reason"), [
+    ("raises", "failed", "ValueError: first line"),
+    ("silent", "failed", "KeyError: no message"),
+    ("nan", "disagree", None),
+    ("shape", "disagree", "loss of shape [], gradient [7, 10]; expected [], [7, 11]"),
+    ("dtype", "disagree", "loss in bfloat16, gradient in float32; expected float32, float32"),
+])  # fmt: skip
+def test_a_broken_adapter_does_not_end_the_run(how: str, status: str, reason: str | None) -> None:
+    found = survey(_members(Broken(how), FaultyAdapter()), [make_case("uniform_mean", "float32")])
+    broken, sound = found.outcomes
+    assert (broken.status, broken.reason) == (status, reason)
+    assert sound.status == "agree"
+    assert not found.agrees
+    assert [each.adapter for each in found.evidence()] == ["numpy"]
+
+
+def _members(*adapters: Adapter) -> dict[str, Member]:
+    """Return two adapters as twins, or one alone."""
+    names = [adapter.name for adapter in adapters]
+    return {name: Member(each, True, twin) for name, each, twin in zip(names, adapters, names[::-1], strict=True)}
+
+
+def test_blame() -> None:
+    """Of two that differ, the one outside of the truth's bounds is named."""
+    found = survey(_members(FaultyAdapter(), FaultyAdapter("other_off")), [make_case("uniform_mean", "float32")])
+    assert [each.blame for each in found.differences] == [("mutant:other_off",)]
+    both = _members(FaultyAdapter("stale_lse"), FaultyAdapter("other_off"))
+    (difference,) = survey(both, [make_case("uniform_mean", "float32")]).differences
+    assert set(difference.blame) == {"mutant:stale_lse", "mutant:other_off"}
+    assert not difference.agrees
+
+
+def test_nothing_called_is_no_agreement() -> None:
+    assert not survey({}, []).agrees
+
+
+def test_worst_element_is_where_the_error_was_put() -> None:
+    case = make_case("classes_9", "float32")
+    truth, sound = solve(case), evaluate(case)
+    gradient = sound.gradient.copy()
+    gradient[3, 5] *= 1 + 1e-4
+
+    class Off(Broken):
+        def __call__(self, case: object) -> LossResult:
+            return LossResult(sound.loss, gradient, "float32", "float32")
+
+    found = survey(_members(Off("off")), [case])
+    (outcome,) = found.outcomes
+    assert isinstance(outcome, Outcome)
+    assert outcome.comparison is not None
+    worst = outcome.comparison.worst
+    assert worst is not None
+    assert (worst.part, worst.index) == ("gradient", (3, 5))
+    assert worst.value == gradient[3, 5]
+    assert worst.expected == truth.gradient.high[3, 5]
+    assert worst.share > 1
+
+
+def test_adapters_are_listed_with_what_they_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(device: str) -> FaultyAdapter:
+        raise UnavailableError("somelib is not installed. Run: pip install somelib")
+
+    monkeypatch.setattr(registry, "ENTRIES", ENTRIES)
+    monkeypatch.setitem(ENTRIES, "jax-somelib", Entry("jax-somelib", "jax", "peer", missing))
+    outcome = run("adapters")
+    assert outcome.exit_code == 0
+    assert "no: somelib is not installed. Run: pip install somelib" in outcome.output
+    outcome = run("run", "--adapter", "jax-some*", "--adapter", "oracle", "--case", "one_row", "--dtype", "float32")
+    assert outcome.exit_code == 0
+    assert "not here: jax-somelib (somelib is not installed." in outcome.output
+    outcome = run("run", "--adapter", "jax-somelib", "--case", "one_row")
+    assert outcome.exit_code == 2
+
+
+def test_power_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "power.json"
+    outcome = run("power", "--fault", "stale_lse", "--fault", "bfloat16_l*", "--dtype", "float32", "--json", str(file))
+    assert outcome.exit_code == 0, outcome.output
+    assert "ALL REJECTED: 3 faults at float32, and in trainings" in outcome.output
+    assert {each["fault"] for each in json.loads(file.read_text())["trials"]} == {
+        "stale_lse",
+        "bfloat16_loss",
+        "bfloat16_logits",
+    }
+    monkeypatch.setattr("parity_tests.studies.power.EXCUSED", {})
+    outcome = run("power", "--fault", "zero_gradient", "--dtype", "float32")
+    assert outcome.exit_code == 1
+    assert "zero_gradient survives oracle at float32: accepted in at_optimum" in outcome.output
+    assert "1 SURVIVE: 1 faults at float32" in outcome.output
+    assert run("power", "--fault", "nothing").exit_code == 2

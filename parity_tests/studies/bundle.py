@@ -1,0 +1,362 @@
+"""Bundles: what adapters gave on one machine, kept so that it can be held against what they give on another.
+
+A bundle is a folder of two files. `arrays.safetensors` has the exact bits of the inputs, of the truth and of every
+result; a dtype that NumPy lacks is stored as integers of its bits. `manifest.json` has everything else: names, options,
+dtypes, versions, devices and hashes. Nothing in it is code, so reading a bundle runs none.
+
+What is an error, and how it is found:
+
+- Edited or damaged: SHA-256 of every array over its name, dtype, shape and bits, of the file of arrays, and of the
+  manifest, which must be byte for byte what `write_bundle` writes for its content. The hashes are no signature: who
+  changes a bundle and all its hashes has recorded another bundle.
+- Mismatched: another format, or arrays that are not those of the manifest.
+- Stale, or of an adapter that nobody knows here: see `parity_tests.studies.replays`.
+
+An adapter's `Arithmetic` is recorded as its numbers; its `depth` is a function, and must be `tree_depth`.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from parity_tests.evidence.environment import describe_environment
+from parity_tests.losses.adapters import Adapter, LossError
+from parity_tests.studies.verdicts import examine
+from parity_tests.truth.bounds import Arithmetic, tree_depth
+from parity_tests.truth.cases import Case
+from parity_tests.truth.comparison import Result
+from parity_tests.truth.oracle import Exact, Truth, solve
+from parity_tests.truth.precision import as_dtype, compute_dtype
+
+FORMAT = 1
+MANIFEST, ARRAYS = "manifest.json", "arrays.safetensors"
+AGAIN = "Record the bundle again."
+
+_CASE_ARRAYS = ("logits", "labels", "smoothing", "where", "class_weight", "class_mask", "prior", "upstream")
+_ACCURACIES = ("exp", "log1p", "tanh")
+
+Arrays = dict[str, NDArray[Any]]
+Key = tuple[str, str]
+
+
+class BundleError(ValueError):
+    """A bundle cannot be written, read or trusted; the message says why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """A case and the truth about it."""
+
+    case: Case
+    truth: Truth
+
+
+@dataclass
+class RecordedAdapter:
+    """An adapter of another time and place: it gives back what was recorded.
+
+    Args:
+        name, framework, device, arithmetic: of the adapter that was recorded.
+        results: what it gave, by name and dtype of the case.
+        failures: why it gave nothing that can be compared. A case in neither of the two is one that it lacks an option
+            for.
+    """
+
+    name: str
+    framework: str
+    device: str
+    arithmetic: Arithmetic
+    results: dict[Key, Result] = field(default_factory=dict)
+    failures: dict[Key, str] = field(default_factory=dict)
+
+    def unsupported(self, case: Case) -> str | None:
+        """Return why there is nothing recorded for a case."""
+        known = _key(case) in self.results or _key(case) in self.failures
+        return None if known else "was not called when the bundle was recorded"
+
+    def __call__(self, case: Case) -> Result:
+        """Return what was recorded for a case."""
+        if _key(case) in self.failures:
+            raise LossError(f"when it was recorded: {self.failures[_key(case)]}")
+        return self.results[_key(case)]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Cases, their truth, what adapters gave for them, and where.
+
+    Args:
+        records: cases and truths; no two of the same name and dtype.
+        adapters: what was recorded of each, by name; may be empty.
+        environment: of `describe_environment`, where it was recorded.
+    """
+
+    records: list[Record]
+    adapters: dict[str, RecordedAdapter]
+    environment: dict[str, Any]
+
+    @property
+    def cases(self) -> list[Case]:
+        """The cases, with everything that belongs to them."""
+        return [each.case for each in self.records]
+
+
+def record(adapters: Sequence[Adapter], cases: Iterable[Case]) -> Bundle:
+    """Run every adapter on every case. What an adapter raises is recorded as its failure.
+
+    Raises:
+        BundleError: the bounds of an adapter cannot be recorded.
+    """
+    recorded = {}
+    for adapter in adapters:
+        if adapter.arithmetic.depth is not tree_depth:
+            raise BundleError(f"{adapter.name} sums in an order of its own; only the depth tree_depth can be recorded.")
+        recorded[adapter.name] = RecordedAdapter(adapter.name, adapter.framework, adapter.device, adapter.arithmetic)
+    records = []
+    for case in cases:
+        truth = solve(case)
+        records.append(Record(case, truth))
+        for adapter in adapters:
+            outcome = examine(adapter, case, truth)
+            if outcome.result is not None:
+                recorded[adapter.name].results[_key(case)] = outcome.result
+            elif outcome.status == "failed":
+                recorded[adapter.name].failures[_key(case)] = str(outcome.reason)
+    return Bundle(records, recorded, describe_environment())
+
+
+# Case and truth <-> what JSON has, and arrays.
+
+
+def case_to_arrays(case: Case) -> tuple[dict[str, Any], Arrays]:
+    """Return a case as what JSON has, and as arrays of the bits that every framework gets.
+
+    Raises:
+        BundleError: an option is no number, string, boolean or None.
+    """
+    entry = {"name": case.name, "dtype": case.dtype, "axis": case.axis, "options": case.options, "smoothing": None}
+    try:
+        json.dumps(entry, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise BundleError(f"an option of case {case.name!r} cannot be written as JSON: {error}.") from error
+    arrays = {}
+    for name in _CASE_ARRAYS:
+        values = getattr(case, name)
+        if name == "smoothing" and isinstance(values, float):
+            entry["smoothing"] = float(values)
+        elif values is not None:
+            values = np.asarray(values)
+            dtype = case.dtype if name in ("logits", "labels") else compute_dtype(case.dtype)
+            arrays[name] = as_dtype(values, dtype) if values.dtype.kind == "f" else values
+    return entry, arrays
+
+
+def case_from_arrays(entry: dict[str, Any], arrays: Arrays) -> Case:
+    """Return the case that `case_to_arrays` took apart."""
+    values: dict[str, Any] = {name: entry[name] for name in ("name", "dtype", "axis", "options", "smoothing")}
+    for name, array in arrays.items():
+        values[name] = array.astype(np.float64) if _is_floating(array) else array
+    return Case(**values)
+
+
+def truth_to_arrays(truth: Truth) -> Arrays:
+    """Return a truth as arrays, its pairs of float64 numbers as two."""
+    arrays: Arrays = {}
+    for name in (each.name for each in fields(Truth)):
+        value = getattr(truth, name)
+        parts = {f"{name}.high": value.high, f"{name}.low": value.low} if isinstance(value, Exact) else {name: value}
+        arrays |= {part: np.asarray(array) for part, array in parts.items()}
+    return arrays
+
+
+def _truth_from_arrays(arrays: Arrays) -> Truth:
+    values: dict[str, Any] = {}
+    for name in (each.name for each in fields(Truth)):
+        pair = f"{name}.high" in arrays
+        values[name] = Exact(arrays[f"{name}.high"], arrays[f"{name}.low"]) if pair else arrays[name]
+    return Truth(**values)
+
+
+def differing(first: Arrays, second: Arrays) -> list[str]:
+    """Return the names of the arrays that are not in both with the same dtype, shape and bits."""
+    digests = [{name: _digest(name, array) for name, array in arrays.items()} for arrays in (first, second)]
+    return sorted({name for name, _ in digests[0].items() ^ digests[1].items()})
+
+
+def _key(case: Case) -> Key:
+    return case.name, case.dtype
+
+
+def _is_floating(array: NDArray[Any]) -> bool:
+    return array.dtype.kind == "f" or array.dtype == ml_dtypes.bfloat16
+
+
+# Writing.
+
+
+def write_bundle(folder: Path, bundle: Bundle) -> None:
+    """Write a bundle to a folder, over one that is there.
+
+    Raises:
+        BundleError: there is no case, two are of the same name and dtype, or one has an option that is not plain.
+    """
+    if len({_key(case) for case in bundle.cases}) != len(bundle.cases):
+        raise BundleError("two cases have the same name and dtype; give each a name of its own.")
+    if not bundle.records:
+        raise BundleError("there is no case to record.")
+    manifest, arrays = _take_apart(bundle)
+    stored = {name: _stored(array) for name, array in arrays.items()}
+    data = save(stored)
+    manifest["arrays"] = {
+        name: {"dtype": array.dtype.name, "shape": list(array.shape), "sha256": _digest(name, array)}
+        for name, array in arrays.items()
+    }
+    manifest["arrays_sha256"] = hashlib.sha256(data).hexdigest()
+    manifest["sha256"] = _digest_of_manifest(manifest)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ARRAYS).write_bytes(data)
+    (folder / MANIFEST).write_text(_as_text(manifest), encoding="utf-8")
+
+
+def _take_apart(bundle: Bundle) -> tuple[dict[str, Any], Arrays]:
+    cases: list[dict[str, Any]] = []
+    arrays: Arrays = {}
+    for i, each in enumerate(bundle.records):
+        entry, inputs = case_to_arrays(each.case)
+        arrays |= {f"cases/{i}/{name}": array for name, array in inputs.items()}
+        arrays |= {f"truths/{i}/{name}": array for name, array in truth_to_arrays(each.truth).items()}
+        entry |= {"results": {}, "failures": {}}
+        for name, adapter in bundle.adapters.items():
+            result = adapter.results.get(_key(each.case))
+            if result is not None:
+                entry["results"][name] = {"loss_dtype": result.loss_dtype, "gradient_dtype": result.gradient_dtype}
+                arrays[f"results/{i}/{name}/loss"] = np.asarray(result.loss)
+                arrays[f"results/{i}/{name}/gradient"] = np.asarray(result.gradient)
+            elif _key(each.case) in adapter.failures:
+                entry["failures"][name] = adapter.failures[_key(each.case)]
+        cases.append(entry)
+    adapters = {
+        name: {
+            "framework": adapter.framework,
+            "device": adapter.device,
+            "arithmetic": {each: getattr(adapter.arithmetic, each) for each in _ACCURACIES},
+        }
+        for name, adapter in bundle.adapters.items()
+    }
+    return {"format": FORMAT, "environment": bundle.environment, "adapters": adapters, "cases": cases}, arrays
+
+
+def _stored(array: NDArray[Any]) -> NDArray[Any]:
+    """Return an array that safetensors can write for NumPy: bfloat16, which NumPy lacks, as its bits."""
+    dense = np.ascontiguousarray(array).reshape(array.shape)
+    return dense.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else dense
+
+
+def _digest(name: str, array: NDArray[Any]) -> str:
+    return hashlib.sha256(f"{name} {array.dtype.name} {array.shape}\n".encode() + array.tobytes()).hexdigest()
+
+
+def _digest_of_manifest(manifest: dict[str, Any]) -> str:
+    content = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(_as_text(content).encode()).hexdigest()
+
+
+def _as_text(manifest: dict[str, Any]) -> str:
+    return json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+# Reading.
+
+
+def read_bundle(folder: Path) -> Bundle:
+    """Return the bundle in a folder, with every hash checked. Whether it is stale is found by `replay`.
+
+    Raises:
+        BundleError: there is none, or it is not as it was written.
+    """
+    manifest = _read_manifest(folder)
+    try:
+        return _put_together(manifest, _read_arrays(folder, manifest))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{folder / MANIFEST} does not describe a bundle: {error!r}. {AGAIN}") from error
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+        manifest: Any = json.loads(text)
+        unchanged = isinstance(manifest, dict) and _as_text(manifest) == text
+    except OSError as error:
+        hint = "Record one with `lsce-parity record DIR`."
+        raise BundleError(f"there is no bundle in {folder}: {path.name}: {error.strerror}. {hint}") from error
+    except ValueError as error:
+        raise BundleError(f"{path} is damaged: {error}. Copy it again, or record the bundle again.") from error
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if isinstance(found, int) and found > FORMAT:
+        raise BundleError(f"{folder} has format {found}, this lsce reads format {FORMAT}. Install a newer lsce.")
+    if not isinstance(manifest, dict) or found != FORMAT:
+        raise BundleError(f"{folder} has format {found!r}, this lsce reads format {FORMAT}. {AGAIN}")
+    if not unchanged or manifest.get("sha256") != _digest_of_manifest(manifest):
+        raise BundleError(f"{path} was edited or damaged: it does not fit its SHA-256. Copy it or record it again.")
+    return manifest
+
+
+def _read_arrays(folder: Path, manifest: dict[str, Any]) -> Arrays:
+    path = folder / ARRAYS
+    try:
+        data = path.read_bytes()
+        stored = load(data)
+    except OSError as error:
+        raise BundleError(f"the bundle in {folder} is not whole: {path.name}: {error.strerror}.") from error
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise BundleError(f"{path} is damaged: {error}. Copy it again, or record the bundle again.") from error
+    described = manifest["arrays"]
+    if stored.keys() != described.keys():
+        names = ", ".join(sorted(stored.keys() ^ described.keys()))
+        raise BundleError(f"{path} and {MANIFEST} do not fit: {names} in one of them only. {AGAIN}")
+    arrays = {}
+    for name, entry in described.items():
+        array = stored[name]
+        if entry["dtype"] == "bfloat16" and array.dtype == np.uint16:
+            array = array.view(ml_dtypes.bfloat16)
+        if (array.dtype.name, list(array.shape)) != (entry["dtype"], entry["shape"]):
+            given, wanted = f"{array.dtype.name} {list(array.shape)}", f"{entry['dtype']} {entry['shape']}"
+            raise BundleError(f"array {name} of {path} is {given}, {MANIFEST} says {wanted}. {AGAIN}")
+        if _digest(name, array) != entry["sha256"]:
+            raise BundleError(f"array {name} of {path} was changed: it does not fit its SHA-256. {AGAIN}")
+        arrays[name] = array.copy()
+    if hashlib.sha256(data).hexdigest() != manifest["arrays_sha256"]:
+        raise BundleError(f"{path} was changed: it does not fit its SHA-256. {AGAIN}")
+    return arrays
+
+
+def _put_together(manifest: dict[str, Any], arrays: Arrays) -> Bundle:
+    folders: dict[str, Arrays] = defaultdict(dict)
+    for path, array in arrays.items():
+        folder, _, name = path.rpartition("/")
+        folders[folder][name] = array
+    adapters = {
+        name: RecordedAdapter(name, entry["framework"], entry["device"], Arithmetic(**entry["arithmetic"]))
+        for name, entry in manifest["adapters"].items()
+    }
+    records = []
+    for i, entry in enumerate(manifest["cases"]):
+        case = case_from_arrays(entry, folders[f"cases/{i}"])
+        records.append(Record(case, _truth_from_arrays(folders[f"truths/{i}"])))
+        for name, dtypes in entry["results"].items():
+            values: dict[str, Any] = {**folders[f"results/{i}/{name}"], **dtypes}
+            adapters[name].results[_key(case)] = Result(**values)
+        for name, reason in entry["failures"].items():
+            adapters[name].failures[_key(case)] = reason
+    return Bundle(records, adapters, manifest["environment"])

@@ -1,0 +1,183 @@
+"""Which known loss is it? Results are held against every convention, reduction and fault that the harness knows.
+
+A candidate is a convention, a reduction, with or without the entropy of the target subtracted, and at most one fault of
+the mutant bank. It *explains* results that are within the bounds of rounding of it in every case, or at least 20 times
+closer to it than to the definition that was expected (a fault may round elsewhere than the loss in question does).
+Candidates that give the same results, as some do in given cases, are all named, the plainest first.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from parity_tests.faults.dense import FAULTS, evaluate
+from parity_tests.truth.bounds import Arithmetic, Bound, error_bound
+from parity_tests.truth.cases import CONVENTIONS, Case
+from parity_tests.truth.comparison import Result, within
+from parity_tests.truth.oracle import Truth, solve
+
+# The loosest arithmetic of any adapter.
+ARITHMETIC = Arithmetic()
+CLOSER = 20
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A loss that the harness knows. What is None is as the case has it.
+
+    Args:
+        convention: name of the convention, or "none" for no smoothing at all.
+        reduction: "none", "sum" or "mean".
+        subtract_entropy: whether the entropy of the target is subtracted.
+        fault: name of its fault in the mutant bank, if it has one.
+    """
+
+    convention: str | None = None
+    reduction: str | None = None
+    subtract_entropy: bool | None = None
+    fault: str | None = None
+
+    def apply(self, case: Case) -> Case:
+        """Return the case as this candidate understands it."""
+        convention = "uniform" if self.convention == "none" else self.convention
+        own = {"convention": convention, "reduction": self.reduction, "subtract_entropy": self.subtract_entropy}
+        options = {**case.options, **{name: value for name, value in own.items() if value is not None}}
+        if self.convention == "none":
+            return replace(case, options=options, smoothing=0.0, prior=None)
+        return replace(case, options=options)
+
+    def __str__(self) -> str:
+        """Return what it is, for people."""
+        parts = ["no smoothing" if self.convention == "none" else f"{self.convention or 'the stated'} convention"]
+        if self.reduction not in (None, "none"):
+            parts.append(str(self.reduction))
+        if self.subtract_entropy:
+            parts.append("entropy of the target subtracted")
+        return ", ".join(parts) + (f"; {FAULTS[self.fault]}" if self.fault else "")
+
+
+AS_STATED = Candidate()
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A candidate that explains results, and its largest distance from them as a share of what rounding explains."""
+
+    candidate: Candidate
+    share: float
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing but rounding is left."""
+        return self.share <= 1
+
+
+class Diagnosis:
+    """The candidates on given cases; what they need is worked out once.
+
+    Args:
+        cases: the cases.
+        candidates: the losses that are known.
+    """
+
+    def __init__(self, cases: Sequence[Case], candidates: Sequence[Candidate]) -> None:
+        """Keep the cases and the candidates."""
+        self.cases, self.candidates = cases, candidates
+        self._truths: dict[Candidate, list[tuple[Case, Truth, Bound]]] = {}
+
+    def explain(self, results: Sequence[Result], expected: Candidate) -> list[Explanation]:
+        """Return the candidates that explain the results of the cases, the best first.
+
+        Exact ones come before others, then those with fewer departures from `expected`, then closer ones. A fault that
+        does no harm in these cases explains nothing.
+        """
+        limit = max(1.0, self._largest_finite(expected, results) / CLOSER)
+        distances = ((candidate, self._distance(candidate, results, limit)) for candidate in self.candidates)
+        found = [Explanation(each, share) for each, share in distances if share <= limit and not self._harmless(each)]
+        return sorted(found, key=lambda each: (not each.exact, _oddity(each.candidate, expected), each.share))
+
+    def _shares(self, candidate: Candidate, results: Sequence[Result]) -> Iterator[float]:
+        """Yield the distance from the candidate in each case."""
+        for (case, truth, bound), result in zip(self._of_sound(candidate), results, strict=True):
+            if candidate.fault is None:
+                yield within(case, truth, result, bound).share
+            else:
+                twice = Bound(2 * bound.loss, 2 * bound.gradient)
+                yield within(case, truth, result, twice, evaluate(case, candidate.fault)).share
+
+    def _largest_finite(self, candidate: Candidate, results: Sequence[Result]) -> float:
+        return max((share for share in self._shares(candidate, results) if math.isfinite(share)), default=0.0)
+
+    def _distance(self, candidate: Candidate, results: Sequence[Result], limit: float) -> float:
+        """Return the largest share over the cases, or the first beyond the limit."""
+        largest = 0.0
+        for share in self._shares(candidate, results):
+            largest = max(largest, share)
+            if largest > limit:
+                break
+        return largest
+
+    def _harmless(self, candidate: Candidate) -> bool:
+        return candidate.fault is not None and all(
+            within(case, truth, evaluate(case, candidate.fault), bound).agrees
+            for case, truth, bound in self._of_sound(candidate)
+        )
+
+    def _of_sound(self, candidate: Candidate) -> list[tuple[Case, Truth, Bound]]:
+        """Return the cases as the candidate understands them, and the truth and bounds of it without its fault."""
+        sound = replace(candidate, fault=None)
+        if sound not in self._truths:
+            cases = [sound.apply(case) for case in self.cases]
+            # Only what is compared in float64 needs the 50 digits.
+            truths = [solve(case, None if case.dtype == "float64" else math) for case in cases]
+            bounds = [error_bound(case, truth, ARITHMETIC) for case, truth in zip(cases, truths, strict=True)]
+            self._truths[sound] = list(zip(cases, truths, bounds, strict=True))
+        return self._truths[sound]
+
+
+def _oddity(candidate: Candidate, expected: Candidate) -> tuple[int, bool]:
+    return len(departures(candidate, expected)), candidate.fault is not None
+
+
+def faults_as_candidates() -> list[Candidate]:
+    """Return the candidates for losses that know every option: sound, and each fault."""
+    return [Candidate(fault=fault) for fault in (None, *FAULTS)]
+
+
+def plain_candidates(reductions: Sequence[str], smoothing: float) -> list[Candidate]:
+    """Return the candidates for losses that know nothing but logits and labels."""
+    return list(_plain_candidates(reductions, smoothing))
+
+
+def _plain_candidates(reductions: Sequence[str], smoothing: float) -> Iterator[Candidate]:
+    for fault in (None, *FAULTS):
+        for convention in (*CONVENTIONS, "none") if smoothing else ("uniform",):
+            for reduction in reductions:
+                has_entropy = smoothing and convention not in ("max_sup", "none")
+                for subtract_entropy in (False, True) if has_entropy else (False,):
+                    yield Candidate(convention, reduction, subtract_entropy, fault)
+
+
+def departures(candidate: Candidate, expected: Candidate) -> list[str]:
+    """Return how a candidate departs from what was expected, by the names of the mutant bank where it has one.
+
+    Example:
+        >>> departures(Candidate("non_target", "sum", False), Candidate("uniform", "mean", False))
+        ['other_off', 'sum_for_mean']
+    """
+    names = []
+    if candidate.convention != expected.convention:
+        # With smoothing up to (K-1)/K clamp is the same as non_target.
+        off = {"uniform": "e/K", "non_target": "e/(K-1)", "clamp": "e/(K-1)"}
+        between = {off.get(str(each.convention)) for each in (candidate, expected)}
+        if between == {"e/K", "e/(K-1)"}:
+            names.append("other_off")
+        else:
+            names.append("no_smoothing" if candidate.convention == "none" else f"{candidate.convention}_convention")
+    if candidate.reduction != expected.reduction:
+        names.append(f"{candidate.reduction}_for_{expected.reduction}")
+    if candidate.subtract_entropy != expected.subtract_entropy:
+        names.append("entropy_subtracted" if candidate.subtract_entropy else "entropy_kept")
+    if candidate.fault not in (None, expected.fault):
+        names.append(str(candidate.fault))
+    return names

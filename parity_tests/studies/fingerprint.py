@@ -1,0 +1,384 @@
+"""What a device's arithmetic does, measured, beside what the bounds assume of it.
+
+Flags claim a precision; a probe hands the device numbers whose sum, product or function shows what became of them. Each
+probe is a function of a `Backend`, which does one operation on the device and nothing else. Arrays go in and come out
+as bits, so that no conversion on the host rounds or flushes what is measured.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from importlib import import_module
+from itertools import permutations, product
+from typing import Any, Protocol
+
+import ml_dtypes
+import mpmath
+import numpy as np
+from numpy.typing import NDArray
+
+from parity_tests.losses.adapters import JaxAdapter, TorchAdapter
+from parity_tests.truth.bounds import Arithmetic
+from parity_tests.truth.precision import DTYPES, FORMATS, FloatArray, as_dtype, compute_dtype, round_to
+
+Array = NDArray[Any]
+
+# Of square matrices: large enough for the kernels that real ones get, small enough for a moment.
+SIDE = 64
+# Where blocks of 32 terms, as XLA for CPUs sums them in sequence, and blocks of such blocks are full or just begun.
+LENGTHS = (33, 128, 1024, 2047)
+REPETITIONS = 10
+
+
+class Backend(Protocol):
+    """A device, through one framework.
+
+    Args:
+        framework, device: their names.
+        arithmetic: what the bounds assume of it.
+    """
+
+    framework: str
+    device: str
+    arithmetic: Arithmetic
+
+    def __call__(self, operation: str, *operands: Array) -> Array:
+        """Return the result of one of `OPERATIONS`, in the dtype of the operands."""
+        ...
+
+
+OPERATIONS = ("exp", "log", "log1p", "tanh", "matmul", "multiply", "multiply_subtract", "sum")
+# Those that no framework has by that name: a b - c, and the sum over the last dimension.
+COMPOSED: dict[str, Callable[..., Any]] = {
+    "multiply_subtract": lambda a, b, c: a * b - c,
+    "sum": lambda values: values.sum(-1),
+}
+
+
+class JaxBackend:
+    """JAX, each operation compiled, with the settings that are in force.
+
+    Raises:
+        UnavailableError: JAX, or the device, is not there.
+    """
+
+    framework = "jax"
+
+    def __init__(self, device: str) -> None:
+        """Load JAX."""
+        self.device, self.arithmetic = device, JaxAdapter(device=device).arithmetic
+        self._jax = jax = import_module("jax")
+        self._place = jax.devices(device)[0]
+        self._operations = {name: jax.jit(COMPOSED.get(name) or getattr(jax.numpy, name)) for name in OPERATIONS}
+
+    def __call__(self, operation: str, *operands: Array) -> Array:
+        """Return the result of an operation."""
+        with self._jax.enable_x64(operands[0].dtype == np.float64), self._jax.default_device(self._place):
+            return np.asarray(self._operations[operation](*map(self._jax.numpy.asarray, operands)))
+
+
+class TorchBackend:
+    """PyTorch, eager, with the settings that are in force.
+
+    Raises:
+        UnavailableError: torch, or the device, is not there.
+    """
+
+    framework = "torch"
+
+    def __init__(self, device: str) -> None:
+        """Load torch."""
+        self.device, self.arithmetic = device, TorchAdapter(device=device).arithmetic
+        self._torch = torch = import_module("torch")
+        self._operations = {name: COMPOSED.get(name) or getattr(torch, name) for name in OPERATIONS}
+
+    def __call__(self, operation: str, *operands: Array) -> Array:
+        """Return the result of an operation."""
+        result = self._operations[operation](*map(self._tensor, operands)).cpu()
+        if result.dtype == self._torch.bfloat16:
+            return np.asarray(result.view(self._torch.int16).numpy()).view(ml_dtypes.bfloat16)
+        return np.asarray(result.numpy())
+
+    def _tensor(self, array: Array) -> Any:
+        """Return the bits of an array; NumPy's bfloat16 is unknown to torch."""
+        if array.dtype == ml_dtypes.bfloat16:
+            return self._torch.from_numpy(array.view(np.int16)).view(self._torch.bfloat16).to(self.device)
+        return self._torch.from_numpy(array).to(self.device)
+
+
+BACKENDS: dict[str, Callable[[str], Backend]] = {"jax": JaxBackend, "torch": TorchBackend}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a probe found.
+
+    Args:
+        dtype: of its operands.
+        probe: what was measured.
+        value: as a number, to compare devices with; NaN if the device could not do it.
+        measured: for people.
+        assumed: what the bounds assume.
+        within: whether it is within that.
+    """
+
+    dtype: str
+    probe: str
+    value: float
+    measured: str
+    assumed: str
+    within: bool
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What all probes found on a device.
+
+    Args:
+        framework, device: where.
+        findings: in the order of the dtypes and probes.
+    """
+
+    framework: str
+    device: str
+    findings: tuple[Finding, ...]
+
+    @property
+    def within(self) -> bool:
+        """Whether everything is within what the bounds assume."""
+        return all(finding.within for finding in self.findings)
+
+
+def bits_of(dtype: str) -> int:
+    """Return the number of significant bits of a format."""
+    return int(-math.log2(FORMATS[dtype].roundoff))
+
+
+# ---- Products of matrices
+
+
+def odd_numbers(bits: int) -> FloatArray:
+    """Return numbers in [1, 2) that need exactly so many significant bits.
+
+    They are random otherwise: 1 + 2^-k would survive where a number is split into narrow parts.
+    """
+    steps = 2 ** (bits - 1)
+    return np.asarray(1 + (2 * np.random.default_rng(bits).integers(steps // 2, size=SIDE) + 1) / steps)
+
+
+# What is known by the number of bits that it keeps.
+KNOWN_BITS = {17: "two bfloat16", 16: "two bfloat16", 11: "TF32", 8: "bfloat16"}
+
+
+def matmul_operand_bits(backend: Backend, dtype: str) -> list[Finding]:
+    """Find how many bits of its operands a product keeps.
+
+    A diagonal of numbers of b bits, multiplied with the identity from either side, must come back.
+    """
+    wanted, kept = bits_of(dtype), 1
+    identity = as_dtype(np.eye(SIDE), dtype)
+    for bits in range(2, wanted + 1):
+        diagonal = as_dtype(np.diag(odd_numbers(bits)), dtype)
+        results = (backend("matmul", diagonal, identity), backend("matmul", identity, diagonal))
+        if not all(np.array_equal(result, diagonal) for result in results):
+            break
+        kept = bits
+    known = f" ({KNOWN_BITS[kept]})" if kept in KNOWN_BITS and kept < wanted else ""
+    return [Finding(dtype, "matmul: bits of an operand", kept, f"{kept}{known}", f"{wanted}", kept >= wanted)]
+
+
+def matmul_product_error(backend: Backend, dtype: str) -> list[Finding]:
+    """Find the error of one product of two numbers: all others that are added to it are 0."""
+    numbers = odd_numbers(bits_of(dtype))
+    left, right = (as_dtype(np.diag(each), dtype) for each in (numbers, numbers[::-1]))
+    results = np.diagonal(backend("matmul", left, right)).astype(np.float64)
+    exact = [Fraction(a) * Fraction(b) for a, b in zip(numbers, numbers[::-1], strict=True)]
+    pairs = zip(results, exact, strict=True)
+    errors = [float(abs(Fraction(result) - e) / e) if np.isfinite(result) else math.inf for result, e in pairs]
+    worst = max(errors) / FORMATS[dtype].roundoff
+    return [Finding(dtype, "matmul: error of a product", worst, f"{worst:.2f} u", "1 u", worst <= 1)]
+
+
+def matmul_sum_bits(backend: Backend, dtype: str) -> list[Finding]:
+    """Find how many bits the sum of products has.
+
+    2^k + 1 - 2^k is 1 as long as it has more than k, in each order, and wherever in the row the three stand. 2^k is
+    itself a product, so that narrow dtypes reach it.
+    """
+    wanted = bits_of(compute_dtype(dtype))
+    kept, most = 1, wanted + 8
+    for k in range(1, most):
+        upper, lower = 2.0 ** ((k + 1) // 2), 2.0 ** (k // 2)
+        left, right = np.zeros((2, SIDE, SIDE))
+        orders = permutations(((upper, lower), (1.0, 1.0), (-upper, lower)))
+        places = list(product(orders, ((0, 1, 2), (0, SIDE // 2, SIDE - 1))))
+        for row, (terms, columns) in enumerate(places):
+            left[row, columns], right[columns, row] = zip(*terms, strict=True)
+        sums = np.diagonal(backend("matmul", as_dtype(left, dtype), as_dtype(right, dtype)))
+        if np.any(sums[: len(places)] != 1):
+            break
+        kept = k + 1
+    shown = f"{kept}{' or more' if kept == most else ''}"
+    return [Finding(dtype, "matmul: bits of a sum", kept, shown, f"{wanted}", kept >= wanted)]
+
+
+# ---- Elementary functions
+
+
+def function_errors(backend: Backend, dtype: str) -> list[Finding]:
+    """Find the largest relative errors of elementary functions."""
+    generator = np.random.default_rng(0)
+    small = 10 ** generator.uniform(-8, 0, 500)
+    # Down to where exp is subnormal.
+    gaps = generator.uniform(0, -1.1 * math.log(FORMATS[dtype].smallest_normal), 1500)
+    arguments = {
+        "exp": np.concatenate([-gaps, -small]),
+        "log": np.concatenate([generator.uniform(1e-6, 1, 1000), 10 ** generator.uniform(0, 6, 500), 1 + small]),
+        "log1p": 10 ** generator.uniform(-12, 6, 2000),
+        "tanh": np.concatenate([generator.normal(size=1500) * 3, small]),
+    }
+    findings = []
+    for function, values in arguments.items():
+        worst = function_error(backend, dtype, function, round_to(values, dtype))
+        limit = getattr(backend.arithmetic, "log1p" if function == "log" else function)
+        findings.append(Finding(dtype, f"{function}: error", worst, f"{worst:.2f} u", f"{limit:g} u", worst <= limit))
+    return findings
+
+
+def function_error(backend: Backend, dtype: str, function: str, values: FloatArray) -> float:
+    """Return the largest relative error in units of the roundoff, beyond that of flushing subnormal results."""
+    results = backend(function, as_dtype(values, dtype)).astype(np.float64)
+    if not np.all(np.isfinite(results)):
+        return math.inf
+    tiny, worst = FORMATS[dtype].smallest_normal, 0.0
+    with mpmath.workdps(40):
+        for value, result in zip(values.tolist(), results.tolist(), strict=True):
+            exact = getattr(mpmath, function)(mpmath.mpf(value))
+            excess = max(abs(result - exact) - tiny, 0)
+            worst = max(worst, float(excess / abs(exact)) if exact else 0.0)
+    return worst / FORMATS[dtype].roundoff
+
+
+# ---- Subnormal numbers, and a b - c
+
+
+def subnormal_numbers(backend: Backend, dtype: str) -> list[Finding]:
+    """Find whether numbers below the smallest normal one are flushed to zero, as operands and as results."""
+    kind, tiny = as_dtype(np.ones(1), dtype).dtype, FORMATS[dtype].smallest_normal
+    bits = np.dtype(f"uint{8 * kind.itemsize}")
+    normal, half, one, largest = (as_dtype(np.full(1, value), dtype) for value in (tiny, 0.5, 1.0, 2 / tiny))
+    # The smallest subnormal number by its bits: a host that flushes could not convert to it.
+    raised = backend("multiply", np.ones(1, bits).view(kind), largest)
+    halved = backend("multiply", normal, half)
+    findings = []
+    for probe, result in (("subnormal operands", raised), ("subnormal results", halved)):
+        flushed = not result.view(bits).any()
+        measured = "flushed to zero" if flushed else "kept"
+        findings.append(Finding(dtype, probe, float(flushed), measured, "either", True))
+    kept = backend("multiply", normal, one).tobytes() == normal.tobytes()
+    measured = "kept" if kept else "flushed to zero"
+    return [*findings, Finding(dtype, "smallest normal number", float(not kept), measured, "kept", kept)]
+
+
+def contraction(backend: Backend, dtype: str) -> list[Finding]:
+    """Find whether a b - c rounds a b, which needs one bit more than there is; c is what it rounds to."""
+    half = (bits_of(dtype) + 1) // 2
+    factor, rounded = 1 + 2.0**-half, 1 + 2.0 ** (1 - half)
+    operands = (as_dtype(np.full(SIDE, value), dtype) for value in (factor, factor, rounded))
+    wider = bool(np.any(backend("multiply_subtract", *operands) != 0))
+    measured = "fused, or wider" if wider else "rounded"
+    return [Finding(dtype, "a b in a b - c", float(wider), measured, "either", True)]
+
+
+# ---- Sums
+
+
+def depth_of_sum(backend: Backend, dtype: str, length: int, alone: bool) -> int:
+    """Return the number of additions that a term goes through: the most of the first, the middle and the last.
+
+    Term i is M, term j is -M, all others are 1, and M swallows what is added to it. What comes out is the number of
+    terms that are not added before i and j have met. Each j that meets i at another addition gives another number, so
+    there are as many numbers as additions that i goes through. (M and -M are the idea of FPRev, arXiv:2411.00442.)
+
+    Args:
+        backend: the device.
+        dtype: of the terms.
+        length: number of terms, at most 2^14.
+        alone: whether each sum is a batch of its own, or a row of one.
+    """
+    huge = 2.0 ** (bits_of(dtype) + 14)
+    deepest = 0
+    for i in {0, length // 2, length - 1}:
+        terms = np.ones((length - 1, length))
+        terms[:, i] = huge
+        terms[np.arange(length - 1), np.delete(np.arange(length), i)] = -huge
+        rows = as_dtype(terms, dtype)
+        sums = [float(backend("sum", row[None])[0]) for row in rows] if alone else backend("sum", rows).tolist()
+        deepest = max(deepest, len(set(sums)))
+    return deepest
+
+
+def depths_of_sums(backend: Backend, dtype: str) -> list[Finding]:
+    """Find the longest chains of additions in sums."""
+    findings = []
+    for length, alone in product(LENGTHS, (True, False)):
+        depth, limit = depth_of_sum(backend, dtype, length, alone), backend.arithmetic.depth(length)
+        probe = f"sum of {length} {'alone' if alone else 'in a batch'}: depth"
+        findings.append(Finding(dtype, probe, depth, f"{depth}", f"{limit}", depth <= limit))
+    return findings
+
+
+def sums_in_batches(backend: Backend, dtype: str) -> list[Finding]:
+    """Find whether a row's sum has other bits in a batch of another size, or at another place of a batch."""
+    same_size = same_place = True
+    for length in (33, 128, 1009, 4099):
+        row = as_dtype(round_to(np.random.default_rng(length).normal(size=length), dtype), dtype)
+        batches = [backend("sum", np.tile(row, (size, 1))) for size in (1, 2, 7, 64)]
+        same_size &= len({sums[:1].tobytes() for sums in batches}) == 1
+        same_place &= all(len({total.tobytes() for total in sums}) == 1 for sums in batches)
+    return [
+        Finding(dtype, f"sum varies with {what}", float(not same), "no" if same else "yes", "either", True)
+        for what, same in (("batch size", same_size), ("position", same_place))
+    ]
+
+
+def repetitions(backend: Backend, dtype: str) -> list[Finding]:
+    """Find whether a sum, and a product of matrices, has the same bits each time; checks of equal bits need that."""
+    generator = np.random.default_rng(0)
+    rows, square = (
+        as_dtype(round_to(generator.normal(size=shape), dtype), dtype) for shape in ((SIDE, 4099), (4 * SIDE, 4 * SIDE))
+    )
+    findings = []
+    for operation, operands in (("sum", (rows,)), ("matmul", (square, square))):
+        results = len({backend(operation, *operands).tobytes() for _ in range(REPETITIONS)})
+        measured = "same bits" if results == 1 else f"{results} results in {REPETITIONS}"
+        findings.append(Finding(dtype, f"{operation}: repeated", results, measured, "same bits", results == 1))
+    return findings
+
+
+Probe = Callable[[Backend, str], list[Finding]]
+PROBES: tuple[Probe, ...] = (
+    matmul_operand_bits,
+    matmul_product_error,
+    matmul_sum_bits,
+    subnormal_numbers,
+    contraction,
+    repetitions,
+)
+# Of the dtypes that losses are computed in.
+COMPUTE_PROBES: tuple[Probe, ...] = (function_errors, depths_of_sums, sums_in_batches)
+
+
+def take_fingerprint(backend: Backend, dtypes: Sequence[str] = DTYPES) -> Fingerprint:
+    """Run every probe. One that the device cannot do is a finding too, and not within what is assumed."""
+    findings = []
+    for dtype in dtypes:
+        for probe in PROBES + (COMPUTE_PROBES if dtype == compute_dtype(dtype) else ()):
+            try:
+                findings += probe(backend, dtype)
+            except Exception as error:  # an operation may be missing, and the other probes must still run
+                message = (str(error).strip() or "no message").splitlines()[0]
+                name, measured = probe.__name__.replace("_", " "), f"{type(error).__name__}: {message}"
+                findings.append(Finding(dtype, name, math.nan, measured, "it works", within=False))
+    return Fingerprint(backend.framework, backend.device, tuple(findings))

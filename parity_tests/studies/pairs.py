@@ -1,0 +1,339 @@
+"""Two losses held against each other: same values, same gradients, and if not, which known difference it is."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from parity_tests.faults.dense import FAULTS
+from parity_tests.losses.adapters import Adapter
+from parity_tests.studies.diagnosis import (
+    ARITHMETIC,
+    AS_STATED,
+    Candidate,
+    Diagnosis,
+    Explanation,
+    departures,
+    faults_as_candidates,
+    plain_candidates,
+)
+from parity_tests.studies.survey import Member, Survey
+from parity_tests.studies.verdicts import Outcome, attempt, compare_outcomes, judge
+from parity_tests.truth.bounds import Bound, error_bound
+from parity_tests.truth.cases import Case, case_names, make_case, random_case
+from parity_tests.truth.comparison import Result, within
+from parity_tests.truth.oracle import Truth, solve
+from parity_tests.truth.precision import FloatArray, round_to
+
+NUM_ROWS = 7
+NUM_CLASSES = (2, 10, 130)
+# Cases that many a loss is not made for. Where nothing explains a loss, what it does apart from them is looked at.
+EDGES = frozenset({"large logits", "large offset", "minus infinity", "small loss", "all ignored"})
+
+
+@dataclass(frozen=True)
+class Question:
+    """What both losses are taken to compute; the options are those of `label_smoothed_cross_entropy`.
+
+    Args:
+        smoothing: the smoothing that both have been told, or have built in.
+        convention: the convention that is expected; None to take that of the first loss, if both are a user's.
+        reduction: what a loss that returns a scalar is expected to do: "mean" or "sum".
+        num_classes: numbers of classes to try.
+        ignore_index, z_loss, softcap, subtract_entropy: what else both have been told.
+        chosen: whether any of these was chosen; if not, what the first loss does is right.
+    """
+
+    smoothing: float = 0.1
+    convention: str | None = None
+    reduction: str = "mean"
+    num_classes: tuple[int, ...] = NUM_CLASSES
+    ignore_index: int | None = None
+    z_loss: float = 0.0
+    softcap: float | None = None
+    subtract_entropy: bool = False
+    chosen: bool = False
+
+
+def plain_cases(question: Question, dtype: str) -> list[Case]:
+    """Return cases of logits [7, K] and labels [7] that need nothing but the options of the question."""
+    options = {name: getattr(question, name) for name in ("ignore_index", "z_loss", "softcap", "subtract_entropy")}
+    options = {name: value for name, value in options.items() if value}
+    if question.ignore_index is not None:
+        options["ignore_index"] = question.ignore_index
+    cases = []
+    for num_classes in question.num_classes:
+        generator = np.random.default_rng(num_classes)
+        for name, logits, labels in _inputs(generator, num_classes, question, dtype):
+            case = random_case(dtype, generator, NUM_ROWS, num_classes, labels=labels, options=dict(options))
+            case = replace(case, logits=round_to(logits, dtype), smoothing=question.smoothing)
+            cases.append(replace(case, name=f"{name}, K = {num_classes}"))
+    return cases
+
+
+def _inputs(
+    generator: np.random.Generator, num_classes: int, question: Question, dtype: str
+) -> Iterator[tuple[str, FloatArray, Any]]:
+    labels = generator.integers(num_classes, size=NUM_ROWS)
+    rows = np.arange(NUM_ROWS)
+    normal = generator.normal(size=(NUM_ROWS, num_classes))
+    kept = labels.copy()
+    if question.ignore_index is not None:
+        kept[[1, 4]] = question.ignore_index
+        yield "all ignored", normal, np.full(NUM_ROWS, question.ignore_index)
+    yield "plain", 2 * normal, kept
+    yield "spread", 10 * normal, kept
+    yield "near uniform", 0.05 * normal, kept
+    optimum = np.full((NUM_ROWS, num_classes), np.log(question.smoothing / num_classes + 1e-3))
+    optimum[rows, labels] = np.log(1 - question.smoothing + question.smoothing / num_classes + 1e-3)
+    yield "near the optimum", optimum + 0.01 * normal, kept
+    yield "ties", np.round(normal), kept
+    yield "large logits", 1e4 * normal, kept
+    yield "large offset", normal + (1e6 if dtype == "float64" else 1e3), kept
+    small = 0.1 * normal
+    small[rows, labels] = 20
+    yield "small loss", small, kept
+    infinite = 2 * normal
+    infinite[rows[:3], (labels[:3] + 1) % num_classes] = -np.inf
+    yield "minus infinity", infinite, kept
+
+
+def _is_edge(case: Case) -> bool:
+    return case.name.partition(",")[0] in EDGES
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two losses.
+
+    Args:
+        adapter: the loss.
+        reduction: "none" or "mean", what it returns; None if it takes that from the case.
+    """
+
+    adapter: Adapter
+    reduction: str | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one of the losses was found to compute.
+
+    Args:
+        name: of the loss.
+        explanations: what explains it, the best first; none if it is no known loss.
+        mutants: how the best departs from the definition, by the names of the mutant bank; none if it does not.
+        others: mutants that these cases do not tell apart from the best explanation.
+        only_ordinary: whether it is explained only apart from the edge cases.
+        gave_results: whether it gave a result in any case.
+    """
+
+    name: str
+    explanations: list[Explanation]
+    mutants: list[str]
+    others: list[str]
+    only_ordinary: bool
+    gave_results: bool
+
+    @property
+    def computes(self) -> str:
+        """What was found, for people."""
+        if not self.gave_results:
+            return "nothing that can be compared"
+        if not self.explanations:
+            return "no loss that is known here"
+        best = self.explanations[0]
+        closeness = "" if best.exact else ", but for roundings elsewhere"
+        where = "; in the edge cases something else" if self.only_ordinary else ""
+        return f"{best.candidate}{closeness}{where}"
+
+    def lines(self) -> list[str]:
+        """Return the findings in lines."""
+        found = [f"computes: {self.computes}"]
+        if self.mutants:
+            found.append(f"known difference: {', '.join(self.mutants)}")
+            found += [f"    {name}: {FAULTS[name]}" for name in self.mutants if name in FAULTS]
+        if self.others:
+            found.append(f"which these cases do not tell from: {', '.join(self.others)}")
+        return found
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The answer.
+
+    Args:
+        definition: what the true value is, and the bounds, are those of.
+        chosen: whether the definition was chosen, and is not that of the first loss.
+        known: whether one of the losses is the definition, or it was chosen.
+        readings: what each loss computes.
+        survey: outcomes of both against the truth, and against each other.
+    """
+
+    definition: Candidate
+    chosen: bool
+    known: bool
+    readings: tuple[Reading, Reading]
+    survey: Survey
+
+    @property
+    def agrees(self) -> bool:
+        """Whether both gave results in every case, these agree, and they are what was chosen to be right."""
+        if self.chosen and any(reading.mutants or not reading.explanations for reading in self.readings):
+            return False
+        if self.with_nan:
+            return False
+        failed = any(outcome.status == "failed" for outcome in self.survey.outcomes)
+        return not failed and bool(self.survey.differences) and all(each.agrees for each in self.survey.differences)
+
+    @property
+    def with_nan(self) -> list[str]:
+        """The cases in which a loss or a gradient is NaN where the true one is not, also where both losses are."""
+        return [
+            f"{outcome.adapter} in {outcome.case}"
+            for outcome in self.survey.outcomes
+            if outcome.comparison
+            and outcome.comparison.worst
+            and np.isnan(outcome.comparison.worst.value)
+            and not np.isnan(outcome.comparison.worst.expected)
+        ]
+
+    @property
+    def silent(self) -> list[str]:
+        """The losses that gave no result in any case."""
+        return [reading.name for reading in self.readings if not reading.gave_results]
+
+    def part_agrees(self, part: str) -> bool:
+        """Whether the losses ("loss") or the gradients ("gradient") agree wherever both gave results."""
+        return all(getattr(each.comparison, part) <= 1 for each in self.survey.differences)
+
+    def notes(self) -> list[str]:
+        """Return the findings in sentences."""
+        return [f"{reading.name} {'; '.join(reading.lines())}" for reading in self.readings]
+
+
+def compare_sides(first: Side, second: Side, question: Question, dtypes: Sequence[str]) -> Pair:
+    """Hold two losses against each other and against the truth, and say what each computes.
+
+    Losses that take all options are held against each other in every named case; others in plain cases.
+    """
+    sides = (first, second)
+    plain = any(side.reduction is not None for side in sides)
+    cases = [case for dtype in dtypes for case in (plain_cases(question, dtype) if plain else _named_cases(dtype))]
+    cases = [case for case in cases if not any(side.adapter.unsupported(case) for side in sides)]
+    expected = AS_STATED
+    candidates = faults_as_candidates()
+    if plain:
+        rows = all(side.reduction in ("none", None) for side in sides)
+        reductions = ["none"] if rows else [question.reduction, *({"mean", "sum"} - {question.reduction})]
+        expected = Candidate(question.convention or "uniform", reductions[0], question.subtract_entropy)
+        candidates = plain_candidates(reductions, question.smoothing)
+        cases = [expected.apply(case) for case in cases]
+    attempts = [[attempt(side.adapter, case) for case in cases] for side in sides]
+    diagnosed = _diagnose(cases, attempts, expected, candidates)
+    definition = expected
+    known = True
+    if not question.chosen and all(side.reduction is not None for side in sides):
+        found = _definition(diagnosed)
+        definition, known = found or expected, found is not None
+    readings = [_read(side.adapter.name, found, definition) for side, found in zip(sides, diagnosed, strict=True)]
+    judged = _judge(sides, [definition.apply(case) for case in cases], attempts, scaled=not known)
+    return Pair(definition, question.chosen, known, (readings[0], readings[1]), judged)
+
+
+def _named_cases(dtype: str) -> list[Case]:
+    return [make_case(name, dtype) for name in case_names() if name != "wide"]
+
+
+class _Diagnosed(NamedTuple):
+    """What explains the results of one side."""
+
+    explanations: list[Explanation]
+    only_ordinary: bool
+    gave_results: bool
+
+
+def _diagnose(
+    cases: list[Case], attempts: list[list[Result | str]], expected: Candidate, candidates: list[Candidate]
+) -> list[_Diagnosed]:
+    """Explain each side in the cases in which it gave a result; if nothing does so exactly, apart from edge cases."""
+    known: dict[tuple[int, ...], Diagnosis] = {}
+
+    def explain(results: list[Result | str], ordinary: bool) -> list[Explanation]:
+        kept = [
+            i
+            for i, result in enumerate(results)
+            if not isinstance(result, str) and not (ordinary and _is_edge(cases[i]))
+        ]
+        if not kept:
+            return []
+        if tuple(kept) not in known:
+            known[tuple(kept)] = Diagnosis([cases[i] for i in kept], candidates)
+        return known[tuple(kept)].explain([r for i in kept if not isinstance(r := results[i], str)], expected)
+
+    found = []
+    for results in attempts:
+        everywhere = explain(results, ordinary=False)
+        gave_results = any(not isinstance(result, str) for result in results)
+        if everywhere and everywhere[0].exact:
+            found.append(_Diagnosed(everywhere, False, gave_results))
+            continue
+        ordinary = explain(results, ordinary=True)
+        better = bool(ordinary) and (ordinary[0].exact or not everywhere)
+        found.append(_Diagnosed(ordinary if better else everywhere, better, gave_results))
+    return found
+
+
+def _definition(diagnosed: list[_Diagnosed]) -> Candidate | None:
+    """Return the sound loss that the first side is, or else the second."""
+    for explanations, _, _ in diagnosed:
+        if explanations and explanations[0].exact and explanations[0].candidate.fault is None:
+            return explanations[0].candidate
+    return None
+
+
+def _read(name: str, diagnosed: _Diagnosed, definition: Candidate) -> Reading:
+    if not diagnosed.explanations:
+        return Reading(name, [], [], [], False, diagnosed.gave_results)
+    best = diagnosed.explanations[0]
+    mutants = departures(best.candidate, definition)
+    alike = [departures(each.candidate, definition) for each in diagnosed.explanations if each.exact == best.exact]
+    others = {names[0] for names in alike if len(names) == 1 and names != mutants}
+    return Reading(name, diagnosed.explanations, mutants, sorted(others), diagnosed.only_ordinary, True)
+
+
+def _judge(sides: tuple[Side, Side], cases: list[Case], attempts: list[list[Result | str]], scaled: bool) -> Survey:
+    """Hold what both gave against the truth and against each other.
+
+    Where neither is a loss that is known (`scaled`), the bounds are those of the definition times the size of their
+    results: an error that is small beside another loss may be large beside theirs.
+
+    The cases may have another convention or reduction now than when the losses were called: a user's loss was told of
+    neither, and where the other loss is told, they have not changed.
+    """
+    first, second = sides[0].adapter, sides[1].adapter
+    members = {adapter.name: Member(adapter, True) for adapter in (first, second)}
+    outcomes: list[Outcome] = []
+    differences = []
+    for case, *attempted in zip(cases, *attempts, strict=True):
+        truth = solve(case)
+        pair = (judge(first, case, truth, attempted[0]), judge(second, case, truth, attempted[1]))
+        outcomes += pair
+        difference = compare_outcomes(case, truth, pair, (first, second))
+        if difference and scaled and pair[0].result and pair[1].result:
+            bound = _scaled_bound(case, truth, pair[0].result)
+            difference = replace(difference, comparison=within(case, truth, pair[0].result, bound, pair[1].result))
+        differences += [difference] if difference else []
+    return Survey(members, outcomes, differences)
+
+
+def _scaled_bound(case: Case, truth: Truth, result: Result) -> Bound:
+    bound = error_bound(case, truth, ARITHMETIC)
+
+    def scale(values: FloatArray, true: FloatArray) -> float:
+        sizes = [float(np.max(np.abs(each[np.isfinite(each)]), initial=0.0)) for each in (values, true)]
+        return sizes[0] / sizes[1] if sizes[1] else 1.0
+
+    loss, gradient = scale(result.loss, truth.loss.high), scale(result.gradient, truth.gradient.high)
+    return Bound(2 * loss * bound.loss, 2 * gradient * bound.gradient)

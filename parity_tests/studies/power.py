@@ -1,0 +1,254 @@
+"""Whether the harness rejects what is wrong: every fault of the mutant bank under every assertion.
+
+An assertion that an applicable fault survives is itself a failure. What is asserted of a loss: it is within its bounds
+of the truth (`oracle`), two losses are within the sum of their bounds (`each other`), and a training stays within the
+envelope of its replicas (`trajectory`). A fault applies to a case if it changes the result there.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parity_tests.faults.dense import FAULTS, evaluate
+from parity_tests.trainings.trajectory import compare_trajectories, rounding_floor
+from parity_tests.truth.bounds import Arithmetic
+from parity_tests.truth.cases import CONVENTIONS, Case, case_names, make_case, random_case
+from parity_tests.truth.comparison import Comparison, Result, against_each_other, against_oracle
+from parity_tests.truth.oracle import Truth, solve
+from parity_tests.truth.precision import FloatArray, round_to
+
+# The loosest arithmetic that any adapter claims: if its bounds reject a fault, so do all others.
+LOOSEST = Arithmetic()
+PARTS = ("loss", "gradient")
+
+# A smoothing of 1e-8 over ten classes is nothing to the precision.
+TINY_SMOOTHING = frozenset(f"smoothing_1e-08_{convention}" for convention in CONVENTIONS)
+# Where a fault may survive, and why that is right; in every other case that it changes it must be rejected.
+EXCUSED: dict[str, frozenset[str]] = {
+    # The gradient is 0 up to rounding.
+    "zero_gradient": frozenset({"at_optimum"}),
+    "zero_non_target_gradient": frozenset({"at_optimum"}),
+    "gradient_sign": frozenset({"at_optimum"}),
+    # e/(K-1) and e/K of 130 classes are nearly the same, and logits within 0.01 of each other hide the rest.
+    "other_off": TINY_SMOOTHING | {"near_uniform"},
+    "unsmoothed_loss": TINY_SMOOTHING,
+    # Where almost all is smoothing and at its optimum, what is left of the gradient is the label's.
+    "smoothing_detached": TINY_SMOOTHING | {"class_mask_near_one"},
+    "local_classes": TINY_SMOOTHING,
+    "label_without_share": TINY_SMOOTHING,
+    "label_kept_whole": TINY_SMOOTHING,
+    "pad_class_left_out": TINY_SMOOTHING,
+    "local_mean": TINY_SMOOTHING,
+    "entropy_subtracted": TINY_SMOOTHING,
+    # Logits within 0.01 of each other lose nothing that the mean of the losses shows.
+    "bfloat16_logits": frozenset({"near_uniform"}),
+    # At 0.9 the target is the same for each of ten classes.
+    "label_off_by_one": frozenset({"smoothing_0.9_non_target"}),
+    # 128 classes are not padded; only the order of the sum changes.
+    "padding_joins": frozenset({"classes_128"}),
+    # Sums of small integers are exact in bfloat16.
+    "bfloat16_sum": frozenset({"ties", "ties_max_sup"}),
+    # A thousandth of a z-loss of a thousandth.
+    "z_loss_slightly_off": frozenset({"everything"}),
+}
+# These only reorder roundings, except where they do harm.
+HARMFUL_ONLY_IN = {
+    "maximum_kept": frozenset({"large_logits", "large_offset"}),
+    "log_for_log1p": frozenset({"dominant"}),
+}
+# Rounding to bfloat16 does nothing to what is in bfloat16 already.
+HARMLESS = frozenset({("bfloat16_logits", "bfloat16"), ("bfloat16_gradient", "bfloat16")})
+# Less than half a unit of the last place of a narrow gradient.
+HIDDEN_BY_ROUNDING = frozenset(
+    (fault, dtype) for fault in FAULTS if fault.endswith("slightly_off") for dtype in ("bfloat16", "float16")
+)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One fault under one assertion.
+
+    Args:
+        fault: its name.
+        dtype: of the logits.
+        assertion: "oracle", "each other" or "trajectory".
+        changed: cases, or trainings, whose result the fault changes.
+        rejected: those of them that the assertion rejects, and the share of its bound at which it does.
+        largest: the largest share by part of the result.
+        survives: why this is a failure of the harness; None if it is none.
+    """
+
+    fault: str
+    dtype: str
+    assertion: str
+    changed: frozenset[str]
+    rejected: dict[str, float]
+    largest: dict[str, float]
+    survives: str | None
+
+    @property
+    def nearest(self) -> float:
+        """The margin by which the rejection was nearest to an acceptance, in multiples of the bound."""
+        return min(self.rejected.values(), default=np.nan)
+
+
+# --- Assertions about one loss --------------------------------------------------------------------------------------
+
+
+@cache
+def _bank(dtype: str) -> list[tuple[Case, Truth, Result]]:
+    """Return all cases with their truth and the result of the sound NumPy implementation."""
+    cases = [make_case(name, dtype) for name in case_names() if name != "wide"]
+    return [(case, solve(case), evaluate(case)) for case in cases]
+
+
+def sound_failures(dtype: str, arithmetic: Arithmetic = LOOSEST) -> list[str]:
+    """Return the cases in which the implementation without fault is rejected: there must be none."""
+    return [
+        case.name for case, truth, sound in _bank(dtype) if not against_oracle(case, truth, sound, arithmetic).agrees
+    ]
+
+
+def trials(fault: str, dtype: str, arithmetic: Arithmetic = LOOSEST) -> list[Trial]:
+    """Return how a fault fares under `oracle` and under `each other`, at a dtype."""
+    found = []
+    for assertion in ("oracle", "each other"):
+        changed: set[str] = set()
+        rejected: dict[str, float] = {}
+        largest: dict[str, float] = {}
+        for case, truth, sound in _bank(dtype):
+            wrong = evaluate(case, fault)
+            parts = [part for part in PARTS if not _equal(getattr(wrong, part), getattr(sound, part))]
+            if not parts:
+                continue
+            changed.add(case.name)
+            comparison = _compare(assertion, case, truth, (wrong, sound), arithmetic)
+            for part in parts:
+                largest[part] = max(largest.get(part, 0.0), getattr(comparison, part))
+            if not comparison.agrees:
+                rejected[case.name] = comparison.share
+        survives = _why_survives(fault, dtype, assertion, frozenset(changed), rejected, largest)
+        found.append(Trial(fault, dtype, assertion, frozenset(changed), rejected, largest, survives))
+    return found
+
+
+def _equal(first: FloatArray, second: FloatArray) -> bool:
+    return np.array_equal(first, second, equal_nan=True)
+
+
+def _compare(
+    assertion: str, case: Case, truth: Truth, results: tuple[Result, Result], arithmetic: Arithmetic
+) -> Comparison:
+    if assertion == "oracle":
+        return against_oracle(case, truth, results[0], arithmetic)
+    return against_each_other(case, truth, results, (arithmetic, arithmetic))
+
+
+def _why_survives(
+    fault: str,
+    dtype: str,
+    assertion: str,
+    changed: frozenset[str],
+    rejected: dict[str, float],
+    largest: dict[str, float],
+) -> str | None:
+    """Return why a fault counts as not rejected, by the strictest rule that can be asked."""
+    if (fault, dtype) in HARMLESS:
+        return "it should change nothing, and does" if changed else None
+    if not changed:
+        return "no case shows it"
+    for part, share in largest.items():
+        if share <= 1 and not (part == "gradient" and (fault, dtype) in HIDDEN_BY_ROUNDING):
+            return f"no {part} shows it: at most {share:.2g} of a bound"
+    if fault in HARMFUL_ONLY_IN:
+        missed = HARMFUL_ONLY_IN[fault] - rejected.keys()
+    elif assertion == "oracle":
+        missed = changed - rejected.keys() - EXCUSED.get(fault, frozenset())
+    else:
+        # Two losses may differ by the sum of their bounds, so that faults near a bound are seen in fewer cases.
+        missed = frozenset() if rejected else changed
+    return f"accepted in {', '.join(sorted(missed))}" if missed else None
+
+
+# --- Assertions about a training ------------------------------------------------------------------------------------
+
+STEPS, REPLICAS, BATCH, FEATURES = 12, 8, 16, 5
+LEARNING_RATE = 0.5
+# What a training of moderate logits cannot show: it rounds otherwise, and does harm elsewhere; or it changes nothing.
+NOT_IN_TRAININGS = frozenset({*HARMFUL_ONLY_IN, "infinity_to_nan", "max_sup_first"})
+
+
+def _trainings() -> dict[str, Case]:
+    """Return the losses of small trainings as cases, whose logits each step replaces."""
+    generator = np.random.default_rng(0)
+    labels = generator.integers(7, size=BATCH)
+    ignored = np.where(np.arange(BATCH) % 5 == 0, -1, np.where(labels == 6, 0, labels))
+    weight = round_to(generator.uniform(0.5, 2, 7), "float32")
+    prior = round_to(generator.dirichlet(np.ones(7)), "float32")
+    settings = {"convention": "non_target", "z_loss": 0.01, "softcap": 4.0, "subtract_entropy": True}
+
+    def make(options: dict[str, Any] | None = None, **fields: Any) -> Case:
+        options = {"reduction": "mean", **(options or {})}
+        return random_case("float32", generator, BATCH, 7, options=options, smoothing=0.2, **fields)
+
+    return {
+        "plain": make(labels=labels),
+        "options": make(
+            labels=ignored,
+            class_weight=weight,
+            class_mask=np.arange(7) != 6,
+            upstream=np.asarray(0.5),
+            options={**settings, "ignore_index": -1},
+        ),
+        "max_sup": make(labels=labels, options={"convention": "max_sup"}),
+        "prior": make(labels=labels, prior=prior),
+    }
+
+
+def _train(case: Case, weights: NDArray[np.float32], inputs: NDArray[np.float32], fault: str | None) -> FloatArray:
+    """Train a linear layer in float32 and return the loss of each step."""
+    losses = []
+    for _ in range(STEPS):
+        logits = inputs @ weights
+        result = evaluate(replace(case, logits=logits.astype(np.float64)), fault)
+        losses.append(float(result.loss))
+        gradient = inputs.T @ result.gradient.astype(np.float32)
+        weights = weights - np.float32(LEARNING_RATE) * gradient
+    return np.array(losses)
+
+
+def trajectory_trial(fault: str) -> Trial:
+    """Return how a fault fares in trainings against the envelope of their replicas."""
+    generator = np.random.default_rng(1)
+    inputs = generator.normal(size=(BATCH, FEATURES)).astype(np.float32)
+    start = generator.normal(size=(FEATURES, 7)).astype(np.float32)
+    changed: set[str] = set()
+    rejected: dict[str, float] = {}
+    largest = 0.0
+    for name, case in _trainings().items():
+        sound = _train(case, start, inputs, None)
+        wrong = _train(case, start, inputs, fault)
+        if _equal(sound, wrong):
+            continue
+        changed.add(name)
+        directions = generator.choice([-np.inf, np.inf], size=(REPLICAS, *start.shape)).astype(np.float32)
+        replicas = np.stack([_train(case, np.nextafter(start, each), inputs, None) for each in directions])
+        verdict = compare_trajectories(sound, wrong, replicas, floor=rounding_floor(sound, BATCH))
+        largest = max(largest, verdict.largest_share)
+        if not verdict.agrees:
+            rejected[name] = verdict.largest_share
+    survives = None
+    if not rejected and fault not in NOT_IN_TRAININGS:
+        survives = f"accepted in {', '.join(sorted(changed))}" if changed else "no training shows it"
+    return Trial(fault, "float32", "trajectory", frozenset(changed), rejected, {"loss": largest}, survives)
+
+
+def all_trials(faults: Sequence[str], dtypes: Sequence[str]) -> Iterator[list[Trial]]:
+    """Yield the trials of each fault in turn."""
+    for fault in faults:
+        found = [trial for dtype in dtypes for trial in trials(fault, dtype)]
+        yield [*found, trajectory_trial(fault)]

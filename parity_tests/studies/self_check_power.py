@@ -1,0 +1,43 @@
+"""Which faults of the mutant bank the checks without an oracle reject."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parity_tests.faults import dense as mutants
+from parity_tests.self_checks import CHECKS, DEFAULTS, Evaluate, Outcome, Result, Subject, run_checks, upstream
+from parity_tests.truth.cases import Case
+from parity_tests.truth.precision import FloatArray
+
+
+def evaluate_fault(fault: str | None) -> Evaluate:
+    """Return the NumPy loss with a fault of the bank, or without, as what `run_checks` takes."""
+
+    def evaluate(
+        logits: FloatArray, labels: NDArray[np.int64], *, smoothing: float, dtype: str, **options: Any
+    ) -> Result:
+        chosen = {**DEFAULTS, **options}
+        where = chosen.pop("where")
+        factors = upstream(() if chosen["reduction"] == "mean" else labels.shape)
+        case = Case("self_check", dtype, logits, labels, chosen, smoothing, where=where, upstream=factors)
+        result = mutants.evaluate(case, fault)
+        return Result(result.loss, result.gradient / factors.reshape(-1, 1))
+
+    return evaluate
+
+
+def check_fault(fault: str | None, dtype: str) -> list[Outcome]:
+    """Return what the checks find; the plain cross-entropy and the compiled loss to compare with are sound."""
+    sound = evaluate_fault(None)
+    return run_checks(Subject(evaluate_fault(fault), plain=sound, other=sound), dtype)
+
+
+def faults_caught(dtype: str) -> dict[str, list[str]]:
+    """Return the faults that each check rejects, for logits of `dtype`."""
+    caught: dict[str, list[str]] = {check: [] for check in CHECKS}
+    for fault in mutants.FAULTS:
+        for outcome in check_fault(fault, dtype):
+            if outcome.verdict == "disagree":
+                caught[outcome.check].append(fault)
+    return caught

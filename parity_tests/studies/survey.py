@@ -1,0 +1,125 @@
+"""Adapters x cases x dtypes: every outcome, and every pair of twins against each other."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from parity_tests.evidence.ledger import Evidence
+from parity_tests.losses.adapters import Adapter
+from parity_tests.studies.verdicts import Difference, Outcome, compare_outcomes, examine
+from parity_tests.truth.cases import Case, make_case
+from parity_tests.truth.oracle import solve
+
+
+@dataclass(frozen=True)
+class Member:
+    """An adapter that takes part.
+
+    Args:
+        adapter: the adapter.
+        ours: whether it must be within its bounds; a peer is shown beside.
+        twin: name of the adapter that it is held against besides the truth.
+    """
+
+    adapter: Adapter
+    ours: bool
+    twin: str | None = None
+
+
+class Closeness(NamedTuple):
+    """Of the cases in which an adapter and a peer gave results: in how many it is closer to the truth, or as close."""
+
+    closer: int
+    equal: int
+    cases: int
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What came of it.
+
+    Args:
+        members: by name.
+        outcomes: one for each adapter, case and dtype.
+        differences: one for each pair of twins, case and dtype in which both gave a result.
+    """
+
+    members: dict[str, Member]
+    outcomes: list[Outcome]
+    differences: list[Difference]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether every adapter of ours agrees with the truth, and with its twin, wherever it was called."""
+        ours = [outcome for outcome in self.outcomes if self.members[outcome.adapter].ours]
+        sound = all(outcome.status in ("agree", "unsupported") for outcome in ours)
+        return self.called and sound and all(difference.agrees for difference in self.differences)
+
+    @property
+    def called(self) -> bool:
+        """Whether any adapter was called at all."""
+        return any(outcome.status != "unsupported" for outcome in self.outcomes)
+
+    def of(self, name: str) -> list[Outcome]:
+        """Return the outcomes of an adapter in which it was called."""
+        return [outcome for outcome in self.outcomes if outcome.adapter == name and outcome.status != "unsupported"]
+
+    def peers_of(self, name: str) -> list[str]:
+        """Return the peers of the adapter's framework."""
+        framework = self.members[name].adapter.framework
+        return [peer for peer, other in self.members.items() if not other.ours and other.adapter.framework == framework]
+
+    def closeness(self, name: str, peers: Sequence[str]) -> Closeness:
+        """Return how often an adapter's largest share is below that of the best of some peers."""
+        best: dict[tuple[str, str], float] = {}
+        for outcome in (each for peer in peers for each in self.of(peer)):
+            if outcome.comparison:
+                key = (outcome.case, outcome.dtype)
+                best[key] = min(best.get(key, math.inf), outcome.comparison.share)
+        pairs = [
+            (outcome.comparison.share, best[outcome.case, outcome.dtype])
+            for outcome in self.of(name)
+            if outcome.comparison and (outcome.case, outcome.dtype) in best
+        ]
+        return Closeness(sum(own < peer for own, peer in pairs), sum(own == peer for own, peer in pairs), len(pairs))
+
+    def evidence(self) -> list[Evidence]:
+        """Return what was executed: each adapter and dtype of which all outcomes agree."""
+        found = []
+        for name, member in self.members.items():
+            for dtype in dict.fromkeys(outcome.dtype for outcome in self.outcomes):
+                outcomes = [outcome for outcome in self.of(name) if outcome.dtype == dtype]
+                if outcomes and all(outcome.status == "agree" for outcome in outcomes):
+                    found.append(Evidence(name, member.adapter.device, dtype, "executed"))
+        return found
+
+
+def make_cases(names: Iterable[str], dtypes: Sequence[str]) -> list[Case]:
+    """Return the cases of these names at each dtype."""
+    return [make_case(name, dtype) for dtype in dtypes for name in names]
+
+
+def examine_each(members: dict[str, Member], cases: Iterable[Case]) -> Iterator[tuple[list[Outcome], list[Difference]]]:
+    """Run every adapter on each case in turn."""
+    for case in cases:
+        truth = solve(case)
+        outcomes = {name: examine(member.adapter, case, truth) for name, member in members.items()}
+        differences = []
+        for name, member in members.items():
+            # Each pair once.
+            if member.twin in members and name < member.twin:
+                pair = (outcomes[name], outcomes[member.twin])
+                adapters = (member.adapter, members[member.twin].adapter)
+                differences.append(compare_outcomes(case, truth, pair, adapters))
+        yield list(outcomes.values()), [difference for difference in differences if difference]
+
+
+def survey(members: dict[str, Member], cases: Iterable[Case]) -> Survey:
+    """Run every adapter on every case."""
+    outcomes: list[Outcome] = []
+    differences: list[Difference] = []
+    for found, compared in examine_each(members, cases):
+        outcomes += found
+        differences += compared
+    return Survey(members, outcomes, differences)

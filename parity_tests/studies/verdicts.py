@@ -1,0 +1,100 @@
+"""What became of each adapter in each case, and whose error a difference is."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from parity_tests.losses.adapters import Adapter
+from parity_tests.truth.cases import Case
+from parity_tests.truth.comparison import Comparison, Result, against_each_other, against_oracle
+from parity_tests.truth.oracle import Truth
+
+Status = Literal["agree", "disagree", "failed", "unsupported"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an adapter in a case.
+
+    Args:
+        adapter: its name.
+        case, dtype: which case.
+        status: "agree" and "disagree" with the truth; "failed" to give a loss and a gradient; "unsupported": it lacks
+            an option that the case needs, and was not called.
+        reason: why it failed or was not called.
+        comparison: errors as shares of the bounds, if it gave a result.
+        result: the result itself.
+    """
+
+    adapter: str
+    case: str
+    dtype: str
+    status: Status
+    reason: str | None = None
+    comparison: Comparison | None = None
+    result: Result | None = field(default=None, repr=False, compare=False)
+
+
+def examine(adapter: Adapter, case: Case, truth: Truth) -> Outcome:
+    """Run an adapter on a case and hold it against the truth. What the adapter raises is an outcome like others."""
+    unsupported = adapter.unsupported(case)
+    if unsupported:
+        return Outcome(adapter.name, case.name, case.dtype, "unsupported", unsupported)
+    return judge(adapter, case, truth, attempt(adapter, case))
+
+
+def attempt(adapter: Adapter, case: Case) -> Result | str:
+    """Return what an adapter gives for a case, or what it raised."""
+    try:
+        return adapter(case)
+    except (Exception, SystemExit) as error:  # a user's loss may raise anything, and the other cases must still run
+        return _describe(error)
+
+
+def judge(adapter: Adapter, case: Case, truth: Truth, attempted: Result | str) -> Outcome:
+    """Hold what `attempt` returned against the truth, within the bounds of the adapter."""
+    if isinstance(attempted, str):
+        return Outcome(adapter.name, case.name, case.dtype, "failed", attempted)
+    comparison = against_oracle(case, truth, attempted, adapter.arithmetic)
+    status: Status = "agree" if comparison.agrees else "disagree"
+    return Outcome(adapter.name, case.name, case.dtype, status, comparison.problem, comparison, attempted)
+
+
+def _describe(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two adapters held against each other in a case: the third side of the verdict.
+
+    Args:
+        case, dtype: which case.
+        adapters: the two.
+        comparison: their difference as a share of the sum of their bounds.
+        blame: who is outside the bounds of the truth: none, one or both of the two; empty if they agree.
+    """
+
+    case: str
+    dtype: str
+    adapters: tuple[str, str]
+    comparison: Comparison
+    blame: tuple[str, ...]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether they differ by no more than the sum of their bounds."""
+        return self.comparison.agrees
+
+
+def compare_outcomes(
+    case: Case, truth: Truth, outcomes: tuple[Outcome, Outcome], adapters: tuple[Adapter, Adapter]
+) -> Difference | None:
+    """Hold two outcomes against each other; None unless both have a result."""
+    first, second = outcomes
+    if first.result is None or second.result is None:
+        return None
+    arithmetic = (adapters[0].arithmetic, adapters[1].arithmetic)
+    comparison = against_each_other(case, truth, (first.result, second.result), arithmetic)
+    blame = () if comparison.agrees else tuple(each.adapter for each in outcomes if each.status != "agree")
+    return Difference(case.name, case.dtype, (first.adapter, second.adapter), comparison, blame)

@@ -1,0 +1,144 @@
+"""The three-way verdict in every case and dtype: JAX and torch against the oracle, and against each other.
+
+What passes here is what the README's support matrix says.
+"""
+
+from functools import cache
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from lsce_spec import IMPLEMENTATIONS
+from parity_tests.losses.adapters import Adapter
+from parity_tests.losses.registry import make_adapter
+from parity_tests.plugin import Recorder, find_device
+from parity_tests.studies.verdicts import examine
+from parity_tests.truth.cases import case_names, make_case
+from parity_tests.truth.comparison import Result, against_each_other, against_oracle
+from parity_tests.truth.oracle import Truth, solve
+from parity_tests.truth.precision import DTYPES
+
+ADAPTERS = [f"{framework}-{implementation}" for framework in ("jax", "torch") for implementation in IMPLEMENTATIONS]
+EVERY_OPTION = ["everything", "class_mask", "bad_labels", "soft_clamp", "axis_in_the_middle"]
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES)
+each_case = pytest.mark.parametrize("name", case_names())
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+@cache
+def adapter(name: str, device: str) -> Adapter:
+    return make_adapter(name, device)
+
+
+@cache
+def truth(name: str, dtype: str) -> Truth:
+    return solve(make_case(name, dtype))
+
+
+@cache
+def result(framework: str, name: str, dtype: str, device: str) -> Result:
+    return adapter(framework, device)(make_case(name, dtype))
+
+
+@each_dtype
+@each_case
+@pytest.mark.parametrize("framework", ADAPTERS)
+def test_against_oracle(framework: str, name: str, dtype: str, parity_ledger: Recorder) -> None:
+    parity_ledger.record(framework, "cpu", dtype, "executed")
+    case = make_case(name, dtype)
+    outcome = result(framework, name, dtype, "cpu")
+    comparison = against_oracle(case, truth(name, dtype), outcome, adapter(framework, "cpu").arithmetic)
+    assert comparison.agrees, comparison
+
+
+@each_dtype
+@each_case
+@each_implementation
+def test_jax_against_torch(implementation: str, name: str, dtype: str, parity_ledger: Recorder) -> None:
+    pair = (f"jax-{implementation}", f"torch-{implementation}")
+    for framework in pair:
+        parity_ledger.record(framework, "cpu", dtype, "executed")
+    case = make_case(name, dtype)
+    results = (result(pair[0], name, dtype, "cpu"), result(pair[1], name, dtype, "cpu"))
+    arithmetic = (adapter(pair[0], "cpu").arithmetic, adapter(pair[1], "cpu").arithmetic)
+    comparison = against_each_other(case, truth(name, dtype), results, arithmetic)
+    assert comparison.agrees, comparison
+
+
+# Without jit every operation rounds to memory; with it XLA fuses. Both must hold, on cases that use every option.
+@each_dtype
+@each_implementation
+@pytest.mark.parametrize("name", EVERY_OPTION)
+def test_jax_eager(name: str, implementation: str, dtype: str, parity_ledger: Recorder) -> None:
+    parity_ledger.record(f"jax-{implementation}-eager", "cpu", dtype, "executed")
+    case, eager = make_case(name, dtype), adapter(f"jax-{implementation}-eager", "cpu")
+    comparison = against_oracle(case, truth(name, dtype), eager(case), eager.arithmetic)
+    assert comparison.agrees, comparison
+
+
+# Each of these compiles for seconds, so two of the dtypes have one case.
+@each_implementation
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*product(EVERY_OPTION, ["float32", "bfloat16"]), ("everything", "float64"), ("everything", "float16")],
+)
+def test_torch_compiled(name: str, implementation: str, dtype: str, parity_ledger: Recorder) -> None:
+    parity_ledger.record(f"torch-{implementation}-compiled", "cpu", dtype, "executed")
+    case, compiled = make_case(name, dtype), adapter(f"torch-{implementation}-compiled", "cpu")
+    comparison = against_oracle(case, truth(name, dtype), compiled(case), compiled.arithmetic)
+    assert comparison.agrees, comparison
+
+
+def test_more_cases_than_the_compiler_keeps() -> None:
+    compiled = adapter("torch-reference-compiled", "cpu")
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for name in ("one_row", "classes_3", "no_batch"):
+            outcome = examine(compiled, make_case(name, "float32"), truth(name, "float32"))
+            assert outcome.status == "agree", outcome
+
+
+@pytest.mark.parametrize("part", ["loss", "gradient"])
+@pytest.mark.parametrize("framework", ADAPTERS)
+def test_bounds_are_used(framework: str, part: str) -> None:
+    """A bound that is never used past a few per cent protects nothing."""
+    shares = []
+    for name in case_names():
+        case = make_case(name, "float32")
+        outcome = result(framework, name, "float32", "cpu")
+        comparison = against_oracle(case, truth(name, "float32"), outcome, adapter(framework, "cpu").arithmetic)
+        shares.append(getattr(comparison, part))
+    print(f"{framework} {part}: at most {max(shares):.2f} of the bound used, median {np.median(shares):.2f}")
+    assert max(shares) > 0.1
+
+
+# On the CPU the results are those of the tests above; elsewhere these tests make the first.
+@pytest.mark.parity_framework("jax")
+@each_dtype
+@each_implementation
+def test_jax_on_each_device(implementation: str, dtype: str, parity_device: str, parity_ledger: Recorder) -> None:
+    check_every_case(f"jax-{implementation}", parity_device, dtype, parity_ledger)
+
+
+@pytest.mark.parity_framework("torch")
+@each_dtype
+@each_implementation
+@pytest.mark.parametrize(  # torch itself has no TPU
+    "parity_device", [pytest.param(device, marks=pytest.mark.parity_device(device)) for device in ("cpu", "cuda")]
+)
+def test_torch_on_each_device(implementation: str, dtype: str, parity_device: str, parity_ledger: Recorder) -> None:
+    check_every_case(f"torch-{implementation}", parity_device, dtype, parity_ledger)
+
+
+def check_every_case(framework: str, device: str, dtype: str, parity_ledger: Recorder) -> None:
+    card = find_device(framework.partition("-")[0], device)
+    parity_ledger.record(framework, device, dtype, "executed", card)
+    wrong, arithmetic = {}, adapter(framework, device).arithmetic
+    for name in case_names():
+        outcome = result(framework, name, dtype, device)
+        comparison = against_oracle(make_case(name, dtype), truth(name, dtype), outcome, arithmetic)
+        if not comparison.agrees:
+            wrong[name] = comparison
+    assert not wrong

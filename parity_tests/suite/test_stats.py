@@ -1,0 +1,148 @@
+"""The statistics of every case, in both frameworks and all implementations, against the truth.
+
+The nll is the loss of the same case without smoothing, weights and z-loss, and `smoothed` that without z-loss; so the
+oracle and the bounds of the loss serve for them too.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+import lsce_jax
+import lsce_torch
+from lsce_spec import IMPLEMENTATIONS
+from parity_tests.losses.adapters import JaxAdapter, TorchAdapter, operands_of, to_torch
+from parity_tests.truth.bounds import Arithmetic, error_bound
+from parity_tests.truth.cases import Case, case_names, make_case
+from parity_tests.truth.oracle import solve
+from parity_tests.truth.precision import FORMATS, compute_dtype
+
+ARITHMETIC = {"jax": JaxAdapter().arithmetic, "torch": TorchAdapter().arithmetic}
+# float64 and float16 differ from these by their precision only, which the losses' tests cover.
+DTYPES = ("float32", "bfloat16")
+
+
+def statistics(framework: str, case: Case, implementation: str) -> tuple[Any, dict[str, Any]]:
+    """Return the loss, and the statistics as flat NumPy arrays."""
+    arrays, options = operands_of(case)
+    arrays.pop("upstream")
+    options["implementation"] = implementation
+    if framework == "jax":
+        loss, stats = jax.jit(lambda arrays: lsce_jax.label_smoothed_cross_entropy_with_stats(**arrays, **options))(
+            arrays
+        )
+    else:
+        tensors = {name: to_torch(value) for name, value in arrays.items()}
+        loss, stats = lsce_torch.label_smoothed_cross_entropy_with_stats(**tensors, **options)
+    return np.asarray(loss), {name: np.asarray(value).reshape(-1) for name, value in stats._asdict().items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+@pytest.mark.parametrize("name", [name for name in case_names() if name != "wide"])
+def test_statistics(name: str, framework: str, implementation: str, dtype: str) -> None:
+    case = make_case(name, dtype)
+    loss, stats = statistics(framework, case, implementation)
+    for field, values in stats.items():
+        assert values.dtype.name == ("bool" if field in {"correct", "valid"} else compute_dtype(dtype)), field
+    counted = solve(replace(case, options={**case.options, "reduction": "none"})).counted
+    divided_by_zero = case.options.get("denominator") == 0
+    if divided_by_zero:
+        counted = np.zeros_like(counted)
+    assert np.array_equal(stats["valid"], counted)
+
+    arithmetic = ARITHMETIC[framework]
+    plain = {**case.options, "reduction": "none", "z_loss": 0.0}
+    plain.pop("denominator", None)
+    smoothed = replace(case, options=plain)
+    unsmoothed = replace(
+        case,
+        options={**plain, "convention": "uniform", "subtract_entropy": False},
+        smoothing=0.0,
+        class_weight=None,
+        prior=None,
+    )
+    assert_within(stats["smoothed"], smoothed, counted, arithmetic)
+    nll_bound = assert_within(stats["nll"], unsmoothed, counted, arithmetic)
+
+    exact_lse, confidence, correct = expected_lse_and_guess(case, counted)
+    roundoff = FORMATS[compute_dtype(dtype)].roundoff
+    known = np.isfinite(nll_bound)
+    bound = nll_bound + 4 * roundoff * (np.abs(exact_lse) + np.max(np.abs(finite_rows(case)), axis=-1, initial=0))
+    assert np.all(np.abs(stats["lse"] - exact_lse)[known] <= bound[known])
+    # What is off in the log-sum-exp, which the nll holds too, is off in the confidence as a factor.
+    factor = np.expm1(nll_bound[known]) + 4 * roundoff
+    assert np.all(np.abs(stats["confidence"] - confidence)[known] <= factor * confidence[known])
+    assert np.array_equal(stats["correct"], correct)
+
+    z_loss = np.float32(case.options.get("z_loss", 0.0))
+    assert np.all(np.abs(stats["z"] - z_loss * stats["lse"] ** 2) <= 3 * roundoff * np.abs(stats["z"]))
+    if case.options.get("reduction", "none") == "none":
+        total = stats["smoothed"] + stats["z"]
+        same = np.isnan(total) & np.isnan(loss.ravel())
+        with np.errstate(invalid="ignore"):
+            error = np.abs(loss.ravel() - total)
+        assert np.all(same | (loss.ravel() == total) | (error <= 2 * roundoff * (np.abs(total) + stats["z"])))
+
+
+def assert_within(values: Any, case: Case, counted: Any, arithmetic: Arithmetic) -> Any:
+    """Hold values of rows against the losses of a case; return the bound."""
+    truth = solve(case)
+    bound = error_bound(case, truth, arithmetic).loss
+    error = truth.loss.error_of(values.astype(np.float64))
+    assert np.all((error <= bound)[counted] | (error == 0)[counted])
+    assert np.all(values[~counted] == 0)
+    return bound
+
+
+def finite_rows(case: Case) -> Any:
+    rows = case.rows()
+    allowed = np.ones(case.num_classes, bool) if case.class_mask is None else case.class_mask
+    kept = np.where(allowed & rows.counted[:, None], rows.logits, 0)
+    return np.where(np.isfinite(kept), kept, 0)
+
+
+def expected_lse_and_guess(case: Case, counted: Any) -> tuple[Any, Any, Any]:
+    """Return the log-sum-exp, the largest probability, and whether it is the label's; exact beside float32."""
+    rows, cap = case.rows(), case.options.get("softcap")
+    allowed = np.ones(case.num_classes, bool) if case.class_mask is None else case.class_mask
+    raw = np.where(allowed & rows.counted[:, None], rows.logits, np.where(allowed, 0, -np.inf))
+    capped = raw if cap is None else np.where(allowed, cap * np.tanh(raw / cap), -np.inf)
+    lse = np.logaddexp.reduce(capped, axis=-1) if case.num_classes > 1 else capped[:, 0]
+    soft = rows.labels.ndim == 2
+    labels = np.argmax(np.where(counted[:, None], rows.labels, 0), axis=-1) if soft else rows.labels
+    correct = counted & (np.argmax(raw, axis=-1) == labels)
+    confidence = np.exp(np.max(capped, axis=-1) - lse)
+    return np.where(counted, lse, 0), np.where(counted, confidence, 0), correct
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_of_equal_logits_the_first_counts(framework: str, implementation: str) -> None:
+    """As with argmax."""
+    case = make_case("ties", "float32")
+    case = replace(case, logits=np.zeros((6, 16)), labels=np.array([0, 1, 0, 15, 3, 0]))
+    _, stats = statistics(framework, case, implementation)
+    assert stats["correct"].tolist() == [True, False, True, False, False, True]
+
+
+def test_no_gradient_flows_through_them() -> None:
+    jax_loss = lsce_jax.label_smoothed_cross_entropy_with_stats
+    torch_loss = lsce_torch.label_smoothed_cross_entropy_with_stats
+    logits, labels = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32), np.array([0, 1, 2, 3])
+    for implementation in IMPLEMENTATIONS:
+
+        def total(z: Any, implementation: str = implementation) -> Any:
+            _, stats = jax_loss(z, labels, z_loss=0.1, implementation=implementation)
+            return sum(value.sum() for value in stats[:5])
+
+        assert not np.any(jax.grad(total)(logits))
+        leaf = torch.from_numpy(logits).requires_grad_()
+        loss, stats = torch_loss(leaf, torch.from_numpy(labels), z_loss=0.1, implementation=implementation)
+        assert not any(value.requires_grad for value in stats)
+        assert loss.requires_grad

@@ -1,0 +1,1 @@
+"""Two training runs against each other."""

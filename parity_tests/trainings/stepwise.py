@@ -1,0 +1,287 @@
+"""Two trainings side by side, step by step, tensor by tensor: where do they first part?
+
+Two modes, which tell two kinds of error apart:
+
+- *Free-running*: both start from the same state and go their own way. What a user sees; differences add up.
+- *Teacher-forced*: at every step the second starts from the state of the first. A step that is wrong is seen at that
+  step, whatever happened before, and rounding does not add up.
+
+The yardstick is the training itself, as in `trajectory.py`: replicas of the first training, with each floating-point
+number of the state moved up or down by one unit in the last place (ulp), at random; at the start when free-running, at
+every step when teacher-forced. For each tensor
+
+    envelope = largest |replica - first| over replicas and elements (free-running: over the steps so far, too)
+    floor    = u (ceil(log2 batch) + 2) times its largest element: a mean over the batch, as in `rounding_floor`
+    allowed  = 2 (envelope + floor)
+
+so an element that is off by more than `allowed` is a divergence. Integers must be equal. One number for a tensor: an
+element that is much smaller than the largest of its tensor may be wrong unseen. Split such tensors in `state`.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from parity_tests.trainings.trajectory import TrajectoryVerdict, compare_trajectories, rounding_floor
+from parity_tests.truth.precision import FORMATS, FloatArray
+
+State = Mapping[str, NDArray[Any]]
+Mode = Literal["free-running", "teacher-forced"]
+LOSS = "loss"
+
+
+class Training(Protocol):
+    """A training that can be stopped and started at any state; what a user writes for each framework.
+
+    All that a step depends on must be in the state: weights, moments of the optimizer, counts of steps. Both trainings
+    must name and lay out their tensors alike: transpose a kernel on one side.
+    """
+
+    def state(self) -> State:
+        """Return copies of all tensors by name."""
+        ...
+
+    def load(self, state: State) -> None:
+        """Continue from a state."""
+        ...
+
+    def step(self, number: int) -> float:
+        """Train on batch `number`, counted from 0, and return the loss before the update."""
+        ...
+
+
+class TrainingError(ValueError):
+    """The trainings cannot be compared; the message says why."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """An element that differs.
+
+    Args:
+        step: counted from 0.
+        tensor: its name; "loss" for the loss.
+        index: where in the tensor.
+        first, second: the values.
+        allowed: the difference that rounding explains.
+        share: difference over allowed.
+    """
+
+    step: int
+    tensor: str
+    index: tuple[int, ...]
+    first: float
+    second: float
+    allowed: float
+    share: float
+
+    def __str__(self) -> str:
+        """Return one line for a message."""
+        place = f"{self.tensor}{list(self.index) if self.index else ''}"
+        values = f"{self.first!r} and {self.second!r}"
+        return f"step {self.step}, {place}: {values}, allowed {self.allowed:.2g}: {self.share:.2g} of it"
+
+
+@dataclass(frozen=True)
+class StepwiseVerdict:
+    """What came of one mode.
+
+    Args:
+        mode: which.
+        worst: for each step and tensor the element with the largest share, in the order of the steps, the loss first.
+        losses: the verdict on the losses alone, for plots.
+    """
+
+    mode: Mode
+    worst: list[Divergence]
+    losses: TrajectoryVerdict
+
+    @property
+    def first_divergence(self) -> Divergence | None:
+        """The first element that is not allowed: of the first step that has one, the loss or else the worst tensor."""
+        beyond = [each for each in self.worst if each.share > 1]
+        if not beyond:
+            return None
+        same_step = [each for each in beyond if each.step == beyond[0].step]
+        return same_step[0] if same_step[0].tensor == LOSS else max(same_step, key=lambda each: each.share)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether no element is beyond what is allowed."""
+        return self.first_divergence is None
+
+    @property
+    def largest(self) -> Divergence:
+        """The largest share of all steps and tensors."""
+        return max(self.worst, key=lambda each: each.share)
+
+
+def compare_step_by_step(
+    first: Training, second: Training, steps: int, *, replicas: int = 4, batch_size: int = 64, seed: int = 0
+) -> tuple[StepwiseVerdict, StepwiseVerdict]:
+    """Compare two trainings, free-running and teacher-forced, from the state in which the first is now.
+
+    Args:
+        first: the training whose state both start from, and whose replicas are the yardstick.
+        second: the other. Both are left in some later state.
+        steps: how many steps to take.
+        replicas: how many one-ulp replicas to run; each costs as much as the first training.
+        batch_size: rows whose losses a step averages, for the rounding of the loss.
+        seed: of the replicas' directions.
+
+    Raises:
+        TrainingError: names or shapes of the states differ, or a step depends on more than its state.
+    """
+    if steps < 1 or replicas < 1:
+        raise TrainingError(f"at least one step and one replica are needed, got {steps} and {replicas}")
+    start = _copied(first.state())
+    _check_states(start, second.state())
+    for which, training in (("first", first), ("second", second)):
+        _check_determined(which, training, start)
+    random = np.random.default_rng(seed)
+    free = _run("free-running", first, second, start, steps, replicas, batch_size, random)
+    forced = _run("teacher-forced", first, second, start, steps, replicas, batch_size, random)
+    return free, forced
+
+
+def _run(
+    mode: Mode,
+    first: Training,
+    second: Training,
+    start: State,
+    steps: int,
+    replicas: int,
+    batch_size: int,
+    random: np.random.Generator,
+) -> StepwiseVerdict:
+    state = other = start
+    moved = [one_ulp_away(start, random) for _ in range(replicas)]
+    envelope: dict[str, float] = {}
+    worst: list[Divergence] = []
+    losses = []
+    for step in range(steps):
+        if mode == "teacher-forced":
+            other, envelope = state, {}
+            moved = [one_ulp_away(state, random) for _ in range(replicas)]
+        loss, state = _advance(first, state, step)
+        other_loss, other = _advance(second, other, step)
+        advanced = [_advance(first, replica, step) for replica in moved]
+        replica_losses, moved = [each for each, _ in advanced], [each for _, each in advanced]
+        losses.append((loss, other_loss, *replica_losses))
+        for name, value in _spread(state, loss, moved, replica_losses).items():
+            envelope[name] = max(envelope.get(name, 0.0), value)
+        worst += _compare(step, (loss, state), (other_loss, other), envelope, batch_size)
+    return StepwiseVerdict(mode, worst, _of_losses(losses, batch_size))
+
+
+def _of_losses(losses: list[tuple[float, ...]], batch_size: int) -> TrajectoryVerdict:
+    first, second, *replicas = np.array(losses, np.float64).T
+    return compare_trajectories(first, second, np.stack(replicas), floor=rounding_floor(first, batch_size))
+
+
+def _advance(training: Training, state: State, step: int) -> tuple[float, State]:
+    training.load(state)
+    loss = float(training.step(step))
+    return loss, _copied(training.state())
+
+
+def _copied(state: State) -> State:
+    return {name: np.array(values) for name, values in state.items()}
+
+
+def _is_floating(values: NDArray[Any]) -> bool:
+    return values.dtype.kind == "f" or values.dtype == ml_dtypes.bfloat16
+
+
+def one_ulp_away(state: State, random: np.random.Generator) -> State:
+    """Return a state whose every floating-point number is replaced by its upper or lower neighbour, at random."""
+    moved = {}
+    for name, values in state.items():
+        if _is_floating(values):
+            direction = random.choice([-np.inf, np.inf], size=values.shape).astype(values.dtype)
+            moved[name] = np.asarray(np.nextafter(values, direction), values.dtype)
+        else:
+            moved[name] = values
+    return moved
+
+
+def _spread(state: State, loss: float, moved: list[State], losses: list[float]) -> dict[str, float]:
+    """Return how far the replicas are from the first training, at most, in each tensor."""
+    spread = {LOSS: max(abs(each - loss) for each in losses)}
+    for name, values in state.items():
+        if _is_floating(values):
+            exact = values.astype(np.float64)
+            spread[name] = max(
+                float(np.max(np.abs(replica[name].astype(np.float64) - exact), initial=0.0)) for replica in moved
+            )
+    return spread
+
+
+def _compare(
+    step: int,
+    first: tuple[float, State],
+    second: tuple[float, State],
+    envelope: Mapping[str, float],
+    batch_size: int,
+) -> Iterator[Divergence]:
+    (loss, state), (other_loss, other) = first, second
+    floor = float(rounding_floor([loss], batch_size)[0])
+    yield _worst(step, LOSS, np.asarray(loss), np.asarray(other_loss), 2 * (envelope[LOSS] + floor))
+    for name, values in state.items():
+        allowed = 0.0
+        if _is_floating(values):
+            largest = np.max(np.abs(values.astype(np.float64)), initial=0.0)
+            roundoff = FORMATS[values.dtype.name].roundoff
+            allowed = 2 * (envelope[name] + float(rounding_floor([largest], batch_size, roundoff)[0]))
+        if values.size:
+            yield _worst(step, name, values, other[name], allowed)
+
+
+def _worst(step: int, name: str, first: NDArray[Any], second: NDArray[Any], allowed: float) -> Divergence:
+    one, other = first.astype(np.float64), second.astype(np.float64)
+    # Integers are compared as they are: float64 does not hold all of them.
+    share = _shares(one, other, allowed) if _is_floating(first) else np.where(first == second, 0.0, np.inf)
+    index = tuple(int(i) for i in np.unravel_index(np.argmax(share), share.shape))
+    return Divergence(step, name, index, float(one[index]), float(other[index]), allowed, float(share[index]))
+
+
+def _shares(one: FloatArray, other: FloatArray, allowed: float) -> FloatArray:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        difference = np.abs(one - other)
+        share = np.where(difference == 0, 0.0, difference / allowed)
+    # A NaN agrees with nothing, and nothing agrees with an envelope that is none.
+    return np.where(np.isfinite(difference) & np.isfinite(allowed), share, np.inf)
+
+
+def _check_states(state: State, other: State) -> None:
+    if state.keys() != other.keys():
+        only, others = sorted(state.keys() - other.keys()), sorted(other.keys() - state.keys())
+        raise TrainingError(
+            f"both trainings must name the tensors of their state alike; only the first has {only}, only the second "
+            f"{others}"
+        )
+    for name, values in state.items():
+        if values.dtype.kind not in "biuf" and values.dtype != ml_dtypes.bfloat16:
+            raise TrainingError(f"{name} is of dtype {values.dtype}; give numbers that are real, in parts if need be")
+        if values.shape != other[name].shape:
+            shapes = f"{list(values.shape)} and {list(other[name].shape)}"
+            hint = "; transpose one of them" if values.shape == other[name].shape[::-1] else ""
+            raise TrainingError(f"{name} has shapes {shapes}{hint}")
+        if values.dtype != other[name].dtype:
+            raise TrainingError(f"{name} has dtypes {values.dtype} and {other[name].dtype}")
+
+
+def _check_determined(which: str, training: Training, start: State) -> None:
+    """Take the first step twice: if the two differ, something that matters is not in the state."""
+    (loss, state), (again, repeated) = _advance(training, start, 0), _advance(training, start, 0)
+    differing = [name for name in state if not np.array_equal(state[name], repeated[name], equal_nan=True)]
+    if differing or not (loss == again or (np.isnan(loss) and np.isnan(again))):
+        raise TrainingError(
+            f"the {which} training does not repeat its first step from the same state: "
+            f"{', '.join(differing) or 'the loss'} came out differently. What a step depends on must be in the state "
+            "(moments, counts), and random numbers must come from the step's number."
+        )

@@ -1,0 +1,174 @@
+"""How large the rounding error of a correct implementation can be, for each element, from the data.
+
+First-order bounds. u is the unit roundoff of the compute precision, h the depth of a sum over the classes, c_e, c_l and
+c_t the errors of exp, log1p and tanh in units of u. With d_k = max z - z_k, p = softmax, s = sum exp(-d), L = log s:
+
+- A gap d_k is one rounded difference: error u d_k, and the softcap's error before it. So exp(-d_k) has the relative
+  error e_k = c_e u + (error of d_k). The largest term is exactly 1 and left out of the sum: the rest s - 1 has the
+  error h u (s - 1) + sum_k exp(-d_k) e_k, and L = log1p(s - 1) has 1/s of that, plus c_l u L.
+- The loss is S L + sum_k w_k q_k d_k, all terms >= 0. A target has up to 3 roundings (smoothing, division, addition),
+  its weight one, the product with the gap one, the sum h: (h + 6) u of each term, and the gaps' own errors.
+- A gradient entry is factor * (S p_k - w_k q_k). p_k has the relative error of exp(-d_k) and of s, and 6 u for the sum
+  with 1, the division and the products; q_k has 7 u; the difference 4 u of itself.
+
+Terms for z_loss, softcap and entropy are derived at their lines. After Blanchard, Higham & Higham, "Accurately
+computing the log-sum-exp and softmax functions", IMA J. Numer. Anal. 41 (2021), for the shifted form.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from parity_tests.truth.cases import Case
+from parity_tests.truth.oracle import Truth
+from parity_tests.truth.precision import FORMATS, FloatArray, compute_dtype
+
+
+def tree_depth(length: int) -> int:
+    """Return the depth of a blocked sum: 32 terms in sequence, then 32 such sums, and so on.
+
+    XLA for CPUs sums one row so, up to 63 deep at 2047 terms; torch adds blocks in pairs and is shallower. The tests
+    and `lsce-parity fingerprint` measure that the sums of every framework stay within it.
+    """
+    return max(0, min(length - 1, 32 * int(np.ceil(np.log2(max(length, 1)) / 5))))
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How accurate a device's elementary operations are, in units of the roundoff. The tests measure each.
+
+    Args:
+        exp: error of exp, and of expm1 near 0.
+        log1p: error of log1p, and of log.
+        tanh: error of tanh.
+        depth: longest chain of additions in a sum of that many terms.
+    """
+
+    exp: float = 3.0
+    log1p: float = 4.0
+    tanh: float = 5.0
+    depth: Callable[[int], int] = tree_depth
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Largest error of a correct implementation: of the loss, and [N, K] of its gradient, classes last."""
+
+    loss: FloatArray
+    gradient: FloatArray
+
+
+def error_bound(case: Case, truth: Truth, arithmetic: Arithmetic) -> Bound:
+    """Return the bound for a correct implementation of `case` on a device of that arithmetic."""
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        return _error_bound(case, truth, arithmetic)
+
+
+def _error_bound(case: Case, truth: Truth, arithmetic: Arithmetic) -> Bound:
+    rows, options = case.rows(), case.options
+    fmt = FORMATS[compute_dtype(case.dtype)]
+    u, tiny = fmt.roundoff, fmt.smallest_normal
+    num_rows, num_classes = rows.logits.shape
+    h = arithmetic.depth(num_classes)
+    z_loss, softcap = options.get("z_loss", 0.0), options.get("softcap")
+    allowed = np.ones(num_classes, bool) if case.class_mask is None else case.class_mask
+    live = truth.counted & ~truth.bad
+
+    raw = np.where(allowed & live[:, None], rows.logits, 0.0)
+    logits = raw if softcap is None else softcap * np.tanh(raw / softcap)
+    peak = np.max(np.where(allowed, logits, -np.inf), axis=-1, initial=-np.inf, keepdims=True)
+    gap = np.where(allowed, peak - logits, 0.0)
+    p, q = truth.probabilities, truth.target
+    weight = 1.0 if case.class_weight is None else case.class_weight
+    signed_wq = q * weight
+    wq = truth.target_size * np.abs(weight)
+    # A class of logit -inf has p = 0 exactly, and makes the loss infinite if it is a target: no bound is needed.
+    finite_gap = np.where(np.isfinite(gap), gap, 0.0)
+    below = np.where(allowed & (gap > 0), np.exp(-gap), 0.0)
+    # The brackets matter: (tiny + 1) - 1 is 0.
+    log_sum = np.log1p(np.sum(below, axis=-1) + (np.sum(allowed & (gap == 0), axis=-1) - 1))
+    lse = peak[:, 0] + log_sum
+    mass = np.sum(wq, axis=-1)
+
+    # c tanh(z / c): the division is damped by tanh's own conditioning, which is at most 1; then c_t, and the product.
+    cap_error = 0.0 if softcap is None else u * (arithmetic.tanh + 2)
+    capped_peak = np.where(np.isfinite(peak[:, 0]), cap_error * np.abs(peak[:, 0]), 0.0)
+    capped = np.where(np.isfinite(logits), cap_error * np.abs(logits), 0.0)
+    gap_error = u * finite_gap + capped + capped_peak[:, None]
+    # The largest term is exactly 1 and left out; only the rest of the sum is rounded, and small losses stay accurate.
+    rest = -np.expm1(-log_sum)
+    rest_error = np.sum(np.where(gap > 0, p * gap_error, 0.0), axis=-1)
+    log_sum_error = u * ((h + arithmetic.exp) * rest + arithmetic.log1p * log_sum) + rest_error + num_classes * tiny
+
+    products = np.sum(wq * finite_gap, axis=-1)
+    row = np.sum(wq * gap_error, axis=-1) + u * (h + 6) * products
+    row += mass * log_sum_error + u * (h + 5) * mass * log_sum
+    magnitude = products + mass * log_sum
+    if z_loss:
+        # (peak + L)^2: the sum rounds once, the square and the product once each.
+        lse_error = log_sum_error + capped_peak + u * np.abs(lse)
+        row += z_loss * (2 * np.abs(lse) * lse_error + 3 * u * lse**2)
+        magnitude += z_loss * lse**2
+    if options.get("subtract_entropy"):
+        # q log q with q off by 3 u: the logarithm's error, the product, the sum, and the change of q log q itself.
+        log_q = np.log(np.where(q > 0, q, 1.0))
+        entropy = np.sum(np.abs(q * log_q), axis=-1)
+        row += u * ((h + arithmetic.log1p + 2) * entropy + 3 * np.sum(q * np.abs(log_q + 1), axis=-1))
+        magnitude += entropy
+    row += 3 * u * magnitude + num_classes * tiny
+    row = np.where(live, row, 0.0)
+
+    # Relative error of p_k beyond that of its own gap, then absolute errors of S p_k and of the z-loss term.
+    factor = np.abs(truth.factor)[:, None]
+    coefficient = (mass + 2 * z_loss * np.abs(lse))[:, None]
+    of_p = gap_error + np.sum(p * gap_error, axis=-1, keepdims=True) + u * (h + 2 * arithmetic.exp + 6)
+    gradient = coefficient * p * (of_p + u * (h + 8)) + 7 * u * wq
+    if z_loss:
+        gradient += (2 * z_loss * (lse_error + 2 * u * np.abs(lse)))[:, None] * p
+    unscaled = np.abs((np.sum(signed_wq, axis=-1) + 2 * z_loss * lse)[:, None] * p - signed_wq)
+    gradient += 4 * u * unscaled
+    if softcap is not None:
+        # 1 - tanh^2 is formed from a tanh that is off by c_t u: an absolute error, however small the derivative.
+        slope = 1 - np.tanh(raw / softcap) ** 2
+        slope_error = u * (2 * arithmetic.tanh + 6)
+        # Where tanh rounds to 1 the slope is nothing but error, and so are both factors where p and q are equal.
+        gradient = gradient * (slope + slope_error) + unscaled * slope_error
+    gradient = factor * gradient
+    weight_depth = arithmetic.depth(num_rows) + 2
+    gradient += u * weight_depth * np.abs(truth.gradient.high) if case.class_weight is not None else 0.0
+    # Products may be flushed to zero once or twice on the way, and exp before it is multiplied with the rest.
+    flushed = (2 + factor * (1 + coefficient)) * tiny
+    gradient = np.where(allowed & live[:, None], gradient + flushed, 0.0)
+    gradient = gradient + _rounding(truth.gradient.high, case.dtype)
+    return Bound(loss=_reduced(case, truth, row, arithmetic), gradient=gradient)
+
+
+def _reduced(case: Case, truth: Truth, row: FloatArray, arithmetic: Arithmetic) -> FloatArray:
+    """Carry the bounds of the row losses through the reduction."""
+    reduction = case.options.get("reduction", "none")
+    if reduction == "none":
+        return row
+    u = FORMATS[compute_dtype(case.dtype)].roundoff
+    finite = np.where(np.isfinite(truth.row_loss), np.abs(truth.row_loss), 0.0)
+    depth = arithmetic.depth(row.size)
+    # The denominator is a sum of class weights, of the same depth, and the division rounds.
+    relative = u * depth if reduction == "sum" else u * (2 * depth + 3)
+    total = np.sum(row) + relative * np.sum(finite)
+    if reduction == "sum":
+        return np.asarray(total)
+    scale = np.max(np.abs(truth.factor), initial=0.0) / _largest_upstream(case)
+    return np.asarray(total * scale)
+
+
+def _largest_upstream(case: Case) -> float:
+    return float(np.max(np.abs(case.rows().upstream), initial=0.0)) or 1.0
+
+
+def _rounding(values: FloatArray, dtype: str) -> FloatArray:
+    """Half a unit of a narrow result's last place; nothing where the result is stored as it was computed."""
+    if dtype == compute_dtype(dtype):
+        return np.zeros_like(values)
+    fmt = FORMATS[dtype]
+    half = np.maximum(fmt.roundoff * np.abs(values), fmt.smallest / 2)
+    return np.where(values == 0, 0.0, half)

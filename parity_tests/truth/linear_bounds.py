@@ -1,0 +1,211 @@
+"""How large the rounding error of a correct linear layer with the loss can be, for each element, from the data.
+
+u is the roundoff of the compute precision, v that of the dtype of hidden where it is narrower, and 0 where it is not.
+
+- A logit is a sum of D products and the bias: error u (D + 1) sum |h W| + u |b|. Where the layer stores logits and bias
+  in the dtype of hidden, v |z| + v |b| more.
+- What an error of up to t_k of each logit z_k does to the loss is not taken to first order: logits in bfloat16 are off
+  by more than that allows. The largest p_k is reached where z_k is t_k too large and all others t_j too small, so p_k
+  rises by at most p_k [(e^t_k - 1) (1 - p_k) + sum_j p_j (1 - e^-t_j)] / [p_k e^t_k + sum_j p_j e^-t_j], the sums over
+  j != k, and falls by at most the same with the signs of t turned. All else is monotone or a product: log-sum-exp,
+  softcap and its slope, z-loss. The loss changes by at most sum_k t_k times the largest |gradient| on the way.
+- The error T of the gradient of the logits is that, the bound of the loss itself, and v |g| where g is rounded for the
+  matrix products. Then hidden's gradient is off by sum_k T |W| + u K sum_k |g W|, the weight's by
+  sum_n T |h| + u (N + 1) sum_n |g h|, and v sum_n |g h| more where the product of each chunk is stored in the dtype of
+  hidden; the bias's likewise, with 1 for h.
+- 2 u for the multiplication with what comes from upstream and over the denominator, and v for each time that the result
+  is stored in a narrow dtype.
+
+In float16 each v has half of the smallest number beside it. A result of exactly 0 has no error.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from parity_tests.truth.bounds import Arithmetic, error_bound
+from parity_tests.truth.cases import Case
+from parity_tests.truth.linear_cases import LinearCase, LinearTruth
+from parity_tests.truth.oracle import Exact, Truth
+from parity_tests.truth.precision import FORMATS, FloatArray, compute_dtype
+
+
+@dataclass(frozen=True)
+class LayerArithmetic:
+    """How accurate a linear layer with the loss is.
+
+    Args:
+        loss: the accuracy of the loss's elementary functions.
+        narrow_logits: whether logits, bias and the gradient that the bias sums are stored in the dtype of hidden.
+        narrow_products: whether the weight's gradient of a chunk is.
+        narrow_hidden: whether hidden's gradient is, before the factor of a sum or mean.
+        narrow_bias: whether the bias's gradient is, before it comes in the dtype of the bias.
+    """
+
+    loss: Arithmetic
+    narrow_logits: bool
+    narrow_products: bool
+    narrow_hidden: bool
+    narrow_bias: bool = False
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """What an implementation gave for a case: float64 arrays by part, and the names of the dtypes that they came in."""
+
+    parts: dict[str, FloatArray]
+    dtypes: dict[str, str]
+
+
+class _Change(NamedTuple):
+    """What errors of the logits do: to each row's loss, and to the gradient of the logits, before any factor."""
+
+    loss: FloatArray
+    gradient: FloatArray
+
+
+def linear_bound(case: LinearCase, truth: LinearTruth, arithmetic: LayerArithmetic) -> dict[str, FloatArray]:
+    """Return the bound of each part of the result of a correct implementation of that arithmetic."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        return _linear_bound(case, truth, arithmetic)
+
+
+def _linear_bound(case: LinearCase, truth: LinearTruth, arithmetic: LayerArithmetic) -> dict[str, FloatArray]:
+    compute = compute_dtype(case.dtype)
+    u, tiny = FORMATS[compute].roundoff, FORMATS[compute].smallest_normal
+    is_narrow = case.dtype != compute
+    live = truth.loss.counted & ~truth.loss.bad
+    hidden = np.abs(np.where(truth.loss.counted[:, None], case.rows(), 0.0))
+    weight = np.abs(case.multiplied_weight)
+    num_rows, num_features = hidden.shape
+    num_classes = weight.shape[1]
+
+    def stored(error: FloatArray, value: FloatArray, dtype: str, scale: FloatArray | float = 1.0) -> FloatArray:
+        """Return the error after rounding to a dtype, of a value that is multiplied with `scale` afterwards."""
+        if dtype == compute:
+            return error
+        half = FORMATS[dtype].smallest / 2
+        rounding = FORMATS[dtype].roundoff * (value + error) + half * scale
+        return np.where((value == 0) & (error == 0), 0.0, error + rounding)
+
+    # A masked class's logits and those of rows that do not count are never looked at, or hold anything.
+    allowed = np.ones(num_classes, bool) if case.loss.class_mask is None else case.loss.class_mask
+    looked_at = allowed & live[:, None]
+    logits = np.where(looked_at, case.loss.rows().logits, 0.0)
+    terms = hidden @ weight
+    of_logits = u * num_features * terms + num_features * tiny
+    if case.bias is not None:
+        of_logits = of_logits + u * (terms + np.abs(case.bias))
+        if arithmetic.narrow_logits:
+            of_logits = of_logits + stored(np.zeros(num_classes), np.abs(case.bias), case.dtype)
+    if arithmetic.narrow_logits:
+        of_logits = stored(of_logits, np.abs(logits), case.dtype)
+    if case.dtype == "float64":
+        of_logits = of_logits + u * np.abs(logits)  # the oracle's own
+    change = _change(case.loss, truth.loss, logits, np.where(looked_at, of_logits, 0.0))
+
+    # As if it were stored as it was computed: what becomes of it is below.
+    base = error_bound(replace(case.loss, dtype=compute), truth.loss, arithmetic.loss)
+    factor = np.abs(truth.loss.factor)[:, None]
+    size = np.abs(truth.loss.gradient.high)
+    exact_error = base.gradient + factor * change.gradient
+    error = stored(exact_error, size, case.dtype, np.maximum(factor, 1))
+
+    bound = {"loss": base.loss + _reduced(case.loss, truth.loss, change.loss)}
+    times = np.max(factor, initial=1.0)
+    by_row = case.loss.options.get("reduction", "none") == "none"
+
+    value = np.abs(truth.parts["hidden"].high)
+    of_hidden = error @ weight.T + u * num_classes * ((size + error) @ weight.T) + 2 * u * value
+    if not by_row and arithmetic.narrow_hidden:
+        of_hidden = stored(of_hidden, value, case.dtype, factor)
+    bound["hidden"] = stored(of_hidden, value, case.dtype)
+
+    value, products = np.abs(truth.parts["weight"].high), hidden.T @ (size + error)
+    of_weight = hidden.T @ error + u * (num_rows + 1) * products + 2 * u * value
+    if is_narrow and arithmetic.narrow_products:
+        narrow = FORMATS[case.dtype]
+        of_weight = of_weight + narrow.roundoff * products + num_rows * times * narrow.smallest / 2 * (products > 0)
+    bound["weight"] = stored(of_weight, value, case.weight_dtype)
+
+    if case.bias is not None:
+        value, of_terms = np.abs(truth.parts["bias"].high), error if arithmetic.narrow_logits else exact_error
+        of_bias = np.sum(of_terms, axis=0) + u * (num_rows + 1) * np.sum(size + error, axis=0) + 2 * u * value
+        if arithmetic.narrow_bias:
+            of_bias = stored(of_bias, value, case.dtype)
+        bound["bias"] = stored(of_bias, value, case.weight_dtype)
+    return bound
+
+
+def _change(case: Case, truth: Truth, logits: FloatArray, error: FloatArray) -> _Change:
+    """Return what logits that are off by up to `error` do at most."""
+    z_loss, softcap = case.options.get("z_loss", 0.0), case.options.get("softcap")
+    allowed = np.ones(logits.shape[-1], bool) if case.class_mask is None else case.class_mask
+    capped, slope, of_slope = logits, np.ones_like(logits), np.zeros_like(logits)
+    if softcap is not None:
+        capped, above, below = (softcap * np.tanh((logits + way * error) / softcap) for way in (0, 1, -1))
+        slope = 1 - np.tanh(logits / softcap) ** 2
+        # Both end points, and their signs: the slope is largest at 0 and falls on either side.
+        flattest = 1 - np.tanh((np.abs(logits) + error) / softcap) ** 2
+        steepest = 1 - np.tanh(np.maximum(np.abs(logits) - error, 0) / softcap) ** 2
+        error, of_slope = np.maximum(above - capped, capped - below), np.maximum(slope - flattest, steepest - slope)
+    p = truth.probabilities
+    up, down = np.expm1(error), -np.expm1(-error)
+    # Sums over the other classes, not differences from 1: p may be close to it.
+    others = 1 - np.eye(logits.shape[-1])
+    rest, rest_up, rest_down = p @ others, (p * up) @ others, (p * down) @ others
+    rise = p * (up * rest + rest_down) / (p * (1 + up) + rest - rest_down)
+    fall = p * (down * rest + rest_up) / (p * (1 - down) + rest + rest_up)
+    of_p = np.where(p > 0, np.maximum(rise, fall), 0.0)
+
+    wq = truth.target * (1.0 if case.class_weight is None else case.class_weight)
+    mass = np.sum(wq, axis=-1, keepdims=True)
+    peak = np.max(np.where(allowed, capped, -np.inf), axis=-1, initial=-np.inf, keepdims=True)
+    lse = peak + np.log(np.sum(np.where(allowed, np.exp(capped - peak), 0.0), axis=-1, keepdims=True))
+    of_lse = np.log1p(np.sum(p * up, axis=-1, keepdims=True))
+    gradient = np.abs((mass + 2 * z_loss * lse) * p - wq)
+    of_gradient = (np.abs(mass) + 2 * z_loss * (np.abs(lse) + of_lse)) * of_p + 2 * z_loss * of_lse * p
+    return _Change(
+        loss=np.sum((gradient + of_gradient) * error, axis=-1),
+        gradient=of_gradient * (slope + of_slope) + gradient * of_slope,
+    )
+
+
+def _reduced(case: Case, truth: Truth, row: FloatArray) -> FloatArray:
+    """Carry changes of the row losses through the reduction."""
+    if case.options.get("reduction", "none") == "none":
+        return row
+    upstream = float(np.max(np.abs(case.rows().upstream), initial=0.0)) or 1.0
+    return np.asarray(np.sum(row) * np.max(np.abs(truth.factor), initial=0.0) / upstream)
+
+
+def shares(
+    case: LinearCase, expected: dict[str, Exact], result: LinearResult, bound: dict[str, FloatArray]
+) -> dict[str, float]:
+    """Return the largest share of its bound that each part uses: above 1 is wrong.
+
+    inf stands for a wrong shape or dtype, and for a NaN, infinity or finite number out of place.
+    """
+    dtypes = {"loss": compute_dtype(case.dtype), "hidden": case.dtype}
+    used = {}
+    for part, exact in expected.items():
+        values = result.parts.get(part)
+        dtype = dtypes.get(part, case.weight_dtype)
+        if values is None or values.shape != exact.high.shape or result.dtypes[part] != dtype:
+            used[part] = np.inf
+            continue
+        error = exact.error_of(values)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            share = np.where(error == 0, 0.0, error / bound[part])
+        used[part] = float(np.max(np.where(np.isnan(share), np.inf, share), initial=0.0))
+    return used
+
+
+def largest_logit_is_clear(case: LinearCase, truth: LinearTruth) -> bool:
+    """Whether rounding leaves the largest logit where it is: no bound is known where "max_sup" takes another."""
+    live = truth.loss.counted & ~truth.loss.bad
+    ordered = np.sort(case.loss.rows().logits[live], axis=-1)
+    # Twice the error of either, with room for the sum of products.
+    error = 8 * FORMATS[case.dtype].roundoff * np.max(np.abs(ordered), axis=-1)
+    return bool(np.all(ordered[:, -1] - ordered[:, -2] > error))
