@@ -76,6 +76,10 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         ValueError,
         "unknown reduction {given}. Choose one of: 'none', 'sum', 'mean'.",
     ),
+    "unexpected_keyword": (
+        TypeError,
+        "{function}() got an unexpected keyword argument {name}. {hint}",
+    ),
     "implementation": (
         ValueError,
         "unknown implementation {given}. Choose None (the best that there is) or one of: {known}.",

@@ -1,7 +1,8 @@
 """The options that are fixed for a call, checked once, frozen, and read by every implementation."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from numbers import Integral
 from typing import Any
 
@@ -33,6 +34,22 @@ class LossOptions:
     reduction: str = REDUCTIONS[0]
     implementation: str = IMPLEMENTATIONS[0]
     inplace_backward: bool = False
+
+    @staticmethod
+    def of(keywords: Mapping[str, Any], implementations: tuple[str, ...] = IMPLEMENTATIONS) -> "LossOptions":
+        """Check the keyword arguments of a loss and return its options. What a loss does not take may be missing.
+
+        Raises:
+            ValueError: a value out of its range, or two options that exclude each other.
+            TypeError: a value of the wrong type.
+        """
+        given = {name: keywords[name] for name in _LOSS_OPTIONS if name in keywords}
+        return LossOptions.checked(
+            **given,
+            has_prior=keywords["prior"] is not None,
+            denominator=keywords.get("denominator"),
+            implementations=implementations,
+        )
 
     @staticmethod
     def checked(
@@ -97,6 +114,9 @@ class LossOptions:
             implementation=implementation or implementations[0],
             inplace_backward=inplace_backward,
         )
+
+
+_LOSS_OPTIONS = tuple(field.name for field in fields(LossOptions))
 
 
 @dataclass(frozen=True)

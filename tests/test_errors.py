@@ -138,6 +138,7 @@ LINEAR_CALLS: dict[str, list[dict[str, Any]]] = {
 }
 
 ELSEWHERE = {
+    "unexpected_keyword",
     "layer_device",
     "array_type",
     "labels_device",

@@ -1,7 +1,9 @@
 """The definition, held against values worked out by hand and against its own derivative at 50 digits."""
 
+import inspect
 import math
 import string
+from typing import Annotated, TypedDict, Unpack
 
 import mpmath
 import numpy as np
@@ -17,6 +19,7 @@ from lsce_spec import (
     smoothing_weights,
     target_distribution,
 )
+from lsce_spec.keywords import Default, takes
 
 LOG = math.log
 
@@ -154,4 +157,36 @@ def test_messages_are_whole() -> None:
         names = {name for _, name, _, _ in string.Formatter().parse(text) if name}
         filled = str(error(key, **dict.fromkeys(names, "x")))
         assert "{" not in filled
-        assert filled.endswith(".") or key in {"labels_shape", "weight_shape"}
+        assert filled.endswith(".") or key in {"labels_shape", "weight_shape", "unexpected_keyword"}
+
+
+class Keywords(TypedDict, total=False):
+    smoothing: Annotated[float, Default(0.1)]
+
+
+class MoreKeywords(Keywords, total=False):
+    axis: Annotated[int, Default(-1)]
+
+
+@takes(MoreKeywords)
+def with_keywords(logits: float, labels: int, **keywords: Unpack[MoreKeywords]) -> tuple[object, ...]:
+    return logits, labels, keywords
+
+
+def test_keywords_are_stated_once() -> None:
+    assert str(inspect.signature(with_keywords)) == (
+        "(logits: float, labels: int, *, smoothing: float = 0.1, axis: int = -1) -> tuple[object, ...]"
+    )
+    whole = (1.0, 2, {"smoothing": 0.2, "axis": -1})
+    assert with_keywords(1.0, 2, smoothing=0.2) == with_keywords(1.0, labels=2, smoothing=0.2) == whole
+
+
+def test_unknown_keywords_are_rejected() -> None:
+    with pytest.raises(
+        TypeError, match=r"with_keywords\(\) got an unexpected keyword argument 'smothing'. Did you mean"
+    ):
+        with_keywords(1.0, 2, smothing=0.2)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"argument 'q'. help\(with_keywords\) lists the names."):
+        with_keywords(1.0, 2, q=0.2)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'labels'"):
+        with_keywords(1.0)  # type: ignore[call-arg]
