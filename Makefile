@@ -36,10 +36,14 @@ test-rest: install
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
+# Style, complexity, types, which package imports which (pyproject.toml), dependencies, spelling.
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/deptry .
+	$(BIN)/codespell $$(git ls-files '*.py' '*.md' '*.toml' '*.yml' '*.jinja' Makefile)
 
 # Into dist/, the wheel from the sdist. Then each extra alone, in an environment of its own: up to 2 GB at a time, where
 # torch is the one for CPUs, and 8 minutes on two cores. EXTRAS="--extra jax --extra torch" checks these only.

@@ -161,10 +161,14 @@ def test_messages_are_whole() -> None:
 
 
 class Keywords(TypedDict, total=False):
+    """What every function takes."""
+
     smoothing: Annotated[float, Default(0.1)]
 
 
 class MoreKeywords(Keywords, total=False):
+    """What one function takes besides."""
+
     axis: Annotated[int, Default(-1)]
 
 

@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from parity_tests.__main__ import app
 from parity_tests.commands.matrix import BEGIN, END, replace_matrix
