@@ -5,8 +5,10 @@
     python -m benchmarks linear
     python -m benchmarks linear --scaling
     python -m benchmarks tpu
+    python -m benchmarks dense --write
 
-A framework is imported where it is measured, so that each can be measured without the other.
+`--write` keeps the figures in docs/figures and writes the tables into the pages. A framework is imported where it is
+measured, so that each can be measured without the other.
 """
 
 import importlib.metadata
@@ -26,6 +28,7 @@ from rich.console import Console
 
 from benchmarks import report
 from benchmarks.timing import LinearShape, Row, Schedule, Shape
+from parity_tests.evidence.pages import write_block
 
 SHAPES = (Shape(1024, 32768), Shape(2048, 50257), Shape(8192, 1000), Shape(128, 1000))
 QUICK_SHAPE = Shape(32, 1000)
@@ -63,6 +66,19 @@ def _parse_linear_shape(text: str) -> LinearShape:
 
 
 JsonOption = Annotated[Path | None, typer.Option("--json", dir_okay=False, help="File for all figures.")]
+WriteOption = Annotated[
+    bool, typer.Option("--write", help="Keep the figures in docs/figures, and write the tables into the pages.")
+]
+
+DOCS = Path(__file__).parents[1] / "docs"
+# Which page has which block of tables.
+PAGES = {
+    "dense": "performance.md",
+    "tpu": "performance.md",
+    "linear": "linear.md",
+    "scaling": "linear.md",
+    "tpu linear": "linear.md",
+}
 
 
 @app.command()
@@ -79,6 +95,7 @@ def dense(
     ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="A small shape and one round, to see that it runs.")] = False,
     json_file: JsonOption = None,
+    write: WriteOption = False,
 ) -> None:
     """Time and memory of loss and gradient, and of the peers, on the CPU."""
     console, machine = Console(), report.describe_machine()
@@ -98,9 +115,9 @@ def dense(
     results = []
     for name, size in product(measures, shapes):
         rows = measures[name](size, schedule)
-        report.print_dense(name, size, rows, console)
+        report.print_table(report.dense_table(name, size, rows), console)
         results.append({"framework": name, "shape": size, "rows": [_figures(row) for row in rows]})
-    _write(json_file, {"machine": machine, "dense": results}, console)
+    _keep({"machine": machine, "dense": results}, json_file, write, console)
 
 
 @app.command()
@@ -117,6 +134,7 @@ def linear(
     ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Small shapes and one round, to see that it runs.")] = False,
     json_file: JsonOption = None,
+    write: WriteOption = False,
 ) -> None:
     """Time and memory of the last linear layer with loss and gradients, and of the peers, on the CPU."""
     if scaling and shape:
@@ -139,14 +157,14 @@ def linear(
         shapes = QUICK_SCALING_SHAPES if quick else SCALING_SHAPES
         for name, module in modules.items():
             rows = module.measure_scaling(shapes, schedule)
-            report.print_scaling(name, shapes, rows, console)
+            report.print_table(report.scaling_table(name, shapes, rows), console)
             results.append({"framework": name, "shapes": shapes, "rows": [_figures(row) for row in rows]})
     else:
         for name, size in product(modules, shape or ([QUICK_LINEAR_SHAPE] if quick else LINEAR_SHAPES)):
             rows = modules[name].measure(size, schedule)
-            report.print_linear(name, size, rows, console)
+            report.print_table(report.linear_table(name, size, rows), console)
             results.append({"framework": name, "shape": size, "rows": [_figures(row) for row in rows]})
-    _write(json_file, {"machine": machine, "scaling" if scaling else "linear": results}, console)
+    _keep({"machine": machine, "scaling" if scaling else "linear": results}, json_file, write, console)
 
 
 def _figures(row: Row) -> dict[str, Any]:
@@ -154,7 +172,7 @@ def _figures(row: Row) -> dict[str, Any]:
 
 
 @app.command()
-def tpu(json_file: JsonOption = None) -> None:
+def tpu(json_file: JsonOption = None, write: WriteOption = False) -> None:
     """What loss and gradient would cost on TPUs that are not there, by their compiler."""
     if importlib.util.find_spec("libtpu") is None:
         typer.echo(f"The TPU compiler is not installed. Run: pip install {_libtpu_requirement()!r}", err=True)
@@ -165,12 +183,17 @@ def tpu(json_file: JsonOption = None) -> None:
     console, machine = Console(), report.describe_machine()
     report.print_machine(machine, console)
     console.print()
-    costs = compiled.measure()
-    report.print_tpu(costs, compiled.SHAPE, console)
-    linear_costs = compiled.measure_linear()
-    report.print_linear_tpu(linear_costs, compiled.LINEAR_SHAPE, compiled.linear_chunk_bytes(), console)
-    figures = {"tpu": [cost._asdict() for cost in costs], "tpu linear": [cost._asdict() for cost in linear_costs]}
-    _write(json_file, {"machine": machine, **figures}, console)
+    figures = {
+        "machine": machine,
+        "tpu shape": compiled.SHAPE,
+        "tpu": [cost._asdict() for cost in compiled.measure()],
+        "tpu linear shape": compiled.LINEAR_SHAPE,
+        "tpu linear chunk bytes": compiled.linear_chunk_bytes(),
+        "tpu linear": [cost._asdict() for cost in compiled.measure_linear()],
+    }
+    for table in report.tables(figures):
+        report.print_table(table, console)
+    _keep(figures, json_file, write, console)
 
 
 def _libtpu_requirement() -> str:
@@ -179,10 +202,19 @@ def _libtpu_requirement() -> str:
     return next(line.partition(";")[0].strip() for line in requirements if line.startswith("libtpu"))
 
 
-def _write(path: Path | None, figures: dict[str, Any], console: Console) -> None:
-    if path is not None:
-        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+def _keep(figures: report.Figures, json_file: Path | None, write: bool, console: Console) -> None:
+    """Write the figures to a file, and to the docs."""
+    # Read back as JSON, so that the pages are made from what a test reads.
+    text = json.dumps(figures, indent=1) + "\n"
+    blocks = report.page_blocks(json.loads(text)) if write else {}
+    record = [DOCS / "figures" / f"{next(iter(blocks))}.json"] if blocks else []
+    for path in [*record, *([json_file] if json_file else [])]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    for block, tables in blocks.items():
+        write_block(DOCS / PAGES[block], f"benchmarks {block}", tables)
+        console.print(f"wrote {DOCS / PAGES[block]}", soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

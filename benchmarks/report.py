@@ -1,36 +1,38 @@
-"""Tables for people, and what they need to be read: the machine, and what the columns mean."""
+"""Tables of figures: in a terminal, one for each shape; in a page, the shapes side by side.
+
+Both are made from the same figures, those that `--json` writes, so that a page can be held against its record.
+"""
 
 import importlib.metadata
 import os
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from benchmarks.timing import LinearShape, Row, Shape
 
-if TYPE_CHECKING:
-    from benchmarks.tpu import Cost, LinearCost
+Figures = dict[str, Any]  # what a command writes as JSON
 
 LIBRARIES = ("lsce", "jax", "optax", "torch", "libtpu")
 TITLES = {"jax": "JAX under jit", "torch": "torch eager"}
-HEADINGS = {
+DENSE_HEADINGS = {
     "jax": ("median", "least", "÷ one-hot", "÷ integer", "temp MB", "ratio"),
     "torch": ("median", "least", "÷ smoothed", "÷ plain", "peak, grads"),
 }
-LEGENDS = {
+DENSE_LEGENDS = {
     "jax": "temp: allocated beyond arguments and results; its ratio is to one-hot's.",
     "torch": "peak: the most allocated at a time beyond the logits, in gradients' sizes.",
 }
-# Whose time and memory those of the others are divided by.
 LINEAR_BASELINES = {"jax": "lse form", "torch": "F.cross_entropy, smoothed"}
+LINEAR_RATIOS = {"jax": "÷ lse", "torch": "÷ ce"}
 LINEAR_MEMORY = {"jax": "temp MB", "torch": "peak MB"}
 LINEAR_LEGENDS = {
     "jax": "temp: allocated beyond arguments and results.\n÷ lse: by the time of the lse form; ratio: of temp to its.",
@@ -44,6 +46,16 @@ SCALING_LEGENDS = {
     "jax": "temp: allocated beyond arguments and results.",
     "torch": "peak: the most allocated at a time beyond arguments and gradients.",
 }
+
+
+class Table(NamedTuple):
+    """A table of text. Floors, which do less than any loss must, come last, after a line."""
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    legend: str = ""
+    num_floors: int = 0
 
 
 def describe_machine() -> dict[str, Any]:
@@ -72,129 +84,208 @@ def _first_match(path: str, pattern: str) -> str | None:
 
 def print_machine(machine: dict[str, Any], console: Console) -> None:
     """Print it in running text, and whether times can be believed."""
-    console.print(", ".join(f"{name} {value}" for name, value in machine.items()), highlight=False)
+    console.print(_as_text(machine), highlight=False)
     if machine["load before"] > 1:
         # Each operation waits for the slower of its threads: a slice of the other program's time, many times a loss.
         console.print("The machine was busy just before: losses of many short operations suffer most.", style="yellow")
 
 
-def print_dense(framework: str, shape: Shape, rows: Sequence[Row], console: Console) -> None:
-    """Print times and memory, and their ratios to the first two rows."""
+def _as_text(machine: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in machine.items())
+
+
+# --- Tables of a terminal -------------------------------------------------------------------------------------------
+
+
+def tables(figures: Figures) -> Iterator[Table]:
+    """Yield the tables of what one command measured."""
+    for result in figures.get("dense", ()):
+        yield dense_table(result["framework"], Shape(*result["shape"]), _rows(result))
+    for result in figures.get("linear", ()):
+        yield linear_table(result["framework"], LinearShape(*result["shape"]), _rows(result))
+    for result in figures.get("scaling", ()):
+        yield scaling_table(result["framework"], [LinearShape(*shape) for shape in result["shapes"]], _rows(result))
+    if "tpu" in figures:
+        yield from tpu_tables(figures["tpu"], Shape(*figures["tpu shape"]))
+        shape, chunk_bytes = LinearShape(*figures["tpu linear shape"]), figures["tpu linear chunk bytes"]
+        yield linear_tpu_table(figures["tpu linear"], shape, chunk_bytes)
+
+
+def _rows(result: dict[str, Any]) -> list[Row]:
+    return [Row(**{name: row[name] for name in Row._fields}) for row in result["rows"]]
+
+
+def dense_table(framework: str, shape: Shape, rows: Sequence[Row]) -> Table:
+    """Return times and memory, and their ratios to the first two rows."""
     logits_bytes = 4 * shape.rows * shape.classes
-    title = f"{TITLES[framework]} on the CPU, float32, {shape.rows} x {shape.classes} ({_mb(logits_bytes)} MB)"
-    table = _table(title, ("loss and gradient, ms", *HEADINGS[framework]))
     smoothed, plain = rows[:2]
-    losses = [row for row in rows if not row.is_floor]
-    for row in rows:
-        table.add_row(
-            row.name,
-            _three_digits(row.milliseconds),
-            _three_digits(row.least_milliseconds),
+    of_memory = (smoothed.memory or 1) if framework == "jax" else logits_bytes
+    cells = [
+        (
+            *_times_of(row),
             f"{row.milliseconds / smoothed.milliseconds:.2f}",
             f"{row.milliseconds / plain.milliseconds:.2f}",
             *([_mb(row.memory)] if framework == "jax" else []),
-            f"{row.memory / (smoothed.memory or 1 if framework == 'jax' else logits_bytes):.2f}",
-            end_section=row is losses[-1],
+            f"{row.memory / of_memory:.2f}",
         )
-    console.print(table, f"{LEGENDS[framework]}\n", sep="\n", highlight=False)
+        for row in rows
+    ]
+    title = f"{TITLES[framework]} on the CPU, float32, {_times(shape)} ({_mb(logits_bytes)} MB)"
+    headings = ("loss and gradient, ms", *DENSE_HEADINGS[framework])
+    return Table(title, headings, cells, DENSE_LEGENDS[framework], _num_floors(rows))
 
 
-def print_linear(framework: str, shape: LinearShape, rows: Sequence[Row], console: Console) -> None:
-    """Print times and memory, and their ratios to one that has all logits in memory."""
-    title = f"{TITLES[framework]} on the CPU, float32, {_times(shape)} (logits: {_mb(shape.logits_bytes)} MB)"
-    divided_by = {"jax": "÷ lse", "torch": "÷ ce"}[framework]
-    headings = (
-        "layer, loss, gradients, ms",
-        "median",
-        "least",
-        divided_by,
-        "÷ floor",
-        LINEAR_MEMORY[framework],
-        "ratio",
-    )
-    table = _table(title, headings)
+def linear_table(framework: str, shape: LinearShape, rows: Sequence[Row]) -> Table:
+    """Return times and memory, and their ratios to a loss that has all logits in memory."""
     baseline = next(row for row in rows if row.name == LINEAR_BASELINES[framework])
     floor = next(row for row in rows if row.is_floor)
-    losses = [row for row in rows if not row.is_floor]
-    for row in rows:
-        table.add_row(
-            row.name,
-            _three_digits(row.milliseconds),
-            _three_digits(row.least_milliseconds),
+    cells = [
+        (
+            *_times_of(row),
             f"{row.milliseconds / baseline.milliseconds:.2f}",
             f"{row.milliseconds / floor.milliseconds:.2f}",
             _mb(row.memory),
             f"{row.memory / baseline.memory:.2f}",
-            end_section=row is losses[-1],
         )
-    console.print(table, f"{LINEAR_LEGENDS[framework]}\n", sep="\n", highlight=False)
+        for row in rows
+    ]
+    title = f"{TITLES[framework]} on the CPU, float32, {_times(shape)} (logits: {_mb(shape.logits_bytes)} MB)"
+    ratios = (LINEAR_RATIOS[framework], "÷ floor", LINEAR_MEMORY[framework], "ratio")
+    headings = ("layer, loss, gradients, ms", "median", "least", *ratios)
+    return Table(title, headings, cells, LINEAR_LEGENDS[framework], _num_floors(rows))
 
 
-def print_scaling(framework: str, shapes: Sequence[LinearShape], rows: Sequence[Row], console: Console) -> None:
-    """Print time and memory for each number of rows."""
+def scaling_table(framework: str, shapes: Sequence[LinearShape], rows: Sequence[Row]) -> Table:
+    """Return time and memory for each number of rows."""
     _, features, classes = shapes[0]
-    title = f"lsce linear, {TITLES[framework]} on the CPU, float32, N x {features} x {classes}"
-    headings = ("N", "median, ms", "least, ms", "µs for a row", LINEAR_MEMORY[framework], "logits MB")
-    table = _table(title, headings)
-    for shape, row in zip(shapes, rows, strict=True):
-        table.add_row(
-            row.name,
-            _three_digits(row.milliseconds),
-            _three_digits(row.least_milliseconds),
+    cells = [
+        (
+            *_times_of(row),
             _three_digits(1e3 * row.milliseconds / shape.rows),
             _mb(row.memory),
             _mb(shape.logits_bytes),
         )
-    console.print(table, f"{SCALING_LEGENDS[framework]}\n", sep="\n", highlight=False)
+        for shape, row in zip(shapes, rows, strict=True)
+    ]
+    title = f"lsce linear, {TITLES[framework]} on the CPU, float32, N x {features} x {classes}"
+    headings = ("N", "median, ms", "least, ms", "µs for a row", LINEAR_MEMORY[framework], "logits MB")
+    return Table(title, headings, cells, SCALING_LEGENDS[framework])
 
 
-def print_tpu(costs: Sequence["Cost"], shape: Shape, console: Console) -> None:
-    """Print memory and traffic."""
-    for topology in dict.fromkeys(cost.topology for cost in costs):
-        title = f"JAX compiled for one core of {topology}, bfloat16, {shape.rows} x {shape.classes}"
-        table = _table(title, ("loss and gradient", "loss in", "temp MB", "accessed MB", "÷ read + write"))
-        for cost in costs:
-            if cost.topology == topology:
-                ratio = cost.accessed_bytes / cost.minimal_bytes
-                row = (cost.name, cost.loss_dtype, _mb(cost.temp_bytes), _mb(cost.accessed_bytes), f"{ratio:.2f}")
-                table.add_row(*row)
-        console.print(table)
-        console.print()
-    console.print("read + write: of the logits and the gradient once each. Compiled, not run.\n", highlight=False)
+def tpu_tables(costs: Sequence[dict[str, Any]], shape: Shape) -> Iterator[Table]:
+    """Yield memory and traffic, a table for each topology."""
+    for topology in dict.fromkeys(cost["topology"] for cost in costs):
+        cells = [
+            (
+                cost["name"],
+                cost["loss_dtype"],
+                _mb(cost["temp_bytes"]),
+                _mb(cost["accessed_bytes"]),
+                f"{cost['accessed_bytes'] / cost['minimal_bytes']:.2f}",
+            )
+            for cost in costs
+            if cost["topology"] == topology
+        ]
+        title = f"JAX compiled for one core of {topology}, bfloat16, {_times(shape)}"
+        headings = ("loss and gradient", "loss in", "temp MB", "accessed MB", "÷ read + write")
+        yield Table(
+            title, headings, cells, "read + write: of the logits and the gradient once each. Compiled, not run."
+        )
 
 
-def print_linear_tpu(costs: Sequence["LinearCost"], shape: LinearShape, chunk_bytes: int, console: Console) -> None:
-    """Print memory, traffic and operations, and how large the arrays are that temporary memory is made of."""
-    topology = costs[0].topology
-    table = _table(
-        f"JAX compiled for one core of {topology}, bfloat16, {_times(shape)}",
-        ("layer, loss and gradients", "temp MB", "accessed MB", "operations / NDK"),
+def linear_tpu_table(costs: Sequence[dict[str, Any]], shape: LinearShape, chunk_bytes: int) -> Table:
+    """Return memory, traffic and operations, and how large the arrays are that temporary memory is made of."""
+    products = shape.rows * shape.features * shape.classes
+    cells = [
+        (cost["name"], _mb(cost["temp_bytes"]), _mb(cost["accessed_bytes"]), f"{cost['operations'] / products:.1f}")
+        for cost in costs
+    ]
+    legend = (
+        f"In float32 the weight's gradient takes {_mb(4 * shape.features * shape.classes)} MB, the logits of a chunk "
+        f"{_mb(chunk_bytes)} MB,\nall logits {_mb(shape.logits_bytes)} MB. Accessed: with loops unrolled. "
+        "Compiled, not run."
     )
-    for cost in costs:
-        operations = cost.operations / (shape.rows * shape.features * shape.classes)
-        table.add_row(cost.name, _mb(cost.temp_bytes), _mb(cost.accessed_bytes), f"{operations:.1f}")
-    weight_bytes = 4 * shape.features * shape.classes
-    console.print(
-        table,
-        f"In float32 the weight's gradient takes {_mb(weight_bytes)} MB, the logits of a chunk {_mb(chunk_bytes)} MB,",
-        f"all logits {_mb(shape.logits_bytes)} MB. Accessed: with loops unrolled. Compiled, not run.",
-        sep="\n",
-        highlight=False,
-    )
+    title = f"JAX compiled for one core of {costs[0]['topology']}, bfloat16, {_times(shape)}"
+    return Table(title, ("layer, loss and gradients", "temp MB", "accessed MB", "operations / NDK"), cells, legend)
 
 
-def _table(title: str, headings: Sequence[str]) -> Table:
-    table = Table(
-        title=title,
+def print_table(table: Table, console: Console) -> None:
+    """Print a table and its legend."""
+    rich_table = RichTable(
+        title=table.title,
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=(0, 1, 0, 0),
     )
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if i else "left", no_wrap=True)
-    return table
+    for i, heading in enumerate(table.headings):
+        rich_table.add_column(heading, justify="right" if i else "left", no_wrap=True)
+    for i, row in enumerate(table.rows):
+        rich_table.add_row(*row, end_section=i == len(table.rows) - table.num_floors - 1)
+    console.print(rich_table, f"{table.legend}\n", sep="\n", highlight=False)
+
+
+# --- Tables of a page -----------------------------------------------------------------------------------------------
+
+
+def page_blocks(figures: Figures) -> dict[str, str]:
+    """Return the Markdown of what one command measured, for each of its blocks: "dense", "linear" and so on."""
+    machine = figures["machine"]
+    blocks = {
+        "dense": [_dense_page(framework, group) for framework, group in _by_framework(figures.get("dense", ()))],
+        "linear": list(tables({"linear": figures.get("linear", ())})),
+        "scaling": list(tables({"scaling": figures.get("scaling", ())})),
+    }
+    if "tpu" in figures:
+        *dense, linear = tables(figures)
+        blocks |= {"tpu": dense, "tpu linear": [linear]}
+    return {
+        name: "\n\n".join([f"`{_command(name)}`: {_as_text(machine)}.", *map(markdown, of_page)])
+        for name, of_page in blocks.items()
+        if of_page
+    }
+
+
+def _command(block: str) -> str:
+    arguments = {"scaling": "linear --scaling", "tpu linear": "tpu"}.get(block, block)
+    return f".venv/bin/python -m benchmarks {arguments} --write"
+
+
+def _by_framework(results: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    frameworks = dict.fromkeys(result["framework"] for result in results)
+    return [(name, [result for result in results if result["framework"] == name]) for name in frameworks]
+
+
+def _dense_page(framework: str, results: Sequence[dict[str, Any]]) -> Table:
+    """Return the times at each shape relative to the first loss, and the memory at the first shape."""
+    by_shape = [_rows(result) for result in results]
+    cells = []
+    for i, row in enumerate(by_shape[0]):
+        ratios = [rows[i].milliseconds / rows[0].milliseconds for rows in by_shape]
+        milliseconds = [f" ({_three_digits(rows[0].milliseconds)} ms)" if i == 0 else "" for rows in by_shape]
+        times = [f"{ratio:.2f}{time}" for ratio, time in zip(ratios, milliseconds, strict=True)]
+        cells.append((row.name, *times, f"{_mb(row.memory)} MB"))
+    shapes = [_times(result["shape"]) for result in results]
+    headings = ("time, relative to the first", *shapes, f"memory, {shapes[0]}")
+    return Table(
+        f"{TITLES[framework]} on the CPU, float32", headings, cells, DENSE_LEGENDS[framework].partition(";")[0]
+    )
+
+
+def markdown(table: Table) -> str:
+    """Return a table and its legend as Markdown."""
+    lines = [f"**{table.title}**", "", f"| {' | '.join(table.headings)} |", "|---" * len(table.headings) + "|"]
+    lines += [f"| {' | '.join(row)} |" for row in table.rows]
+    return "\n".join([*lines, "", *table.legend.splitlines()]).rstrip()
+
+
+def _times_of(row: Row) -> tuple[str, str, str]:
+    return row.name, _three_digits(row.milliseconds), _three_digits(row.least_milliseconds)
+
+
+def _num_floors(rows: Sequence[Row]) -> int:
+    return sum(row.is_floor for row in rows)
 
 
 def _times(shape: Sequence[int]) -> str:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from benchmarks import dense_jax, dense_torch, linear_jax, linear_torch, report, tpu
-from benchmarks.__main__ import QUICK_LINEAR_SHAPE, QUICK_SCALING_SHAPES, QUICK_SHAPE, app
+from benchmarks.__main__ import PAGES, QUICK_LINEAR_SHAPE, QUICK_SCALING_SHAPES, QUICK_SHAPE, app
 from benchmarks.timing import Case, LinearShape, Schedule, Shape, time_in_turns
 
 
@@ -278,9 +278,11 @@ def test_each_round_of_an_unrolled_loop_counts():
 def test_table_of_the_linear_loss_on_tpus():
     output = io.StringIO()
     costs = [
-        tpu.LinearCost(tpu.LINEAR_TOPOLOGY, name, "float32", 3 * 10**9, 3e10, 1.5e13) for name in tpu.LINEAR_LOSSES
+        tpu.LinearCost(tpu.LINEAR_TOPOLOGY, name, "float32", 3 * 10**9, 3e10, 1.5e13)._asdict()
+        for name in tpu.LINEAR_LOSSES
     ]
-    report.print_linear_tpu(costs, tpu.LINEAR_SHAPE, tpu.linear_chunk_bytes(), Console(file=output, width=80))
+    table = report.linear_tpu_table(costs, tpu.LINEAR_SHAPE, tpu.linear_chunk_bytes())
+    report.print_table(table, Console(file=output, width=80))
     for name in tpu.LINEAR_LOSSES:
         assert re.search(rf"^{name} +3000 +30000 +6.8 *$", output.getvalue(), re.MULTILINE)
     assert "the weight's gradient takes 1074 MB, " in output.getvalue()
@@ -309,3 +311,26 @@ def test_trained_logits_have_small_losses():
     case = next(c for c in dense_torch.make_cases(Shape(8, 10), with_compiled=False) if "trained" in c.name)
     logits, labels = case.arguments()
     assert F.cross_entropy(logits, labels) < 1e-9
+
+
+# --- The pages ------------------------------------------------------------------------------------------------------
+
+
+def test_writing_a_page(monkeypatch, tmp_path):
+    for page in set(PAGES.values()):
+        blocks = [block for block in PAGES if PAGES[block] == page]
+        lines = [f"<!-- benchmarks {block}: begin -->\nold\n<!-- benchmarks {block}: end -->" for block in blocks]
+        (tmp_path / page).write_text("\n".join(["before", *lines, "after"]), encoding="utf-8")
+    monkeypatch.setattr("benchmarks.__main__.DOCS", tmp_path)
+    assert run("dense", "--quick", "--calls", 1, "--framework", "torch", "--write").exit_code == 0
+    page = (tmp_path / PAGES["dense"]).read_text(encoding="utf-8")
+    assert page.startswith(
+        "before\n<!-- benchmarks dense: begin -->\n`.venv/bin/python -m benchmarks dense --write`: date "
+    )
+    assert page.endswith("after")
+    assert "| lsce fused |" in page
+    assert page.count("old") == 1  # the block of another command
+    assert json.loads((tmp_path / "figures" / "dense.json").read_text())["dense"][0]["framework"] == "torch"
+    (tmp_path / PAGES["dense"]).write_text("no comments", encoding="utf-8")
+    result = run("dense", "--quick", "--calls", 1, "--framework", "torch", "--write")
+    assert "each of these lines once" in str(result.exception)
