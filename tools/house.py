@@ -35,7 +35,7 @@ def house_map() -> str:
         title = "The root" if folder == Path() else f"`{folder}/`"
         lines = [f"- `{name}`: {text}" for name, text in summaries.items()]
         wrapped = [textwrap.fill(line, 120, subsequent_indent="  ", break_on_hyphens=False) for line in lines]
-        blocks.append("\n".join([f"**{title}** {about}".rstrip(), "", *wrapped]))
+        blocks.append("\n".join([textwrap.fill(f"**{title}** {about}".rstrip(), 120), "", *wrapped]))
     return "\n\n".join(blocks)
 
 
