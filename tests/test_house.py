@@ -27,7 +27,7 @@ def test_paths_that_are_named_are_there() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     folders = {str(folder) for path in listed for folder in PurePosixPath(path).parents}
     for page in PAGES:
-        for path in re.findall(r"`((?:parity_tests|lsce_\w+|tests|docs|benchmarks|tools)/[\w./]+)`", page.read_text()):
+        for path in re.findall(r"`((?:parity_tests|lsce_\w+|docs|benchmarks|tools)/[\w./]+)`", page.read_text()):
             assert path in listed or path.rstrip("/") in folders, f"{page.name}: {path}"
 
 
