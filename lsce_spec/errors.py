@@ -38,10 +38,6 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         "expected {expected} for logits of shape {logits} with classes at axis {axis}, got {given}. "
         "{hint}",
     ),
-    "labels_device": (
-        ValueError,
-        "logits and labels must be on the same device, got {logits} and {labels}. Move one of them.",
-    ),
     "soft_labels_shape": (
         ValueError,
         "floating-point labels are class probabilities and must have the shape of the logits: "
@@ -162,11 +158,6 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         "prior must be 0 for classes outside class_mask, got {given} at class {index}. "
         "Set it to 0 there and divide by the sum.",
     ),
-    "weight_type": (
-        TypeError,
-        "weight must be None or a tensor of class weights, got {given}. "
-        "The smoothing goes to label_smoothing, as in nn.CrossEntropyLoss.",
-    ),
     "class_num_type": (
         ValueError,
         "{name} must be an integer >= 1, got {given}.",
@@ -179,31 +170,6 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         ValueError,
         "class_num is {expected}, but the logits of shape {shape} have {given} classes at axis 1. "
         "Pass class_num={given}, or check the width of the last layer.",
-    ),
-    "inplace_reference": (
-        ValueError,
-        "inplace_backward=True needs implementation='fused', got 'reference', which differentiates what it computed "
-        "from the logits. Drop one of the two.",
-    ),
-    "inplace_logits": (
-        ValueError,
-        "inplace_backward=True writes the gradient over the logits, but {problem}. "
-        "Pass inplace_backward=False, or logits that are plain tensors with memory of their own.",
-    ),
-    "inplace_needs_reference": (
-        ValueError,
-        "inplace_backward=True needs the fused implementation, but {reason}, which only the reference supports. "
-        "Pass inplace_backward=False.",
-    ),
-    "inplace_transformed": (
-        RuntimeError,
-        "inplace_backward=True works in plain eager backward passes, not within torch.compile or torch.func, and its "
-        "gradient cannot be differentiated again. Pass inplace_backward=False there.",
-    ),
-    "overwritten": (
-        RuntimeError,
-        "these logits were overwritten by their gradient, as inplace_backward=True allows. "
-        "Use them before backward(), or pass inplace_backward=False.",
     ),
     "convert_smoothing": (
         ValueError,
@@ -256,10 +222,6 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         TypeError,
         "only a metric of the same kind and options can be merged into a {expected}, got {given}.",
     ),
-    "no_torchmetrics": (
-        ModuleNotFoundError,
-        "lsce_torch.metrics needs torchmetrics, which is not installed. Run: pip install 'lsce[metrics]'.",
-    ),
     "chunk_size": (
         ValueError,
         "chunk_size must be a positive integer, the number of rows whose logits are in memory at a time, or None, "
@@ -307,20 +269,10 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         "labels of the linear loss must be class indices (an integer dtype), got {given}: class probabilities are as "
         "large as the logits that it avoids. Use label_smoothed_cross_entropy on the logits.",
     ),
-    "layer_device": (
-        ValueError,
-        "hidden, weight, bias and labels must be on the same device, got {name} on {given} and hidden on {expected}. "
-        "Move one of them.",
-    ),
     "bad_label": (
         IndexError,
         "label {value} at index {index} is not one of the classes: expected {expected}. "
         "To leave such rows out use ignore_index or where.",
-    ),
-    "bad_labels_compiled": (
-        RuntimeError,
-        "bad_labels='raise' reads the labels' values, which a compiled or vmapped function cannot. "
-        "Use bad_labels='nan' there, or call the loss eagerly.",
     ),
 }
 

@@ -33,7 +33,6 @@ class LossOptions:
     bad_labels: str = BAD_LABELS[0]
     reduction: str = REDUCTIONS[0]
     implementation: str = IMPLEMENTATIONS[0]
-    inplace_backward: bool = False
 
     @staticmethod
     def of(keywords: Mapping[str, Any], implementations: tuple[str, ...] = IMPLEMENTATIONS) -> "LossOptions":
@@ -65,7 +64,6 @@ class LossOptions:
         reduction: str,
         denominator: Any,
         implementation: str | None,
-        inplace_backward: bool = False,
         implementations: tuple[str, ...] = IMPLEMENTATIONS,
     ) -> "LossOptions":
         """Check every option and return them frozen. `implementations` are the known ones, the default first.
@@ -98,10 +96,6 @@ class LossOptions:
         if implementation is not None and implementation not in implementations:
             known = ", ".join(repr(name) for name in implementations)
             raise error("implementation", given=repr(implementation), known=known)
-        if not isinstance(inplace_backward, bool):
-            raise error("flag", name="inplace_backward", given=repr(inplace_backward))
-        if inplace_backward and implementation == "reference":
-            raise error("inplace_reference")
         return LossOptions(
             smoothing=float(smoothing) if is_number(smoothing) else smoothing,
             convention=convention,
@@ -112,7 +106,6 @@ class LossOptions:
             bad_labels=bad_labels,
             reduction=reduction,
             implementation=implementation or implementations[0],
-            inplace_backward=inplace_backward,
         )
 
 

@@ -1,34 +1,36 @@
-r"""The fast implementation: no target is written out, and nothing as large as the logits is kept for `backward`.
+r"""The fast implementation: it writes no target, and keeps nothing as large as the logits for `backward`.
 
-An integer label's target is `on` at the label y and `off` times a weight w_k elsewhere, so the loss of a row needs a
-few sums over the classes and nothing else that is K wide. With m the largest logit and L = log sum_k exp(z_k - m),
+An integer label's target is `on` at the label y and `off` times a weight w_k elsewhere, so the loss of a row needs only
+a few sums over the classes. With m the largest logit and L = log sum_k exp(z_k - m),
 
     loss = on w_y (m - z_y) + off sum_{k != y} w_k (m - z_k) + S L + z_loss (m + L)^2 - H(q)
 
-and the gradient, (S + 2 z_loss (m + L)) p - w q, is computed from the logits once more.
+and the gradient, (S + 2 z_loss (m + L)) p - w q, comes from the logits in a second sweep. `sweeps.py` has both sweeps.
 
-The autograd Function holds these two passes, which are in `sweeps.py`, its rule for vmap (rows in one dimension more)
-and its forward mode. A derivative of the gradient, forward mode and torch.compile take `_plain_sums`, the same sums in
-plain operations, which torch differentiates and the compiler fuses by itself.
+`_RowLosses` makes them differentiable, with a rule for vmap (the new dimension becomes one of rows) and forward mode.
+Second derivatives, forward mode and torch.compile use `_plain_sums`: the same sums in plain operations, which torch
+differentiates and the compiler fuses.
 
 Soft labels take the same way, with a weight for each row. A `class_weight` or `prior` that requires a gradient takes
 the reference, as do the rarer combinations that `why_reference` lists.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lsce_spec import LossOptions, error
-from lsce_torch import reference
+from lsce_spec import LossOptions
+from lsce_torch import reference, saved
+from lsce_torch.errors import error
 from lsce_torch.inputs import Batch, at_labels, compute_dtype
-from lsce_torch.overwrite import has_memory, what_is_overwritten
+from lsce_torch.memory import in_large_pages
+from lsce_torch.overwrite import forbid_use, has_memory
 from lsce_torch.stats import LossStats, make_stats
-from lsce_torch.sweeps import Operands, Sums, logits_gradient, sweep, target_mass, unstacked
+from lsce_torch.sweeps import ROWS, Operands, Sums, logits_gradient, sweep, target_mass, unstacked
 
 
 def row_losses(
@@ -37,16 +39,16 @@ def row_losses(
     """Return the loss of each row, 0 for rows that do not count and NaN for bad labels, and the statistics if asked."""
     reason = why_reference(batch, options, with_stats)
     if reason is not None:
-        if options.inplace_backward:
+        if batch.overwritten is not None:
             raise error("inplace_needs_reference", reason=reason)
         return reference.row_losses(batch, options, with_stats)
     operands, entropy = make_operands(batch, options, with_stats)
     losses: Tensor
     if torch.compiler.is_compiling():
-        sums, first = _plain_sums(operands)
+        sums, first = _plain_sums(batch.logits, operands)
         losses = losses_of(operands, sums)[0]
     else:
-        losses, stacked, first = _RowLosses.apply(*operands)  # type: ignore[no-untyped-call]
+        losses, stacked, first = _RowLosses.apply(batch.logits, batch.overwritten, *operands)  # type: ignore[no-untyped-call]
         sums = unstacked(stacked)
     if entropy is not None:
         losses = losses - entropy
@@ -65,7 +67,7 @@ def stats_of(
     sums: Sums,
     first: Int[Tensor, "*batch"],
 ) -> LossStats:
-    """Return the statistics that the sums make; `first` is the index of the first largest logit."""
+    """Return the statistics of rows from their sums; `first` is the index of the first largest logit."""
     with torch.no_grad():
         _, smoothed, lse = losses_of(operands, sums)
         if entropy is not None:
@@ -75,7 +77,7 @@ def stats_of(
 
 
 def why_reference(batch: Batch, options: LossOptions, with_stats: bool) -> str | None:
-    """Return what makes a call take the reference; None if nothing does."""
+    """Return why only the reference can compute this call, or None."""
     if batch.logits.device.type == "jax":
         return "the logits are JAX's, through torchax, which cannot write into what it is given"
     for name in ("class_weight", "prior"):
@@ -92,67 +94,80 @@ def why_reference(batch: Batch, options: LossOptions, with_stats: bool) -> str |
     return None
 
 
+class _Target(NamedTuple):
+    """The weighted target of rows, as `Operands` describes it, and its entropy if the loss subtracts it."""
+
+    factor: Float[Tensor, "*#batch K"] | None
+    on: float | Float[Tensor, "*#batch"]
+    off: float | Float[Tensor, "*#batch"]
+    other_mass: float | Float[Tensor, "*#batch"]
+    at_max: float | Float[Tensor, "*#batch"] | None
+    entropy: float | Float[Tensor, "*#batch"] | None
+
+
 def make_operands(
     batch: Batch, options: LossOptions, with_stats: bool
 ) -> tuple[Operands, float | Float[Tensor, "*#batch"] | None]:
-    """Return the operands, and the entropy of the target if it is to be subtracted."""
-    entropy: float | Tensor | None = None
-    at_label: float | Tensor
-    off: float | Tensor
-    num_others: float | Tensor
-    other_mass: float | Tensor
-    at_max: float | Tensor | None = None
-    weight: Tensor | None
-    if batch.soft:
-        target = reference.target_distribution(batch, options)
-        weight = target if batch.class_weight is None else target * batch.class_weight
-        at_label, off, other_mass = 0.0, 1.0, torch.sum(weight, dim=-1)
-        if options.subtract_entropy:
-            entropy = torch.sum(reference.entropy_terms(target, batch), dim=-1)
-    else:
-        weight, num_others = batch.class_weight, reference.count_allowed(batch) - 1
-        if batch.prior is None:
-            at_label, off = (_per_row(value) for value in reference.on_off(batch, options))
-        else:
-            off, num_others = _per_row(batch.smoothing), _sum_of_others(batch.prior, batch)
-            at_label = 1 - off + off * at_labels(batch.prior, batch.labels)
-            weight = batch.prior if weight is None else batch.prior * weight
-        if batch.bad is not None and not isinstance(batch.smoothing, float):
-            # No derivative by the smoothing comes from a row whose label is bad.
-            at_label, off = (torch.where(batch.bad, 0, reference.as_tensor(v, batch)) for v in (at_label, off))
-        if options.subtract_entropy:
-            entropy = _entr(at_label) + num_others * _entr(off)
-            if batch.prior is not None:
-                # The slope of entr is infinite at 0, where a prior is 0 for good.
-                terms = torch.special.entr(torch.where(batch.prior == 0, 1, batch.prior))
-                entropy = entropy + off * _sum_of_others(terms, batch)
-        other_mass = num_others if weight is None else _sum_of_others(weight, batch)
-        if batch.class_weight is not None:
-            at_label = at_label * at_labels(batch.class_weight, batch.labels)
-        if options.convention.at_max is not None:
-            at_max = _per_row(reference.at_max(batch, options))
-            if isinstance(at_max, Tensor) and batch.bad is not None:
-                at_max = torch.where(batch.bad, 0, at_max)
+    """Return the operands, and the entropy of the target if the loss subtracts it."""
+    target = _soft_target(batch, options) if batch.soft else _index_target(batch, options)
     return Operands(
-        logits=batch.logits,
         labels=None if batch.soft else batch.labels,
         counted=batch.counted,
         bad=batch.bad,
         class_mask=batch.class_mask,
-        factor=weight,
-        at_label=at_label,
-        off=off,
-        other_mass=other_mass,
-        at_max=at_max,
+        factor=target.factor,
+        on=target.on,
+        off=target.off,
+        other_mass=target.other_mass,
+        at_max=target.at_max,
         z_loss=options.z_loss,
         softcap=options.softcap,
-        overwritten=what_is_overwritten(batch.given) if options.inplace_backward else None,
         with_stats=with_stats,
-    ), entropy
+    ), target.entropy
+
+
+def _soft_target(batch: Batch, options: LossOptions) -> _Target:
+    """Return the target of soft labels: all of it is in the factor, none at a label."""
+    target = reference.target_distribution(batch, options)
+    factor = target if batch.class_weight is None else target * batch.class_weight
+    entropy = torch.sum(reference.entropy_terms(target, batch), dim=-1) if options.subtract_entropy else None
+    return _Target(factor, 0.0, 1.0, torch.sum(factor, dim=-1), None, entropy)
+
+
+def _index_target(batch: Batch, options: LossOptions) -> _Target:
+    """Return the target of integer labels."""
+    on: float | Tensor
+    off: float | Tensor
+    num_others: float | Tensor
+    factor, num_others = batch.class_weight, reference.count_allowed(batch) - 1
+    if batch.prior is None:
+        on, off = (_per_row(value) for value in reference.on_off(batch, options))
+    else:
+        off, num_others = _per_row(batch.smoothing), _sum_of_others(batch.prior, batch)
+        on = 1 - off + off * at_labels(batch.prior, batch.labels)
+        factor = batch.prior if factor is None else batch.prior * factor
+    if batch.bad is not None and not isinstance(batch.smoothing, float):
+        # A row with a bad label gives the smoothing no derivative.
+        on, off = (torch.where(batch.bad, 0, reference.as_tensor(value, batch)) for value in (on, off))
+    entropy = None
+    if options.subtract_entropy:
+        entropy = _entr(on) + num_others * _entr(off)
+        if batch.prior is not None:
+            # The slope of entr is infinite at 0. Where the prior is 0, the target is 0 for any smoothing.
+            terms = torch.special.entr(torch.where(batch.prior == 0, 1, batch.prior))
+            entropy = entropy + off * _sum_of_others(terms, batch)
+    if batch.class_weight is not None:
+        on = on * at_labels(batch.class_weight, batch.labels)
+    at_max: float | Tensor | None = None
+    if options.convention.at_max is not None:
+        at_max = _per_row(reference.at_max(batch, options))
+        if isinstance(at_max, Tensor) and batch.bad is not None:
+            at_max = torch.where(batch.bad, 0, at_max)
+    return _Target(factor, on, off, num_others if factor is None else _sum_of_others(factor, batch), at_max, entropy)
 
 
 def _per_row(value: float | Tensor) -> float | Tensor:
-    """Drop the last dimension, of 1, that a smoothing per row has."""
+    """Drop the last dimension, of size 1, of a tensor with one value per row."""
     return value.squeeze(-1) if isinstance(value, Tensor) and value.ndim else value
 
 
@@ -166,7 +181,7 @@ def _entr(value: float | Tensor) -> float | Tensor:
 def _sum_of_others(values: Float[Tensor, " K"], batch: Batch) -> Float[Tensor, "*batch"]:
     """Return the sum of the values of all allowed classes but the label's.
 
-    In float64, since the label's value may be most of the sum, and the difference is all that counts if `on` is 0.
+    In float64: the label's value may be most of the sum, and the difference is the whole target if `on` is 0.
     """
     if batch.class_mask is not None:
         values = torch.where(batch.class_mask, values, 0)
@@ -174,99 +189,97 @@ def _sum_of_others(values: Float[Tensor, " K"], batch: Batch) -> Float[Tensor, "
     return (torch.sum(values) - at_labels(values, batch.labels)).to(batch.dtype)
 
 
+class _Logits(NamedTuple):
+    logits: Float[Tensor, "*batch K"]
+    overwritten: Any  # see `Batch`
+
+
 class _RowLosses(torch.autograd.Function):
     """The losses of rows from one sweep over the logits, and the gradient from another."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the losses, the sums that they are made of, stacked, and the index of the first largest logit."""
-        operands = Operands._make(arguments)
-        stacked, first = sweep(operands)
+        """Return the losses, their `Sums`, stacked, and the index of the first largest logit."""
+        (logits, _), operands = saved.grouped(arguments, _Logits, Operands)
+        stacked, first = sweep(logits, operands)
         losses, _, _ = losses_of(operands, unstacked(stacked))
         return losses, stacked, first
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
-        """Keep the operands and the sums."""
+        """Keep the arguments and the sums."""
         _, stacked, first = output
         ctx.mark_non_differentiable(*([stacked] if first is None else [stacked, first]))
-        ctx.set_materialize_grads(False)
-        ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
-        ctx.numbers = [None if isinstance(value, Tensor) else value for value in inputs]
-        tensors = [value for value in inputs if isinstance(value, Tensor)]
-        ctx.save_for_backward(stacked, *tensors)
-        ctx.save_for_forward(stacked, *tensors)
+        saved.save(ctx, (stacked,), inputs)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        """Return the gradients of the logits, `at_label`, `off` and `at_max`."""
-        operands, stacked = _kept(ctx)
+        """Return the gradients with respect to the logits, `on`, `off` and `at_max`."""
+        (stacked,), (logits, overwritten), operands = saved.saved(ctx, _Logits, Operands)
         gradients: dict[str, Tensor | None] = {}
-        if upstream is not None:
-            plain = torch.is_grad_enabled() or not has_memory(upstream, operands.logits)
-            if plain and operands.overwritten is not None:
+        if upstream is None:
+            return saved.in_order(gradients, _Logits, Operands)
+        needed = saved.needed_by(ctx, _Logits, Operands)
+        if torch.is_grad_enabled() or not has_memory(upstream, logits):
+            if overwritten is not None:
                 raise error("inplace_transformed")
-            if plain:
-                gradients = _plain_gradients(operands, upstream, ctx.needs_input_grad)
-            else:
-                gradients = _gradients(operands, unstacked(stacked), upstream, ctx.needs_input_grad)
-        return tuple(gradients.get(name) for name in Operands._fields)
+            gradients = _plain_pullback(logits, operands, needed)(upstream)
+        else:
+            gradients = target_gradients(operands, unstacked(stacked), upstream, needed)
+            if "logits" in needed:
+                gradient = in_large_pages(torch.empty_like(logits)) if overwritten is None else logits.detach()
+                logits_gradient(logits, operands, stacked, upstream, gradient)
+                forbid_use(overwritten or ())
+                gradients["logits"] = gradient
+        return saved.in_order(gradients, _Logits, Operands)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, None, None]:
         """Return the tangent of the losses."""
-        operands, stacked = _kept(ctx)
-        given = {name: t for name, t in zip(Operands._fields, tangents, strict=True) if t is not None}
-        # The transpose of the gradient, which is linear in what comes from upstream: torch does not nest forward mode.
-        pullback = _plain_pullback(operands, list(given))
+        (stacked,), (logits, _), operands = saved.saved(ctx, _Logits, Operands)
+        names = saved.names_of(_Logits, Operands)
+        given = {name: tangent for name, tangent in zip(names, tangents, strict=True) if tangent is not None}
+        # The pullback is linear, and its transpose gives the tangent. torch cannot nest forward mode.
+        pullback = _plain_pullback(logits, operands, list(given))
         transposed = torch.func.vjp(pullback, torch.zeros_like(stacked[0]))[1]
         return transposed(given)[0], None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        """Take the new dimension as one more of rows."""
-        operands = Operands._make(arguments)
-        if operands.overwritten is not None:
+        """Make the new dimension one of rows."""
+        (logits, overwritten), operands = saved.grouped(arguments, _Logits, Operands)
+        if overwritten is not None:
             raise error("inplace_transformed")
-        dims = Operands._make(in_dims)
-        batch_ndim = operands.logits.ndim - (dims.logits is not None) - 1
+        (logits_dim, _), dims = saved.grouped(in_dims, _Logits, Operands)
+        batch_ndim = logits.ndim - (logits_dim is not None) - 1
 
-        def in_front(name: str, last: int) -> Any:
+        def in_front(value: Any, dim: int | None, last: int) -> Any:
             """Move the new dimension to the front, with ones up to the last dimensions of a row."""
-            value, dim = getattr(operands, name), getattr(dims, name)
             if dim is None or not isinstance(value, Tensor):
                 return value
             value = value.movedim(dim, 0)
             ones = (1,) * (batch_ndim + last + 1 - value.ndim)
             return value.reshape(info.batch_size, *ones, *value.shape[1:])
 
-        moved = {name: in_front(name, 1) for name in ("logits", "class_mask", "factor")}
-        rows = ("labels", "counted", "bad", "at_label", "off", "other_mass", "at_max")
-        moved |= {name: in_front(name, 0) for name in rows}
-        shape = torch.Size([info.batch_size, *moved["logits"].shape[-1 - batch_ndim :]])
-        moved["logits"] = moved["logits"].expand(shape)
+        logits = in_front(logits, logits_dim, 1)
+        logits = logits.expand(info.batch_size, *logits.shape[-1 - batch_ndim :])
+        last_dims = dict.fromkeys(("class_mask", "factor"), 1) | dict.fromkeys(ROWS, 0)
+        moved = {name: in_front(getattr(operands, name), getattr(dims, name), last) for name, last in last_dims.items()}
         for name in ("labels", "counted", "bad"):
-            moved[name] = None if moved[name] is None else moved[name].expand(shape[:-1])
-        losses, stacked, first = _RowLosses.apply(*operands._replace(**moved))  # type: ignore[no-untyped-call]
+            moved[name] = None if moved[name] is None else moved[name].expand(logits.shape[:-1])
+        losses, stacked, first = _RowLosses.apply(logits, None, *operands._replace(**moved))  # type: ignore[no-untyped-call]
         return (losses, stacked, first), (0, 1, None if first is None else 0)
 
 
-def _kept(ctx: Any) -> tuple[Operands, Tensor]:
-    stacked, *tensors = ctx.saved_tensors
-    remaining = iter(tensors)
-    pairs = zip(ctx.is_tensor, ctx.numbers, strict=True)
-    return Operands._make(next(remaining) if is_tensor else number for is_tensor, number in pairs), stacked
-
-
 def losses_of(operands: Operands, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the losses that the sums make, the losses without the z-loss, and the log-sum-exp."""
+    """Return the losses, the losses without the z-loss, and the log-sum-exp."""
     lse = sums.peak + sums.log_sum
     smoothed = target_mass(operands, sums) * sums.log_sum
-    smoothed = smoothed + _product(operands.at_label, sums.label_gap) + _product(operands.off, sums.other_gaps)
+    smoothed = smoothed + _product(operands.on, sums.label_gap) + _product(operands.off, sums.other_gaps)
     if operands.at_max is not None and sums.largest_gap is not None:
         smoothed = smoothed + operands.at_max * sums.largest_gap
     if operands.bad is not None:
-        # A factor, through which the gradient of the row becomes NaN as well.
+        # As a factor, so that the gradient of the row becomes NaN as well.
         smoothed = smoothed * torch.where(operands.bad, torch.nan, 1)
     losses = smoothed + operands.z_loss * lse**2 if operands.z_loss else smoothed
     if operands.counted is not None:
@@ -282,62 +295,48 @@ def _product(target: float | Tensor, gap: Tensor) -> Tensor | float:
 
 
 def _finite_where_zero(gap: Tensor, target: Tensor) -> Tensor:
-    # Only infinite gaps are replaced: the derivative by the target is the gap.
+    # Only infinite gaps are replaced: the derivative with respect to the target is the gap.
     return torch.where((target == 0) & torch.isinf(gap), 0, gap)
 
 
-def _gradients(
-    operands: Operands, sums: Sums, upstream: Float[Tensor, "*batch"], needed: tuple[bool, ...]
-) -> dict[str, Tensor | None]:
-    """Return the gradient of each operand that needs one."""
-    gradients = target_gradients(operands, sums, upstream, needed)
-    if Operands._make(needed).logits:
-        if operands.counted is not None:
-            upstream = upstream.masked_fill(~operands.counted, 0)
-        gradients["logits"] = logits_gradient(operands, sums, upstream)
-    return gradients
-
-
 def target_gradients(
-    operands: Operands, sums: Sums, upstream: Float[Tensor, "*batch"], needed: tuple[bool, ...]
+    operands: Operands, sums: Sums, upstream: Float[Tensor, "*batch"], needed: Sequence[str]
 ) -> dict[str, Tensor | None]:
-    """Return the gradients of `at_label`, `off` and `at_max`, where needed; they need no logits."""
-    needs = Operands._make(needed)
+    """Return the gradients with respect to `on`, `off` and `at_max`, where needed. They come from the sums alone."""
     gradients: dict[str, Tensor | None] = {}
     parts: dict[str, tuple[Tensor | None, Any]] = {
-        "at_label": (sums.label_gap, 1),
+        "on": (sums.label_gap, 1),
         "off": (sums.other_gaps, operands.other_mass),
         "at_max": (None, sums.largest_mass),
     }
     for name, (gap, mass) in parts.items():
-        target = getattr(operands, name)
-        if getattr(needs, name):
+        if name in needed:
             if operands.counted is not None:
                 upstream = upstream.masked_fill(~operands.counted, 0)
-            slope = mass * sums.log_sum
+            target, slope = getattr(operands, name), mass * sums.log_sum
             if gap is not None:
                 slope = slope + _finite_where_zero(gap, target)
             gradients[name] = (upstream * slope).sum_to_size(target.shape)
     return gradients
 
 
-def plain_losses(operands: Operands) -> Float[Tensor, "*batch"]:
+def plain_losses(logits: Float[Tensor, "*batch K"], operands: Operands) -> Float[Tensor, "*batch"]:
     """Return the losses in operations that torch differentiates."""
-    sums, _ = _plain_sums(operands)
+    sums, _ = _plain_sums(logits, operands)
     losses, _, _ = losses_of(operands, sums)
     return losses
 
 
-def _plain_sums(operands: Operands) -> tuple[Sums, Int[Tensor, "*batch"] | None]:
+def _plain_sums(logits: Float[Tensor, "*batch K"], operands: Operands) -> tuple[Sums, Int[Tensor, "*batch"] | None]:
     """Return what `sweep` does, in operations that torch differentiates."""
-    logits = operands.logits.to(compute_dtype(operands.logits))
+    logits = logits.to(compute_dtype(logits))
     if operands.counted is not None:
         logits = torch.where(operands.counted[..., None], logits, 0)
     allowed = operands.class_mask
     if allowed is not None:
         logits = torch.where(allowed, logits, 0)
     capped = logits if operands.softcap is None else operands.softcap * torch.tanh(logits / operands.softcap)
-    # The loss does not depend on the largest logit, which may count as a constant. And a target is one.
+    # The loss does not depend on m, and targets are constants: the largest logits need no derivative.
     constants = [logits.detach(), capped.detach()]
     if allowed is not None:
         constants = [torch.where(allowed, values, -torch.inf) for values in constants]
@@ -346,7 +345,7 @@ def _plain_sums(operands: Operands) -> tuple[Sums, Int[Tensor, "*batch"] | None]
     gap = peak - capped
     if allowed is not None:
         gap = torch.where(allowed, gap, 0)
-    # Each largest term is taken down to 0, and only one of them left out, so that small losses keep their accuracy.
+    # Each term that is 1 becomes 0, and all of these but one are added again, so that small losses keep their accuracy.
     is_peak = (constants[1] == peak).to(peak.dtype)
     terms = torch.exp(-gap) - is_peak
     if allowed is not None:
@@ -358,38 +357,37 @@ def _plain_sums(operands: Operands) -> tuple[Sums, Int[Tensor, "*batch"] | None]
         is_label = torch.arange(gap.shape[-1], device=gap.device) == operands.labels[..., None]
         label_gap = torch.sum(torch.where(is_label, gap, 0), dim=-1)
         other_gap = torch.where(is_label, 0, gap)
-    weight = operands.factor
-    if weight is not None:
-        other_gap = weight * torch.where((weight == 0) & torch.isinf(other_gap), 0, other_gap)
+    factor = operands.factor
+    if factor is not None:
+        other_gap = factor * torch.where((factor == 0) & torch.isinf(other_gap), 0, other_gap)
     num_largest = largest_mass = largest_gap = None
     if operands.at_max is not None:
         share = (constants[0] == largest).to(gap.dtype)
         num_largest = torch.sum(share, dim=-1)
-        share = share / num_largest[..., None] if weight is None else share * weight / num_largest[..., None]
+        share = share / num_largest[..., None] if factor is None else share * factor / num_largest[..., None]
         largest_mass, largest_gap = torch.sum(share, dim=-1), torch.sum(share * gap, dim=-1)
     sums = Sums(
-        peak.squeeze(-1),
-        torch.log1p(rest),
-        label_gap,
-        torch.sum(other_gap, dim=-1),
-        largest.squeeze(-1),
-        num_largest,
-        largest_mass,
-        largest_gap,
+        peak=peak.squeeze(-1),
+        log_sum=torch.log1p(rest),
+        label_gap=label_gap,
+        other_gaps=torch.sum(other_gap, dim=-1),
+        largest=largest.squeeze(-1),
+        num_largest=num_largest,
+        largest_mass=largest_mass,
+        largest_gap=largest_gap,
     )
     return sums, torch.argmax(constants[0], dim=-1) if operands.with_stats else None
 
 
-def _plain_gradients(
-    operands: Operands, upstream: Float[Tensor, "*batch"], needed: tuple[bool, ...]
-) -> dict[str, Tensor | None]:
-    """Return what `_gradients` does, differentiable once more."""
-    names = [name for name, need in zip(Operands._fields, needed, strict=True) if need]
-    return _plain_pullback(operands, names)(upstream)
+def _plain_pullback(
+    logits: Float[Tensor, "*batch K"], operands: Operands, names: Sequence[str]
+) -> Callable[[Tensor], dict[str, Any]]:
+    """Return the function from the gradient of the losses to those of the arguments of these names, differentiable."""
+    primals = {name: logits if name == "logits" else getattr(operands, name) for name in names}
 
+    def losses(primals: dict[str, Any]) -> Tensor:
+        others = {name: value for name, value in primals.items() if name != "logits"}
+        return plain_losses(primals.get("logits", logits), operands._replace(**others))
 
-def _plain_pullback(operands: Operands, names: list[str]) -> Callable[[Tensor], dict[str, Any]]:
-    """Return the function from what comes from upstream to the gradients of the operands of these names."""
-    primals = {name: getattr(operands, name) for name in names}
-    pullback = torch.func.vjp(lambda of: plain_losses(operands._replace(**of)), primals)[1]
+    pullback = torch.func.vjp(losses, primals)[1]
     return lambda upstream: pullback(upstream)[0]

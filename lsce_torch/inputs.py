@@ -1,10 +1,13 @@
-"""Checks a call's tensors and brings them into the one form that every implementation takes.
+"""Check the tensors of a call and bring them into one form, which every implementation takes.
 
-Classes last, labels that index safely, rows that do not count marked. An implementation then knows nothing of
-axes, ignored labels or bad ones beyond two boolean tensors.
+In a `Batch` the class dimension comes last, every label indexes safely, and two boolean tensors mark the rows that do
+not count and those whose label is bad. So no implementation handles axes, ignored labels or bad labels itself.
 """
 
+import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -19,10 +22,10 @@ from lsce_spec import (
     check_logits,
     check_prior_values,
     check_smoothing_dtype,
-    error,
     is_floating,
     is_number,
 )
+from lsce_torch.errors import error
 
 
 @dataclass(frozen=True)
@@ -30,15 +33,15 @@ class Batch:
     """The tensors of one call, classes last.
 
     Args:
-        logits: as the caller passed them, but for the place of the class dimension.
+        logits: as the caller passed them, with the class dimension moved to the end.
         labels: class indices within range, or the probabilities of soft labels.
-        smoothing: number, or one per row in the compute dtype.
-        counted: False for rows that `where` or `ignore_index` takes out; None where every row counts.
-        bad: True for rows that count and whose label is no class; None for soft labels.
+        smoothing: a number, or one number per row in the compute dtype.
+        counted: False for rows that `where` or `ignore_index` leaves out; None if every row counts.
+        bad: True for rows that count and whose label is not a class; None for soft labels.
         prior: probabilities that replace the uniform distribution, in the compute dtype, or None.
         class_weight: in the compute dtype, or None.
         class_mask: True for the classes that take part, or None.
-        given: the logits themselves, as the caller passed them.
+        overwritten: the tensors that the gradient of the logits will overwrite; None if it gets memory of its own.
     """
 
     logits: Float[Tensor, "*batch K"]
@@ -49,7 +52,7 @@ class Batch:
     prior: Float[Tensor, " K"] | None
     class_weight: Float[Tensor, " K"] | None
     class_mask: Bool[Tensor, " K"] | None
-    given: Tensor
+    overwritten: tuple[weakref.ref[Tensor], ...] | None = None
 
     @property
     def soft(self) -> bool:
@@ -63,17 +66,17 @@ class Batch:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype to compute in and to return the loss in: that of the logits, float32 for narrower ones."""
+        """Dtype of the computation and of the loss: that of the logits, float32 for narrower ones."""
         return compute_dtype(self.logits)
 
     def counting_only(self, rows: Bool[Tensor, "*#batch"]) -> "Batch":
-        """Return the batch with only those of the rows counted that are True in `rows`."""
+        """Return the batch in which a row counts only if it is also True in `rows`."""
         counted = torch.broadcast_to(rows, self.batch_shape)
         if self.counted is not None:
             counted = counted & self.counted
         smoothing = self.smoothing
         if not is_number(smoothing):
-            # Whatever it is there, its derivative must be 0, and that of an entropy is infinite at 0.
+            # Rows that do not count must give the smoothing a derivative of 0. The entropy's is infinite at 0.
             smoothing = torch.where(counted[..., None], smoothing, 0.5)
         bad = None if self.bad is None else self.bad & counted
         return replace(self, counted=counted, smoothing=smoothing, bad=bad)
@@ -88,40 +91,39 @@ def prepare(
     logits: Tensor,
     labels: Tensor,
     options: LossOptions,
-    *,
-    axis: int,
-    where: Tensor | None,
-    prior: Tensor | None,
-    class_weight: Tensor | None,
-    class_mask: Tensor | None,
+    keywords: Mapping[str, Any],
 ) -> Batch:
     """Check the tensors of a call and return them in canonical form.
 
+    Args:
+        logits: as the caller passed them.
+        labels: as the caller passed them.
+        options: the checked options of the call.
+        keywords: `axis`, `where`, `prior`, `class_weight` and `class_mask` of the call, where given.
+
     Raises:
         TypeError: wrong type or dtype.
-        ValueError: wrong shape, or a prior that is no distribution.
-        IndexError: a label that is no class, with bad_labels="raise".
+        ValueError: wrong shape, or a prior that is not a distribution.
+        IndexError: a label that is not a class, with bad_labels="raise".
     """
     check_tensor("logits", logits)
     check_tensor("labels", labels)
     if labels.device != logits.device:
         raise error("labels_device", logits=logits.device, labels=labels.device)
     check_logits(tuple(logits.shape), dtype_name(logits))
-    axis = check_axis(axis, tuple(logits.shape))
+    axis = check_axis(keywords.get("axis", -1), tuple(logits.shape))
     check_labels(tuple(labels.shape), dtype_name(labels), tuple(logits.shape), axis)
     dtype = compute_dtype(logits)
 
-    given = logits
     if axis != logits.ndim - 1:
         logits = logits.movedim(axis, -1)
     batch_shape, num_classes = tuple(logits.shape[:-1]), logits.shape[-1]
-    class_weight = _class_vector("class_weight", class_weight, num_classes, logits.device, dtype)
-    class_mask = _class_vector("class_mask", class_mask, num_classes, logits.device, None)
+    class_weight = _class_vector("class_weight", keywords, logits, dtype)
+    class_mask = _class_vector("class_mask", keywords, logits, None)
+    prior = _class_vector("prior", keywords, logits, dtype)
     if prior is not None:
-        # Shape first: the values are checked class by class. And the caller's own values, not those rounded to dtype.
-        rounded = _class_vector("prior", prior, num_classes, logits.device, dtype)
-        check_prior(prior, class_mask)
-        prior = rounded
+        # The caller's values, not those rounded to dtype; and after the shape, since values are checked by class.
+        check_prior(keywords["prior"], class_mask)
 
     smoothing = options.smoothing
     if not is_number(smoothing):
@@ -131,6 +133,7 @@ def prepare(
         smoothing = smoothing.to(dtype)
         smoothing = smoothing.broadcast_to(batch_shape)[..., None]
 
+    where = keywords.get("where")
     if where is not None:
         where = _as_tensor("where", where, logits.device)
         check_batch_operand("where", tuple(where.shape), dtype_name(where), batch_shape)
@@ -139,11 +142,11 @@ def prepare(
         if options.ignore_index is not None:
             raise error("ignore_index_soft", given=options.ignore_index)
         labels = labels.movedim(axis, -1)
-        batch = Batch(logits, labels, smoothing, None, None, prior, class_weight, class_mask, given)
+        batch = Batch(logits, labels, smoothing, None, None, prior, class_weight, class_mask)
         return batch if where is None else batch.counting_only(where)
 
-    # Signed and wide enough to compare with any class index. A uint64 beyond int64 turns negative, which might be the
-    # index to ignore, so it is moved to where no class is.
+    # int64 is signed and wide enough for any class index. A uint64 label beyond int64 would turn negative and might
+    # equal `ignore_index`, so it becomes the largest int64, which is never a class.
     unsigned = labels.dtype == torch.uint64
     labels = labels.to(torch.int64)
     if unsigned:
@@ -153,7 +156,7 @@ def prepare(
     if class_mask is not None:
         bad = bad | ~at_labels(class_mask, safe_labels)
         safe_labels = labels.masked_fill(bad, 0)
-    batch = Batch(logits, safe_labels, smoothing, None, bad, prior, class_weight, class_mask, given)
+    batch = Batch(logits, safe_labels, smoothing, None, bad, prior, class_weight, class_mask)
     if where is not None:
         batch = batch.counting_only(where)
     if options.ignore_index is not None:
@@ -170,12 +173,12 @@ def at_labels(vector: Shaped[Tensor, " K"], labels: Int[Tensor, "*batch"]) -> Sh
 
 
 def dtype_name(tensor: Tensor) -> str:
-    """Return the name that both frameworks share, such as "float32"."""
+    """Return the dtype's name as both frameworks spell it, such as "float32"."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
 def check_tensor(name: str, value: object) -> None:
-    """Raise unless what the caller passed under that name is a tensor."""
+    """Raise unless the argument of that name is a tensor."""
     if not isinstance(value, Tensor):
         raise error("array_type", name=name, expected="a tensor", given=type(value).__name__)
 
@@ -189,23 +192,20 @@ def _as_tensor(name: str, value: object, device: torch.device) -> Tensor:
 
 
 def _class_vector(
-    name: str,
-    vector: Tensor | None,
-    num_classes: int,
-    device: torch.device,
-    dtype: torch.dtype | None,
-) -> Tensor | None:
-    if vector is None:
+    name: str, keywords: Mapping[str, Any], logits: Tensor, dtype: torch.dtype | None
+) -> Shaped[Tensor, " K"] | None:
+    """Return a tensor with one value per class, in that dtype, or None if the call has none of that name."""
+    if keywords.get(name) is None:
         return None
-    vector = _as_tensor(name, vector, device)
-    check_class_vector(name, tuple(vector.shape), dtype_name(vector), num_classes)
+    vector = _as_tensor(name, keywords[name], logits.device)
+    check_class_vector(name, tuple(vector.shape), dtype_name(vector), logits.shape[-1])
     return vector if dtype is None else vector.to(dtype)
 
 
 def check_prior(prior: Tensor, class_mask: Tensor | None) -> None:
     """Raise unless the prior is a distribution over the classes of the mask.
 
-    Only where reading the values costs nothing: on the CPU, outside torch.compile and transforms that hide them.
+    Values are read only where that costs no synchronisation: on the CPU, outside torch.compile and vmap.
     """
     prior = _as_tensor("prior", prior, torch.device("cpu") if not isinstance(prior, Tensor) else prior.device)
     check_class_vector("prior", tuple(prior.shape), dtype_name(prior), prior.numel())
@@ -214,7 +214,7 @@ def check_prior(prior: Tensor, class_mask: Tensor | None) -> None:
     try:
         mask = None if class_mask is None else class_mask.tolist()
         check_prior_values(prior.double().tolist(), mask, torch.finfo(prior.dtype).eps / 2)
-    except RuntimeError:  # within vmap, or a tensor without data: there are no values to check
+    except RuntimeError:  # within vmap, or a tensor without data
         return
 
 

@@ -1,69 +1,54 @@
-"""The last linear layer and the loss in one: the logits are never whole in memory."""
+"""The last linear layer and the loss in one: no tensor holds all logits."""
 
-import inspect
 from dataclasses import replace
-from typing import Any
+from typing import Unpack
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from lsce_spec import LINEAR_IMPLEMENTATIONS, ChunkOptions, Convention, LossOptions, check_layer, error
+from lsce_spec import LINEAR_IMPLEMENTATIONS, ChunkOptions, LossOptions, check_layer
+from lsce_spec.keywords import takes
 from lsce_torch import chunked, fused, reference
-from lsce_torch.chunked import Layer
-from lsce_torch.functional import reduce_losses
+from lsce_torch.errors import error
+from lsce_torch.functional import mean_divisor, reduce_losses
 from lsce_torch.inputs import Batch, check_tensor, dtype_name, prepare
+from lsce_torch.keywords import LinearLossKeywords
+from lsce_torch.layer import Layer
 from lsce_torch.stats import LossStats
 
 
-def linear_label_smoothed_cross_entropy(  # noqa: D417 - most are described where they come from
+@takes(LinearLossKeywords)
+def linear_label_smoothed_cross_entropy(
     hidden: Float[Tensor, "... D"],
     weight: Float[Tensor, "K D"],
     labels: Int[Tensor, "..."],
-    *,
-    bias: Float[Tensor, " K"] | None = None,
-    smoothing: float | Float[Tensor, "..."] = 0.1,
-    convention: str | Convention = "uniform",
-    prior: Float[Tensor, " K"] | None = None,
-    where: Bool[Tensor, "..."] | None = None,
-    ignore_index: int | None = None,
-    class_weight: Float[Tensor, " K"] | None = None,
-    class_mask: Bool[Tensor, " K"] | None = None,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    subtract_entropy: bool = False,
-    bad_labels: str = "nan",
-    reduction: str = "mean",
-    denominator: float | Float[Tensor, ""] | None = None,
-    implementation: str | None = None,
-    chunk_size: int | None = None,
-    recompute: bool | None = None,
-    gradient_filter: float = 0.0,
+    **keywords: Unpack[LinearLossKeywords],
 ) -> Float[Tensor, "..."]:
-    r"""`label_smoothed_cross_entropy` of the logits hidden @ weight.T + bias, which are never whole in memory.
+    r"""Return `label_smoothed_cross_entropy` of the logits hidden @ weight.T + bias, without ever holding all logits.
 
-    The rows are taken some at a time. Of a sum or mean of losses all gradients are computed with the loss, so that no
-    logits are computed twice; of the losses of single rows, whose gradients depend on what becomes of them, they are
-    computed later, from logits computed again.
+    The loss takes some rows at a time. For a sum or mean it computes all gradients with the loss, so that no logits are
+    computed twice. With `reduction="none"` the gradients depend on later operations, so `backward` computes the logits
+    again.
 
     Args:
-        hidden: [..., D] features. float64, float32, bfloat16 or float16: the dtype to multiply in (float16: in float32
-            for a sum or mean, whose gradients are computed before they are scaled).
-        weight: [K, D], that of nn.Linear, of any of these dtypes. It is multiplied in the dtype of hidden; its
-            gradient, added up in float32 or wider, comes in its own.
+        hidden: [..., D] features. float64, float32, bfloat16 or float16: the dtype of the matrix products, except that
+            float16 is multiplied in float32 for a sum or mean, whose gradients are computed before they are scaled.
+        weight: [K, D], that of nn.Linear, of any of these dtypes. It is multiplied in the dtype of hidden. Its gradient
+            is added up in float32 or wider and returned in the weight's dtype.
         labels: [...] class indices, of any integer dtype.
         bias: K numbers, or None.
         smoothing, convention, prior, where, ignore_index, class_weight, class_mask, z_loss, softcap, subtract_entropy,
             bad_labels, reduction, denominator: see `label_smoothed_cross_entropy`.
         implementation: "chunked"; "reference", which computes all logits at once; None chooses "chunked".
-        chunk_size: how many rows' logits to have in memory at most; None chooses 3/4 D, but from 256 to 4096, and more
-            if K is below 4096.
+        chunk_size: how many rows' logits to hold in memory at most. None chooses 3/4 D, but at least 256 and at most
+            4096, and more if K is below 4096.
         recompute: whether to compute the logits again for the gradient, and hold no gradient before. None does so for
             reduction="none", which allows nothing else.
-        gradient_filter: classes whose part of the gradient of the logits, but for what smoothing alone adds to it, is
-            at most this in every row of a chunk are left out of the two matrix products for the gradient. What
-            smoothing adds is always there. 0 leaves nothing out.
+        gradient_filter: leave a class out of the two matrix products for the gradient if its part of the gradient of
+            the logits, not counting the part from smoothing alone, is at most this in every row of a chunk. The part
+            from smoothing is always included. 0 leaves nothing out.
 
     Returns:
         Losses, with `reduction="none"` of shape [...], else a scalar. float64 for float64 hidden, otherwise float32.
@@ -85,53 +70,30 @@ def linear_label_smoothed_cross_entropy(  # noqa: D417 - most are described wher
         Gradient with the loss: Hsu et al., "Liger Kernel", 2024, arXiv:2410.10989. Leaving out what the softmax makes
         negligible: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024, arXiv:2411.09009.
     """
-    loss, _ = _evaluate(
-        hidden,
-        weight,
-        labels,
-        with_stats=False,
-        bias=bias,
-        smoothing=smoothing,
-        convention=convention,
-        prior=prior,
-        where=where,
-        ignore_index=ignore_index,
-        class_weight=class_weight,
-        class_mask=class_mask,
-        z_loss=z_loss,
-        softcap=softcap,
-        subtract_entropy=subtract_entropy,
-        bad_labels=bad_labels,
-        reduction=reduction,
-        denominator=denominator,
-        implementation=implementation,
-        chunk_size=chunk_size,
-        recompute=recompute,
-        gradient_filter=gradient_filter,
-    )
-    return loss
+    return _evaluate(hidden, weight, labels, keywords, with_stats=False)[0]
 
 
+@takes(LinearLossKeywords)
 def linear_label_smoothed_cross_entropy_with_stats(
     hidden: Float[Tensor, "... D"],
     weight: Float[Tensor, "K D"],
     labels: Int[Tensor, "..."],
-    **options: Any,
+    **keywords: Unpack[LinearLossKeywords],
 ) -> tuple[Float[Tensor, "..."], LossStats]:
-    """Return the loss of `linear_label_smoothed_cross_entropy`, and what is known of each row besides.
+    """Return the loss of `linear_label_smoothed_cross_entropy` and statistics of each row.
 
     Args:
-        hidden: as there.
-        weight: as there.
-        labels: as there.
-        options: as there, with the same defaults.
+        hidden: see `linear_label_smoothed_cross_entropy`.
+        weight: see `linear_label_smoothed_cross_entropy`.
+        labels: see `linear_label_smoothed_cross_entropy`.
+        keywords: the options of `linear_label_smoothed_cross_entropy`, with the same defaults.
 
     Returns:
         The loss, reduced as asked, and `LossStats` with one value per row; see
         `label_smoothed_cross_entropy_with_stats`.
 
     Raises:
-        TypeError, ValueError, IndexError: as there.
+        TypeError, ValueError, IndexError: see `linear_label_smoothed_cross_entropy`.
 
     Example: perplexity of a batch.
         >>> import torch
@@ -140,94 +102,45 @@ def linear_label_smoothed_cross_entropy_with_stats(
         >>> f"{torch.exp(stats.nll.mean()):.4f}"
         '1.1820'
     """
-    loss, stats = _evaluate(hidden, weight, labels, with_stats=True, **{**_DEFAULTS, **options})
+    loss, stats = _evaluate(hidden, weight, labels, keywords, with_stats=True)
     assert stats is not None
     return loss, stats
 
 
-# Written out once, in `linear_label_smoothed_cross_entropy`; help() and editors show them for both.
-_DEFAULTS: dict[str, Any] = dict(linear_label_smoothed_cross_entropy.__kwdefaults__ or {})
-linear_label_smoothed_cross_entropy_with_stats.__signature__ = inspect.signature(  # type: ignore[attr-defined]
-    linear_label_smoothed_cross_entropy
-).replace(return_annotation=tuple)
-
-
 def _evaluate(
-    hidden: Float[Tensor, "... D"],
-    weight: Float[Tensor, "K D"],
-    labels: Int[Tensor, "..."],
-    *,
-    with_stats: bool,
-    bias: Float[Tensor, " K"] | None,
-    smoothing: float | Float[Tensor, "..."],
-    convention: str | Convention,
-    prior: Float[Tensor, " K"] | None,
-    where: Bool[Tensor, "..."] | None,
-    ignore_index: int | None,
-    class_weight: Float[Tensor, " K"] | None,
-    class_mask: Bool[Tensor, " K"] | None,
-    z_loss: float,
-    softcap: float | None,
-    subtract_entropy: bool,
-    bad_labels: str,
-    reduction: str,
-    denominator: float | Float[Tensor, ""] | None,
-    implementation: str | None,
-    chunk_size: int | None,
-    recompute: bool | None,
-    gradient_filter: float,
+    hidden: Tensor, weight: Tensor, labels: Tensor, keywords: LinearLossKeywords, *, with_stats: bool
 ) -> tuple[Float[Tensor, "..."], LossStats | None]:
-    """Return the loss, and the statistics if asked. See `linear_label_smoothed_cross_entropy`."""
-    options = LossOptions.checked(
-        smoothing=smoothing,
-        convention=convention,
-        has_prior=prior is not None,
-        ignore_index=ignore_index,
-        z_loss=z_loss,
-        softcap=softcap,
-        subtract_entropy=subtract_entropy,
-        bad_labels=bad_labels,
-        reduction=reduction,
-        denominator=denominator,
-        implementation=implementation,
-        implementations=LINEAR_IMPLEMENTATIONS,
-    )
+    """Return the loss, and the statistics if asked for. See `linear_label_smoothed_cross_entropy`."""
+    options = LossOptions.of(keywords, LINEAR_IMPLEMENTATIONS)
     chunks = ChunkOptions.checked(
-        chunk_size=chunk_size, recompute=recompute, gradient_filter=gradient_filter, options=options
+        chunk_size=keywords["chunk_size"],
+        recompute=keywords["recompute"],
+        gradient_filter=keywords["gradient_filter"],
+        options=options,
     )
-    layer, num_classes = _prepare_layer(hidden, weight, labels, bias)
+    layer, num_classes = _prepare_layer(hidden, weight, labels, keywords["bias"])
     if labels.is_floating_point():
         raise error("linear_soft_labels", given=dtype_name(labels))
-    batch = prepare(
-        layer.hidden.new_zeros(1).expand(*layer.hidden.shape[:-1], num_classes),
-        labels,
-        options,
-        axis=-1,
-        where=where,
-        prior=prior,
-        class_weight=class_weight,
-        class_mask=class_mask,
-    )
-
-    def row_losses(batch: Batch) -> tuple[Float[Tensor, "..."], LossStats | None]:
-        chunkable = batch.labels.numel() and fused.why_reference(batch, options, with_stats) is None
-        if options.implementation == "chunked" and chunkable:
-            return chunked.losses(batch, layer, options, chunks, with_stats)
-        return reference.row_losses(replace(batch, logits=_all_logits(layer, batch)), options, with_stats)
-
-    return reduce_losses(batch, options, denominator, row_losses)
+    logits = layer.hidden.new_zeros(1).expand(*layer.hidden.shape[:-1], num_classes)
+    batch, divisor = mean_divisor(prepare(logits, labels, options, keywords), options, keywords["denominator"])
+    chunkable = batch.labels.numel() and fused.why_reference(batch, options, with_stats) is None
+    if options.implementation == "chunked" and chunkable:
+        losses, stats = chunked.losses(batch, layer, options, chunks, with_stats)
+    else:
+        losses, stats = reference.row_losses(replace(batch, logits=_all_logits(layer, batch)), options, with_stats)
+    return reduce_losses(losses, options, divisor), stats
 
 
 def _prepare_layer(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> tuple[Layer, int]:
-    """Check the tensors of the layer and return them, and the number of classes."""
+    """Check the tensors of the layer; return it and the number of classes."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("labels", labels), ("bias", bias)):
         if tensor is not None:
             check_tensor(name, tensor)
             if tensor.device != hidden.device:
                 raise error("layer_device", name=name, given=tensor.device, expected=hidden.device)
     layer = Layer(hidden, weight, bias)
-    of_hidden, of_weight, *of_bias = ((tuple(t.shape), dtype_name(t)) for t in layer if t is not None)
-    num_classes = check_layer(of_hidden, of_weight, *of_bias, features_axis=1)
+    shapes = ((tuple(tensor.shape), dtype_name(tensor)) for tensor in layer if tensor is not None)
+    num_classes = check_layer(*shapes, features_axis=1)
     device = hidden.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         layer = layer._replace(hidden=hidden.to(torch.get_autocast_dtype(device)))
@@ -237,6 +150,6 @@ def _prepare_layer(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor 
 def _all_logits(layer: Layer, batch: Batch) -> Float[Tensor, "*batch K"]:
     dtype, hidden = layer.hidden.dtype, layer.hidden
     if batch.counted is not None:
-        # 0 times a NaN would reach the weight's gradient.
+        # Even multiplied by 0, a NaN would reach the weight's gradient.
         hidden = torch.where(batch.counted[..., None], hidden, 0)
     return F.linear(hidden, layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype))

@@ -1,9 +1,11 @@
-"""Streaming metrics for torch, fed by the statistics of the loss: no second sweep over the logits, no second softmax.
+"""Streaming metrics for torch from the statistics of the loss, without a second sweep over the logits.
 
-Every metric is a ratio of sums, and the sums are what it keeps. So shards of the data, on devices, hosts or days, merge
-into exactly what the whole would have given, which means of means do not. The sums are float64, where whole numbers are
-exact up to 2^53 and the order of summation does not show in the result, which is float32. They are metrics of
-torchmetrics: Lightning logs them, `MetricCollection` holds them together, and processes add up their sums.
+Every metric is a ratio of sums, and keeps the sums. So metrics of shards of the data, from devices, hosts or days, merge
+into the metric of the whole; means of means do not. The sums are float64, in which whole numbers are exact up to 2^53
+and the order of summation does not show in the float32 result. All are metrics of torchmetrics: Lightning logs them,
+`MetricCollection` holds them together, and processes add up their sums.
+
+Before each class stands the function that computes its sums of one batch; the class only adds them up.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,8 +21,8 @@ from lsce_spec import (
     check_class_num,
     check_denominator,
     check_denominator_array,
-    error,
 )
+from lsce_torch.errors import error
 from lsce_torch.inputs import at_labels, dtype_name, prepare
 from lsce_torch.stats import LossStats
 
@@ -33,8 +35,8 @@ except ModuleNotFoundError as problem:
 class _Sums(Metric):
     """Sums by name.
 
-    No two metrics that differ have the same names: in a `MetricCollection` those whose sums have the same names and,
-    after the first batch, the same values would share one state from then on.
+    Different metrics need different names: `MetricCollection` lets metrics share one state if their sums have the same
+    names and, after the first batch, the same values.
     """
 
     is_differentiable = False
@@ -60,13 +62,23 @@ class _Sums(Metric):
         return super()._apply(move, exclude_state)
 
     def _ratio(self, total: str, count: str) -> Float[Tensor, "..."]:
-        """Return a quotient of two sums; NaN where nothing was seen."""
+        """Return a quotient of two sums; NaN before the first row."""
         ratio: Tensor = getattr(self, total) / getattr(self, count)
         return ratio.float()
 
 
+def _mean_loss_sums(
+    stats: LossStats, denominator: float | Float[Tensor, ""] | None, mask: Bool[Tensor, "..."] | None
+) -> dict[str, Tensor]:
+    rows = _rows(stats, mask)
+    return {
+        "loss": _sum(torch.where(rows, stats.smoothed, 0)) + _sum(torch.where(rows, stats.z, 0)),
+        "denominator": _sum(rows) if denominator is None else _denominator(denominator, rows.device),
+    }
+
+
 class MeanLoss(_Sums):
-    """Mean of the loss that is trained on: over all rows seen, the one of `reduction="mean"`.
+    """Mean of the training loss over all rows seen, as `reduction="mean"` gives it for one batch.
 
     Example:
         >>> import torch
@@ -96,21 +108,23 @@ class MeanLoss(_Sums):
 
         Args:
             stats: second result of `label_smoothed_cross_entropy_with_stats`.
-            denominator: what the batch adds to the number that the sum is divided by; the number of rows that count,
-                if not given. With class weights pass the sum of the weights of the labels that count.
-            mask: rows to take, of those that the loss counted.
+            denominator: what the batch adds to the divisor of the mean; None adds the number of rows that count. With
+                class weights pass the sum of the weights of the labels that count.
+            mask: which of the rows that the loss counted to include.
 
         Raises:
             TypeError, ValueError: an argument that is not as described.
         """
-        rows = _rows(stats, mask)
-        loss = _sum(torch.where(rows, stats.smoothed, 0)) + _sum(torch.where(rows, stats.z, 0))
-        counted = _sum(rows) if denominator is None else _denominator(denominator, rows.device)
-        self._add(loss=loss, denominator=counted)
+        self._add(**_mean_loss_sums(stats, denominator, mask))
 
     def compute(self) -> Float[Tensor, ""]:
         """Return the mean; NaN if no row was seen."""
         return self._ratio("loss", "denominator")
+
+
+def _mean_nll_sums(stats: LossStats, mask: Bool[Tensor, "..."] | None) -> dict[str, Tensor]:
+    rows = _rows(stats, mask)
+    return {"nll": _sum(torch.where(rows, stats.nll, 0)), "count": _sum(rows)}
 
 
 class MeanNLL(_Sums):
@@ -133,9 +147,8 @@ class MeanNLL(_Sums):
         super().__init__("nll", "count", **options)
 
     def update(self, *, stats: LossStats, mask: Bool[Tensor, "..."] | None = None) -> None:
-        """Add a batch: `stats` as for `MeanLoss.update`, `mask` the rows to take of those that the loss counted."""
-        rows = _rows(stats, mask)
-        self._add(nll=_sum(torch.where(rows, stats.nll, 0)), count=_sum(rows))
+        """Add a batch; see `MeanLoss.update` for `stats` and `mask`."""
+        self._add(**_mean_nll_sums(stats, mask))
 
     def compute(self) -> Float[Tensor, ""]:
         """Return the mean; NaN if no row was seen."""
@@ -143,7 +156,7 @@ class MeanNLL(_Sums):
 
 
 class Perplexity(MeanNLL):
-    """Exponential of the mean cross-entropy with the labels as they are: over all rows, not a mean over batches.
+    """Exponential of the mean cross-entropy with the labels as they are, over all rows seen.
 
     Example:
         >>> import torch
@@ -158,6 +171,11 @@ class Perplexity(MeanNLL):
     def compute(self) -> Float[Tensor, ""]:
         """Return the perplexity; NaN if no row was seen."""
         return torch.exp(super().compute())
+
+
+def _accuracy_sums(stats: LossStats, mask: Bool[Tensor, "..."] | None) -> dict[str, Tensor]:
+    rows = _rows(stats, mask)
+    return {"correct": _sum(rows & stats.correct), "count": _sum(rows)}
 
 
 class Accuracy(_Sums):
@@ -180,23 +198,51 @@ class Accuracy(_Sums):
         super().__init__("correct", "count", **options)
 
     def update(self, *, stats: LossStats, mask: Bool[Tensor, "..."] | None = None) -> None:
-        """Add a batch: `stats` as for `MeanLoss.update`, `mask` the rows to take of those that the loss counted."""
-        rows = _rows(stats, mask)
-        self._add(correct=_sum(rows & stats.correct), count=_sum(rows))
+        """Add a batch; see `MeanLoss.update` for `stats` and `mask`."""
+        self._add(**_accuracy_sums(stats, mask))
 
     def compute(self) -> Float[Tensor, ""]:
         """Return the share; NaN if no row was seen."""
         return self._ratio("correct", "count")
 
 
+def _top_k_accuracy_sums(
+    k: int,
+    stats: LossStats,
+    mask: Bool[Tensor, "..."] | None,
+    logits: Float[Tensor, "..."],
+    labels: Int[Tensor, "..."] | Float[Tensor, "..."],
+    **keywords: Any,
+) -> dict[str, Tensor]:
+    rows = _rows(stats, mask)
+    batch = prepare(logits, labels, LossOptions(), keywords)
+    if batch.batch_shape != tuple(stats.valid.shape):
+        raise error("stats_shape", expected=list(stats.valid.shape), given=list(batch.batch_shape))
+    num_classes = batch.logits.shape[-1]
+    if k > num_classes:
+        raise error("top_k", k=k, given=num_classes)
+    labels = (torch.argmax(batch.labels, dim=-1) if batch.soft else batch.labels)[..., None]
+    classes = torch.arange(num_classes, device=labels.device)
+    label_logit = torch.gather(batch.logits, -1, labels)
+    larger = (batch.logits > label_logit) | ((batch.logits == label_logit) & (classes < labels))
+    # A label that is not a class has no rank, and neither has any label of a row that holds a NaN.
+    found = ~torch.isnan(stats.nll)
+    if batch.class_mask is not None:
+        larger &= batch.class_mask
+        found &= at_labels(batch.class_mask, labels[..., 0])
+    found &= torch.sum(larger, dim=-1) < k
+    return {f"correct_in_top_{k}": _sum(rows & found), "count": _sum(rows)}
+
+
 class TopKAccuracy(_Sums):
-    """Share of rows whose label is among the k largest logits; of equal logits the first is taken for the larger.
+    """Share of rows whose label is among the k largest logits; of equal logits the first counts as larger.
 
     Args:
         k: how many logits, at least 1; with 1 it is `Accuracy`.
 
     Raises:
-        ValueError: k is no integer or below 1.
+        TypeError: k is not an integer.
+        ValueError: k is below 1.
 
     Example:
         >>> import torch
@@ -230,54 +276,42 @@ class TopKAccuracy(_Sums):
         """Add a batch.
 
         Args:
-            stats: second result of `label_smoothed_cross_entropy_with_stats`, for which rows count.
+            stats: second result of `label_smoothed_cross_entropy_with_stats`, which says which rows count.
             logits: as given to the loss.
             labels: as given to the loss.
             axis: as given to the loss.
             class_mask: as given to the loss.
-            mask: rows to take, of those that the loss counted.
+            mask: which of the rows that the loss counted to include.
 
         Raises:
             TypeError, ValueError: as the loss; or the arrays are not those of the statistics, or hold fewer than k
                 classes.
         """
-        rows = _rows(stats, mask)
-        batch = prepare(
-            logits,
-            labels,
-            LossOptions(),
-            axis=axis,
-            where=None,
-            prior=None,
-            class_weight=None,
-            class_mask=class_mask,
-        )
-        if batch.batch_shape != tuple(stats.valid.shape):
-            raise error("stats_shape", expected=list(stats.valid.shape), given=list(batch.batch_shape))
-        num_classes = batch.logits.shape[-1]
-        if self.k > num_classes:
-            raise error("top_k", k=self.k, given=num_classes)
-        labels = (torch.argmax(batch.labels, dim=-1) if batch.soft else batch.labels)[..., None]
-        classes = torch.arange(num_classes, device=labels.device)
-        at_label = torch.gather(batch.logits, -1, labels)
-        larger = (batch.logits > at_label) | ((batch.logits == at_label) & (classes < labels))
-        # A label that is no class has no rank, nor has any in a row that holds a NaN.
-        found = ~torch.isnan(stats.nll)
-        if batch.class_mask is not None:
-            larger &= batch.class_mask
-            found &= at_labels(batch.class_mask, labels[..., 0])
-        found &= torch.sum(larger, dim=-1) < self.k
-        self._add(**{self._names[0]: _sum(rows & found)}, count=_sum(rows))
+        arguments = {"logits": logits, "labels": labels, "axis": axis, "class_mask": class_mask}
+        self._add(**_top_k_accuracy_sums(self.k, stats, mask, **arguments))
 
     def compute(self) -> Float[Tensor, ""]:
         """Return the share; NaN if no row was seen."""
         return self._ratio(*self._names)
 
 
-class CalibrationError(_Sums):
-    """Expected calibration error: by how much the probability of the predicted class differs from being right.
+def _calibration_error_sums(num_bins: int, stats: LossStats, mask: Bool[Tensor, "..."] | None) -> dict[str, Tensor]:
+    rows, confidence = _rows(stats, mask).reshape(-1), stats.confidence.reshape(-1)
+    edges = torch.arange(1, num_bins, dtype=confidence.dtype, device=confidence.device) / num_bins
+    # The number of edges below. NaN is above all of them and makes the last bin NaN, and so the result.
+    place = torch.searchsorted(edges, confidence)
+    empty = torch.zeros(num_bins, dtype=torch.float64, device=confidence.device)
+    return {
+        "confidence": empty.index_add(0, place, torch.where(rows, confidence, 0).double()),
+        "correct": empty.index_add(0, place, (rows & stats.correct.reshape(-1)).double()),
+        "count": empty.index_add(0, place, rows.double()),
+    }
 
-    Rows are sorted by the probability of their largest logit into bins ((b-1)/num_bins, b/num_bins]:
+
+class CalibrationError(_Sums):
+    """Expected calibration error: the gap between the probability of the predicted class and how often it is right.
+
+    Rows go by the probability of their largest logit into bins ((b-1)/num_bins, b/num_bins]:
 
         ECE = sum over bins of (share of rows) |accuracy - mean probability|
 
@@ -285,9 +319,10 @@ class CalibrationError(_Sums):
         num_bins: number of bins of equal width, at least 1.
 
     Raises:
-        ValueError: num_bins is no integer or below 1.
+        TypeError: num_bins is not an integer.
+        ValueError: num_bins is below 1.
 
-    Example: always sure to 1/2, and right in three of four.
+    Example: a confidence of 1/2 in every row, and three of four rows right.
         >>> import torch
         >>> from lsce_torch import label_smoothed_cross_entropy_with_stats
         >>> metric = CalibrationError()
@@ -309,17 +344,8 @@ class CalibrationError(_Sums):
         self.num_bins = num_bins
 
     def update(self, *, stats: LossStats, mask: Bool[Tensor, "..."] | None = None) -> None:
-        """Add a batch: `stats` as for `MeanLoss.update`, `mask` the rows to take of those that the loss counted."""
-        rows, confidence = _rows(stats, mask).reshape(-1), stats.confidence.reshape(-1)
-        edges = torch.arange(1, self.num_bins, dtype=confidence.dtype, device=confidence.device) / self.num_bins
-        # The number of edges below; NaN, above all of them, makes the last bin NaN and with it the result.
-        place = torch.searchsorted(edges, confidence)
-        empty = torch.zeros(self.num_bins, dtype=torch.float64, device=confidence.device)
-        self._add(
-            confidence=empty.index_add(0, place, torch.where(rows, confidence, 0).double()),
-            correct=empty.index_add(0, place, (rows & stats.correct.reshape(-1)).double()),
-            count=empty.index_add(0, place, rows.double()),
-        )
+        """Add a batch; see `MeanLoss.update` for `stats` and `mask`."""
+        self._add(**_calibration_error_sums(self.num_bins, stats, mask))
 
     def compute(self) -> Float[Tensor, ""]:
         """Return the error, from 0 to 1; NaN if no row was seen."""
@@ -329,7 +355,7 @@ class CalibrationError(_Sums):
 
 
 def _rows(stats: LossStats, mask: Bool[Tensor, "..."] | None) -> Bool[Tensor, "*batch"]:
-    """Return which rows to take."""
+    """Return which rows to include."""
     if not isinstance(stats, LossStats):
         raise error("stats_type", given=type(stats).__name__)
     if mask is None:
@@ -340,7 +366,7 @@ def _rows(stats: LossStats, mask: Bool[Tensor, "..."] | None) -> Bool[Tensor, "*
 
 
 def _denominator(denominator: float | Float[Tensor, ""], device: torch.device) -> Float[Tensor, ""]:
-    """Return what the caller passes as denominator, a number or a tensor of one."""
+    """Return the caller's denominator, a number or a scalar tensor, as a tensor."""
     check_denominator(denominator)
     tensor = torch.as_tensor(
         denominator, device=device, dtype=None if isinstance(denominator, Tensor) else torch.float64

@@ -1,5 +1,8 @@
 """Torch modules: thin shells over the functions. They hold options, and no parameters."""
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -12,26 +15,56 @@ from lsce_spec import (
     check_class_count,
     check_class_num,
     check_smoothing,
-    error,
     find_convention,
 )
+from lsce_spec.keywords import parameters_of, takes
+from lsce_torch.errors import error
 from lsce_torch.functional import label_smoothed_cross_entropy
 from lsce_torch.inputs import check_prior
+from lsce_torch.keywords import DenseModuleKeywords, LinearModuleKeywords
 from lsce_torch.linear import linear_label_smoothed_cross_entropy
+from lsce_torch.overwrite import check_inplace
+
+_CONSTANTS = ("prior", "class_weight", "class_mask")
 
 
-class LabelSmoothedCrossEntropyLoss(nn.CrossEntropyLoss):
+class _LossModule(nn.Module):
+    """A loss that keeps its options as attributes, tensors as buffers outside the state dict."""
+
+    _options: ClassVar[tuple[str, ...]]
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Return an option."""
+
+    def _keep(self, options: Mapping[str, Any]) -> None:
+        """Make checked options attributes."""
+        for name, value in options.items():
+            if name in _CONSTANTS:
+                self.register_buffer(name, None if value is None else torch.as_tensor(value), persistent=False)
+            else:
+                setattr(self, name, value)
+        if self.prior is not None:
+            check_prior(self.prior, self.class_mask)
+
+    def _kept(self) -> dict[str, Any]:
+        """Return the options for one call."""
+        return {name: getattr(self, name) for name in self._options}
+
+
+class LabelSmoothedCrossEntropyLoss(_LossModule, nn.CrossEntropyLoss):
     """`nn.CrossEntropyLoss` with every option of `label_smoothed_cross_entropy`: swap the class name, nothing else.
 
-    It is a subclass, so `isinstance` tests and state dicts keep working. On purpose a few things differ: the mean over
-    nothing (no rows, or weights of 0) is 0 and not NaN; nothing that an ignored row holds gets into the gradient, and
-    0 times an infinite logit counts as 0; the loss is float32 unless the logits are float64; labels that are no class
-    give NaN and no error unless `bad_labels="raise"`; a smoothing below 0 is an error.
+    It is a subclass, so `isinstance` tests and state dicts keep working. It differs on purpose in a few cases: the mean
+    over nothing (no rows, or weights of 0) is 0 and not NaN; the content of an ignored row never reaches the gradient,
+    and 0 times an infinite logit counts as 0; the loss is float32 unless the logits are float64; a label that is not a
+    class gives NaN, and an error only with `bad_labels="raise"`; a smoothing below 0 is an error.
 
     Args:
         weight: K class weights.
-        size_average, reduce: deprecated by torch, and translated to `reduction` as torch does.
-        ignore_index: integer labels to take out; soft labels take no notice of a negative one.
+        size_average, reduce: deprecated by torch; translated to `reduction` as torch does.
+        ignore_index: rows with this integer label are left out; soft labels ignore a negative value.
         reduction: "mean", "sum" or "none".
         label_smoothing: the smoothing e in [0, 1].
         convention, prior, class_mask, z_loss, softcap, subtract_entropy, bad_labels, implementation, inplace_backward:
@@ -48,9 +81,9 @@ class LabelSmoothedCrossEntropyLoss(nn.CrossEntropyLoss):
         '0.3339'
     """
 
-    prior: Tensor | None
-    class_mask: Tensor | None
+    _options = tuple(parameters_of(DenseModuleKeywords))
 
+    @takes(DenseModuleKeywords)
     def __init__(  # positions as in nn.CrossEntropyLoss
         self,
         weight: Float[Tensor, " K"] | None = None,
@@ -59,49 +92,16 @@ class LabelSmoothedCrossEntropyLoss(nn.CrossEntropyLoss):
         reduce: bool | None = None,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
-        *,
-        convention: str | Convention = "uniform",
-        prior: Float[Tensor, " K"] | None = None,
-        class_mask: Bool[Tensor, " K"] | None = None,
-        z_loss: float = 0.0,
-        softcap: float | None = None,
-        subtract_entropy: bool = False,
-        bad_labels: str = "nan",
-        implementation: str | None = None,
-        inplace_backward: bool = False,
+        **options: Unpack[DenseModuleKeywords],
     ) -> None:
         """Check the options and keep them; see the class."""
         if weight is not None and not isinstance(weight, Tensor):
             raise error("weight_type", given=repr(weight))
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        LossOptions.checked(
-            smoothing=label_smoothing,
-            convention=convention,
-            has_prior=prior is not None,
-            ignore_index=ignore_index,
-            z_loss=z_loss,
-            softcap=softcap,
-            subtract_entropy=subtract_entropy,
-            bad_labels=bad_labels,
-            reduction=self.reduction,
-            denominator=None,
-            implementation=implementation,
-            inplace_backward=inplace_backward,
-        )
-        prior = None if prior is None else torch.as_tensor(prior)
-        class_mask = None if class_mask is None else torch.as_tensor(class_mask)
-        if prior is not None:
-            check_prior(prior, class_mask)
-        self.convention = convention
-        # Not in the state dict, which stays that of nn.CrossEntropyLoss.
-        self.register_buffer("prior", prior, persistent=False)
-        self.register_buffer("class_mask", class_mask, persistent=False)
-        self.z_loss = z_loss
-        self.softcap = softcap
-        self.subtract_entropy = subtract_entropy
-        self.bad_labels = bad_labels
-        self.implementation = implementation
-        self.inplace_backward = inplace_backward
+        own = {"smoothing": label_smoothing, "ignore_index": ignore_index, "reduction": self.reduction}
+        LossOptions.of({**own, **options})
+        check_inplace(options)
+        self._keep(options)
 
     def extra_repr(self) -> str:
         """Return the main options for `print(module)`."""
@@ -122,9 +122,9 @@ class LabelSmoothedCrossEntropyLoss(nn.CrossEntropyLoss):
         Args:
             input: logits [K], [N, K] or [N, K, d1, ...].
             target: class indices without the class dimension, or probabilities with it.
-            where: booleans that broadcast to the losses; False takes a row out.
+            where: booleans that broadcast to the losses; False leaves a row out.
             smoothing: replaces `label_smoothing` for this call, as a schedule does.
-            denominator: what reduction="mean" divides by.
+            denominator: the number that reduction="mean" divides by.
         """
         soft = isinstance(target, Tensor) and target.is_floating_point()
         if soft and self.ignore_index is not None and self.ignore_index >= 0:
@@ -133,28 +133,20 @@ class LabelSmoothedCrossEntropyLoss(nn.CrossEntropyLoss):
             input,
             target,
             smoothing=self.label_smoothing if smoothing is None else smoothing,
-            convention=self.convention,
-            prior=self.prior,
             axis=0 if isinstance(input, Tensor) and input.ndim == 1 else 1,
             where=where,
             ignore_index=None if soft else self.ignore_index,
             class_weight=self.weight,
-            class_mask=self.class_mask,
-            z_loss=self.z_loss,
-            softcap=self.softcap,
-            subtract_entropy=self.subtract_entropy,
-            bad_labels=self.bad_labels,
             reduction=self.reduction,
             denominator=denominator,
-            implementation=self.implementation,
-            inplace_backward=self.inplace_backward,
+            **self._kept(),
         )
 
 
-class LinearLabelSmoothedCrossEntropyLoss(nn.Module):
+class LinearLabelSmoothedCrossEntropyLoss(_LossModule):
     """`linear_label_smoothed_cross_entropy` with its options kept: a module without parameters.
 
-    The weight comes with each call, so that it may be that of the model's last layer or of its embedding.
+    Each call takes the weight, which may be that of the model's last layer or of its embedding.
 
     Args:
         smoothing, convention, prior, ignore_index, class_weight, class_mask, z_loss, softcap, subtract_entropy,
@@ -172,66 +164,20 @@ class LinearLabelSmoothedCrossEntropyLoss(nn.Module):
         '0.3339'
     """
 
-    prior: Tensor | None
-    class_weight: Tensor | None
-    class_mask: Tensor | None
+    _options = tuple(parameters_of(LinearModuleKeywords))
 
-    def __init__(
-        self,
-        smoothing: float = 0.1,
-        *,
-        convention: str | Convention = "uniform",
-        prior: Float[Tensor, " K"] | None = None,
-        ignore_index: int | None = None,
-        class_weight: Float[Tensor, " K"] | None = None,
-        class_mask: Bool[Tensor, " K"] | None = None,
-        z_loss: float = 0.0,
-        softcap: float | None = None,
-        subtract_entropy: bool = False,
-        bad_labels: str = "nan",
-        reduction: str = "mean",
-        implementation: str | None = None,
-        chunk_size: int | None = None,
-        recompute: bool | None = None,
-        gradient_filter: float = 0.0,
-    ) -> None:
+    @takes(LinearModuleKeywords)
+    def __init__(self, smoothing: float = 0.1, **options: Unpack[LinearModuleKeywords]) -> None:
         """Check the options and keep them; see the class."""
         super().__init__()
-        options = LossOptions.checked(
-            smoothing=smoothing,
-            convention=convention,
-            has_prior=prior is not None,
-            ignore_index=ignore_index,
-            z_loss=z_loss,
-            softcap=softcap,
-            subtract_entropy=subtract_entropy,
-            bad_labels=bad_labels,
-            reduction=reduction,
-            denominator=None,
-            implementation=implementation,
-            implementations=LINEAR_IMPLEMENTATIONS,
-        )
         ChunkOptions.checked(
-            chunk_size=chunk_size, recompute=recompute, gradient_filter=gradient_filter, options=options
+            chunk_size=options["chunk_size"],
+            recompute=options["recompute"],
+            gradient_filter=options["gradient_filter"],
+            options=LossOptions.of({"smoothing": smoothing, **options}, LINEAR_IMPLEMENTATIONS),
         )
-        constants = {"prior": prior, "class_weight": class_weight, "class_mask": class_mask}
-        for name, constant in constants.items():
-            tensor = None if constant is None else torch.as_tensor(constant)
-            self.register_buffer(name, tensor, persistent=False)
-        if self.prior is not None:
-            check_prior(self.prior, self.class_mask)
         self.smoothing = smoothing
-        self.convention = convention
-        self.ignore_index = ignore_index
-        self.z_loss = z_loss
-        self.softcap = softcap
-        self.subtract_entropy = subtract_entropy
-        self.bad_labels = bad_labels
-        self.reduction = reduction
-        self.implementation = implementation
-        self.chunk_size = chunk_size
-        self.recompute = recompute
-        self.gradient_filter = gradient_filter
+        self._keep(options)
 
     def extra_repr(self) -> str:
         """Return the main options for `print(module)`."""
@@ -256,9 +202,9 @@ class LinearLabelSmoothedCrossEntropyLoss(nn.Module):
             weight: [K, D].
             labels: [...] class indices.
             bias: K numbers, or None.
-            where: booleans that broadcast to the losses; False takes a row out.
+            where: booleans that broadcast to the losses; False leaves a row out.
             smoothing: replaces the module's own for this call, as a schedule does.
-            denominator: what reduction="mean" divides by.
+            denominator: the number that reduction="mean" divides by.
         """
         return linear_label_smoothed_cross_entropy(
             hidden,
@@ -266,22 +212,9 @@ class LinearLabelSmoothedCrossEntropyLoss(nn.Module):
             labels,
             bias=bias,
             smoothing=self.smoothing if smoothing is None else smoothing,
-            convention=self.convention,
-            prior=self.prior,
             where=where,
-            ignore_index=self.ignore_index,
-            class_weight=self.class_weight,
-            class_mask=self.class_mask,
-            z_loss=self.z_loss,
-            softcap=self.softcap,
-            subtract_entropy=self.subtract_entropy,
-            bad_labels=self.bad_labels,
-            reduction=self.reduction,
             denominator=denominator,
-            implementation=self.implementation,
-            chunk_size=self.chunk_size,
-            recompute=self.recompute,
-            gradient_filter=self.gradient_filter,
+            **self._kept(),
         )
 
 
@@ -295,6 +228,7 @@ class CELossWithLabelSmoothing(nn.Module):
             "uniform".
 
     Raises:
+        TypeError: an argument of the wrong type.
         ValueError: label_smooth outside [0, 1], class_num below 1, or an unknown convention.
 
     Example:

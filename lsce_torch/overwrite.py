@@ -1,17 +1,32 @@
-"""Logits whose memory their gradient takes: which can be, and that nothing uses them afterwards."""
+"""`inplace_backward`: check that the gradient may overwrite the logits, and forbid any use of them afterwards."""
 
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lsce_spec import error
+from lsce_torch.errors import error
 
 
-def what_is_overwritten(given: Tensor) -> tuple[weakref.ref[Tensor], ...]:
-    """Return the tensors to guard, the caller's and the one that it is a view of; raise where that is impossible."""
+def check_inplace(keywords: Mapping[str, Any]) -> None:
+    """Raise unless `inplace_backward` is a boolean and the implementation can overwrite the logits."""
+    inplace_backward = keywords["inplace_backward"]
+    if not isinstance(inplace_backward, bool):
+        raise error("flag", name="inplace_backward", given=repr(inplace_backward))
+    if inplace_backward and keywords["implementation"] == "reference":
+        raise error("inplace_reference")
+
+
+def tensors_to_overwrite(given: Tensor) -> tuple[weakref.ref[Tensor], ...]:
+    """Return the tensors that share the logits' memory: the caller's, and its base if it is a view.
+
+    Raises:
+        RuntimeError: the call is compiled or transformed.
+        ValueError: elements of the logits share their memory, or the logits are of a subclass of Tensor.
+    """
     if not given.requires_grad:
         return ()
     if torch.compiler.is_compiling() or not has_memory(given):
@@ -25,7 +40,7 @@ def what_is_overwritten(given: Tensor) -> tuple[weakref.ref[Tensor], ...]:
 
 
 def has_memory(*tensors: Tensor) -> bool:
-    """Whether these are plain tensors: not of a transform, of a batch of gradients, or with a tangent."""
+    """Whether all are plain tensors with data: none belongs to a transform or a batch of gradients or has a tangent."""
     try:
         for tensor in tensors:
             tensor.data_ptr()
@@ -35,7 +50,7 @@ def has_memory(*tensors: Tensor) -> bool:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether elements may share memory: unless each dimension steps over all that the finer ones reach."""
+    """Whether elements may share memory: a dimension's stride is within the reach of the finer dimensions."""
     reached = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
@@ -46,7 +61,7 @@ def _overlaps(tensor: Tensor) -> bool:
 
 
 def forbid_use(tensors: tuple[weakref.ref[Tensor], ...]) -> None:
-    """Make tensors that have been overwritten raise at any use."""
+    """Make overwritten tensors raise at any use."""
     for reference_to in tensors:
         tensor = reference_to()
         if tensor is not None:
@@ -54,13 +69,13 @@ def forbid_use(tensors: tuple[weakref.ref[Tensor], ...]) -> None:
 
 
 class _Overwritten(Tensor):
-    """What logits become whose memory the gradient has taken: everything but `grad` raises."""
+    """Overwritten logits: everything but `grad` raises."""
 
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Raise, but for the gradient."""
+        """Raise, except for access to the gradient."""
         if function in {Tensor.grad.__get__, Tensor.grad.__set__}:  # type: ignore[union-attr]
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args)

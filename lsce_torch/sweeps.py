@@ -1,389 +1,287 @@
 """The two sweeps of the fused implementation over the logits: one for the sums, one for the gradient.
 
-On the CPU both go through blocks of rows that stay in the cache while several operations work on them in place. Larger
-arrays would go to memory and back at each operation, which costs more than the operations do. `torch.softmax` is among
-them for its exp, which is faster than `torch.exp`; its sum is not, since it adds up thousands of terms in a row, so the
-sum of its results takes its place.
+On the CPU a sweep takes blocks of rows that fit in the cache, and runs several operations in place on each. On whole
+arrays each operation would read and write memory, which takes longer than the arithmetic. Each kernel below computes
+one `Block`, whose tensors it takes by name.
+
+For exponentials the CPU uses `torch.softmax`, which is faster than `torch.exp`. Its sum is not accurate enough, since
+it adds thousands of terms in sequence, so the kernels add up its results themselves.
 """
 
-import ctypes
-import mmap
-import os
-import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from threading import Barrier
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lsce_torch.inputs import compute_dtype
-from lsce_torch.overwrite import forbid_use
+from lsce_torch.threads import in_threads
 
 # Elements of a block: 4 MiB in float32.
 _BLOCK_SIZE = 2**20
-# Bytes from which on memory comes in fresh pages.
-_HUGE = 2**23
 
 
 class Operands(NamedTuple):
-    """What the losses of rows are made from. Gradients are taken by the logits, `at_label`, `off` and `at_max` only."""
+    """The loss of rows, apart from the logits. `on`, `off` and `at_max` are differentiable."""
 
-    logits: Float[Tensor, "*batch K"]
-    labels: Int[Tensor, "*batch"] | None  # None for soft labels, whose target is the weight
+    labels: Int[Tensor, "*batch"] | None  # None for soft labels, whose target is `factor`
     counted: Bool[Tensor, "*batch"] | None
     bad: Bool[Tensor, "*batch"] | None
     class_mask: Bool[Tensor, "*#batch K"] | None
-    factor: Float[Tensor, "*#batch K"] | None  # w: of the target away from the label; None for 1
-    at_label: float | Float[Tensor, "*#batch"]  # weighted target at the label
-    off: float | Float[Tensor, "*#batch"]  # target away from the label, but for w
-    other_mass: float | Float[Tensor, "*#batch"]  # sum of w over the classes that are not the label
-    at_max: float | Float[Tensor, "*#batch"] | None  # what is added at the largest logit, but for w
+    factor: Float[Tensor, "*#batch K"] | None  # w, which multiplies `off` and `at_max`; None for 1
+    on: float | Float[Tensor, "*#batch"]  # target at the label, class weight included
+    off: float | Float[Tensor, "*#batch"]  # target away from the label, before w
+    other_mass: float | Float[Tensor, "*#batch"]  # sum of w over all classes but the label
+    at_max: float | Float[Tensor, "*#batch"] | None  # added to the target at the largest logit, before w
     z_loss: float
     softcap: float | None
-    overwritten: tuple[weakref.ref[Tensor], ...] | None  # tensors whose memory the gradient takes
     with_stats: bool
 
 
+# The operands with one value per row.
+ROWS = ("labels", "counted", "bad", "on", "off", "other_mass", "at_max")
+
+
 class Sums(NamedTuple):
-    """Sums over the classes, one number per row of each, of which everything else is made."""
+    """Sums over the classes, one number per row of each. Losses and gradients follow from them."""
 
     peak: Float[Tensor, "*batch"]  # the largest logit m, after the softcap
     log_sum: Float[Tensor, "*batch"]  # log of the sum of exp(z - m)
     label_gap: Float[Tensor, "*batch"]  # m - z at the label
-    other_gaps: Float[Tensor, "*batch"]  # sum of w (m - z) over the classes that are not the label
-    largest: Float[Tensor, "*batch"] | None  # the largest logit before the softcap, which makes large logits equal
-    num_largest: Float[Tensor, "*batch"] | None  # how many logits are that large
-    largest_mass: Float[Tensor, "*batch"] | None  # mean of w over them
-    largest_gap: Float[Tensor, "*batch"] | None  # mean of w (m - z) over them, which is 0: for its derivative
+    other_gaps: Float[Tensor, "*batch"]  # sum of w (m - z) over all classes but the label
+    largest: Float[Tensor, "*batch"]  # the largest logit before the softcap, which makes large logits equal
+    # Only with `at_max`:
+    num_largest: Float[Tensor, "*batch"] | None = None  # how many logits equal the largest
+    largest_mass: Float[Tensor, "*batch"] | None = None  # mean of w over them
+    # Not from the sweeps, since its value is 0; needed for its derivative:
+    largest_gap: Float[Tensor, "*batch"] | None = None  # mean of w (m - z) over the largest logits
 
 
-def sweep(operands: Operands) -> tuple[Tensor, Tensor | None]:
-    """Return the sums, stacked in the order of `Sums`, and the index of the first largest logit if it is asked for."""
-    logits, dtype = operands.logits, compute_dtype(operands.logits)
-    num_sums = 5 if operands.at_max is None else 7
-    stacked = torch.empty((num_sums, *logits.shape[:-1]), dtype=dtype, device=logits.device)
-    first = None
-    if operands.with_stats:
-        first = torch.empty(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    excluded = None if operands.class_mask is None else ~operands.class_mask
-
-    def work(blocks: Iterator[tuple[Any, ...]]) -> None:
-        scratch = None
-        for z, *others in blocks:
-            if scratch is None or scratch.shape != z.shape:
-                scratch = torch.empty(z.shape, dtype=dtype, device=z.device)
-            _fill_sums(z, scratch, *others, softcap=operands.softcap)
-
-    _in_threads(work, _blocks(logits, (excluded, operands.factor), (operands.labels, first, *stacked.unbind())))
-    if operands.counted is not None:
-        # What rows hold that do not count must not reach anything, not even as a NaN times 0.
-        stacked.masked_fill_(~operands.counted, 0)
-    return stacked, first
+def num_sums(operands: Operands) -> int:
+    """Return how many of the `Sums` the sweeps compute."""
+    return Sums._fields.index("num_largest" if operands.at_max is None else "largest_gap")
 
 
-def sweep_with_gradient(operands: Operands) -> tuple[Tensor, Tensor | None]:
-    """Return what `sweep` does, and overwrite the logits by the gradient of the sum of the losses.
-
-    Each block of rows makes both while it is in the cache. Where that takes more than one array of its size, with a
-    softcap or something at the largest logit, the gradient comes from a sweep of its own.
-    """
-    if operands.softcap is not None or operands.at_max is not None:
-        stacked, first = sweep(operands)
-        upstream = torch.ones_like(stacked[0])
-        if operands.counted is not None:
-            upstream = upstream.masked_fill(~operands.counted, 0)
-        logits_gradient(operands._replace(overwritten=()), unstacked(stacked), upstream)
-        return stacked, first
-    logits, dtype = operands.logits, compute_dtype(operands.logits)
-    stacked = torch.empty((5, *logits.shape[:-1]), dtype=dtype, device=logits.device)
-    first = None
-    if operands.with_stats:
-        first = torch.empty(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    excluded = None if operands.class_mask is None else ~operands.class_mask
-    off, at_label, mass = (
-        torch.as_tensor(value, dtype=dtype, device=logits.device)
-        for value in (operands.off, operands.at_label, operands.at_label + operands.off * operands.other_mass)
-    )
-
-    def work(blocks: Iterator[tuple[Any, ...]]) -> None:
-        scratch = None
-        for z, *others in blocks:
-            if z.dtype == dtype:
-                scratch = z
-            elif scratch is None or scratch.shape != z.shape:
-                scratch = torch.empty(z.shape, dtype=dtype, device=z.device)
-            _fill_both(z, scratch, *others, z_loss=operands.z_loss)
-
-    rows = (operands.labels, operands.counted, operands.bad, off, at_label, mass, first, *stacked.unbind())
-    _in_threads(work, _blocks(logits, (excluded, operands.factor), rows))
-    if operands.counted is not None:
-        stacked.masked_fill_(~operands.counted, 0)
-    return stacked, first
-
-
-def unstacked(stacked: Tensor) -> Sums:
+def unstacked(stacked: Float[Tensor, "sums ..."]) -> Sums:
     """Return the sums by name."""
-    sums = stacked.unbind()
-    return Sums(*sums, *[None] * (len(Sums._fields) - len(sums)))
+    return Sums(*stacked.unbind())
 
 
 def target_mass(operands: Operands, sums: Sums) -> float | Tensor:
     """Return the sum of the weighted target."""
-    mass = operands.at_label + operands.off * operands.other_mass
+    mass = operands.on + operands.off * operands.other_mass
     if operands.at_max is None or sums.largest_mass is None:
         return mass
     return mass + operands.at_max * sums.largest_mass
 
 
-def _fill_sums(
-    z: Float[Tensor, "*rows K"],
-    work: Float[Tensor, "*rows K"],  # scratch
-    excluded: Bool[Tensor, "*#rows K"] | None,
-    weight: Float[Tensor, "*#rows K"] | None,
-    label: Int[Tensor, "*rows"] | None,
-    first: Int[Tensor, "*rows"] | None,  # written, as all of the following
-    peak: Float[Tensor, "*rows"],
-    log_sum: Float[Tensor, "*rows"],
-    label_gap: Float[Tensor, "*rows"],
-    other_gaps: Float[Tensor, "*rows"],
-    largest: Float[Tensor, "*rows"],
-    num_largest: Float[Tensor, "*rows"] | None = None,
-    largest_mass: Float[Tensor, "*rows"] | None = None,
-    *,
-    softcap: float | None,
+class Block(NamedTuple):
+    """The tensors of some rows, by name. None for what a call does not have or a kernel does not use."""
+
+    # The `Sums`: written by the sweep for the sums, read by the sweep for the gradient.
+    stacked: Float[Tensor, "sums ..."]
+    # Rows and classes, or a vector over the classes.
+    logits: Float[Tensor, "*rows K"]
+    gradient: Float[Tensor, "*rows K"] | None  # written; may be the logits
+    excluded: Bool[Tensor, "*#rows K"] | None  # True for classes outside the mask
+    factor: Float[Tensor, "*#rows K"] | None
+    # One value per row.
+    labels: Int[Tensor, "*rows"] | None
+    counted: Bool[Tensor, "*rows"] | None
+    bad: Bool[Tensor, "*rows"] | None = None
+    first: Int[Tensor, "*rows"] | None = None  # index of the first largest logit, written
+    on: Float[Tensor, "*rows"] | None = None
+    off: Float[Tensor, "*rows"] | None = None
+    mass: Float[Tensor, "*rows"] | None = None  # of the target
+    # The gradient of a row is p_slope p - other_slope w, replaced by label_gradient at the label, minus max_slope w at
+    # the largest logits.
+    p_slope: Float[Tensor, "*rows"] | None = None
+    other_slope: Float[Tensor, "*rows"] | None = None
+    label_gradient: Float[Tensor, "*rows"] | None = None
+    max_slope: Float[Tensor, "*rows"] | None = None
+
+
+_WIDE = ("logits", "gradient", "excluded", "factor")
+
+
+def sweep(logits: Float[Tensor, "*batch K"], operands: Operands) -> tuple[Tensor, Tensor | None]:
+    """Return the `Sums`, stacked, and, for statistics, the index of the first largest logit of each row."""
+    whole = _block_of_sums(logits, operands)
+    _run(partial(_fill_sums, softcap=operands.softcap), whole)
+    return _without_uncounted(whole)
+
+
+def sweep_with_gradient(logits: Float[Tensor, "*batch K"], operands: Operands) -> tuple[Tensor, Tensor | None]:
+    """Return what `sweep` returns, and overwrite the logits by the gradient of the sum of the losses.
+
+    Both come from each block while it is in the cache. A softcap or a target at the largest logit takes a second array
+    of the block's size, so there the gradient has a sweep of its own.
+    """
+    if operands.softcap is not None or operands.at_max is not None:
+        stacked, first = sweep(logits, operands)
+        logits_gradient(logits, operands, stacked, torch.ones_like(stacked[0]), logits)
+        return stacked, first
+    whole = _block_of_sums(logits, operands)
+    on, off, mass = (
+        torch.as_tensor(value, dtype=whole.stacked.dtype, device=logits.device)
+        for value in (operands.on, operands.off, operands.on + operands.off * operands.other_mass)
+    )
+    whole = whole._replace(gradient=logits, bad=operands.bad, on=on, off=off, mass=mass)
+    _run(partial(_fill_both, z_loss=operands.z_loss), whole, in_gradient=logits.dtype == whole.stacked.dtype)
+    return _without_uncounted(whole)
+
+
+def logits_gradient(
+    logits: Float[Tensor, "*batch K"],
+    operands: Operands,
+    stacked: Float[Tensor, "sums ..."],
+    upstream: Float[Tensor, "*batch"],
+    gradient: Float[Tensor, "*batch K"],
 ) -> None:
-    """Compute the sums of one block of rows."""
-    if excluded is not None or softcap is not None or z.dtype != work.dtype:
-        z = work.copy_(z)
-        if excluded is not None:
-            work.masked_fill_(excluded, -torch.inf)
-    if first is None:
-        torch.amax(z, dim=-1, out=largest)
-    else:
-        torch.max(z, dim=-1, out=(largest, first))
-    if num_largest is not None and largest_mass is not None:
-        is_largest = z == largest[..., None]
-        torch.sum(is_largest, dim=-1, dtype=work.dtype, out=num_largest)
-        weights = is_largest.to(work.dtype) if weight is None else is_largest * weight
-        torch.div(torch.sum(weights, dim=-1), num_largest, out=largest_mass)
-    if softcap is None:
-        peak.copy_(largest)
-    else:
-        _softcap_(work, softcap, excluded)
-        torch.amax(work, dim=-1, out=peak)
+    """Write the gradient with respect to the logits.
 
-    torch.sub(z, peak[..., None], out=work)
-    if excluded is not None:
-        work.masked_fill_(excluded, 0)
-    if label is None:
-        label_gap.zero_()
-    else:
-        # The label's gap is left out of the sum, not subtracted from it: it may be infinite, or most of the sum.
-        index = label[..., None]
-        at_label = torch.gather(work, -1, index)
-        torch.neg(at_label.squeeze(-1), out=label_gap)
-        work.scatter_(-1, index, 0)
-    weighted = work if weight is None else torch.mul(work, weight).masked_fill_(weight == 0, 0)
-    torch.sum(weighted, dim=-1, out=other_gaps).neg_()
-    if label is not None:
-        work.scatter_(-1, index, at_label)
-    if excluded is not None:
-        work.masked_fill_(excluded, -torch.inf)
-
-    top = _exp_(work)
-    total = torch.sum(work, dim=-1).div_(top)
-    rest, small = total - 1, total < 2
-    # Without its largest term, where that is most of the sum, small losses stay accurate. Of terms between 0 and 1,
-    # frac sets those to 0 that are 1.
-    if work.device.type != "cpu" or _any(small):
-        work.div_(top[..., None]).frac_()
-        rest = torch.where(small, torch.sum(work, dim=-1), rest)
-    torch.log1p(rest, out=log_sum)
+    Args:
+        logits: of the rows.
+        operands: of the rows.
+        stacked: the sums of these rows.
+        upstream: gradient with respect to the losses.
+        gradient: memory to write to, such as the logits.
+    """
+    sums = unstacked(stacked)
+    if operands.counted is not None:
+        upstream = upstream.masked_fill(~operands.counted, 0)
+    p_slope = upstream * target_mass(operands, sums)
+    if operands.z_loss:
+        p_slope = p_slope + upstream * (2 * operands.z_loss * (sums.peak + sums.log_sum))
+    if operands.bad is not None:
+        p_slope = p_slope.masked_fill(operands.bad, torch.nan)
+    label_gradient = max_slope = None
+    if operands.labels is not None:
+        # Not the exponential of the sum of both: the sum rounds away digits of `log_sum` beside a large gap.
+        p_label = torch.exp(-sums.label_gap) * torch.exp(-sums.log_sum)
+        label_gradient = p_slope * p_label - upstream * operands.on
+    if operands.at_max is not None and sums.num_largest is not None:
+        max_slope = upstream * operands.at_max / sums.num_largest
+    whole = Block(
+        stacked=stacked,
+        logits=logits,
+        gradient=gradient,
+        excluded=None if operands.class_mask is None else ~operands.class_mask,
+        factor=operands.factor,
+        labels=operands.labels,
+        counted=operands.counted,
+        p_slope=p_slope,
+        other_slope=None if isinstance(operands.off, float) and not operands.off else upstream * operands.off,
+        label_gradient=label_gradient,
+        max_slope=max_slope,
+    )
+    is_plain = stacked.dtype == logits.dtype and logits.is_contiguous() and operands.softcap is None
+    _run(partial(_fill_gradient, softcap=operands.softcap), whole, in_gradient=is_plain and max_slope is None)
 
 
-def _fill_both(
-    z: Float[Tensor, "*rows K"],  # the logits, and then their gradient
-    work: Float[Tensor, "*rows K"],  # z itself, or scratch
-    excluded: Bool[Tensor, "*#rows K"] | None,
-    weight: Float[Tensor, "*#rows K"] | None,
-    label: Int[Tensor, "*rows"],
-    counted: Bool[Tensor, "*rows"] | None,
-    bad: Bool[Tensor, "*rows"] | None,
-    off: Float[Tensor, "*rows"],
-    at_label: Float[Tensor, "*rows"],
-    mass: Float[Tensor, "*rows"],  # of the target
-    first: Int[Tensor, "*rows"] | None,  # written, as all of the following
-    peak: Float[Tensor, "*rows"],
-    log_sum: Float[Tensor, "*rows"],
-    label_gap: Float[Tensor, "*rows"],
-    other_gaps: Float[Tensor, "*rows"],
-    largest: Float[Tensor, "*rows"],
-    *,
-    z_loss: float,
-) -> None:
-    """Compute sums and gradient of one block of rows."""
-    if work is not z:
-        work.copy_(z)
-    if excluded is not None:
-        work.masked_fill_(excluded, -torch.inf)
-    if first is None:
-        torch.amax(work, dim=-1, out=largest)
-    else:
-        torch.max(work, dim=-1, out=(largest, first))
-    peak.copy_(largest)
-    work.sub_(peak[..., None])
-    if excluded is not None:
-        work.masked_fill_(excluded, 0)
-    # As in `_fill_sums`: the label's gap is left out of the sum, not subtracted from it.
-    index = label[..., None]
-    of_label = torch.gather(work, -1, index)
-    torch.neg(of_label.squeeze(-1), out=label_gap)
-    work.scatter_(-1, index, 0)
-    weighted = work if weight is None else torch.mul(work, weight).masked_fill_(weight == 0, 0)
-    torch.sum(weighted, dim=-1, out=other_gaps).neg_()
-    work.scatter_(-1, index, of_label)
-    if excluded is not None:
-        work.masked_fill_(excluded, -torch.inf)
+def _block_of_sums(logits: Float[Tensor, "*batch K"], operands: Operands) -> Block:
+    """Return all rows, and room for their sums."""
+    dtype, shape, device = compute_dtype(logits), logits.shape[:-1], logits.device
+    return Block(
+        stacked=torch.empty((num_sums(operands), *shape), dtype=dtype, device=device),
+        logits=logits,
+        gradient=None,
+        excluded=None if operands.class_mask is None else ~operands.class_mask,
+        factor=operands.factor,
+        labels=operands.labels,
+        counted=operands.counted,
+        first=torch.empty(shape, dtype=torch.int64, device=device) if operands.with_stats else None,
+    )
 
+
+def _without_uncounted(whole: Block) -> tuple[Tensor, Tensor | None]:
+    """Return the stacked sums, 0 for rows that do not count, and the index of the first largest logit."""
+    if whole.counted is not None:
+        # Such a row may hold a NaN, which must not reach any result, not even multiplied by 0.
+        whole.stacked.masked_fill_(~whole.counted, 0)
+    return whole.stacked, whole.first
+
+
+def _run(kernel: Callable[[Block, Tensor], None], whole: Block, *, in_gradient: bool = False) -> None:
+    """Call a kernel with each block and an array of its size to compute in: the gradient's memory, or scratch."""
+    dtype = whole.stacked.dtype
+
+    def work(blocks: Iterator[Block]) -> None:
+        scratch = None
+        for block in blocks:
+            if in_gradient:
+                scratch = block.gradient
+            elif scratch is None or scratch.shape != block.logits.shape:
+                scratch = torch.empty(block.logits.shape, dtype=dtype, device=block.logits.device)
+            assert scratch is not None
+            kernel(block, scratch)
+
+    in_threads(work, _blocks(whole))
+
+
+def _fill_sums(block: Block, work: Float[Tensor, "*rows K"], *, softcap: float | None) -> None:
+    """Compute the sums of a block."""
+    sums = _fill_gaps(block, work, softcap)
+    on_cpu = work.device.type == "cpu"
+    _exponentials(work, work, is_shifted=True)
+    scale = torch.amax(work, dim=-1) if on_cpu else torch.ones_like(sums.peak)
+
+    def rest() -> Tensor:
+        # Of terms between 0 and 1, frac sets those to 0 that are 1.
+        return torch.sum(work.div_(scale[..., None]).frac_(), dim=-1)
+
+    _fill_log_sum(sums, torch.sum(work, dim=-1).div_(scale), rest)
+
+
+def _fill_both(block: Block, work: Float[Tensor, "*rows K"], *, z_loss: float) -> None:
+    """Compute the sums and the gradient of a block."""
+    sums = _fill_gaps(block, work, None)
+    # Not `_exponentials`, whose factor for each row the gradient would have to divide out again; beside the matrix
+    # products of the linear loss the time of exp does not show.
     torch.exp_(work)
     total = torch.sum(work, dim=-1)
-    rest, small = total - 1, total < 2
-    if work.device.type != "cpu" or _any(small):
-        # Without its largest term, where that is most of the sum, small losses stay accurate.
-        largest_index = (torch.argmax(work, dim=-1) if first is None else first)[..., None]
-        work.scatter_(-1, largest_index, 0)
-        rest = torch.where(small, torch.sum(work, dim=-1), rest)
-        work.scatter_(-1, largest_index, 1)
-    torch.log1p(rest, out=log_sum)
 
-    of_p = mass if not z_loss else mass + 2 * z_loss * (peak + log_sum)
-    if bad is not None:
-        of_p = of_p.masked_fill(bad, torch.nan)
-    of_label = of_p * torch.exp(-label_gap) * torch.exp(-log_sum) - at_label
-    work.mul_((of_p / total)[..., None])
-    if weight is None:
-        work.sub_(off[..., None])
-    else:
-        work.addcmul_(off[..., None], weight, value=-1)
-    work.scatter_(-1, index, of_label[..., None])
-    if excluded is not None:
-        work.masked_fill_(excluded, 0)
-    if counted is not None:
-        work.masked_fill_(~counted[..., None], 0)
-    if work is not z:
-        z.copy_(work)
+    def rest() -> Tensor:
+        place = (torch.argmax(work, dim=-1) if block.first is None else block.first)[..., None]
+        rest = torch.sum(work.scatter_(-1, place, 0), dim=-1)
+        work.scatter_(-1, place, 1)
+        return rest
+
+    _fill_log_sum(sums, total, rest)
+    p_slope = block.mass
+    assert p_slope is not None
+    assert block.on is not None
+    if z_loss:
+        p_slope = p_slope + 2 * z_loss * (sums.peak + sums.log_sum)
+    if block.bad is not None:
+        p_slope = p_slope.masked_fill(block.bad, torch.nan)
+    label_gradient = p_slope * torch.exp(-sums.label_gap) * torch.exp(-sums.log_sum) - block.on
+    block = block._replace(p_slope=p_slope, other_slope=block.off, label_gradient=label_gradient)
+    _finish_gradient(block, work, total)
 
 
-def _any(rows: Bool[Tensor, "*rows"]) -> bool:
-    """Whether any is True; taken to be so where values cannot be read, as of fake tensors."""
-    try:
-        return bool(rows.any())
-    except RuntimeError:
-        return True
-
-
-def logits_gradient(operands: Operands, sums: Sums, upstream: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch K"]:
-    """Return the gradient of the logits, in memory of its own or, if they are to be overwritten, in theirs."""
-    logits, dtype = operands.logits, sums.peak.dtype
-    of_p = upstream * target_mass(operands, sums)
-    if operands.z_loss:
-        of_p = of_p + upstream * (2 * operands.z_loss * (sums.peak + sums.log_sum))
-    if operands.bad is not None:
-        of_p = of_p.masked_fill(operands.bad, torch.nan)
-    of_others = None if isinstance(operands.off, float) and not operands.off else upstream * operands.off
-    at_label = of_max = None
-    if operands.labels is not None:
-        # Not exp of the sum, whose rounding a large gap makes as large as that of the gap itself.
-        p_label = torch.exp(-sums.label_gap) * torch.exp(-sums.log_sum)
-        at_label = of_p * p_label - upstream * operands.at_label
-    if operands.at_max is not None and sums.num_largest is not None:
-        of_max = upstream * operands.at_max / sums.num_largest
-
-    gradient = _empty_like(logits) if operands.overwritten is None else logits.detach()
-    excluded = None if operands.class_mask is None else ~operands.class_mask
-    is_plain = dtype == logits.dtype and logits.is_contiguous() and operands.softcap is None
-    wide = (gradient, excluded, operands.factor)
-    rows = (operands.labels, operands.counted, of_p, of_others, at_label, of_max, sums.largest)
-
-    def work(blocks: Iterator[tuple[Any, ...]]) -> None:
-        scratch = None
-        for z, result, *others in blocks:
-            if is_plain and of_max is None:
-                scratch = result
-            elif scratch is None or scratch.shape != z.shape:
-                scratch = torch.empty(z.shape, dtype=dtype, device=z.device)
-            _fill_gradient(z, result, scratch, *others, softcap=operands.softcap)
-
-    _in_threads(work, _blocks(logits, wide, rows))
-    if operands.overwritten is not None:
-        forbid_use(operands.overwritten)
-    return gradient
-
-
-def _fill_gradient(
-    z: Float[Tensor, "*rows K"],
-    result: Float[Tensor, "*rows K"],  # written; may be z
-    work: Float[Tensor, "*rows K"],  # scratch; may be the result
-    excluded: Bool[Tensor, "*#rows K"] | None,
-    weight: Float[Tensor, "*#rows K"] | None,
-    label: Int[Tensor, "*rows"] | None,
-    counted: Bool[Tensor, "*rows"] | None,
-    of_p: Float[Tensor, "*rows"],  # what p is multiplied with
-    of_others: Float[Tensor, "*rows"] | None,  # what the weight is multiplied with, and subtracted
-    at_label: Float[Tensor, "*rows"] | None,  # the gradient at the label
-    of_max: Float[Tensor, "*rows"] | None,  # the same at the largest logits
-    largest: Float[Tensor, "*rows"],
-    *,
-    softcap: float | None,
-) -> None:
-    """Compute the gradient of one block of rows."""
-    if z.dtype == work.dtype and softcap is None and excluded is None:
-        source = z
-    else:
-        source = work.copy_(z)
-        if excluded is not None:
-            work.masked_fill_(excluded, -torch.inf)
-    is_largest = None if of_max is None else source == largest[..., None]
-    slope = None
+def _fill_gradient(block: Block, work: Float[Tensor, "*rows K"], *, softcap: float | None) -> None:
+    """Compute the gradient of a block from its sums."""
+    z = _load(block, work, copy=softcap is not None)
+    is_largest = slope = None
+    if block.max_slope is not None:
+        is_largest = z == unstacked(block.stacked).largest[..., None]
     if softcap is not None:
-        _softcap_(work, softcap, excluded)
+        _softcap_(work, softcap, block.excluded)
         # 1 - tanh^2
         slope = torch.div(work, softcap).square_().neg_().add_(1)
-    if z.device.type == "cpu":
-        torch.softmax(source, dim=-1, out=work)
-    else:
-        torch.sub(source, torch.amax(source, dim=-1, keepdim=True), out=work).exp_()
-    work.mul_((of_p / torch.sum(work, dim=-1))[..., None])
-    if of_others is not None:
-        if weight is None:
-            work.sub_(of_others[..., None])
-        else:
-            work.addcmul_(of_others[..., None], weight, value=-1)
-    if label is not None and at_label is not None:
-        work.scatter_(-1, label[..., None], at_label[..., None])
-    if is_largest is not None and of_max is not None:
-        work.sub_(torch.where(is_largest, of_max[..., None] * (1 if weight is None else weight), 0))
-    if slope is not None:
-        work.mul_(slope)
-    if excluded is not None:
-        work.masked_fill_(excluded, 0)
-    if counted is not None:
-        work.masked_fill_(~counted[..., None], 0)
-    if work is not result:
-        result.copy_(work)
+    _exponentials(z, work)
+    _finish_gradient(block, work, torch.sum(work, dim=-1), is_largest, slope)
 
 
-def _exp_(work: Float[Tensor, "*rows K"]) -> Float[Tensor, "*rows"]:
-    """Replace gaps by their exponentials times a factor for each row, and return the largest of each row."""
-    if work.device.type == "cpu":
-        torch.softmax(work, dim=-1, out=work)
-        return torch.amax(work, dim=-1)
-    torch.exp_(work)
-    return torch.ones(work.shape[:-1], dtype=work.dtype, device=work.device)
+def _load(block: Block, work: Float[Tensor, "*rows K"], *, copy: bool) -> Float[Tensor, "*rows K"]:
+    """Return the logits in the compute dtype, -inf outside the mask: as they are, or a copy in `work`."""
+    if block.logits.dtype == work.dtype and block.excluded is None and not copy:
+        return block.logits
+    work.copy_(block.logits)
+    return work if block.excluded is None else work.masked_fill_(block.excluded, -torch.inf)
 
 
 def _softcap_(work: Float[Tensor, "*rows K"], softcap: float, excluded: Bool[Tensor, "*#rows K"] | None) -> None:
@@ -392,107 +290,156 @@ def _softcap_(work: Float[Tensor, "*rows K"], softcap: float, excluded: Bool[Ten
         work.masked_fill_(excluded, -torch.inf)
 
 
-def _blocks(
-    logits: Float[Tensor, "*batch K"], wide: tuple[Tensor | None, ...], rows: tuple[Tensor | None, ...]
-) -> Iterator[tuple[Any, ...]]:
-    """Yield some rows at a time of the logits, of the `wide` tensors (K in the last dimension) and of `rows` (without).
+def _fill_gaps(block: Block, work: Float[Tensor, "*rows K"], softcap: float | None) -> Sums:
+    """Compute the sums of a block other than `log_sum`, and write z - m to `work`, -inf outside the mask."""
+    sums = unstacked(block.stacked)
+    z = _load(block, work, copy=softcap is not None)
+    if block.first is None:
+        torch.amax(z, dim=-1, out=sums.largest)
+    else:
+        torch.max(z, dim=-1, out=(sums.largest, block.first))
+    if sums.num_largest is not None and sums.largest_mass is not None:
+        is_largest = z == sums.largest[..., None]
+        torch.sum(is_largest, dim=-1, dtype=work.dtype, out=sums.num_largest)
+        weights = is_largest.to(work.dtype) if block.factor is None else is_largest * block.factor
+        torch.div(torch.sum(weights, dim=-1), sums.num_largest, out=sums.largest_mass)
+    if softcap is None:
+        sums.peak.copy_(sums.largest)
+    else:
+        _softcap_(work, softcap, block.excluded)
+        torch.amax(work, dim=-1, out=sums.peak)
 
-    All at once where they are small, or not on the CPU: to start an operation there costs more than to go to memory.
+    torch.sub(z, sums.peak[..., None], out=work)
+    if block.excluded is not None:
+        work.masked_fill_(block.excluded, 0)
+    place = at_label = None
+    if block.labels is None:
+        sums.label_gap.zero_()
+    else:
+        # The sum leaves the label's gap out. Subtracting it later would fail if it is infinite or most of the sum.
+        place = block.labels[..., None]
+        at_label = torch.gather(work, -1, place)
+        torch.neg(at_label.squeeze(-1), out=sums.label_gap)
+        work.scatter_(-1, place, 0)
+    weighted = work
+    if block.factor is not None:
+        weighted = torch.mul(work, block.factor).masked_fill_(block.factor == 0, 0)
+    torch.sum(weighted, dim=-1, out=sums.other_gaps).neg_()
+    if place is not None and at_label is not None:
+        work.scatter_(-1, place, at_label)
+    if block.excluded is not None:
+        work.masked_fill_(block.excluded, -torch.inf)
+    return sums
+
+
+def _exponentials(
+    z: Float[Tensor, "*rows K"], work: Float[Tensor, "*rows K"], *, is_shifted: bool = False
+) -> Float[Tensor, "*rows K"]:
+    """Write exp(z - max z) times a factor for each row to `work`. `is_shifted` says that max z is 0."""
+    if work.device.type == "cpu":
+        return torch.softmax(z, dim=-1, out=work)
+    if not is_shifted:
+        torch.sub(z, torch.amax(z, dim=-1, keepdim=True), out=work)
+    return work.exp_()
+
+
+def _fill_log_sum(sums: Sums, total: Float[Tensor, "*rows"], rest: Callable[[], Tensor]) -> None:
+    """Compute the log of a sum of exponentials from the sum, or, if that is small, from its rest.
+
+    Without its largest term, which is 1, a sum below 2 keeps the relative accuracy of small losses.
     """
-    if logits.numel() <= _BLOCK_SIZE or logits.device.type != "cpu" or logits.ndim == 1:
-        yield (logits, *wide, *rows)
-        return
+    total_less_1, is_small = total - 1, total < 2
+    if total.device.type != "cpu" or _any(is_small):
+        total_less_1 = torch.where(is_small, rest(), total_less_1)
+    torch.log1p(total_less_1, out=sums.log_sum)
+
+
+def _any(rows: Bool[Tensor, "*rows"]) -> bool:
+    """Whether any is True, or may be: fake tensors have no values to read."""
+    try:
+        return bool(rows.any())
+    except RuntimeError:
+        return True
+
+
+def _finish_gradient(
+    block: Block,
+    work: Float[Tensor, "*rows K"],
+    total: Float[Tensor, "*rows"],
+    is_largest: Bool[Tensor, "*rows K"] | None = None,
+    slope: Float[Tensor, "*rows K"] | None = None,
+) -> None:
+    """Make the gradient from the exponentials in `work`, and write it to the block.
+
+    Args:
+        block: of the gradient, with its slopes.
+        work: the exponentials of each row times a factor.
+        total: their sum.
+        is_largest: True at the largest logits, for `max_slope`.
+        slope: derivative of the softcap.
+    """
+    assert block.p_slope is not None
+    assert block.gradient is not None
+    work.mul_((block.p_slope / total)[..., None])
+    if block.other_slope is not None:
+        if block.factor is None:
+            work.sub_(block.other_slope[..., None])
+        else:
+            work.addcmul_(block.other_slope[..., None], block.factor, value=-1)
+    if block.labels is not None and block.label_gradient is not None:
+        work.scatter_(-1, block.labels[..., None], block.label_gradient[..., None])
+    if is_largest is not None and block.max_slope is not None:
+        factor = 1 if block.factor is None else block.factor
+        work.sub_(torch.where(is_largest, block.max_slope[..., None] * factor, 0))
+    if slope is not None:
+        work.mul_(slope)
+    if block.excluded is not None:
+        work.masked_fill_(block.excluded, 0)
+    if block.counted is not None:
+        work.masked_fill_(~block.counted[..., None], 0)
+    if work is not block.gradient:
+        block.gradient.copy_(work)
+
+
+def _blocks(whole: Block) -> Iterator[Block]:
+    """Yield some rows at a time, or all at once if they are few or not on the CPU.
+
+    For few rows, and on accelerators, starting an operation takes longer than reading memory.
+    """
+    logits = whole.logits
     batch_shape, num_classes = logits.shape[:-1], logits.shape[-1]
-    wide = tuple(t if t is None or t.ndim == 1 else t.expand(logits.shape) for t in wide)
+    if logits.numel() <= _BLOCK_SIZE or logits.device.type != "cpu" or logits.ndim == 1:
+        yield whole
+        return
+    whole = _mapped(whole, lambda t: t.expand(logits.shape), lambda t: t.expand(batch_shape), lambda t: t)
     if logits.is_contiguous():
-        logits = logits.view(-1, num_classes)
-        wide = tuple(t if t is None or t.ndim == 1 else t.reshape(logits.shape) for t in wide)
-        rows = tuple(None if t is None else t.expand(batch_shape).reshape(-1) for t in rows)
+        whole = _mapped(
+            whole, lambda t: t.reshape(-1, num_classes), lambda t: t.reshape(-1), lambda t: t.view(t.shape[0], -1)
+        )
     elif logits.ndim > 2 and logits[0].numel() > _BLOCK_SIZE:
         for i in range(logits.shape[0]):
-            yield from _blocks(
-                logits[i],
-                tuple(t if t is None or t.ndim == 1 else t[i] for t in wide),
-                tuple(None if t is None else t.expand(batch_shape)[i] for t in rows),
-            )
+            yield from _blocks(_part(whole, i))
         return
-    step = max(1, _BLOCK_SIZE // logits[0].numel())
-    for start in range(0, logits.shape[0], step):
-        part = slice(start, start + step)
-        yield (
-            logits[part],
-            *(t if t is None or t.ndim == 1 else t[part] for t in wide),
-            *(None if t is None else t[part] for t in rows),
+    step = max(1, _BLOCK_SIZE // whole.logits[0].numel())
+    for start in range(0, whole.logits.shape[0], step):
+        yield _part(whole, slice(start, start + step))
+
+
+def _part(whole: Block, index: int | slice) -> Block:
+    return _mapped(whole, lambda t: t[index], lambda t: t[index], lambda t: t[:, index])
+
+
+def _mapped(
+    block: Block,
+    wide: Callable[[Tensor], Tensor],
+    rows: Callable[[Tensor], Tensor],
+    stacked: Callable[[Tensor], Tensor],
+) -> Block:
+    """Return a block with a function applied to its tensors of each kind; vectors over the classes stay as they are."""
+    functions = {"stacked": stacked} | dict.fromkeys(_WIDE, lambda t: t if t.ndim == 1 else wide(t))
+    return Block(
+        *(
+            None if tensor is None else functions.get(name, rows)(tensor)
+            for name, tensor in zip(Block._fields, block, strict=True)
         )
-
-
-def _in_threads(work: Callable[[Iterator[tuple[Any, ...]]], None], blocks: Iterator[tuple[Any, ...]]) -> None:
-    """Call `work` with the blocks, in as many threads as torch uses, whichever is free taking the next.
-
-    torch's own threads wait for each other at every operation, for milliseconds where other programs want the same
-    cores. Threads that take whole blocks meet once; torch's operations on them release the interpreter.
-    """
-    parts = list(blocks)
-    num_threads = min(torch.get_num_threads(), len(parts))
-    if num_threads == 1:
-        work(iter(parts))
-        return
-    queue = iter(parts)
-
-    def work_on_queue() -> None:
-        # Modes of torch belong to a thread: neither reverse nor forward mode shall see this.
-        with torch.inference_mode():
-            work(queue)
-
-    pool = _thread_pool(torch.get_num_threads())
-    for future in [pool.submit(work_on_queue) for _ in range(num_threads)]:
-        future.result()
-
-
-@cache
-def _thread_pool(num_threads: int) -> ThreadPoolExecutor:
-    """Return threads in which torch's operations start no threads of their own."""
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="lsce")
-    all_started = Barrier(num_threads)
-
-    def start() -> None:
-        # Read first: the first use would set it to the number for all.
-        torch.get_num_threads()
-        torch.set_num_threads(1)
-        all_started.wait()
-
-    try:
-        for future in [pool.submit(start) for _ in range(num_threads)]:
-            future.result()
-    finally:
-        torch.set_num_threads(num_threads)
-    return pool
-
-
-# A forked process has none of its parent's threads.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_thread_pool.cache_clear)
-
-
-def _empty_like(logits: Tensor) -> Tensor:
-    return in_large_pages(torch.empty_like(logits))
-
-
-def in_large_pages(fresh: Tensor) -> Tensor:
-    """Return memory that has not been touched yet, in large pages where the system has them.
-
-    A fresh tensor is not there before it is written: the system stops at each page of 4 KiB to find one and clear it,
-    which for 128 MiB takes as long as the whole forward pass. Linux does so for 2 MiB at a time if asked.
-    """
-    if fresh.device.type == "cpu" and fresh.nbytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        start = -(-fresh.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        # A hint: if it is refused, the pages are small ones.
-        _libc().madvise(start, fresh.data_ptr() + fresh.nbytes - start, mmap.MADV_HUGEPAGE)
-    return fresh
-
-
-@cache
-def _libc() -> ctypes.CDLL:
-    libc = ctypes.CDLL(None)
-    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return libc
+    )

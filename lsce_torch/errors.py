@@ -1,0 +1,60 @@
+"""The messages that only PyTorch users can get. All others are in `lsce_spec.errors`."""
+
+from lsce_spec import MESSAGES as SHARED_MESSAGES
+
+MESSAGES: dict[str, tuple[type[Exception], str]] = {
+    "labels_device": (
+        ValueError,
+        "logits and labels must be on the same device, got {logits} and {labels}. Move one of them.",
+    ),
+    "layer_device": (
+        ValueError,
+        "hidden, weight, bias and labels must be on the same device, got {name} on {given} and hidden on {expected}. "
+        "Move one of them.",
+    ),
+    "weight_type": (
+        TypeError,
+        "weight must be None or a tensor of class weights, got {given}. "
+        "The smoothing goes to label_smoothing, as in nn.CrossEntropyLoss.",
+    ),
+    "bad_labels_compiled": (
+        RuntimeError,
+        "bad_labels='raise' reads the labels' values, which a compiled or vmapped function cannot. "
+        "Use bad_labels='nan' there, or call the loss eagerly.",
+    ),
+    "inplace_reference": (
+        ValueError,
+        "inplace_backward=True needs implementation='fused', got 'reference', which differentiates what it computed "
+        "from the logits. Drop one of the two.",
+    ),
+    "inplace_logits": (
+        ValueError,
+        "inplace_backward=True writes the gradient over the logits, but {problem}. "
+        "Pass inplace_backward=False, or logits that are plain tensors with memory of their own.",
+    ),
+    "inplace_needs_reference": (
+        ValueError,
+        "inplace_backward=True needs the fused implementation, but {reason}, which only the reference supports. "
+        "Pass inplace_backward=False.",
+    ),
+    "inplace_transformed": (
+        RuntimeError,
+        "inplace_backward=True works in plain eager backward passes, not within torch.compile or torch.func, and its "
+        "gradient cannot be differentiated again. Pass inplace_backward=False there.",
+    ),
+    "overwritten": (
+        RuntimeError,
+        "these logits were overwritten by their gradient, as inplace_backward=True allows. "
+        "Use them before backward(), or pass inplace_backward=False.",
+    ),
+    "no_torchmetrics": (
+        ModuleNotFoundError,
+        "lsce_torch.metrics needs torchmetrics, which is not installed. Run: pip install 'lsce[metrics]'.",
+    ),
+}
+
+
+def error(key: str, **given: object) -> Exception:
+    """Return the exception for `key` of this table or of the shared one, filled in with `given`."""
+    kind, text = (MESSAGES if key in MESSAGES else SHARED_MESSAGES)[key]
+    return kind(text.format(**given))

@@ -1,0 +1,93 @@
+"""The options of the losses, stated once: name, type and default, for every function and module that takes them.
+
+A new option is one line here. The small classes exist for the order of the arguments: signatures list the options of
+the base classes first, from left to right. Modules take all options but `smoothing`, `where` and `denominator`.
+"""
+
+from typing import Annotated, TypedDict
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from lsce_spec import Convention
+from lsce_spec.keywords import Default
+
+
+class _Bias(TypedDict, total=False):
+    bias: Annotated[Float[Tensor, " K"] | None, Default(None)]
+
+
+class _Smoothing(TypedDict, total=False):
+    smoothing: Annotated[float | Float[Tensor, "..."], Default(0.1)]
+
+
+class _Target(TypedDict, total=False):
+    convention: Annotated[str | Convention, Default("uniform")]
+    prior: Annotated[Float[Tensor, " K"] | None, Default(None)]
+
+
+class _Axis(TypedDict, total=False):
+    axis: Annotated[int, Default(-1)]
+
+
+class _Where(TypedDict, total=False):
+    where: Annotated[Bool[Tensor, "..."] | None, Default(None)]
+
+
+class _Counted(TypedDict, total=False):
+    ignore_index: Annotated[int | None, Default(None)]
+    class_weight: Annotated[Float[Tensor, " K"] | None, Default(None)]
+
+
+class _Terms(TypedDict, total=False):
+    class_mask: Annotated[Bool[Tensor, " K"] | None, Default(None)]
+    z_loss: Annotated[float, Default(0.0)]
+    softcap: Annotated[float | None, Default(None)]
+    subtract_entropy: Annotated[bool, Default(False)]
+    bad_labels: Annotated[str, Default("nan")]
+
+
+class _Reduction(TypedDict, total=False):
+    reduction: Annotated[str, Default("mean")]
+
+
+class _Denominator(TypedDict, total=False):
+    denominator: Annotated[float | Float[Tensor, ""] | None, Default(None)]
+
+
+class _Implementation(TypedDict, total=False):
+    implementation: Annotated[str | None, Default(None)]
+
+
+class _Memory(TypedDict, total=False):
+    inplace_backward: Annotated[bool, Default(False)]
+
+
+class _Chunks(TypedDict, total=False):
+    chunk_size: Annotated[int | None, Default(None)]
+    recompute: Annotated[bool | None, Default(None)]
+    gradient_filter: Annotated[float, Default(0.0)]
+
+
+class _Rows(_Counted, _Terms, _Reduction, total=False):
+    pass
+
+
+class LossKeywords(_Smoothing, _Target, _Where, _Rows, _Denominator, _Implementation, total=False):
+    """The options that every loss takes."""
+
+
+class DenseLossKeywords(_Smoothing, _Target, _Axis, _Where, _Rows, _Denominator, _Implementation, _Memory, total=False):
+    """The options of `label_smoothed_cross_entropy`."""
+
+
+class LinearLossKeywords(_Bias, LossKeywords, _Chunks, total=False):
+    """The options of `linear_label_smoothed_cross_entropy`."""
+
+
+class DenseModuleKeywords(_Target, _Terms, _Implementation, _Memory, total=False):
+    """The options of `LabelSmoothedCrossEntropyLoss` that `nn.CrossEntropyLoss` does not have."""
+
+
+class LinearModuleKeywords(_Target, _Rows, _Implementation, _Chunks, total=False):
+    """The options of `LinearLabelSmoothedCrossEntropyLoss` besides `smoothing`."""

@@ -1,0 +1,233 @@
+r"""The linear layer before the loss: sums and gradients, some rows at a time, so that no tensor holds all logits.
+
+The gradient with respect to a chunk's logits z = h W^T + b gives those with respect to h, W and b by two matrix
+products. The sweeps of the fused loss write it over the logits.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lsce_torch import fused
+from lsce_torch.inputs import compute_dtype
+from lsce_torch.memory import in_large_pages
+from lsce_torch.sweeps import ROWS, Operands, logits_gradient, num_sums, sweep, sweep_with_gradient, unstacked
+
+# Classes of a part of the weight's gradient, if the product has a narrower dtype than the sum.
+_TILE = 8192
+
+
+class Layer(NamedTuple):
+    """The linear layer that makes the logits.
+
+    Args:
+        hidden: its input, in the dtype to multiply in.
+        weight: in any dtype; its gradient has the same.
+        bias: in any dtype, or None; its gradient has the same.
+    """
+
+    hidden: Float[Tensor, "*batch D"]
+    weight: Float[Tensor, "K D"]
+    bias: Float[Tensor, " K"] | None
+
+
+class Settings(NamedTuple):
+    """How to go through the rows.
+
+    Args:
+        chunk_size: rows of a chunk, at most.
+        total: whether the result is the sum of the losses.
+        gradient_filter: see `linear_label_smoothed_cross_entropy`.
+        needs: for each part of the layer, whether to compute the gradient with respect to it.
+    """
+
+    chunk_size: int
+    total: bool
+    gradient_filter: float
+    needs: Sequence[bool]
+
+
+def losses_and_gradients(
+    layer: Layer, operands: Operands, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
+    """Return the losses or their sum, the `Sums`, the first largest logits' indices, and the layer's gradients.
+
+    The gradients are those of the sum of the losses.
+    """
+    num_rows, dtype, device = layer.hidden.shape[0], compute_dtype(layer.hidden), layer.hidden.device
+    losses = torch.empty(num_rows, dtype=dtype, device=device)
+    stacked = torch.empty((num_sums(operands), num_rows), dtype=dtype, device=device)
+    first = torch.empty(num_rows, dtype=torch.int64, device=device) if operands.with_stats else None
+    multiplied = _multiplied(layer, settings)
+    gradients = _Gradients(multiplied, operands, settings)
+    with_gradients = any(settings.needs)
+    for part, logits, rows in _chunks(multiplied, operands, settings):
+        stacked[:, part], first_of_rows = (sweep_with_gradient if with_gradients else sweep)(logits, rows)
+        if first is not None and first_of_rows is not None:
+            first[part] = first_of_rows
+        losses[part] = fused.losses_of(rows, unstacked(stacked[:, part]))[0]
+        if with_gradients:
+            gradients.add(part, logits, rows)
+    return (losses.sum() if settings.total else losses), stacked, first, gradients.finish()
+
+
+def layer_gradients(
+    layer: Layer, operands: Operands, settings: Settings, stacked: Tensor, upstream: Tensor
+) -> dict[str, Tensor]:
+    """Return the gradients with respect to the layer, in its dtypes, from recomputed logits and the given sums."""
+    multiplied = _multiplied(layer, settings)
+    gradients = _Gradients(multiplied, operands, settings)
+    if any(settings.needs):
+        for part, logits, rows in _chunks(multiplied, operands, settings):
+            if settings.total:
+                # The same arithmetic as with the loss, to the last bit. `upstream` is multiplied in at the end.
+                sweep_with_gradient(logits, rows)
+            else:
+                logits_gradient(logits, rows, stacked[:, part], upstream[part], logits)
+            gradients.add(part, logits, rows)
+    factor = upstream if settings.total else torch.ones_like(stacked[0, 0])
+    return {name: scaled(of, factor, getattr(layer, name).dtype) for name, of in gradients.finish().items()}
+
+
+def scaled(gradient: Tensor, upstream: Float[Tensor, ""], dtype: torch.dtype) -> Tensor:
+    """Return gradient * upstream in that dtype, in the same memory if possible."""
+    if gradient.dtype == dtype == compute_dtype(gradient):
+        return gradient.mul_(upstream)
+    return (gradient * upstream).to(dtype)
+
+
+def _multiplied(layer: Layer, settings: Settings) -> Layer:
+    """Return the layer as it is multiplied: weight and bias rounded to the dtype of hidden, without derivatives."""
+    dtype = layer.hidden.dtype
+    # Gradients that are computed with the loss are not scaled yet. In float16 many would be 0.
+    wide = torch.float32 if dtype == torch.float16 and settings.total else dtype
+    return Layer(*(None if tensor is None else tensor.detach().to(dtype).to(wide) for tensor in layer))  # type: ignore[arg-type]
+
+
+def _chunks(layer: Layer, operands: Operands, settings: Settings) -> Iterator[tuple[slice, Tensor, Operands]]:
+    """Yield some rows at a time: which, their logits, which the next chunk overwrites, and their operands.
+
+    The layer is one of `_multiplied`.
+    """
+    num_rows = layer.hidden.shape[0]
+    # As few chunks as possible, all of about the same size.
+    step = -(-num_rows // -(-num_rows // settings.chunk_size))
+    buffer = in_large_pages(layer.weight.new_empty((step, layer.weight.shape[0])))
+    for start in range(0, num_rows, step):
+        part = slice(start, start + step)
+        hidden = layer.hidden[part]
+        logits = buffer[: hidden.shape[0]]
+        with _without_autocast(hidden):
+            if layer.bias is None:
+                torch.mm(hidden, layer.weight.T, out=logits)
+            else:
+                torch.addmm(layer.bias, hidden, layer.weight.T, out=logits)
+        rows = {name: getattr(operands, name) for name in ROWS}
+        rows = {name: v[part] if isinstance(v, Tensor) and v.ndim else v for name, v in rows.items()}
+        yield part, logits, operands._replace(**rows)
+
+
+def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+
+
+class _Gradients:
+    """The gradients of a layer of `_multiplied`, added up chunk by chunk; of weight and bias in the compute dtype."""
+
+    def __init__(self, layer: Layer, operands: Operands, settings: Settings) -> None:
+        """Allocate the gradients that are needed."""
+        self.layer, self.threshold, self.dtype = layer, settings.gradient_filter, compute_dtype(layer.hidden)
+        needs = dict(zip(Layer._fields, settings.needs, strict=True))
+        self.sums: dict[str, Tensor] = {}
+        if needs["hidden"]:
+            self.sums["hidden"] = torch.empty_like(layer.hidden, memory_format=torch.contiguous_format)
+        if needs["weight"]:
+            self.sums["weight"] = in_large_pages(torch.empty_like(layer.weight, dtype=self.dtype))
+        if needs["bias"]:
+            self.sums["bias"] = torch.zeros(layer.weight.shape[0], dtype=self.dtype, device=layer.weight.device)
+        self.factor = self.sum_of_weights = self.off_hidden = None
+        if self.threshold:
+            self.factor = _factor(operands, layer.weight, self.dtype)
+            self.sum_of_weights = torch.mv(layer.weight.T, self.factor.to(layer.weight.dtype)).to(self.dtype)
+            self.off_hidden = torch.zeros_like(self.sum_of_weights)
+
+    def add(self, part: slice, of_logits: Float[Tensor, "n K"], rows: Operands) -> None:
+        """Add the gradients of a chunk, from the gradient with respect to its logits."""
+        hidden = self.layer.hidden[part]
+        if rows.counted is not None:
+            # Even multiplied by 0, a NaN would reach the weight's gradient.
+            hidden = hidden.masked_fill(~rows.counted[:, None], 0)
+        with _without_autocast(hidden):
+            if "bias" in self.sums:
+                self.sums["bias"] += of_logits.sum(dim=0, dtype=self.dtype)
+            if self.factor is not None:
+                self._add_large(part, rows, of_logits, hidden)
+                return
+            if "hidden" in self.sums:
+                torch.mm(of_logits, self.layer.weight, out=self.sums["hidden"][part])
+            if "weight" in self.sums:
+                _add_product(self.sums["weight"], of_logits, hidden, is_first=part.start == 0)
+
+    def _add_large(self, part: slice, rows: Operands, of_logits: Tensor, hidden: Tensor) -> None:
+        """Add the products without the classes whose probability is negligible in every row.
+
+        Away from the label the gradient of a logit is S p_k - off w_k. The second term is a product of a number per row
+        and a number per class, and needs no matrix product: sum_k w_k W_k is the same for all rows, and the sum of
+        off h over all rows is added up. Only the first term is left out where it is small.
+        """
+        assert self.factor is not None
+        assert self.sum_of_weights is not None
+        assert self.off_hidden is not None
+        off = torch.as_tensor(rows.off, dtype=self.dtype, device=hidden.device).expand(hidden.shape[0])
+        for excluded in (rows.bad, None if rows.counted is None else ~rows.counted):
+            if excluded is not None:
+                off = off.masked_fill(excluded, 0)
+        rest = of_logits.add_(off[:, None] * self.factor.to(of_logits.dtype))
+        is_small = torch.linalg.vector_norm(rest, torch.inf, dim=0) <= self.threshold  # False for NaN
+        large = (~is_small).nonzero().squeeze(-1)
+        rest = rest[:, large]
+        if "hidden" in self.sums:
+            product = torch.mm(rest, self.layer.weight[large]).to(self.dtype)
+            self.sums["hidden"][part] = product.addcmul_(off[:, None], self.sum_of_weights, value=-1)
+        if "weight" in self.sums:
+            if part.start == 0:
+                self.sums["weight"].zero_()
+            self.sums["weight"].index_add_(0, large, torch.mm(rest.T, hidden).to(self.dtype))
+            self.off_hidden.add_(off @ hidden.to(self.dtype))
+
+    def finish(self) -> dict[str, Tensor]:
+        """Return the gradients, by the name of their part of the layer."""
+        if self.factor is not None and self.off_hidden is not None and "weight" in self.sums:
+            self.sums["weight"].addcmul_(self.factor[:, None], self.off_hidden, value=-1)
+        return self.sums
+
+
+def _factor(operands: Operands, weight: Float[Tensor, "K D"], dtype: torch.dtype) -> Float[Tensor, " K"]:
+    """Return w, to which the target is proportional away from the label: 0 outside the mask."""
+    factor = torch.ones(weight.shape[0], dtype=dtype, device=weight.device)
+    if operands.factor is not None:
+        factor = factor * operands.factor
+    return factor if operands.class_mask is None else factor.masked_fill(~operands.class_mask, 0)
+
+
+def _add_product(
+    total: Float[Tensor, "K D"], of_logits: Float[Tensor, "n K"], hidden: Float[Tensor, "n D"], *, is_first: bool
+) -> None:
+    """Add of_logits.T @ hidden to the total, or set the total to it."""
+    old = 0 if is_first else 1
+    if total.dtype == hidden.dtype:
+        torch.addmm(total, of_logits.T, hidden, beta=old, out=total)
+        return
+    for start in range(0, total.shape[0], _TILE):
+        part = slice(start, start + _TILE)
+        if total.device.type == "cpu":
+            tile, wide = of_logits[:, part].T.to(total.dtype), hidden.to(total.dtype)
+            torch.addmm(total[part], tile, wide, beta=old, out=total[part])
+        else:
+            # In the narrow dtype, for which accelerators have matrix units.
+            product = torch.mm(of_logits[:, part].T, hidden)
+            total[part] = product if is_first else total[part] + product
