@@ -1,9 +1,9 @@
 """Streaming metrics for torch from the statistics of the loss, without a second sweep over the logits.
 
-Every metric is a ratio of sums, and keeps the sums. So metrics of shards of the data, from devices, hosts or days, merge
-into the metric of the whole; means of means do not. The sums are float64, in which whole numbers are exact up to 2^53
-and the order of summation does not show in the float32 result. All are metrics of torchmetrics: Lightning logs them,
-`MetricCollection` holds them together, and processes add up their sums.
+Every metric is a ratio of sums, and keeps the sums. So metrics of shards of the data, from devices, hosts or days,
+merge into the metric of the whole; means of means do not. The sums are float64, in which whole numbers are exact up to
+2^53 and the order of summation does not show in the float32 result. All are metrics of torchmetrics: Lightning logs
+them, `MetricCollection` holds them together, and processes add up their sums.
 
 Before each class stands the function that computes its sums of one batch; the class only adds them up.
 """
@@ -287,8 +287,7 @@ class TopKAccuracy(_Sums):
             TypeError, ValueError: as the loss; or the arrays are not those of the statistics, or hold fewer than k
                 classes.
         """
-        arguments = {"logits": logits, "labels": labels, "axis": axis, "class_mask": class_mask}
-        self._add(**_top_k_accuracy_sums(self.k, stats, mask, **arguments))
+        self._add(**_top_k_accuracy_sums(self.k, stats, mask, logits, labels, axis=axis, class_mask=class_mask))
 
     def compute(self) -> Float[Tensor, ""]:
         """Return the share; NaN if no row was seen."""

@@ -437,9 +437,5 @@ def _mapped(
 ) -> Block:
     """Return a block with a function applied to its tensors of each kind; vectors over the classes stay as they are."""
     functions = {"stacked": stacked} | dict.fromkeys(_WIDE, lambda t: t if t.ndim == 1 else wide(t))
-    return Block(
-        *(
-            None if tensor is None else functions.get(name, rows)(tensor)
-            for name, tensor in zip(Block._fields, block, strict=True)
-        )
-    )
+    tensors = {name: tensor for name, tensor in block._asdict().items() if tensor is not None}
+    return block._replace(**{name: functions.get(name, rows)(tensor) for name, tensor in tensors.items()})

@@ -14,7 +14,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from lsce_spec import Convention
-from lsce_torch import label_smoothed_cross_entropy, label_smoothed_cross_entropy_with_stats, sweeps
+from lsce_torch import label_smoothed_cross_entropy, label_smoothed_cross_entropy_with_stats, memory, sweeps
 
 LOGITS = torch.from_numpy(np.random.default_rng(0).normal(size=(6, 5)))
 LABELS = torch.tensor([0, 4, 2, 2, 1, 3])
@@ -313,7 +313,7 @@ def test_nothing_of_the_size_of_the_logits_is_kept() -> None:
 
 def test_a_large_gradient_has_memory_of_its_own() -> None:
     """Large enough for large pages to be asked for."""
-    logits = torch.randn(64, sweeps._HUGE // 128, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(64, memory._FRESH_BYTES // 128, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(64)
     losses, gradient = outcome(fused_loss, logits, labels, reduction="none")
     expected, expected_gradient = outcome(reference_loss, logits, labels, reduction="none")

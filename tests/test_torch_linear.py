@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+import lsce_torch.layer
 from lsce_torch import (
     LinearLabelSmoothedCrossEntropyLoss,
-    chunked,
     label_smoothed_cross_entropy,
     linear_label_smoothed_cross_entropy,
     linear_label_smoothed_cross_entropy_with_stats,
@@ -142,19 +142,19 @@ def test_nothing_is_computed_that_is_not_needed(monkeypatch: pytest.MonkeyPatch)
     """Neither gradients without need, nor logits of rows that do not count."""
     chunks: list[int] = []
     added: list[tuple[str, ...]] = []
-    yield_chunks, add = chunked._chunks, chunked._Gradients.add
+    yield_chunks, add = lsce_torch.layer._chunks, lsce_torch.layer._Gradients.add
 
     def spy(*arguments: Any) -> Any:
-        for part, rows in yield_chunks(*arguments):
-            chunks.append(len(rows.logits))
-            yield part, rows
+        for part, logits, rows in yield_chunks(*arguments):
+            chunks.append(len(logits))
+            yield part, logits, rows
 
     def spy_add(self: Any, *arguments: Any) -> None:
         added.append(tuple(self.sums))
         add(self, *arguments)
 
-    monkeypatch.setattr(chunked, "_chunks", spy)
-    monkeypatch.setattr(chunked._Gradients, "add", spy_add)
+    monkeypatch.setattr(lsce_torch.layer, "_chunks", spy)
+    monkeypatch.setattr(lsce_torch.layer._Gradients, "add", spy_add)
     weight = WEIGHT.clone().requires_grad_()
     with torch.no_grad():
         chunked_loss(HIDDEN, weight, LABELS)
@@ -279,12 +279,10 @@ def test_compiled_for_any_number_of_rows() -> None:
 
 def test_operators() -> None:
     """Checks of torch's own: the schema is true, shapes without data are right, and the backward can be traced."""
-    from lsce_torch import compiled  # noqa: F401, PLC0415 - registers them
-
     hidden, weight, bias = (tensor.clone().requires_grad_() for tensor in (HIDDEN, WEIGHT, BIAS))
-    at_label, off, mass = (torch.tensor(value, dtype=torch.float64) for value in (0.9, 0.02, 4.0))
+    on, off, mass = (torch.tensor(value, dtype=torch.float64) for value in (0.9, 0.02, 4.0))
     bad = torch.zeros(N, dtype=torch.bool)
-    rows = (LABELS, None, bad, None, None, at_label, off, mass, None, 0.0, None, True)
+    rows = (LABELS, None, bad, None, None, on, off, mass, None, 0.0, None, True)
     for total in (True, False):
         arguments = (hidden, weight, bias, *rows, 3, total, 0.0, [total] * 3)
         torch.library.opcheck(torch.ops.lsce.chunked_losses, arguments)
