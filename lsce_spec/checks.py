@@ -1,7 +1,7 @@
-"""Checks of what a caller passes, on shapes and dtype names alone.
+"""Checks of a caller's arguments, from shapes and dtype names alone.
 
-Both frameworks describe their arrays as a tuple of ints and a name such as "float32", and call the same function.
-That is how the messages come out the same, letter for letter.
+Both frameworks describe an array by its shape and the name of its dtype, such as "float32", and call the same checks.
+So their messages are the same.
 """
 
 import math
@@ -28,8 +28,13 @@ def is_integer(dtype: str) -> bool:
 
 def is_number(value: object) -> bool:
     """Whether `value` is a plain real number; True and False are not."""
-    # The two common types first: what is registered as Real takes a search.
+    # The two common types first: the check for Real is slow.
     return type(value) in {float, int} or (isinstance(value, Real) and not isinstance(value, bool))
+
+
+def is_integral(value: object) -> bool:
+    """Whether `value` is a plain integer; True and False are not."""
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def check_smoothing(smoothing: object, key: str = "smoothing_range") -> None:
@@ -53,21 +58,21 @@ def check_denominator(denominator: object) -> None:
         if not 0 <= denominator < math.inf:  # type: ignore[operator]  # as above
             raise error("denominator_value", given=repr(denominator))
     elif denominator is not None and not hasattr(denominator, "dtype"):
-        raise error("denominator_value", given=repr(denominator))
+        raise error("denominator_value", wrong_type=True, given=repr(denominator))
 
 
 def check_denominator_array(shape: Shape, dtype: str) -> None:
     """Raise unless an array as denominator is one real number."""
     if not (is_floating(dtype) or is_integer(dtype)):
-        raise error("denominator_value", given=dtype)
+        raise error("denominator_value", wrong_type=True, given=dtype)
     if shape != ():
         raise error("denominator_shape", given=list(shape))
 
 
 def check_class_num(class_num: object, name: str = "class_num") -> None:
     """Raise unless `class_num` is an integer of at least 1."""
-    if not isinstance(class_num, Integral) or isinstance(class_num, bool) or class_num < 1:
-        raise error("class_num_type", name=name, given=repr(class_num))
+    if not is_integral(class_num) or class_num < 1:  # type: ignore[operator]  # numbers.Integral has no __lt__(int)
+        raise error("count", wrong_type=not is_integral(class_num), name=name, given=repr(class_num))
 
 
 def check_class_count(class_num: int, shape: Shape) -> None:
@@ -123,7 +128,8 @@ def check_axis(axis: object, shape: Shape) -> int:
     """Return `axis` of logits of `shape` counted from the front."""
     rank = len(shape)
     if not isinstance(axis, Integral) or isinstance(axis, bool) or not -rank <= int(axis) < rank:
-        raise error("axis", low=-rank, high=rank - 1, shape=list(shape), given=repr(axis))
+        wrong_type = not is_integral(axis)
+        raise error("axis", wrong_type=wrong_type, low=-rank, high=rank - 1, shape=list(shape), given=repr(axis))
     if shape[axis] == 0:
         raise error("no_classes", shape=list(shape), axis=axis)
     return int(axis) % rank
@@ -190,7 +196,7 @@ def check_prior_values(prior: Sequence[float], class_mask: Sequence[bool] | None
     adds a few more. 1e-6 is let pass in any precision, for priors typed in by hand.
     """
     if class_mask is not None and len(class_mask) != len(prior):
-        class_mask = None  # one of the two does not fit the logits, which the call will say
+        class_mask = None  # one of the two does not fit the logits: the call will raise for it
     for index, value in enumerate(prior):
         if not value >= 0:
             raise error("prior_negative", given=value, index=index)

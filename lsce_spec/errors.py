@@ -1,4 +1,4 @@
-"""Every message a caller can get, in one table, so that both frameworks say the same words.
+"""The messages that both frameworks share, in one table. Each package has a table of its own for the others.
 
 A message says what was expected, what was given, and what to do about it.
 """
@@ -78,7 +78,7 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
     ),
     "implementation": (
         ValueError,
-        "unknown implementation {given}. Choose None (the best that there is) or one of: {known}.",
+        "unknown implementation {given}. Choose None (the best one available) or one of: {known}.",
     ),
     "bad_labels": (
         ValueError,
@@ -101,8 +101,8 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         ValueError,
         "softcap must be None or a finite Python number > 0, got {given}. None turns it off; arrays are not taken.",
     ),
-    "ignore_index_type": (
-        TypeError,
+    "ignore_index": (
+        ValueError,
         "ignore_index must be None or an integer of 32 bits, got {given}. To leave out rows by position use where.",
     ),
     "ignore_index_soft": (
@@ -158,7 +158,7 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         "prior must be 0 for classes outside class_mask, got {given} at class {index}. "
         "Set it to 0 there and divide by the sum.",
     ),
-    "class_num_type": (
+    "count": (
         ValueError,
         "{name} must be an integer >= 1, got {given}.",
     ),
@@ -277,12 +277,14 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
 }
 
 
-def error(key: str, **given: object) -> Exception:
+def error(key: str, *, wrong_type: bool = False, **given: object) -> Exception:
     """Return the exception for `key` of `MESSAGES`, filled in with `given`.
+
+    `wrong_type` makes it a TypeError: the value is not merely out of range.
 
     Example:
         >>> print(error("reduction", given="'avg'"))
         unknown reduction 'avg'. Choose one of: 'none', 'sum', 'mean'.
     """
     kind, text = MESSAGES[key]
-    return kind(text.format(**given))
+    return (TypeError if wrong_type else kind)(text.format(**given))

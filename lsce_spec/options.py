@@ -3,10 +3,9 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from numbers import Integral
 from typing import Any
 
-from lsce_spec.checks import check_denominator, check_smoothing, is_number
+from lsce_spec.checks import check_denominator, check_smoothing, is_integral, is_number
 from lsce_spec.conventions import UNIFORM, Convention, find_convention
 from lsce_spec.errors import error
 
@@ -77,25 +76,26 @@ class LossOptions:
         if has_prior and convention is not UNIFORM:
             raise error("prior_convention", given=repr(convention.name))
         if ignore_index is not None and not _is_int32(ignore_index):
-            raise error("ignore_index_type", given=repr(ignore_index))
+            raise error("ignore_index", wrong_type=not is_integral(ignore_index), given=repr(ignore_index))
         if not is_number(z_loss) or not 0 <= z_loss < math.inf:
-            raise error("non_negative_number", name="z_loss", given=repr(z_loss))
+            raise error("non_negative_number", wrong_type=not is_number(z_loss), name="z_loss", given=repr(z_loss))
         if softcap is not None and (not is_number(softcap) or not 0 < softcap < math.inf):
-            raise error("softcap", given=repr(softcap))
+            raise error("softcap", wrong_type=not is_number(softcap), given=repr(softcap))
         if not isinstance(subtract_entropy, bool):
             raise error("flag", name="subtract_entropy", given=repr(subtract_entropy))
         if subtract_entropy and convention.at_max is not None:
             raise error("entropy_at_max", given=repr(convention.name))
         if bad_labels not in BAD_LABELS:
-            raise error("bad_labels", given=repr(bad_labels))
+            raise error("bad_labels", wrong_type=not isinstance(bad_labels, str), given=repr(bad_labels))
         if reduction not in REDUCTIONS:
-            raise error("reduction", given=repr(reduction))
+            raise error("reduction", wrong_type=not isinstance(reduction, str), given=repr(reduction))
         if denominator is not None and reduction != "mean":
             raise error("denominator", reduction=repr(reduction))
         check_denominator(denominator)
         if implementation is not None and implementation not in implementations:
             known = ", ".join(repr(name) for name in implementations)
-            raise error("implementation", given=repr(implementation), known=known)
+            wrong_type = not isinstance(implementation, str)
+            raise error("implementation", wrong_type=wrong_type, given=repr(implementation), known=known)
         return LossOptions(
             smoothing=float(smoothing) if is_number(smoothing) else smoothing,
             convention=convention,
@@ -130,17 +130,15 @@ class ChunkOptions:
             ValueError: a value out of its range, or two options that exclude each other.
             TypeError: a value of the wrong type.
         """
-        if chunk_size is not None and (
-            not isinstance(chunk_size, Integral) or isinstance(chunk_size, bool) or chunk_size < 1
-        ):
-            raise error("chunk_size", given=repr(chunk_size))
+        if chunk_size is not None and (not is_integral(chunk_size) or chunk_size < 1):
+            raise error("chunk_size", wrong_type=not is_integral(chunk_size), given=repr(chunk_size))
         if recompute is not None and not isinstance(recompute, bool):
             raise error("flag", name="recompute", given=repr(recompute))
         by_row = options.reduction == "none"
         if recompute is False and by_row:
             raise error("recompute_none")
         if not is_number(gradient_filter) or not 0 <= gradient_filter < 1:
-            raise error("gradient_filter", given=repr(gradient_filter))
+            raise error("gradient_filter", wrong_type=not is_number(gradient_filter), given=repr(gradient_filter))
         if options.implementation == "reference":
             given = {"chunk_size": chunk_size, "recompute": recompute, "gradient_filter": gradient_filter or None}
             for name, value in given.items():
@@ -152,12 +150,12 @@ class ChunkOptions:
         return ChunkOptions(None if chunk_size is None else int(chunk_size), recompute, float(gradient_filter))
 
     def rows_at_most(self, preferred: int, num_classes: int) -> int:
-        """Return how many rows to compute the logits of at a time.
+        """Return the number of rows of a chunk.
 
-        Of few classes a chunk has 2^20 logits, so that what it costs to start one does not show.
+        With few classes a chunk has 2^20 logits, so that the cost of starting one does not show.
         """
         return self.chunk_size or max(preferred, 2**20 // num_classes)
 
 
 def _is_int32(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and -(2**31) <= int(value) < 2**31
+    return is_integral(value) and -(2**31) <= int(value) < 2**31  # type: ignore[call-overload]  # numbers.Integral

@@ -1,4 +1,7 @@
-"""Label-smoothed cross-entropy for PyTorch."""
+"""Label-smoothed cross-entropy for PyTorch.
+
+Public are the names below and `lsce_torch.metrics`. All other modules are internal and may change in any release.
+"""
 
 from lsce_spec import Convention as Convention
 from lsce_spec import convert_smoothing as convert_smoothing

@@ -138,31 +138,34 @@ def prepare(
         where = _as_tensor("where", where, logits.device)
         check_batch_operand("where", tuple(where.shape), dtype_name(where), batch_shape)
 
-    if is_floating(dtype_name(labels)):
-        if options.ignore_index is not None:
-            raise error("ignore_index_soft", given=options.ignore_index)
-        labels = labels.movedim(axis, -1)
+    if not is_floating(dtype_name(labels)):
         batch = Batch(logits, labels, smoothing, None, None, prior, class_weight, class_mask)
-        return batch if where is None else batch.counting_only(where)
+        return _with_safe_labels(batch, where, options)
+    if options.ignore_index is not None:
+        raise error("ignore_index_soft", given=options.ignore_index)
+    batch = Batch(logits, labels.movedim(axis, -1), smoothing, None, None, prior, class_weight, class_mask)
+    return batch if where is None else batch.counting_only(where)
 
+
+def _with_safe_labels(batch: Batch, where: Bool[Tensor, "*#batch"] | None, options: LossOptions) -> Batch:
+    """Return the batch with integer labels that index safely, and with its bad labels and rows that count marked."""
     # int64 is signed and wide enough for any class index. A uint64 label beyond int64 would turn negative and might
     # equal `ignore_index`, so it becomes the largest int64, which is never a class.
-    unsigned = labels.dtype == torch.uint64
-    labels = labels.to(torch.int64)
-    if unsigned:
+    labels, num_classes = batch.labels.to(torch.int64), batch.logits.shape[-1]
+    if batch.labels.dtype == torch.uint64:
         labels = torch.where(labels < 0, torch.iinfo(torch.int64).max, labels)
     bad = labels.clamp(0, num_classes - 1) != labels
     safe_labels = labels.masked_fill(bad, 0)
-    if class_mask is not None:
-        bad = bad | ~at_labels(class_mask, safe_labels)
+    if batch.class_mask is not None:
+        bad = bad | ~at_labels(batch.class_mask, safe_labels)
         safe_labels = labels.masked_fill(bad, 0)
-    batch = Batch(logits, safe_labels, smoothing, None, bad, prior, class_weight, class_mask)
+    batch = replace(batch, labels=safe_labels, bad=bad)
     if where is not None:
         batch = batch.counting_only(where)
     if options.ignore_index is not None:
         batch = batch.counting_only(labels != options.ignore_index)
     if options.bad_labels == "raise" and batch.bad is not None:
-        _raise_bad_label(labels, batch.bad, class_mask is not None, num_classes)
+        _raise_bad_label(labels, batch.bad, batch.class_mask is not None, num_classes)
     return batch
 
 

@@ -1,8 +1,8 @@
 """The readable implementation: the formula in plain torch operations, derivatives by autograd.
 
-The target is written out per class, so the gradient costs a few tensors of the size of the logits.
-Forward mode, reverse mode and second derivatives all come from torch. Two lines are less obvious than they look, and
-both have the comment that says why: the sum inside `_log_sum_exp`, and the gap that is set to 0.
+The target has one entry per class, so the gradient takes a few tensors of the size of the logits. Forward mode, reverse
+mode and second derivatives all come from torch. Two steps need their comments: the sum in `_log_sum_exp`, and the gap
+that is set to 0.
 """
 
 import torch
@@ -18,17 +18,10 @@ def row_losses(
     batch: Batch, options: LossOptions, with_stats: bool = False
 ) -> tuple[Float[Tensor, "*batch"], LossStats | None]:
     """Return the loss of each row, 0 for rows that do not count and NaN for bad labels, and the statistics if asked."""
-    target = target_distribution(batch, options)
-    logits = batch.logits.to(batch.dtype)
-    if batch.counted is not None:
-        logits = torch.where(batch.counted[..., None], logits, 0)
-    allowed = None
-    if batch.class_mask is not None:
-        allowed = batch.class_mask
-        logits = torch.where(allowed, logits, 0)
-    uncapped = logits
+    target, allowed, uncapped = target_distribution(batch, options), batch.class_mask, _logits(batch)
+    logits = uncapped
     if options.softcap is not None:
-        logits = options.softcap * torch.tanh(logits / options.softcap)
+        logits = options.softcap * torch.tanh(uncapped / options.softcap)
 
     peak, gap, log_sum = _log_sum_exp(logits, allowed)
     if options.convention.at_max is not None:
@@ -38,14 +31,14 @@ def row_losses(
     weighted = target
     if batch.class_weight is not None:
         weighted = target * batch.class_weight
-    # A class that is no target may have a logit of -inf: 0 * inf counts as 0. The gap keeps its value where it is
-    # finite, since the derivative by the smoothing is the gap itself.
+    # A class with a target of 0 may have a logit of -inf: 0 * inf counts as 0. A finite gap keeps its value, since it is
+    # the derivative with respect to the smoothing.
     finite_gap = torch.where((weighted == 0) & torch.isinf(gap), 0, gap)
     lse = peak + log_sum
     smoothed = torch.sum(weighted * finite_gap, dim=-1) + torch.sum(weighted, dim=-1) * log_sum
     if options.subtract_entropy:
         smoothed = smoothed - torch.sum(entropy_terms(target, batch), dim=-1)
-    # Where the mask lets no class through, no target is NaN either.
+    # Needed besides the NaN in the target, which a mask without classes removes.
     if batch.bad is not None:
         smoothed = smoothed + torch.where(batch.bad, torch.nan, 0)
     losses = smoothed + options.z_loss * lse**2 if options.z_loss else smoothed
@@ -55,6 +48,14 @@ def row_losses(
         return losses, None
     nll, correct = _nll(batch, gap, log_sum, allowed), _is_correct(batch, uncapped, allowed)
     return losses, make_stats(batch, options, nll=nll, smoothed=smoothed, lse=lse, log_sum=log_sum, correct=correct)
+
+
+def _logits(batch: Batch) -> Float[Tensor, "*batch K"]:
+    """Return the logits in the compute dtype, 0 for rows that do not count and outside the class mask."""
+    logits = batch.logits.to(batch.dtype)
+    if batch.counted is not None:
+        logits = torch.where(batch.counted[..., None], logits, 0)
+    return logits if batch.class_mask is None else torch.where(batch.class_mask, logits, 0)
 
 
 def target_distribution(batch: Batch, options: LossOptions) -> Float[Tensor, "*batch K"]:
@@ -83,7 +84,7 @@ def target_distribution(batch: Batch, options: LossOptions) -> Float[Tensor, "*b
 def _share_of_largest(
     logits: Float[Tensor, "*batch K"], allowed: Bool[Tensor, " K"] | None
 ) -> Float[Tensor, "*batch K"]:
-    """Return 1 at the largest logit and 0 elsewhere; shared alike among several."""
+    """Return 1 at the largest logit and 0 elsewhere; equal shares of 1 if several logits are the largest."""
     constant = _constant(logits, allowed)
     is_largest = (constant == torch.amax(constant, dim=-1, keepdim=True)).to(logits.dtype)
     return is_largest / torch.sum(is_largest, dim=-1, keepdim=True)
@@ -108,7 +109,7 @@ def _nll(
 def _is_correct(
     batch: Batch, logits: Float[Tensor, "*batch K"], allowed: Bool[Tensor, " K"] | None
 ) -> Bool[Tensor, "*batch"]:
-    """Return whether the first largest logit is where the label, or its first largest probability, is."""
+    """Return whether the first largest logit is at the label, or at the label's first largest probability."""
     labels = torch.argmax(batch.labels, dim=-1) if batch.soft else batch.labels
     return torch.argmax(_constant(logits, allowed), dim=-1) == labels
 
@@ -116,7 +117,7 @@ def _is_correct(
 def entropy_terms(target: Float[Tensor, "*batch K"], batch: Batch) -> Float[Tensor, "*batch K"]:
     """Return -q log q per class."""
     if batch.prior is not None:
-        # Where the prior is 0 the target is 0 whatever the smoothing, and -q log q has no slope that could be infinite.
+        # Where the prior is 0 the target is 0 for any smoothing. The slope of -q log q is infinite there.
         target = torch.where((target == 0) & (batch.prior == 0), 1, target)
     terms: Tensor = torch.special.entr(target)
     return terms
@@ -137,7 +138,7 @@ def _smoothed(
             return probabilities
         target: Tensor = options.convention.soft_target(probabilities, smoothing, num_allowed)
         return target
-    # One class leaves nothing to spread over. Two stand in for it, so that the branch not taken divides by no zero.
+    # With one class nothing is spread. The branch not taken then counts two classes, so that it never divides by 0.
     spread_over = torch.where(num_allowed == 1, 2, num_allowed)
     smoothed = options.convention.soft_target(probabilities, smoothing, spread_over)
     return torch.where(num_allowed == 1, probabilities, smoothed)
@@ -149,14 +150,14 @@ def on_off(batch: Batch, options: LossOptions) -> tuple[float | Tensor, float | 
     if isinstance(num_allowed, int):
         return smoothing_weights(options.convention, batch.smoothing, num_allowed)
     spread_over = torch.where(num_allowed == 1, 2, num_allowed)
-    # A number stays a number as long as it can: in float32 1 - 0.99999 would be 0.1 % off.
+    # From the number itself, not a tensor: in float32 1 - 0.99999 would be 0.1 % off.
     on = as_tensor(options.convention.on(batch.smoothing, spread_over), batch)
     off = as_tensor(options.convention.off(batch.smoothing, spread_over), batch)
     return torch.where(num_allowed == 1, 1, on), torch.where(num_allowed == 1, 0, off)
 
 
 def at_max(batch: Batch, options: LossOptions) -> float | Tensor:
-    """Return what the convention adds to the target at the largest logit."""
+    """Return the convention's addition to the target at the largest logit."""
     num_allowed = count_allowed(batch)
     added = options.convention.at_max
     if added is None:
@@ -167,7 +168,7 @@ def at_max(batch: Batch, options: LossOptions) -> float | Tensor:
 
 
 def count_allowed(batch: Batch) -> int | Float[Tensor, ""]:
-    """Return the number of classes to spread over; a tensor if there is a class mask, which is not read back."""
+    """Return the number of classes that take part; a tensor if there is a class mask, whose values are not read."""
     if batch.class_mask is None:
         return int(batch.logits.shape[-1])
     return torch.sum(batch.class_mask).to(batch.dtype)
@@ -183,8 +184,8 @@ def _log_sum_exp(
     if allowed is not None:
         gap = torch.where(allowed, gap, 0)
 
-    # log1p of the sum less its largest term keeps small losses accurate. Each largest term, exp(0), is taken down to 0
-    # by subtracting 1, and so keeps its derivative: leaving it out would lose the gradient of the largest logit.
+    # log1p of the sum without its largest term keeps small losses accurate. Subtracting 1 from each largest term, exp(0),
+    # keeps its derivative; leaving the term out would lose the gradient with respect to the largest logit.
     is_peak = (constant == peak).to(logits.dtype)
     terms = torch.exp(-gap) - is_peak
     if allowed is not None:
@@ -194,7 +195,7 @@ def _log_sum_exp(
 
 
 def _constant(logits: Float[Tensor, "*batch K"], allowed: Bool[Tensor, " K"] | None) -> Float[Tensor, "*batch K"]:
-    """Return the logits to compare with each other: -inf outside the mask, and without a derivative."""
+    """Return the logits for comparisons: -inf outside the mask, and without a derivative."""
     constant = logits.detach()
     return constant if allowed is None else torch.where(allowed, constant, -torch.inf)
 

@@ -1,4 +1,4 @@
-"""What a loss knows about each row besides the loss, for metrics and logs."""
+"""Statistics of each row, for metrics and logs."""
 
 from typing import NamedTuple
 
@@ -11,16 +11,16 @@ from lsce_torch.inputs import Batch
 
 
 class LossStats(NamedTuple):
-    """Values of each row, which no gradient flows through. 0 and False for rows that do not count.
+    """Statistics of each row. No gradient flows through them. 0 and False for rows that do not count.
 
     Args:
-        nll: cross-entropy with the labels as they are: not smoothed, not weighted. Its exponential is the perplexity.
-        smoothed: the loss that was trained on, but for the z-loss.
+        nll: cross-entropy with the labels as they are, neither smoothed nor weighted. Its exponential is the perplexity.
+        smoothed: the training loss without the z-loss.
         z: the z-loss, z_loss * lse^2; with `smoothed` it adds up to the loss.
         lse: log of the sum of the exponentials of the (softcapped) logits.
         confidence: probability of the largest logit, exp(max - lse).
-        correct: whether the label is the (first) largest logit; for soft labels, their own (first) largest.
-        valid: whether the row counts: False where `where`, `ignore_index` or a denominator of 0 takes it out.
+        correct: whether the first largest logit is the label's; for soft labels, that of their first largest entry.
+        valid: whether the row counts: False if `where`, `ignore_index` or a denominator of 0 leaves it out.
     """
 
     nll: Float[Tensor, "*batch"]
@@ -42,9 +42,9 @@ def make_stats(
     log_sum: Float[Tensor, "*batch"],
     correct: Bool[Tensor, "*batch"],
 ) -> LossStats:
-    """Return the statistics, cleared where rows do not count and cut off from the gradient.
+    """Return the statistics without derivatives, 0 and False for rows that do not count.
 
-    `log_sum` is lse less the largest logit, which for a large offset is more than the difference of the two knows.
+    `log_sum` is lse minus the largest logit. With a large offset that difference would have lost its digits.
     """
     # Neither a bad label nor a row of NaN is correct.
     if batch.bad is not None:

@@ -11,6 +11,7 @@ import torch
 
 import lsce_jax
 import lsce_torch
+import lsce_torch.errors
 from lsce_spec import MESSAGES
 from lsce_spec import smoothing_weights as spec_smoothing_weights
 
@@ -31,7 +32,7 @@ CALLS: dict[str, list[dict[str, Any]]] = {
     "logits_dtype": [call(logits=LABELS.reshape(2, 2), labels=LABELS[:2]), call(logits=LOGITS > 0)],
     "logits_scalar": [call(logits=np.zeros((), F32), labels=np.zeros((), int))],
     "no_classes": [call(logits=np.zeros((4, 0), F32))],
-    "axis": [call(axis=2), call(axis=-3), call(axis=1.0), call(axis=True)],
+    "axis": [call(axis=2), call(axis=-3)],
     "labels_dtype": [call(labels=LABELS > 0), call(labels=LABELS.astype(np.complex64))],
     "labels_shape": [
         call(labels=LABELS[:3]),
@@ -51,25 +52,18 @@ CALLS: dict[str, list[dict[str, Any]]] = {
     "smoothing_range": [call(smoothing=1.5), call(smoothing=-0.1), call(smoothing=float("nan")), call(smoothing=2)],
     "convention_type": [call(convention=None), call(convention=3)],
     "convention_name": [call(convention="fairseq")],
-    "reduction": [call(reduction="avg"), call(reduction=None)],
+    "reduction": [call(reduction="avg")],
     "implementation": [call(implementation="cuda")],
     "bad_labels": [call(bad_labels="ignore")],
     "flag": [call(subtract_entropy=1)],
     "entropy_at_max": [call(subtract_entropy=True, convention="max_sup")],
-    "non_negative_number": [call(z_loss=-1e-4), call(z_loss=float("inf")), call(z_loss=None), call(z_loss=True)],
-    "softcap": [call(softcap=0), call(softcap=-30.0), call(softcap=float("nan")), call(softcap="30")],
-    "ignore_index_type": [
-        call(ignore_index=1.0),
-        call(ignore_index=True),
-        call(ignore_index="pad"),
-        call(ignore_index=2**31),
-    ],
+    "non_negative_number": [call(z_loss=-1e-4), call(z_loss=float("inf"))],
+    "softcap": [call(softcap=0), call(softcap=-30.0), call(softcap=float("nan"))],
+    "ignore_index": [call(ignore_index=2**31)],
     "ignore_index_soft": [call(labels=LOGITS, ignore_index=-100)],
     "denominator": [call(denominator=2.0, reduction="sum"), call(denominator=2.0, reduction="none")],
     "denominator_shape": [call(denominator=np.ones(2, F32), reduction="mean")],
-    "denominator_value": [
-        call(denominator=value, reduction="mean") for value in (-2.0, float("nan"), float("inf"), True, "3", {})
-    ],
+    "denominator_value": [call(denominator=value, reduction="mean") for value in (-2.0, float("nan"), float("inf"))],
     "batch_operand_shape": [
         call(where=np.ones(3, bool)),
         call(where=np.ones((4, 1), bool)),
@@ -92,7 +86,6 @@ CALLS: dict[str, list[dict[str, Any]]] = {
         call(labels=np.array([0, -100, 1, 7]), bad_labels="raise", ignore_index=-100),
     ],
 }
-# Shown by tests of their own below.
 # The same for the linear loss.
 HIDDEN, WEIGHT = np.zeros((4, 2), F32), np.zeros((2, 3), F32)
 
@@ -117,13 +110,12 @@ LINEAR_CALLS: dict[str, list[dict[str, Any]]] = {
     "labels_shape": [linear_call(labels=LABELS[:3])],
     "array_type": [linear_call(hidden="x"), linear_call(bias={})],
     "implementation": [linear_call(implementation="fused")],
-    "chunk_size": [linear_call(chunk_size=0), linear_call(chunk_size=2.0), linear_call(chunk_size=True)],
+    "chunk_size": [linear_call(chunk_size=0)],
     "flag": [linear_call(recompute=1)],
     "recompute_none": [linear_call(recompute=False, reduction="none")],
     "gradient_filter": [
         linear_call(gradient_filter=-1e-3),
         linear_call(gradient_filter=1.0),
-        linear_call(gradient_filter=None),
         linear_call(gradient_filter=float("nan")),
     ],
     "filter_recompute": [
@@ -137,24 +129,38 @@ LINEAR_CALLS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 
+# Options of a wrong type, which raise TypeError with the words for a value out of range.
+WRONG_TYPES: dict[str, list[dict[str, Any]]] = {
+    "axis": [call(axis=1.0), call(axis=True), call(axis="1"), call(axis=None), call(axis=[1])],
+    "reduction": [call(reduction=None), call(reduction=1), call(reduction=["mean"])],
+    "implementation": [call(implementation=1), call(implementation=["fused"])],
+    "bad_labels": [call(bad_labels=None), call(bad_labels=True)],
+    "non_negative_number": [call(z_loss=value) for value in (None, True, "0.1", [0.1])],
+    "softcap": [call(softcap=value) for value in (True, "30", [30.0])],
+    "ignore_index": [call(ignore_index=value) for value in (1.0, True, "pad", [1])],
+    "denominator_value": [
+        call(denominator=value, reduction="mean") for value in (True, "3", {}, [3.0], np.array(True))
+    ],
+}
+LINEAR_WRONG_TYPES: dict[str, list[dict[str, Any]]] = {
+    "implementation": [linear_call(implementation=1)],
+    "chunk_size": [linear_call(chunk_size=value) for value in (2.0, True, "2", [2])],
+    "gradient_filter": [linear_call(gradient_filter=value) for value in (None, True, "0.1", [0.1])],
+}
+
 ELSEWHERE = {
     "unexpected_keyword",
-    "layer_device",
     "array_type",
-    "labels_device",
     "convention_functions",
-    "weight_type",
     "label_smooth",
-    "class_num_type",
+    "count",
     "class_num_shape",
     "class_num",
-    "bad_labels_compiled",
     # in test_metrics.py
     "stats_type",
     "stats_shape",
     "top_k",
     "merge_state",
-    "no_torchmetrics",  # in test_isolation.py
     # in test_migration.py
     "convert_smoothing",
     "convert_number",
@@ -163,7 +169,15 @@ ELSEWHERE = {
     "identify_shape",
     "identify_finite",
     "identify_rows",
-    # torch only, in test_torch_fused.py
+}
+# The messages of one package alone.
+TORCH_ELSEWHERE = {
+    "labels_device",
+    "layer_device",
+    "weight_type",
+    "bad_labels_compiled",
+    "no_torchmetrics",  # in test_isolation.py
+    # in test_torch_fused.py
     "inplace_reference",
     "inplace_logits",
     "inplace_needs_reference",
@@ -182,12 +196,18 @@ def raised(function: Callable[[], Any]) -> Exception:
     return caught.value
 
 
-@pytest.mark.parametrize(
-    ("key", "arguments"),
-    [pytest.param(key, one, id=f"{key}-{i}") for key, many in CALLS.items() for i, one in enumerate(many)],
-)
-def test_message(key: str, arguments: dict[str, Any]) -> None:
-    kind, text = MESSAGES[key]
+def each_call(calls: dict[str, list[dict[str, Any]]], wrong_types: dict[str, list[dict[str, Any]]]) -> Any:
+    """Parametrize over all calls: the key, the kind of the exception, the arguments."""
+    cases = [(key, MESSAGES[key][0], one) for key, many in calls.items() for one in many]
+    cases += [(key, TypeError, one) for key, many in wrong_types.items() for one in many]
+    return pytest.mark.parametrize(
+        ("key", "kind", "arguments"), [pytest.param(*case, id=f"{case[0]}-{i}") for i, case in enumerate(cases)]
+    )
+
+
+@each_call(CALLS, WRONG_TYPES)
+def test_message(key: str, kind: type[Exception], arguments: dict[str, Any]) -> None:
+    text = MESSAGES[key][1]
     from_jax = raised(lambda: lsce_jax.label_smoothed_cross_entropy(**arguments))
     converted = {name: to_torch(value) for name, value in arguments.items()}
     from_torch = raised(lambda: lsce_torch.label_smoothed_cross_entropy(**converted))
@@ -198,12 +218,9 @@ def test_message(key: str, arguments: dict[str, Any]) -> None:
     assert text.split("{")[0] in str(from_torch)
 
 
-@pytest.mark.parametrize(
-    ("key", "arguments"),
-    [pytest.param(key, one, id=f"{key}-{i}") for key, many in LINEAR_CALLS.items() for i, one in enumerate(many)],
-)
-def test_message_of_the_linear_loss(key: str, arguments: dict[str, Any]) -> None:
-    kind, text = MESSAGES[key]
+@each_call(LINEAR_CALLS, LINEAR_WRONG_TYPES)
+def test_message_of_the_linear_loss(key: str, kind: type[Exception], arguments: dict[str, Any]) -> None:
+    text = MESSAGES[key][1]
     from_jax = raised(lambda: lsce_jax.linear_label_smoothed_cross_entropy(**arguments))
     converted = {name: to_torch(value) for name, value in arguments.items()}
     converted["weight"] = converted["weight"].permute(*reversed(range(converted["weight"].ndim)))
@@ -230,6 +247,8 @@ def test_a_transposed_weight_is_recognised() -> None:
 
 def test_every_message_has_a_call() -> None:
     assert set(CALLS) | set(LINEAR_CALLS) | ELSEWHERE == set(MESSAGES)
+    assert set(lsce_torch.errors.MESSAGES) == TORCH_ELSEWHERE
+    assert not set(lsce_torch.errors.MESSAGES) & set(MESSAGES)
 
 
 def test_message_says_which_label() -> None:
@@ -285,18 +304,18 @@ def test_other_messages() -> None:
     assert "smoothing goes to label_smoothing" in str(raised(lambda: lsce_torch.LabelSmoothedCrossEntropyLoss(0.1)))
 
 
-@pytest.mark.parametrize(("key", "arguments", "shape"), [
-    ("label_smooth", (1.5, 3), (4, 3)),
-    ("label_smooth", (-0.1, 3), (4, 3)),
-    ("smoothing_type", ("0.1", 3), (4, 3)),
-    ("class_num_type", (0.1, 0), (4, 3)),
-    ("class_num_type", (0.1, 3.0), (4, 3)),
-    ("class_num", (0.1, 4), (4, 3)),
-    ("class_num_shape", (0.1, 4), (4,)),
-    ("convention_name", (0.1, 3, "paddle"), (4, 3)),
+@pytest.mark.parametrize(("key", "kind", "arguments", "shape"), [
+    ("label_smooth", ValueError, (1.5, 3), (4, 3)),
+    ("label_smooth", ValueError, (-0.1, 3), (4, 3)),
+    ("smoothing_type", TypeError, ("0.1", 3), (4, 3)),
+    ("count", ValueError, (0.1, 0), (4, 3)),
+    ("count", TypeError, (0.1, 3.0), (4, 3)),
+    ("class_num", ValueError, (0.1, 4), (4, 3)),
+    ("class_num_shape", ValueError, (0.1, 4), (4,)),
+    ("convention_name", ValueError, (0.1, 3, "paddle"), (4, 3)),
 ])  # fmt: skip
-def test_class_num_module(key: str, arguments: tuple[Any, ...], shape: tuple[int, ...]) -> None:
-    kind, text = MESSAGES[key]
+def test_class_num_module(key: str, kind: type[Exception], arguments: tuple[Any, ...], shape: tuple[int, ...]) -> None:
+    text = MESSAGES[key][1]
     options = {"convention": arguments[2]} if len(arguments) > 2 else {}
     logits = np.zeros(shape, F32)
     problems = [

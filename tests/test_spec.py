@@ -9,6 +9,7 @@ import mpmath
 import numpy as np
 import pytest
 
+import lsce_torch.errors
 from lsce_spec import (
     MESSAGES,
     Convention,
@@ -153,9 +154,10 @@ def test_prior_values() -> None:
 
 def test_messages_are_whole() -> None:
     """Each message fills in all it names, says what was given, and ends as a sentence."""
-    for key, (_, text) in MESSAGES.items():
+    tables = [(MESSAGES, error), (lsce_torch.errors.MESSAGES, lsce_torch.errors.error)]
+    for key, text, make in [(key, text, make) for table, make in tables for key, (_, text) in table.items()]:
         names = {name for _, name, _, _ in string.Formatter().parse(text) if name}
-        filled = str(error(key, **dict.fromkeys(names, "x")))
+        filled = str(make(key, **dict.fromkeys(names, "x")))
         assert "{" not in filled
         assert filled.endswith(".") or key in {"labels_shape", "weight_shape", "unexpected_keyword"}
 
