@@ -125,48 +125,53 @@ def prepare(
         # The caller's values, not those rounded to dtype; and after the shape, since values are checked by class.
         check_prior(keywords["prior"], class_mask)
 
-    smoothing = options.smoothing
-    if not is_number(smoothing):
-        smoothing = _as_tensor("smoothing", smoothing, logits.device)
-        check_smoothing_dtype(dtype_name(smoothing))
-        check_batch_operand("smoothing", tuple(smoothing.shape), None, batch_shape)
-        smoothing = smoothing.to(dtype)
-        smoothing = smoothing.broadcast_to(batch_shape)[..., None]
-
+    smoothing = _row_smoothing(options.smoothing, batch_shape, dtype, logits.device)
     where = keywords.get("where")
     if where is not None:
         where = _as_tensor("where", where, logits.device)
         check_batch_operand("where", tuple(where.shape), dtype_name(where), batch_shape)
 
-    if not is_floating(dtype_name(labels)):
+    if is_floating(dtype_name(labels)):
+        if options.ignore_index is not None:
+            raise error("ignore_index_soft", given=options.ignore_index)
+        labels = labels.movedim(axis, -1)
         batch = Batch(logits, labels, smoothing, None, None, prior, class_weight, class_mask)
-        return _with_safe_labels(batch, where, options)
-    if options.ignore_index is not None:
-        raise error("ignore_index_soft", given=options.ignore_index)
-    batch = Batch(logits, labels.movedim(axis, -1), smoothing, None, None, prior, class_weight, class_mask)
-    return batch if where is None else batch.counting_only(where)
+        return batch if where is None else batch.counting_only(where)
 
-
-def _with_safe_labels(batch: Batch, where: Bool[Tensor, "*#batch"] | None, options: LossOptions) -> Batch:
-    """Return the batch with integer labels that index safely, and with its bad labels and rows that count marked."""
-    # int64 is signed and wide enough for any class index. A uint64 label beyond int64 would turn negative and might
-    # equal `ignore_index`, so it becomes the largest int64, which is never a class.
-    labels, num_classes = batch.labels.to(torch.int64), batch.logits.shape[-1]
-    if batch.labels.dtype == torch.uint64:
-        labels = torch.where(labels < 0, torch.iinfo(torch.int64).max, labels)
-    bad = labels.clamp(0, num_classes - 1) != labels
-    safe_labels = labels.masked_fill(bad, 0)
-    if batch.class_mask is not None:
-        bad = bad | ~at_labels(batch.class_mask, safe_labels)
-        safe_labels = labels.masked_fill(bad, 0)
-    batch = replace(batch, labels=safe_labels, bad=bad)
+    labels, bad = _class_indices(labels, num_classes, class_mask)
+    batch = Batch(logits, labels.masked_fill(bad, 0), smoothing, None, bad, prior, class_weight, class_mask)
     if where is not None:
         batch = batch.counting_only(where)
     if options.ignore_index is not None:
         batch = batch.counting_only(labels != options.ignore_index)
     if options.bad_labels == "raise" and batch.bad is not None:
-        _raise_bad_label(labels, batch.bad, batch.class_mask is not None, num_classes)
+        _raise_bad_label(labels, batch.bad, class_mask is not None, num_classes)
     return batch
+
+
+def _row_smoothing(
+    smoothing: float | Tensor, batch_shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> float | Float[Tensor, "*batch 1"]:
+    """Return a number as it is, and a tensor with one number per row, in that dtype."""
+    if is_number(smoothing):
+        return smoothing
+    smoothing = _as_tensor("smoothing", smoothing, device)
+    check_smoothing_dtype(dtype_name(smoothing))
+    check_batch_operand("smoothing", tuple(smoothing.shape), None, batch_shape)
+    return smoothing.to(dtype).broadcast_to(batch_shape)[..., None]
+
+
+def _class_indices(
+    labels: Int[Tensor, "*batch"], num_classes: int, class_mask: Bool[Tensor, " K"] | None
+) -> tuple[Int[Tensor, "*batch"], Bool[Tensor, "*batch"]]:
+    """Return labels in a signed dtype that is wide enough for any class index, and which of them are not a class."""
+    unsigned = labels.dtype == torch.uint64
+    labels = labels.to(torch.int64)
+    if unsigned:
+        # Labels beyond int64 turned negative and become its largest number, which is never a class.
+        labels = torch.where(labels < 0, torch.iinfo(torch.int64).max, labels)
+    bad = labels.clamp(0, num_classes - 1) != labels
+    return labels, bad if class_mask is None else bad | ~at_labels(class_mask, labels.masked_fill(bad, 0))
 
 
 def at_labels(vector: Shaped[Tensor, " K"], labels: Int[Tensor, "*batch"]) -> Shaped[Tensor, "*batch"]:

@@ -17,12 +17,10 @@ from lsce_torch.stats import LossStats, make_stats
 def row_losses(
     batch: Batch, options: LossOptions, with_stats: bool = False
 ) -> tuple[Float[Tensor, "*batch"], LossStats | None]:
-    """Return the loss of each row, 0 for rows that do not count and NaN for bad labels, and the statistics if asked."""
-    target, allowed, uncapped = target_distribution(batch, options), batch.class_mask, _logits(batch)
-    logits = uncapped
-    if options.softcap is not None:
-        logits = options.softcap * torch.tanh(uncapped / options.softcap)
-
+    """Return the loss of each row, 0 for rows that do not count and NaN for bad labels, and statistics if asked for."""
+    target = target_distribution(batch, options)
+    uncapped, allowed = _counted_logits(batch)
+    logits = uncapped if options.softcap is None else options.softcap * torch.tanh(uncapped / options.softcap)
     peak, gap, log_sum = _log_sum_exp(logits, allowed)
     if options.convention.at_max is not None:
         target = target + at_max(batch, options) * _share_of_largest(uncapped, allowed)
@@ -31,8 +29,8 @@ def row_losses(
     weighted = target
     if batch.class_weight is not None:
         weighted = target * batch.class_weight
-    # A class with a target of 0 may have a logit of -inf: 0 * inf counts as 0. A finite gap keeps its value, since it is
-    # the derivative with respect to the smoothing.
+    # Where the target is 0, the logit may be -inf: 0 * inf counts as 0. Finite gaps keep their value, since the gap is
+    # the derivative with respect to the target.
     finite_gap = torch.where((weighted == 0) & torch.isinf(gap), 0, gap)
     lse = peak + log_sum
     smoothed = torch.sum(weighted * finite_gap, dim=-1) + torch.sum(weighted, dim=-1) * log_sum
@@ -50,12 +48,14 @@ def row_losses(
     return losses, make_stats(batch, options, nll=nll, smoothed=smoothed, lse=lse, log_sum=log_sum, correct=correct)
 
 
-def _logits(batch: Batch) -> Float[Tensor, "*batch K"]:
-    """Return the logits in the compute dtype, 0 for rows that do not count and outside the class mask."""
+def _counted_logits(batch: Batch) -> tuple[Float[Tensor, "*batch K"], Bool[Tensor, " K"] | None]:
+    """Return the logits in the compute dtype, 0 where they do not count, and the mask."""
     logits = batch.logits.to(batch.dtype)
     if batch.counted is not None:
         logits = torch.where(batch.counted[..., None], logits, 0)
-    return logits if batch.class_mask is None else torch.where(batch.class_mask, logits, 0)
+    if batch.class_mask is not None:
+        logits = torch.where(batch.class_mask, logits, 0)
+    return logits, batch.class_mask
 
 
 def target_distribution(batch: Batch, options: LossOptions) -> Float[Tensor, "*batch K"]:
@@ -184,8 +184,8 @@ def _log_sum_exp(
     if allowed is not None:
         gap = torch.where(allowed, gap, 0)
 
-    # log1p of the sum without its largest term keeps small losses accurate. Subtracting 1 from each largest term, exp(0),
-    # keeps its derivative; leaving the term out would lose the gradient with respect to the largest logit.
+    # log1p of the sum without its largest term keeps small losses accurate. Subtracting 1 from each largest term,
+    # exp(0), keeps its derivative; leaving the term out would lose the gradient with respect to the largest logit.
     is_peak = (constant == peak).to(logits.dtype)
     terms = torch.exp(-gap) - is_peak
     if allowed is not None:

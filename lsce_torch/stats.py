@@ -14,7 +14,7 @@ class LossStats(NamedTuple):
     """Statistics of each row. No gradient flows through them. 0 and False for rows that do not count.
 
     Args:
-        nll: cross-entropy with the labels as they are, neither smoothed nor weighted. Its exponential is the perplexity.
+        nll: cross-entropy with the labels as they are, neither smoothed nor weighted; exp(nll) is the perplexity.
         smoothed: the training loss without the z-loss.
         z: the z-loss, z_loss * lse^2; with `smoothed` it adds up to the loss.
         lse: log of the sum of the exponentials of the (softcapped) logits.
