@@ -51,6 +51,10 @@ class _Reduction(TypedDict, total=False):
     reduction: Annotated[str, Default("mean")]
 
 
+class _Rows(_Counted, _Terms, _Reduction, total=False):
+    pass
+
+
 class _Denominator(TypedDict, total=False):
     denominator: Annotated[float | Float[Tensor, ""] | None, Default(None)]
 
@@ -67,10 +71,6 @@ class _Chunks(TypedDict, total=False):
     chunk_size: Annotated[int | None, Default(None)]
     recompute: Annotated[bool | None, Default(None)]
     gradient_filter: Annotated[float, Default(0.0)]
-
-
-class _Rows(_Counted, _Terms, _Reduction, total=False):
-    pass
 
 
 class LossKeywords(_Smoothing, _Target, _Where, _Rows, _Denominator, _Implementation, total=False):
