@@ -3,23 +3,26 @@
 Both take tensors and plain values in one flat list. Outside they are named tuples, such as `Operands`, the kinds below.
 """
 
-from collections.abc import Iterable, Mapping
-from itertools import chain, islice
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from torch import Tensor
 
 
+@cache
 def names_of(*kinds: Any) -> tuple[str, ...]:
     """Return the names of all fields of the kinds, in the order of the flat arguments."""
-    return tuple(chain.from_iterable(kind._fields for kind in kinds))
+    return tuple(name for kind in kinds for name in kind._fields)
 
 
-def grouped(arguments: Iterable[Any], *kinds: Any) -> tuple[Any, ...]:
+def grouped(arguments: Sequence[Any], *kinds: Any) -> list[Any]:
     """Return flat arguments as named tuples of these kinds."""
-    remaining = iter(arguments)
-    groups = tuple(kind._make(islice(remaining, len(kind._fields))) for kind in kinds)
-    assert next(remaining, None) is None
+    groups, start = [], 0
+    for kind in kinds:
+        end = start + len(kind._fields)
+        groups.append(kind._make(arguments[start:end]))
+        start = end
     return groups
 
 
@@ -33,22 +36,23 @@ def in_order(gradients: Mapping[str, Tensor | None], *kinds: Any) -> tuple[Tenso
     return tuple(gradients.get(name) for name in names_of(*kinds))
 
 
-def save(ctx: Any, results: Iterable[Tensor], arguments: Iterable[Any], *, forward_mode: bool = True) -> None:
+def save(ctx: Any, results: Sequence[Tensor], arguments: Sequence[Any], *, forward_mode: bool = True) -> None:
     """Keep results and flat arguments: tensors in such a way that autograd notices any change to them."""
-    results, arguments = tuple(results), tuple(arguments)
-    ctx.is_tensor = tuple(isinstance(value, Tensor) for value in arguments)
-    ctx.others = tuple(None if isinstance(value, Tensor) else value for value in arguments)
     tensors = [value for value in arguments if isinstance(value, Tensor)]
     ctx.save_for_backward(*results, *tensors)
     if forward_mode:
         ctx.save_for_forward(*results, *tensors)
+    ctx.num_results = len(results)
+    ctx.others = [_TENSOR if isinstance(value, Tensor) else value for value in arguments]
     ctx.set_materialize_grads(False)
 
 
 def saved(ctx: Any, *kinds: Any) -> tuple[Any, ...]:
     """Return the results, and the arguments as named tuples of these kinds."""
-    kept = ctx.saved_tensors  # checks each time whether a tensor has changed
-    num_results = len(kept) - sum(ctx.is_tensor)
-    results, tensors = kept[:num_results], iter(kept[num_results:])
-    pairs = zip(ctx.is_tensor, ctx.others, strict=True)
-    return results, *grouped((next(tensors) if is_tensor else other for is_tensor, other in pairs), *kinds)
+    kept = ctx.saved_tensors
+    tensors = iter(kept[ctx.num_results :])
+    arguments = [next(tensors) if value is _TENSOR else value for value in ctx.others]
+    return kept[: ctx.num_results], *grouped(arguments, *kinds)
+
+
+_TENSOR = object()  # stands for a tensor among the arguments that are kept as they are
