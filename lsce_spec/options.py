@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from lsce_spec.checks import check_denominator, check_smoothing, is_integral, is_number
@@ -17,7 +17,7 @@ BAD_LABELS = ("nan", "raise")
 
 @dataclass(frozen=True)
 class LossOptions:
-    """Everything about a call but its arrays. See `label_smoothed_cross_entropy` for the meaning of each.
+    """The options of a call other than its arrays. See `label_smoothed_cross_entropy` for the meaning of each.
 
     Without arguments it is plain cross-entropy, row by row. `smoothing` is a number, or an array that the framework
     package checks further.
@@ -35,81 +35,66 @@ class LossOptions:
 
     @staticmethod
     def of(keywords: Mapping[str, Any], implementations: tuple[str, ...] = IMPLEMENTATIONS) -> "LossOptions":
-        """Check the keyword arguments of a loss and return its options. What a loss does not take may be missing.
+        """Check the keyword arguments of a loss and return its options.
+
+        Args:
+            keywords: the arguments, which may lack `denominator`.
+            implementations: the known ones, the default first.
 
         Raises:
             ValueError: a value out of its range, or two options that exclude each other.
             TypeError: a value of the wrong type.
         """
-        given = {name: keywords[name] for name in _LOSS_OPTIONS if name in keywords}
-        return LossOptions.checked(
-            **given,
-            has_prior=keywords["prior"] is not None,
-            denominator=keywords.get("denominator"),
-            implementations=implementations,
-        )
-
-    @staticmethod
-    def checked(
-        *,
-        smoothing: Any,
-        convention: str | Convention,
-        has_prior: bool,
-        ignore_index: int | None,
-        z_loss: float,
-        softcap: float | None,
-        subtract_entropy: bool,
-        bad_labels: str,
-        reduction: str,
-        denominator: Any,
-        implementation: str | None,
-        implementations: tuple[str, ...] = IMPLEMENTATIONS,
-    ) -> "LossOptions":
-        """Check every option and return them frozen. `implementations` are the known ones, the default first.
-
-        Raises:
-            ValueError: a value out of its range, or two options that exclude each other.
-            TypeError: a value of the wrong type.
-        """
+        smoothing, ignore_index, softcap = (keywords[name] for name in ("smoothing", "ignore_index", "softcap"))
         check_smoothing(smoothing)
-        convention = find_convention(convention)
-        if has_prior and convention is not UNIFORM:
+        convention = find_convention(keywords["convention"])
+        if keywords["prior"] is not None and convention is not UNIFORM:
             raise error("prior_convention", given=repr(convention.name))
         if ignore_index is not None and not _is_int32(ignore_index):
             raise error("ignore_index", wrong_type=not is_integral(ignore_index), given=repr(ignore_index))
-        if not is_number(z_loss) or not 0 <= z_loss < math.inf:
-            raise error("non_negative_number", wrong_type=not is_number(z_loss), name="z_loss", given=repr(z_loss))
-        if softcap is not None and (not is_number(softcap) or not 0 < softcap < math.inf):
-            raise error("softcap", wrong_type=not is_number(softcap), given=repr(softcap))
-        if not isinstance(subtract_entropy, bool):
-            raise error("flag", name="subtract_entropy", given=repr(subtract_entropy))
-        if subtract_entropy and convention.at_max is not None:
-            raise error("entropy_at_max", given=repr(convention.name))
-        if bad_labels not in BAD_LABELS:
-            raise error("bad_labels", wrong_type=not isinstance(bad_labels, str), given=repr(bad_labels))
-        if reduction not in REDUCTIONS:
-            raise error("reduction", wrong_type=not isinstance(reduction, str), given=repr(reduction))
-        if denominator is not None and reduction != "mean":
-            raise error("denominator", reduction=repr(reduction))
-        check_denominator(denominator)
-        if implementation is not None and implementation not in implementations:
-            known = ", ".join(repr(name) for name in implementations)
-            wrong_type = not isinstance(implementation, str)
-            raise error("implementation", wrong_type=wrong_type, given=repr(implementation), known=known)
+        _check_terms(keywords["z_loss"], softcap, keywords["subtract_entropy"], convention)
+        _check_choice("bad_labels", keywords["bad_labels"], BAD_LABELS)
+        _check_choice("reduction", keywords["reduction"], REDUCTIONS)
+        if keywords.get("denominator") is not None and keywords["reduction"] != "mean":
+            raise error("denominator", reduction=repr(keywords["reduction"]))
+        check_denominator(keywords.get("denominator"))
+        implementation = implementations[0] if keywords["implementation"] is None else keywords["implementation"]
+        _check_choice("implementation", implementation, implementations)
         return LossOptions(
             smoothing=float(smoothing) if is_number(smoothing) else smoothing,
             convention=convention,
             ignore_index=None if ignore_index is None else int(ignore_index),
-            z_loss=float(z_loss),
+            z_loss=float(keywords["z_loss"]),
             softcap=None if softcap is None else float(softcap),
-            subtract_entropy=subtract_entropy,
-            bad_labels=bad_labels,
-            reduction=reduction,
-            implementation=implementation or implementations[0],
+            subtract_entropy=keywords["subtract_entropy"],
+            bad_labels=keywords["bad_labels"],
+            reduction=keywords["reduction"],
+            implementation=implementation,
         )
 
+    @staticmethod
+    def checked(
+        *, has_prior: bool, implementations: tuple[str, ...] = IMPLEMENTATIONS, **options: Any
+    ) -> "LossOptions":
+        """Return what `of` does."""
+        return LossOptions.of({**options, "prior": True if has_prior else None}, implementations)
 
-_LOSS_OPTIONS = tuple(field.name for field in fields(LossOptions))
+
+def _check_terms(z_loss: Any, softcap: Any, subtract_entropy: Any, convention: Convention) -> None:
+    if not is_number(z_loss) or not 0 <= z_loss < math.inf:
+        raise error("non_negative_number", wrong_type=not is_number(z_loss), name="z_loss", given=repr(z_loss))
+    if softcap is not None and (not is_number(softcap) or not 0 < softcap < math.inf):
+        raise error("softcap", wrong_type=not is_number(softcap), given=repr(softcap))
+    if not isinstance(subtract_entropy, bool):
+        raise error("flag", name="subtract_entropy", given=repr(subtract_entropy))
+    if subtract_entropy and convention.at_max is not None:
+        raise error("entropy_at_max", given=repr(convention.name))
+
+
+def _check_choice(name: str, given: Any, known: tuple[str, ...]) -> None:
+    if given not in known:
+        names = ", ".join(repr(choice) for choice in known)
+        raise error(name, wrong_type=not isinstance(given, str), given=repr(given), known=names)
 
 
 @dataclass(frozen=True)
@@ -121,15 +106,15 @@ class ChunkOptions:
     gradient_filter: float = 0.0
 
     @staticmethod
-    def checked(
-        *, chunk_size: int | None, recompute: bool | None, gradient_filter: float, options: LossOptions
-    ) -> "ChunkOptions":
-        """Check every option and return them frozen.
+    def of(keywords: Mapping[str, Any], options: LossOptions) -> "ChunkOptions":
+        """Check the keyword arguments of a linear loss and return how it goes through its rows.
 
         Raises:
             ValueError: a value out of its range, or two options that exclude each other.
             TypeError: a value of the wrong type.
         """
+        given = {name: keywords[name] for name in ("chunk_size", "recompute", "gradient_filter")}
+        chunk_size, recompute, gradient_filter = given.values()
         if chunk_size is not None and (not is_integral(chunk_size) or chunk_size < 1):
             raise error("chunk_size", wrong_type=not is_integral(chunk_size), given=repr(chunk_size))
         if recompute is not None and not isinstance(recompute, bool):
@@ -140,14 +125,18 @@ class ChunkOptions:
         if not is_number(gradient_filter) or not 0 <= gradient_filter < 1:
             raise error("gradient_filter", wrong_type=not is_number(gradient_filter), given=repr(gradient_filter))
         if options.implementation == "reference":
-            given = {"chunk_size": chunk_size, "recompute": recompute, "gradient_filter": gradient_filter or None}
-            for name, value in given.items():
+            for name, value in (given | {"gradient_filter": gradient_filter or None}).items():
                 if value is not None:
                     raise error("chunked_only", name=name, given=repr(value))
         recompute = by_row if recompute is None else recompute
         if gradient_filter and recompute:
             raise error("filter_recompute")
         return ChunkOptions(None if chunk_size is None else int(chunk_size), recompute, float(gradient_filter))
+
+    @staticmethod
+    def checked(*, options: LossOptions, **keywords: Any) -> "ChunkOptions":
+        """Return what `of` does."""
+        return ChunkOptions.of(keywords, options)
 
     def rows_at_most(self, preferred: int, num_classes: int) -> int:
         """Return the number of rows of a chunk.

@@ -112,12 +112,7 @@ def _evaluate(
 ) -> tuple[Float[Tensor, "..."], LossStats | None]:
     """Return the loss, and the statistics if asked for. See `linear_label_smoothed_cross_entropy`."""
     options = LossOptions.of(keywords, LINEAR_IMPLEMENTATIONS)
-    chunks = ChunkOptions.checked(
-        chunk_size=keywords["chunk_size"],
-        recompute=keywords["recompute"],
-        gradient_filter=keywords["gradient_filter"],
-        options=options,
-    )
+    chunks = ChunkOptions.of(keywords, options)
     layer, num_classes = _prepare_layer(hidden, weight, labels, keywords["bias"])
     if labels.is_floating_point():
         raise error("linear_soft_labels", given=dtype_name(labels))
