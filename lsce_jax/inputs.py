@@ -4,8 +4,9 @@ Classes last, labels that index safely, rows that do not count marked. An implem
 axes, ignored labels or bad ones beyond two boolean arrays.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -90,14 +91,15 @@ def prepare(
     logits: ArrayLike | jax.ShapeDtypeStruct,
     labels: ArrayLike,
     options: LossOptions,
-    *,
-    axis: int,
-    where: ArrayLike | None,
-    prior: ArrayLike | None,
-    class_weight: ArrayLike | None,
-    class_mask: ArrayLike | None,
+    keywords: Mapping[str, Any],
 ) -> Batch:
-    """Check the arrays of a call and return them in canonical form. Of the logits, shape and dtype will do.
+    """Check the arrays of a call and return them in canonical form.
+
+    Args:
+        logits: as the caller passed them, or only their shape and dtype.
+        labels: as the caller passed them.
+        options: the checked options of the call.
+        keywords: `axis`, `where`, `prior`, `class_weight` and `class_mask` of the call, where given.
 
     Raises:
         TypeError: wrong type or dtype.
@@ -108,20 +110,19 @@ def prepare(
     logits = cast("Array", logits) if isinstance(logits, jax.ShapeDtypeStruct) else as_array("logits", logits)
     labels = as_array("labels", within_int32(labels))
     check_logits(logits.shape, logits.dtype.name)
-    axis = check_axis(axis, logits.shape)
+    axis = check_axis(keywords.get("axis", -1), logits.shape)
     check_labels(labels.shape, labels.dtype.name, logits.shape, axis)
     dtype = compute_dtype(logits)
 
     if not only_shape:
         logits = jnp.moveaxis(logits, axis, -1)
     batch_shape, num_classes = logits.shape[:-1], logits.shape[-1]
-    class_weight = _class_vector("class_weight", class_weight, num_classes, dtype)
-    class_mask = _class_vector("class_mask", class_mask, num_classes, None)
+    class_weight = _class_vector("class_weight", keywords, num_classes, dtype)
+    class_mask = _class_vector("class_mask", keywords, num_classes, None)
+    prior = _class_vector("prior", keywords, num_classes, dtype)
     if prior is not None:
-        # Shape first: the values are checked class by class. And the caller's own values, not those rounded to dtype.
-        rounded = _class_vector("prior", prior, num_classes, dtype)
-        check_prior(prior, class_mask)
-        prior = rounded
+        # The caller's values, not those rounded to dtype; and after the shape, since values are checked by class.
+        check_prior(keywords["prior"], class_mask)
 
     smoothing = options.smoothing
     if not is_number(smoothing):
@@ -131,6 +132,7 @@ def prepare(
         smoothing = smoothing.astype(dtype)
         smoothing = jnp.broadcast_to(smoothing, batch_shape)[..., None]
 
+    where = keywords.get("where")
     if where is not None:
         where = as_array("where", where)
         check_batch_operand("where", where.shape, where.dtype.name, batch_shape)
@@ -196,10 +198,13 @@ def is_sharded(array: Array) -> bool:
     return any(axes is not None for axes in jax.typeof(array).sharding.spec)
 
 
-def _class_vector(name: str, vector: ArrayLike | None, num_classes: int, dtype: jnp.dtype | None) -> Array | None:
-    if vector is None:
+def _class_vector(
+    name: str, keywords: Mapping[str, Any], num_classes: int, dtype: jnp.dtype | None
+) -> Shaped[Array, " K"] | None:
+    """Return an array with one value per class, in that dtype, or None if the call has none of that name."""
+    if keywords.get(name) is None:
         return None
-    vector = as_array(name, vector)
+    vector = as_array(name, keywords[name])
     check_class_vector(name, vector.shape, vector.dtype.name, num_classes)
     return vector if dtype is None else vector.astype(dtype)
 

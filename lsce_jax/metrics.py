@@ -238,16 +238,7 @@ class TopKAccuracy(_Sums):
                 classes.
         """
         rows = _rows(stats, mask)
-        batch = prepare(
-            logits,
-            labels,
-            LossOptions(),
-            axis=axis,
-            where=None,
-            prior=None,
-            class_weight=None,
-            class_mask=class_mask,
-        )
+        batch = prepare(logits, labels, LossOptions(), {"axis": axis, "class_mask": class_mask})
         if batch.batch_shape != stats.valid.shape:
             raise error("stats_shape", expected=list(stats.valid.shape), given=list(batch.batch_shape))
         num_classes = batch.logits.shape[-1]
