@@ -193,6 +193,11 @@ def at_labels(vector: Shaped[Array, " K"], labels: Int[Array, "*batch"]) -> Shap
     return jnp.sum(jnp.where(is_label, values, 0), axis=-1)
 
 
+def as_last_axis(vector: Shaped[Array, " K"], like: Array) -> Shaped[Array, "*ones K"]:
+    """Return a vector over the classes with the rank of `like`: strict settings of JAX promote no ranks."""
+    return vector.reshape((1,) * (like.ndim - 1) + (-1,))
+
+
 def is_sharded(array: Array) -> bool:
     """Whether the type of an array says that it is divided over devices, as with an explicit mesh."""
     return any(axes is not None for axes in jax.typeof(array).sharding.spec)

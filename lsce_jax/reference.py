@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.scipy.special import entr
 from jaxtyping import Array, Bool, Float
 
-from lsce_jax.inputs import Batch
+from lsce_jax.inputs import Batch, as_last_axis
 from lsce_jax.stats import LossStats, make_stats
 from lsce_spec import LossOptions, smoothing_weights
 
@@ -26,7 +26,7 @@ def row_losses(
         logits = jnp.where(batch.counted[..., None], logits, 0)
     allowed = None
     if batch.class_mask is not None:
-        allowed = _as_last_axis(batch.class_mask, logits)
+        allowed = as_last_axis(batch.class_mask, logits)
         logits = jnp.where(allowed, logits, 0)
     uncapped = logits
     if options.softcap is not None:
@@ -39,7 +39,7 @@ def row_losses(
             target = jnp.where(batch.bad[..., None], jnp.nan, target)
     weighted = target
     if batch.class_weight is not None:
-        weighted = target * _as_last_axis(batch.class_weight, logits)
+        weighted = target * as_last_axis(batch.class_weight, logits)
     # A class that is no target may have a logit of -inf: 0 * inf counts as 0. The gap keeps its value where it is
     # finite, since the derivative by the smoothing is the gap itself.
     finite_gap = jnp.where((weighted == 0) & jnp.isinf(gap), 0, gap)
@@ -69,7 +69,7 @@ def target_distribution(batch: Batch, options: LossOptions) -> Float[Array, "*ba
         target = _smoothed(labels, batch, options)
     else:
         classes = jnp.arange(num_classes, dtype=batch.labels.dtype)
-        is_label = _as_last_axis(classes, batch.logits) == batch.labels[..., None]
+        is_label = as_last_axis(classes, batch.logits) == batch.labels[..., None]
         if batch.prior is not None:
             target = _smoothed(is_label.astype(dtype), batch, options)
         else:
@@ -78,7 +78,7 @@ def target_distribution(batch: Batch, options: LossOptions) -> Float[Array, "*ba
     if batch.bad is not None:
         target = jnp.where(batch.bad[..., None], jnp.nan, target)
     if batch.class_mask is not None:
-        target = jnp.where(_as_last_axis(batch.class_mask, target), target, 0)
+        target = jnp.where(as_last_axis(batch.class_mask, target), target, 0)
     return target
 
 
@@ -119,7 +119,7 @@ def entropy_terms(target: Float[Array, "*batch K"], batch: Batch) -> Float[Array
     """Return -q log q per class."""
     if batch.prior is not None:
         # Where the prior is 0 the target is 0 whatever the smoothing, and -q log q has no slope that could be infinite.
-        target = jnp.where((target == 0) & (_as_last_axis(batch.prior, target) == 0), 1, target)
+        target = jnp.where((target == 0) & (as_last_axis(batch.prior, target) == 0), 1, target)
     return entr(target)
 
 
@@ -131,7 +131,7 @@ def _smoothed(
     """Return the target for class probabilities."""
     smoothing = batch.smoothing
     if batch.prior is not None:
-        prior = _as_last_axis(batch.prior, probabilities)
+        prior = as_last_axis(batch.prior, probabilities)
         return (1 - smoothing) * probabilities + smoothing * prior
     num_allowed = count_allowed(batch)
     if isinstance(num_allowed, int):
@@ -199,8 +199,3 @@ def _constant(logits: Float[Array, "*batch K"], allowed: Bool[Array, "*ones K"] 
     """Return the logits to compare with each other: -inf outside the mask, and without a derivative."""
     constant = jax.lax.stop_gradient(logits)
     return constant if allowed is None else jnp.where(allowed, constant, -jnp.inf)
-
-
-def _as_last_axis(vector: Array, like: Array) -> Array:
-    """Reshape a vector over the classes to the rank of `like`: ranks are never promoted silently."""
-    return vector.reshape((1,) * (like.ndim - 1) + (-1,))

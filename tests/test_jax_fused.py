@@ -3,7 +3,8 @@
 Its values are held against the truth in the parity tests; here against the reference, or in exact equality.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -59,10 +60,21 @@ CALLS |= {name: (SOFT, options) for name, options in SOFT_OPTIONS.items()}
 each_call = pytest.mark.parametrize(("labels", "options"), CALLS.values(), ids=CALLS.keys())
 
 
+@contextmanager
+def blocks_of(size: int) -> Iterator[None]:
+    """Change the number of logits in a block, and compile again what knows it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "_BLOCK_SIZE", size)
+        fused._compiled_peaks_and_sums.clear_cache()
+        yield
+    fused._compiled_peaks_and_sums.clear_cache()
+
+
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four rows of five classes in each block, so that the last block overlaps the one before it."""
-    monkeypatch.setattr(fused, "_BLOCK_SIZE", 20)
+def small_blocks() -> Iterator[None]:
+    """Blocks of four rows of five classes, so that the last block overlaps the one before it."""
+    with blocks_of(20):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -192,7 +204,7 @@ def test_vmap_over_class_vectors() -> None:
 
 @pytest.mark.parametrize("num_rows", [1, 3, 4, 5, 8, 9])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
-def test_blocks_do_not_matter(num_rows: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_do_not_matter(num_rows: int, dtype: str) -> None:
     """Rows that are no multiple of the block, rows larger than a block, more than one dimension of them."""
     generator = np.random.default_rng(num_rows)
     logits = jnp.asarray(generator.normal(size=(2, num_rows, 5))).astype(dtype)
@@ -200,8 +212,7 @@ def test_blocks_do_not_matter(num_rows: int, dtype: str, monkeypatch: pytest.Mon
     where = generator.random((2, num_rows)) < 0.7
     whole = outcome(fused_loss, logits, labels, where=where, class_mask=MASK)
     for block_size in (1, 20, 35):
-        with monkeypatch.context() as patch:
-            patch.setattr(fused, "_BLOCK_SIZE", block_size)
+        with blocks_of(block_size):
             divided = outcome(fused_loss, logits, labels, where=where, class_mask=MASK)
         assert_close(divided, whole, 2.0**-52 if dtype == "float64" else 2.0**-23)
 
@@ -275,11 +286,11 @@ def test_smoothing_is_no_reason_to_trace_again() -> None:
 
     # Nor outside jit.
     fused_loss(LOGITS, LABELS, smoothing=0.1)
-    before = fused._peaks_and_sums._cache_size()
+    before = fused._compiled_peaks_and_sums._cache_size()
     for smoothing in (0.2, 0.3):
         jax.grad(lambda z, e=smoothing: fused_loss(z, LABELS, smoothing=e).sum())(jnp.asarray(LOGITS))
         fused_loss(LOGITS, LABELS, smoothing=smoothing)
-    assert fused._peaks_and_sums._cache_size() <= before + 1  # the gradient's own
+    assert fused._compiled_peaks_and_sums._cache_size() <= before + 1  # the gradient's own
 
 
 def test_within_other_transforms() -> None:
