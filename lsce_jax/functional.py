@@ -49,8 +49,8 @@ def label_smoothed_cross_entropy(
             the label's. Or a `Convention`.
         prior: K probabilities that replace the uniform distribution in "uniform". Values are checked unless traced.
         axis: dimension of the classes in logits and soft labels.
-        where: booleans that broadcast to the losses; False takes a row out: loss 0, gradient 0, not counted.
-        ignore_index: rows with this label are taken out likewise.
+        where: booleans that broadcast to the losses; False leaves a row out: loss 0, gradient 0, not counted.
+        ignore_index: rows with this label are left out likewise.
         class_weight: K factors w.
         class_mask: K booleans; classes marked False take no part, whatever their logits hold.
         z_loss: factor of the squared log-partition function, which keeps it near 0.
@@ -59,8 +59,8 @@ def label_smoothed_cross_entropy(
         bad_labels: what a label outside the classes does. "nan": that row's loss and gradient are NaN. "raise":
             IndexError (under `jit`: needs `jax.experimental.checkify`).
         reduction: "none", "sum", or "mean": the sum over `denominator`.
-        denominator: what "mean" divides by, if not the sum of the labels' class weights over the rows that count
-            (without class weights, and for soft labels: the number of those rows). With 0 the loss is 0.
+        denominator: the number that "mean" divides by. None: the sum of the labels' class weights over the rows that
+            count; without class weights, and for soft labels, the number of those rows. With 0 the loss is 0.
         implementation: "fused", which never writes the target out; "reference", the readable one; None chooses "fused".
 
     Returns:

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from lsce_jax import chunked, reference
-from lsce_jax.chunked import Layer
 from lsce_jax.functional import mean_divisor, reduce_losses
 from lsce_jax.inputs import Batch, as_array, compute_dtype, prepare, within_int32
 from lsce_jax.keywords import LinearLossKeywords
+from lsce_jax.layer import Layer
 from lsce_jax.stats import LossStats
 from lsce_spec import LINEAR_IMPLEMENTATIONS, ChunkOptions, LossOptions, check_layer, error, is_floating
 from lsce_spec.keywords import takes
@@ -24,29 +24,29 @@ def linear_label_smoothed_cross_entropy(
     labels: Int[ArrayLike, "..."],
     **keywords: Unpack[LinearLossKeywords],
 ) -> Float[Array, "..."]:
-    r"""`label_smoothed_cross_entropy` of the logits hidden @ weight + bias, which are never whole in memory.
+    r"""Return `label_smoothed_cross_entropy` of the logits hidden @ weight + bias, without ever holding all logits.
 
-    The rows are taken some at a time. Of a sum or mean of losses all gradients are computed with the loss, so that no
-    logits are computed twice; of the losses of single rows, whose gradients depend on what becomes of them, they are
-    computed later, from logits computed again.
+    The loss takes some rows at a time. For a sum or mean it computes all gradients with the loss, so that no logits are
+    computed twice. With `reduction="none"` the gradients depend on later operations, so differentiation computes the
+    logits again.
 
     Args:
-        hidden: [..., D] features. float64, float32, bfloat16 or float16: the dtype to multiply in (float16: in float32
-            for a sum or mean, whose gradients are computed before they are scaled).
-        weight: [D, K], the kernel of a Flax layer, of any of these dtypes. It is multiplied in the dtype of hidden; its
-            gradient, added up in float32 or wider, comes in its own.
+        hidden: [..., D] features. float64, float32, bfloat16 or float16: the dtype of the matrix products, except that
+            float16 is multiplied in float32 for a sum or mean, whose gradients are computed before they are scaled.
+        weight: [D, K], the kernel of a Flax layer, of any of these dtypes. It is multiplied in the dtype of hidden. Its
+            gradient is added up in float32 or wider and returned in the weight's dtype.
         labels: [...] class indices, of any integer dtype.
         bias: K numbers, or None.
         smoothing, convention, prior, where, ignore_index, class_weight, class_mask, z_loss, softcap, subtract_entropy,
             bad_labels, reduction, denominator: see `label_smoothed_cross_entropy`.
         implementation: "chunked"; "reference", which computes all logits at once; None chooses "chunked".
-        chunk_size: how many rows' logits to have in memory at most; None chooses D, but from 256 to 1024, and more
-            if K is below 4096.
+        chunk_size: how many rows' logits to hold in memory at most. None chooses D, but at least 256 and at most 1024,
+            and more if K is below 4096.
         recompute: whether to compute the logits again for the gradient, and hold no gradient before. None does so for
             reduction="none", which allows nothing else.
-        gradient_filter: classes whose part of the gradient of the logits, but for what smoothing alone adds to it, is
-            at most this in every row of a chunk are left out of the two matrix products for the gradient. What
-            smoothing adds is always there. 0 leaves nothing out.
+        gradient_filter: leave a class out of the two matrix products for the gradient if its part of the gradient of
+            the logits, not counting the part from smoothing alone, is at most this in every row of a chunk. The part
+            from smoothing is always included. 0 leaves nothing out.
 
     Returns:
         Losses, with `reduction="none"` of shape [...], else a scalar. float64 for float64 hidden, otherwise float32.
@@ -79,20 +79,20 @@ def linear_label_smoothed_cross_entropy_with_stats(
     labels: Int[ArrayLike, "..."],
     **keywords: Unpack[LinearLossKeywords],
 ) -> tuple[Float[Array, "..."], LossStats]:
-    """Return the loss of `linear_label_smoothed_cross_entropy`, and what is known of each row besides.
+    """Return the loss of `linear_label_smoothed_cross_entropy` and statistics of each row.
 
     Args:
-        hidden: as there.
-        weight: as there.
-        labels: as there.
-        options: as there, with the same defaults.
+        hidden: see `linear_label_smoothed_cross_entropy`.
+        weight: see `linear_label_smoothed_cross_entropy`.
+        labels: see `linear_label_smoothed_cross_entropy`.
+        keywords: the options of `linear_label_smoothed_cross_entropy`, with the same defaults.
 
     Returns:
         The loss, reduced as asked, and `LossStats` with one value per row; see
         `label_smoothed_cross_entropy_with_stats`.
 
     Raises:
-        TypeError, ValueError, IndexError: as there.
+        TypeError, ValueError, IndexError: see `linear_label_smoothed_cross_entropy`.
 
     Example: perplexity of a batch.
         >>> import jax.numpy as jnp
@@ -132,7 +132,7 @@ def _evaluate(
 
 
 def _prepare_layer(hidden: ArrayLike, weight: ArrayLike, bias: ArrayLike | None) -> tuple[Layer, int]:
-    """Check the arrays of the layer and return them, and the number of classes."""
+    """Check the arrays of the layer; return the layer and the number of classes."""
     layer = Layer(
         as_array("hidden", hidden),
         as_array("weight", weight),
@@ -145,7 +145,7 @@ def _prepare_layer(hidden: ArrayLike, weight: ArrayLike, bias: ArrayLike | None)
 def _all_logits(layer: Layer, batch: Batch) -> Float[Array, "*batch K"]:
     dtype, hidden = compute_dtype(layer.hidden), layer.hidden
     if batch.counted is not None:
-        # 0 times a NaN would reach the weight's gradient.
+        # Even multiplied by 0, a NaN would reach the weight's gradient.
         hidden = jnp.where(batch.counted[..., None], hidden, 0)
     logits = jnp.matmul(hidden, layer.weight.astype(layer.hidden.dtype), preferred_element_type=dtype)
     return logits if layer.bias is None else logits + layer.bias.astype(dtype).reshape((1,) * (logits.ndim - 1) + (-1,))

@@ -97,9 +97,9 @@ class LabelSmoothedCrossEntropyLoss(_LossModule):
         Args:
             logits: [..., K, ...], classes at `axis`.
             labels: class indices without that dimension, or probabilities with it.
-            where: booleans that broadcast to the losses; False takes a row out.
+            where: booleans that broadcast to the losses; False leaves a row out.
             smoothing: replaces the module's own for this call, as a schedule does.
-            denominator: what reduction="mean" divides by.
+            denominator: the number that reduction="mean" divides by.
         """
         options = self._kept(smoothing)
         return label_smoothed_cross_entropy(logits, labels, where=where, denominator=denominator, **options)
@@ -157,9 +157,9 @@ class LinearLabelSmoothedCrossEntropyLoss(_LossModule):
             weight: [D, K].
             labels: [...] class indices.
             bias: K numbers, or None.
-            where: booleans that broadcast to the losses; False takes a row out.
+            where: booleans that broadcast to the losses; False leaves a row out.
             smoothing: replaces the module's own for this call, as a schedule does.
-            denominator: what reduction="mean" divides by.
+            denominator: the number that reduction="mean" divides by.
         """
         options = self._kept(smoothing)
         return linear_label_smoothed_cross_entropy(
@@ -177,6 +177,7 @@ class CELossWithLabelSmoothing(nnx.Module):
             "uniform".
 
     Raises:
+        TypeError: an argument of the wrong type.
         ValueError: label_smooth outside [0, 1], class_num below 1, or an unknown convention.
 
     Example:

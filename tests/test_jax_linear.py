@@ -18,6 +18,7 @@ from lsce_jax import (
     LinearLabelSmoothedCrossEntropyLoss,
     chunked,
     label_smoothed_cross_entropy,
+    layer,
     linear_label_smoothed_cross_entropy,
     linear_label_smoothed_cross_entropy_with_stats,
 )
@@ -183,7 +184,7 @@ def test_memory_is_that_of_a_chunk() -> None:
 
 def test_more_classes_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     """The weight's gradient is added up in tiles of classes, of which the last begins within the one before."""
-    monkeypatch.setattr(chunked, "_TILE", 2)
+    monkeypatch.setattr(layer, "_TILE", 2)
     jax.clear_caches()
     theirs = outcome(reference_loss, HIDDEN, WEIGHT, BIAS, reduction="mean")
     for options in ({}, {"gradient_filter": 1e-300}):
