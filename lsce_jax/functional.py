@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from lsce_jax import fused, reference
-from lsce_jax.inputs import Batch, at_labels, prepare
+from lsce_jax.inputs import Batch, as_array, at_labels, prepare
 from lsce_jax.keywords import DenseLossKeywords
 from lsce_jax.stats import LossStats
 from lsce_spec import LossOptions, check_denominator_array
@@ -151,7 +151,7 @@ def mean_divisor(
     divisor = _mean_denominator(batch) if denominator is None else denominator
     if isinstance(divisor, Real):
         return (batch, float(divisor)) if divisor else (batch.counting_only(jnp.array(False)), 1.0)
-    divisor = jnp.asarray(divisor)
+    divisor = as_array("denominator", divisor)
     check_denominator_array(divisor.shape, divisor.dtype.name)
     divisor = divisor.astype(batch.dtype)
     if batch.class_weight is not None or denominator is not None:

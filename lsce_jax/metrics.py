@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from lsce_jax.inputs import as_last_axis, prepare
+from lsce_jax.inputs import as_array, as_last_axis, prepare
 from lsce_jax.stats import LossStats
 from lsce_spec import (
     LossOptions,
@@ -362,7 +362,7 @@ def _rows(stats: LossStats, mask: Bool[ArrayLike, "..."] | None) -> Bool[Array, 
         raise error("stats_type", given=type(stats).__name__)
     if mask is None:
         return stats.valid
-    mask = jnp.asarray(mask)
+    mask = as_array("mask", mask)
     check_batch_operand("mask", mask.shape, mask.dtype.name, stats.valid.shape)
     return stats.valid & jnp.broadcast_to(mask, stats.valid.shape)
 
@@ -373,7 +373,7 @@ def _denominator(denominator: float | Float[ArrayLike, ""]) -> _Pair:
     if isinstance(denominator, int | float):
         high = np.asarray(denominator, jnp.zeros((), float).dtype)
         return jnp.asarray(high), jnp.asarray(denominator - float(high), float)
-    array = jnp.asarray(denominator)
+    array = as_array("denominator", denominator)
     check_denominator_array(array.shape, array.dtype.name)
     return _pair(array.astype(int)) if is_integer(array.dtype.name) else _sum(array)
 

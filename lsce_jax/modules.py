@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from lsce_jax.functional import label_smoothed_cross_entropy
-from lsce_jax.inputs import check_prior
+from lsce_jax.inputs import as_array, check_prior
 from lsce_jax.keywords import DenseModuleKeywords, LinearModuleKeywords
 from lsce_jax.linear import linear_label_smoothed_cross_entropy
 from lsce_spec import (
@@ -46,7 +45,7 @@ class _LossModule(nnx.Module):
             check_prior(options["prior"], options["class_mask"])
         for name, value in options.items():
             is_constant = name in _CONSTANTS and value is not None
-            setattr(self, name, LossConstant(jnp.asarray(value)) if is_constant else value)
+            setattr(self, name, LossConstant(as_array(name, value)) if is_constant else value)
 
     def _kept(self, smoothing: float | ArrayLike | None) -> dict[str, Any]:
         """Return the options for one call, with the smoothing of the call unless that is None."""
@@ -212,7 +211,7 @@ class CELossWithLabelSmoothing(nnx.Module):
         Raises:
             ValueError: the logits have no dimension 1, or not class_num classes there.
         """
-        check_class_count(self.class_num, jnp.shape(logits))
+        check_class_count(self.class_num, as_array("logits", logits).shape)
         return label_smoothed_cross_entropy(
             logits,
             labels,

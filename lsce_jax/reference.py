@@ -119,7 +119,7 @@ def _is_correct(
 def entropy_terms(target: Float[Array, "*batch K"], batch: Batch) -> Float[Array, "*batch K"]:
     """Return -q log q per class."""
     if batch.prior is not None:
-        # Where the prior is 0 the target is constantly 0. The slope of -q log q is infinite there, so use 1, whose is finite.
+        # Where the prior is 0 the target is always 0. Use 1 there, since the slope of -q log q is infinite at 0.
         target = jnp.where((target == 0) & (as_last_axis(batch.prior, target) == 0), 1, target)
     return entr(target)
 

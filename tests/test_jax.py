@@ -9,6 +9,7 @@ from flax import linen, nnx
 from jax.test_util import check_grads
 
 import lsce_jax
+import lsce_jax.metrics
 from lsce_jax import label_smoothed_cross_entropy
 
 GENERATOR = np.random.default_rng(0)
@@ -216,3 +217,26 @@ def test_plain_module_is_cross_entropy_and_never_overflows() -> None:
     expected = optax.softmax_cross_entropy_with_integer_labels(1000 * LOGITS, LABELS).mean()
     assert loss.shape == ()
     assert abs(float(loss - expected)) < 16 * EPSILON * float(expected)
+
+
+def test_modules_show_their_options() -> None:
+    loss_fn = lsce_jax.LabelSmoothedCrossEntropyLoss(0.2, convention="clamp", class_weight=np.ones(5, np.float32))
+    assert (loss_fn.smoothing, loss_fn.convention, loss_fn.softcap, loss_fn.axis) == (0.2, "clamp", None, -1)
+    np.testing.assert_array_equal(loss_fn.class_weight[...], np.ones(5))
+    for belongs_to_a_call in ("where", "denominator"):
+        with pytest.raises(TypeError, match="unexpected keyword argument"):
+            lsce_jax.LabelSmoothedCrossEntropyLoss(**{belongs_to_a_call: None})
+
+
+def test_lists_that_are_no_arrays_are_type_errors() -> None:
+    """Where NumPy itself would raise a ValueError: in modules and metrics as in the functions."""
+    ragged = [[1.0], [1.0, 2.0]]
+    _, stats = lsce_jax.label_smoothed_cross_entropy_with_stats(LOGITS, LABELS)
+    for call in (
+        lambda: lsce_jax.LabelSmoothedCrossEntropyLoss(class_weight=ragged),
+        lambda: lsce_jax.CELossWithLabelSmoothing(0.1, 5)(ragged, LABELS),
+        lambda: lsce_jax.metrics.MeanLoss().update(stats=stats, mask=ragged),
+        lambda: label_smoothed_cross_entropy(LOGITS, LABELS, where=ragged),
+    ):
+        with pytest.raises(TypeError, match="must be an array"):
+            call()
