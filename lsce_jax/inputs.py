@@ -14,6 +14,7 @@ import numpy as np
 from jax.experimental import checkify
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
 
+from lsce_jax.errors import error
 from lsce_spec import (
     LossOptions,
     check_axis,
@@ -23,7 +24,6 @@ from lsce_spec import (
     check_logits,
     check_prior_values,
     check_smoothing_dtype,
-    error,
     is_floating,
     is_number,
 )

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from lsce_jax import chunked, reference
+from lsce_jax.errors import error
 from lsce_jax.functional import mean_divisor, reduce_losses
 from lsce_jax.inputs import Batch, as_array, compute_dtype, prepare, within_int32
 from lsce_jax.keywords import LinearLossKeywords
 from lsce_jax.layer import Layer
 from lsce_jax.stats import LossStats
-from lsce_spec import LINEAR_IMPLEMENTATIONS, ChunkOptions, LossOptions, check_layer, error, is_floating
+from lsce_spec import LINEAR_IMPLEMENTATIONS, ChunkOptions, LossOptions, check_layer, is_floating
 from lsce_spec.keywords import takes
 
 

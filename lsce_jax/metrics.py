@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from lsce_jax.errors import error
 from lsce_jax.inputs import as_array, as_last_axis, prepare
 from lsce_jax.stats import LossStats
 from lsce_spec import (
@@ -26,7 +27,6 @@ from lsce_spec import (
     check_class_num,
     check_denominator,
     check_denominator_array,
-    error,
     is_integer,
 )
 

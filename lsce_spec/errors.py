@@ -252,10 +252,6 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         ValueError,
         "k={k} needs logits of at least {k} classes, got {given}. Choose a smaller k, or check axis.",
     ),
-    "merge_state": (
-        TypeError,
-        "only a metric of the same kind and options can be merged into a {expected}, got {given}.",
-    ),
     "no_torchmetrics": (
         ModuleNotFoundError,
         "lsce_torch.metrics needs torchmetrics, which is not installed. Run: pip install 'lsce[metrics]'.",

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import lsce_jax
+import lsce_jax.errors
 import lsce_torch
 from lsce_spec import MESSAGES
 from lsce_spec import smoothing_weights as spec_smoothing_weights
@@ -153,7 +154,6 @@ ELSEWHERE = {
     "stats_type",
     "stats_shape",
     "top_k",
-    "merge_state",
     "no_torchmetrics",  # in test_isolation.py
     # in test_migration.py
     "convert_smoothing",
@@ -230,6 +230,8 @@ def test_a_transposed_weight_is_recognised() -> None:
 
 def test_every_message_has_a_call() -> None:
     assert set(CALLS) | set(LINEAR_CALLS) | ELSEWHERE == set(MESSAGES)
+    assert set(lsce_jax.errors.MESSAGES) == {"merge_state"}  # in test_metrics.py
+    assert not set(lsce_jax.errors.MESSAGES) & set(MESSAGES)
 
 
 def test_message_says_which_label() -> None:
