@@ -211,7 +211,8 @@ class CELossWithLabelSmoothing(nnx.Module):
         Raises:
             ValueError: the logits have no dimension 1, or not class_num classes there.
         """
-        check_class_count(self.class_num, as_array("logits", logits).shape)
+        logits = as_array("logits", logits)
+        check_class_count(self.class_num, logits.shape)
         return label_smoothed_cross_entropy(
             logits,
             labels,
