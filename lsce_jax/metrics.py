@@ -243,7 +243,8 @@ class TopKAccuracy(_Sums):
         k: how many logits, at least 1; with 1 it is `Accuracy`.
 
     Raises:
-        ValueError: k is no integer or below 1.
+        TypeError: k is not an integer.
+        ValueError: k is below 1.
 
     Example:
         >>> import jax.numpy as jnp
@@ -323,7 +324,8 @@ class CalibrationError(_Sums):
         num_bins: number of bins of equal width, at least 1.
 
     Raises:
-        ValueError: num_bins is no integer or below 1.
+        TypeError: num_bins is not an integer.
+        ValueError: num_bins is below 1.
 
     Example: a confidence of 1/2 in every row, and three of four rows right.
         >>> import jax.numpy as jnp
