@@ -1,4 +1,7 @@
-"""Label-smoothed cross-entropy for JAX, Flax and Optax."""
+"""Label-smoothed cross-entropy for JAX, Flax and Optax.
+
+Public are the names below and the module `lsce_jax.metrics`. All other modules are internal and may change.
+"""
 
 from lsce_jax.functional import label_smoothed_cross_entropy as label_smoothed_cross_entropy
 from lsce_jax.functional import label_smoothed_cross_entropy_with_stats as label_smoothed_cross_entropy_with_stats

@@ -1,45 +1,30 @@
 """The public functions: validate, pick an implementation, reduce.
 
-One entry point for every option, rather than one per option: what is not asked for costs nothing, since options are
-fixed when the function is traced.
+One function takes every option: options are fixed when JAX traces the call, so an unused one costs nothing.
 """
 
-import inspect
 import math
-from collections.abc import Callable
 from numbers import Real
-from typing import Any
+from typing import Unpack
 
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from lsce_jax import fused, reference
-from lsce_jax.inputs import Batch, at_labels, prepare
+from lsce_jax.inputs import Batch, as_array, at_labels, prepare
+from lsce_jax.keywords import DenseLossKeywords
 from lsce_jax.stats import LossStats
-from lsce_spec import Convention, LossOptions, check_denominator_array
+from lsce_spec import LossOptions, check_denominator_array
+from lsce_spec.keywords import takes
 
 _ROW_LOSSES = {"fused": fused.row_losses, "reference": reference.row_losses}
 
 
+@takes(DenseLossKeywords)
 def label_smoothed_cross_entropy(
     logits: Float[ArrayLike, "..."],
     labels: Int[ArrayLike, "..."] | Float[ArrayLike, "..."],
-    *,
-    smoothing: float | Float[ArrayLike, "..."] = 0.1,
-    convention: str | Convention = "uniform",
-    prior: Float[ArrayLike, " K"] | None = None,
-    axis: int = -1,
-    where: Bool[ArrayLike, "..."] | None = None,
-    ignore_index: int | None = None,
-    class_weight: Float[ArrayLike, " K"] | None = None,
-    class_mask: Bool[ArrayLike, " K"] | None = None,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    subtract_entropy: bool = False,
-    bad_labels: str = "nan",
-    reduction: str = "none",
-    denominator: float | Float[ArrayLike, ""] | None = None,
-    implementation: str | None = None,
+    **keywords: Unpack[DenseLossKeywords],
 ) -> Float[Array, "..."]:
     r"""Cross-entropy between smoothed labels and the softmax of logits.
 
@@ -64,8 +49,8 @@ def label_smoothed_cross_entropy(
             the label's. Or a `Convention`.
         prior: K probabilities that replace the uniform distribution in "uniform". Values are checked unless traced.
         axis: dimension of the classes in logits and soft labels.
-        where: booleans that broadcast to the losses; False takes a row out: loss 0, gradient 0, not counted.
-        ignore_index: rows with this label are taken out likewise.
+        where: booleans that broadcast to the losses; False leaves a row out: loss 0, gradient 0, not counted.
+        ignore_index: rows with this label are left out likewise.
         class_weight: K factors w.
         class_mask: K booleans; classes marked False take no part, whatever their logits hold.
         z_loss: factor of the squared log-partition function, which keeps it near 0.
@@ -74,8 +59,8 @@ def label_smoothed_cross_entropy(
         bad_labels: what a label outside the classes does. "nan": that row's loss and gradient are NaN. "raise":
             IndexError (under `jit`: needs `jax.experimental.checkify`).
         reduction: "none", "sum", or "mean": the sum over `denominator`.
-        denominator: what "mean" divides by, if not the sum of the labels' class weights over the rows that count
-            (without class weights, and for soft labels: the number of those rows). With 0 the loss is 0.
+        denominator: the number that "mean" divides by. None: the sum of the labels' class weights over the rows that
+            count; without class weights, and for soft labels, the number of those rows. With 0 the loss is 0.
         implementation: "fused", which never writes the target out; "reference", the readable one; None chooses "fused".
 
     Returns:
@@ -105,48 +90,29 @@ def label_smoothed_cross_entropy(
         Zhou et al., "MaxSup: Overcoming Representation Collapse in Label Smoothing", 2025, arXiv:2502.15798 (max_sup).
         z-loss: Chowdhery et al., "PaLM", 2022, section 5. Softcap: Gemma Team, "Gemma 2", 2024, section 2.
     """
-    loss, _ = _evaluate(
-        logits,
-        labels,
-        with_stats=False,
-        smoothing=smoothing,
-        convention=convention,
-        prior=prior,
-        axis=axis,
-        where=where,
-        ignore_index=ignore_index,
-        class_weight=class_weight,
-        class_mask=class_mask,
-        z_loss=z_loss,
-        softcap=softcap,
-        subtract_entropy=subtract_entropy,
-        bad_labels=bad_labels,
-        reduction=reduction,
-        denominator=denominator,
-        implementation=implementation,
-    )
-    return loss
+    return _evaluate(logits, labels, keywords, with_stats=False)[0]
 
 
+@takes(DenseLossKeywords)
 def label_smoothed_cross_entropy_with_stats(
     logits: Float[ArrayLike, "..."],
     labels: Int[ArrayLike, "..."] | Float[ArrayLike, "..."],
-    **options: Any,
+    **keywords: Unpack[DenseLossKeywords],
 ) -> tuple[Float[Array, "..."], LossStats]:
-    """Return the loss of `label_smoothed_cross_entropy`, and what the same sweep over the logits knows of each row.
+    """Return the loss of `label_smoothed_cross_entropy` and statistics of each row from the same sweep over the logits.
 
     Args:
-        logits: as there.
-        labels: as there.
-        options: as there, with the same defaults.
+        logits: see `label_smoothed_cross_entropy`.
+        labels: see `label_smoothed_cross_entropy`.
+        keywords: the options of `label_smoothed_cross_entropy`, with the same defaults.
 
     Returns:
         The loss, reduced as asked, and `LossStats` with one value per row: nll (neither smoothed nor weighted),
-        smoothed, z, lse, confidence, correct and valid. No gradient flows through them: `has_aux=True` is all that
-        `grad` needs.
+        smoothed, z, lse, confidence, correct and valid. No gradient flows through the statistics: pass `has_aux=True`
+        to `grad`.
 
     Raises:
-        TypeError, ValueError, IndexError: as there.
+        TypeError, ValueError, IndexError: see `label_smoothed_cross_entropy`.
 
     Example: loss, perplexity and accuracy of a batch with one row left out.
         >>> import jax, jax.numpy as jnp
@@ -158,117 +124,61 @@ def label_smoothed_cross_entropy_with_stats(
         >>> f"{loss:.4f} {jnp.exp(nll):.4f} {accuracy:.2f}"
         '1.6839 5.2975 0.50'
     """
-    loss, stats = _evaluate(logits, labels, with_stats=True, **{**_DEFAULTS, **options})
+    loss, stats = _evaluate(logits, labels, keywords, with_stats=True)
     assert stats is not None
     return loss, stats
 
 
-# Written out once, in `label_smoothed_cross_entropy`; help() and editors show them for both.
-_DEFAULTS: dict[str, Any] = dict(label_smoothed_cross_entropy.__kwdefaults__ or {})
-label_smoothed_cross_entropy_with_stats.__signature__ = inspect.signature(  # type: ignore[attr-defined]
-    label_smoothed_cross_entropy
-).replace(return_annotation=tuple)
-
-
 def _evaluate(
-    logits: Float[ArrayLike, "..."],
-    labels: Int[ArrayLike, "..."] | Float[ArrayLike, "..."],
-    *,
-    with_stats: bool,
-    smoothing: float | Float[ArrayLike, "..."],
-    convention: str | Convention,
-    prior: Float[ArrayLike, " K"] | None,
-    axis: int,
-    where: Bool[ArrayLike, "..."] | None,
-    ignore_index: int | None,
-    class_weight: Float[ArrayLike, " K"] | None,
-    class_mask: Bool[ArrayLike, " K"] | None,
-    z_loss: float,
-    softcap: float | None,
-    subtract_entropy: bool,
-    bad_labels: str,
-    reduction: str,
-    denominator: float | Float[ArrayLike, ""] | None,
-    implementation: str | None,
+    logits: ArrayLike, labels: ArrayLike, keywords: DenseLossKeywords, *, with_stats: bool
 ) -> tuple[Float[Array, "..."], LossStats | None]:
-    """Return the loss, and the statistics if asked. For the arguments see `label_smoothed_cross_entropy`."""
-    options = LossOptions.checked(
-        smoothing=smoothing,
-        convention=convention,
-        has_prior=prior is not None,
-        ignore_index=ignore_index,
-        z_loss=z_loss,
-        softcap=softcap,
-        subtract_entropy=subtract_entropy,
-        bad_labels=bad_labels,
-        reduction=reduction,
-        denominator=denominator,
-        implementation=implementation,
-    )
-    batch = prepare(
-        logits,
-        labels,
-        options,
-        axis=axis,
-        where=where,
-        prior=prior,
-        class_weight=class_weight,
-        class_mask=class_mask,
-    )
-    row_losses = _ROW_LOSSES[options.implementation]
-    return reduce_losses(batch, options, denominator, lambda batch: row_losses(batch, options, with_stats))
+    """Return the loss, and the statistics if asked for. See `label_smoothed_cross_entropy`."""
+    options = LossOptions.of(keywords)
+    batch, divisor = mean_divisor(prepare(logits, labels, options, keywords), options, keywords["denominator"])
+    losses, stats = _ROW_LOSSES[options.implementation](batch, options, with_stats)
+    return reduce_losses(losses, options, divisor), stats
+
+
+def mean_divisor(
+    batch: Batch, options: LossOptions, denominator: float | Float[ArrayLike, ""] | None
+) -> tuple[Batch, float | Float[Array, ""]]:
+    """Return the batch and the number that the mean divides by, 1 for other reductions.
+
+    If the number is 0, no row of the returned batch counts, so that neither a NaN nor its derivative gets through.
+    """
+    if options.reduction != "mean":
+        return batch, 1.0
+    divisor = _mean_denominator(batch) if denominator is None else denominator
+    if isinstance(divisor, Real):
+        return (batch, float(divisor)) if divisor else (batch.counting_only(jnp.array(False)), 1.0)
+    divisor = as_array("denominator", divisor)
+    check_denominator_array(divisor.shape, divisor.dtype.name)
+    divisor = divisor.astype(batch.dtype)
+    if batch.class_weight is not None or denominator is not None:
+        batch = batch.counting_only(divisor != 0)
+    return batch, divisor
 
 
 def reduce_losses(
-    batch: Batch,
-    options: LossOptions,
-    denominator: float | Float[ArrayLike, ""] | None,
-    row_losses: Callable[[Batch], tuple[Float[Array, "..."], LossStats | None]],
-) -> tuple[Float[Array, "..."], LossStats | None]:
-    """Return the losses of a batch, reduced, and the statistics.
-
-    Args:
-        batch: what `row_losses` is called with, perhaps with fewer rows that count.
-        options: which reduction.
-        denominator: see `label_smoothed_cross_entropy`.
-        row_losses: returns the losses, 0 for rows that do not count, or their sum, and the statistics.
-    """
-    if options.reduction != "mean":
-        losses, stats = row_losses(batch)
-        return (losses if options.reduction == "none" else losses.sum()), stats
-
-    divisor = _divisor(denominator, batch)
+    losses: Float[Array, "..."], options: LossOptions, divisor: float | Float[Array, ""]
+) -> Float[Array, "..."]:
+    """Return the losses of single rows, their sum, or their mean; `losses` may hold their sum already."""
+    if options.reduction == "none":
+        return losses
+    total = losses.sum()
+    if options.reduction == "sum":
+        return total
     if isinstance(divisor, float):
-        # Divided by 0, no row counts: neither a NaN in it nor its derivative gets through.
-        if divisor == 0:
-            batch, divisor = batch.counting_only(jnp.array(False)), 1
-        losses, stats = row_losses(batch)
-        return losses.sum() / divisor, stats
-    counts = divisor != 0
-    if batch.class_weight is not None or denominator is not None:
-        batch = batch.counting_only(counts)
-    losses, stats = row_losses(batch)
-    return jnp.where(counts, losses.sum() / jnp.where(counts, divisor, 1), 0), stats
+        return total / divisor
+    return jnp.where(divisor != 0, total / jnp.where(divisor != 0, divisor, 1), 0)
 
 
-def _divisor(denominator: float | Float[ArrayLike, ""] | None, batch: Batch) -> float | Float[Array, ""]:
-    """Return what the mean divides by: a number, or an array in the compute dtype."""
-    if denominator is None:
-        denominator = _mean_denominator(batch)
-    if isinstance(denominator, Real):
-        return float(denominator)
-    denominator = jnp.asarray(denominator)
-    check_denominator_array(denominator.shape, denominator.dtype.name)
-    return denominator.astype(batch.dtype)
-
-
-def _mean_denominator(batch: Batch) -> int | Array:
+def _mean_denominator(batch: Batch) -> int | Float[Array, ""]:
+    """Return the sum of the labels' class weights over the rows that count; without weights, the number of rows."""
     if batch.class_weight is not None and not batch.soft:
         weights = at_labels(batch.class_weight, batch.labels)
         if batch.bad is not None:
-            # As without class weights; so the loss is NaN also where all others are 0.
+            # A bad label weighs 1: if all other weights are 0, the mean is NaN and not 0.
             weights = jnp.where(batch.bad, 1, weights)
         return jnp.sum(weights if batch.counted is None else jnp.where(batch.counted, weights, 0))
-    if batch.counted is None:
-        return math.prod(batch.batch_shape)
-    return jnp.sum(batch.counted)
+    return math.prod(batch.batch_shape) if batch.counted is None else jnp.sum(batch.counted)

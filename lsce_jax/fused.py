@@ -1,29 +1,29 @@
-r"""The fast implementation: no target is written out, and nothing as large as the logits is kept for the gradient.
+r"""The fast implementation: it never writes a target out, and keeps nothing as large as the logits for the gradient.
 
-An integer label's target is `on` at the label y and `off` times a weight w_k elsewhere, so the loss of a row needs a
-few sums over the classes and nothing else that is K wide. With m the largest logit,
+The target of an integer label is `on` at the label y and `off` times a weight w_k at every other class. So the loss of
+a row is made of a few sums over the classes. With m the largest logit,
 
     rest = sum_k exp(z_k - m) - 1    label_gap = m - z_y    other_gaps = sum_{k != y} w_k (m - z_k)
 
     loss = on w_y label_gap + off other_gaps + S log1p(rest) + z_loss (m + log1p(rest))^2 - H(q)
 
-All else is arithmetic on one number per row. The loss does not depend on m, which may therefore count as a constant.
+Everything else is arithmetic on one number per row. The loss does not depend on m, so m counts as a constant.
 
-Why a custom_jvp and not a custom_vjp: forward mode and derivatives of every order follow from it. Its tangent is that
-of the plain sums at a constant m, under `jax.checkpoint`, so what the backward pass keeps is the logits and m, and the
-gradient is one fused pass that computes exp again. That costs less than to write exp to memory and read it back.
+Why custom_jvp and not custom_vjp: it gives forward mode and derivatives of every order. The tangent is that of the
+plain sums at a constant m, under `jax.checkpoint`. So the backward pass keeps the logits and m, and computes the
+gradient in one fused pass that evaluates exp again, which is faster than writing exp to memory and reading it back.
 
-Why two ways to the sums: XLA for accelerators fuses all of them into one sweep over the logits. XLA for CPUs writes
-every comparison of a term out, as large as the logits; so there the sums go through blocks of rows, whose intermediate
-arrays stay in the cache. On accelerators the label is found by comparison with an iota, not by a gather, for which the
-TPU compiler would write out the logits in float32.
+Why two ways to compute the sums: XLA for accelerators fuses all of them into one sweep over the logits. XLA for CPUs
+writes out every comparison, as large as the logits. On CPUs the sums therefore go through blocks of rows whose
+intermediate arrays stay in the cache. Accelerators find the label by comparison with an iota: for a gather the TPU
+compiler would write out the logits in float32.
 
-Soft labels are as wide as the logits anyway. They take the reference under `jax.checkpoint`.
+Soft labels are as large as the logits anyway. They take the reference implementation under `jax.checkpoint`.
 """
 
 import math
-from collections.abc import Callable
-from functools import cache, partial
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -33,27 +33,19 @@ from jax.scipy.special import entr
 from jaxtyping import Array, Bool, Float, Int
 
 from lsce_jax import reference
-from lsce_jax.inputs import Batch, at_labels, compute_dtype, is_sharded
+from lsce_jax.inputs import Batch, as_last_axis, at_labels, compute_dtype, is_sharded
 from lsce_jax.stats import LossStats, make_stats
 from lsce_spec import LossOptions
 
-# Elements of a block of rows: 1 MiB in float32, so that the few arrays that a block needs fit into the cache.
+# Logits in a block of rows: 1 MiB in float32, so that the few arrays of a block fit into the cache.
 _BLOCK_SIZE = 2**18
+_STATIC = {"static": True}  # fixed when JAX traces the function
 
 
-class _Plan(NamedTuple):
-    """Which sums are needed; hashable, so that compiled functions can be kept by it."""
-
-    softcap: float | None
-    prior_entropy: bool
-    largest: bool
-    correct: bool
-    block_size: int
-    in_loop: bool  # whether within a loop that JAX may differentiate twice
-
-
-class _Operands(NamedTuple):
-    """What the sums are taken over. `prior` and `class_weight` multiply the target away from the label."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Operands:
+    """The arrays to sum over, and which sums to compute."""
 
     logits: Float[Array, "*batch K"]
     labels: Int[Array, "*batch"]
@@ -61,10 +53,15 @@ class _Operands(NamedTuple):
     class_mask: Bool[Array, " K"] | None
     prior: Float[Array, " K"] | None
     class_weight: Float[Array, " K"] | None
+    softcap: float | None = field(metadata=_STATIC)
+    prior_entropy: bool = field(metadata=_STATIC)  # whether to compute other_entropy
+    largest: bool = field(metadata=_STATIC)  # whether to compute largest_gap and largest_mass
+    correct: bool = field(metadata=_STATIC)  # whether to compute correct
+    in_loop: bool = field(metadata=_STATIC)  # whether the call is in a loop that JAX may differentiate twice
 
 
 class _Peaks(NamedTuple):
-    """What counts as a constant to the derivatives."""
+    """Values of each row that count as constants in derivatives."""
 
     peak: Float[Array, "*batch"]  # the largest logit m, after the softcap
     largest: Float[Array, "*batch"]  # the largest logit before the softcap, which makes large logits equal
@@ -72,7 +69,7 @@ class _Peaks(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """One number per row of each; None where the plan or the operands have no use for it."""
+    """Sums of each row; None where the loss does not use them."""
 
     rest: Float[Array, "*batch"]  # sum of exp(z - m), less 1
     label_gap: Float[Array, "*batch"]  # m - z at the label
@@ -85,7 +82,7 @@ class _Sums(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """What makes the target of an integer label, for all rows or for each; see `make_targets`."""
+    """The numbers that define the target of an integer label, for all rows or for each; see `make_targets`."""
 
     on: Float[Array, "*#batch"]
     off: Float[Array, "*#batch"]
@@ -93,9 +90,9 @@ class Targets(NamedTuple):
 
 
 def make_targets(batch: Batch, options: LossOptions) -> Targets:
-    """Return the unweighted target at the label, but for a prior; what it is proportional to elsewhere; and `at_max`.
+    """Return `on` and `off` without class weights and prior, and `at_max`.
 
-    From the smoothing itself where that is a number: in float32 1 - 0.99999 would be 0.1 % off.
+    They are computed from the smoothing as a Python number where it is one: in float32 1 - 0.99999 is 0.1 % off.
     """
     on, off = reference.on_off(batch, options) if batch.prior is None else (1 - batch.smoothing, batch.smoothing)
     at_max = None if options.convention.at_max is None else _per_row(reference.at_max(batch, options), batch)
@@ -109,51 +106,37 @@ def row_losses(
     targets: Targets | None = None,
     in_loop: bool = False,
 ) -> tuple[Float[Array, "*batch"], LossStats | None]:
-    """Return the loss of each row, 0 for rows that do not count and NaN for bad labels, and the statistics if asked.
+    """Return the loss of each row, 0 for rows that do not count and NaN for bad labels, and statistics if asked for.
 
     Args:
         batch: the rows.
-        options: of the loss.
+        options: the options of the loss.
         with_stats: whether to return statistics.
-        targets: those of the rows; None makes them from the batch's smoothing.
-        in_loop: whether the call is within a loop of this package's, with derivatives of any order.
+        targets: the targets of the rows; None computes them from the batch's smoothing.
+        in_loop: whether the call is in a loop of this package, whose derivatives may be of any order.
     """
     if batch.soft:
         kept: tuple[Array, LossStats | None] = jax.checkpoint(
             lambda: reference.row_losses(batch, options, with_stats)
         )()
         return kept
-    plan = _Plan(
+    operands = _Operands(
+        logits=batch.logits,
+        labels=batch.labels.astype(jnp.int32),
+        counted=batch.counted,
+        class_mask=batch.class_mask,
+        prior=batch.prior,
+        class_weight=batch.class_weight,
         softcap=options.softcap,
         prior_entropy=options.subtract_entropy and batch.prior is not None,
         largest=options.convention.at_max is not None,
         correct=with_stats,
-        block_size=_BLOCK_SIZE,
         in_loop=in_loop,
     )
-    operands = _Operands(
-        batch.logits, batch.labels.astype(jnp.int32), batch.counted, batch.class_mask, batch.prior, batch.class_weight
-    )
-    peaks, sums = _peaks_and_sums(plan, operands)
+    peaks, sums = _compiled_peaks_and_sums(operands)
     log_sum = jnp.log1p(sums.rest)
     lse = peaks.peak + log_sum
-
-    targets = targets or make_targets(batch, options)
-    on, off, num_others = _on_off_others(batch, targets, sums)
-    at_label, other_mass = on, num_others
-    if batch.class_weight is not None:
-        at_label = on * at_labels(batch.class_weight, batch.labels)
-    if sums.other_mass is not None:
-        other_mass = sums.other_mass
-    mass = at_label + off * other_mass
-    smoothed = _product(at_label, sums.label_gap) + _product(off, sums.other_gaps)
-    if targets.at_max is not None:
-        at_max = jnp.where(jnp.asarray(batch.bad), 0, targets.at_max)
-        smoothed += at_max * sums.largest_gap
-        mass += at_max * sums.largest_mass
-    smoothed += mass * log_sum
-    if options.subtract_entropy:
-        smoothed -= _entropy(on, off, num_others, sums)
+    smoothed = _smoothed_losses(batch, options, targets or make_targets(batch, options), sums, log_sum)
     losses = smoothed + options.z_loss * lse**2 if options.z_loss else smoothed
     if batch.counted is not None:
         losses = jnp.where(batch.counted, losses, 0)
@@ -163,17 +146,46 @@ def row_losses(
     return losses, make_stats(batch, options, nll=nll, smoothed=smoothed, lse=lse, log_sum=log_sum, correct=correct)
 
 
+def class_factor(
+    prior: Float[Array, " K"] | None, class_weight: Float[Array, " K"] | None
+) -> Float[Array, " K"] | None:
+    """Return w, the factor of `off` at each class: the product of prior and class weight; None if it is 1."""
+    if prior is None or class_weight is None:
+        return class_weight if prior is None else prior
+    return prior * class_weight
+
+
+def _smoothed_losses(
+    batch: Batch, options: LossOptions, targets: Targets, sums: _Sums, log_sum: Float[Array, "*batch"]
+) -> Float[Array, "*batch"]:
+    """Return the loss of each row without its z-loss."""
+    on, off, num_others = _on_off_others(batch, targets, sums)
+    at_label = on if batch.class_weight is None else on * at_labels(batch.class_weight, batch.labels)
+    mass = at_label + off * (num_others if sums.other_mass is None else sums.other_mass)
+    smoothed = _product(at_label, sums.label_gap) + _product(off, sums.other_gaps)
+    if targets.at_max is not None:
+        at_max = jnp.where(jnp.asarray(batch.bad), 0, targets.at_max)
+        smoothed += at_max * jnp.asarray(sums.largest_gap)
+        mass += at_max * jnp.asarray(sums.largest_mass)
+    smoothed += mass * log_sum
+    if options.subtract_entropy:
+        # The entropy of off times a prior r is off entr(r_k) + r_k entr(off), summed over the classes.
+        entropy = entr(on) + num_others * entr(off)
+        smoothed -= entropy if sums.other_entropy is None else entropy + off * sums.other_entropy
+    return smoothed
+
+
 def _on_off_others(
     batch: Batch, targets: Targets, sums: _Sums
 ) -> tuple[Float[Array, "*#batch"], Float[Array, "*#batch"], Float[Array, "*#batch"]]:
-    """Return the unweighted target at the label, what it is proportional to elsewhere, and the sum of that."""
+    """Return `on`, `off`, and the sum of the factors of `off` over the other classes, all without class weights."""
     on, off = targets.on, targets.off
     if batch.prior is None:
         num_others = jnp.asarray(reference.count_allowed(batch) - 1, batch.dtype)
     else:
         on = on + off * at_labels(batch.prior, batch.labels)
         num_others = jnp.asarray(sums.other_mass if sums.other_prior is None else sums.other_prior)
-    # NaN at the label makes loss and gradient NaN; 0 elsewhere leaves the derivatives of all else alone.
+    # NaN at the label makes loss and gradient NaN; 0 elsewhere keeps the derivatives of other operands finite.
     bad = jnp.asarray(batch.bad)
     return jnp.where(bad, jnp.nan, on), jnp.where(bad, 0, off), num_others
 
@@ -186,99 +198,82 @@ def _per_row(value: float | Array, batch: Batch) -> Float[Array, "*#batch"]:
 
 def _product(target: Float[Array, "*#batch"], gap: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """Return target * gap, where 0 * inf counts as 0."""
-    # Only infinite gaps are replaced: the derivative by the target is the gap.
+    # Only infinite gaps are replaced: the gap is the derivative with respect to the target.
     return target * jnp.where((target == 0) & jnp.isinf(gap), 0, gap)
 
 
-def _entropy(
-    on: Float[Array, "*#batch"], off: Float[Array, "*#batch"], num_others: Float[Array, "*#batch"], sums: _Sums
-) -> Float[Array, "*#batch"]:
-    """Return the entropy of the target: that of `off` times a prior r is off entr(r_k) + r_k entr(off), summed."""
-    entropy: Array = entr(on) + num_others * entr(off)
-    return entropy if sums.other_entropy is None else entropy + off * sums.other_entropy
-
-
-@partial(jax.jit, static_argnums=0)
-def _peaks_and_sums(plan: _Plan, operands: _Operands) -> tuple[_Peaks, _Sums]:
-    """Return the sums of each row. Compiled, so that calls outside `jit` are fused as well."""
-    return _differentiable(plan, operands)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _differentiable(plan: _Plan, operands: _Operands) -> tuple[_Peaks, _Sums]:
-    # Where JAX differentiates a scan twice, it drops the rule of a custom_jvp, and cannot go on at a custom_vmap.
-    results: tuple[_Peaks, _Sums] = _for_platform(plan, operands) if plan.in_loop else _in_blocks(plan)(operands)
+@jax.custom_jvp
+def _peaks_and_sums(operands: _Operands) -> tuple[_Peaks, _Sums]:
+    """Return the sums of each row, and the constants that they are relative to."""
+    # Where JAX differentiates a scan twice, it drops the rule of a custom_jvp, and cannot differentiate a custom_vmap.
+    results: tuple[_Peaks, _Sums] = (_for_platform if operands.in_loop else _with_vmap_rule)(operands)
     return results
 
 
-@_differentiable.defjvp
+@_peaks_and_sums.defjvp
 def _derivative(
-    plan: _Plan, primals: tuple[_Operands], tangents: tuple[_Operands]
+    primals: tuple[_Operands], tangents: tuple[_Operands]
 ) -> tuple[tuple[_Peaks, _Sums], tuple[_Peaks, _Sums]]:
-    peaks, sums = _differentiable(plan, *primals)
+    peaks, sums = _peaks_and_sums(*primals)
 
-    # Nothing is kept but what comes in; the backward pass computes exp again.
+    # Only the operands are kept; the backward pass computes exp again.
     @jax.checkpoint
     def at_peaks(operands: _Operands) -> _Sums:
-        return _sums(plan, operands, peaks, differentiable=True)
+        return _sums(operands, peaks, differentiable=True)
 
     _, tangents_out = jax.jvp(at_peaks, primals, tangents)
-    # The barrier's transpose is one too: what comes back for each row is computed once, not for every class again.
-    # One for each of them: JAX 0.12 cannot transpose a barrier of which a part is known to be zero.
+    # The transpose of a barrier is a barrier: the cotangents of a row are computed once, not again for every class.
+    # One barrier for each sum: JAX 0.12 cannot transpose a barrier of which a part is known to be zero.
     tangents_out = jax.tree.map(jax.lax.optimization_barrier, tangents_out)
     return (peaks, sums), (jax.tree.map(jnp.zeros_like, peaks), tangents_out)
 
 
-@cache
-def _in_blocks(plan: _Plan) -> Callable[[_Operands], tuple[_Peaks, _Sums]]:
-    """Return the function of the operands that the plan asks for."""
-
-    @custom_vmap
-    def peaks_and_sums(operands: _Operands) -> tuple[_Peaks, _Sums]:
-        return _for_platform(plan, operands)
-
-    @peaks_and_sums.def_vmap
-    def batched(
-        size: int, batched_arguments: list[_Operands], operands: _Operands
-    ) -> tuple[tuple[_Peaks, _Sums], tuple[_Peaks, _Sums]]:
-        """Rows in one dimension more: so a loss for one row under vmap is as fast as one for a batch."""
-        is_batched = batched_arguments[0]
-        vectors = ("class_mask", "prior", "class_weight")
-        if any(getattr(is_batched, name) is True for name in vectors):
-            axes = jax.tree.map(lambda batched: 0 if batched else None, is_batched)
-            out = jax.vmap(partial(_whole, plan), in_axes=(axes,), axis_size=size)(operands)
-        else:
-            rows = {name: getattr(operands, name) for name in ("logits", "labels", "counted")}
-            rows = {
-                name: rows[name]
-                if rows[name] is None or getattr(is_batched, name)
-                else jnp.broadcast_to(rows[name], (size, *rows[name].shape))
-                for name in rows
-            }
-            out = peaks_and_sums(operands._replace(**rows))
-        return out, jax.tree.map(lambda _: True, out)
-
-    return peaks_and_sums
+# Compiled, so that calls outside `jit` are fused as well.
+_compiled_peaks_and_sums = jax.jit(_peaks_and_sums)
 
 
-def _for_platform(plan: _Plan, operands: _Operands) -> tuple[_Peaks, _Sums]:
-    # Rows that are divided over devices would have to move; and of a symbolic number there is no last block.
-    if is_sharded(operands.logits) or not all(isinstance(size, int) for size in operands.logits.shape):
-        return _whole(plan, operands)
-    peaks, sums = jax.lax.platform_dependent(operands, cpu=partial(_blocked, plan), default=partial(_whole, plan))
+def _for_platform(operands: _Operands) -> tuple[_Peaks, _Sums]:
+    # Blocks would move rows that are divided over devices, and a symbolic number of rows has no last block.
+    shape = operands.logits.shape
+    if is_sharded(operands.logits) or not all(isinstance(size, int) for size in shape):
+        return _whole(operands)
+    blocked = partial(_blocked, max(1, _BLOCK_SIZE // shape[-1]))
+    peaks, sums = jax.lax.platform_dependent(operands, cpu=blocked, default=_whole)
     return peaks, sums
 
 
-def _blocked(plan: _Plan, operands: _Operands) -> tuple[_Peaks, _Sums]:
-    """Return the sums, a block of rows at a time."""
+_with_vmap_rule = custom_vmap(_for_platform)
+
+
+@_with_vmap_rule.def_vmap
+def _as_more_rows(
+    size: int, batched: list[_Operands], operands: _Operands
+) -> tuple[tuple[_Peaks, _Sums], tuple[_Peaks, _Sums]]:
+    """Make the dimension that vmap adds one of rows, so that a loss of one row under vmap is as fast as a batch."""
+    (is_batched,) = batched
+    if any(getattr(is_batched, name) is True for name in ("class_mask", "prior", "class_weight")):
+        axes = jax.tree.map(lambda batched: 0 if batched else None, is_batched)
+        out = jax.vmap(_whole, in_axes=(axes,), axis_size=size)(operands)
+    else:
+        rows = {name: getattr(operands, name) for name in ("logits", "labels", "counted")}
+        for name, array in rows.items():
+            if array is not None and not getattr(is_batched, name):
+                rows[name] = jnp.broadcast_to(array, (size, *array.shape))
+        out = _with_vmap_rule(replace(operands, **rows))
+    return out, jax.tree.map(lambda _: True, out)
+
+
+def _blocked(block_rows: int, operands: _Operands) -> tuple[_Peaks, _Sums]:
+    """Return the sums, computed a block of rows at a time."""
     *batch_shape, num_classes = operands.logits.shape
-    num_rows, block_rows = math.prod(batch_shape), max(1, plan.block_size // num_classes)
+    num_rows = math.prod(batch_shape)
     if num_rows <= block_rows:
-        # A product that makes the logits would be fused into some of their uses and not into others, which round it
-        # otherwise: then the largest logit is not equal to itself. Nothing is fused through a choice.
+        # If the logits are a product, XLA may fuse it into some of their uses only, which then round it differently:
+        # the largest logit would not equal itself. XLA fuses nothing through a select.
         logits = jnp.where(jnp.isnan(operands.logits), jnp.nan, operands.logits)
-        return _whole(plan, operands._replace(logits=logits), gather=True)
-    flat = operands._replace(
+        return _whole(replace(operands, logits=logits), gather=True)
+    flat = replace(
+        operands,
         logits=operands.logits.reshape(num_rows, num_classes),
         labels=operands.labels.reshape(num_rows),
         counted=None if operands.counted is None else operands.counted.reshape(num_rows),
@@ -294,11 +289,10 @@ def _blocked(plan: _Plan, operands: _Operands) -> tuple[_Peaks, _Sums]:
             return jax.lax.bitcast_convert_type(part, jnp.bfloat16)
 
         counted = None if flat.counted is None else block(flat.counted)
-        rows_of_block = flat._replace(logits=block(flat.logits), labels=block(flat.labels), counted=counted)
-        return _whole(plan, rows_of_block, gather=True)
+        return _whole(replace(flat, logits=block(flat.logits), labels=block(flat.labels), counted=counted), gather=True)
 
     def step(i: Array, results: tuple[_Peaks, _Sums]) -> tuple[_Peaks, _Sums]:
-        # Dynamic slices move a start back that leaves too few rows: the last block may begin within the one before it.
+        # A dynamic slice moves back a start that leaves too few rows: the last block may overlap the one before it.
         start = i * block_rows
         peaks, sums = jax.tree.map(
             lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=0),
@@ -314,97 +308,109 @@ def _blocked(plan: _Plan, operands: _Operands) -> tuple[_Peaks, _Sums]:
     return peaks, sums
 
 
-def _whole(plan: _Plan, operands: _Operands, gather: bool = False) -> tuple[_Peaks, _Sums]:
-    """Return the sums of all rows at once."""
-    raw, capped, allowed = _logits(plan, operands)
+def _whole(operands: _Operands, gather: bool = False) -> tuple[_Peaks, _Sums]:
+    """Return the sums, computed for all rows at once."""
+    raw, capped, allowed = _logits(operands)
     if allowed is not None:
         raw, capped = (jnp.where(allowed, values, -jnp.inf) for values in (raw, capped))
     constant = jax.lax.stop_gradient((raw, capped))
     largest, correct = jnp.max(constant[0], axis=-1), None
-    if plan.correct:
-        # A sum, to be one more of the sweep: 1 for the label and -1 for each class before it, if they are largest.
+    if operands.correct:
+        # A sum, so that it joins the sweep: 1 for the label and -1 for each class before it, where they are largest.
         classes, labels = _classes(raw), operands.labels[..., None]
         score = (classes == labels).astype(raw.dtype) - (classes < labels).astype(raw.dtype)
         correct = jnp.sum(jnp.where(constant[0] == largest[..., None], score, 0), axis=-1)
-    peaks = _Peaks(largest if plan.softcap is None else jnp.max(constant[1], axis=-1), largest, correct)
-    return peaks, _sums(plan, operands, peaks, gather=gather)
+    peaks = _Peaks(largest if operands.softcap is None else jnp.max(constant[1], axis=-1), largest, correct)
+    return peaks, _sums(operands, peaks, gather=gather)
 
 
-def _sums(
-    plan: _Plan, operands: _Operands, peaks: _Peaks, *, differentiable: bool = False, gather: bool = False
-) -> _Sums:
+def _sums(operands: _Operands, peaks: _Peaks, *, differentiable: bool = False, gather: bool = False) -> _Sums:
     """Return the sums at given peaks.
 
     Args:
-        plan: which sums.
         operands: what to sum.
-        peaks: of these operands.
-        differentiable: whether only the derivatives are needed, not accurate values.
-        gather: whether to find what is at the label by index, and not by comparison.
+        peaks: the peaks of these operands.
+        differentiable: whether only the derivatives of the sums are used, not their values.
+        gather: whether to find the logit of the label by index, and not by comparison.
     """
-    raw, capped, allowed = _logits(plan, operands)
+    raw, capped, allowed = _logits(operands)
     gap = peaks.peak[..., None] - capped
     if allowed is not None:
         gap = jnp.where(allowed, gap, 0)
     terms, num_peaks = jnp.exp(-gap), jnp.ones((), gap.dtype)
     if not differentiable:
         # Without the largest terms, all of them 1, small losses keep their accuracy.
-        # Behind a softcap XLA may fuse its product into the gap, which is then not quite 0 at the peak: ask the logits.
-        is_peak = gap <= 0 if plan.softcap is None else jax.lax.stop_gradient(raw) >= peaks.largest[..., None]
+        # With a softcap XLA may fuse its product into the gap, which is then not quite 0 at the peak: compare logits.
+        is_peak = gap <= 0 if operands.softcap is None else jax.lax.stop_gradient(raw) >= peaks.largest[..., None]
         is_peak = is_peak if allowed is None else is_peak & allowed
-        # Left out by subtraction, which is exact and keeps their derivatives.
+        # Subtraction leaves them out exactly and keeps their derivatives.
         terms = jnp.where(is_peak, terms - jax.lax.stop_gradient(terms), terms)
         num_peaks = jnp.sum(is_peak, axis=-1, dtype=gap.dtype)
     if allowed is not None:
         terms = jnp.where(allowed, terms, 0)
 
     is_label = _classes(gap) == operands.labels[..., None]
-    is_other = ~is_label if allowed is None else ~is_label & allowed
-    prior, weight = (
-        None if vector is None else vector.reshape((1,) * (gap.ndim - 1) + (-1,))
-        for vector in (operands.prior, operands.class_weight)
-    )
-    factor = prior if weight is None else weight if prior is None else prior * weight
-    other_gap = jnp.where(is_label, 0, gap)
-    if factor is not None:
-        other_gap = factor * jnp.where((factor == 0) & jnp.isinf(other_gap), 0, other_gap)
-    largest_gap = largest_mass = None
-    if plan.largest:
-        is_largest = jax.lax.stop_gradient(raw) == peaks.largest[..., None]
-        if allowed is not None:
-            is_largest = is_largest & allowed
-        share = is_largest.astype(gap.dtype)
-        share = share / jnp.sum(share, axis=-1, keepdims=True)
-        if weight is not None:
-            share = share * weight
-        largest_gap = jnp.sum(share * jnp.where(is_largest, gap, 0), axis=-1)
-        largest_mass = jnp.sum(share, axis=-1)
-
     if gather:
         label_gap = jnp.take_along_axis(gap, operands.labels[..., None], axis=-1)[..., 0]
     else:
         label_gap = jnp.sum(jnp.where(is_label, gap, 0), axis=-1)
-
-    def total_of_others(values: Array) -> Array:
-        return jnp.sum(jnp.where(is_other, values, 0), axis=-1)
-
     return _Sums(
-        rest=jnp.sum(terms, axis=-1) + (num_peaks - 1),
-        label_gap=label_gap,
-        other_gaps=jnp.sum(other_gap, axis=-1),
-        other_mass=None if factor is None else total_of_others(factor),
-        other_prior=None if prior is None or weight is None else total_of_others(prior),
-        # The slope of entr is infinite at 0, where a prior is 0 for good.
-        other_entropy=None
-        if prior is None or not plan.prior_entropy
-        else total_of_others(entr(jnp.where(prior == 0, 1, prior))),
-        largest_gap=largest_gap,
-        largest_mass=largest_mass,
+        jnp.sum(terms, axis=-1) + (num_peaks - 1),
+        label_gap,
+        *_sums_over_others(operands, gap, is_label, allowed),
+        *_means_over_largest(operands, gap, jax.lax.stop_gradient(raw) == peaks.largest[..., None], allowed),
     )
 
 
+def _sums_over_others(
+    operands: _Operands,
+    gap: Float[Array, "*batch K"],
+    is_label: Bool[Array, "*batch K"],
+    allowed: Bool[Array, "*ones K"] | None,
+) -> tuple[Float[Array, "*batch"], *tuple[Float[Array, "*batch"] | None, ...]]:
+    """Return other_gaps, other_mass, other_prior and other_entropy of `_Sums`."""
+    prior, factor = operands.prior, class_factor(operands.prior, operands.class_weight)
+
+    def total(vector: Float[Array, " K"] | None) -> Float[Array, "*batch"] | None:
+        if vector is None:
+            return None
+        is_other = ~is_label if allowed is None else ~is_label & allowed
+        return jnp.sum(jnp.where(is_other, as_last_axis(vector, gap), 0), axis=-1)
+
+    other_gap = jnp.where(is_label, 0, gap)
+    if factor is not None:
+        weight = as_last_axis(factor, gap)
+        other_gap = weight * jnp.where((weight == 0) & jnp.isinf(other_gap), 0, other_gap)
+    # At 0 the slope of entr is infinite, but a prior of 0 there is a constant.
+    entropy = entr(jnp.where(prior == 0, 1, prior)) if prior is not None and operands.prior_entropy else None
+    return (
+        jnp.sum(other_gap, axis=-1),
+        total(factor),
+        total(None if operands.class_weight is None else prior),
+        total(entropy),
+    )
+
+
+def _means_over_largest(
+    operands: _Operands,
+    gap: Float[Array, "*batch K"],
+    is_largest: Bool[Array, "*batch K"],
+    allowed: Bool[Array, "*ones K"] | None,
+) -> tuple[Float[Array, "*batch"], Float[Array, "*batch"]] | tuple[None, None]:
+    """Return largest_gap and largest_mass of `_Sums`."""
+    if not operands.largest:
+        return None, None
+    if allowed is not None:
+        is_largest = is_largest & allowed
+    share = is_largest.astype(gap.dtype)
+    share = share / jnp.sum(share, axis=-1, keepdims=True)
+    if operands.class_weight is not None:
+        share = share * as_last_axis(operands.class_weight, gap)
+    return jnp.sum(share * jnp.where(is_largest, gap, 0), axis=-1), jnp.sum(share, axis=-1)
+
+
 def _logits(
-    plan: _Plan, operands: _Operands
+    operands: _Operands,
 ) -> tuple[Float[Array, "*batch K"], Float[Array, "*batch K"], Bool[Array, "*ones K"] | None]:
     """Return the logits before and after the softcap, 0 where they do not count, and the mask."""
     raw = operands.logits.astype(compute_dtype(operands.logits))
@@ -412,9 +418,9 @@ def _logits(
         raw = jnp.where(operands.counted[..., None], raw, 0)
     allowed = None
     if operands.class_mask is not None:
-        allowed = operands.class_mask.reshape((1,) * (raw.ndim - 1) + (-1,))
+        allowed = as_last_axis(operands.class_mask, raw)
         raw = jnp.where(allowed, raw, 0)
-    return raw, raw if plan.softcap is None else plan.softcap * jnp.tanh(raw / plan.softcap), allowed
+    return raw, raw if operands.softcap is None else operands.softcap * jnp.tanh(raw / operands.softcap), allowed
 
 
 def _classes(like: Float[Array, "*batch K"]) -> Int[Array, "*ones K"]:

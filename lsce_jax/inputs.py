@@ -1,11 +1,12 @@
-"""Checks a call's arrays and brings them into the one form that every implementation takes.
+"""Check the arrays of a call and bring them into one form, which every implementation takes.
 
-Classes last, labels that index safely, rows that do not count marked. An implementation then knows nothing of
-axes, ignored labels or bad ones beyond two boolean arrays.
+In a `Batch` the class dimension comes last, every label indexes safely, and two boolean arrays mark the rows that do
+not count and those whose label is bad. So no implementation handles axes, ignored labels or bad labels itself.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import numpy as np
 from jax.experimental import checkify
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
 
+from lsce_jax.errors import error
 from lsce_spec import (
     LossOptions,
     check_axis,
@@ -22,7 +24,6 @@ from lsce_spec import (
     check_logits,
     check_prior_values,
     check_smoothing_dtype,
-    error,
     is_floating,
     is_number,
 )
@@ -33,12 +34,12 @@ class Batch:
     """The arrays of one call, classes last.
 
     Args:
-        logits: as the caller passed them, but for the place of the class dimension; or only their shape and dtype, as
-            long as they have not been computed.
+        logits: as the caller passed them, with the class dimension moved to the end; or only their shape and dtype, if
+            they have not been computed yet.
         labels: class indices within range, or the probabilities of soft labels.
-        smoothing: number, or one per row in the compute dtype.
-        counted: False for rows that `where` or `ignore_index` takes out; None where every row counts.
-        bad: True for rows that count and whose label is no class; None for soft labels.
+        smoothing: a number, or one number per row in the compute dtype.
+        counted: False for rows that `where` or `ignore_index` leaves out; None if every row counts.
+        bad: True for rows that count and whose label is not a class; None for soft labels.
         prior: probabilities that replace the uniform distribution, in the compute dtype, or None.
         class_weight: in the compute dtype, or None.
         class_mask: True for the classes that take part, or None.
@@ -65,17 +66,17 @@ class Batch:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Dtype to compute in and to return the loss in: that of the logits, float32 for narrower ones."""
+        """Dtype of the computation and of the loss: that of the logits, float32 for narrower ones."""
         return compute_dtype(self.logits)
 
     def counting_only(self, rows: Bool[Array, "*#batch"]) -> "Batch":
-        """Return the batch with only those of the rows counted that are True in `rows`."""
+        """Return the batch in which a row counts only if it is also True in `rows`."""
         counted = jnp.broadcast_to(rows, self.batch_shape)
         if self.counted is not None:
             counted = counted & self.counted
         smoothing = self.smoothing
         if not is_number(smoothing):
-            # Whatever it is there, its derivative must be 0, and that of an entropy is infinite at 0.
+            # Rows that do not count must give the smoothing a derivative of 0. The entropy's is infinite at 0.
             smoothing = jnp.where(counted[..., None], smoothing, 0.5)
         bad = None if self.bad is None else self.bad & counted
         return replace(self, counted=counted, smoothing=smoothing, bad=bad)
@@ -90,47 +91,41 @@ def prepare(
     logits: ArrayLike | jax.ShapeDtypeStruct,
     labels: ArrayLike,
     options: LossOptions,
-    *,
-    axis: int,
-    where: ArrayLike | None,
-    prior: ArrayLike | None,
-    class_weight: ArrayLike | None,
-    class_mask: ArrayLike | None,
+    keywords: Mapping[str, Any],
 ) -> Batch:
-    """Check the arrays of a call and return them in canonical form. Of the logits, shape and dtype will do.
+    """Check the arrays of a call and return them in canonical form.
+
+    Args:
+        logits: as the caller passed them, or only their shape and dtype.
+        labels: as the caller passed them.
+        options: the checked options of the call.
+        keywords: `axis`, `where`, `prior`, `class_weight` and `class_mask` of the call, where given.
 
     Raises:
         TypeError: wrong type or dtype.
-        ValueError: wrong shape, or a prior that is no distribution.
-        IndexError: a label that is no class, with bad_labels="raise".
+        ValueError: wrong shape, or a prior that is not a distribution.
+        IndexError: a label that is not a class, with bad_labels="raise".
     """
     only_shape = isinstance(logits, jax.ShapeDtypeStruct)
     logits = cast("Array", logits) if isinstance(logits, jax.ShapeDtypeStruct) else as_array("logits", logits)
     labels = as_array("labels", within_int32(labels))
     check_logits(logits.shape, logits.dtype.name)
-    axis = check_axis(axis, logits.shape)
+    axis = check_axis(keywords.get("axis", -1), logits.shape)
     check_labels(labels.shape, labels.dtype.name, logits.shape, axis)
     dtype = compute_dtype(logits)
 
     if not only_shape:
         logits = jnp.moveaxis(logits, axis, -1)
     batch_shape, num_classes = logits.shape[:-1], logits.shape[-1]
-    class_weight = _class_vector("class_weight", class_weight, num_classes, dtype)
-    class_mask = _class_vector("class_mask", class_mask, num_classes, None)
+    class_weight = _class_vector("class_weight", keywords, num_classes, dtype)
+    class_mask = _class_vector("class_mask", keywords, num_classes, None)
+    prior = _class_vector("prior", keywords, num_classes, dtype)
     if prior is not None:
-        # Shape first: the values are checked class by class. And the caller's own values, not those rounded to dtype.
-        rounded = _class_vector("prior", prior, num_classes, dtype)
-        check_prior(prior, class_mask)
-        prior = rounded
+        # The caller's values, not those rounded to dtype; and after the shape, since values are checked by class.
+        check_prior(keywords["prior"], class_mask)
 
-    smoothing = options.smoothing
-    if not is_number(smoothing):
-        smoothing = as_array("smoothing", smoothing)
-        check_smoothing_dtype(smoothing.dtype.name)
-        check_batch_operand("smoothing", smoothing.shape, None, batch_shape)
-        smoothing = smoothing.astype(dtype)
-        smoothing = jnp.broadcast_to(smoothing, batch_shape)[..., None]
-
+    smoothing = _row_smoothing(options.smoothing, batch_shape, dtype)
+    where = keywords.get("where")
     if where is not None:
         where = as_array("where", where)
         check_batch_operand("where", where.shape, where.dtype.name, batch_shape)
@@ -142,16 +137,8 @@ def prepare(
         batch = Batch(logits, labels, smoothing, None, None, prior, class_weight, class_mask)
         return batch if where is None else batch.counting_only(where)
 
-    # Wide enough to compare with any class index, and signed; unsigned labels beyond int32 stay beyond every class.
-    if labels.dtype.name in {"uint32", "uint64"}:
-        labels = jnp.minimum(labels, np.iinfo(np.int32).max)
-    if labels.dtype != jnp.int64:
-        labels = labels.astype(jnp.int32)
-    bad = (labels < 0) | (labels >= num_classes)
-    if class_mask is not None:
-        bad = bad | ~at_labels(class_mask, labels)
-    safe_labels = jnp.where(bad, 0, labels)
-    batch = Batch(logits, safe_labels, smoothing, None, bad, prior, class_weight, class_mask)
+    labels, bad = _class_indices(labels, num_classes, class_mask)
+    batch = Batch(logits, jnp.where(bad, 0, labels), smoothing, None, bad, prior, class_weight, class_mask)
     if where is not None:
         batch = batch.counting_only(where)
     if options.ignore_index is not None:
@@ -161,8 +148,33 @@ def prepare(
     return batch
 
 
+def _row_smoothing(
+    smoothing: float | ArrayLike, batch_shape: tuple[int, ...], dtype: jnp.dtype
+) -> float | Float[Array, "*batch 1"]:
+    """Return a number as it is, and an array with one number per row, in that dtype."""
+    if is_number(smoothing):
+        return cast("float", smoothing)
+    array = as_array("smoothing", smoothing)
+    check_smoothing_dtype(array.dtype.name)
+    check_batch_operand("smoothing", array.shape, None, batch_shape)
+    return jnp.broadcast_to(array.astype(dtype), batch_shape)[..., None]
+
+
+def _class_indices(
+    labels: Int[Array, "*batch"], num_classes: int, class_mask: Bool[Array, " K"] | None
+) -> tuple[Int[Array, "*batch"], Bool[Array, "*batch"]]:
+    """Return labels in a signed dtype that is wide enough for any class index, and which of them are not a class."""
+    if labels.dtype.name in {"uint32", "uint64"}:
+        # Labels beyond int32 become its largest number, which is never a class.
+        labels = jnp.minimum(labels, np.iinfo(np.int32).max)
+    if labels.dtype != jnp.int64:
+        labels = labels.astype(jnp.int32)
+    bad = (labels < 0) | (labels >= num_classes)
+    return labels, bad if class_mask is None else bad | ~at_labels(class_mask, labels)
+
+
 def as_array(name: str, value: ArrayLike) -> Array:
-    """Return what the caller passed under that name as an array; raise if it is none."""
+    """Return the argument of that name as an array, or raise if it cannot be one."""
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError) as problem:
@@ -171,7 +183,7 @@ def as_array(name: str, value: ArrayLike) -> Array:
 
 
 def within_int32(labels: ArrayLike) -> ArrayLike:
-    """Keep wide NumPy labels that are no class from becoming one: JAX would cut them to their lower 32 bits."""
+    """Clip wide NumPy labels to 32 bits: JAX would keep their lower 32 bits, which might be a class."""
     if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu" and labels.dtype.itemsize >= 4:
         limits = np.iinfo(np.int32)
         return np.clip(labels, max(limits.min, np.iinfo(labels.dtype).min), limits.max)
@@ -179,10 +191,10 @@ def within_int32(labels: ArrayLike) -> ArrayLike:
 
 
 def at_labels(vector: Shaped[Array, " K"], labels: Int[Array, "*batch"]) -> Shaped[Array, "*batch"]:
-    """Return the entry of a vector over the classes at each label; any where the label is no class."""
+    """Return the entry of a vector over the classes at each label; any entry if the label is not a class."""
     if not is_sharded(labels):
         return vector.at[labels].get(mode="clip")
-    # By comparison, since indexing with labels whose type is sharded needs to be told how to shard its result.
+    # By comparison: indexing with labels whose type is sharded needs an explicit sharding of its result.
     classes = jnp.arange(vector.size, dtype=labels.dtype).reshape((1,) * labels.ndim + (-1,))
     is_label = classes == labels[..., None]
     values = vector.reshape(classes.shape)
@@ -191,26 +203,34 @@ def at_labels(vector: Shaped[Array, " K"], labels: Int[Array, "*batch"]) -> Shap
     return jnp.sum(jnp.where(is_label, values, 0), axis=-1)
 
 
+def as_last_axis(vector: Shaped[Array, " K"], like: Array) -> Shaped[Array, "*ones K"]:
+    """Return a vector over the classes with the rank of `like`: strict settings of JAX promote no ranks."""
+    return vector.reshape((1,) * (like.ndim - 1) + (-1,))
+
+
 def is_sharded(array: Array) -> bool:
-    """Whether the type of an array says that it is divided over devices, as with an explicit mesh."""
+    """Whether the type of an array divides it over devices, as with an explicit mesh."""
     return any(axes is not None for axes in jax.typeof(array).sharding.spec)
 
 
-def _class_vector(name: str, vector: ArrayLike | None, num_classes: int, dtype: jnp.dtype | None) -> Array | None:
-    if vector is None:
+def _class_vector(
+    name: str, keywords: Mapping[str, Any], num_classes: int, dtype: jnp.dtype | None
+) -> Shaped[Array, " K"] | None:
+    """Return an array with one value per class, in that dtype, or None if the call has none of that name."""
+    if keywords.get(name) is None:
         return None
-    vector = as_array(name, vector)
+    vector = as_array(name, keywords[name])
     check_class_vector(name, vector.shape, vector.dtype.name, num_classes)
     return vector if dtype is None else vector.astype(dtype)
 
 
 def check_prior(prior: ArrayLike, class_mask: ArrayLike | None) -> None:
-    """Raise unless the prior is a distribution over the classes of the mask. Traced values are not there to check."""
+    """Raise unless the prior is a distribution over the classes of the mask. Traced values cannot be checked."""
     rounded = as_array("prior", prior)
     check_class_vector("prior", rounded.shape, rounded.dtype.name, rounded.size)
     if _is_traced(prior) or _is_traced(class_mask):
         return
-    mask = None if class_mask is None else np.asarray(class_mask).tolist()
+    mask = None if class_mask is None else as_array("class_mask", class_mask).tolist()
     unit_roundoff = float(jnp.finfo(rounded.dtype).eps) / 2  # type: ignore[no-untyped-call]
     check_prior_values(np.asarray(prior, dtype=np.float64).tolist(), mask, unit_roundoff)
 

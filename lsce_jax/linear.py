@@ -1,68 +1,53 @@
-"""The last linear layer and the loss in one: the logits are never whole in memory."""
+"""The last linear layer and the loss in one: no array holds all logits."""
 
-import inspect
 from dataclasses import replace
-from typing import Any
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from lsce_jax import chunked, reference
-from lsce_jax.chunked import Layer
-from lsce_jax.functional import reduce_losses
+from lsce_jax.errors import error
+from lsce_jax.functional import mean_divisor, reduce_losses
 from lsce_jax.inputs import Batch, as_array, compute_dtype, prepare, within_int32
+from lsce_jax.keywords import LinearLossKeywords
+from lsce_jax.layer import Layer
 from lsce_jax.stats import LossStats
-from lsce_spec import LINEAR_IMPLEMENTATIONS, ChunkOptions, Convention, LossOptions, check_layer, error, is_floating
+from lsce_spec import LINEAR_IMPLEMENTATIONS, ChunkOptions, LossOptions, check_layer, is_floating
+from lsce_spec.keywords import takes
 
 
-def linear_label_smoothed_cross_entropy(  # noqa: D417 - most are described where they come from
+@takes(LinearLossKeywords)
+def linear_label_smoothed_cross_entropy(
     hidden: Float[ArrayLike, "... D"],
     weight: Float[ArrayLike, "D K"],
     labels: Int[ArrayLike, "..."],
-    *,
-    bias: Float[ArrayLike, " K"] | None = None,
-    smoothing: float | Float[ArrayLike, "..."] = 0.1,
-    convention: str | Convention = "uniform",
-    prior: Float[ArrayLike, " K"] | None = None,
-    where: Bool[ArrayLike, "..."] | None = None,
-    ignore_index: int | None = None,
-    class_weight: Float[ArrayLike, " K"] | None = None,
-    class_mask: Bool[ArrayLike, " K"] | None = None,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    subtract_entropy: bool = False,
-    bad_labels: str = "nan",
-    reduction: str = "none",
-    denominator: float | Float[ArrayLike, ""] | None = None,
-    implementation: str | None = None,
-    chunk_size: int | None = None,
-    recompute: bool | None = None,
-    gradient_filter: float = 0.0,
+    **keywords: Unpack[LinearLossKeywords],
 ) -> Float[Array, "..."]:
-    r"""`label_smoothed_cross_entropy` of the logits hidden @ weight + bias, which are never whole in memory.
+    r"""Return `label_smoothed_cross_entropy` of the logits hidden @ weight + bias, without ever holding all logits.
 
-    The rows are taken some at a time. Of a sum or mean of losses all gradients are computed with the loss, so that no
-    logits are computed twice; of the losses of single rows, whose gradients depend on what becomes of them, they are
-    computed later, from logits computed again.
+    The loss takes some rows at a time. For a sum or mean it computes all gradients with the loss, so that no logits are
+    computed twice. With `reduction="none"` the gradients depend on later operations, so differentiation computes the
+    logits again.
 
     Args:
-        hidden: [..., D] features. float64, float32, bfloat16 or float16: the dtype to multiply in (float16: in float32
-            for a sum or mean, whose gradients are computed before they are scaled).
-        weight: [D, K], the kernel of a Flax layer, of any of these dtypes. It is multiplied in the dtype of hidden; its
-            gradient, added up in float32 or wider, comes in its own.
+        hidden: [..., D] features. float64, float32, bfloat16 or float16: the dtype of the matrix products, except that
+            float16 is multiplied in float32 for a sum or mean, whose gradients are computed before they are scaled.
+        weight: [D, K], the kernel of a Flax layer, of any of these dtypes. It is multiplied in the dtype of hidden. Its
+            gradient is added up in float32 or wider and returned in the weight's dtype.
         labels: [...] class indices, of any integer dtype.
         bias: K numbers, or None.
         smoothing, convention, prior, where, ignore_index, class_weight, class_mask, z_loss, softcap, subtract_entropy,
             bad_labels, reduction, denominator: see `label_smoothed_cross_entropy`.
         implementation: "chunked"; "reference", which computes all logits at once; None chooses "chunked".
-        chunk_size: how many rows' logits to have in memory at most; None chooses D, but from 256 to 1024, and more
-            if K is below 4096.
+        chunk_size: how many rows' logits to hold in memory at most. None chooses D, but at least 256 and at most 1024,
+            and more if K is below 4096.
         recompute: whether to compute the logits again for the gradient, and hold no gradient before. None does so for
             reduction="none", which allows nothing else.
-        gradient_filter: classes whose part of the gradient of the logits, but for what smoothing alone adds to it, is
-            at most this in every row of a chunk are left out of the two matrix products for the gradient. What
-            smoothing adds is always there. 0 leaves nothing out.
+        gradient_filter: leave a class out of the two matrix products for the gradient if its part of the gradient of
+            the logits, not counting the part from smoothing alone, is at most this in every row of a chunk. The part
+            from smoothing is always included. 0 leaves nothing out.
 
     Returns:
         Losses, with `reduction="none"` of shape [...], else a scalar. float64 for float64 hidden, otherwise float32.
@@ -85,53 +70,30 @@ def linear_label_smoothed_cross_entropy(  # noqa: D417 - most are described wher
         Gradient with the loss: Hsu et al., "Liger Kernel", 2024, arXiv:2410.10989. Leaving out what the softmax makes
         negligible: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024, arXiv:2411.09009.
     """
-    loss, _ = _evaluate(
-        hidden,
-        weight,
-        labels,
-        with_stats=False,
-        bias=bias,
-        smoothing=smoothing,
-        convention=convention,
-        prior=prior,
-        where=where,
-        ignore_index=ignore_index,
-        class_weight=class_weight,
-        class_mask=class_mask,
-        z_loss=z_loss,
-        softcap=softcap,
-        subtract_entropy=subtract_entropy,
-        bad_labels=bad_labels,
-        reduction=reduction,
-        denominator=denominator,
-        implementation=implementation,
-        chunk_size=chunk_size,
-        recompute=recompute,
-        gradient_filter=gradient_filter,
-    )
-    return loss
+    return _evaluate(hidden, weight, labels, keywords, with_stats=False)[0]
 
 
+@takes(LinearLossKeywords)
 def linear_label_smoothed_cross_entropy_with_stats(
     hidden: Float[ArrayLike, "... D"],
     weight: Float[ArrayLike, "D K"],
     labels: Int[ArrayLike, "..."],
-    **options: Any,
+    **keywords: Unpack[LinearLossKeywords],
 ) -> tuple[Float[Array, "..."], LossStats]:
-    """Return the loss of `linear_label_smoothed_cross_entropy`, and what is known of each row besides.
+    """Return the loss of `linear_label_smoothed_cross_entropy` and statistics of each row.
 
     Args:
-        hidden: as there.
-        weight: as there.
-        labels: as there.
-        options: as there, with the same defaults.
+        hidden: see `linear_label_smoothed_cross_entropy`.
+        weight: see `linear_label_smoothed_cross_entropy`.
+        labels: see `linear_label_smoothed_cross_entropy`.
+        keywords: the options of `linear_label_smoothed_cross_entropy`, with the same defaults.
 
     Returns:
         The loss, reduced as asked, and `LossStats` with one value per row; see
         `label_smoothed_cross_entropy_with_stats`.
 
     Raises:
-        TypeError, ValueError, IndexError: as there.
+        TypeError, ValueError, IndexError: see `linear_label_smoothed_cross_entropy`.
 
     Example: perplexity of a batch.
         >>> import jax.numpy as jnp
@@ -140,86 +102,38 @@ def linear_label_smoothed_cross_entropy_with_stats(
         >>> f"{jnp.exp(stats.nll.mean()):.4f}"
         '1.1820'
     """
-    loss, stats = _evaluate(hidden, weight, labels, with_stats=True, **{**_DEFAULTS, **options})
+    loss, stats = _evaluate(hidden, weight, labels, keywords, with_stats=True)
     assert stats is not None
     return loss, stats
 
 
-# Written out once, in `linear_label_smoothed_cross_entropy`; help() and editors show them for both.
-_DEFAULTS: dict[str, Any] = dict(linear_label_smoothed_cross_entropy.__kwdefaults__ or {})
-linear_label_smoothed_cross_entropy_with_stats.__signature__ = inspect.signature(  # type: ignore[attr-defined]
-    linear_label_smoothed_cross_entropy
-).replace(return_annotation=tuple)
-
-
 def _evaluate(
-    hidden: Float[ArrayLike, "... D"],
-    weight: Float[ArrayLike, "D K"],
-    labels: Int[ArrayLike, "..."],
-    *,
-    with_stats: bool,
-    bias: Float[ArrayLike, " K"] | None,
-    smoothing: float | Float[ArrayLike, "..."],
-    convention: str | Convention,
-    prior: Float[ArrayLike, " K"] | None,
-    where: Bool[ArrayLike, "..."] | None,
-    ignore_index: int | None,
-    class_weight: Float[ArrayLike, " K"] | None,
-    class_mask: Bool[ArrayLike, " K"] | None,
-    z_loss: float,
-    softcap: float | None,
-    subtract_entropy: bool,
-    bad_labels: str,
-    reduction: str,
-    denominator: float | Float[ArrayLike, ""] | None,
-    implementation: str | None,
-    chunk_size: int | None,
-    recompute: bool | None,
-    gradient_filter: float,
+    hidden: ArrayLike, weight: ArrayLike, labels: ArrayLike, keywords: LinearLossKeywords, *, with_stats: bool
 ) -> tuple[Float[Array, "..."], LossStats | None]:
-    """Return the loss, and the statistics if asked. See `linear_label_smoothed_cross_entropy`."""
-    options = LossOptions.checked(
-        smoothing=smoothing,
-        convention=convention,
-        has_prior=prior is not None,
-        ignore_index=ignore_index,
-        z_loss=z_loss,
-        softcap=softcap,
-        subtract_entropy=subtract_entropy,
-        bad_labels=bad_labels,
-        reduction=reduction,
-        denominator=denominator,
-        implementation=implementation,
-        implementations=LINEAR_IMPLEMENTATIONS,
-    )
+    """Return the loss, and the statistics if asked for. See `linear_label_smoothed_cross_entropy`."""
+    options = LossOptions.of(keywords, LINEAR_IMPLEMENTATIONS)
     chunks = ChunkOptions.checked(
-        chunk_size=chunk_size, recompute=recompute, gradient_filter=gradient_filter, options=options
+        chunk_size=keywords["chunk_size"],
+        recompute=keywords["recompute"],
+        gradient_filter=keywords["gradient_filter"],
+        options=options,
     )
-    layer, num_classes = _prepare_layer(hidden, weight, bias)
+    layer, num_classes = _prepare_layer(hidden, weight, keywords["bias"])
     labels = as_array("labels", within_int32(labels))
     if is_floating(labels.dtype.name):
         raise error("linear_soft_labels", given=labels.dtype.name)
-    batch = prepare(
-        jax.ShapeDtypeStruct((*layer.hidden.shape[:-1], num_classes), layer.hidden.dtype),  # type: ignore[no-untyped-call]
-        labels,
-        options,
-        axis=-1,
-        where=where,
-        prior=prior,
-        class_weight=class_weight,
-        class_mask=class_mask,
-    )
-
-    def row_losses(batch: Batch) -> tuple[Float[Array, "..."], LossStats | None]:
-        if options.implementation == "chunked" and 0 not in batch.batch_shape:
-            return chunked.losses(batch, layer, options, chunks, with_stats)
-        return reference.row_losses(replace(batch, logits=_all_logits(layer, batch)), options, with_stats)
-
-    return reduce_losses(batch, options, denominator, row_losses)
+    shape = (*layer.hidden.shape[:-1], num_classes)
+    logits = jax.ShapeDtypeStruct(shape, layer.hidden.dtype)  # type: ignore[no-untyped-call]
+    batch, divisor = mean_divisor(prepare(logits, labels, options, keywords), options, keywords["denominator"])
+    if options.implementation == "chunked" and 0 not in batch.batch_shape:
+        losses, stats = chunked.losses(batch, layer, options, chunks, with_stats)
+    else:
+        losses, stats = reference.row_losses(replace(batch, logits=_all_logits(layer, batch)), options, with_stats)
+    return reduce_losses(losses, options, divisor), stats
 
 
 def _prepare_layer(hidden: ArrayLike, weight: ArrayLike, bias: ArrayLike | None) -> tuple[Layer, int]:
-    """Check the arrays of the layer and return them, and the number of classes."""
+    """Check the arrays of the layer; return the layer and the number of classes."""
     layer = Layer(
         as_array("hidden", hidden),
         as_array("weight", weight),
@@ -232,7 +146,7 @@ def _prepare_layer(hidden: ArrayLike, weight: ArrayLike, bias: ArrayLike | None)
 def _all_logits(layer: Layer, batch: Batch) -> Float[Array, "*batch K"]:
     dtype, hidden = compute_dtype(layer.hidden), layer.hidden
     if batch.counted is not None:
-        # 0 times a NaN would reach the weight's gradient.
+        # Even multiplied by 0, a NaN would reach the weight's gradient.
         hidden = jnp.where(batch.counted[..., None], hidden, 0)
     logits = jnp.matmul(hidden, layer.weight.astype(layer.hidden.dtype), preferred_element_type=dtype)
     return logits if layer.bias is None else logits + layer.bias.astype(dtype).reshape((1,) * (logits.ndim - 1) + (-1,))

@@ -1,12 +1,15 @@
-"""Streaming metrics for Flax, fed by the statistics of the loss: no second sweep over the logits, no second softmax.
+"""Streaming metrics for Flax from the statistics of the loss, without a second sweep over the logits.
 
-Every metric is a ratio of sums, and the sums are what it keeps. So shards of the data, on devices, hosts or days, merge
-into exactly what the whole would have given, which means of means do not. float32 alone would not hold them: a count
-stops at 2^24, and a sum of a million losses loses half of its digits. Each sum is therefore two numbers, the second of
-them what the first has rounded away (Knuth, The Art of Computer Programming 2, section 4.2.2, theorem B): whole
-numbers are exact up to 2^48, and the order of summation does not show in the result.
+Every metric is a ratio of sums, and keeps the sums. So metrics of shards of the data, from devices, hosts or days,
+merge into the metric of the whole; means of means do not. float32 alone cannot hold the sums: a count stops at 2^24,
+and a sum of a million losses loses half of its digits. So each sum is a pair, the rounded sum and its rounding error
+(Knuth, The Art of Computer Programming 2, section 4.2.2, theorem B). Whole numbers are exact up to 2^48, and the order
+of summation does not show in the result.
+
+Before each class stands the function that computes its sums of one batch; the class only adds them up.
 """
 
+from collections.abc import Iterator
 from typing import Any, Self
 
 import jax
@@ -15,7 +18,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from lsce_jax.inputs import prepare
+from lsce_jax.errors import error
+from lsce_jax.inputs import as_array, as_last_axis, prepare
 from lsce_jax.stats import LossStats
 from lsce_spec import (
     LossOptions,
@@ -23,16 +27,15 @@ from lsce_spec import (
     check_class_num,
     check_denominator,
     check_denominator_array,
-    error,
     is_integer,
 )
 
-# A number in two parts: the rounded sum, and what rounding has left out of it.
+# A number in two parts: the rounded sum and its rounding error.
 _Pair = tuple[Float[Array, "..."], Float[Array, "..."]]
 
 
 class _Sums(nnx.Metric):
-    """Sums by name. Each is an array [2, ...]: the sum, and what rounding has left out of it."""
+    """Sums by name. Each is an array [2, ...]: the rounded sum and its rounding error."""
 
     def __init__(self, *names: str, shape: tuple[int, ...] = ()) -> None:
         self._names, self._shape = names, shape
@@ -40,15 +43,15 @@ class _Sums(nnx.Metric):
             setattr(self, name, nnx.metrics.MetricState(jnp.zeros((2, *shape))))
 
     def reset(self) -> None:
-        """Forget what was seen."""
+        """Start again with nothing seen."""
         for name in self._names:
             getattr(self, name)[...] = jnp.zeros((2, *self._shape))
 
     def merge_state(self, other: Self) -> None:
-        """Add what another metric of this kind has seen, such as that of another shard or host.
+        """Add the sums of another metric of this kind, such as that of another shard or host.
 
         Raises:
-            TypeError: the other is of another kind or has other options.
+            TypeError: the other metric is of another kind or has other options.
         """
         if type(other) is not type(self) or other._describe() != self._describe():
             raise error("merge_state", expected=self._describe(), given=getattr(other, "_describe", other.__repr__)())
@@ -63,13 +66,23 @@ class _Sums(nnx.Metric):
             state[...] = jnp.stack(_add((state[0], state[1]), term))
 
     def _ratio(self, total: str, count: str) -> Float[Array, "..."]:
-        """Return a quotient of two sums; NaN where nothing was seen."""
+        """Return a quotient of two sums; NaN before the first row."""
         ratio: Array = getattr(self, total)[0] / getattr(self, count)[0]
         return ratio
 
 
+def _mean_loss_sums(
+    stats: LossStats, denominator: float | Float[ArrayLike, ""] | None, mask: Bool[ArrayLike, "..."] | None
+) -> dict[str, _Pair]:
+    rows = _rows(stats, mask)
+    return {
+        "loss": _sum(jnp.where(rows, stats.smoothed, 0), jnp.where(rows, stats.z, 0)),
+        "denominator": _count(rows) if denominator is None else _denominator(denominator),
+    }
+
+
 class MeanLoss(_Sums):
-    """Mean of the loss that is trained on: over all rows seen, the one of `reduction="mean"`.
+    """Mean of the training loss over all rows seen, as `reduction="mean"` gives it for one batch.
 
     Example:
         >>> import jax.numpy as jnp
@@ -98,20 +111,23 @@ class MeanLoss(_Sums):
 
         Args:
             stats: second result of `label_smoothed_cross_entropy_with_stats`.
-            denominator: what the batch adds to the number that the sum is divided by; the number of rows that count,
-                if not given. With class weights pass the sum of the weights of the labels that count.
-            mask: rows to take, of those that the loss counted.
+            denominator: what the batch adds to the divisor of the mean; None adds the number of rows that count. With
+                class weights pass the sum of the weights of the labels that count.
+            mask: which of the rows that the loss counted to include.
 
         Raises:
             TypeError, ValueError: an argument that is not as described.
         """
-        rows = _rows(stats, mask)
-        loss = _sum(jnp.where(rows, stats.smoothed, 0), jnp.where(rows, stats.z, 0))
-        self._add(loss=loss, denominator=_count(rows) if denominator is None else _denominator(denominator))
+        self._add(**_mean_loss_sums(stats, denominator, mask))
 
     def compute(self) -> Float[Array, ""]:
         """Return the mean; NaN if no row was seen."""
         return self._ratio("loss", "denominator")
+
+
+def _mean_nll_sums(stats: LossStats, mask: Bool[ArrayLike, "..."] | None) -> dict[str, _Pair]:
+    rows = _rows(stats, mask)
+    return {"nll": _sum(jnp.where(rows, stats.nll, 0)), "count": _count(rows)}
 
 
 class MeanNLL(_Sums):
@@ -132,9 +148,8 @@ class MeanNLL(_Sums):
         super().__init__("nll", "count")
 
     def update(self, *, stats: LossStats, mask: Bool[ArrayLike, "..."] | None = None, **_: Any) -> None:
-        """Add a batch: `stats` as for `MeanLoss.update`, `mask` the rows to take of those that the loss counted."""
-        rows = _rows(stats, mask)
-        self._add(nll=_sum(jnp.where(rows, stats.nll, 0)), count=_count(rows))
+        """Add a batch; see `MeanLoss.update` for `stats` and `mask`."""
+        self._add(**_mean_nll_sums(stats, mask))
 
     def compute(self) -> Float[Array, ""]:
         """Return the mean; NaN if no row was seen."""
@@ -142,7 +157,7 @@ class MeanNLL(_Sums):
 
 
 class Perplexity(MeanNLL):
-    """Exponential of the mean cross-entropy with the labels as they are: over all rows, not a mean over batches.
+    """Exponential of the mean cross-entropy with the labels as they are, over all rows seen.
 
     Example:
         >>> import jax.numpy as jnp
@@ -157,6 +172,11 @@ class Perplexity(MeanNLL):
     def compute(self) -> Float[Array, ""]:
         """Return the perplexity; NaN if no row was seen."""
         return jnp.exp(super().compute())
+
+
+def _accuracy_sums(stats: LossStats, mask: Bool[ArrayLike, "..."] | None) -> dict[str, _Pair]:
+    rows = _rows(stats, mask)
+    return {"correct": _count(rows & stats.correct), "count": _count(rows)}
 
 
 class Accuracy(_Sums):
@@ -177,23 +197,54 @@ class Accuracy(_Sums):
         super().__init__("correct", "count")
 
     def update(self, *, stats: LossStats, mask: Bool[ArrayLike, "..."] | None = None, **_: Any) -> None:
-        """Add a batch: `stats` as for `MeanLoss.update`, `mask` the rows to take of those that the loss counted."""
-        rows = _rows(stats, mask)
-        self._add(correct=_count(rows & stats.correct), count=_count(rows))
+        """Add a batch; see `MeanLoss.update` for `stats` and `mask`."""
+        self._add(**_accuracy_sums(stats, mask))
 
     def compute(self) -> Float[Array, ""]:
         """Return the share; NaN if no row was seen."""
         return self._ratio("correct", "count")
 
 
+def _top_k_accuracy_sums(
+    k: int,
+    stats: LossStats,
+    mask: Bool[ArrayLike, "..."] | None,
+    logits: Float[ArrayLike, "..."],
+    labels: Int[ArrayLike, "..."] | Float[ArrayLike, "..."],
+    **keywords: Any,
+) -> dict[str, _Pair]:
+    rows = _rows(stats, mask)
+    batch = prepare(logits, labels, LossOptions(), keywords)
+    if batch.batch_shape != stats.valid.shape:
+        raise error("stats_shape", expected=list(stats.valid.shape), given=list(batch.batch_shape))
+    num_classes = batch.logits.shape[-1]
+    if k > num_classes:
+        raise error("top_k", k=k, given=num_classes)
+    labels = (jnp.argmax(batch.labels, axis=-1) if batch.soft else batch.labels)[..., None]
+    # Comparisons and sums only, which work on logits that are divided over devices in any way.
+    classes = jax.lax.broadcasted_iota(labels.dtype, (1,) * (labels.ndim - 1) + (num_classes,), labels.ndim - 1)
+    is_label = classes == labels
+    label_logit = jnp.sum(jnp.where(is_label, batch.logits, 0), axis=-1, keepdims=True)
+    larger = (batch.logits > label_logit) | ((batch.logits == label_logit) & (classes < labels))
+    # A label that is not a class has no rank, and neither has any label of a row that holds a NaN.
+    found = ~jnp.isnan(stats.nll)
+    if batch.class_mask is not None:
+        allowed = as_last_axis(batch.class_mask, labels)
+        larger &= allowed
+        found &= jnp.any(is_label & allowed, axis=-1)
+    found &= jnp.sum(larger, axis=-1) < k
+    return {f"correct_in_top_{k}": _count(rows & found), "count": _count(rows)}
+
+
 class TopKAccuracy(_Sums):
-    """Share of rows whose label is among the k largest logits; of equal logits the first is taken for the larger.
+    """Share of rows whose label is among the k largest logits; of equal logits the first counts as larger.
 
     Args:
         k: how many logits, at least 1; with 1 it is `Accuracy`.
 
     Raises:
-        ValueError: k is no integer or below 1.
+        TypeError: k is not an integer.
+        ValueError: k is below 1.
 
     Example:
         >>> import jax.numpy as jnp
@@ -226,57 +277,46 @@ class TopKAccuracy(_Sums):
         """Add a batch.
 
         Args:
-            stats: second result of `label_smoothed_cross_entropy_with_stats`, for which rows count.
+            stats: second result of `label_smoothed_cross_entropy_with_stats`, which says which rows count.
             logits: as given to the loss.
             labels: as given to the loss.
             axis: as given to the loss.
             class_mask: as given to the loss.
-            mask: rows to take, of those that the loss counted.
+            mask: which of the rows that the loss counted to include.
 
         Raises:
             TypeError, ValueError: as the loss; or the arrays are not those of the statistics, or hold fewer than k
                 classes.
         """
-        rows = _rows(stats, mask)
-        batch = prepare(
-            logits,
-            labels,
-            LossOptions(),
-            axis=axis,
-            where=None,
-            prior=None,
-            class_weight=None,
-            class_mask=class_mask,
-        )
-        if batch.batch_shape != stats.valid.shape:
-            raise error("stats_shape", expected=list(stats.valid.shape), given=list(batch.batch_shape))
-        num_classes = batch.logits.shape[-1]
-        if self.k > num_classes:
-            raise error("top_k", k=self.k, given=num_classes)
-        labels = (jnp.argmax(batch.labels, axis=-1) if batch.soft else batch.labels)[..., None]
-        # Comparisons and sums alone, which work on logits that are divided over devices in any way.
-        classes = jax.lax.broadcasted_iota(labels.dtype, (1,) * (labels.ndim - 1) + (num_classes,), labels.ndim - 1)
-        is_label = classes == labels
-        at_label = jnp.sum(jnp.where(is_label, batch.logits, 0), axis=-1, keepdims=True)
-        larger = (batch.logits > at_label) | ((batch.logits == at_label) & (classes < labels))
-        # A label that is no class has no rank, nor has any in a row that holds a NaN.
-        found = ~jnp.isnan(stats.nll)
-        if batch.class_mask is not None:
-            allowed = batch.class_mask.reshape((1,) * (labels.ndim - 1) + (-1,))
-            larger &= allowed
-            found &= jnp.any(is_label & allowed, axis=-1)
-        found &= jnp.sum(larger, axis=-1) < self.k
-        self._add(**{self._names[0]: _count(rows & found)}, count=_count(rows))
+        self._add(**_top_k_accuracy_sums(self.k, stats, mask, logits, labels, axis=axis, class_mask=class_mask))
 
     def compute(self) -> Float[Array, ""]:
         """Return the share; NaN if no row was seen."""
         return self._ratio(*self._names)
 
 
-class CalibrationError(_Sums):
-    """Expected calibration error: by how much the probability of the predicted class differs from being right.
+def _calibration_error_sums(
+    num_bins: int, stats: LossStats, mask: Bool[ArrayLike, "..."] | None
+) -> Iterator[dict[str, _Pair]]:
+    """Yield the sums of some rows at a time."""
+    rows, correct, confidence = (values.reshape(-1) for values in (_rows(stats, mask), stats.correct, stats.confidence))
+    edges = jnp.arange(1, num_bins, dtype=confidence.dtype)[:, None] / num_bins
+    bins = jnp.arange(num_bins)[:, None]
+    for start in range(0, rows.size, _MAX_ROWS):
+        part = slice(start, start + _MAX_ROWS)
+        place = jnp.sum(confidence[None, part] > edges, axis=0, dtype=int)
+        in_bin = (place[None] == bins) & rows[None, part]
+        yield {
+            "confidence": _sum_of_fractions(confidence[part], in_bin),
+            "correct": _count(in_bin & correct[None, part], axis=-1),
+            "count": _count(in_bin, axis=-1),
+        }
 
-    Rows are sorted by the probability of their largest logit into bins ((b-1)/num_bins, b/num_bins]:
+
+class CalibrationError(_Sums):
+    """Expected calibration error: the gap between the probability of the predicted class and how often it is right.
+
+    Rows go by the probability of their largest logit into bins ((b-1)/num_bins, b/num_bins]:
 
         ECE = sum over bins of (share of rows) |accuracy - mean probability|
 
@@ -284,9 +324,10 @@ class CalibrationError(_Sums):
         num_bins: number of bins of equal width, at least 1.
 
     Raises:
-        ValueError: num_bins is no integer or below 1.
+        TypeError: num_bins is not an integer.
+        ValueError: num_bins is below 1.
 
-    Example: always sure to 1/2, and right in three of four.
+    Example: a confidence of 1/2 in every row, and three of four rows right.
         >>> import jax.numpy as jnp
         >>> from lsce_jax import label_smoothed_cross_entropy_with_stats
         >>> metric = CalibrationError()
@@ -306,21 +347,9 @@ class CalibrationError(_Sums):
         self.num_bins = num_bins
 
     def update(self, *, stats: LossStats, mask: Bool[ArrayLike, "..."] | None = None, **_: Any) -> None:
-        """Add a batch: `stats` as for `MeanLoss.update`, `mask` the rows to take of those that the loss counted."""
-        rows, correct, confidence = (
-            values.reshape(-1) for values in (_rows(stats, mask), stats.correct, stats.confidence)
-        )
-        edges = jnp.arange(1, self.num_bins, dtype=confidence.dtype)[:, None] / self.num_bins
-        bins = jnp.arange(self.num_bins)[:, None]
-        for start in range(0, rows.size, _MAX_ROWS):
-            part = slice(start, start + _MAX_ROWS)
-            place = jnp.sum(confidence[None, part] > edges, axis=0, dtype=int)
-            in_bin = (place[None] == bins) & rows[None, part]
-            self._add(
-                confidence=_sum_of_fractions(confidence[part], in_bin),
-                correct=_count(in_bin & correct[None, part], axis=-1),
-                count=_count(in_bin, axis=-1),
-            )
+        """Add a batch; see `MeanLoss.update` for `stats` and `mask`."""
+        for sums in _calibration_error_sums(self.num_bins, stats, mask):
+            self._add(**sums)
 
     def compute(self) -> Float[Array, ""]:
         """Return the error, from 0 to 1; NaN if no row was seen."""
@@ -330,35 +359,35 @@ class CalibrationError(_Sums):
 
 
 def _rows(stats: LossStats, mask: Bool[ArrayLike, "..."] | None) -> Bool[Array, "*batch"]:
-    """Return which rows to take."""
+    """Return which rows to include."""
     if not isinstance(stats, LossStats):
         raise error("stats_type", given=type(stats).__name__)
     if mask is None:
         return stats.valid
-    mask = jnp.asarray(mask)
+    mask = as_array("mask", mask)
     check_batch_operand("mask", mask.shape, mask.dtype.name, stats.valid.shape)
     return stats.valid & jnp.broadcast_to(mask, stats.valid.shape)
 
 
 def _denominator(denominator: float | Float[ArrayLike, ""]) -> _Pair:
-    """Return what the caller passes as denominator, a number or a scalar array, in two parts."""
+    """Return the caller's denominator, a number or a scalar array, in two parts."""
     check_denominator(denominator)
     if isinstance(denominator, int | float):
         high = np.asarray(denominator, jnp.zeros((), float).dtype)
         return jnp.asarray(high), jnp.asarray(denominator - float(high), float)
-    array = jnp.asarray(denominator)
+    array = as_array("denominator", denominator)
     check_denominator_array(array.shape, array.dtype.name)
     return _pair(array.astype(int)) if is_integer(array.dtype.name) else _sum(array)
 
 
-# The sums of parts of 10 bits over so many rows are whole numbers of 30 bits.
+# Sums of 10-bit numbers over this many rows are whole numbers of 30 bits.
 _MAX_ROWS = 2**20
 
 
 def _sum_of_fractions(values: Float[Array, " N"], in_bin: Bool[Array, "bins N"]) -> _Pair:
     """Return the sum in each bin of numbers from 0 to 1, rounded to multiples of 2^-30.
 
-    As whole numbers, in parts of 10 bits: a compiler adds these up many at a time, unlike numbers in two parts.
+    They are added as whole numbers in parts of 10 bits, which a compiler vectorises, unlike numbers in two parts.
     """
     is_nan = jnp.isnan(values)
     units = jnp.round(jnp.where(is_nan, 0, values) * 2.0**30).astype(jnp.int32)
@@ -382,7 +411,7 @@ def _pair(whole: Int[Array, "..."]) -> _Pair:
 
 
 def _sum(values: Float[Array, "..."], rest: Float[Array, "..."] | None = None) -> _Pair:
-    """Return the sum over all dimensions of numbers, or of the sums of two."""
+    """Return the sum of all numbers of one or two arrays."""
     values = jax.lax.stop_gradient(values).astype(float)
     rest = jnp.zeros_like(values) if rest is None else jax.lax.stop_gradient(rest).astype(float)
     zero = jnp.zeros((), values.dtype)
@@ -400,5 +429,5 @@ def _two_sum(one: Array, other: Array) -> _Pair:
     total = one + other
     second = total - one
     rest = (one - (total - second)) + (other - second)
-    # inf - inf: an infinite sum has no rest.
+    # The rest of an infinite sum would be inf - inf.
     return total, jnp.where(jnp.isfinite(total), rest, 0)

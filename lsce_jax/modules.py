@@ -1,11 +1,14 @@
 """Flax modules: thin shells over the functions. They hold options, and no parameters."""
 
-import jax.numpy as jnp
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
+
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from lsce_jax.functional import label_smoothed_cross_entropy
-from lsce_jax.inputs import check_prior
+from lsce_jax.inputs import as_array, check_prior
+from lsce_jax.keywords import DenseModuleKeywords, LinearModuleKeywords
 from lsce_jax.linear import linear_label_smoothed_cross_entropy
 from lsce_spec import (
     LINEAR_IMPLEMENTATIONS,
@@ -17,13 +20,41 @@ from lsce_spec import (
     check_smoothing,
     find_convention,
 )
+from lsce_spec.keywords import parameters_of, takes
+
+_CONSTANTS = ("prior", "class_weight", "class_mask")
 
 
 class LossConstant(nnx.Variable[Array]):
     """An array that belongs to a loss and is not trained: class weights, mask or prior."""
 
 
-class LabelSmoothedCrossEntropyLoss(nnx.Module):
+class _LossModule(nnx.Module):
+    """A loss that keeps its options as attributes, arrays as `LossConstant`."""
+
+    _options: ClassVar[tuple[str, ...]]
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Return an option."""
+
+    def _keep(self, options: Mapping[str, Any]) -> None:
+        """Make checked options attributes."""
+        if options["prior"] is not None:
+            check_prior(options["prior"], options["class_mask"])
+        for name, value in options.items():
+            is_constant = name in _CONSTANTS and value is not None
+            setattr(self, name, LossConstant(as_array(name, value)) if is_constant else value)
+
+    def _kept(self, smoothing: float | ArrayLike | None) -> dict[str, Any]:
+        """Return the options for one call, with the smoothing of the call unless that is None."""
+        options = {name: getattr(self, name) for name in self._options}
+        options |= {name: options[name].get_value() for name in _CONSTANTS if options[name] is not None}
+        return {**options, "smoothing": self.smoothing if smoothing is None else smoothing}
+
+
+class LabelSmoothedCrossEntropyLoss(_LossModule):
     """`label_smoothed_cross_entropy` with its options kept: a Flax NNX module without parameters.
 
     It is a plain callable too, so Linen and pure JAX training loops use it the same way.
@@ -43,52 +74,13 @@ class LabelSmoothedCrossEntropyLoss(nnx.Module):
         '0.3339'
     """
 
-    def __init__(
-        self,
-        smoothing: float = 0.1,
-        *,
-        convention: str | Convention = "uniform",
-        prior: Float[ArrayLike, " K"] | None = None,
-        axis: int = -1,
-        ignore_index: int | None = None,
-        class_weight: Float[ArrayLike, " K"] | None = None,
-        class_mask: Bool[ArrayLike, " K"] | None = None,
-        z_loss: float = 0.0,
-        softcap: float | None = None,
-        subtract_entropy: bool = False,
-        bad_labels: str = "nan",
-        reduction: str = "none",
-        implementation: str | None = None,
-    ) -> None:
+    _options = tuple(parameters_of(DenseModuleKeywords))
+
+    @takes(DenseModuleKeywords)
+    def __init__(self, smoothing: float = 0.1, **options: Unpack[DenseModuleKeywords]) -> None:
         """Check the options and keep them; see the class."""
-        LossOptions.checked(
-            smoothing=smoothing,
-            convention=convention,
-            has_prior=prior is not None,
-            ignore_index=ignore_index,
-            z_loss=z_loss,
-            softcap=softcap,
-            subtract_entropy=subtract_entropy,
-            bad_labels=bad_labels,
-            reduction=reduction,
-            denominator=None,
-            implementation=implementation,
-        )
-        if prior is not None:
-            check_prior(prior, class_mask)
-        self.smoothing = smoothing
-        self.convention = convention
-        self.prior = _constant(prior)
-        self.axis = axis
-        self.ignore_index = ignore_index
-        self.class_weight = _constant(class_weight)
-        self.class_mask = _constant(class_mask)
-        self.z_loss = z_loss
-        self.softcap = softcap
-        self.subtract_entropy = subtract_entropy
-        self.bad_labels = bad_labels
-        self.reduction = reduction
-        self.implementation = implementation
+        LossOptions.of({"smoothing": smoothing, **options})
+        self._keep({"smoothing": smoothing, **options})
 
     def __call__(
         self,
@@ -104,32 +96,15 @@ class LabelSmoothedCrossEntropyLoss(nnx.Module):
         Args:
             logits: [..., K, ...], classes at `axis`.
             labels: class indices without that dimension, or probabilities with it.
-            where: booleans that broadcast to the losses; False takes a row out.
+            where: booleans that broadcast to the losses; False leaves a row out.
             smoothing: replaces the module's own for this call, as a schedule does.
-            denominator: what reduction="mean" divides by.
+            denominator: the number that reduction="mean" divides by.
         """
-        return label_smoothed_cross_entropy(
-            logits,
-            labels,
-            smoothing=self.smoothing if smoothing is None else smoothing,
-            convention=self.convention,
-            prior=_value(self.prior),
-            axis=self.axis,
-            where=where,
-            ignore_index=self.ignore_index,
-            class_weight=_value(self.class_weight),
-            class_mask=_value(self.class_mask),
-            z_loss=self.z_loss,
-            softcap=self.softcap,
-            subtract_entropy=self.subtract_entropy,
-            bad_labels=self.bad_labels,
-            reduction=self.reduction,
-            denominator=denominator,
-            implementation=self.implementation,
-        )
+        options = self._kept(smoothing)
+        return label_smoothed_cross_entropy(logits, labels, where=where, denominator=denominator, **options)
 
 
-class LinearLabelSmoothedCrossEntropyLoss(nnx.Module):
+class LinearLabelSmoothedCrossEntropyLoss(_LossModule):
     """`linear_label_smoothed_cross_entropy` with its options kept: a module without parameters.
 
     The weight comes with each call, so that it may be that of the model's last layer or of its embedding.
@@ -150,60 +125,18 @@ class LinearLabelSmoothedCrossEntropyLoss(nnx.Module):
         '0.3339'
     """
 
-    def __init__(
-        self,
-        smoothing: float = 0.1,
-        *,
-        convention: str | Convention = "uniform",
-        prior: Float[ArrayLike, " K"] | None = None,
-        ignore_index: int | None = None,
-        class_weight: Float[ArrayLike, " K"] | None = None,
-        class_mask: Bool[ArrayLike, " K"] | None = None,
-        z_loss: float = 0.0,
-        softcap: float | None = None,
-        subtract_entropy: bool = False,
-        bad_labels: str = "nan",
-        reduction: str = "none",
-        implementation: str | None = None,
-        chunk_size: int | None = None,
-        recompute: bool | None = None,
-        gradient_filter: float = 0.0,
-    ) -> None:
+    _options = tuple(parameters_of(LinearModuleKeywords))
+
+    @takes(LinearModuleKeywords)
+    def __init__(self, smoothing: float = 0.1, **options: Unpack[LinearModuleKeywords]) -> None:
         """Check the options and keep them; see the class."""
-        options = LossOptions.checked(
-            smoothing=smoothing,
-            convention=convention,
-            has_prior=prior is not None,
-            ignore_index=ignore_index,
-            z_loss=z_loss,
-            softcap=softcap,
-            subtract_entropy=subtract_entropy,
-            bad_labels=bad_labels,
-            reduction=reduction,
-            denominator=None,
-            implementation=implementation,
-            implementations=LINEAR_IMPLEMENTATIONS,
-        )
         ChunkOptions.checked(
-            chunk_size=chunk_size, recompute=recompute, gradient_filter=gradient_filter, options=options
+            chunk_size=options["chunk_size"],
+            recompute=options["recompute"],
+            gradient_filter=options["gradient_filter"],
+            options=LossOptions.of({"smoothing": smoothing, **options}, LINEAR_IMPLEMENTATIONS),
         )
-        if prior is not None:
-            check_prior(prior, class_mask)
-        self.smoothing = smoothing
-        self.convention = convention
-        self.prior = _constant(prior)
-        self.ignore_index = ignore_index
-        self.class_weight = _constant(class_weight)
-        self.class_mask = _constant(class_mask)
-        self.z_loss = z_loss
-        self.softcap = softcap
-        self.subtract_entropy = subtract_entropy
-        self.bad_labels = bad_labels
-        self.reduction = reduction
-        self.implementation = implementation
-        self.chunk_size = chunk_size
-        self.recompute = recompute
-        self.gradient_filter = gradient_filter
+        self._keep({"smoothing": smoothing, **options})
 
     def __call__(
         self,
@@ -223,32 +156,13 @@ class LinearLabelSmoothedCrossEntropyLoss(nnx.Module):
             weight: [D, K].
             labels: [...] class indices.
             bias: K numbers, or None.
-            where: booleans that broadcast to the losses; False takes a row out.
+            where: booleans that broadcast to the losses; False leaves a row out.
             smoothing: replaces the module's own for this call, as a schedule does.
-            denominator: what reduction="mean" divides by.
+            denominator: the number that reduction="mean" divides by.
         """
+        options = self._kept(smoothing)
         return linear_label_smoothed_cross_entropy(
-            hidden,
-            weight,
-            labels,
-            bias=bias,
-            smoothing=self.smoothing if smoothing is None else smoothing,
-            convention=self.convention,
-            prior=_value(self.prior),
-            where=where,
-            ignore_index=self.ignore_index,
-            class_weight=_value(self.class_weight),
-            class_mask=_value(self.class_mask),
-            z_loss=self.z_loss,
-            softcap=self.softcap,
-            subtract_entropy=self.subtract_entropy,
-            bad_labels=self.bad_labels,
-            reduction=self.reduction,
-            denominator=denominator,
-            implementation=self.implementation,
-            chunk_size=self.chunk_size,
-            recompute=self.recompute,
-            gradient_filter=self.gradient_filter,
+            hidden, weight, labels, bias=bias, where=where, denominator=denominator, **options
         )
 
 
@@ -262,6 +176,7 @@ class CELossWithLabelSmoothing(nnx.Module):
             "uniform".
 
     Raises:
+        TypeError: an argument of the wrong type.
         ValueError: label_smooth outside [0, 1], class_num below 1, or an unknown convention.
 
     Example:
@@ -296,7 +211,8 @@ class CELossWithLabelSmoothing(nnx.Module):
         Raises:
             ValueError: the logits have no dimension 1, or not class_num classes there.
         """
-        check_class_count(self.class_num, jnp.shape(logits))
+        logits = as_array("logits", logits)
+        check_class_count(self.class_num, logits.shape)
         return label_smoothed_cross_entropy(
             logits,
             labels,
@@ -305,11 +221,3 @@ class CELossWithLabelSmoothing(nnx.Module):
             axis=1,
             reduction="mean",
         )
-
-
-def _constant(array: ArrayLike | None) -> LossConstant | None:
-    return None if array is None else LossConstant(jnp.asarray(array))
-
-
-def _value(constant: LossConstant | None) -> Array | None:
-    return None if constant is None else constant.get_value()

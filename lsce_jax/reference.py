@@ -1,8 +1,8 @@
 """The readable implementation: the formula in plain jax.numpy operations, derivatives by autodiff.
 
 The target is written out per class, so under `jit` the gradient costs a few arrays of the size of the logits.
-Forward mode, reverse mode and second derivatives all come from JAX. Two lines are less obvious than they look, and
-both have the comment that says why: the sum inside `_log_sum_exp`, and the gap that is set to 0.
+Forward mode, reverse mode and second derivatives all come from JAX. Comments explain the two lines that surprise: the
+sum inside `_log_sum_exp`, and the gap that is set to 0.
 """
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.scipy.special import entr
 from jaxtyping import Array, Bool, Float
 
-from lsce_jax.inputs import Batch
+from lsce_jax.inputs import Batch, as_last_axis
 from lsce_jax.stats import LossStats, make_stats
 from lsce_spec import LossOptions, smoothing_weights
 
@@ -18,20 +18,10 @@ from lsce_spec import LossOptions, smoothing_weights
 def row_losses(
     batch: Batch, options: LossOptions, with_stats: bool = False
 ) -> tuple[Float[Array, "*batch"], LossStats | None]:
-    """Return the loss of each row, 0 for rows that do not count and NaN for bad labels, and the statistics if asked."""
-    dtype = batch.dtype
+    """Return the loss of each row, 0 for rows that do not count and NaN for bad labels, and statistics if asked for."""
     target = target_distribution(batch, options)
-    logits = batch.logits.astype(dtype)
-    if batch.counted is not None:
-        logits = jnp.where(batch.counted[..., None], logits, 0)
-    allowed = None
-    if batch.class_mask is not None:
-        allowed = _as_last_axis(batch.class_mask, logits)
-        logits = jnp.where(allowed, logits, 0)
-    uncapped = logits
-    if options.softcap is not None:
-        logits = options.softcap * jnp.tanh(logits / options.softcap)
-
+    uncapped, allowed = _counted_logits(batch)
+    logits = uncapped if options.softcap is None else options.softcap * jnp.tanh(uncapped / options.softcap)
     peak, gap, log_sum = _log_sum_exp(logits, allowed)
     if options.convention.at_max is not None:
         target = target + at_max(batch, options) * _share_of_largest(uncapped, allowed)
@@ -39,15 +29,15 @@ def row_losses(
             target = jnp.where(batch.bad[..., None], jnp.nan, target)
     weighted = target
     if batch.class_weight is not None:
-        weighted = target * _as_last_axis(batch.class_weight, logits)
-    # A class that is no target may have a logit of -inf: 0 * inf counts as 0. The gap keeps its value where it is
-    # finite, since the derivative by the smoothing is the gap itself.
+        weighted = target * as_last_axis(batch.class_weight, logits)
+    # Where the target is 0, the logit may be -inf: 0 * inf counts as 0. Finite gaps keep their value, since the gap is
+    # the derivative with respect to the target.
     finite_gap = jnp.where((weighted == 0) & jnp.isinf(gap), 0, gap)
     lse = peak + log_sum
     smoothed = jnp.sum(weighted * finite_gap, axis=-1) + jnp.sum(weighted, axis=-1) * log_sum
     if options.subtract_entropy:
         smoothed -= jnp.sum(entropy_terms(target, batch), axis=-1)
-    # Where the mask lets no class through, no target is NaN either.
+    # If the mask lets no class through, no target is NaN.
     if batch.bad is not None:
         smoothed += jnp.where(batch.bad, jnp.nan, 0)
     losses = smoothed + options.z_loss * lse**2 if options.z_loss else smoothed
@@ -57,6 +47,17 @@ def row_losses(
         return losses, None
     nll, correct = _nll(batch, gap, log_sum, allowed), _is_correct(batch, uncapped, allowed)
     return losses, make_stats(batch, options, nll=nll, smoothed=smoothed, lse=lse, log_sum=log_sum, correct=correct)
+
+
+def _counted_logits(batch: Batch) -> tuple[Float[Array, "*batch K"], Bool[Array, "*ones K"] | None]:
+    """Return the logits in the compute dtype, 0 where they do not count, and the mask."""
+    logits, allowed = batch.logits.astype(batch.dtype), None
+    if batch.counted is not None:
+        logits = jnp.where(batch.counted[..., None], logits, 0)
+    if batch.class_mask is not None:
+        allowed = as_last_axis(batch.class_mask, logits)
+        logits = jnp.where(allowed, logits, 0)
+    return logits, allowed
 
 
 def target_distribution(batch: Batch, options: LossOptions) -> Float[Array, "*batch K"]:
@@ -69,7 +70,7 @@ def target_distribution(batch: Batch, options: LossOptions) -> Float[Array, "*ba
         target = _smoothed(labels, batch, options)
     else:
         classes = jnp.arange(num_classes, dtype=batch.labels.dtype)
-        is_label = _as_last_axis(classes, batch.logits) == batch.labels[..., None]
+        is_label = as_last_axis(classes, batch.logits) == batch.labels[..., None]
         if batch.prior is not None:
             target = _smoothed(is_label.astype(dtype), batch, options)
         else:
@@ -78,14 +79,14 @@ def target_distribution(batch: Batch, options: LossOptions) -> Float[Array, "*ba
     if batch.bad is not None:
         target = jnp.where(batch.bad[..., None], jnp.nan, target)
     if batch.class_mask is not None:
-        target = jnp.where(_as_last_axis(batch.class_mask, target), target, 0)
+        target = jnp.where(as_last_axis(batch.class_mask, target), target, 0)
     return target
 
 
 def _share_of_largest(
     logits: Float[Array, "*batch K"], allowed: Bool[Array, "*ones K"] | None
 ) -> Float[Array, "*batch K"]:
-    """Return 1 at the largest logit and 0 elsewhere; shared alike among several."""
+    """Return 1 at the largest logit and 0 elsewhere; several largest logits share the 1 equally."""
     constant = _constant(logits, allowed)
     is_largest = (constant == jnp.max(constant, axis=-1, keepdims=True)).astype(logits.dtype)
     return is_largest / jnp.sum(is_largest, axis=-1, keepdims=True)
@@ -118,8 +119,8 @@ def _is_correct(
 def entropy_terms(target: Float[Array, "*batch K"], batch: Batch) -> Float[Array, "*batch K"]:
     """Return -q log q per class."""
     if batch.prior is not None:
-        # Where the prior is 0 the target is 0 whatever the smoothing, and -q log q has no slope that could be infinite.
-        target = jnp.where((target == 0) & (_as_last_axis(batch.prior, target) == 0), 1, target)
+        # Where the prior is 0 the target is always 0. Use 1 there, since the slope of -q log q is infinite at 0.
+        target = jnp.where((target == 0) & (as_last_axis(batch.prior, target) == 0), 1, target)
     return entr(target)
 
 
@@ -131,7 +132,7 @@ def _smoothed(
     """Return the target for class probabilities."""
     smoothing = batch.smoothing
     if batch.prior is not None:
-        prior = _as_last_axis(batch.prior, probabilities)
+        prior = as_last_axis(batch.prior, probabilities)
         return (1 - smoothing) * probabilities + smoothing * prior
     num_allowed = count_allowed(batch)
     if isinstance(num_allowed, int):
@@ -139,7 +140,7 @@ def _smoothed(
             return probabilities
         target: Array = options.convention.soft_target(probabilities, smoothing, num_allowed)
         return target
-    # One class leaves nothing to spread over. Two stand in for it, so that the branch not taken divides by no zero.
+    # With one class nothing is spread. Two classes stand in for it, so that the branch not taken does not divide by 0.
     spread_over = jnp.where(num_allowed == 1, 2, num_allowed)
     smoothed = options.convention.soft_target(probabilities, smoothing, spread_over)
     return jnp.where(num_allowed == 1, probabilities, smoothed)
@@ -151,7 +152,7 @@ def on_off(batch: Batch, options: LossOptions) -> tuple[float | Array, float | A
     if isinstance(num_allowed, int):
         return smoothing_weights(options.convention, batch.smoothing, num_allowed)
     spread_over = jnp.where(num_allowed == 1, 2, num_allowed)
-    # A number stays a number as long as it can: in float32 1 - 0.99999 would be 0.1 % off.
+    # Convert to an array last: in float32 1 - 0.99999 would be 0.1 % off.
     on = jnp.asarray(options.convention.on(batch.smoothing, spread_over), batch.dtype)
     off = jnp.asarray(options.convention.off(batch.smoothing, spread_over), batch.dtype)
     return jnp.where(num_allowed == 1, 1, on), jnp.where(num_allowed == 1, 0, off)
@@ -169,7 +170,7 @@ def at_max(batch: Batch, options: LossOptions) -> float | Array:
 
 
 def count_allowed(batch: Batch) -> int | Float[Array, ""]:
-    """Return the number of classes to spread over; an array if the class mask may be traced."""
+    """Return the number of classes to spread over; an array if there is a class mask, which may be traced."""
     if batch.class_mask is None:
         return int(batch.logits.shape[-1])
     return jnp.sum(batch.class_mask).astype(batch.dtype)
@@ -185,8 +186,8 @@ def _log_sum_exp(
     if allowed is not None:
         gap = jnp.where(allowed, gap, 0)
 
-    # log1p of the sum less its largest term keeps small losses accurate. Each largest term, exp(0), is taken down to 0
-    # by subtracting 1, and so keeps its derivative: leaving it out would lose the gradient of the largest logit.
+    # log1p of the sum without its largest term keeps small losses accurate. Subtracting 1 from each largest term, which
+    # is exp(0), keeps its derivative: to drop the term would lose the gradient of the largest logit.
     is_peak = (constant == peak).astype(logits.dtype)
     terms = jnp.exp(-gap) - is_peak
     if allowed is not None:
@@ -196,11 +197,6 @@ def _log_sum_exp(
 
 
 def _constant(logits: Float[Array, "*batch K"], allowed: Bool[Array, "*ones K"] | None) -> Float[Array, "*batch K"]:
-    """Return the logits to compare with each other: -inf outside the mask, and without a derivative."""
+    """Return the logits for comparisons: -inf outside the mask, and without a derivative."""
     constant = jax.lax.stop_gradient(logits)
     return constant if allowed is None else jnp.where(allowed, constant, -jnp.inf)
-
-
-def _as_last_axis(vector: Array, like: Array) -> Array:
-    """Reshape a vector over the classes to the rank of `like`: ranks are never promoted silently."""
-    return vector.reshape((1,) * (like.ndim - 1) + (-1,))

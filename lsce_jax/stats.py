@@ -1,4 +1,4 @@
-"""What a loss knows about each row besides the loss, for metrics and logs."""
+"""Statistics of each row from the sweep of the loss, for metrics and logs."""
 
 from typing import NamedTuple
 
@@ -15,12 +15,12 @@ class LossStats(NamedTuple):
 
     Args:
         nll: cross-entropy with the labels as they are: not smoothed, not weighted. Its exponential is the perplexity.
-        smoothed: the loss that was trained on, but for the z-loss.
-        z: the z-loss, z_loss * lse^2; with `smoothed` it adds up to the loss.
+        smoothed: the training loss without its z-loss.
+        z: the z-loss, z_loss * lse^2; `smoothed` + `z` is the loss.
         lse: log of the sum of the exponentials of the (softcapped) logits.
         confidence: probability of the largest logit, exp(max - lse).
         correct: whether the label is the (first) largest logit; for soft labels, their own (first) largest.
-        valid: whether the row counts: False where `where`, `ignore_index` or a denominator of 0 takes it out.
+        valid: whether the row counts: False where `where`, `ignore_index` or a denominator of 0 leaves it out.
     """
 
     nll: Float[Array, "*batch"]
@@ -42,9 +42,9 @@ def make_stats(
     log_sum: Float[Array, "*batch"],
     correct: Bool[Array, "*batch"],
 ) -> LossStats:
-    """Return the statistics, cleared where rows do not count and cut off from the gradient.
+    """Return the statistics, 0 where rows do not count, without derivatives.
 
-    `log_sum` is lse less the largest logit, which for a large offset is more than the difference of the two knows.
+    `log_sum` is lse minus the largest logit, more accurate than that difference if the logits have a large offset.
     """
     # Neither a bad label nor a row of NaN is correct.
     if batch.bad is not None:

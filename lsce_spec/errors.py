@@ -218,10 +218,6 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         ValueError,
         "k={k} needs logits of at least {k} classes, got {given}. Choose a smaller k, or check axis.",
     ),
-    "merge_state": (
-        TypeError,
-        "only a metric of the same kind and options can be merged into a {expected}, got {given}.",
-    ),
     "chunk_size": (
         ValueError,
         "chunk_size must be a positive integer, the number of rows whose logits are in memory at a time, or None, "

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import lsce_jax
+import lsce_jax.errors
 import lsce_torch
 import lsce_torch.errors
 from lsce_spec import MESSAGES
@@ -160,7 +161,6 @@ ELSEWHERE = {
     "stats_type",
     "stats_shape",
     "top_k",
-    "merge_state",
     # in test_migration.py
     "convert_smoothing",
     "convert_number",
@@ -249,6 +249,8 @@ def test_every_message_has_a_call() -> None:
     assert set(CALLS) | set(LINEAR_CALLS) | ELSEWHERE == set(MESSAGES)
     assert set(lsce_torch.errors.MESSAGES) == TORCH_ELSEWHERE
     assert not set(lsce_torch.errors.MESSAGES) & set(MESSAGES)
+    assert set(lsce_jax.errors.MESSAGES) == {"merge_state"}  # in test_metrics.py
+    assert not set(lsce_jax.errors.MESSAGES) & set(MESSAGES)
 
 
 def test_message_says_which_label() -> None:

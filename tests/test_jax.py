@@ -1,4 +1,4 @@
-"""What JAX users do with a loss: jit, vmap, grad of grad, forward mode, scan, remat, schedules, sharded batches."""
+"""The dense loss under jit, vmap, grad of grad, forward mode, scan, remat, with schedules and sharded batches."""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from flax import linen, nnx
 from jax.test_util import check_grads
 
 import lsce_jax
+import lsce_jax.metrics
 from lsce_jax import label_smoothed_cross_entropy
 
 GENERATOR = np.random.default_rng(0)
@@ -99,7 +100,7 @@ def test_scan_and_remat() -> None:
 
 
 def test_batch_over_two_devices() -> None:
-    """The batch dimension sharded by jit: the mean over all rows, gradients where their logits are."""
+    """The batch sharded under jit: the mean covers all rows, and gradients lie where their logits lie."""
     mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))
     logits, labels = jax.device_put((LOGITS, LABELS), sharding)
@@ -113,7 +114,7 @@ def test_batch_over_two_devices() -> None:
 
 @pytest.mark.parametrize("spec", [("batch", None), (None, "classes"), ("batch", "classes")])
 def test_explicitly_sharded_logits(spec: tuple[str | None, ...]) -> None:
-    """The kind of mesh that jax.make_mesh makes by default; every option that looks up something at the label."""
+    """An explicit mesh, the default of jax.make_mesh, with every option that looks up a value at the label."""
     shape = (2, 1) if spec[0] else (1, 2)
     mesh = jax.make_mesh(shape, ("batch", "classes"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
     logits = np.concatenate([LOGITS, LOGITS[:, :1]], axis=1)
@@ -176,7 +177,7 @@ def test_bad_label_is_loud_in_loss_and_gradient() -> None:
 
 
 def test_module_in_nnx_and_linen_training() -> None:
-    """One step of each lowers the loss, and the module adds nothing to what is trained."""
+    """One training step of each lowers the loss, and the module adds no trainable parameters."""
     weight = np.linspace(0.5, 2, 5).astype(np.float32)
     loss_fn = lsce_jax.LabelSmoothedCrossEntropyLoss(0.1, class_weight=weight, reduction="mean")
     assert jax.tree.leaves(nnx.state(loss_fn, nnx.Param)) == []
@@ -210,9 +211,32 @@ def test_module_per_call_arguments() -> None:
 
 
 def test_plain_module_is_cross_entropy_and_never_overflows() -> None:
-    """Two faults of the module this started from: None broadcast [N, 1] against [N], and exp overflowed above 88."""
+    """The original module broadcast [N, 1] against [N] for None, and its exp overflowed above 88."""
     plain = lsce_jax.CELossWithLabelSmoothing(None, class_num=5)
     loss = plain(1000 * LOGITS, LABELS)
     expected = optax.softmax_cross_entropy_with_integer_labels(1000 * LOGITS, LABELS).mean()
     assert loss.shape == ()
     assert abs(float(loss - expected)) < 16 * EPSILON * float(expected)
+
+
+def test_modules_show_their_options() -> None:
+    loss_fn = lsce_jax.LabelSmoothedCrossEntropyLoss(0.2, convention="clamp", class_weight=np.ones(5, np.float32))
+    assert (loss_fn.smoothing, loss_fn.convention, loss_fn.softcap, loss_fn.axis) == (0.2, "clamp", None, -1)
+    np.testing.assert_array_equal(loss_fn.class_weight[...], np.ones(5))
+    for belongs_to_a_call in ("where", "denominator"):
+        with pytest.raises(TypeError, match="unexpected keyword argument"):
+            lsce_jax.LabelSmoothedCrossEntropyLoss(**{belongs_to_a_call: None})
+
+
+def test_lists_that_are_no_arrays_are_type_errors() -> None:
+    """Where NumPy itself would raise a ValueError: in modules and metrics as in the functions."""
+    ragged = [[1.0], [1.0, 2.0]]
+    _, stats = lsce_jax.label_smoothed_cross_entropy_with_stats(LOGITS, LABELS)
+    for call in (
+        lambda: lsce_jax.LabelSmoothedCrossEntropyLoss(class_weight=ragged),
+        lambda: lsce_jax.CELossWithLabelSmoothing(0.1, 5)(ragged, LABELS),
+        lambda: lsce_jax.metrics.MeanLoss().update(stats=stats, mask=ragged),
+        lambda: label_smoothed_cross_entropy(LOGITS, LABELS, where=ragged),
+    ):
+        with pytest.raises(TypeError, match="must be an array"):
+            call()

@@ -1,9 +1,10 @@
-"""The fused implementation of JAX: derivatives, transforms, blocks of rows, and what is kept and compiled.
+"""The fused implementation of JAX: derivatives, transforms, blocks of rows, saved arrays, compiled programs.
 
-Its values are held against the truth in the parity tests; here against the reference, or in exact equality.
+The parity tests hold its values against the truth. These tests hold them against the reference, or in exact equality.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -59,10 +60,21 @@ CALLS |= {name: (SOFT, options) for name, options in SOFT_OPTIONS.items()}
 each_call = pytest.mark.parametrize(("labels", "options"), CALLS.values(), ids=CALLS.keys())
 
 
+@contextmanager
+def blocks_of(size: int) -> Iterator[None]:
+    """Change the number of logits in a block, and compile the sums again before and after."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "_BLOCK_SIZE", size)
+        fused._compiled_peaks_and_sums.clear_cache()
+        yield
+    fused._compiled_peaks_and_sums.clear_cache()
+
+
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four rows of five classes in each block, so that the last block overlaps the one before it."""
-    monkeypatch.setattr(fused, "_BLOCK_SIZE", 20)
+def small_blocks() -> Iterator[None]:
+    """Blocks of four rows of five classes, so that the last block overlaps the one before it."""
+    with blocks_of(20):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +84,7 @@ def double_precision() -> Any:
 
 
 def outcome(loss: Callable[..., Any], logits: Any, labels: Any, **options: Any) -> tuple[Any, Any]:
-    """Return losses and the gradient of a sum in which each has another factor."""
+    """Return the losses, and the gradient of their weighted sum."""
 
     def total(logits: Any) -> Any:
         losses = loss(logits, labels, **options)
@@ -84,7 +96,7 @@ def outcome(loss: Callable[..., Any], logits: Any, labels: Any, **options: Any) 
 
 
 def assert_close(ours: tuple, theirs: tuple, epsilon: float = EPSILON) -> None:
-    """Equal but for a few roundings of sums of at most some dozen terms of the size of the largest."""
+    """Allow a few roundings of a sum of some dozen terms, each at most as large as the largest value."""
     for one, other in zip(ours, theirs, strict=True):
         assert one.shape == other.shape
         assert one.dtype == other.dtype
@@ -157,7 +169,7 @@ def test_hessian() -> None:
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if not {"smoothing", "where"} & OPTIONS[name].keys()])
 def test_vmap_is_the_batch(name: str, small_blocks: None) -> None:
-    """Bit for bit: the rule makes the new dimension one of rows."""
+    """Bit for bit, since the rule of vmap turns the new dimension into rows."""
     options = {**OPTIONS[name], "reduction": "none"}
 
     def loss(logits: Any, labels: Any) -> Any:
@@ -171,7 +183,7 @@ def test_vmap_is_the_batch(name: str, small_blocks: None) -> None:
     assert_close((np.asarray(per_row),), (np.asarray(jax.jit(jax.grad(lambda *a: loss(*a).sum()))(logits, labels)),))
     for in_axes, operands in (((0, None), (logits, labels[0])), ((None, 0), (logits[0], labels))):
         expanded = (jnp.broadcast_to(operands[0], (6, 5)), jnp.broadcast_to(operands[1], (6,)))
-        # Not bit for bit: with one label for all rows XLA fuses what is left of the formula in another way.
+        # Not bit for bit: with one label for all rows XLA fuses the rest of the formula differently.
         results = (jax.jit(jax.vmap(loss, in_axes))(*operands), jax.jit(loss)(*expanded))
         assert_close((np.asarray(results[0]),), (np.asarray(results[1]),))
 
@@ -192,16 +204,15 @@ def test_vmap_over_class_vectors() -> None:
 
 @pytest.mark.parametrize("num_rows", [1, 3, 4, 5, 8, 9])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
-def test_blocks_do_not_matter(num_rows: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that are no multiple of the block, rows larger than a block, more than one dimension of them."""
+def test_blocks_do_not_matter(num_rows: int, dtype: str) -> None:
+    """Numbers of rows that are not a multiple of the block, rows larger than a block, two dimensions of rows."""
     generator = np.random.default_rng(num_rows)
     logits = jnp.asarray(generator.normal(size=(2, num_rows, 5))).astype(dtype)
     labels = generator.integers(5, size=(2, num_rows))
     where = generator.random((2, num_rows)) < 0.7
     whole = outcome(fused_loss, logits, labels, where=where, class_mask=MASK)
     for block_size in (1, 20, 35):
-        with monkeypatch.context() as patch:
-            patch.setattr(fused, "_BLOCK_SIZE", block_size)
+        with blocks_of(block_size):
             divided = outcome(fused_loss, logits, labels, where=where, class_mask=MASK)
         assert_close(divided, whole, 2.0**-52 if dtype == "float64" else 2.0**-23)
 
@@ -219,7 +230,7 @@ def test_small_losses_are_relatively_accurate() -> None:
 
 @each_call
 def test_only_logits_and_labels_are_kept(labels: Any, options: dict[str, Any]) -> None:
-    """Of arrays as large as the logits the backward pass has no others."""
+    """The backward pass keeps no other array as large as the logits."""
     logits = jnp.asarray(LOGITS)
     _, pullback = jax.vjp(lambda z: fused_loss(z, labels, **options), logits)
     kept = [np.asarray(leaf) for leaf in jax.tree.leaves(pullback) if np.size(leaf) >= logits.size]
@@ -230,13 +241,13 @@ def test_only_logits_and_labels_are_kept(labels: Any, options: dict[str, Any]) -
 
 
 def test_the_reference_keeps_more() -> None:
-    """So that the test above is known to be able to fail."""
+    """The test above can fail: the reference fails it."""
     _, pullback = jax.vjp(lambda z: reference_loss(z, LABELS), jnp.asarray(LOGITS))
     assert sum(np.size(leaf) >= LOGITS.size for leaf in jax.tree.leaves(pullback)) > 2
 
 
 def test_temporary_memory_is_that_of_a_block() -> None:
-    """On the CPU, where XLA writes out what it does not fuse: a few arrays of a block, of any number of rows."""
+    """On the CPU, where XLA writes out unfused arrays: a few arrays of one block, for any number of rows."""
     labels = jax.ShapeDtypeStruct((4096,), jnp.int32)
     logits = jax.ShapeDtypeStruct((4096, 1024), jnp.float32)
 
@@ -275,11 +286,11 @@ def test_smoothing_is_no_reason_to_trace_again() -> None:
 
     # Nor outside jit.
     fused_loss(LOGITS, LABELS, smoothing=0.1)
-    before = fused._peaks_and_sums._cache_size()
+    before = fused._compiled_peaks_and_sums._cache_size()
     for smoothing in (0.2, 0.3):
         jax.grad(lambda z, e=smoothing: fused_loss(z, LABELS, smoothing=e).sum())(jnp.asarray(LOGITS))
         fused_loss(LOGITS, LABELS, smoothing=smoothing)
-    assert fused._peaks_and_sums._cache_size() <= before + 1  # the gradient's own
+    assert fused._compiled_peaks_and_sums._cache_size() <= before + 1  # the gradient's own
 
 
 def test_within_other_transforms() -> None:
@@ -299,7 +310,7 @@ def test_within_other_transforms() -> None:
 
 
 def test_temporary_memory_of_other_dtypes_and_options() -> None:
-    """Nothing in float32 as large as the logits, which XLA for CPUs would make of bfloat16 ones."""
+    """No float32 array as large as the logits, which XLA for CPUs would make from bfloat16 logits."""
     labels, vector = jax.ShapeDtypeStruct((4096,), jnp.int32), np.ones(1024, np.float32)
     for dtype, options in (
         (jnp.bfloat16, {}),
@@ -325,7 +336,7 @@ def test_exported_with_any_number_of_rows() -> None:
 
 
 def test_logits_that_are_a_product() -> None:
-    """XLA would round the product in one use of the logits and not in another, where a loop fuses it into the loss."""
+    """If a loop fused the product into the loss, XLA would round it in some uses of the logits only."""
     values = jnp.array([1.7769346512604225, -0.6945933575499162, -1.180283911849588, -1.7838454781954174])
     factors, labels = jnp.array([1.2887231687245124, -0.13599423088681162]), jnp.array([0, 0, 1, 0])
 

@@ -1,6 +1,6 @@
-"""The linear loss of JAX: derivatives, transforms, chunks, and what is in memory.
+"""The linear loss of JAX: derivatives, transforms, chunks, memory.
 
-Its values are held against the truth in the parity tests; here against the reference, or in exact equality.
+The parity tests hold its values against the truth. These tests hold them against the reference, or in exact equality.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from lsce_jax import (
     LinearLabelSmoothedCrossEntropyLoss,
     chunked,
     label_smoothed_cross_entropy,
+    layer,
     linear_label_smoothed_cross_entropy,
     linear_label_smoothed_cross_entropy_with_stats,
 )
@@ -65,7 +66,7 @@ def without_chunks(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def outcome(loss: Callable[..., Any], *layer: Any, **options: Any) -> tuple[Any, ...]:
-    """Return losses and all gradients of a sum in which each loss has another factor."""
+    """Return the losses, and all gradients of their weighted sum."""
 
     def total(layer: Any) -> Any:
         hidden, weight, bias = layer
@@ -78,7 +79,7 @@ def outcome(loss: Callable[..., Any], *layer: Any, **options: Any) -> tuple[Any,
 
 
 def assert_close(ours: tuple, theirs: tuple, epsilon: float = EPSILON) -> None:
-    """Equal but for a few roundings of sums of at most some dozen terms of the size of the largest."""
+    """Allow a few roundings of a sum of some dozen terms, each at most as large as the largest value."""
     for one, other in zip(ours, theirs, strict=True):
         assert one.shape == other.shape
         assert one.dtype == other.dtype
@@ -131,7 +132,7 @@ def test_other_operands_are_differentiated(name: str, recompute: bool) -> None:
 
 
 def test_only_what_is_asked_for_is_computed() -> None:
-    """The gradient of hidden alone, or of the bias, is the same as among all, and takes none of the others along."""
+    """A gradient requested alone equals that among all, and no other gradient is computed with it."""
 
     def loss(hidden: Any, weight: Any, bias: Any) -> Any:
         return chunked_loss(hidden, weight, LABELS, bias=bias, reduction="mean")
@@ -139,7 +140,7 @@ def test_only_what_is_asked_for_is_computed() -> None:
     whole = jax.grad(loss, argnums=(0, 1, 2))(HIDDEN, WEIGHT, BIAS)
     for i in range(3):
         assert_close((np.asarray(jax.grad(loss, argnums=i)(HIDDEN, WEIGHT, BIAS)),), (np.asarray(whole[i]),))
-    # Of the three matrix products, the one for the weight's gradient is not there.
+    # Two matrix products: that of the weight's gradient is missing.
     compiled = jax.jit(jax.grad(loss)).lower(HIDDEN, WEIGHT, BIAS).compile()
     assert compiled.as_text().count(" dot(") == 2
 
@@ -182,8 +183,8 @@ def test_memory_is_that_of_a_chunk() -> None:
 
 
 def test_more_classes_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The weight's gradient is added up in tiles of classes, of which the last begins within the one before."""
-    monkeypatch.setattr(chunked, "_TILE", 2)
+    """The weight's gradient is added up in tiles of classes, of which the last overlaps the one before."""
+    monkeypatch.setattr(layer, "_TILE", 2)
     jax.clear_caches()
     theirs = outcome(reference_loss, HIDDEN, WEIGHT, BIAS, reduction="mean")
     for options in ({}, {"gradient_filter": 1e-300}):
@@ -192,7 +193,7 @@ def test_more_classes_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_gradient_filter() -> None:
-    """What is left out is bounded; a threshold that nothing is below leaves nothing out, smoothing included."""
+    """The error is bounded by the threshold; a threshold below every gradient gives the exact gradients."""
     hidden = 4 * HIDDEN
     for options in (OPTIONS["where"], OPTIONS["everything"]):
         exact = outcome(chunked_loss, hidden, WEIGHT, BIAS, **options)
@@ -208,7 +209,7 @@ def test_gradient_filter() -> None:
 
 
 def test_ignored_rows_are_free_of_nan() -> None:
-    """Whatever they hold; and in chunks without any row that counts nothing is computed."""
+    """Rows that do not count may hold NaN, in chunks with and without rows that count."""
     counted = np.arange(N) < 2
     hidden = np.where(counted[:, None], HIDDEN, np.nan)
     for options in ({"reduction": "mean"}, {"reduction": "mean", "recompute": True}, {}):
@@ -243,7 +244,7 @@ def test_shapes(shape: tuple[int, ...]) -> None:
 
 
 def test_vmap() -> None:
-    """Over rows, over layers, and of a gradient."""
+    """Of rows, of layers, and of a gradient."""
     losses = chunked_loss(HIDDEN, WEIGHT, LABELS)
     by_row = jax.vmap(lambda h, y: linear_label_smoothed_cross_entropy(h, WEIGHT, y))(HIDDEN, LABELS)
     assert_close((np.asarray(by_row),), (np.asarray(losses),))
@@ -280,7 +281,7 @@ def test_scan_over_microbatches_with_denominator() -> None:
 
 
 def test_tied_embedding() -> None:
-    """The weight is the embedding as well, and gets both gradients."""
+    """The weight is also the embedding, and gets the gradients of both uses."""
     table, tokens = jnp.asarray(WEIGHT.T), jnp.asarray(LABELS)
 
     def loss(table: Any, loss: Callable[..., Any]) -> Any:
@@ -318,7 +319,7 @@ def test_stats() -> None:
 
 
 def test_a_number_as_smoothing_keeps_its_accuracy_and_compiles_once() -> None:
-    """1 - 0.99999 in float32 is off by 0.1 %; another smoothing is no other program."""
+    """1 - 0.99999 in float32 is off by 0.1 %; a new smoothing does not compile a new program."""
     hidden, weight = HIDDEN.astype(np.float32), WEIGHT.astype(np.float32)
     chunked_loss(hidden, weight, LABELS, smoothing=0.5, convention="non_target", reduction="sum")
     compiled = chunked._with_gradients._cache_size()
@@ -339,7 +340,7 @@ def test_module_and_options() -> None:
 
 
 def test_one_feature_in_float64() -> None:
-    """A product of two numbers, which XLA would round in one use and not in another."""
+    """The logits are products of two numbers, which XLA might round in some uses only."""
     hidden = jnp.array([1.7769346512604225, -0.6945933575499162, -1.180283911849588, -1.7838454781954174])[:, None]
     weight, labels = jnp.array([[1.2887231687245124, -0.13599423088681162]]), jnp.array([0, 0, 1, 0])
     expected = np.asarray(reference_loss(hidden, weight, labels))
@@ -356,7 +357,7 @@ def test_ignored_rows_in_the_reference() -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_float16_is_scaled_in_time(reduction: str) -> None:
-    """A loss scale of 2^16 saves gradients that would be 0 in float16, also where they are computed with the loss."""
+    """A loss scale of 2^16 saves gradients that would be 0 in float16, even if they are computed with the loss."""
     classes = 20000
     hidden = jnp.asarray(GENERATOR.normal(size=(64, 16)), jnp.float16)
     weight = jnp.asarray(2 * GENERATOR.normal(size=(16, classes)), jnp.float16)
@@ -374,7 +375,7 @@ def test_float16_is_scaled_in_time(reduction: str) -> None:
 
 
 def test_rows_of_an_explicit_mesh() -> None:
-    """Rows that are divided over two devices, among them a number of them that the chunks do not divide."""
+    """Rows divided over two devices, also if their number is not a multiple of the chunk."""
     mesh = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Explicit,))
     hidden, weight, labels = np.linspace(-1, 1, 60).reshape(20, 3), np.eye(3, 5), np.arange(20) % 5
     for options in ({}, {"chunk_size": 4}, {"chunk_size": 6, "where": labels != 1}):
@@ -399,7 +400,7 @@ def test_rows_of_an_explicit_mesh() -> None:
 
 @pytest.mark.parametrize("name", ["where", "where_none", "everything", "recompute"])
 def test_rows_that_count_come_first_on_one_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tests have several devices; on one, chunks without a row that counts are not computed."""
+    """On a single device chunks without a row that counts are skipped. The tests have several, so they patch that."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     options = {**OPTIONS[name], "where": np.arange(N) == 5}
     for chunk_size in (1, 3):

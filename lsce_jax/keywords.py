@@ -1,0 +1,78 @@
+"""The options of the losses, stated once: name, type and default, for every function and module that takes them.
+
+A new option is one line here. The small classes exist for the order of the arguments: signatures list the options of
+the base classes first, from left to right. Modules take all options but `smoothing`, `where` and `denominator`.
+"""
+
+from typing import Annotated, TypedDict
+
+from jaxtyping import ArrayLike, Bool, Float
+
+from lsce_spec import Convention
+from lsce_spec.keywords import Default
+
+
+class _Bias(TypedDict, total=False):
+    bias: Annotated[Float[ArrayLike, " K"] | None, Default(None)]
+
+
+class _Smoothing(TypedDict, total=False):
+    smoothing: Annotated[float | Float[ArrayLike, "..."], Default(0.1)]
+
+
+class _Target(TypedDict, total=False):
+    convention: Annotated[str | Convention, Default("uniform")]
+    prior: Annotated[Float[ArrayLike, " K"] | None, Default(None)]
+
+
+class _Axis(TypedDict, total=False):
+    axis: Annotated[int, Default(-1)]
+
+
+class _Where(TypedDict, total=False):
+    where: Annotated[Bool[ArrayLike, "..."] | None, Default(None)]
+
+
+class _Rows(TypedDict, total=False):
+    ignore_index: Annotated[int | None, Default(None)]
+    class_weight: Annotated[Float[ArrayLike, " K"] | None, Default(None)]
+    class_mask: Annotated[Bool[ArrayLike, " K"] | None, Default(None)]
+    z_loss: Annotated[float, Default(0.0)]
+    softcap: Annotated[float | None, Default(None)]
+    subtract_entropy: Annotated[bool, Default(False)]
+    bad_labels: Annotated[str, Default("nan")]
+    reduction: Annotated[str, Default("none")]
+
+
+class _Denominator(TypedDict, total=False):
+    denominator: Annotated[float | Float[ArrayLike, ""] | None, Default(None)]
+
+
+class _Implementation(TypedDict, total=False):
+    implementation: Annotated[str | None, Default(None)]
+
+
+class _Chunks(TypedDict, total=False):
+    chunk_size: Annotated[int | None, Default(None)]
+    recompute: Annotated[bool | None, Default(None)]
+    gradient_filter: Annotated[float, Default(0.0)]
+
+
+class LossKeywords(_Smoothing, _Target, _Where, _Rows, _Denominator, _Implementation, total=False):
+    """The options that every loss takes."""
+
+
+class DenseLossKeywords(_Smoothing, _Target, _Axis, _Where, _Rows, _Denominator, _Implementation, total=False):
+    """The options of `label_smoothed_cross_entropy`."""
+
+
+class LinearLossKeywords(_Bias, LossKeywords, _Chunks, total=False):
+    """The options of `linear_label_smoothed_cross_entropy`."""
+
+
+class DenseModuleKeywords(_Target, _Axis, _Rows, _Implementation, total=False):
+    """The options of `LabelSmoothedCrossEntropyLoss` besides `smoothing`."""
+
+
+class LinearModuleKeywords(_Target, _Rows, _Implementation, _Chunks, total=False):
+    """The options of `LinearLabelSmoothedCrossEntropyLoss` besides `smoothing`."""

@@ -1,0 +1,130 @@
+r"""The linear layer before the loss: logits and gradients of one chunk of rows.
+
+The gradient with respect to a chunk's logits z = h W + b gives those with respect to h, W and b by two matrix products.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from lsce_jax.inputs import compute_dtype
+
+# Classes in a tile of the weight's gradient on the CPU, and in a tile of the classes that `gradient_filter` keeps.
+_TILE = 1024
+
+Gradients = dict[str, Array]
+
+
+class Layer(NamedTuple):
+    """The linear layer that makes the logits.
+
+    Args:
+        hidden: its input, in the dtype to multiply in.
+        weight: in any dtype; its gradient has the same.
+        bias: in any dtype, or None; its gradient has the same.
+    """
+
+    hidden: Float[Array, "*batch D"]
+    weight: Float[Array, "D K"]
+    bias: Float[Array, " K"] | None
+
+
+class Filter(NamedTuple):
+    """The operands of `add_large`: see there."""
+
+    threshold: float
+    off: Float[
+        Array, " n"
+    ]  # target away from the label, without its factor; 0 for bad labels and rows that do not count
+    factor: Float[Array, " K"]  # factor of `off` at each class; 0 outside the class mask
+
+
+def chunk_logits(layer: Layer) -> Float[Array, "n K"]:
+    """Return the logits in the compute dtype. The weight has the dtype of hidden."""
+    dtype = compute_dtype(layer.hidden)
+    logits = jnp.matmul(layer.hidden, layer.weight, preferred_element_type=dtype)
+    return logits if layer.bias is None else logits + layer.bias.astype(dtype)[None, :]
+
+
+def add_all(
+    gradients: Gradients, hidden: Float[Array, "n D"], weight: Float[Array, "D K"], of_logits: Float[Array, "n K"]
+) -> Gradients:
+    """Return the gradient of hidden and, if `gradients` has the weight's, its sum with that of this chunk."""
+    of_logits, dtype = of_logits.astype(hidden.dtype), of_logits.dtype
+    products = {"hidden": jnp.matmul(of_logits, weight.T, preferred_element_type=dtype)}
+    if "weight" in gradients:
+        products["weight"] = _add_product(gradients["weight"], hidden, of_logits)
+    return products
+
+
+def add_large(
+    gradients: Gradients,
+    hidden: Float[Array, "n D"],
+    weight: Float[Array, "D K"],
+    of_logits: Float[Array, "n K"],
+    kept: Filter,
+) -> Gradients:
+    """Return the result of `add_all` without the classes whose probability is negligible in every row.
+
+    Away from the label the gradient of a logit is S p_k - off w_k. The second term is a product of a number per row and
+    a number per class, and needs no matrix product: sum_k w_k W_k is the same for all rows, and the sum of off h over
+    all rows is added up as "off_hidden". Only the first term is left out where it is small.
+    """
+    off, factor, dtype, num_classes = kept.off, kept.factor, of_logits.dtype, weight.shape[1]
+    rest = of_logits + off[:, None] * factor[None, :]
+    is_large = ~(jnp.max(jnp.abs(rest), axis=0) <= kept.threshold)  # NaN is large
+    num_large = jnp.sum(is_large, dtype=jnp.int32)
+    classes = jnp.flatnonzero(is_large, size=-(-num_classes // _TILE) * _TILE, fill_value=0)
+    rest = rest.astype(hidden.dtype)
+
+    def step(j: Array, products: Gradients) -> Gradients:
+        of_tile = jax.lax.dynamic_slice_in_dim(classes, j * _TILE, _TILE)
+        tile = jnp.where((j * _TILE + jnp.arange(_TILE, dtype=j.dtype) < num_large)[None, :], rest[:, of_tile], 0)
+        products = dict(products)
+        products["hidden"] += jnp.matmul(tile, weight[:, of_tile].T, preferred_element_type=dtype)
+        if "weight" in products:
+            product = jnp.matmul(hidden.T, tile, preferred_element_type=dtype)
+            products["weight"] = products["weight"].at[:, of_tile].add(product)
+        return products
+
+    products = {"hidden": jnp.zeros(hidden.shape, dtype)}
+    if "weight" in gradients:
+        products["weight"] = gradients["weight"]
+    products = dict(jax.lax.fori_loop(0, -(-num_large // _TILE), step, products))
+    sum_of_weights = jnp.matmul(weight, factor.astype(weight.dtype), preferred_element_type=dtype)
+    products["hidden"] -= off[:, None] * sum_of_weights[None, :]
+    if "weight" in gradients:
+        products["off_hidden"] = gradients["off_hidden"] + jnp.sum(off[:, None] * hidden.astype(dtype), axis=0)
+    return products
+
+
+def _add_product(
+    total: Float[Array, "D K"], hidden: Float[Array, "n D"], of_logits: Float[Array, "n K"]
+) -> Float[Array, "D K"]:
+    """Return total + hidden.T @ of_logits."""
+
+    def whole(total: Array, hidden: Array, of_logits: Array) -> Array:
+        product: Array = jnp.matmul(hidden.T, of_logits, preferred_element_type=total.dtype)
+        return total + product
+
+    def in_tiles(total: Array, hidden: Array, of_logits: Array) -> Array:
+        """Add the product in place: XLA for CPUs would write out the whole product first."""
+        num_classes = total.shape[1]
+
+        def step(j: Array, total: Array) -> Array:
+            # A dynamic slice moves back a start that leaves too few classes: those of the tile before count as 0.
+            start = jnp.minimum(j * _TILE, num_classes - _TILE)
+            tile = jax.lax.dynamic_slice_in_dim(of_logits, start, _TILE, axis=1)
+            tile = jnp.where((start + jnp.arange(_TILE, dtype=start.dtype) >= j * _TILE)[None, :], tile, 0)
+            old = jax.lax.dynamic_slice_in_dim(total, start, _TILE, axis=1)
+            return jax.lax.dynamic_update_slice_in_dim(total, whole(old, hidden, tile), start, axis=1)
+
+        tiled: Array = jax.lax.fori_loop(0, -(-num_classes // _TILE), step, total)
+        return tiled
+
+    if total.shape[1] <= _TILE:
+        return whole(total, hidden, of_logits)
+    added: Array = jax.lax.platform_dependent(total, hidden, of_logits, cpu=in_tiles, default=whole)
+    return added
