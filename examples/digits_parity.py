@@ -5,7 +5,7 @@
 Same initial weights, same batches in the same order, same optimizer; the two losses are `lsce_jax` and `lsce_torch`.
 The question is whether the two *trainings* agree. The yardstick is the training itself, started one rounding step (ulp)
 away; `parity_tests.trainings.trajectory` explains the rule. The script prints the answer in one line and returns it as
-the exit code: 0 if the trainings agree, 1 if they do not, 2 for a bad option. A web page and a picture show the details.
+the exit code: 0 if the trainings agree, 1 if not, 2 for a bad option. A web page and a picture show the details.
 
 In this order: batches, the two networks, copying the weights, the two training loops, the replicas, the run, the
 command line. Plots and page are in digits_report.py.
