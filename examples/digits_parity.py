@@ -14,9 +14,9 @@ command line. Plots and page are in digits_report.py.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +110,7 @@ def carry_weights(source: FlaxNetwork, target: TorchNetwork) -> None:
 # --- The training, twice --------------------------------------------------------------------------------------------
 
 
+@cache
 def jax_loss(smoothing: float, convention: str) -> Callable[..., Float32[Array, ""]]:
     """Return the loss of logits and labels in JAX."""
     return partial(lsce_jax.label_smoothed_cross_entropy, smoothing=smoothing, convention=convention, reduction="mean")
@@ -120,6 +121,7 @@ def torch_loss(smoothing: float, convention: str) -> Callable[..., Float32[Tenso
     return lsce_torch.LabelSmoothedCrossEntropyLoss(label_smoothing=smoothing, convention=convention, reduction="mean")
 
 
+@cache  # JAX compiles again for another one, even if it is equal
 def jax_optimizer() -> optax.GradientTransformation:
     """Return AdamW of Optax."""
     return common_jax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
@@ -137,8 +139,7 @@ class JaxTraining:
         """Set up loss and optimizer for a network."""
         self.network = network
         self.optimizer = nnx.Optimizer(network, jax_optimizer(), wrt=nnx.Param)
-        self.train_step = nnx.jit(jax_train_step(jax_loss(smoothing, convention)))
-        self.forward = nnx.jit(lambda network, images: network(images))
+        self.train_step = compiled_train_step(jax_loss(smoothing, convention))
 
     def step(self, images: Float32[np.ndarray, "N 64"], labels: Int32[np.ndarray, " N"]) -> float:
         """Train on one batch and return its loss."""
@@ -146,7 +147,13 @@ class JaxTraining:
 
     def probabilities(self, images: Float32[np.ndarray, "N 64"]) -> Float32[np.ndarray, "N 10"]:
         """Return the probabilities of the classes."""
-        return np.asarray(jax.nn.softmax(self.forward(self.network, jnp.asarray(images)), axis=-1))
+        return np.asarray(jax_probabilities(self.network, jnp.asarray(images)))
+
+
+@nnx.jit
+def jax_probabilities(network: FlaxNetwork, images: Float32[Array, "N 64"]) -> Float32[Array, "N 10"]:
+    """Return the probabilities of the classes."""
+    return jax.nn.softmax(network(images), axis=-1)
 
 
 def jax_train_step(loss_fn: Callable[..., Float32[Array, ""]]) -> Callable[..., Float32[Array, ""]]:
@@ -163,6 +170,12 @@ def jax_train_step(loss_fn: Callable[..., Float32[Array, ""]]) -> Callable[..., 
         return loss
 
     return train_step
+
+
+@cache
+def compiled_train_step(loss_fn: Callable[..., Float32[Array, ""]]) -> Callable[..., Float32[Array, ""]]:
+    """Return the step of training, compiled once for each loss."""
+    return nnx.jit(jax_train_step(loss_fn))
 
 
 class TorchTraining:
@@ -208,14 +221,7 @@ class OneUlpReplicas:
             return state
 
         self.states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[start() for _ in range(REPLICAS)])
-        train_step = jax_train_step(jax_loss(smoothing, convention))
-
-        def train_replica(state: nnx.State, batches: tuple[Array, Array]) -> tuple[nnx.State, Float32[Array, ""]]:
-            network, optimizer = nnx.merge(self.graph, state)
-            loss = train_step(network, optimizer, *batches)
-            return nnx.state((network, optimizer)), loss
-
-        self.train_epoch = jax.jit(jax.vmap(partial(jax.lax.scan, train_replica), in_axes=(0, None)))
+        self.train_epoch = compiled_replicas(jax_loss(smoothing, convention), self.graph)
 
     def epoch(
         self, images: Float32[np.ndarray, "steps N 64"], labels: Int32[np.ndarray, "steps N"]
@@ -223,6 +229,19 @@ class OneUlpReplicas:
         """Train all replicas on the batches of one epoch and return their losses."""
         self.states, losses = self.train_epoch(self.states, (jnp.asarray(images), jnp.asarray(labels)))
         return np.asarray(losses, np.float64)
+
+
+@cache
+def compiled_replicas(loss_fn: Callable[..., Float32[Array, ""]], graph: nnx.GraphDef) -> Callable[..., Any]:
+    """Return an epoch of all replicas, compiled once for each loss."""
+    train_step = jax_train_step(loss_fn)
+
+    def train_replica(state: nnx.State, batches: tuple[Array, Array]) -> tuple[nnx.State, Float32[Array, ""]]:
+        network, optimizer = nnx.merge(graph, state)
+        loss = train_step(network, optimizer, *batches)
+        return nnx.state((network, optimizer)), loss
+
+    return jax.jit(jax.vmap(partial(jax.lax.scan, train_replica), in_axes=(0, None)))
 
 
 def one_ulp_away(weight: Float32[Array, "..."], random: np.random.Generator) -> Float32[Array, "..."]:

@@ -85,7 +85,14 @@ PAIRS = {
         32,
     ),
     "mixup": Pair(
-        jax_mixup, torch_mixup, mixup_common, ["--epochs", "2"], (["--epochs", "0"], "'--epochs': "), DENSE, 30
+        jax_mixup,
+        torch_mixup,
+        mixup_common,
+        ["--epochs", "2"],
+        (["--epochs", "0"], "'--epochs': "),
+        DENSE,
+        30,
+        trainings=6,
     ),
     "sequence": Pair(
         jax_sequence,
@@ -95,7 +102,7 @@ PAIRS = {
         (["--microbatches", "3"], "'--microbatches': 64 sentences do not divide into 3: take a power of 2 up to 64."),
         DENSE,
         64 * 40,
-        3,
+        trainings=3,
     ),
     "schedule": Pair(
         jax_schedule,
@@ -105,7 +112,7 @@ PAIRS = {
         (["--repeats", "0"], "'--repeats': "),
         DENSE,
         32,
-        3,
+        trainings=3,
     ),
     "distillation": Pair(
         jax_distillation,
@@ -115,7 +122,7 @@ PAIRS = {
         (["--rows", "63"], "'--rows': "),
         DENSE,
         64,
-        11,
+        trainings=11,
     ),
     "lm": Pair(
         jax_lm,
