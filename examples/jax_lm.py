@@ -11,7 +11,9 @@ perplexity of documents that the model has not seen, beside that of a model that
 
 The script prints two tables, draws a plot and writes the losses of all steps. Text, tables and plot are in
 lm_common.py. The same in torch: torch_lm.py, from the same weights on the same batches. The losses of the two differ by
-rounding: LMDIFF
+rounding, which this training amplifies: by 1e-6 up to step 32, by 1e-4 at step 128 and by 0.02 at step 256, where the
+perplexities are 490 and 497. JAX runs whose starting weights are moved by one rounding step differ from the first one
+by up to 0.02, too, with perplexities of 491 to 495.
 """
 
 from collections.abc import Callable
