@@ -3,21 +3,20 @@
     python -m examples.digits_parity --epochs 30 --smoothing 0.1
 
 Same initial weights, same batches in the same order, same optimizer; the two losses are `lsce_jax` and `lsce_torch`.
-The question is whether the two *trainings* agree. The yardstick is the training itself, started one ulp away
-(`parity_tests.trainings.trajectory` has the rule and its reasons). The answer is one line, and the exit code: 0 if they
-agree, 1 if they do not, 2 for a bad option. Everything that was seen on the way goes to a web page and a picture.
+The question is whether the two *trainings* agree. The yardstick is the training itself, started one rounding step (ulp)
+away; `parity_tests.trainings.trajectory` explains the rule. The script prints the answer in one line and returns it as
+the exit code: 0 if the trainings agree, 1 if not, 2 for a bad option. A web page and a picture show the details.
 
-Read on from here to the end: data, the two networks, the weights carried across, the two training loops, the
-replicas, the run, the command line. Plots and page are in `digits_report.py`.
+In this order: batches, the two networks, copying the weights, the two training loops, the replicas, the run, the
+command line. Plots and page are in digits_report.py.
 """
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, NamedTuple, TypeVar
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -29,61 +28,37 @@ from flax import nnx
 from jaxtyping import Array, Float32, Float64, Int32, Int64
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import lsce_jax
 import lsce_torch
-from examples import digits_report
+from examples import common_jax, common_torch, digits_report
+from examples.common import (
+    CLASSES,
+    PIXELS,
+    Digits,
+    Smoothing,
+    checked,
+    made_folder,
+    new_app,
+    print_written,
+    read_digits,
+)
 from examples.digits_report import EpochSummary, Run, expected_calibration_error
-from lsce_spec import check_smoothing, find_convention
+from lsce_spec import find_convention
 from parity_tests.trainings.trajectory import compare_trajectories, rounding_floor
 
-PIXELS, HIDDEN, CLASSES = 64, 128, 10
+HIDDEN = 128
 BATCH_SIZE = 32
 REPLICAS = 16
-
-# AdamW is the same formula in Optax and in torch: bias-corrected moments, epsilon outside the square root, weight
-# decay apart from the gradient and times the learning rate. With the usual decimals the two round its *constants*
-# differently, though, and a constant that is off pulls every weight the same way at every step:
-# - Optax takes 1 - beta**t in float32; for 0.999 that is 1.3e-5 off (relative).
-# - Optax weighs the first moment by float32(0.9) and float32(0.1), whose sum is not 1; torch interpolates.
-# - torch multiplies the weights by float32(1 - learning_rate * weight_decay); for 2e-3 and 1e-2 that is 0.14 % too
-#   much decay.
-# Float32 holds the numbers below exactly, their differences from 1 and the product of the last and the first too.
-# What is left is rounding.
-LEARNING_RATE = 2.0**-8
-BETA1, BETA2 = 1 - 2.0**-3, 1 - 2.0**-6
-EPSILON = 2.0**-27
-WEIGHT_DECAY = 2.0**-7
+LEARNING_RATE, WEIGHT_DECAY = 2.0**-8, 2.0**-7
 
 
 # --- Data -----------------------------------------------------------------------------------------------------------
 
 
-class Digits(NamedTuple):
-    """The 1797 digits that ship with scikit-learn (UCI, 8 x 8 pixels), pixels from 0 to 1."""
-
-    train_images: Float32[np.ndarray, "train 64"]
-    train_labels: Int32[np.ndarray, " train"]
-    test_images: Float32[np.ndarray, "test 64"]
-    test_labels: Int32[np.ndarray, " test"]
-
-
-def read_digits(seed: int) -> Digits:
-    """Return the digits, two thirds of each class to train on and one third to test on."""
-    digits = load_digits()
-    images = (digits.data / 16).astype(np.float32)
-    labels = digits.target.astype(np.int32)
-    train_images, test_images, train_labels, test_labels = train_test_split(
-        images, labels, test_size=1 / 3, stratify=labels, random_state=seed
-    )
-    return Digits(train_images, train_labels, test_images, test_labels)
-
-
 def batch_order(rows: int, epochs: int, seed: int) -> Int64[np.ndarray, "epochs batches batch"]:
-    """Return which rows each batch of each epoch holds; what does not fill a batch is left out of that epoch."""
+    """Return the rows of each batch of each epoch. Rows that fill no batch are left out of that epoch."""
     random = np.random.default_rng(seed)
     batches = rows // BATCH_SIZE
     shuffled = np.stack([random.permutation(rows) for _ in range(epochs)])
@@ -91,8 +66,6 @@ def batch_order(rows: int, epochs: int, seed: int) -> Int64[np.ndarray, "epochs 
 
 
 # --- The network, twice ---------------------------------------------------------------------------------------------
-# SiLU is smooth. At the kink of a ReLU one ulp can choose another slope, and then two faithful trainings part by far
-# more than their roundings.
 
 
 class FlaxNetwork(nnx.Module):
@@ -112,7 +85,7 @@ class TorchNetwork(nn.Module):
     """Pixels to logits, one hidden layer."""
 
     def __init__(self) -> None:
-        """Draw initial weights, which `carry_weights` then replaces."""
+        """Make the layers; `carry_weights` replaces their weights."""
         super().__init__()
         self.hidden = nn.Linear(PIXELS, HIDDEN)
         self.output = nn.Linear(HIDDEN, CLASSES)
@@ -137,6 +110,7 @@ def carry_weights(source: FlaxNetwork, target: TorchNetwork) -> None:
 # --- The training, twice --------------------------------------------------------------------------------------------
 
 
+@cache
 def jax_loss(smoothing: float, convention: str) -> Callable[..., Float32[Array, ""]]:
     """Return the loss of logits and labels in JAX."""
     return partial(lsce_jax.label_smoothed_cross_entropy, smoothing=smoothing, convention=convention, reduction="mean")
@@ -147,16 +121,15 @@ def torch_loss(smoothing: float, convention: str) -> Callable[..., Float32[Tenso
     return lsce_torch.LabelSmoothedCrossEntropyLoss(label_smoothing=smoothing, convention=convention, reduction="mean")
 
 
+@cache  # JAX compiles again for another one, even if it is equal
 def jax_optimizer() -> optax.GradientTransformation:
     """Return AdamW of Optax."""
-    return optax.adamw(LEARNING_RATE, b1=BETA1, b2=BETA2, eps=EPSILON, weight_decay=WEIGHT_DECAY)
+    return common_jax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
 
 def torch_optimizer(network: nn.Module) -> torch.optim.Optimizer:
     """Return AdamW of torch."""
-    return torch.optim.AdamW(
-        network.parameters(), lr=LEARNING_RATE, betas=(BETA1, BETA2), eps=EPSILON, weight_decay=WEIGHT_DECAY
-    )
+    return common_torch.adamw(network.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
 
 class JaxTraining:
@@ -166,16 +139,21 @@ class JaxTraining:
         """Set up loss and optimizer for a network."""
         self.network = network
         self.optimizer = nnx.Optimizer(network, jax_optimizer(), wrt=nnx.Param)
-        self.train_step = nnx.jit(jax_train_step(jax_loss(smoothing, convention)))
-        self.forward = nnx.jit(lambda network, images: network(images))
+        self.train_step = compiled_train_step(jax_loss(smoothing, convention))
 
     def step(self, images: Float32[np.ndarray, "N 64"], labels: Int32[np.ndarray, " N"]) -> float:
         """Train on one batch and return its loss."""
         return float(self.train_step(self.network, self.optimizer, jnp.asarray(images), jnp.asarray(labels)))
 
     def probabilities(self, images: Float32[np.ndarray, "N 64"]) -> Float32[np.ndarray, "N 10"]:
-        """Return what the network believes."""
-        return np.asarray(jax.nn.softmax(self.forward(self.network, jnp.asarray(images)), axis=-1))
+        """Return the probabilities of the classes."""
+        return np.asarray(jax_probabilities(self.network, jnp.asarray(images)))
+
+
+@nnx.jit
+def jax_probabilities(network: FlaxNetwork, images: Float32[Array, "N 64"]) -> Float32[Array, "N 10"]:
+    """Return the probabilities of the classes."""
+    return jax.nn.softmax(network(images), axis=-1)
 
 
 def jax_train_step(loss_fn: Callable[..., Float32[Array, ""]]) -> Callable[..., Float32[Array, ""]]:
@@ -192,6 +170,12 @@ def jax_train_step(loss_fn: Callable[..., Float32[Array, ""]]) -> Callable[..., 
         return loss
 
     return train_step
+
+
+@cache
+def compiled_train_step(loss_fn: Callable[..., Float32[Array, ""]]) -> Callable[..., Float32[Array, ""]]:
+    """Return the step of training, compiled once for each loss."""
+    return nnx.jit(jax_train_step(loss_fn))
 
 
 class TorchTraining:
@@ -213,7 +197,7 @@ class TorchTraining:
 
     @torch.no_grad()
     def probabilities(self, images: Float32[np.ndarray, "N 64"]) -> Float32[np.ndarray, "N 10"]:
-        """Return what the network believes."""
+        """Return the probabilities of the classes."""
         return torch.softmax(self.network(torch.from_numpy(images)), dim=-1).numpy()
 
 
@@ -223,7 +207,7 @@ class TorchTraining:
 class OneUlpReplicas:
     """The training in JAX, several times at once, each with its initial weights moved up or down by one ulp.
 
-    torch needs no replicas of its own: how far one ulp carries is a matter of the training, not of who computes it.
+    torch needs no replicas of its own: how far one ulp carries depends on the training, not on the framework.
     """
 
     def __init__(self, network: FlaxNetwork, smoothing: float, convention: str, seed: int) -> None:
@@ -237,14 +221,7 @@ class OneUlpReplicas:
             return state
 
         self.states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[start() for _ in range(REPLICAS)])
-        train_step = jax_train_step(jax_loss(smoothing, convention))
-
-        def train_replica(state: nnx.State, batches: tuple[Array, Array]) -> tuple[nnx.State, Float32[Array, ""]]:
-            network, optimizer = nnx.merge(self.graph, state)
-            loss = train_step(network, optimizer, *batches)
-            return nnx.state((network, optimizer)), loss
-
-        self.train_epoch = jax.jit(jax.vmap(partial(jax.lax.scan, train_replica), in_axes=(0, None)))
+        self.train_epoch = compiled_replicas(jax_loss(smoothing, convention), self.graph)
 
     def epoch(
         self, images: Float32[np.ndarray, "steps N 64"], labels: Int32[np.ndarray, "steps N"]
@@ -252,6 +229,19 @@ class OneUlpReplicas:
         """Train all replicas on the batches of one epoch and return their losses."""
         self.states, losses = self.train_epoch(self.states, (jnp.asarray(images), jnp.asarray(labels)))
         return np.asarray(losses, np.float64)
+
+
+@cache
+def compiled_replicas(loss_fn: Callable[..., Float32[Array, ""]], graph: nnx.GraphDef) -> Callable[..., Any]:
+    """Return an epoch of all replicas, compiled once for each loss."""
+    train_step = jax_train_step(loss_fn)
+
+    def train_replica(state: nnx.State, batches: tuple[Array, Array]) -> tuple[nnx.State, Float32[Array, ""]]:
+        network, optimizer = nnx.merge(graph, state)
+        loss = train_step(network, optimizer, *batches)
+        return nnx.state((network, optimizer)), loss
+
+    return jax.jit(jax.vmap(partial(jax.lax.scan, train_replica), in_axes=(0, None)))
 
 
 def one_ulp_away(weight: Float32[Array, "..."], random: np.random.Generator) -> Float32[Array, "..."]:
@@ -332,9 +322,9 @@ def summarize_epoch(
 
 @contextmanager
 def on_the_cpu() -> Iterator[None]:
-    """Keep both frameworks on the CPU, also where there is a GPU, and torch on one thread.
+    """Keep both frameworks on the CPU, even with a GPU present, and torch on one thread.
 
-    More threads gain nothing on matrices this small, and lose a lot where other programs want the cores as well.
+    More threads gain nothing on matrices this small, and lose a lot where other programs use the cores as well.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -346,7 +336,7 @@ def on_the_cpu() -> Iterator[None]:
 
 
 def run(options: Options, console: Console) -> list[Run]:
-    """Train with smoothing 0, and with the smoothing asked for if that is another; show progress meanwhile."""
+    """Train with smoothing 0 and, if it is another, with the given smoothing; show a progress bar."""
     digits = read_digits(options.seed)
     smoothings = sorted({0.0, options.smoothing})
     steps = options.epochs * (len(digits.train_labels) // BATCH_SIZE)
@@ -371,63 +361,36 @@ def run(options: Options, console: Console) -> list[Run]:
 
 # --- The command line -----------------------------------------------------------------------------------------------
 
-Value = TypeVar("Value")
-
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = new_app()
 
 
-def _checked_smoothing(smoothing: float) -> float:
-    return _checked(check_smoothing, smoothing)
-
-
-def _checked_convention(convention: str) -> str:
-    return _checked(find_convention, convention)
-
-
-def _checked(check: Callable[[Value], object], value: Value) -> Value:
-    """Turn the error of a check of the library into one of the command line."""
-    try:
-        check(value)
-    except ValueError as problem:
-        raise typer.BadParameter(str(problem)) from None
-    return value
-
-
-def _make_writable(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise typer.BadParameter(f"must be a folder, and {folder} is none.", param_hint="'--output'")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as problem:
-        reason = problem.strerror or str(problem)
-        raise typer.BadParameter(f"cannot write to the folder {folder}: {reason}.", param_hint="'--output'") from None
+def checked_convention(convention: str) -> str:
+    """Return the convention if its name is known."""
+    return checked(find_convention, convention)
 
 
 @app.command()
 def main(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 30,
-    smoothing: Annotated[float, typer.Option(callback=_checked_smoothing, help="Label smoothing, from 0 to 1.")] = 0.1,
+    smoothing: Smoothing = 0.1,
     convention: Annotated[
         str,
-        typer.Option(callback=_checked_convention, help="Where it goes: uniform, non_target or clamp."),
+        typer.Option(callback=checked_convention, help="Where the smoothing goes: uniform, non_target or clamp."),
     ] = "uniform",
     output: Annotated[Path, typer.Option(help="Folder for the web page and the picture.")] = Path("out/digits_parity"),
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of weights, split, batches and replicas.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of weights, split, batches and replicas.")] = 0,
 ) -> None:
-    """Train one network on handwritten digits in JAX and in torch, and tell whether the two trainings agree.
+    """Train one network on handwritten digits in JAX and in torch, and print whether the two trainings agree.
 
     Exit code 0: they agree. 1: they do not. 2: bad option.
     """
-    _make_writable(output)
+    made_folder(output)  # here and not as a callback: a superfluous argument is noticed after the callbacks
     console = Console()
     options = Options(epochs, smoothing, convention, seed)
     runs = run(options, console)
     digits_report.print_tables(runs, console)
     paths = digits_report.write(runs, vars(options), output)
-    for path in paths:
-        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    print_written(console, *paths)
     console.print(digits_report.verdict_line(runs), soft_wrap=True, highlight=False)
     if not all(result.verdict.agrees for result in runs):
         raise typer.Exit(code=1)

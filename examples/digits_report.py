@@ -42,7 +42,7 @@ class EpochSummary(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """One training in both frameworks, finished.
+    """A finished training in both frameworks.
 
     Args:
         smoothing: the smoothing of its loss.
@@ -69,7 +69,7 @@ class Run:
 
     @property
     def calibration(self) -> str:
-        """Whether the network (JAX) claims more or less than it holds."""
+        """Whether the network (JAX) is over- or underconfident."""
         gap = self.confidence - self.epochs[-1].jax_accuracy
         if np.isnan(gap):
             return "no longer a number"
@@ -107,8 +107,8 @@ def confidence_bins(probabilities: Probabilities, labels: Labels, bins: int = BI
 def expected_calibration_error(probabilities: Probabilities, labels: Labels, bins: int = BINS) -> float:
     """Return the expected calibration error (ECE): sum over bins of (share of predictions) |accuracy - confidence|.
 
-    Predictions are sorted by the probability of the predicted class into 15 bins of equal width; 0 means that of the
-    predictions made with confidence c a fraction c is right. With the roughly 600 test images here most bins hold a
+    Predictions are sorted by the probability of the predicted class into 15 bins of equal width; 0 means that a
+    fraction c of the predictions with confidence c is right. With the roughly 600 test images here most bins hold a
     handful of predictions, so the ECE of a perfectly calibrated network would still be around 0.01. NaN if a
     probability is NaN.
 
@@ -150,7 +150,7 @@ def verdict_line(runs: list[Run]) -> str:
 
 
 def _blind(runs: list[Run]) -> str:
-    """Say from where on agreement means little, since one ulp changes the training visibly."""
+    """Return a clause on the step after which one ulp changes the training visibly, so that agreement means little."""
     parts = [
         f"{run.verdict.blind_from} (smoothing {run.smoothing:g})" for run in runs if run.verdict.blind_from is not None
     ]
@@ -171,7 +171,7 @@ def epoch_rows(run: Run) -> list[tuple[str, ...]]:
 
 
 def run_rows(runs: list[Run]) -> list[tuple[str, ...]]:
-    """Return the cells of the table that compares the trainings; what both frameworks have is that of JAX."""
+    """Return the cells of the table that compares the trainings; figures that both frameworks have are those of JAX."""
     return [
         (
             f"{run.smoothing:g}",
@@ -188,7 +188,7 @@ def run_rows(runs: list[Run]) -> list[tuple[str, ...]]:
 
 
 def calibration_sentences(runs: list[Run]) -> list[str]:
-    """Return what the numbers say about calibration, whatever they say."""
+    """Return sentences on calibration, made from the numbers."""
     sentences = [
         f"Smoothing {run.smoothing:g}: mean confidence {run.confidence:.3f}, accuracy "
         f"{run.epochs[-1].jax_accuracy:.3f}: {run.calibration}, ECE {run.epochs[-1].jax_calibration_error:.3f}."
@@ -240,7 +240,7 @@ def _table(title: str, headings: tuple[str, ...], rows: list[tuple[str, ...]]) -
 
 
 def draw_losses(axes: Axes, run: Run) -> None:
-    """Draw the loss of each step of both frameworks, one on top of the other."""
+    """Draw the loss of each step, torch on top of JAX."""
     axes.plot(run.jax_losses, color=JAX_COLOUR, linewidth=5, label="JAX")
     axes.plot(run.torch_losses, color=TORCH_COLOUR, linewidth=1.2, linestyle=(0, (4, 3)), label="torch")
     axes.set(title=f"Training loss, smoothing {run.smoothing:g}", xlabel="step", ylabel="loss", ylim=(0, None))
@@ -248,7 +248,7 @@ def draw_losses(axes: Axes, run: Run) -> None:
 
 
 def draw_difference(axes: Axes, run: Run) -> None:
-    """Draw the difference of each step, and what rounding explains of it."""
+    """Draw the difference of each step, and the difference that rounding explains."""
     verdict = run.verdict
     steps = np.arange(len(verdict.difference))
     # A difference of exactly 0 has no place on a logarithmic axis: such steps are left out.
@@ -257,7 +257,7 @@ def draw_difference(axes: Axes, run: Run) -> None:
     axes.plot(steps, verdict.envelope, color=JAX_COLOUR, linewidth=3, label="envelope of replicas")
     axes.plot(steps[shown], verdict.difference[shown], ".", color=TORCH_COLOUR, markersize=3, label="|JAX - torch|")
     axes.set(title=f"Difference, smoothing {run.smoothing:g}", xlabel="step", ylabel="loss")
-    # A loss that is 0 throughout leaves a logarithmic axis nothing to show.
+    # If the loss is 0 throughout, a logarithmic axis has nothing to show.
     if np.any(verdict.allowed > 0):
         axes.set_yscale("log")
         low, high = axes.get_ylim()
@@ -266,14 +266,14 @@ def draw_difference(axes: Axes, run: Run) -> None:
 
 
 def draw_reliability(axes: Axes, run: Run) -> None:
-    """Draw how often predictions of a given confidence are right (JAX), and how many there are of each."""
+    """Draw the accuracy of predictions by their confidence (JAX), and the share of predictions of each confidence."""
     count, confidence, right = confidence_bins(run.jax_probabilities, run.test_labels)
     filled = count > 0
     edges = np.arange(BINS) / BINS
     share = count / max(count.sum(), 1)
     axes.bar(edges, share, 1 / BINS, align="edge", color=LIGHT, label="share of predictions")
     axes.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="calibrated")
-    # The area of a dot is the share of predictions behind it, so that the noise of a few does not catch the eye.
+    # The area of a dot is its share of predictions, so that the noise of a few does not catch the eye.
     area = 20 + 150 * share[filled]
     axes.plot(confidence[filled], right[filled], color=TORCH_COLOUR, linewidth=0.8, alpha=0.6)
     axes.scatter(confidence[filled], right[filled], area, color=TORCH_COLOUR, label="accuracy", clip_on=False)
@@ -302,7 +302,7 @@ def combined_figure(runs: list[Run]) -> Figure:
 
 
 def single_figure(draw: Callable[[Axes, Run], None], run: Run) -> Figure:
-    """Return one plot, with letters that stay legible on a phone."""
+    """Return one plot, with text that is legible on a phone."""
     figure = Figure(figsize=(5.4, 4), layout="constrained")
     axes = figure.subplots()
     draw(axes, run)
@@ -337,7 +337,7 @@ def write(runs: list[Run], options: Mapping[str, object], folder: Path) -> list[
 
 
 def render(runs: list[Run], options: Mapping[str, object]) -> str:
-    """Return the web page, images and all."""
+    """Return the web page with its images."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -1,4 +1,4 @@
-"""The trainings of `digits_parity` for `lsce-parity trajectory`, which holds them against each other step by step.
+"""The trainings of `digits_parity` for `lsce-parity trajectory`, which compares them step by step.
 
     lsce-parity trajectory jax:examples.digits_steps:JaxSteps torch:examples.digits_steps:TorchSteps
 

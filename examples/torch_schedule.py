@@ -5,92 +5,55 @@
 Constant smoothing makes more predictions right and all of them too modest: nll and calibration error rise. Annealed
 to 0 it keeps part of the gain for a small part of the cost, and has the lowest nll of the three.
 
-Any function of the step will do. The compiled part gets the smoothing as a tensor, so its changes compile nothing
-again: it is compiled once for all schedules. (A Python float is compiled in as a constant, again when it first changes,
-and once more if it comes to 0 after that.) The smoothing has its place beside the learning rate, in the optimizer's
-parameter groups: there loggers look, checkpoints keep it, and a loop without a schedule can set it.
+Any function of the step will do. The compiled part gets the smoothing as a tensor, so that a change does not compile it
+again: it is compiled once for all schedules. (A Python float is compiled in as a constant, compiled again when it first
+changes, and once more if it becomes 0 after that.) The smoothing is kept beside the learning rate, in the optimizer's
+parameter groups: loggers look there, checkpoints keep it, and a loop without a schedule can set it.
 
-What comes out: a table with means over the repeats, how often the step was compiled, and in the output folder a plot.
-The same in JAX: jax_schedule.py.
+The script prints a table with means over the repeats and the number of compilations, and draws a plot. Table and plot
+are in schedule_common.py. The same in JAX: jax_schedule.py, from the same weights on the same batches; the two tables
+differ by rounding only.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NamedTuple
 
-import numpy as np
 import torch
-import typer
-from jaxtyping import Float32, Int32
-from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from torch import Tensor, nn
+from jaxtyping import Float32
+from torch import Tensor
 from torch._dynamo.utils import counters
-from torchmetrics import MetricCollection
 
-from lsce_spec import check_smoothing
-from lsce_torch import label_smoothed_cross_entropy, label_smoothed_cross_entropy_with_stats
-from lsce_torch.metrics import Accuracy, CalibrationError, MeanNLL
+from examples import common_torch
+from examples.common import PlotFolder, batch_rows, new_app, read_digits
+from examples.common_torch import Network, evaluate
+from examples.schedule_common import (
+    BATCH_SIZE,
+    Epochs,
+    Options,
+    Repeats,
+    Run,
+    Seed,
+    StartSmoothing,
+    compare,
+    count_steps,
+)
+from lsce_torch import label_smoothed_cross_entropy
 
-PIXELS, HIDDEN, CLASSES = 64, 128, 10
-BATCH_SIZE = 32
-LEARNING_RATE = 4e-3
+HIDDEN = (128,)
+LEARNING_RATE = 2.0**-8
 
-METRICS = ("accuracy", "nll", "calibration_error")
-
+Optimizer = torch.optim.Optimizer
 Schedule = Callable[[int], float]
-Metrics = dict[str, float]
 
 
-# --- Data -----------------------------------------------------------------------------------------------------------
-
-
-class Digits(NamedTuple):
-    """The 1797 digits that ship with scikit-learn (UCI, 8 x 8 pixels), pixels from 0 to 1."""
-
-    train_images: Float32[np.ndarray, "train 64"]
-    test_images: Float32[np.ndarray, "test 64"]
-    train_labels: Int32[np.ndarray, " train"]
-    test_labels: Int32[np.ndarray, " test"]
-
-
-def read_digits(seed: int) -> Digits:
-    """Return the digits, two thirds of each class to train on and one third to test on."""
-    digits = load_digits()
-    images, labels = (digits.data / 16).astype(np.float32), digits.target.astype(np.int32)
-    return Digits(*train_test_split(images, labels, test_size=1 / 3, stratify=labels, random_state=seed))
-
-
-def batch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
-    """Return which rows each batch of an epoch holds; what does not fill a batch is left out of that epoch."""
-    order = np.random.default_rng([seed, epoch]).permutation(rows)
-    return order[: rows // BATCH_SIZE * BATCH_SIZE].reshape(-1, BATCH_SIZE)
-
-
-# --- Network and optimizer ------------------------------------------------------------------------------------------
-
-
-class Network(nn.Module):
-    """Pixels to logits, one hidden layer."""
-
-    def __init__(self) -> None:
-        """Draw the initial weights."""
-        super().__init__()
-        self.hidden = nn.Linear(PIXELS, HIDDEN)
-        self.output = nn.Linear(HIDDEN, CLASSES)
-
-    def forward(self, images: Float32[Tensor, "N 64"]) -> Float32[Tensor, "N 10"]:
-        """Return the logits."""
-        return self.output(nn.functional.silu(self.hidden(images)))
-
-
-def adam(network: Network, learning_rate: float, smoothing: float) -> torch.optim.Adam:
+def adam(network: Network, learning_rate: float, smoothing: float) -> Optimizer:
     """Return Adam. The smoothing is for the loss; the parameter group only keeps it beside the learning rate."""
-    return torch.optim.Adam([{"params": network.parameters(), "smoothing": smoothing}], lr=learning_rate)
+    return common_torch.adam([{"params": network.parameters(), "smoothing": smoothing}], lr=learning_rate)
+
+
+def make_optimizer(network: Network) -> Optimizer:
+    """Return Adam, with a place for the smoothing."""
+    return adam(network, LEARNING_RATE, smoothing=0.0)
 
 
 def make_schedules(smoothing: float, steps: int) -> dict[str, Schedule]:
@@ -104,9 +67,6 @@ def make_schedules(smoothing: float, steps: int) -> dict[str, Schedule]:
     }
 
 
-# --- Training -------------------------------------------------------------------------------------------------------
-
-
 # The backend: "aot_eager" needs no C++ compiler, and saves no time either. The fast one is the default, "inductor".
 @torch.compile(fullgraph=True, backend="aot_eager")
 def loss_fn(network: Network, images: Tensor, labels: Tensor, smoothing: Tensor) -> Float32[Tensor, ""]:
@@ -115,146 +75,60 @@ def loss_fn(network: Network, images: Tensor, labels: Tensor, smoothing: Tensor)
 
 
 def train_step(
-    network: Network, optimizer: torch.optim.Adam, images: Tensor, labels: Tensor, *, schedule: Schedule, step: int
-) -> float:
-    """Train on one batch, and return the smoothing that it had."""
+    network: Network, optimizer: Optimizer, images: Tensor, labels: Tensor, *, schedule: Schedule, step: int
+) -> tuple[Float32[Tensor, ""], float]:
+    """Train on one batch, and return its loss and the smoothing of the loss."""
     group = optimizer.param_groups[0]
     group["smoothing"] = schedule(step)
     optimizer.zero_grad()
-    loss_fn(network, images, labels, torch.tensor(group["smoothing"])).backward()
+    loss = loss_fn(network, images, labels, torch.tensor(group["smoothing"]))
+    loss.backward()
     optimizer.step()
-    return group["smoothing"]
-
-
-@torch.no_grad()
-def evaluate(network: Network, images: Tensor, labels: Tensor) -> dict[str, Float32[Tensor, ""]]:
-    """Return what the metrics say of some images."""
-    metrics = MetricCollection({"accuracy": Accuracy(), "nll": MeanNLL(), "calibration_error": CalibrationError()})
-    _, stats = label_smoothed_cross_entropy_with_stats(network(images), labels)
-    metrics.update(stats=stats)
-    return metrics.compute()
-
-
-class Run(NamedTuple):
-    """One training: the smoothing of each step, and the metrics on the test images after each epoch."""
-
-    smoothing: list[float]
-    metrics: list[Metrics]
+    return loss.detach(), group["smoothing"]
 
 
 def train(schedule: Schedule, epochs: int, seed: int, on_epoch: Callable[[], None]) -> Run:
     """Train a network."""
     digits = read_digits(seed)
-    test = torch.from_numpy(digits.test_images), torch.from_numpy(digits.test_labels)
-    torch.manual_seed(seed)
-    network = Network()
-    optimizer = adam(network, LEARNING_RATE, smoothing=0.0)
-    run = Run([], [])
-    for epoch in range(epochs):
-        for rows in batch_order(len(digits.train_labels), seed, epoch):
-            images, labels = torch.from_numpy(digits.train_images[rows]), torch.from_numpy(digits.train_labels[rows])
+    rows, run = len(digits.train_labels), Run([], [])
+    network = Network(HIDDEN, seed)
+    optimizer = make_optimizer(network)
+    for _ in range(epochs):
+        for _ in range(rows // BATCH_SIZE):
             step = len(run.smoothing)
-            run.smoothing.append(train_step(network, optimizer, images, labels, schedule=schedule, step=step))
-        run.metrics.append({name: float(value) for name, value in evaluate(network, *test).items()})
+            batch = batch_rows(rows, BATCH_SIZE, seed, step)
+            images, labels = torch.from_numpy(digits.train_images[batch]), torch.from_numpy(digits.train_labels[batch])
+            _, smoothing = train_step(network, optimizer, images, labels, schedule=schedule, step=step)
+            run.smoothing.append(smoothing)
+        run.metrics.append(evaluate(network, digits.test_images, digits.test_labels))
         on_epoch()
     return run
 
 
-# --- Results --------------------------------------------------------------------------------------------------------
-
-
-def mean_metrics(runs: list[Run], epoch: int) -> Metrics:
-    """Return the mean over the repeats of each metric after an epoch."""
-    return {name: float(np.mean([run.metrics[epoch][name] for run in runs])) for name in METRICS}
-
-
-def make_table(runs: dict[str, list[Run]]) -> Table:
-    """Return the metrics after the last epoch, a row for each schedule."""
-    repeats = len(runs["none"])
-    table = Table("smoothing", "first step", "last step", "accuracy", "nll", "calibration error")
-    table.title = "Test images" if repeats == 1 else f"Test images, mean of {repeats} trainings"
-    for name, repeated in runs.items():
-        numbers = [repeated[0].smoothing[0], repeated[0].smoothing[-1], *mean_metrics(repeated, -1).values()]
-        table.add_row(name, *(f"{number:.4f}" for number in numbers))
-    return table
-
-
-def plot(runs: dict[str, list[Run]], picture: Path) -> None:
-    """Draw smoothing by step, and nll and calibration error by epoch."""
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    for name, repeated in runs.items():
-        means = [mean_metrics(repeated, epoch) for epoch in range(len(repeated[0].metrics))]
-        epochs = range(1, len(means) + 1)
-        left.plot(repeated[0].smoothing, label=name)
-        middle.plot(epochs, [mean["nll"] for mean in means], marker=".", label=name)
-        right.plot(epochs, [mean["calibration_error"] for mean in means], marker=".", label=name)
-    left.set(title="Schedule", xlabel="step", ylabel="smoothing")
-    middle.set(title="Test images: nll", xlabel="epoch", ylabel="nats per image")
-    right.set(title="Test images: calibration error", xlabel="epoch", ylabel="|confidence - accuracy|")
-    for axes in (middle, right):
-        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])  # with room above, even if one epoch is all there is
-    middle.legend(title="smoothing")
-    figure.suptitle("Digits in torch: smoothing from a schedule")
-    figure.savefig(picture, dpi=100)
-
-
-# --- The command line -----------------------------------------------------------------------------------------------
-
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-
-
-def checked_smoothing(smoothing: float) -> float:
-    """Turn the error of the library into one of the command line."""
-    try:
-        check_smoothing(smoothing)
-    except ValueError as problem:
-        raise typer.BadParameter(str(problem)) from None
-    return smoothing
-
-
-def made_folder(folder: Path) -> Path:
-    """Make the output folder, or turn the error into one of the command line."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise typer.BadParameter(f"cannot make the folder {folder}: {problem.strerror}.") from None
-    return folder
+app = new_app()
 
 
 @app.command()
 def main(
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 20,
-    smoothing: Annotated[
-        float, typer.Option(callback=checked_smoothing, help="Constant and initial label smoothing, from 0 to 1.")
-    ] = 0.1,
-    repeats: Annotated[int, typer.Option(min=1, help="Trainings of each schedule, each with a seed of its own.")] = 3,
-    seed: Annotated[int, typer.Option(min=0, max=2**31, help="First seed of weights, split and batches.")] = 0,
-    output: Annotated[Path, typer.Option(writable=True, callback=made_folder, help="Folder for the plot.")] = Path(
-        "out/torch_schedule"
-    ),
+    epochs: Epochs = 20,
+    smoothing: StartSmoothing = 0.1,
+    repeats: Repeats = 3,
+    seed: Seed = 0,
+    output: PlotFolder = Path("out/torch_schedule"),
 ) -> None:
     """Train on handwritten digits in torch with smoothing from three schedules.
 
-    These are: none, constant, and annealed to 0. The table and the plot show what each does to accuracy, nll and
-    calibration error on test images. The last line says how often the training was compiled.
+    These are: none, constant, and annealed to 0. The table and the plot compare accuracy, nll and calibration error on
+    test images. The last line shows how often the training was compiled.
     """
-    console = Console()
+    options = Options(epochs, smoothing, repeats, seed)
+    schedules = make_schedules(smoothing, count_steps(options))
     counters.clear()
-    steps = epochs * (len(read_digits(seed).train_labels) // BATCH_SIZE)
-    schedules = make_schedules(smoothing, steps)
-    runs: dict[str, list[Run]] = {name: [] for name in schedules}
-    with Progress(console=console) as progress:
-        task = progress.add_task("training", total=len(schedules) * repeats * epochs)
-        for name, schedule in schedules.items():
-            for repeat in range(repeats):
-                runs[name].append(train(schedule, epochs, seed + repeat, lambda: progress.advance(task)))
 
-    console.print(make_table(runs))
-    total, count = len(schedules) * repeats * steps, counters["stats"]["unique_graphs"]
-    console.print(f"{total} steps, {len(schedules)} schedule(s), {count} compilation(s): one for all", highlight=False)
-    plot(runs, output / "schedule.png")
-    console.print(f"wrote {output / 'schedule.png'}", soft_wrap=True, highlight=False)
+    def count_compilations() -> str:
+        return f"{counters['stats']['unique_graphs']} compilation(s): one for all"
+
+    compare(train, schedules, options, count_compilations, "torch", output)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The demo: that it runs, that it refuses bad options, and that it notices wrong trainings."""
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -9,9 +10,9 @@ import pytest
 import torch
 from flax import nnx
 from matplotlib.image import imread
-from typer.testing import CliRunner
 
-from examples import digits_parity
+from examples import digits_parity, jax_digits, jax_mixup
+from examples.common import BETA1, BETA2, EPSILON
 from examples.digits_report import confidence_bins, expected_calibration_error
 from lsce_torch import label_smoothed_cross_entropy
 from parity_tests.trainings.trajectory import compare_trajectories, rounding_floor
@@ -19,22 +20,24 @@ from parity_tests.trainings.trajectory import compare_trajectories, rounding_flo
 EPOCHS, SMOOTHING, SEED = 3, 0.1, 0
 
 
-def run_demo(*arguments):
-    return CliRunner().invoke(digits_parity.app, [str(argument) for argument in arguments], env={"COLUMNS": "80"})
+pytestmark = pytest.mark.usefixtures("optax_promotion")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _promotion_as_optax_needs_it():
-    # Optax raises a Python float to the power of an int32 count.
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+@pytest.fixture(scope="module")
+def run_demo(run_example):
+    return functools.partial(run_example, digits_parity)
+
+
+@pytest.fixture
+def _without_page(monkeypatch):
+    monkeypatch.setattr(digits_parity.digits_report, "write", lambda *_: [])
 
 
 # --- The run --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+def demo(run_demo, tmp_path_factory):
     output = tmp_path_factory.mktemp("demo") / "new" / "folder"
     return run_demo("--epochs", 2, "--output", output), output
 
@@ -65,14 +68,24 @@ def test_picture_shows_something(demo):
     assert 0.7 < pixels[..., :3].mean() < 0.99
 
 
-def test_smoothing_zero_is_a_single_run(tmp_path):
+@pytest.mark.usefixtures("_without_page")
+def test_smoothing_zero_is_a_single_run(run_demo, tmp_path):
     result = run_demo("--epochs", 1, "--smoothing", 0, "--output", tmp_path)
     assert result.exit_code == 0, result.output
     assert last_line(result).endswith("over 1 x 37 steps")
 
 
-def test_a_loss_that_is_zero_throughout(tmp_path):
+def use_convention(monkeypatch, name, convention):
+    """Use a convention where there is smoothing. Without it all are the same, and JAX has compiled the default one."""
+    right = getattr(digits_parity, name)
+    monkeypatch.setattr(
+        digits_parity, name, lambda smoothing, _: right(smoothing, convention if smoothing else "uniform")
+    )
+
+
+def test_a_loss_that_is_zero_throughout(run_demo, tmp_path, monkeypatch):
     # "clamp" limits every target to at most 1 - 1 = 0.
+    use_convention(monkeypatch, "jax_loss", "clamp")
     result = run_demo("--epochs", 1, "--smoothing", 1, "--convention", "clamp", "--output", tmp_path)
     assert result.exit_code == 0, result.output
 
@@ -98,7 +111,7 @@ def last_line(result):
         (["extra"], "unexpected extra argument"),
     ],
 )
-def test_bad_option(arguments, message, tmp_path, monkeypatch):
+def test_bad_option(arguments, message, run_demo, tmp_path, monkeypatch):
     monkeypatch.setattr(digits_parity, "run", None)
     result = run_demo(*arguments, "--output", tmp_path / "never")
     assert result.exit_code == 2
@@ -108,15 +121,14 @@ def test_bad_option(arguments, message, tmp_path, monkeypatch):
     assert not (tmp_path / "never").exists()
 
 
-@pytest.mark.parametrize(
-    ("place", "message"), [("file", "must be a folder"), ("file/below", "cannot write to the folder")]
-)
-def test_output_that_cannot_be_written(place, message, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("place", "message"), [("file", "File exists"), ("file/below", "Not a directory")])
+def test_output_that_cannot_be_written(place, message, run_demo, tmp_path, monkeypatch):
     monkeypatch.setattr(digits_parity, "run", None)
     (tmp_path / "file").write_text("")
-    result = run_demo("--output", tmp_path / place)
+    monkeypatch.chdir(tmp_path)
+    result = run_demo("--output", place)
     assert result.exit_code == 2
-    assert f"Error: Invalid value for '--output': {message}" in result.stderr
+    assert f"Error: Invalid value for '--output': cannot write to the folder {place}: {message}." in result.stderr
 
 
 # --- The two trainings are the same ---------------------------------------------------------------------------------
@@ -140,9 +152,8 @@ def test_every_weight_of_a_replica_is_one_ulp_away():
 
 
 def test_hyperparameters_are_exact_in_float32():
-    beta1, beta2, rate = digits_parity.BETA1, digits_parity.BETA2, digits_parity.LEARNING_RATE
-    decay = 1 - rate * digits_parity.WEIGHT_DECAY
-    for constant in (rate, beta1, beta2, 1 - beta1, 1 - beta2, digits_parity.EPSILON, decay):
+    decays = [1 - each.LEARNING_RATE * each.WEIGHT_DECAY for each in (digits_parity, jax_digits, jax_mixup)]
+    for constant in (BETA1, BETA2, 1 - BETA1, 1 - BETA2, EPSILON, *decays):
         assert float(np.float32(constant)) == constant
 
 
@@ -268,8 +279,8 @@ class AdamWWithEpsilonInside(torch.optim.Optimizer):
 def wrong_adamw(optimizer=torch.optim.AdamW, **options):
     right = {
         "lr": digits_parity.LEARNING_RATE,
-        "betas": (digits_parity.BETA1, digits_parity.BETA2),
-        "eps": digits_parity.EPSILON,
+        "betas": (BETA1, BETA2),
+        "eps": EPSILON,
         "weight_decay": digits_parity.WEIGHT_DECAY,
     }
     return lambda network: optimizer(network.parameters(), **right | options)
@@ -282,8 +293,8 @@ WRONG_OPTIMIZERS = {
     "no weight decay": wrong_adamw(weight_decay=0.0),
     "weight decay within the gradient": wrong_adamw(torch.optim.Adam),
     "weight decay off by 1 %": wrong_adamw(weight_decay=digits_parity.WEIGHT_DECAY * 1.01),
-    "beta1 of 0.9": wrong_adamw(betas=(0.9, digits_parity.BETA2)),
-    "beta2 off by 1e-4": wrong_adamw(betas=(digits_parity.BETA1, digits_parity.BETA2 + 1e-4)),
+    "beta1 of 0.9": wrong_adamw(betas=(0.9, BETA2)),
+    "beta2 off by 1e-4": wrong_adamw(betas=(BETA1, BETA2 + 1e-4)),
     "amsgrad": wrong_adamw(amsgrad=True),
 }
 
@@ -347,9 +358,8 @@ def test_adam_all_but_hides_the_scale_of_the_gradient(yardstick, monkeypatch):
 
 
 @pytest.mark.parametrize("framework", ["jax", "torch"])
-def test_command_line_says_so(framework, tmp_path, monkeypatch):
-    right = getattr(digits_parity, f"{framework}_loss")
-    monkeypatch.setattr(digits_parity, f"{framework}_loss", lambda smoothing, _: right(smoothing, "non_target"))
+def test_command_line_says_so(framework, run_demo, tmp_path, monkeypatch):
+    use_convention(monkeypatch, f"{framework}_loss", "non_target")
     result = run_demo("--epochs", 1, "--output", tmp_path)
     assert result.exit_code == 1, result.output
     print(last_line(result))
@@ -358,7 +368,7 @@ def test_command_line_says_so(framework, tmp_path, monkeypatch):
     assert 'class="verdict disagree"' in (tmp_path / "digits_parity.html").read_text(encoding="utf-8")
 
 
-def test_command_line_survives_a_training_that_ends_in_nan(tmp_path, monkeypatch):
+def test_command_line_survives_a_training_that_ends_in_nan(run_demo, tmp_path, monkeypatch):
     monkeypatch.setattr(digits_parity, "torch_optimizer", wrong_adamw(lr=float("inf")))
     result = run_demo("--epochs", 1, "--smoothing", 0, "--output", tmp_path)
     assert result.exit_code == 1, result.output

@@ -1,122 +1,32 @@
-"""The image examples: that they run, refuse what they cannot do, and come in pairs."""
+"""The image examples: what the digits' output folder may hold, and that labels are mixed as the pixels are."""
 
-import ast
-import inspect
 import math
-import re
 import shutil
-from typing import get_args
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import nnx
 from matplotlib.figure import Figure
-from matplotlib.image import imread
-from typer.testing import CliRunner
 
-from examples import jax_digits, jax_mixup, torch_digits, torch_mixup
+from examples import common, common_jax, common_torch, digits_common, jax_digits, mixup_common, torch_digits
 
-DIGITS, MIXUP = [jax_digits, torch_digits], [jax_mixup, torch_mixup]
-EXAMPLES = DIGITS + MIXUP
-PAIRS = [DIGITS, MIXUP]
+DIGITS = [jax_digits, torch_digits]
+pytestmark = pytest.mark.usefixtures("optax_promotion", "one_thread")
 
 
 def name(example):
     return example.__name__.rpartition(".")[2]
 
 
-def run(example, *arguments):
-    return CliRunner().invoke(example.app, [str(argument) for argument in arguments], env={"COLUMNS": "80"})
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _promotion_as_optax_needs_it():
-    # Optax raises a Python float to the power of an int32 count.
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-# --- The runs -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", params=EXAMPLES, ids=name)
-def smoke(request, tmp_path_factory):
-    """An example, its output folder and what it printed."""
-    output = tmp_path_factory.mktemp("smoke") / "new" / "folder"
-    result = run(request.param, "--epochs", 2, "--output", output)
-    assert result.exit_code == 0, result.output
-    return request.param, output, result.stdout
-
-
-def test_table_fits(smoke):
-    _, _, printed = smoke
-    report = printed.partition("wrote")[0].splitlines()
-    assert max(map(len, report)) <= 80
-    assert any("calibration error" in line for line in report)
-
-
-def test_plot_shows_something(smoke):
-    _, output, printed = smoke
-    (picture,) = output.glob("*.png")
-    assert f"wrote {picture}" in printed
-    pixels = imread(picture)[..., :3]
-    assert pixels.shape[0] >= 400
-    assert 0.6 < pixels.mean() < 0.99
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
-
-
-def test_runs_repeat_exactly(smoke, tmp_path):
-    example, _, printed = smoke
-    again = run(example, "--epochs", 2, "--output", tmp_path).stdout
-    assert table(again) == table(printed)
-
-
-def table(printed):
-    return [line for line in printed.splitlines() if line.startswith("│")]
-
-
-def test_learns(smoke):
-    _, _, printed = smoke
-    (accuracy,) = re.findall(r"│ (?:accuracy|none   │ 0        ) +│ (\d\.\d{4}) ", printed)
-    assert float(accuracy) > 0.15  # after two epochs; 0.10 is chance
-
-
-@pytest.mark.parametrize("example", EXAMPLES, ids=name)
-def test_help(example):
-    result = run(example, "--help")
-    assert result.exit_code == 0
-    assert all(option in result.output for option in ("--epochs", "--smoothing", "--seed", "--output"))
-
-
-@pytest.mark.parametrize("example", EXAMPLES, ids=name)
-@pytest.mark.parametrize(
-    ("option", "value", "said"),
-    [
-        ("--smoothing", 1.5, "smoothing must be in [0, 1], got 1.5"),
-        ("--epochs", 0, "1"),
-        ("--seed", -1, "0"),
-        ("--output", __file__, f"cannot make the folder {__file__}: File exists."),
-        ("--output", f"{__file__}/sub", f"cannot make the folder {__file__}/sub: Not a directory."),
-    ],
-)
-def test_bad_options(example, option, value, said):
-    result = run(example, option, value)
-    assert result.exit_code == 2
-    _, _, problem = "".join(result.output.split()).partition(f"Invalidvaluefor'{option}':")
-    assert "".join(said.split()) in problem  # wherever the lines are broken
-
-
 # --- The digits' output folder --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=DIGITS, ids=name)
-def digits_run(request, tmp_path_factory):
+def digits_run(request, run_example, tmp_path_factory):
     """A digits example and a folder in which it has trained for two epochs."""
     output = tmp_path_factory.mktemp("digits")
-    assert run(request.param, "--epochs", 2, "--output", output).exit_code == 0
+    assert run_example(request.param, "--epochs", 2, "--output", output).exit_code == 0
     return request.param, output
 
 
@@ -130,16 +40,21 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def refusal(example, folder, *arguments):
-    """What an example says that must not touch a folder."""
-    before = contents(folder)
-    result = run(example, "--epochs", 1, "--output", folder, *arguments)
-    assert result.exit_code == 2
-    assert contents(folder) == before
-    return " ".join(result.output.split())
+@pytest.fixture
+def refusal(run_example):
+    """Return a function that runs an example that must not touch a folder, and returns its message."""
+
+    def refuse(example, folder, *arguments):
+        before = contents(folder)
+        result = run_example(example, "--epochs", 1, "--output", folder, *arguments)
+        assert result.exit_code == 2
+        assert contents(folder) == before
+        return " ".join(result.output.split())
+
+    return refuse
 
 
-def test_run_with_other_options(copied, monkeypatch):
+def test_run_with_other_options(copied, refusal, run_example, monkeypatch):
     example, folder = copied
     first = (folder / "losses.jsonl").read_text()
     said = refusal(example, folder, "--seed", 1)
@@ -147,16 +62,16 @@ def test_run_with_other_options(copied, monkeypatch):
     assert "Choose another folder, or add --fresh." in said
 
     monkeypatch.setattr(example, "plot_losses", lambda *_: None)
-    fresh = run(example, "--epochs", 1, "--output", folder, "--seed", 1, "--fresh")
+    fresh = run_example(example, "--epochs", 1, "--output", folder, "--seed", 1, "--fresh")
     assert "0 of 37 steps are done" in fresh.output
-    assert "37 of 37 steps are done" in run(example, "--epochs", 1, "--output", folder, "--seed", 1).output
+    assert "37 of 37 steps are done" in run_example(example, "--epochs", 1, "--output", folder, "--seed", 1).output
     second = (folder / "losses.jsonl").read_text()
     assert len(second.splitlines()) == 37
     assert first.splitlines()[0] != second.splitlines()[0]
 
 
 @pytest.mark.parametrize("fresh", [[], ["--fresh"]], ids=["", "fresh"])
-def test_run_of_the_other_program(copied, fresh):
+def test_run_of_the_other_program(copied, refusal, fresh):
     example, folder = copied
     (other,) = {*DIGITS} - {example}
     said = refusal(other, folder, *fresh)
@@ -176,7 +91,7 @@ def test_run_of_the_other_program(copied, fresh):
         ("options.json", '{"seed": 0}'),
     ],
 )
-def test_files_of_somebody_else(example, fresh, foreign, content, tmp_path):
+def test_files_of_somebody_else(example, fresh, foreign, content, refusal, tmp_path):
     path = tmp_path / foreign
     path.parent.mkdir(exist_ok=True)
     path.write_text(content)
@@ -185,45 +100,44 @@ def test_files_of_somebody_else(example, fresh, foreign, content, tmp_path):
     assert "Choose another folder." in said
 
 
-def test_more_epochs_than_asked_for_are_done(copied, monkeypatch):
+def test_more_epochs_than_asked_for_are_done(copied, run_example, monkeypatch):
     example, folder = copied
     before = (folder / "losses.jsonl").read_bytes()
     monkeypatch.setattr(example, "plot_losses", lambda *_: None)
-    again = run(example, "--epochs", 1, "--output", folder).stdout
+    again = run_example(example, "--epochs", 1, "--output", folder).stdout
     assert "74 steps are done already, which is more than 37: nothing to train" in again
     assert (folder / "losses.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("example", DIGITS, ids=name)
 @pytest.mark.parametrize(("smoothing", "lines"), [(0.0, 1), (0.1, 3)])
-def test_plot_draws_no_line_twice(example, smoothing, lines, tmp_path, monkeypatch):
+def test_plot_draws_no_line_twice(smoothing, lines, tmp_path, monkeypatch):
     (tmp_path / "losses.jsonl").write_text('{"step": 0, "loss": 2.3, "nll": 2.3}\n')
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.extend(figure.axes[0].lines))
-    example.plot_losses(tmp_path / "losses.jsonl", smoothing, tmp_path / "losses.png")
+    digits_common.plot_losses(tmp_path / "losses.jsonl", smoothing, "JAX", tmp_path / "losses.png")
     assert len(drawn) == lines
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
 def test_dtypes(bfloat16):
     # Not as a training, for which XLA would compile everything once more.
-    flax, torch_network = jax_digits.Network(bfloat16, nnx.Rngs(0)), torch_digits.Network(bfloat16)
+    flax = common_jax.Network((8,), 0, jnp.bfloat16 if bfloat16 else jnp.float32)
+    torch_network = common_torch.Network((8,), 0, torch.bfloat16 if bfloat16 else torch.float32)
     assert flax(jnp.zeros((1, 64))).dtype == (jnp.bfloat16 if bfloat16 else jnp.float32)
     assert torch_network(torch.zeros(1, 64)).dtype == (torch.bfloat16 if bfloat16 else torch.float32)
-    assert flax.output.kernel.dtype == jnp.float32
-    assert torch_network.output.weight.dtype == torch.float32
+    assert flax.layers[-1].kernel.dtype == jnp.float32
+    assert torch_network.layers[-1].weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("example", DIGITS, ids=name)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
-def test_least_possible_loss(example, smoothing):
+def test_least_possible_loss(smoothing):
     entropy, bound = entropy_and_bound(1 - smoothing + smoothing / 10, smoothing / 10)
-    assert abs(example.target_entropy(smoothing) - entropy) <= bound
+    assert abs(digits_common.target_entropy(smoothing) - entropy) <= bound
 
 
 def test_least_possible_loss_of_another_convention_is_another():
     entropy, bound = entropy_and_bound(0.9, 0.1 / 9)
-    assert abs(jax_digits.target_entropy(0.1) - entropy) > bound
+    assert abs(digits_common.target_entropy(0.1) - entropy) > bound
 
 
 def entropy_and_bound(on, off):
@@ -233,28 +147,26 @@ def entropy_and_bound(on, off):
     return entropy, 2 * 14 * 2**-53 * (1 + entropy)
 
 
-@pytest.mark.parametrize("example", DIGITS, ids=name)
-def test_an_epoch_shows_each_image_once(example):
-    order = np.concatenate([example.batch_rows(96, 0, step) for step in range(3, 6)])
+def test_an_epoch_shows_each_image_once():
+    order = np.concatenate([common.batch_rows(96, 32, 0, step) for step in range(3, 6)])
     assert sorted(order) == list(range(96))
-    assert list(order) != list(np.concatenate([example.batch_rows(96, 0, step) for step in range(3)]))
-    assert list(order) != list(np.concatenate([example.batch_rows(96, 1, step) for step in range(3, 6)]))
+    assert list(order) != list(np.concatenate([common.batch_rows(96, 32, 0, step) for step in range(3)]))
+    assert list(order) != list(np.concatenate([common.batch_rows(96, 32, 1, step) for step in range(3, 6)]))
 
 
 # --- Mixing ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("example", MIXUP, ids=name)
 @pytest.mark.parametrize("mix", ["none", "MixUp", "CutMix"])
-def test_labels_are_mixed_as_the_pixels_are(example, mix):
-    assert all(labels_match_pixels(example.MIXES[mix], seed) for seed in range(20))
+def test_labels_are_mixed_as_the_pixels_are(mix):
+    assert all(labels_match_pixels(mixup_common.MIXES[mix], seed) for seed in range(20))
 
 
 @pytest.mark.parametrize("mix", ["MixUp", "CutMix"])
 @pytest.mark.parametrize("wrong", ["unmixed", "swapped", "a pixel less"])
 def test_labels_that_are_mixed_otherwise_show(mix, wrong):
     def mutant(images, targets, random):
-        mixed, labels = jax_mixup.MIXES[mix](images, targets, random)
+        mixed, labels = mixup_common.MIXES[mix](images, targets, random)
         return mixed, {"unmixed": targets, "swapped": labels[::-1], "a pixel less": labels * 63 / 64 + targets / 64}[
             wrong
         ]
@@ -274,41 +186,14 @@ def labels_match_pixels(mix, seed):
     return same.all() and (np.abs(labels.astype(np.float64).sum(1) - 1) <= 2**-24).all()
 
 
-@pytest.mark.parametrize("example", MIXUP, ids=name)
-def test_mixup_blends_and_cutmix_cuts(example):
-    assert not any(has_edges(example.mixup, seed) for seed in range(20))
-    assert sum(has_edges(example.cutmix, seed) for seed in range(20)) > 10  # the others: no box, or all of the image
+def test_mixup_blends_and_cutmix_cuts():
+    assert not any(has_edges(mixup_common.mixup, seed) for seed in range(20))
+    assert (
+        sum(has_edges(mixup_common.cutmix, seed) for seed in range(20)) > 10
+    )  # the others: no box, or all of the image
 
 
 def has_edges(mix, seed):
     images = np.arange(10, dtype=np.float32)[:, None, None] * np.ones((8, 8), np.float32)
     mixed, _ = mix(images, np.eye(10, dtype=np.float32), np.random.default_rng(seed))
     return bool(np.ptp(mixed, axis=(1, 2)).any())
-
-
-# --- The pairs ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("left", "right"), PAIRS, ids=["digits", "mixup"])
-def test_pair_has_the_same_definitions_in_the_same_order(left, right):
-    assert definitions(left) == definitions(right)
-    assert {"Network", "train_step", "evaluate", "main"} <= set(definitions(left))
-
-
-def definitions(example):
-    body = ast.parse(inspect.getsource(example)).body
-    return [node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-
-
-@pytest.mark.parametrize(("left", "right"), PAIRS, ids=["digits", "mixup"])
-def test_pair_has_the_same_options(left, right):
-    assert command_line(left) == command_line(right)
-
-
-def command_line(example):
-    options = {}
-    for option in inspect.signature(example.main).parameters.values():
-        value, details = get_args(option.annotation)
-        default = None if option.name == "output" else option.default
-        options[option.name] = (value, default, details.help, details.min, details.max, details.param_decls)
-    return options

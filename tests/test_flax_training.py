@@ -41,11 +41,7 @@ LINEAR = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _promotion_as_optax_needs_it() -> Any:
-    # MultiSteps divides a float32 by an int32.
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("optax_promotion")
 
 
 class Network(nnx.Module):

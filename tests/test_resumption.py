@@ -3,18 +3,12 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from itertools import count
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-import torch
-from flax import nnx
 from typer.testing import CliRunner
 
 from examples import jax_digits, torch_digits
@@ -24,19 +18,8 @@ CHECKPOINT_EVERY = 10  # so no epoch ends at a checkpoint: the first ends at 37
 ENDLESS = 10**6  # epochs
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _promotion_as_optax_needs_it():
-    # Optax raises a Python float to the power of an int32 count.
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread_as_in_the_killed_process():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# The killed process has one thread, too.
+pytestmark = pytest.mark.usefixtures("optax_promotion", "one_thread")
 
 
 @pytest.fixture(scope="module", params=[jax_digits, torch_digits], ids=["jax", "torch"])
@@ -72,23 +55,37 @@ def train_and_kill(example, output):
 
     That checkpoint is lost, so the steps since the last one, whose losses are in the file already, are trained again.
     """
-    command = [sys.executable, "-m", example.__name__, *options(output, ENDLESS)]
+    arguments = [example.__name__, str(output / "losses.jsonl"), *options(output, ENDLESS)]
+    command = [sys.executable, "-c", STOP_AT_RENAME, *arguments]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
-        for look in count():
-            # Stopped, the process gets no further between the look and the kill.
-            process.send_signal(signal.SIGSTOP)
-            _, status = os.waitpid(process.pid, os.WUNTRACED)
-            assert os.WIFSTOPPED(status), process.stderr.read()
-            steps = steps_done(output)
-            if steps > STEPS_PER_EPOCH and steps % STEPS_PER_EPOCH and writes_checkpoint(output):
-                break
-            process.send_signal(signal.SIGCONT)
-            time.sleep(0.005 + look % 7 * 0.0007)  # out of step with whatever is periodic in there
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status), process.stderr.read()
+        assert steps_done(output) % STEPS_PER_EPOCH
+        assert writes_checkpoint(output)
     finally:
         process.kill()
         process.wait()
         process.stderr.close()
+
+
+# Stops the process after the first epoch, when it is about to give a checkpoint that it has written its final name.
+STOP_AT_RENAME = f"""
+import os, pathlib, runpy, signal, sys
+
+example, losses, *arguments = sys.argv[1:]
+
+def stopping(rename):
+    def rename_or_stop(source, target, **options):
+        if "checkpoints" in str(target) and pathlib.Path(losses).read_bytes().count(b"\\n") > {STEPS_PER_EPOCH}:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return rename(source, target, **options)
+    return rename_or_stop
+
+os.rename, os.replace = stopping(os.rename), stopping(os.replace)
+sys.argv = [example, *arguments]
+runpy.run_module(example, run_name="__main__")
+"""
 
 
 def steps_done(output):
@@ -119,10 +116,10 @@ def runs(example, tmp_path_factory):
     """A folder with a whole run, and one with a run that stopped past the checkpoint of step 40."""
     folder = tmp_path_factory.mktemp("runs")
 
-    def batch_rows(rows, seed, step):
+    def batch_rows(rows, batch_size, seed, step):
         if step == STOP:
             raise StopError
-        return original(rows, seed, step)
+        return original(rows, batch_size, seed, step)
 
     original = example.batch_rows
     with pytest.MonkeyPatch.context() as patch:
@@ -174,9 +171,8 @@ def test_losses_that_went_missing_are_an_error(example, stopped):
 
 def without_weights(example, patch):
     def restore(self, network, optimizer):
-        return original(self, example.Network(False, *rngs), optimizer)
+        return original(self, example.Network(example.HIDDEN, seed=1), optimizer)
 
-    rngs = [nnx.Rngs(1)] if example is jax_digits else []
     original = example.Checkpoints.restore
     patch.setattr(example.Checkpoints, "restore", restore)
 
@@ -191,7 +187,7 @@ def without_optimizer(example, patch):
 
 def without_place_in_the_data(example, patch):
     original = example.batch_rows
-    patch.setattr(example, "batch_rows", lambda rows, seed, step: original(rows, seed, step - 40))
+    patch.setattr(example, "batch_rows", lambda *place: original(*place[:-1], place[-1] - 40))
 
 
 def without_cutting_the_losses(example, patch):

@@ -1,31 +1,35 @@
-"""What the two language models have in common: text, tokens, batches, initial weights. No framework is loaded.
+"""What jax_lm and torch_lm share, without a framework: text, tokens, batches, initial weights, tables and plot.
 
 The text is documentation that comes with Python: the topics of `help()`, and the docstrings of the standard library,
-which are parsed out of its source; no module is run for them. A paragraph that has been seen is left out, as
-the topics repeat one another, and what is held out would not be new.
-
-Weights come from NumPy, so that both frameworks start from the same ones, bit for bit; batches too. A linear layer's
-are [in, out], as in Flax.
+parsed from its source without running a module. The topics repeat one another, so repeated paragraphs are left out;
+otherwise the held-out text would not be new.
 """
 
 import ast
 import json
 import math
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int32
+import typer
+from jaxtyping import Int32
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
-# Modules that are one file each, from Python 3.11 to 3.14, and say much.
+from examples.common import Weight, made_folder, print_written
+
+# Modules of one file each, in all of Python 3.11 to 3.14, with much documentation.
 # fmt: off
 MODULES = (
     "_collections_abc", "_pydecimal", "_pyio", "abc", "argparse", "ast", "base64", "bdb", "bz2", "calendar", "cmd",
@@ -44,16 +48,12 @@ HELD_OUT_EVERY = 16  # documents
 HELD_OUT_BATCH = 16  # windows
 CONTEXT, LAYERS, HEADS = 128, 2, 4
 
-# AdamW is the same formula in Optax and in torch, but for the rounding of its constants. These, the learning rates of
-# the warm-up and their products with the weight decay are exact in float32; digits_parity.py says what others would do.
 LEARNING_RATE = 2.0**-8
 WARM_UP = 64
-BETA1, BETA2 = 1 - 2.0**-3, 1 - 2.0**-6
-EPSILON = 2.0**-27
 WEIGHT_DECAY = 2.0**-5
 NORM_EPSILON = 2.0**-20
 
-Weights = Mapping[str, Float32[np.ndarray, "..."]]
+Weights = Mapping[str, Weight]
 Windows = Int32[np.ndarray, "windows 129"]
 
 
@@ -69,16 +69,34 @@ class Options(NamedTuple):
     seed: int
 
 
+def checked_width(width: int) -> int:
+    """Return the width if it divides into heads."""
+    if width % HEADS:
+        raise typer.BadParameter(f"{width} features do not divide into {HEADS} heads.")
+    return width
+
+
+Steps = Annotated[int, typer.Option(min=1, help="Batches to train on.")]
+Vocabulary = Annotated[int, typer.Option(min=257, help="Tokens that the BPE may make.")]
+Width = Annotated[int, typer.Option(min=HEADS, callback=checked_width, help="Features, a multiple of 4.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Windows of a batch, of 128 tokens each.")]
+ChunkSize = Annotated[
+    int | None, typer.Option(min=1, help="Tokens to have logits of at a time.", show_default="up to the loss")
+]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of weights and batches.")]
+RunFolder = Annotated[Path, typer.Option(callback=made_folder, help="Folder for the plot and the losses.")]
+
+
 # --- Text and tokens ------------------------------------------------------------------------------------------------
 
 
 class Text(NamedTuple):
-    """Documents in one row, each with END_OF_TEXT behind it.
+    """Documents in one row, each followed by END_OF_TEXT.
 
     Args:
         train: tokens to train on.
         held_out: tokens of other documents.
-        vocabulary: number of tokens that there are.
+        vocabulary: number of different tokens.
     """
 
     train: Int32[np.ndarray, " N"]
@@ -104,14 +122,14 @@ def docstrings(source: str) -> str:
 
 
 def without_repetition(document: str, seen: set[str]) -> str:
-    """Return the paragraphs of a document that were not seen, and note them."""
+    """Return the paragraphs of a document that are not in `seen`, and add them to it."""
     paragraphs = [paragraph for paragraph in dict.fromkeys(document.split("\n\n")) if paragraph not in seen]
     seen.update(paragraphs)
     return "\n\n".join(paragraphs)
 
 
 def read_text(vocabulary: int) -> Text:
-    """Return the text as tokens of a byte-level BPE of this size, trained on what is not held out."""
+    """Return the text as tokens of a byte-level BPE of this size, trained on the documents that are not held out."""
     documents = read_documents()
     held_out = documents[::HELD_OUT_EVERY]
     train = [document for number, document in enumerate(documents) if number % HELD_OUT_EVERY]
@@ -135,7 +153,7 @@ def read_text(vocabulary: int) -> Text:
 
 
 def unigram_perplexity(text: Text) -> float:
-    """Return the perplexity of the held-out tokens by how often each is in the others, plus once."""
+    """Return the perplexity of the held-out tokens by their frequency in the training text, plus one each."""
     counts = np.bincount(text.train, minlength=text.vocabulary) + 1.0
     return float(np.exp(-np.log(counts / counts.sum())[text.held_out].mean()))
 
@@ -144,7 +162,7 @@ def unigram_perplexity(text: Text) -> float:
 
 
 def batches(text: Text, options: Options) -> Iterator[Windows]:
-    """Yield a batch for each step: windows from anywhere. Each is one token longer than what the model sees of it."""
+    """Yield a batch of random windows for each step, each one token longer than the model's input."""
     random = np.random.default_rng(options.seed)
     for _ in range(options.steps):
         starts = random.integers(len(text.train) - CONTEXT, size=options.batch_size)
@@ -152,7 +170,7 @@ def batches(text: Text, options: Options) -> Iterator[Windows]:
 
 
 def held_out_batches(text: Text) -> Iterator[Windows]:
-    """Yield what is held out in windows whose first token is the last of the window before, but for the ragged end."""
+    """Yield the held-out text in windows that overlap by one token, without the last tokens that fill no batch."""
     windows = np.lib.stride_tricks.sliding_window_view(text.held_out, CONTEXT + 1)[::CONTEXT]
     for start in range(0, len(windows) - HELD_OUT_BATCH + 1, HELD_OUT_BATCH):
         yield windows[start : start + HELD_OUT_BATCH].copy()
@@ -161,14 +179,14 @@ def held_out_batches(text: Text) -> Iterator[Windows]:
 # --- Weights --------------------------------------------------------------------------------------------------------
 
 
-def initial_weights(vocabulary: int, width: int, seed: int) -> dict[str, Float32[np.ndarray, "..."]]:
-    """Return weights by the names of the modules that have them in both models.
+def initial_weights(vocabulary: int, width: int, seed: int) -> dict[str, Weight]:
+    """Return weights by the names of their modules in both models; those of linear layers are [in, out].
 
-    As in GPT-2: small numbers, and smaller ones where layers add to the residual stream, whose sum grows with them.
+    As in GPT-2: small numbers, and smaller ones in layers that add to the residual stream, because it sums them up.
     """
     random = np.random.default_rng([seed, 1])
 
-    def normal(*shape: int, scale: float = 0.02) -> Float32[np.ndarray, "..."]:
+    def normal(*shape: int, scale: float = 0.02) -> Weight:
         return (scale * random.standard_normal(shape)).astype(np.float32)
 
     weights = {"embed": normal(vocabulary, width), "position": normal(CONTEXT, width), "norm": np.ones(width, "f4")}
@@ -189,13 +207,75 @@ def initial_weights(vocabulary: int, width: int, seed: int) -> dict[str, Float32
 
 
 class Run(NamedTuple):
-    """One training: the loss of each step, and the perplexity of what is held out after some of them."""
+    """One training: the loss of each step, and the perplexity of the held-out text after some of them."""
 
     losses: list[float]
     perplexities: dict[int, float]
 
 
 def write_losses(run: Run, file: Path) -> None:
-    """Write a run as JSON. Numbers are as long as they need be to be read back exactly."""
+    """Write a run as JSON, with as many digits as it takes to read the same numbers back."""
     content = {"losses": run.losses, "perplexities": [*run.perplexities.items()]}
     file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def make_tables(run: Run, unigram: float, memory: dict[str, int], options: Options) -> list[Table]:
+    """Return the perplexities and the memory."""
+    learnt = Table("model", "perplexity", title="Perplexity of held-out text")
+    learnt.add_row("frequency of each token", f"{unigram:.1f}")
+    learnt.add_row("transformer, untrained", f"{run.perplexities[0]:.1f}")
+    learnt.add_row(f"transformer, {options.steps} steps", f"{run.perplexities[options.steps]:.1f}")
+    taken = Table("loss", "MiB", title=f"Memory of loss and gradients, {options.batch_size * CONTEXT} tokens")
+    for name, size in memory.items():
+        taken.add_row(name, f"{size / 2**20:.1f}")
+    return [learnt, taken]
+
+
+def plot(run: Run, unigram: float, framework: str, picture: Path) -> None:
+    """Draw the loss by step, and the perplexity of held-out text."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(range(1, len(run.losses) + 1), run.losses, color="C0", linewidth=1)
+    left.set(title="Training", xlabel="step", ylabel="smoothed loss, nats per token")
+    right.semilogy(run.perplexities.keys(), run.perplexities.values(), color="C0", marker=".", label="transformer")
+    right.axhline(unigram, color="C1", linestyle="--", label="frequency of each token")
+    right.set(title="Held-out text", xlabel="step", ylabel="perplexity")
+    right.legend()
+    figure.suptitle(f"Language model in {framework}: last linear layer and loss in one")
+    figure.savefig(picture, dpi=100)
+
+
+Train = Callable[[Text, Options, Callable[[float], object]], Run]
+LossMemory = Callable[[int, int, int, int | None], dict[str, int]]
+
+
+def train_and_report(train: Train, loss_memory: LossMemory, options: Options, framework: str, output: Path) -> None:
+    """Train a model with a progress bar, print the tables, draw the plot and write the losses.
+
+    Args:
+        train: takes the text, the options and a function to call with the loss of each step.
+        loss_memory: takes rows, vocabulary, width and chunk size, and returns bytes by name.
+        options: of the command line; the vocabulary is the largest that the BPE may make.
+        framework: its name, for the plot.
+        output: the folder.
+    """
+    console = Console()
+    text = read_text(options.vocabulary)
+    options = options._replace(vocabulary=text.vocabulary)
+    columns = (
+        TextColumn("training"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=options.steps, loss=np.nan)
+        run = train(text, options, lambda loss: progress.update(task, advance=1, loss=loss))
+
+    unigram = unigram_perplexity(text)
+    memory = loss_memory(options.batch_size * CONTEXT, options.vocabulary, options.width, options.chunk_size)
+    console.print(*make_tables(run, unigram, memory, options), sep="\n")
+    plot(run, unigram, framework, output / "lm.png")
+    write_losses(run, output / "losses.json")
+    print_written(console, output / "losses.json", output / "lm.png")

@@ -1,0 +1,32 @@
+"""What the tests of the examples and of training loops share."""
+
+import jax
+import pytest
+import torch
+from typer.testing import CliRunner
+
+
+@pytest.fixture(scope="module")
+def optax_promotion():
+    """Allow what Optax does: it raises a float to the power of an int32 count, and divides a float32 by an int32."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Matrices this small gain nothing from more threads, and lose a lot where other programs use the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def run_example():
+    """Return a function that runs an example's command line in this process."""
+
+    def run(example, *arguments):
+        return CliRunner().invoke(example.app, [str(argument) for argument in arguments], env={"COLUMNS": "80"})
+
+    return run
