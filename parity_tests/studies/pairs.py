@@ -258,19 +258,14 @@ def _diagnose(
     cases: list[Case], attempts: list[list[Result | str]], expected: Candidate, candidates: list[Candidate]
 ) -> list[_Diagnosed]:
     """Explain each side in the cases in which it gave a result; if nothing does so exactly, apart from edge cases."""
-    known: dict[tuple[int, ...], Diagnosis] = {}
+    diagnosis = Diagnosis(cases, candidates)
 
     def explain(results: list[Result | str], ordinary: bool) -> list[Explanation]:
-        kept = [
-            i
-            for i, result in enumerate(results)
-            if not isinstance(result, str) and not (ordinary and _is_edge(cases[i]))
+        given = [
+            None if isinstance(result, str) or (ordinary and _is_edge(case)) else result
+            for case, result in zip(cases, results, strict=True)
         ]
-        if not kept:
-            return []
-        if tuple(kept) not in known:
-            known[tuple(kept)] = Diagnosis([cases[i] for i in kept], candidates)
-        return known[tuple(kept)].explain([r for i in kept if not isinstance(r := results[i], str)], expected)
+        return diagnosis.explain(given, expected) if any(given) else []
 
     found = []
     for results in attempts:
