@@ -56,7 +56,7 @@ SideArgument = Annotated[
 ]
 
 
-def compare(
+def compare(  # noqa: PLR0913, PLR0917 - each is an option of the command line
     first: SideArgument,
     second: SideArgument,
     first_option: FirstOption = None,

@@ -117,7 +117,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Reading:
+class SideReading:
     """What one of the losses was found to compute.
 
     Args:
@@ -174,7 +174,7 @@ class Pair:
     definition: Candidate
     chosen: bool
     known: bool
-    readings: tuple[Reading, Reading]
+    readings: tuple[SideReading, SideReading]
     survey: Survey
 
     @property
@@ -288,14 +288,14 @@ def _definition(diagnosed: list[_Diagnosed]) -> Candidate | None:
     return None
 
 
-def _read(name: str, diagnosed: _Diagnosed, definition: Candidate) -> Reading:
+def _read(name: str, diagnosed: _Diagnosed, definition: Candidate) -> SideReading:
     if not diagnosed.explanations:
-        return Reading(name, [], [], [], False, diagnosed.gave_results)
+        return SideReading(name, [], [], [], False, diagnosed.gave_results)
     best = diagnosed.explanations[0]
     mutants = departures(best.candidate, definition)
     alike = [departures(each.candidate, definition) for each in diagnosed.explanations if each.exact == best.exact]
     others = {names[0] for names in alike if len(names) == 1 and names != mutants}
-    return Reading(name, diagnosed.explanations, mutants, sorted(others), diagnosed.only_ordinary, True)
+    return SideReading(name, diagnosed.explanations, mutants, sorted(others), diagnosed.only_ordinary, True)
 
 
 def _judge(sides: tuple[Side, Side], cases: list[Case], attempts: list[list[Result | str]], scaled: bool) -> Survey:
