@@ -44,7 +44,7 @@ class UnsupportedError(Exception):
     """The loss lacks what a check needs."""
 
 
-class Result(NamedTuple):
+class Evaluation(NamedTuple):
     """Loss, [N] or reduced to [], and gradient [N, K]; or a bound on the error of each."""
 
     loss: FloatArray
@@ -64,7 +64,7 @@ class Evaluate(Protocol):
 
     def __call__(
         self, logits: FloatArray, labels: NDArray[np.int64], *, smoothing: float, dtype: str, **options: Any
-    ) -> Result:
+    ) -> Evaluation:
         """Return loss and gradient for logits of `dtype`.
 
         The gradient is that of the losses times `upstream`, which is divided out again. The options are those of
@@ -92,7 +92,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CheckOutcome:
     """What came of a check.
 
     Args:
@@ -201,7 +201,7 @@ def stored(gradient: FloatArray, dtype: str) -> FloatArray:
     return np.maximum(2.0**-bits * np.abs(gradient), 2.0 ** (smallest - bits))
 
 
-def bounds(rows: Rows, smoothing: float, dtype: str, convention: str = "uniform") -> Result:
+def bounds(rows: Rows, smoothing: float, dtype: str, convention: str = "uniform") -> Evaluation:
     """Return the largest errors of a correct implementation, to first order in the roundoff u.
 
     A gap is one rounded difference, error u gap; exp(-gap) has the relative error u (gap + EXP), so the sum over K of
@@ -220,28 +220,28 @@ def bounds(rows: Rows, smoothing: float, dtype: str, convention: str = "uniform"
     loss = u * ((h + 10) * P + ((h + 8 + LOG) * L + D + EXP + h)[:, 0]) + 2 * num_classes * tiny
     of_p = 2 * np.where(p > 0, gap, 0.0) + D + (1 + LOG) * L + 2 * h + 2 * EXP + 14
     gradient = u * (p * of_p + 7 * q + 4 * np.abs(p - q)) + 2 * tiny
-    return Result(loss, gradient + stored(p - q, dtype))
+    return Evaluation(loss, gradient + stored(p - q, dtype))
 
 
-def combine(weights: tuple[float, ...], results: tuple[Result, ...]) -> Result:
+def combine(weights: tuple[float, ...], results: tuple[Evaluation, ...]) -> Evaluation:
     """Return a weighted sum of results, or of bounds."""
     loss, gradient = (
         sum(w * part for w, part in zip(weights, each, strict=True)) for each in zip(*results, strict=True)
     )
-    return Result(np.asarray(loss), np.asarray(gradient))
+    return Evaluation(np.asarray(loss), np.asarray(gradient))
 
 
-def twice(allowed: Result) -> Result:
+def twice(allowed: Evaluation) -> Evaluation:
     """Return what two runs within the same bound may differ by."""
     return combine((2.0,), (allowed,))
 
 
-def exactly(result: Result) -> Result:
+def exactly(result: Evaluation) -> Evaluation:
     """Return the bound for two runs that do the same arithmetic."""
-    return Result(np.where(np.isfinite(result.loss), 0.0, np.inf), np.zeros_like(result.gradient))
+    return Evaluation(np.where(np.isfinite(result.loss), 0.0, np.inf), np.zeros_like(result.gradient))
 
 
-def share(first: Result, second: Result, allowed: Result) -> float:
+def share(first: Evaluation, second: Evaluation, allowed: Evaluation) -> float:
     """Return the largest difference as a share of what is allowed; inf for a NaN or an infinity out of place.
 
     A bound is infinite where, and only where, the true value is.
@@ -259,7 +259,7 @@ def share(first: Result, second: Result, allowed: Result) -> float:
 # ---- Checks: each returns the largest error as a share of what is allowed
 
 
-def run(evaluate: Evaluate, rows: Rows, smoothing: float, dtype: str, **options: Any) -> Result:
+def run(evaluate: Evaluate, rows: Rows, smoothing: float, dtype: str, **options: Any) -> Evaluation:
     """Evaluate a batch.
 
     Raises:
@@ -285,7 +285,7 @@ def row_sum(subject: Subject, rows: Rows, dtype: str) -> float:
     # NumPy's sum would round as much as a float64 gradient does.
     sums = np.array([math.fsum(row) if np.all(np.isfinite(row)) else np.nan for row in gradient])
     nothing = np.zeros(0)
-    return share(Result(sums, nothing), Result(np.zeros_like(sums), nothing), Result(limit, nothing))
+    return share(Evaluation(sums, nothing), Evaluation(np.zeros_like(sums), nothing), Evaluation(limit, nothing))
 
 
 def shift(subject: Subject, rows: Rows, dtype: str) -> float:
@@ -303,7 +303,7 @@ def permutation(subject: Subject, rows: Rows, dtype: str) -> float:
     permuted = Rows(rows.name, rows.logits[:, order], np.argsort(order)[rows.labels])
     loss, gradient = run(subject.evaluate, rows, SMOOTHING, dtype)
     allowed = twice(bounds(permuted, SMOOTHING, dtype))
-    return share(Result(loss, gradient[:, order]), run(subject.evaluate, permuted, SMOOTHING, dtype), allowed)
+    return share(Evaluation(loss, gradient[:, order]), run(subject.evaluate, permuted, SMOOTHING, dtype), allowed)
 
 
 def linear_uniform(subject: Subject, rows: Rows, dtype: str) -> float:
@@ -365,7 +365,7 @@ def parts(subject: Subject, rows: Rows, dtype: str) -> float:
     whole = run(subject.evaluate, rows, SMOOTHING, dtype)
     alone = [Rows(rows.name, rows.logits[[i]], rows.labels[[i]]) for i in range(ROWS)]
     each = [run(subject.evaluate, row, SMOOTHING, dtype) for row in alone]
-    joined = Result(*(np.concatenate(part) for part in zip(*each, strict=True)))
+    joined = Evaluation(*(np.concatenate(part) for part in zip(*each, strict=True)))
     return share(whole, joined, twice(bounds(rows, SMOOTHING, dtype)))
 
 
@@ -384,8 +384,8 @@ def mean(subject: Subject, rows: Rows, dtype: str) -> float:
         count = kept.sum()
         mean_loss, mean_error = each.loss[kept].sum() / count, error.loss[kept].sum() / count
         rounding = u * (ROWS + 2) * abs(mean_loss) if np.isfinite(mean_loss) else 0.0
-        expected = Result(mean_loss, np.where(kept[:, None], each.gradient, 0.0) / count)
-        allowed = Result(mean_error + rounding, np.where(kept[:, None], error.gradient / count + step, 0.0))
+        expected = Evaluation(mean_loss, np.where(kept[:, None], each.gradient, 0.0) / count)
+        allowed = Evaluation(mean_error + rounding, np.where(kept[:, None], error.gradient / count + step, 0.0))
         result = run(subject.evaluate, rows, SMOOTHING, dtype, where=counted, reduction="mean")
         shares.append(share(result, expected, allowed))
     return max(shares)
@@ -398,7 +398,7 @@ def rows_left_out(subject: Subject, rows: Rows, dtype: str) -> float:
     labels[1], labels[4] = rows.logits.shape[-1] + 5, -100
     calm = run(subject.evaluate, rows, SMOOTHING, dtype, where=WHERE)
     wild = run(subject.evaluate, Rows(rows.name, logits, labels), SMOOTHING, dtype, where=WHERE)
-    expected = Result(np.where(WHERE, calm.loss, 0.0), np.where(WHERE[:, None], calm.gradient, 0.0))
+    expected = Evaluation(np.where(WHERE, calm.loss, 0.0), np.where(WHERE[:, None], calm.gradient, 0.0))
     return share(wild, expected, exactly(expected))
 
 
@@ -427,23 +427,23 @@ CHECKS: dict[str, Callable[[Subject, Rows, str], float]] = {
 }
 
 
-def run_checks(subject: Subject, dtype: str) -> list[Outcome]:
+def run_checks(subject: Subject, dtype: str) -> list[CheckOutcome]:
     """Return the outcome of each check."""
     return [_outcome(check, subject, dtype) for check in CHECKS]
 
 
-def _outcome(check: str, subject: Subject, dtype: str) -> Outcome:
+def _outcome(check: str, subject: Subject, dtype: str) -> CheckOutcome:
     shares = {}
     for rows in make_rows(dtype):
         try:
             shares[rows.name] = CHECKS[check](subject, rows, dtype)
         except UnsupportedError as reason:
-            return Outcome(check, dtype, "not applicable", 0.0, str(reason))
+            return CheckOutcome(check, dtype, "not applicable", 0.0, str(reason))
         except Exception as error:  # a loss may raise anything, and the other checks must still run
             message = (str(error).strip() or "no message").splitlines()[0]
-            return Outcome(check, dtype, "failed", math.inf, f"{rows.name}: {type(error).__name__}: {message}")
+            return CheckOutcome(check, dtype, "failed", math.inf, f"{rows.name}: {type(error).__name__}: {message}")
     worst = max(shares, key=lambda name: shares[name])
-    return Outcome(check, dtype, "agree" if shares[worst] <= 1 else "disagree", shares[worst], worst)
+    return CheckOutcome(check, dtype, "agree" if shares[worst] <= 1 else "disagree", shares[worst], worst)
 
 
 # ---- Losses of the frameworks as functions of NumPy arrays
@@ -474,7 +474,7 @@ def torch_evaluate(loss: Callable[..., Any], device: str, compile_it: bool = Fal
 
     def evaluate(
         logits: FloatArray, labels: NDArray[np.int64], *, smoothing: float, dtype: str, **options: Any
-    ) -> Result:
+    ) -> Evaluation:
         given = options_of(loss, smoothing=smoothing, **options)
         if "where" in given:
             given["where"] = torch.from_numpy(given["where"]).to(device)
@@ -502,7 +502,7 @@ def jax_evaluate(loss: Callable[..., Any], device: str | None, compile_it: bool 
 
     def evaluate(
         logits: FloatArray, labels: NDArray[np.int64], *, smoothing: float, dtype: str, **options: Any
-    ) -> Result:
+    ) -> Evaluation:
         given = options_of(loss, smoothing=smoothing, **options)
         with jax.enable_x64(dtype == "float64"), jax.default_device(jax.devices(device)[0]):
             arrays = {"where": jax.numpy.asarray(given.pop("where"))} if "where" in given else {}
@@ -513,8 +513,8 @@ def jax_evaluate(loss: Callable[..., Any], device: str | None, compile_it: bool 
     return evaluate
 
 
-def _result(losses: NDArray[Any], gradient: NDArray[Any], factors: FloatArray) -> Result:
-    return Result(losses.astype(np.float64), gradient.astype(np.float64) / factors.reshape(-1, 1))
+def _result(losses: NDArray[Any], gradient: NDArray[Any], factors: FloatArray) -> Evaluation:
+    return Evaluation(losses.astype(np.float64), gradient.astype(np.float64) / factors.reshape(-1, 1))
 
 
 def torch_plain(logits: Any, labels: Any, *, smoothing: float) -> Any:
@@ -566,7 +566,7 @@ def find_loss(name: str) -> Callable[..., Any]:
     return loss
 
 
-def table(outcomes: list[Outcome]) -> Iterator[str]:
+def table(outcomes: list[CheckOutcome]) -> Iterator[str]:
     """Return the lines of a table."""
     yield f"{'dtype':9} {'check':20} {'error/bound':>11}  {'verdict':14} detail"
     for each in outcomes:

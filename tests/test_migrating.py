@@ -31,7 +31,7 @@ import lsce_torch
 from lsce_spec import Convention
 from parity_tests.losses.adapters import Adapter, JaxAdapter, TorchAdapter
 from parity_tests.losses.peers import PeerAdapter, keras_categorical
-from parity_tests.suite.drop_in import TORCH, Setting, apart, log_softmax, peer_bound, verdict
+from parity_tests.suite.drop_in import TORCH, PeerSetting, apart, log_softmax, peer_bound, verdict
 from parity_tests.truth.bounds import Bound, error_bound
 from parity_tests.truth.cases import Case, soft_labels
 from parity_tests.truth.comparison import Result
@@ -311,7 +311,7 @@ def data(which: Original) -> tuple[SimpleNamespace, np.ndarray, np.ndarray]:
 
 
 @cache
-def setting(which: Original) -> Setting:
+def setting(which: Original) -> PeerSetting:
     """Return the case that the page's options make of the data, what is true of it, and both bounds."""
     it, logits, labels = data(which)
     options: dict[str, Any] = eval(f"dict({page_table()[which.name]})", vars(it) | {"torch": torch})
@@ -322,9 +322,9 @@ def setting(which: Original) -> Setting:
     return bounded(case)
 
 
-def bounded(case: Case) -> Setting:
+def bounded(case: Case) -> PeerSetting:
     truth = solve(case)
-    return Setting(case, truth, error_bound(case, truth, TORCH), bound_of_original(case, truth))
+    return PeerSetting(case, truth, error_bound(case, truth, TORCH), bound_of_original(case, truth))
 
 
 def bound_of_original(case: Case, truth: Truth) -> Bound:

@@ -1,8 +1,9 @@
-"""What the subcommands share: exit codes, JSON, progress."""
+"""What the subcommands share: exit codes, options and their checks, progress, JSON."""
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -12,8 +13,12 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from parity_tests.evidence.environment import describe_environment
+from parity_tests.evidence.ledger import DEVICES
+from parity_tests.losses.adapters import Adapter
+from parity_tests.studies.replays import adapters_here
 from parity_tests.studies.survey import Survey
 from parity_tests.truth.cases import case_names
 from parity_tests.truth.comparison import Comparison, Worst
@@ -66,6 +71,36 @@ def check_dtypes(given: Sequence[str] | None, default: Sequence[str]) -> tuple[s
     return tuple(given or default)
 
 
+def check_device(given: str) -> None:
+    """End unless there is a device of that name anywhere; whether it is here shows when an adapter is made."""
+    if given not in DEVICES:
+        cannot_run(f"there is no device {given!r} here; the devices are {', '.join(DEVICES)}")
+
+
+def find_adapters(names: Sequence[str] | None, device: str, asked: bool = True) -> tuple[list[Adapter], dict[str, str]]:
+    """Return the adapters that are here, and why others are not.
+
+    Args:
+        names: their names, with * and ?; None for all of ours that need no compiler.
+        device: where they run.
+        asked: whether the user named them: then each must be here. Otherwise one is enough.
+    """
+    check_device(device)
+    try:
+        adapters, missing = adapters_here(names, device)
+    except ValueError as error:
+        cannot_run(str(error))
+    if missing and ((names and asked) or not adapters):
+        cannot_run("; ".join(dict.fromkeys(missing.values())))
+    return adapters, missing
+
+
+def print_missing(missing: Mapping[str, str], console: Console) -> None:
+    """Print which adapters are not here, and why."""
+    for name, reason in missing.items():
+        console.print(Text(f"not here: {name} ({reason})", style="dim"))
+
+
 def select_cases(patterns: Sequence[str] | None) -> list[str]:
     """Return the names of the cases that are asked for, with * and ?; all of them without a pattern."""
     names = [name for name in case_names() if any(fnmatch(name, pattern) for pattern in patterns or ["*"])]
@@ -79,11 +114,26 @@ def exit_with(agrees: bool) -> NoReturn:
     raise typer.Exit(code=AGREE if agrees else DISAGREE)
 
 
-def track(items: Iterable[Item], total: int, title: str, console: Console) -> Iterator[Item]:
-    """Yield items behind a progress bar, which leaves nothing on the screen."""
+def announce(text: str) -> None:
+    """Print on stderr what takes time now."""
+    typer.echo(text, err=True)
+
+
+def track(items: Iterable[Item], total: int, title: str) -> Iterator[Item]:
+    """Yield items behind a progress bar on stderr. On a terminal it vanishes at the end; elsewhere nothing is shown."""
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False) as progress:
         yield from progress.track(items, total=total)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """End with exit code 2 if what is written inside cannot be."""
+    try:
+        yield
+    except OSError as error:
+        cannot_run(f"{path} cannot be written: {error.strerror}")
 
 
 def describe(worst: Worst) -> str:
@@ -112,10 +162,8 @@ def write_page(folder: Path | None, survey: Survey, console: Console, **parts: A
         return
     from parity_tests.report.page import write_report  # noqa: PLC0415 - matplotlib takes a second
 
-    try:
+    with writing(folder):
         page = write_report(folder, survey, **{"evidence": [], "environment": describe_environment(), **parts})
-    except OSError as error:
-        cannot_run(f"{folder} cannot be written: {error.strerror}")
     console.print(f"wrote {page}", soft_wrap=True, highlight=False)
 
 
@@ -160,9 +208,7 @@ def _comparison_as_json(comparison: Comparison | None) -> dict[str, Any]:
 def write_json(path: Path | None, content: Any, console: Console) -> None:
     """Write a file, if one is wanted, and say so."""
     if path is not None:
-        try:
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(jsonable(content), indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            cannot_run(f"{path} cannot be written: {error.strerror}")
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)

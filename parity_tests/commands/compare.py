@@ -22,6 +22,7 @@ from parity_tests.commands.common import (
     ReportOption,
     SecondOption,
     cannot_run,
+    check_device,
     check_dtypes,
     describe,
     exit_with,
@@ -30,7 +31,6 @@ from parity_tests.commands.common import (
     write_page,
 )
 from parity_tests.evidence.environment import describe_environment
-from parity_tests.evidence.ledger import DEVICES
 from parity_tests.losses.adapters import Adapter, UnavailableError
 from parity_tests.losses.user_losses import (
     SpecificationError,
@@ -56,7 +56,7 @@ SideArgument = Annotated[
 ]
 
 
-def compare(
+def compare(  # noqa: PLR0913, PLR0917 - each is an option of the command line
     first: SideArgument,
     second: SideArgument,
     first_option: FirstOption = None,
@@ -108,8 +108,7 @@ def compare(
         chosen=any(value is not None for value in told),
     )
     _check(question)
-    if device not in DEVICES:
-        cannot_run(f"there is no device {device!r} here; the devices are {', '.join(DEVICES)}")
+    check_device(device)
     dtypes = check_dtypes(dtype, ("float32",))
     probes = [case for case in plain_cases(question, dtypes[0]) if case.name.startswith("plain")]
     adapters = [

@@ -7,9 +7,17 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from parity_tests.commands.common import DeviceOption, JsonOption, PlainConsole, cannot_run, exit_with, write_json
+from parity_tests.commands.common import (
+    DeviceOption,
+    JsonOption,
+    PlainConsole,
+    announce,
+    cannot_run,
+    check_device,
+    exit_with,
+    write_json,
+)
 from parity_tests.evidence.environment import describe_environment
-from parity_tests.evidence.ledger import DEVICES
 from parity_tests.losses.adapters import UnavailableError
 from parity_tests.studies.fingerprint import BACKENDS, Fingerprint, take_fingerprint
 
@@ -25,8 +33,7 @@ def fingerprint(
     """
     if framework is not None and framework not in BACKENDS:
         cannot_run(f"there is no framework {framework!r} here; the frameworks are {', '.join(BACKENDS)}")
-    if device not in DEVICES:
-        cannot_run(f"there is no device {device!r} here; the devices are {', '.join(DEVICES)}")
+    check_device(device)
     console = PlainConsole()
     taken: list[Fingerprint] = []
     missing: dict[str, str] = {}
@@ -36,8 +43,8 @@ def fingerprint(
         except UnavailableError as error:
             missing[name] = str(error)
             continue
-        with console.status(f"measuring {name} on {device}"):
-            taken.append(take_fingerprint(backend))
+        announce(f"measuring {name} on {device}")
+        taken.append(take_fingerprint(backend))
         console.print(_table(taken[-1]))
     if not taken:
         cannot_run("; ".join(missing.values()))

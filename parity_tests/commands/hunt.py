@@ -17,20 +17,21 @@ from parity_tests.commands.common import (
     DtypeOption,
     JsonOption,
     PlainConsole,
+    announce,
     cannot_run,
     check_dtypes,
     exit_with,
+    find_adapters,
     track,
     write_json,
+    writing,
 )
 from parity_tests.evidence.environment import describe_environment
-from parity_tests.evidence.ledger import DEVICES
 from parity_tests.losses.adapters import Adapter
 from parity_tests.losses.registry import ENTRIES
 from parity_tests.studies.bundle import BundleError, read_bundle, record, write_bundle
 from parity_tests.studies.hunt import PARTS, Find, describe, share_of
 from parity_tests.studies.hunt import hunt as search
-from parity_tests.studies.replays import adapters_here
 from parity_tests.truth.cases import Case
 from parity_tests.truth.precision import DTYPES
 
@@ -71,13 +72,15 @@ def hunt(
     dtypes = check_dtypes(dtype, DTYPES)
     if seconds is None and examples is None:
         seconds = SECONDS
-    adapters = _adapters(adapter, device)
+    adapters, missing = find_adapters(adapter or DEFAULT, device, asked=bool(adapter))
+    for name, reason in missing.items():
+        announce(f"not here: {name} ({reason})")
     known = _known(save)
     searches = [(each, dtype, part) for each in adapters for dtype in dtypes for part in PARTS]
     try:
         finds = [
             search(each, dtype, part, examples=examples, seconds=seconds, seed=seed)
-            for each, dtype, part in track(searches, len(searches), "searches", console)
+            for each, dtype, part in track(searches, len(searches), "searches")
         ]
     except ValueError as error:
         cannot_run(str(error))
@@ -93,21 +96,6 @@ def hunt(
     if save is not None:
         _save(save, known, finds, adapters, console)
     exit_with(all(find.agrees for find in finds))
-
-
-def _adapters(names: list[str] | None, device: str) -> list[Adapter]:
-    """Return those that were asked for, all of which must be here, or those of the default that are."""
-    if device not in DEVICES:
-        cannot_run(f"there is no device {device!r} here; the devices are {', '.join(DEVICES)}")
-    try:
-        adapters, missing = adapters_here(names or DEFAULT, device)
-    except ValueError as error:
-        cannot_run(str(error))
-    if missing and (names or not adapters):
-        cannot_run("; ".join(dict.fromkeys(missing.values())))
-    for name, reason in missing.items():
-        typer.echo(f"not here: {name} ({reason})", err=True)
-    return adapters
 
 
 def _known(folder: Path | None) -> list[Case]:
@@ -130,11 +118,8 @@ def _save(
         old = cases.get(find.case.name)
         if old is None or share_of(by_name[find.adapter], old, find.part) < find.share:
             cases[find.case.name] = find.case
-    try:
-        # The truth is all that a case of this kind is held against.
+    with writing(folder):  # such a case is compared with the truth alone
         write_bundle(folder, record([], [cases[name] for name in sorted(cases)]))
-    except OSError as error:
-        cannot_run(f"{folder} cannot be written: {error.strerror}")
     console.print(f"wrote {folder}: {len(cases)} cases", soft_wrap=True, highlight=False)
 
 

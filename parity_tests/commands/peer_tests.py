@@ -50,7 +50,7 @@ def peer_tests(
     Exit code 0: the bounds reject whatever one of these tests rejects, 1: they do not.
     """
     console = PlainConsole()
-    for fault in track(FAULTS, len(FAULTS), "wrong losses", console):
+    for fault in track(FAULTS, len(FAULTS), "wrong losses"):
         verdicts_on(fault)
     console.print(_table())
     names = [f"{number} {peer.name}" for number, peer in enumerate(PEER_TESTS, 1)]

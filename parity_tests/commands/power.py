@@ -45,7 +45,7 @@ def power(
     faults = [name for name in FAULTS if any(fnmatch(name, pattern) for pattern in fault or ["*"])]
     if not faults:
         cannot_run(f"no fault is called {' or '.join(fault or [])}; the faults are {', '.join(FAULTS)}")
-    tried = [each for trials in track(all_trials(faults, dtypes), len(faults), "faults", console) for each in trials]
+    tried = [each for trials in track(all_trials(faults, dtypes), len(faults), "faults") for each in trials]
     _print_table(tried, dtypes, console)
     survivors = [
         f"{each.fault} survives {each.assertion} at {each.dtype}: {each.survives}" for each in tried if each.survives

@@ -4,30 +4,58 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
 from parity_tests.commands.common import (
     DeviceOption,
     DtypeOption,
     PlainConsole,
+    announce,
     cannot_run,
     check_dtypes,
     exit_with,
+    find_adapters,
+    print_missing,
     select_cases,
     track,
+    writing,
 )
-from parity_tests.commands.replay import AdapterOption, find_adapters, print_replay
+from parity_tests.commands.hunt import DEFAULT as ADAPTERS
+from parity_tests.commands.replay import print_replay
 from parity_tests.studies.bundle import MANIFEST, BundleError, read_bundle, write_bundle
 from parity_tests.studies.bundle import record as record_cases
 from parity_tests.studies.replays import replay as replay_bundle
 from parity_tests.studies.survey import make_cases
 from parity_tests.truth.precision import DTYPES
 
+# The cases that most losses differ in; JAX compiles each, for each adapter and dtype, in a third of a second.
+CASES = (
+    "uniform_mean",
+    "large_offset",
+    "dominant",
+    "at_optimum",
+    "ties_max_sup",
+    "minus_infinity",
+    "minus_infinity_unsmoothed",
+    "class_mask_near_one",
+    "ignored",
+    "where_soft",
+    "bad_labels",
+    "everything",
+    "axis_in_the_middle",
+    "no_rows",
+)
+
 
 def record(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the bundle.", show_default=False)],
-    adapter: AdapterOption = None,
-    case: Annotated[list[str] | None, typer.Option("--case", help="Name with * and ?; may be repeated.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", help=f"Name with * and ?; may be repeated. [default: {', '.join(ADAPTERS)}]"),
+    ] = None,
+    case: Annotated[
+        list[str] | None,
+        typer.Option("--case", help=f"Name with * and ?; may be repeated; '*' is all. [default: {', '.join(CASES)}]"),
+    ] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
     force: Annotated[bool, typer.Option("--force", help="Write over a bundle that is there.")] = False,
@@ -45,20 +73,19 @@ def record(
     console = PlainConsole()
     _check_free(folder, force)
     dtypes = check_dtypes(dtype, DTYPES)
-    names = select_cases(case)
-    adapters, missing = find_adapters(adapter, device)
+    names = select_cases(case or CASES)
+    adapters, missing = find_adapters(adapter or ADAPTERS, device, asked=bool(adapter))
     cases = make_cases(names, dtypes)
+    announce(f"recording {', '.join(each.name for each in adapters)} in {len(cases)} cases")
     try:
-        write_bundle(folder, record_cases(adapters, track(cases, len(cases), "cases", console)))
-        # What was written is read, not what was meant.
-        found = replay_bundle(read_bundle(folder), [])
+        with writing(folder):
+            write_bundle(folder, record_cases(adapters, track(cases, len(cases), "cases")))
+            # The verdict is that on the files, read back.
+            found = replay_bundle(read_bundle(folder), [])
     except BundleError as error:
         cannot_run(str(error))
-    except OSError as error:
-        cannot_run(f"{folder} cannot be written: {error.strerror}")
     print_replay(found, console)
-    for name, reason in missing.items():
-        console.print(Text(f"not here: {name} ({reason})", style="dim"))
+    print_missing(missing, console)
     console.print(f"wrote {folder}: {len(cases)} cases", soft_wrap=True, highlight=False)
     exit_with(found.agrees)
 

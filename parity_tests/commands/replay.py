@@ -16,14 +16,14 @@ from parity_tests.commands.common import (
     PlainConsole,
     cannot_run,
     exit_with,
+    find_adapters,
+    print_missing,
     track,
     write_json,
 )
 from parity_tests.evidence.environment import describe_environment
-from parity_tests.evidence.ledger import DEVICES
-from parity_tests.losses.adapters import Adapter
 from parity_tests.studies.bundle import BundleError, read_bundle
-from parity_tests.studies.replays import Replay, adapters_here
+from parity_tests.studies.replays import Replay
 from parity_tests.studies.replays import replay as replay_bundle
 
 AdapterOption = Annotated[
@@ -53,15 +53,14 @@ def replay(
     try:
         bundle = read_bundle(folder)
         adapters, missing = find_adapters(adapter, device)
-        records = track(bundle.records, len(bundle.records), "cases", console)
+        records = track(bundle.records, len(bundle.records), "cases")
         found = replay_bundle(bundle, adapters, records)
     except BundleError as error:
         cannot_run(str(error))
     if not any(outcome.status != "unsupported" for outcome in found.outcomes):
         cannot_run(f"no recorded case can be asked of {', '.join(each.name for each in adapters)}")
     print_replay(found, console)
-    for name, reason in missing.items():
-        console.print(Text(f"not here: {name} ({reason})", style="dim"))
+    print_missing(missing, console)
     environment = describe_environment()
     for title, where in (("recorded with", bundle.environment), ("replayed with", environment)):
         console.print(f"{title} {_in_words(where)}", highlight=False)
@@ -82,19 +81,6 @@ def replay(
     verdict = "AGREE" if found.agrees else "DISAGREE"
     console.print(f"\n{verdict}: {len(bundle.records)} recorded cases", highlight=False)
     exit_with(found.agrees)
-
-
-def find_adapters(names: list[str] | None, device: str) -> tuple[list[Adapter], dict[str, str]]:
-    """Return the adapters that are here, and why others are not; one that was asked for must be."""
-    if device not in DEVICES:
-        cannot_run(f"there is no device {device!r} here; the devices are {', '.join(DEVICES)}")
-    try:
-        adapters, missing = adapters_here(names, device)
-    except ValueError as error:
-        cannot_run(str(error))
-    if missing and (names or not adapters):
-        cannot_run("; ".join(dict.fromkeys(missing.values())))
-    return adapters, missing
 
 
 def print_replay(found: Replay, console: Console) -> None:

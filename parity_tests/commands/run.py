@@ -15,10 +15,13 @@ from parity_tests.commands.common import (
     JsonOption,
     PlainConsole,
     ReportOption,
+    announce,
     cannot_run,
+    check_device,
     check_dtypes,
     describe,
     exit_with,
+    print_missing,
     select_cases,
     survey_as_json,
     track,
@@ -58,13 +61,13 @@ def run(
     names = select_cases(case)
     members, missing = find_members(adapter, device)
     cases = make_cases(names, dtypes)
+    announce(f"running {', '.join(members)} in {len(names)} cases in {', '.join(dtypes)}")
     found = Survey(members, [], [])
-    for outcomes, differences in track(examine_each(members, cases), len(cases), "cases", console):
+    for outcomes, differences in track(examine_each(members, cases), len(cases), "cases"):
         found.outcomes.extend(outcomes)
         found.differences.extend(differences)
     print_survey(found, console)
-    for name, reason in missing.items():
-        console.print(Text(f"not here: {name} ({reason})", style="dim"))
+    print_missing(missing, console)
     environment = describe_environment()
     content = {"command": "run", "survey": survey_as_json(found), "missing": missing, "environment": environment}
     write_json(json_file, content, console)
@@ -80,6 +83,7 @@ def find_members(patterns: list[str] | None, device: str) -> tuple[dict[str, Mem
 
     One that is asked for by its full name must be here, and so must one of ours at least.
     """
+    check_device(device)
     members, missing = {}, {}
     for name in match_names(patterns) if patterns else [name for name in ENTRIES if name not in SLOW]:
         entry = ENTRIES.get(name)
@@ -184,6 +188,7 @@ def verdict_line(found: Survey) -> str:
 def adapters(device: DeviceOption = "cpu") -> None:
     """List the adapters, and what stands in the way of those that are not here."""
     console = PlainConsole()
+    check_device(device)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     for heading in ("adapter", "framework", "whose", "here"):
         table.add_column(heading)

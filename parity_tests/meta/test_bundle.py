@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import typer
 from safetensors.numpy import load, save
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
+from typer.testing import Result as CommandResult
 
 from lsce_spec import NON_TARGET
 from parity_tests.commands.record import record as record_command
@@ -54,7 +55,7 @@ app.command()(record_command)
 app.command()(replay_command)
 
 
-def run(*arguments: str | Path) -> Result:
+def run(*arguments: str | Path) -> CommandResult:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
+from typer.testing import Result as CommandResult
 
 from parity_tests.__main__ import app
 from parity_tests.faults.dense import FAULTS, evaluate
@@ -137,7 +138,7 @@ def _users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
-def compare(*arguments: str) -> Result:
+def compare(*arguments: str) -> CommandResult:
     return CliRunner().invoke(app, ["compare", *arguments, "--classes", "10"], env={"COLUMNS": "200"})
 
 

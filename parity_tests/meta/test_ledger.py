@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
+from typer.testing import Result as CommandResult
 
 from parity_tests.__main__ import app
 from parity_tests.commands.matrix import BEGIN, END, replace_matrix
@@ -167,7 +168,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
     return found
 
 
-def matrix(files: dict[str, Path], *options: str) -> Result:
+def matrix(files: dict[str, Path], *options: str) -> CommandResult:
     arguments = ["matrix", "--ledger", str(files["ledger"]), "--readme", str(files["readme"]), *options]
     return CliRunner().invoke(app, arguments)
 

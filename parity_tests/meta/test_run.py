@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
+from typer.testing import Result as CommandResult
 
 from parity_tests.__main__ import app
 from parity_tests.faults.dense import evaluate
@@ -16,11 +17,11 @@ from parity_tests.losses.registry import ENTRIES, Entry, FaultyAdapter
 from parity_tests.studies.survey import Member, survey
 from parity_tests.studies.verdicts import Outcome
 from parity_tests.truth.cases import make_case
-from parity_tests.truth.comparison import Result as LossResult
+from parity_tests.truth.comparison import Result
 from parity_tests.truth.oracle import solve
 
 
-def run(*arguments: str) -> Result:
+def run(*arguments: str) -> CommandResult:
     return CliRunner().invoke(app, arguments, env={"COLUMNS": "160"})
 
 
@@ -90,17 +91,17 @@ class Broken:
     def unsupported(self, case: object) -> str | None:
         return None
 
-    def __call__(self, case: object) -> LossResult:
+    def __call__(self, case: object) -> Result:
         sound = evaluate(make_case("uniform_mean", "float32"))
         if self.how == "raises":
             raise ValueError("first line\nsecond line")
         if self.how == "silent":
             raise KeyError
         if self.how == "nan":
-            return LossResult(sound.loss * float("nan"), sound.gradient, "float32", "float32")
+            return Result(sound.loss * float("nan"), sound.gradient, "float32", "float32")
         if self.how == "shape":
-            return LossResult(sound.loss, sound.gradient[:, :-1], "float32", "float32")
-        return LossResult(sound.loss, sound.gradient, "bfloat16", "float32")
+            return Result(sound.loss, sound.gradient[:, :-1], "float32", "float32")
+        return Result(sound.loss, sound.gradient, "bfloat16", "float32")
 
 
 @pytest.mark.parametrize(("how", "status", "reason"), [
@@ -146,8 +147,8 @@ def test_worst_element_is_where_the_error_was_put() -> None:
     gradient[3, 5] *= 1 + 1e-4
 
     class Off(Broken):
-        def __call__(self, case: object) -> LossResult:
-            return LossResult(sound.loss, gradient, "float32", "float32")
+        def __call__(self, case: object) -> Result:
+            return Result(sound.loss, gradient, "float32", "float32")
 
     found = survey(_members(Off("off")), [case])
     (outcome,) = found.outcomes

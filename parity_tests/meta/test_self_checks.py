@@ -19,8 +19,8 @@ from parity_tests.faults.dense import FAULTS
 from parity_tests.self_checks import (
     CHECKS,
     SMOOTHING,
-    Outcome,
-    Result,
+    CheckOutcome,
+    Evaluation,
     Rows,
     Subject,
     main,
@@ -46,7 +46,7 @@ def subject(framework: str) -> Subject:
     return make_subject(framework, LOSSES[framework], "cpu", compile_it=False)
 
 
-def with_verdict(outcomes: list[Outcome], verdict: str) -> set[str]:
+def with_verdict(outcomes: list[CheckOutcome], verdict: str) -> set[str]:
     return {outcome.check for outcome in outcomes if outcome.verdict == verdict}
 
 
@@ -158,8 +158,8 @@ def test_finds_that_torch_returns_narrow_losses() -> None:
 def test_numbers_out_of_place_are_infinite_errors() -> None:
     empty = np.zeros((0, 3))
 
-    def losses(*values: float) -> Result:
-        return Result(np.array(values), empty)
+    def losses(*values: float) -> Evaluation:
+        return Evaluation(np.array(values), empty)
 
     allowed, infinite = losses(1.0), losses(np.inf)
     assert share(losses(2.0), losses(2.5), allowed) == 0.5
@@ -185,7 +185,7 @@ def test_batches_hold_numbers_of_their_dtype() -> None:
 def test_a_loss_that_raises_fails_its_check_alone() -> None:
     sound = evaluate_fault(None)
 
-    def fragile(logits: Any, labels: Any, **options: Any) -> Result:
+    def fragile(logits: Any, labels: Any, **options: Any) -> Evaluation:
         if options.get("reduction") == "mean":
             raise RuntimeError("no mean today\nand a long trace")
         return sound(logits, labels, **options)
@@ -197,8 +197,8 @@ def test_a_loss_that_raises_fails_its_check_alone() -> None:
 
 
 def test_wrong_shape_is_no_broadcast() -> None:
-    def one_for_all(logits: Any, labels: Any, **options: Any) -> Result:
-        return Result(np.asarray(1.0), np.zeros_like(logits))
+    def one_for_all(logits: Any, labels: Any, **options: Any) -> Evaluation:
+        return Evaluation(np.asarray(1.0), np.zeros_like(logits))
 
     rows = Rows("two", np.zeros((2, 3)), np.array([0, 1]))
     with pytest.raises(ValueError, match=r"the loss has shape \[\], expected \[2\]"):

@@ -11,7 +11,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
+from typer.testing import Result as CommandResult
 
 from parity_tests.__main__ import app
 from parity_tests.faults.dense import evaluate
@@ -202,7 +203,7 @@ def _users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
-def run(*arguments: str) -> Result:
+def run(*arguments: str) -> CommandResult:
     return CliRunner().invoke(app, ["trajectory", *arguments], env={"COLUMNS": "200"})
 
 

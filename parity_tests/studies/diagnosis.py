@@ -7,7 +7,7 @@ Candidates that give the same results, as some do in given cases, are all named,
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from parity_tests.faults.dense import FAULTS, evaluate
@@ -73,7 +73,7 @@ class Explanation:
 
 
 class Diagnosis:
-    """The candidates on given cases; what they need is worked out once.
+    """Compares results with candidates on given cases. What a candidate gives in a case is computed once.
 
     Args:
         cases: the cases.
@@ -83,56 +83,70 @@ class Diagnosis:
     def __init__(self, cases: Sequence[Case], candidates: Sequence[Candidate]) -> None:
         """Keep the cases and the candidates."""
         self.cases, self.candidates = cases, candidates
-        self._truths: dict[Candidate, list[tuple[Case, Truth, Bound]]] = {}
+        self._sound: dict[tuple[Candidate, int], tuple[Case, Truth, Bound]] = {}
+        self._faulty: dict[tuple[Candidate, int], Result] = {}
 
-    def explain(self, results: Sequence[Result], expected: Candidate) -> list[Explanation]:
-        """Return the candidates that explain the results of the cases, the best first.
+    def explain(self, results: Sequence[Result | None], expected: Candidate) -> list[Explanation]:
+        """Return the candidates that explain the results, the best first.
 
         Exact ones come before others, then those with fewer departures from `expected`, then closer ones. A fault that
         does no harm in these cases explains nothing.
+
+        Args:
+            results: one for each case; cases with None are left out.
+            expected: the candidate that limits how far an explanation may be from the results.
         """
-        limit = max(1.0, self._largest_finite(expected, results) / CLOSER)
-        distances = ((candidate, self._distance(candidate, results, limit)) for candidate in self.candidates)
-        found = [Explanation(each, share) for each, share in distances if share <= limit and not self._harmless(each)]
+        given = {i: result for i, result in enumerate(results) if result is not None}
+        finite = (share for share in self._shares(expected, given) if math.isfinite(share))
+        limit = max(1.0, max(finite, default=0.0) / CLOSER)
+        distances = ((candidate, self._distance(candidate, given, limit)) for candidate in self.candidates)
+        found = [
+            Explanation(each, share) for each, share in distances if share <= limit and not self._harmless(each, given)
+        ]
         return sorted(found, key=lambda each: (not each.exact, _oddity(each.candidate, expected), each.share))
 
-    def _shares(self, candidate: Candidate, results: Sequence[Result]) -> Iterator[float]:
-        """Yield the distance from the candidate in each case."""
-        for (case, truth, bound), result in zip(self._of_sound(candidate), results, strict=True):
+    def _shares(self, candidate: Candidate, given: Mapping[int, Result]) -> Iterator[float]:
+        """Yield the distance of the results from the candidate in each case."""
+        for i, result in given.items():
+            case, truth, bound = self._of_sound(candidate, i)
             if candidate.fault is None:
                 yield within(case, truth, result, bound).share
             else:
                 twice = Bound(2 * bound.loss, 2 * bound.gradient)
-                yield within(case, truth, result, twice, evaluate(case, candidate.fault)).share
+                yield within(case, truth, result, twice, self._of_fault(candidate, i)).share
 
-    def _largest_finite(self, candidate: Candidate, results: Sequence[Result]) -> float:
-        return max((share for share in self._shares(candidate, results) if math.isfinite(share)), default=0.0)
-
-    def _distance(self, candidate: Candidate, results: Sequence[Result], limit: float) -> float:
+    def _distance(self, candidate: Candidate, given: Mapping[int, Result], limit: float) -> float:
         """Return the largest share over the cases, or the first beyond the limit."""
         largest = 0.0
-        for share in self._shares(candidate, results):
+        for share in self._shares(candidate, given):
             largest = max(largest, share)
             if largest > limit:
                 break
         return largest
 
-    def _harmless(self, candidate: Candidate) -> bool:
-        return candidate.fault is not None and all(
-            within(case, truth, evaluate(case, candidate.fault), bound).agrees
-            for case, truth, bound in self._of_sound(candidate)
-        )
+    def _harmless(self, candidate: Candidate, given: Mapping[int, Result]) -> bool:
+        """Return whether the candidate has a fault that stays within the bounds of the sound loss."""
+        if candidate.fault is None:
+            return False
+        sound = ((i, *self._of_sound(candidate, i)) for i in given)
+        return all(within(case, truth, self._of_fault(candidate, i), bound).agrees for i, case, truth, bound in sound)
 
-    def _of_sound(self, candidate: Candidate) -> list[tuple[Case, Truth, Bound]]:
-        """Return the cases as the candidate understands them, and the truth and bounds of it without its fault."""
-        sound = replace(candidate, fault=None)
-        if sound not in self._truths:
-            cases = [sound.apply(case) for case in self.cases]
-            # Only what is compared in float64 needs the 50 digits.
-            truths = [solve(case, None if case.dtype == "float64" else math) for case in cases]
-            bounds = [error_bound(case, truth, ARITHMETIC) for case, truth in zip(cases, truths, strict=True)]
-            self._truths[sound] = list(zip(cases, truths, bounds, strict=True))
-        return self._truths[sound]
+    def _of_sound(self, candidate: Candidate, i: int) -> tuple[Case, Truth, Bound]:
+        """Return case i as the candidate understands it, and its truth and bound without the fault."""
+        key = (replace(candidate, fault=None), i)
+        if key not in self._sound:
+            case = candidate.apply(self.cases[i])
+            # float64 is precise enough for narrower results.
+            truth = solve(case, None if case.dtype == "float64" else math)
+            self._sound[key] = (case, truth, error_bound(case, truth, ARITHMETIC))
+        return self._sound[key]
+
+    def _of_fault(self, candidate: Candidate, i: int) -> Result:
+        """Return what the candidate's fault gives in case i."""
+        key = (candidate, i)
+        if key not in self._faulty:
+            self._faulty[key] = evaluate(candidate.apply(self.cases[i]), candidate.fault)
+        return self._faulty[key]
 
 
 def _oddity(candidate: Candidate, expected: Candidate) -> tuple[int, bool]:

@@ -117,7 +117,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Reading:
+class SideReading:
     """What one of the losses was found to compute.
 
     Args:
@@ -174,7 +174,7 @@ class Pair:
     definition: Candidate
     chosen: bool
     known: bool
-    readings: tuple[Reading, Reading]
+    readings: tuple[SideReading, SideReading]
     survey: Survey
 
     @property
@@ -258,19 +258,14 @@ def _diagnose(
     cases: list[Case], attempts: list[list[Result | str]], expected: Candidate, candidates: list[Candidate]
 ) -> list[_Diagnosed]:
     """Explain each side in the cases in which it gave a result; if nothing does so exactly, apart from edge cases."""
-    known: dict[tuple[int, ...], Diagnosis] = {}
+    diagnosis = Diagnosis(cases, candidates)
 
     def explain(results: list[Result | str], ordinary: bool) -> list[Explanation]:
-        kept = [
-            i
-            for i, result in enumerate(results)
-            if not isinstance(result, str) and not (ordinary and _is_edge(cases[i]))
+        given = [
+            None if isinstance(result, str) or (ordinary and _is_edge(case)) else result
+            for case, result in zip(cases, results, strict=True)
         ]
-        if not kept:
-            return []
-        if tuple(kept) not in known:
-            known[tuple(kept)] = Diagnosis([cases[i] for i in kept], candidates)
-        return known[tuple(kept)].explain([r for i in kept if not isinstance(r := results[i], str)], expected)
+        return diagnosis.explain(given, expected) if any(given) else []
 
     found = []
     for results in attempts:
@@ -293,14 +288,14 @@ def _definition(diagnosed: list[_Diagnosed]) -> Candidate | None:
     return None
 
 
-def _read(name: str, diagnosed: _Diagnosed, definition: Candidate) -> Reading:
+def _read(name: str, diagnosed: _Diagnosed, definition: Candidate) -> SideReading:
     if not diagnosed.explanations:
-        return Reading(name, [], [], [], False, diagnosed.gave_results)
+        return SideReading(name, [], [], [], False, diagnosed.gave_results)
     best = diagnosed.explanations[0]
     mutants = departures(best.candidate, definition)
     alike = [departures(each.candidate, definition) for each in diagnosed.explanations if each.exact == best.exact]
     others = {names[0] for names in alike if len(names) == 1 and names != mutants}
-    return Reading(name, diagnosed.explanations, mutants, sorted(others), diagnosed.only_ordinary, True)
+    return SideReading(name, diagnosed.explanations, mutants, sorted(others), diagnosed.only_ordinary, True)
 
 
 def _judge(sides: tuple[Side, Side], cases: list[Case], attempts: list[list[Result | str]], scaled: bool) -> Survey:

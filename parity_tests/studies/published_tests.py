@@ -297,7 +297,7 @@ def _bounds_reject(setting: Setting, result: Result) -> bool:
 # The tests.
 
 
-def _random(
+def _random(  # noqa: PLR0913 - each is a choice of a published test
     test: str,
     shape: tuple[int, int],
     dtype: str,

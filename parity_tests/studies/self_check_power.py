@@ -1,35 +1,55 @@
 """Which faults of the mutant bank the checks without an oracle reject."""
 
+from collections.abc import Hashable
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from parity_tests.faults import dense as mutants
-from parity_tests.self_checks import CHECKS, DEFAULTS, Evaluate, Outcome, Result, Subject, run_checks, upstream
+from parity_tests.self_checks import CHECKS, DEFAULTS, CheckOutcome, Evaluate, Evaluation, Subject, run_checks, upstream
 from parity_tests.truth.cases import Case
 from parity_tests.truth.precision import FloatArray
 
 
 def evaluate_fault(fault: str | None) -> Evaluate:
     """Return the NumPy loss with a fault of the bank, or without, as what `run_checks` takes."""
+    known: dict[Hashable, Evaluation] = {}
 
     def evaluate(
         logits: FloatArray, labels: NDArray[np.int64], *, smoothing: float, dtype: str, **options: Any
-    ) -> Result:
+    ) -> Evaluation:
+        # The checks ask for the same results again and again.
+        given = [
+            None if each is None else np.asarray(each).tobytes() for each in (logits, labels, options.get("where"))
+        ]
+        key = (*given, logits.shape, smoothing, dtype, *(options.get(name) for name in ("convention", "reduction")))
+        if key not in known:
+            known[key] = compute(logits, labels, smoothing=smoothing, dtype=dtype, **options)
+        return known[key]
+
+    def compute(
+        logits: FloatArray, labels: NDArray[np.int64], *, smoothing: float, dtype: str, **options: Any
+    ) -> Evaluation:
         chosen = {**DEFAULTS, **options}
         where = chosen.pop("where")
         factors = upstream(() if chosen["reduction"] == "mean" else labels.shape)
         case = Case("self_check", dtype, logits, labels, chosen, smoothing, where=where, upstream=factors)
         result = mutants.evaluate(case, fault)
-        return Result(result.loss, result.gradient / factors.reshape(-1, 1))
+        return Evaluation(result.loss, result.gradient / factors.reshape(-1, 1))
 
     return evaluate
 
 
-def check_fault(fault: str | None, dtype: str) -> list[Outcome]:
+@cache
+def _sound() -> Evaluate:
+    return evaluate_fault(None)
+
+
+def check_fault(fault: str | None, dtype: str) -> list[CheckOutcome]:
     """Return what the checks find; the plain cross-entropy and the compiled loss to compare with are sound."""
-    sound = evaluate_fault(None)
+    sound = _sound()
     return run_checks(Subject(evaluate_fault(fault), plain=sound, other=sound), dtype)
 
 

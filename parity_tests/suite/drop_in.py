@@ -142,7 +142,7 @@ def leaf_bounds(case: Case, truth: Truth, arithmetic: Arithmetic) -> dict[str, F
 
 
 @dataclass(frozen=True)
-class Setting:
+class PeerSetting:
     """A case, what is true of it, the bounds of both sides, and torch's `ignore_index`, also where it has no effect."""
 
     case: Case
@@ -157,10 +157,10 @@ class Setting:
         return not self.truth.factor.any()
 
 
-def make_setting(case: Case, arithmetic: Arithmetic, ignore_index: int = -100, unshifted: bool = False) -> Setting:
+def make_setting(case: Case, arithmetic: Arithmetic, ignore_index: int = -100, unshifted: bool = False) -> PeerSetting:
     truth = solve(case)
     peer = peer_bound(case, truth, arithmetic, unshifted)
-    return Setting(case, truth, error_bound(case, truth, arithmetic), peer, ignore_index)
+    return PeerSetting(case, truth, error_bound(case, truth, arithmetic), peer, ignore_index)
 
 
 class Share(NamedTuple):
@@ -179,13 +179,13 @@ def share(values: FloatArray, expected: FloatArray | Exact, bound: FloatArray) -
         return float(np.max(np.where(error == 0, 0.0, error / bound), initial=0.0))
 
 
-def apart(setting: Setting, ours: Result, peer: Result) -> Share:
+def apart(setting: PeerSetting, ours: Result, peer: Result) -> Share:
     """Compare two results: they may differ by the sum of their bounds."""
     of_loss = share(ours.loss, peer.loss, setting.ours.loss + setting.peer.loss)
     return Share(of_loss, share(ours.gradient, peer.gradient, setting.ours.gradient + setting.peer.gradient))
 
 
-def verdict(setting: Setting, ours: Result, peer: Result) -> dict[str, Share]:
+def verdict(setting: PeerSetting, ours: Result, peer: Result) -> dict[str, Share]:
     """Compare three ways: which dtypes they are, each with the truth, and the one with the other."""
     assert (ours.loss_dtype, ours.gradient_dtype) == (peer.loss_dtype, peer.gradient_dtype) == ("float64", "float64")
     shares = {"each other": apart(setting, ours, peer)}
@@ -248,11 +248,11 @@ each_shape = pytest.mark.parametrize("form", SHAPES)
 
 
 @cache
-def torch_settings(form: str, soft: bool) -> tuple[Setting, ...]:
+def torch_settings(form: str, soft: bool) -> tuple[PeerSetting, ...]:
     return tuple(_torch_settings(form, soft))
 
 
-def _torch_settings(form: str, soft: bool) -> Iterator[Setting]:
+def _torch_settings(form: str, soft: bool) -> Iterator[PeerSetting]:
     generator = np.random.default_rng(zlib.crc32(f"{form} {soft}".encode()))
     axis, shape = min(1, len(SHAPES[form]) - 1), SHAPES[form]
     batch_shape, num_classes = shape[:axis] + shape[axis + 1 :], shape[axis]
@@ -290,7 +290,7 @@ def _torch_settings(form: str, soft: bool) -> Iterator[Setting]:
         yield make_setting(case, TORCH, ignore_index)
 
 
-def arguments(setting: Setting) -> dict[str, Any]:
+def arguments(setting: PeerSetting) -> dict[str, Any]:
     """Return the arguments of torch.nn.CrossEntropyLoss."""
     case = setting.case
     return {
@@ -318,7 +318,7 @@ def layouts(form: str) -> tuple[str, ...]:
     return ("contiguous", "strided", "transposed", "channels last")[: 1 + len(SHAPES[form])]
 
 
-def run_torch(loss_fn: Callable[..., Any], setting: Setting, layout: str = "contiguous") -> Result:
+def run_torch(loss_fn: Callable[..., Any], setting: PeerSetting, layout: str = "contiguous") -> Result:
     case = setting.case
     logits = in_memory(case.logits, layout).requires_grad_()
     loss = loss_fn(logits, in_memory(case.labels, layout))
@@ -326,7 +326,7 @@ def run_torch(loss_fn: Callable[..., Any], setting: Setting, layout: str = "cont
     return as_result(case, loss.detach().numpy(), logits.grad.numpy())
 
 
-def torch_leaf_gradients(setting: Setting, loss_class: Callable[..., Any]) -> dict[str, FloatArray]:
+def torch_leaf_gradients(setting: PeerSetting, loss_class: Callable[..., Any]) -> dict[str, FloatArray]:
     """Return the gradients by soft labels, and by the weight if there is one."""
     case, loss_fn = setting.case, loss_class(**arguments(setting))
     labels = torch.from_numpy(case.labels.copy()).requires_grad_()
@@ -356,11 +356,11 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 @cache
-def optax_settings(kind: str) -> tuple[Setting, ...]:
+def optax_settings(kind: str) -> tuple[PeerSetting, ...]:
     return tuple(_optax_settings(kind))
 
 
-def _optax_settings(kind: str) -> Iterator[Setting]:
+def _optax_settings(kind: str) -> Iterator[PeerSetting]:
     for shape, axis, wheres, reductions in PLACES:
         for where, reduction in product(wheres, reductions):
             case = optax_case(kind, shape, axis, where, reduction)
@@ -506,7 +506,7 @@ def wrong_result(case: Case, fault: str) -> Result:
     return evaluate(case, fault)
 
 
-def reject(fault: str, settings: list[Setting], peers: list[Result]) -> None:
+def reject(fault: str, settings: list[PeerSetting], peers: list[Result]) -> None:
     """Fail unless the fault is rejected in every case, and in each part of the result, that it changes."""
     margins: dict[tuple[str, Any], float] = {}
     parts: dict[str, float] = {}
@@ -524,13 +524,13 @@ def reject(fault: str, settings: list[Setting], peers: list[Result]) -> None:
 
 
 @cache
-def torch_peers() -> tuple[list[Setting], list[Result]]:
+def torch_peers() -> tuple[list[PeerSetting], list[Result]]:
     settings = [each for form in SHAPES for soft in (False, True) for each in torch_settings(form, soft)]
     settings = [each for each in settings if not each.divides_by_zero]
     return settings, [run_torch(torch.nn.CrossEntropyLoss(**arguments(each)), each) for each in settings]
 
 
 @cache
-def optax_peers() -> tuple[list[Setting], list[Result]]:
+def optax_peers() -> tuple[list[PeerSetting], list[Result]]:
     pairs = [(kind, setting) for kind in KINDS for setting in optax_settings(kind)]
     return [setting for _, setting in pairs], [run_optax(kind, setting.case) for kind, setting in pairs]

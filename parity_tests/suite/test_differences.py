@@ -21,7 +21,7 @@ from parity_tests.suite.drop_in import (
     SHAPES,
     SMOOTHINGS,
     TORCH,
-    Setting,
+    PeerSetting,
     apart,
     arguments,
     as_result,
@@ -224,7 +224,7 @@ def test_optax_gradients_of_labels_left_out() -> None:
         assert not gradient[left_out].any()
 
 
-def setting_of(logits: NDArray[Any], labels: NDArray[Any], arithmetic: Arithmetic, **fields: Any) -> Setting:
+def setting_of(logits: NDArray[Any], labels: NDArray[Any], arithmetic: Arithmetic, **fields: Any) -> PeerSetting:
     options = {"reduction": "none"} if labels.dtype.kind == "f" else {"reduction": "none", "ignore_index": -100}
     case = Case("", "float64", logits, labels, options, axis=1, upstream=np.ones(3), **fields)
     return make_setting(case, arithmetic)

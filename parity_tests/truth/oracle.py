@@ -1,12 +1,17 @@
 """The true loss and gradient of a case: `lsce_spec`'s definition, run at 50 digits on the exact bits of the inputs.
 
-mpmath numbers of 50 digits don't fit a NumPy array of floats, so each is kept as an unevaluated sum of two float64
-numbers, which holds 106 bits. For narrow dtypes and more than `WIDE` classes the same definition runs in float64,
-whose error is 2^-29 of what it is compared with; a test holds the two against each other.
+A NumPy array of floats cannot hold 50 digits, so each number is kept as an unevaluated sum of two float64 numbers,
+which holds 106 bits. For narrow dtypes and more than `WIDE` classes the same definition runs in float64: its error is
+2^-29 of that of the results it is compared with. A test compares the two.
+
+A process solves each case once: `solve` remembers truths by the bits of the inputs, the options and the definition.
 """
 
+import hashlib
 import math
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import mpmath
@@ -19,6 +24,8 @@ from parity_tests.truth.precision import FloatArray
 
 DIGITS = 50
 WIDE = 4096
+# Bytes of truths that are remembered; beyond that the one that was used longest ago is forgotten.
+MEMORY = 2**27
 
 
 @dataclass(frozen=True)
@@ -73,12 +80,58 @@ def solve(case: Case, maths: Any = None) -> Truth:
         maths: the maths module to run the definition with; by default mpmath's at 50 digits, or float64 where that
             is known to be enough.
     """
-    rows = case.rows()
     if maths is None:
-        wide = rows.logits.shape[-1] > WIDE and case.dtype != "float64"
+        wide = case.num_classes > WIDE and case.dtype != "float64"
         maths = math if wide else mpmath.mp
-    with mpmath.workdps(DIGITS):
-        return _solve(case, maths)
+    key = _key(case, maths)
+    truth = _memory.find(key)
+    if truth is None:
+        with mpmath.workdps(DIGITS):
+            truth = _solve(case, maths)
+        _memory.add(key, truth)
+    return truth
+
+
+class _Memory:
+    """Truths by key, up to `MEMORY` bytes."""
+
+    def __init__(self) -> None:
+        self.truths: OrderedDict[Hashable, Truth] = OrderedDict()
+        self.bytes = 0
+
+    def find(self, key: Hashable) -> Truth | None:
+        if key in self.truths:
+            self.truths.move_to_end(key)
+        return self.truths.get(key)
+
+    def add(self, key: Hashable, truth: Truth) -> None:
+        self.truths[key] = truth
+        self.bytes += _size(truth)
+        while self.bytes > MEMORY:
+            self.bytes -= _size(self.truths.popitem(last=False)[1])
+
+
+_memory = _Memory()
+
+
+def _size(truth: Truth) -> int:
+    parts = [getattr(truth, each.name) for each in fields(truth)]
+    arrays = [array for part in parts for array in ((part.high, part.low) if isinstance(part, Exact) else (part,))]
+    return sum(array.nbytes for array in arrays)
+
+
+def _key(case: Case, maths: Any) -> Hashable:
+    """Return everything that a truth depends on: the bits of the inputs, the options, and the definition itself."""
+    digest = hashlib.sha256()
+    for name in ("logits", "labels", "smoothing", "where", "class_weight", "class_mask", "prior", "upstream"):
+        value = getattr(case, name)
+        if value is not None:
+            array = np.asarray(value)
+            digest.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
+    options = tuple(sorted((name, value) for name, value in case.options.items() if name != "convention"))
+    convention = find_convention(case.options.get("convention", "uniform"))
+    definition = (convention, loss_row, target_distribution, mean_denominator)
+    return case.axis, digest.digest(), options, definition, id(maths)
 
 
 def _solve(case: Case, maths: Any) -> Truth:
