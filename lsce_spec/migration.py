@@ -246,12 +246,7 @@ def _fits(
     names: tuple[str, ...], losses: list[float], features: list[_Features], num_classes: int, tolerance: float
 ) -> list[Reading]:
     """Return the readings with these options that explain every loss."""
-    if names == ("max_sup",):
-        columns = [[f.surplus] for f in features]
-        rests = [loss - f.label for loss, f in zip(losses, features, strict=True)]
-    else:
-        columns = [[f.label, f.others, *({"entropy": -1.0, "z_loss": f.squared}[n] for n in names)] for f in features]
-        rests = losses
+    columns, rests = _equations(names, losses, features)
     # A few rows say it; all of them have to agree.
     solution = _least_squares(columns[:32], rests[:32]) or _least_squares(columns, rests)
     if solution is None:
@@ -282,6 +277,16 @@ def _fits(
         if found and (z_loss is None or z_loss > 0):
             return found
     return []
+
+
+def _equations(
+    names: tuple[str, ...], losses: list[float], features: list[_Features]
+) -> tuple[list[list[float]], list[float]]:
+    """Return the rows of the linear system whose solution is the strength of each term, and its right-hand side."""
+    if names == ("max_sup",):
+        return [[f.surplus] for f in features], [loss - f.label for loss, f in zip(losses, features, strict=True)]
+    columns = [[f.label, f.others, *({"entropy": -1.0, "z_loss": f.squared}[n] for n in names)] for f in features]
+    return columns, losses
 
 
 def _readings(
