@@ -112,12 +112,7 @@ def _evaluate(
 ) -> tuple[Float[Array, "..."], LossStats | None]:
     """Return the loss, and the statistics if asked for. See `linear_label_smoothed_cross_entropy`."""
     options = LossOptions.of(keywords, LINEAR_IMPLEMENTATIONS)
-    chunks = ChunkOptions.checked(
-        chunk_size=keywords["chunk_size"],
-        recompute=keywords["recompute"],
-        gradient_filter=keywords["gradient_filter"],
-        options=options,
-    )
+    chunks = ChunkOptions.of(keywords, options)
     layer, num_classes = _prepare_layer(hidden, weight, keywords["bias"])
     labels = as_array("labels", within_int32(labels))
     if is_floating(labels.dtype.name):

@@ -130,12 +130,7 @@ class LinearLabelSmoothedCrossEntropyLoss(_LossModule):
     @takes(LinearModuleKeywords)
     def __init__(self, smoothing: float = 0.1, **options: Unpack[LinearModuleKeywords]) -> None:
         """Check the options and keep them; see the class."""
-        ChunkOptions.checked(
-            chunk_size=options["chunk_size"],
-            recompute=options["recompute"],
-            gradient_filter=options["gradient_filter"],
-            options=LossOptions.of({"smoothing": smoothing, **options}, LINEAR_IMPLEMENTATIONS),
-        )
+        ChunkOptions.of(options, LossOptions.of({"smoothing": smoothing, **options}, LINEAR_IMPLEMENTATIONS))
         self._keep({"smoothing": smoothing, **options})
 
     def __call__(

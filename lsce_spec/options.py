@@ -72,13 +72,6 @@ class LossOptions:
             implementation=implementation,
         )
 
-    @staticmethod
-    def checked(
-        *, has_prior: bool, implementations: tuple[str, ...] = IMPLEMENTATIONS, **options: Any
-    ) -> "LossOptions":
-        """Return what `of` does."""
-        return LossOptions.of({**options, "prior": True if has_prior else None}, implementations)
-
 
 def _check_terms(z_loss: Any, softcap: Any, subtract_entropy: Any, convention: Convention) -> None:
     if not is_number(z_loss) or not 0 <= z_loss < math.inf:
@@ -132,11 +125,6 @@ class ChunkOptions:
         if gradient_filter and recompute:
             raise error("filter_recompute")
         return ChunkOptions(None if chunk_size is None else int(chunk_size), recompute, float(gradient_filter))
-
-    @staticmethod
-    def checked(*, options: LossOptions, **keywords: Any) -> "ChunkOptions":
-        """Return what `of` does."""
-        return ChunkOptions.of(keywords, options)
 
     def rows_at_most(self, preferred: int, num_classes: int) -> int:
         """Return the number of rows of a chunk.

@@ -56,7 +56,7 @@ def files(package: str) -> set[str]:
 
 
 # XLA manages memory, threads, saved arrays and fusion for JAX. In torch each has a file, and so have the operators that
-# torch.compile leaves alone and the messages that only torch has.
+# torch.compile leaves alone.
 TORCH_FILES = {"sweeps.py", "memory.py", "threads.py", "overwrite.py", "saved.py", "compiled.py"}
 
 
