@@ -69,7 +69,7 @@ def evaluate(case: Case, fault: str | None = None) -> Result:
         return _evaluate(case, fault)
 
 
-def _evaluate(case: Case, fault: str | None) -> Result:
+def _evaluate(case: Case, fault: str | None) -> Result:  # noqa: C901, PLR0912, PLR0915 - one formula, a switch a fault
     dtype = np.dtype(compute_dtype(case.dtype))
     rows, options = case.rows(), case.options
     num_rows, num_classes = rows.logits.shape
@@ -180,7 +180,7 @@ def _apply(function: Callable[..., Any], values: NDArray[Any]) -> NDArray[Any]:
     return result
 
 
-def smoothed_target(
+def smoothed_target(  # noqa: C901 - a switch for each fault
     case: Case, labels: NDArray[Any], allowed: NDArray[np.bool_], dtype: np.dtype[Any], fault: str | None
 ) -> NDArray[Any]:
     """Return the smoothed target [N, K] of labels [N] or [N, K], wrong in the way that `fault` names."""

@@ -1,24 +1,26 @@
-"""Linear layers with wrong losses, to prove that the bounds reject them."""
+"""Linear layers with wrong losses, to prove that the bounds reject them; and the bank of all faults."""
 
 from dataclasses import replace
 
 import numpy as np
 
-from parity_tests.faults.dense import evaluate
-from parity_tests.truth.cases import Case
-from parity_tests.truth.linear_bounds import LinearResult
-from parity_tests.truth.linear_cases import LinearCase
+from parity_tests.faults.dense import FAULTS, evaluate
+from parity_tests.truth.cases import Case, LinearCase
+from parity_tests.truth.comparison import AnyResult, LinearResult
 from parity_tests.truth.precision import FloatArray, compute_dtype, round_to
 
-# Name -> what is wrong. Those that the loss alone can have are faults of `parity_tests.faults.dense`.
-LINEAR_FAULTS = {
-    "other_off": "e/(K-1) for e/K, or e/K for e/(K-1)",
-    "unsmoothed_gradient": "the smoothing is missing in the gradient",
-    "all_rows_counted": "the mean divides by all rows, not by those that count",
-    "upstream_ignored": "the gradient is not multiplied with what comes from upstream",
-    "z_loss_gradient": "the z-loss is missing in the gradient",
-    "softcap_derivative": "the derivative of the softcap is missing",
-    "max_sup_at_label": "the smoothing is taken from the label, not from the largest logit",
+PREFIX = "linear_"
+# Faults that the loss alone can have, which are tried in a linear layer too.
+OF_LOSS = (
+    "other_off",
+    "unsmoothed_gradient",
+    "all_rows_counted",
+    "upstream_ignored",
+    "z_loss_gradient",
+    "softcap_derivative",
+    "max_sup_at_label",
+)
+OF_LAYER = {
     "last_chunk_dropped": "a last chunk that is not full is left out",
     "last_chunk_repeated": "a last chunk that is not full is filled with the rows before it, which count twice",
     "weight_of_last_chunk": "the weight's gradient is that of the last chunk alone",
@@ -35,30 +37,40 @@ LINEAR_FAULTS = {
     "hidden_for_weight": "hidden's gradient is the product with hidden",
     "bfloat16_chunks": "the weight's gradient is added up in bfloat16",
 }
+# Name -> what is wrong.
+LINEAR_FAULTS = {PREFIX + name: text for name, text in ({name: FAULTS[name] for name in OF_LOSS} | OF_LAYER).items()}
+BANK = FAULTS | LINEAR_FAULTS
+
+
+def wrong_result(case: Case, fault: str | None = None) -> AnyResult:
+    """Return what a loss with that fault of the bank gives for a case; the sound result without one."""
+    return evaluate_linear(case, fault) if isinstance(case, LinearCase) else evaluate(case, fault)
 
 
 def evaluate_linear(case: LinearCase, fault: str | None = None) -> LinearResult:
     """Return loss and gradients of a case in NumPy, wrong in the way that `fault` names, sound without one.
 
-    The loss is that of `parity_tests.faults.dense` in the compute dtype; the products are exact beside that.
+    The loss is that of `parity_tests.faults.dense` in the compute dtype, with any of its faults; the products are exact
+    beside that.
     """
-    assert fault is None or fault in LINEAR_FAULTS, fault
+    assert fault is None or fault in BANK, fault
     with np.errstate(all="ignore"):
-        return _evaluate_linear(case, fault)
+        return _evaluate_linear(case, None if fault is None else fault.removeprefix(PREFIX))
 
 
 def _evaluate_linear(case: LinearCase, fault: str | None) -> LinearResult:
-    compute, counted = compute_dtype(case.dtype), case.loss.rows().counted
+    compute, counted = compute_dtype(case.dtype), case.rows().counted
     weight = case.multiplied_weight
-    hidden = np.where(counted[:, None], case.rows(), 0.0)
+    hidden = np.where(counted[:, None], case.hidden_rows, 0.0)
     times_bias = {"bias_not_added": 0, "bias_in_each_feature": 2}.get(str(fault), 1)
     logits = hidden @ weight + (0 if case.bias is None else times_bias * case.bias)
-    case_of_loss = replace(case.loss, dtype=compute, logits=round_to(logits, compute).reshape(case.loss.logits.shape))
-    result = evaluate(case_of_loss, fault if fault in _OF_LOSS else None)
+    case_of_loss = replace(case, dtype=compute, logits=round_to(logits, compute).reshape(case.logits.shape))
+    result = evaluate(case_of_loss, fault if fault in FAULTS else None)
     loss, gradient = result.loss, result.gradient
-    chunks = [slice(start, start + case.chunk_size) for start in range(0, len(hidden), case.chunk_size)]
+    chunk_size = case.chunk_size or max(1, len(hidden))
+    chunks = [slice(start, start + chunk_size) for start in range(0, len(hidden), chunk_size)]
     last = chunks[-1] if chunks else slice(0)
-    is_partial = len(hidden[last]) < case.chunk_size and len(chunks) > 1
+    is_partial = len(hidden[last]) < chunk_size and len(chunks) > 1
     if fault in {"last_chunk_dropped", "last_chunk_repeated"} and is_partial:
         loss, gradient = _wrong_last_chunk(case_of_loss, loss, gradient, last, fault)
     of_hidden = gradient @ weight.T
@@ -72,33 +84,21 @@ def _evaluate_linear(case: LinearCase, fault: str | None) -> LinearResult:
         of_hidden[:whole] = apart.reshape(whole, -1)
     terms, of_terms = hidden, gradient
     if fault == "zero_times_nan":
-        terms = case.rows()
+        terms = case.hidden_rows
     if fault == "ignored_rows_in_weight":
-        finite = np.nan_to_num(case.rows(), nan=1.0, posinf=1.0, neginf=1.0)
+        finite = np.nan_to_num(case.hidden_rows, nan=1.0, posinf=1.0, neginf=1.0)
         largest = np.max(np.abs(gradient[counted]), initial=0.0)
         terms, of_terms = finite, np.where(counted[:, None], gradient, largest)
     of_weight = _added_up(terms, of_terms, chunks, fault)
-    upstream = case.loss.upstream
+    upstream = case.upstream
     if upstream is not None and upstream.ndim == 0:
         of_weight = of_weight * {"weight_scaled_twice": upstream, "weight_not_scaled": 1 / upstream}.get(str(fault), 1)
     parts = {"loss": loss, "hidden": of_hidden, "weight": of_weight}
     if case.bias is not None:
         summed = gradient[last] if fault == "bias_of_last_chunk" else gradient
         parts["bias"] = summed.sum(axis=0) * (fault != "bias_without_gradient")
-    dtypes = {"loss": compute, "hidden": case.dtype, "weight": case.weight_dtype, "bias": case.weight_dtype}
-    dtypes = {name: dtypes[name] for name in parts}
+    dtypes = case.result_dtypes
     return LinearResult({name: round_to(part, dtypes[name]) for name, part in parts.items()}, dtypes)
-
-
-_OF_LOSS = (
-    "other_off",
-    "unsmoothed_gradient",
-    "all_rows_counted",
-    "upstream_ignored",
-    "z_loss_gradient",
-    "softcap_derivative",
-    "max_sup_at_label",
-)
 
 
 def _added_up(hidden: FloatArray, gradient: FloatArray, chunks: list[slice], fault: str | None) -> FloatArray:

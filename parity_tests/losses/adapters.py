@@ -1,4 +1,4 @@
-"""Adapters turn a framework's loss into NumPy arrays of loss and gradient. Each loads its framework when it is made."""
+"""Adapters turn a framework's loss into NumPy arrays of loss and gradients. Making one loads its framework."""
 
 import importlib
 from collections.abc import Callable
@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from parity_tests.truth.bounds import Arithmetic
-from parity_tests.truth.cases import Case, features
-from parity_tests.truth.comparison import Result
+from parity_tests.truth.bounds import NARROW, Arithmetic
+from parity_tests.truth.cases import Case, LinearCase, features
+from parity_tests.truth.comparison import AnyResult, make_result
 from parity_tests.truth.precision import as_dtype, compute_dtype
 
 
@@ -45,13 +45,21 @@ class Adapter(Protocol):
         """Return what the loss cannot be asked of a case, for people; None if it can be called."""
         ...
 
-    def __call__(self, case: Case) -> Result:
-        """Return loss and gradient of a case. Whatever it raises is reported as a failure of this case."""
+    def __call__(self, case: Case) -> AnyResult:
+        """Return loss and gradients of a case. Whatever it raises is reported as a failure of this case."""
         ...
 
 
-def missing_features(case: Case, supports: frozenset[str] | None) -> str | None:
-    """Return which features of a case are not in `supports`, for people; None if all are. None supports everything."""
+def missing_features(case: Case, supports: frozenset[str] | None, linear: bool = False) -> str | None:
+    """Return what keeps a loss from a case, for people, or None: its kind, or features that are not in `supports`.
+
+    Args:
+        case: the case.
+        supports: the features that the loss has; None for all.
+        linear: whether the loss takes a linear layer, and not logits.
+    """
+    if linear != isinstance(case, LinearCase):
+        return "takes a linear layer, not logits" if linear else "takes logits, not a linear layer"
     missing = sorted(features(case) - supports) if supports is not None else []
     return f"has no {', '.join(missing)}" if missing else None
 
@@ -60,13 +68,15 @@ class JaxAdapter:
     """`lsce_jax` or a function of the same signature.
 
     Args:
-        loss: the function; `lsce_jax.label_smoothed_cross_entropy` by default. It gets those options only that a case
-            sets, and `smoothing` and `reduction` always.
+        loss: the function; by default `label_smoothed_cross_entropy` of `lsce_jax`, or the linear one. It gets those
+            options only that a case sets, and `smoothing` and `reduction` always.
         jit: whether to compile it.
         implementation: which one to choose; None leaves that to the function.
         device: where to run it.
         name: what reports call it.
         supports: the features (see `parity_tests.truth.cases.features`) that it has; None for all.
+        linear: whether it takes (hidden, weight, labels), and not (logits, labels).
+        narrow: what the layer stores in a narrow dtype on the way; see `Arithmetic`.
 
     Raises:
         UnavailableError: JAX, or the device, is not there.
@@ -82,6 +92,8 @@ class JaxAdapter:
         device: str = "cpu",
         name: str | None = None,
         supports: frozenset[str] | None = None,
+        linear: bool = False,
+        narrow: frozenset[str] = NARROW,
     ) -> None:
         """Load JAX."""
         jax = _load("jax")
@@ -89,50 +101,58 @@ class JaxAdapter:
             import lsce_jax
 
             loss = lsce_jax.label_smoothed_cross_entropy
+            if linear:
+                loss = lsce_jax.linear_label_smoothed_cross_entropy
         self.loss = loss if implementation is None else partial(loss, implementation=implementation)
         self.jit, self.device, self.supports = jit, device, supports
+        self.linear, self.implementation = linear, implementation
         self.name = name or _name("jax", implementation, "" if jit else "eager")
         try:
             self._jax_device = jax.devices(device)[0]
         except RuntimeError as error:
             raise UnavailableError(f"JAX finds no {device} device on this machine: {error}") from error
         # XLA's expansions of exp, log1p and tanh for CPUs, measured up to 1.9, 3.2 and 3.6.
-        self.arithmetic = Arithmetic(exp=3.0, log1p=4.0, tanh=5.0)
+        self.arithmetic = Arithmetic(exp=3.0, log1p=4.0, tanh=5.0, narrow=narrow)
 
     def unsupported(self, case: Case) -> str | None:
         """Return what the loss cannot be asked of a case."""
-        return missing_features(case, self.supports)
+        return missing_features(case, self.supports, self.linear)
 
-    def __call__(self, case: Case) -> Result:
-        """Return loss and gradient of a case."""
+    def __call__(self, case: Case) -> AnyResult:
+        """Return loss and gradients of a case."""
         import jax
 
-        arrays, options = operands_of(case)
+        arrays, options = operands_of(case, self.implementation)
         with jax.enable_x64(case.dtype == "float64"), jax.default_device(self._jax_device):
             operands = {name: jax.numpy.asarray(value) for name, value in arrays.items()}
             upstream = operands.pop("upstream")
+            leaves = {name: operands.pop(name) for name in LEAVES if name in operands}
 
-            def total(logits: Any, operands: dict[str, Any], upstream: Any) -> tuple[Any, Any]:
-                loss = self.loss(logits, **operands, **options)
+            def total(leaves: dict[str, Any], operands: dict[str, Any], upstream: Any) -> tuple[Any, Any]:
+                loss = _call(self.loss, leaves, {**operands, **options})
                 _check_shape(case, loss)
                 return (loss * upstream).sum(), loss
 
             step = jax.value_and_grad(total, has_aux=True)
-            (_, loss), gradient = (jax.jit(step) if self.jit else step)(operands.pop("logits"), operands, upstream)
-            return _result(case, np.asarray(loss), np.asarray(gradient), loss.dtype.name, gradient.dtype.name)
+            (_, loss), gradients = (jax.jit(step) if self.jit else step)(leaves, operands, upstream)
+            parts = {"loss": loss, **gradients}
+            dtypes = {name: part.dtype.name for name, part in parts.items()}
+            return _result(case, {name: np.asarray(part) for name, part in parts.items()}, dtypes)
 
 
 class TorchAdapter:
     """`lsce_torch` or a function of the same signature.
 
     Args:
-        loss: the function; `lsce_torch.label_smoothed_cross_entropy` by default. It gets those options only that a case
-            sets, and `smoothing` and `reduction` always.
+        loss: the function; by default `label_smoothed_cross_entropy` of `lsce_torch`, or the linear one. It gets those
+            options only that a case sets, and `smoothing` and `reduction` always.
         compiled: whether to compile it, as one graph, anew for each case.
         implementation: which one to choose; None leaves that to the function.
         device: where to run it.
         name: what reports call it.
         supports: the features (see `parity_tests.truth.cases.features`) that it has; None for all.
+        linear: whether it takes (hidden, weight, labels), and not (logits, labels).
+        narrow: what the layer stores in a narrow dtype on the way; see `Arithmetic`.
 
     Raises:
         UnavailableError: torch, or the device, is not there.
@@ -148,6 +168,8 @@ class TorchAdapter:
         device: str = "cpu",
         name: str | None = None,
         supports: frozenset[str] | None = None,
+        linear: bool = False,
+        narrow: frozenset[str] = NARROW,
     ) -> None:
         """Load torch."""
         torch = _load("torch")
@@ -155,39 +177,48 @@ class TorchAdapter:
             import lsce_torch
 
             loss = lsce_torch.label_smoothed_cross_entropy
+            if linear:
+                loss = lsce_torch.linear_label_smoothed_cross_entropy
         self.loss = loss if implementation is None else partial(loss, implementation=implementation)
         if compiled:
             self.loss = _compiled_anew(self.loss)
-        self.device, self.supports = device, supports
+        self.device, self.supports, self.linear, self.implementation = device, supports, linear, implementation
         self.name = name or _name("torch", implementation, "compiled" if compiled else "")
         if device == "tpu" or (device == "cuda" and not torch.cuda.is_available()):
             raise UnavailableError(f"torch finds no {device} device on this machine")
         # SLEEF and libm, measured up to 1.2; exp within softmax up to 2.6.
-        self.arithmetic = Arithmetic(exp=3.0, log1p=2.0, tanh=2.0)
+        self.arithmetic = Arithmetic(exp=3.0, log1p=2.0, tanh=2.0, narrow=narrow)
 
     def unsupported(self, case: Case) -> str | None:
         """Return what the loss cannot be asked of a case."""
-        return missing_features(case, self.supports)
+        return missing_features(case, self.supports, self.linear)
 
-    def __call__(self, case: Case) -> Result:
-        """Return loss and gradient of a case."""
+    def __call__(self, case: Case) -> AnyResult:
+        """Return loss and gradients of a case."""
         import torch
 
-        arrays, options = operands_of(case)
+        arrays, options = operands_of(case, self.implementation)
         operands = {name: to_torch(value).to(self.device) for name, value in arrays.items()}
         upstream = operands.pop("upstream")
-        logits = operands.pop("logits").requires_grad_()
+        leaves = {name: operands.pop(name) for name in LEAVES if name in operands}
+        if "weight" in leaves:  # JAX has the features first
+            leaves["weight"] = leaves["weight"].T.contiguous()
+        leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
         with torch.enable_grad():  # whatever another loss has set, or this one sets
-            loss = self.loss(logits, **operands, **options)
+            loss = _call(self.loss, leaves, {**operands, **options})
         _check_shape(case, loss)
         if not loss.requires_grad:
             raise LossError("the loss has no gradient: it was detached, or computed outside of autograd")
         (loss * upstream).sum().backward()
-        if logits.grad is None:
-            raise LossError("no gradient reaches the logits")
-        gradient, kept = logits.grad, loss.detach()
-        names = [str(tensor.dtype).removeprefix("torch.") for tensor in (kept, gradient)]
-        return _result(case, kept.double().cpu().numpy(), gradient.double().cpu().numpy(), *names)
+        for name, leaf in leaves.items():
+            if leaf.grad is None:
+                raise LossError(f"no gradient reaches {'the logits' if name == 'logits' else name}")
+        parts = {"loss": loss.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+        dtypes = {name: str(part.dtype).removeprefix("torch.") for name, part in parts.items()}
+        widened = {name: part.double().cpu().numpy() for name, part in parts.items()}
+        if "weight" in widened:
+            widened["weight"] = widened["weight"].T
+        return _result(case, widened, dtypes)
 
 
 def _compiled_anew(loss: Callable[..., Any]) -> Callable[..., Any]:
@@ -221,21 +252,42 @@ def _check_shape(case: Case, loss: Any) -> None:
         raise ShapeError(f"the loss has shape {list(shape)}, expected {list(wanted)}")
 
 
-def operands_of(case: Case) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Split a case into arrays and plain options, arrays that are no logits in the compute dtype."""
+# What the gradient is taken with respect to: of the dense loss the logits, of the linear one the others.
+LEAVES = ("logits", "hidden", "weight", "bias")
+
+
+def _call(loss: Callable[..., Any], leaves: dict[str, Any], others: dict[str, Any]) -> Any:
+    """Call a loss with logits, or hidden and weight, by position, and everything else by its name."""
+    first = [leaf for name, leaf in leaves.items() if name != "bias"]
+    bias = {"bias": leaves["bias"]} if "bias" in leaves else {}
+    return loss(*first, **bias, **others)
+
+
+def operands_of(case: Case, implementation: str | None = None) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    """Split a case into arrays and plain options; a vector of the classes and `upstream` are in the compute dtype.
+
+    Only an implementation other than "reference" is told a linear case's chunk size.
+    """
     compute = compute_dtype(case.dtype)
     soft = case.labels.dtype.kind == "f"
     arrays: dict[str, Any] = {
-        "logits": as_dtype(case.logits, case.dtype),
         "labels": as_dtype(case.labels, case.dtype) if soft else case.labels,
         "where": case.where,
         "class_mask": case.class_mask,
         "upstream": as_dtype(np.asarray(1.0 if case.upstream is None else case.upstream), compute),
     }
+    options = {"reduction": "none", **case.options}
+    if isinstance(case, LinearCase):
+        arrays["hidden"] = as_dtype(case.hidden, case.dtype)
+        arrays["weight"] = as_dtype(case.weight, case.weight_dtype)
+        arrays["bias"] = None if case.bias is None else as_dtype(case.bias, case.weight_dtype)
+        if case.chunk_size is not None and implementation != "reference":
+            options["chunk_size"] = case.chunk_size
+    else:
+        arrays["logits"] = as_dtype(case.logits, case.dtype)
     for name in ("class_weight", "prior"):
         values = getattr(case, name)
         arrays[name] = None if values is None else as_dtype(values, compute)
-    options = {"reduction": "none", **case.options}
     if "axis" in features(case):
         options["axis"] = case.axis
     if isinstance(case.smoothing, float):
@@ -254,13 +306,14 @@ def to_torch(array: NDArray[Any]) -> Any:
     return torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape).copy())
 
 
-def _result(case: Case, loss: NDArray[Any], gradient: NDArray[Any], loss_dtype: str, gradient_dtype: str) -> Result:
-    moved = np.moveaxis(gradient.astype(np.float64), case.axis, -1)
-    num_rows = int(np.prod(case.batch_shape))
-    loss = loss.astype(np.float64)
-    return Result(
-        loss=loss.reshape(num_rows) if case.options.get("reduction", "none") == "none" else loss,
-        gradient=moved.reshape(num_rows, case.num_classes),
-        loss_dtype=loss_dtype,
-        gradient_dtype=gradient_dtype,
-    )
+def _result(case: Case, parts: dict[str, NDArray[Any]], dtypes: dict[str, str]) -> AnyResult:
+    """Return parts in the shapes of `Result` and `LinearResult`, the gradient by the logits as "gradient"."""
+    rows = case.rows().logits.shape
+    widened = {name: part.astype(np.float64) for name, part in parts.items()}
+    if case.options.get("reduction", "none") == "none":
+        widened["loss"] = widened["loss"].reshape(rows[0])
+    if "logits" in widened:
+        widened["gradient"] = np.moveaxis(widened.pop("logits"), case.axis, -1).reshape(rows)
+    else:
+        widened["hidden"] = widened["hidden"].reshape(rows[0], widened["hidden"].shape[-1])
+    return make_result(widened, {"gradient" if name == "logits" else name: dtype for name, dtype in dtypes.items()})

@@ -25,7 +25,7 @@ import numpy as np
 
 from parity_tests.losses.adapters import Adapter, JaxAdapter, LossError, TorchAdapter, UnavailableError
 from parity_tests.truth.cases import Case
-from parity_tests.truth.comparison import Result
+from parity_tests.truth.comparison import AnyResult
 
 # What asks for nothing, and so needs no argument of a library.
 NEUTRAL = (
@@ -61,7 +61,7 @@ class PeerAdapter:
         """Return what the library cannot be asked of a case."""
         return self.adapter.unsupported(case) or self.refuse(case)
 
-    def __call__(self, case: Case) -> Result:
+    def __call__(self, case: Case) -> AnyResult:
         """Return loss and gradient of a case."""
         options = {name: value for name, value in case.options.items() if (name, value) not in NEUTRAL}
         where = None if case.where is None else np.broadcast_to(case.where, case.batch_shape)
@@ -105,7 +105,7 @@ class WorkerAdapter:
         """Return what the library cannot be asked of a case."""
         return self.adapter.unsupported(case)
 
-    def __call__(self, case: Case) -> Result:
+    def __call__(self, case: Case) -> AnyResult:
         """Return loss and gradient of a case."""
         if self._pool is None:
             spawn = multiprocessing.get_context("spawn")
@@ -125,7 +125,7 @@ def _set_environment(environment: Mapping[str, str]) -> None:
     os.environ.update(environment)
 
 
-def _evaluate(make: Callable[[], Adapter], case: Case) -> Result | str:
+def _evaluate(make: Callable[[], Adapter], case: Case) -> AnyResult | str:
     """Return the result, or what was raised: not every exception of a library survives the way between processes."""
     try:
         return make()(case)

@@ -6,15 +6,23 @@ from fnmatch import fnmatch
 from functools import partial
 from typing import Any, Literal
 
-from lsce_spec import IMPLEMENTATIONS
-from parity_tests.faults.dense import FAULTS, evaluate
+from lsce_spec import IMPLEMENTATIONS, LINEAR_IMPLEMENTATIONS
+from parity_tests.faults.linear import BANK, LINEAR_FAULTS, wrong_result
 from parity_tests.losses import peers
 from parity_tests.losses.adapters import Adapter, JaxAdapter, TorchAdapter
-from parity_tests.truth.bounds import Arithmetic
-from parity_tests.truth.cases import Case
-from parity_tests.truth.comparison import Result
+from parity_tests.truth.bounds import NARROW, Arithmetic
+from parity_tests.truth.cases import Case, LinearCase
+from parity_tests.truth.comparison import AnyResult, make_result
 from parity_tests.truth.oracle import solve
-from parity_tests.truth.precision import compute_dtype, round_to
+from parity_tests.truth.precision import round_to
+
+# What a layer stores in a narrow dtype on the way. JAX: a product that it differentiates comes in the dtype of its
+# factors, and `jnp.matmul` in the one that is asked for. torch: each product comes in the dtype of its factors.
+JAX_NARROW = {
+    "chunked": frozenset({"products of rows"}),
+    "reference": frozenset({"products", "products of rows", "hidden"}),
+}
+TORCH_NARROW = {"chunked": frozenset({"logits", "hidden"}), "reference": NARROW}
 
 
 @dataclass(frozen=True)
@@ -48,16 +56,17 @@ class FaultyAdapter:
         self.arithmetic = Arithmetic()
 
     def unsupported(self, case: Case) -> str | None:
-        """Return None: it has every option."""
-        return None
+        """Return None but for faults that only a linear layer can have: it has every option."""
+        only_linear = self.fault in LINEAR_FAULTS and not isinstance(case, LinearCase)
+        return "is a fault of linear layers" if only_linear else None
 
-    def __call__(self, case: Case) -> Result:
-        """Return loss and gradient of a case."""
-        return evaluate(case, self.fault)
+    def __call__(self, case: Case) -> AnyResult:
+        """Return loss and gradients of a case."""
+        return wrong_result(case, self.fault)
 
 
 class OracleAdapter:
-    """The true loss and gradient, rounded to the dtypes that an implementation returns."""
+    """The true loss and gradients, rounded to the dtypes that an implementation returns."""
 
     name, framework, device = "oracle", "numpy", "cpu"
 
@@ -69,11 +78,10 @@ class OracleAdapter:
         """Return None: it has every option."""
         return None
 
-    def __call__(self, case: Case) -> Result:
-        """Return loss and gradient of a case."""
-        truth, compute = solve(case), compute_dtype(case.dtype)
-        loss, gradient = round_to(truth.loss.high, compute), round_to(truth.gradient.high, case.dtype)
-        return Result(loss, gradient, compute, case.dtype)
+    def __call__(self, case: Case) -> AnyResult:
+        """Return loss and gradients of a case."""
+        truth, dtypes = solve(case), case.result_dtypes
+        return make_result({part: round_to(exact.high, dtypes[part]) for part, exact in truth.parts.items()}, dtypes)
 
 
 def _ours() -> list[Entry]:
@@ -91,6 +99,15 @@ def _ours() -> list[Entry]:
                 "ours",
                 partial(TorchAdapter, name=f"{torch}-compiled", compiled=True, **options),
             ),
+        ]
+    for implementation in LINEAR_IMPLEMENTATIONS:
+        options = {"implementation": implementation, "linear": True}
+        jax, torch = f"jax-linear-{implementation}", f"torch-linear-{implementation}"
+        of_jax = partial(JaxAdapter, name=jax, narrow=JAX_NARROW[implementation], **options)
+        of_torch = partial(TorchAdapter, name=torch, narrow=TORCH_NARROW[implementation], **options)
+        entries += [
+            Entry(jax, "jax", "ours", of_jax, twin=torch),
+            Entry(torch, "torch", "ours", of_torch, twin=jax),
         ]
     return entries
 
@@ -132,8 +149,8 @@ def make_adapter(name: str, device: str = "cpu") -> Adapter:
         return FaultyAdapter()
     kind, _, fault = name.partition(":")
     if kind == "mutant":
-        if fault not in FAULTS:
-            raise ValueError(f"there is no mutant {fault!r}; the mutants are {', '.join(FAULTS)}")
+        if fault not in BANK:
+            raise ValueError(f"there is no mutant {fault!r}; the mutants are {', '.join(BANK)}")
         return FaultyAdapter(fault)
     if name not in ENTRIES:
         raise ValueError(f"there is no adapter {name!r}; the adapters are {', '.join(ENTRIES)}, oracle, mutant:FAULT")

@@ -1,8 +1,9 @@
 """Losses that a user names: `torch:package.module:name` or `jax:package.module:name`.
 
-What is named is called as `loss(logits, labels)` with logits [N, K] and integer labels [N], and returns a scalar or one
-loss per row; the harness takes the gradient. A class is made into an object first, and that is called. Options are the
-keyword arguments of the function or of the class.
+What is named is called as `loss(logits, labels)` with logits [N, K] and integer labels [N]. A linear loss is called as
+`loss(hidden, weight, labels)` with hidden [N, D] and the weight of its framework: [K, D] in torch, [D, K] in JAX. The
+loss returns a scalar or one loss per row; the harness takes the gradients. A class is made into an object first, and
+that is called. Options are the keyword arguments of the function or of the class.
 """
 
 import importlib
@@ -72,7 +73,9 @@ def find(specification: str) -> Any:
     return found
 
 
-def load_adapter(specification: str, options: Mapping[str, Any], device: str = "cpu", jit: bool = False) -> Adapter:
+def load_adapter(
+    specification: str, options: Mapping[str, Any], device: str = "cpu", jit: bool = False, linear: bool = False
+) -> Adapter:
     """Return the adapter of a user's loss, or of a name that `make_adapter` knows.
 
     Raises:
@@ -88,23 +91,28 @@ def load_adapter(specification: str, options: Mapping[str, Any], device: str = "
             raise SpecificationError(f"{error}; or torch:package.module:name, jax:package.module:name") from None
     torch = specification.startswith("torch:")
     # The framework first, so that its absence is not taken for an error of the user's module.
-    adapter = TorchAdapter(name=specification, device=device) if torch else JaxAdapter(None, jit, device=device)
-    loss = _bind(specification, options, _to_torch if torch else _to_jax)
+    adapter = (
+        TorchAdapter(device=device, linear=linear) if torch else JaxAdapter(None, jit, device=device, linear=linear)
+    )
+    operands = ("hidden", "weight", "labels") if linear else ("logits", "labels")
+    loss = _bind(specification, options, operands, _to_torch if torch else _to_jax)
 
-    def call(logits: Any, labels: Any, **settings: Any) -> Any:
-        return loss(logits, labels)
+    def call(*inputs: Any, labels: Any, **settings: Any) -> Any:
+        return loss(*inputs, labels)
 
     adapter.name, adapter.loss = specification, call
     return adapter
 
 
-def _bind(specification: str, options: Mapping[str, Any], as_array: Callable[[list[Any]], Any]) -> Callable[..., Any]:
+def _bind(
+    specification: str, options: Mapping[str, Any], operands: Sequence[str], as_array: Callable[[list[Any]], Any]
+) -> Callable[..., Any]:
     found = find(specification)
     arguments = {key: as_array(value) if isinstance(value, list) else value for key, value in options.items()}
     try:
         if inspect.isclass(found):
             return _make(specification, found, arguments)
-        inspect.signature(found).bind("logits", "labels", **arguments)
+        inspect.signature(found).bind(*operands, **arguments)
     except TypeError as error:
         raise SpecificationError(f"{specification} does not take these options: {error}") from error
     except SpecificationError:
@@ -154,8 +162,8 @@ def take_mean(adapter: Any, ignore_index: int | None) -> None:
     """Make an adapter of a user's loss return the mean of its rows, of those that are not ignored."""
     rows = adapter.loss
 
-    def mean(logits: Any, labels: Any, **settings: Any) -> Any:
-        losses = rows(logits, labels)
+    def mean(*inputs: Any, labels: Any, **settings: Any) -> Any:
+        losses = rows(*inputs, labels=labels)
         return losses.mean() if ignore_index is None else losses.sum() / int((labels != ignore_index).sum())
 
     adapter.loss = mean

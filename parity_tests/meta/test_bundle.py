@@ -42,7 +42,8 @@ from parity_tests.studies.replays import replay
 from parity_tests.studies.survey import make_cases
 from parity_tests.truth import oracle
 from parity_tests.truth.bounds import Arithmetic
-from parity_tests.truth.cases import Case, case_names, make_case
+from parity_tests.truth.cases import Case, make_case
+from parity_tests.truth.linear_cases import SOME, all_case_names, make_linear_case
 from parity_tests.truth.oracle import Exact
 from parity_tests.truth.precision import DTYPES, as_dtype
 
@@ -84,6 +85,13 @@ def test_golden_bundles_replay_with_both_frameworks(name: str) -> None:
     assert found.agrees, [str(line) for line in found.lines() if not line.agrees]
     # Two adapters against the truth and four recorded ones, and these against the truth; nobody was left out anywhere.
     assert [line.cases for line in found.lines()] == [len(bundle.cases)] * 14
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_dense_bundle_is_written_as_it_always_was(name: str, tmp_path: Path) -> None:
+    write_bundle(tmp_path, read_bundle(GOLDEN / name))
+    for file in (MANIFEST, ARRAYS):
+        assert (tmp_path / file).read_bytes() == (GOLDEN / name / file).read_bytes()
 
 
 def test_golden_bundles_are_small() -> None:
@@ -143,7 +151,7 @@ def test_no_framework_at_all_cannot_replay() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_round_trip_keeps_every_bit(dtype: str, tmp_path: Path) -> None:
-    before = record([FaultyAdapter()], make_cases([name for name in case_names() if name != "wide"], [dtype]))
+    before = record([FaultyAdapter()], make_cases([name for name in all_case_names() if name != "wide"], [dtype]))
     write_bundle(tmp_path, before)
     after = read_bundle(tmp_path)
     assert after.environment == before.environment
@@ -158,8 +166,8 @@ def test_round_trip_keeps_every_bit(dtype: str, tmp_path: Path) -> None:
         assert not differing(operands, new_operands)
         key = (old.case.name, dtype)
         result, new_result = (bundle.adapters["numpy"].results[key] for bundle in (before, after))
-        assert not differing(*({"loss": each.loss, "gradient": each.gradient} for each in (result, new_result)))
-        assert (result.loss_dtype, result.gradient_dtype) == (new_result.loss_dtype, new_result.gradient_dtype)
+        assert not differing(result.parts, new_result.parts)
+        assert result.dtypes == new_result.dtypes
     assert before.adapters["numpy"].arithmetic == after.adapters["numpy"].arithmetic
 
 
@@ -193,6 +201,73 @@ def test_a_case_may_be_of_any_name(tmp_path: Path) -> None:
     bundle = read_bundle(tmp_path)
     assert bundle.cases[0].name == found.name
     assert replay(bundle, [FaultyAdapter()]).agrees
+
+
+# Linear cases.
+
+
+@pytest.fixture(scope="module")
+def linear(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of a linear adapter, with and without a bias."""
+    folder = tmp_path_factory.mktemp("bundles") / "linear"
+    write_bundle(
+        folder, record([make_adapter("torch-linear-chunked")], make_cases([*SOME, "linear_mean"], ["float16"]))
+    )
+    return folder
+
+
+def test_a_linear_bundle_is_replayed(linear: Path) -> None:
+    assert json.loads((linear / MANIFEST).read_text())["format"] == 2
+    bundle = read_bundle(linear)
+    ours = make_adapter("torch-linear-chunked")
+    assert bundle.adapters[ours.name].arithmetic == ours.arithmetic
+    found = replay(bundle, [ours, FaultyAdapter()])
+    assert found.agrees, [str(line) for line in found.lines() if not line.agrees]
+    assert [line.cases for line in found.lines()] == [len(bundle.cases)] * 5
+    wrong = replay(bundle, [FaultyAdapter("linear_weight_of_last_chunk")])
+    assert [line.here for line in wrong.lines() if not line.agrees] == ["mutant:linear_weight_of_last_chunk"] * 2
+
+
+def test_a_linear_adapter_changes_nothing_of_a_dense_bundle(tmp_path: Path) -> None:
+    write_bundle(tmp_path, record([make_adapter("torch-linear-chunked")], make_cases(["ties"], ["float16"])))
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    assert manifest["format"] == 1
+    assert set(manifest["adapters"]["torch-linear-chunked"]["arithmetic"]) == {"exp", "log1p", "tanh"}
+
+
+def test_a_flipped_bit_of_a_linear_bundle_is_found(linear: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(linear, tmp_path / "copy"))
+    for file in (ARRAYS, MANIFEST):
+        size = (copy / file).stat().st_size
+        for byte in range(0, size, size // 50):
+            flip(copy / file, byte, byte % 8)
+            with pytest.raises(BundleError):
+                read_bundle(copy)
+            flip(copy / file, byte, byte % 8)
+    read_bundle(copy)
+
+
+@pytest.mark.parametrize("name", ["hidden", "weight", "bias"])
+def test_a_linear_case_that_is_made_otherwise_is_stale(
+    name: str, linear: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(case: str, dtype: str) -> Case:
+        made = make_linear_case(case, dtype)
+        values = getattr(made, name)
+        return made if values is None else replace(made, **{name: np.zeros_like(values)})
+
+    monkeypatch.setattr(replays, "make_any_case", other)
+    with pytest.raises(BundleError, match=f"makes case 'linear_sum' in float16 with other {name}"):
+        replay(read_bundle(linear), [])
+
+
+def test_a_linear_truth_that_is_off_by_one_bit_is_stale(linear: Path) -> None:
+    bundle = read_bundle(linear)
+    first = bundle.records[0]
+    assert isinstance(first.truth, oracle.LinearTruth)
+    weight = replace(first.truth.weight, low=np.nextafter(first.truth.weight.low, 1))
+    with pytest.raises(BundleError, match="stale: the definition"):
+        replay(replace(bundle, records=[replace(first, truth=replace(first.truth, weight=weight))]), [])
 
 
 # Any changed bit is found.
@@ -279,8 +354,8 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any], dict[str, Any]], Non
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda manifest, arrays: manifest.update(format=2), "format 2, this lsce reads format 1. Install a newer lsce"),
-    (lambda manifest, arrays: manifest.update(format=0), "format 0, this lsce reads format 1. Record"),
+    (lambda manifest, arrays: manifest.update(format=3), "format 3, this lsce reads formats 1 and 2. Install a newer"),
+    (lambda manifest, arrays: manifest.update(format=0), "format 0, this lsce reads formats 1 and 2. Record"),
     (lambda manifest, arrays: manifest.pop("format"), "format None, this lsce reads"),
     (lambda manifest, arrays: arrays.pop("cases/0/labels"), "cases/0/labels in one of them only"),
     (lambda manifest, arrays: arrays.update(more=np.zeros(1)), "more in one of them only"),
@@ -337,10 +412,10 @@ def test_a_case_that_is_made_otherwise_is_stale(original: Path, monkeypatch: pyt
             values = changes[name](made)
             return replace(made, **{name: np.zeros_like(values) if name == "logits" else values})
 
-        monkeypatch.setattr(replays, "make_case", other)
+        monkeypatch.setattr(replays, "make_any_case", other)
         with pytest.raises(BundleError, match=f"stale: this checkout makes case 'ties' in bfloat16 with other {name}"):
             replay(bundle, [])
-    monkeypatch.setattr(replays, "case_names", list)
+    monkeypatch.setattr(replays, "all_case_names", list)
     assert replay(bundle, []).agrees  # a case of no name that is made here stands for itself
 
 

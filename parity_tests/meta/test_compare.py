@@ -74,6 +74,25 @@ def from_probabilities(logits, labels, e=0.1):
 def scaled(logits, labels):
     return 1.5 * F.cross_entropy(logits, labels, label_smoothing=0.1)
 
+def linear(hidden, weight, labels):
+    return F.cross_entropy(hidden @ weight.T, labels, label_smoothing=0.1)
+
+def jax_linear(hidden, weight, labels, e=0.1):
+    return jax_uniform(hidden @ weight, labels, e)
+
+class Transposed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight):
+        ctx.save_for_backward(hidden, weight)
+        return hidden @ weight.T
+    @staticmethod
+    def backward(ctx, gradient):
+        hidden, weight = ctx.saved_tensors
+        return gradient @ weight.T, gradient.T @ hidden
+
+def transposed(hidden, weight, labels):
+    return F.cross_entropy(Transposed.apply(hidden, weight), labels, label_smoothing=0.1)
+
 def raises(logits, labels):
     raise RuntimeError("out of luck")
 
@@ -155,6 +174,26 @@ def test_a_correct_pair_agrees(first: list[str]) -> None:
     assert outcome.exit_code == 0, outcome.output
     assert "AGREE in 9 cases. Right is: uniform convention, mean" in outcome.output
     assert "known difference" not in outcome.output
+
+
+@pytest.mark.parametrize("second", ["jax:brought_losses:jax_linear", "torch-linear-chunked", "oracle"])
+def test_a_correct_linear_pair_agrees(second: str) -> None:
+    outcome = compare("torch:brought_losses:linear", second, "--linear")
+    assert outcome.exit_code == 0, outcome.output
+    assert "AGREE in 8 cases. Right is: uniform convention, mean" in outcome.output
+
+
+def test_a_wrong_linear_loss_is_named() -> None:
+    outcome = compare("torch:brought_losses:transposed", "oracle", "--linear", "--convention", "uniform")
+    assert outcome.exit_code == 1, outcome.output
+    assert "known difference: linear_weight_transposed\n" in outcome.output
+    assert "values: the same" in outcome.output
+    assert "gradients: DIFFERENT" in outcome.output
+
+
+def test_a_dense_loss_is_not_held_against_a_linear_one() -> None:
+    outcome = compare("torch:brought_losses:linear", "torch-fused", "--linear")
+    assert outcome.exit_code == 2, outcome.output
 
 
 def test_two_losses_of_another_convention_agree_with_each_other() -> None:

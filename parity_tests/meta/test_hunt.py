@@ -13,13 +13,23 @@ from typer.testing import Result as CommandResult
 
 from parity_tests.__main__ import app
 from parity_tests.faults.dense import evaluate
+from parity_tests.faults.linear import evaluate_linear
 from parity_tests.losses.adapters import Adapter
 from parity_tests.losses.registry import FaultyAdapter, make_adapter
 from parity_tests.studies.bundle import read_bundle
-from parity_tests.studies.hunt import PARTS, Part, draw_case, hunt, row_shares, share_of, shrink
+from parity_tests.studies.hunt import (
+    LINEAR_PARTS,
+    PARTS,
+    draw_case,
+    draw_linear_case,
+    hunt,
+    row_shares,
+    share_of,
+    shrink,
+)
 from parity_tests.truth.bounds import error_bound
-from parity_tests.truth.cases import Case
-from parity_tests.truth.comparison import Result, against_oracle
+from parity_tests.truth.cases import Case, LinearCase
+from parity_tests.truth.comparison import AnyResult, Result, against_oracle
 from parity_tests.truth.oracle import solve
 from parity_tests.truth.precision import DTYPES
 
@@ -110,6 +120,45 @@ def test_drawn_cases_are_sound(dtype: str) -> None:
         assert comparison.agrees, (case, comparison)
 
 
+class PlantedInLayer(FaultyAdapter):
+    """The sound linear loss, whose gradient of the weight is wrong where there are 2 features and a z-loss."""
+
+    linear = True
+
+    def __call__(self, case: Case) -> AnyResult:
+        assert isinstance(case, LinearCase)
+        is_hit = case.hidden.shape[-1] == 2 and case.options["z_loss"] > 0
+        return evaluate_linear(case, "linear_weight_of_last_chunk" if is_hit else None)
+
+
+def test_a_planted_fault_of_a_layer_is_found_and_made_small() -> None:
+    found = hunt(PlantedInLayer(), "float32", "hidden", examples=300)
+    assert not found.agrees
+    assert found.part == "weight"
+    assert isinstance(found.case, LinearCase)
+    assert found.case.hidden.shape[-1] == 2
+    # More than one chunk is needed.
+    assert len(found.case.logits) <= found.case.chunk_size + 1
+
+
+@pytest.mark.parametrize("part", LINEAR_PARTS)
+def test_a_linear_loss_is_searched(part: str) -> None:
+    found, more = (hunt(make_adapter("torch-linear-chunked"), "bfloat16", part, examples=number) for number in (4, 12))
+    assert found.agrees, found.problem
+    assert more.agrees, more.problem
+    assert 0 < found.share < 1
+    assert 0 < more.share < 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_drawn_linear_cases_are_sound(dtype: str) -> None:
+    generator, adapter = np.random.default_rng(5), FaultyAdapter()
+    for _ in range(12):
+        case = draw_linear_case(generator, dtype)
+        comparison = against_oracle(case, solve(case), adapter(case), adapter.arithmetic)
+        assert comparison.agrees, (case, comparison)
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     ({"dtype": "int8"}, "there is no dtype 'int8'"),
     ({"part": "both"}, "there is no part 'both'"),
@@ -171,7 +220,7 @@ def test_what_was_found_stays_within_the_bounds(case: Case, name: str) -> None:
     comparison = against_oracle(case, solve(case), adapter(case), adapter.arithmetic)
     assert comparison.agrees, comparison
     if case.name.endswith(name):
-        part: Part = "loss" if " loss " in case.name else "gradient"
+        part = "loss" if " loss " in case.name else "gradient"
         print(f"{case.name}: {share_of(adapter, case, part):.2f}")
         assert share_of(adapter, case, part) > 0
 
@@ -201,6 +250,15 @@ def test_command_that_finds_a_fault() -> None:
     assert outcome.exit_code == 1, outcome.output
     assert "DISAGREE: 2 of 2 searches found a result beyond its bound" in outcome.output
     assert "    logits: [[" in outcome.output
+
+
+def test_command_on_a_linear_loss(tmp_path: Path) -> None:
+    folder = tmp_path / "worst"
+    outcome = run("--adapter", "torch-linear-chunked", "--dtype", "float16", "--examples", "2", "--save", str(folder))
+    assert outcome.exit_code == 0, outcome.output
+    assert {case.name for case in read_bundle(folder).cases} == {
+        f"hunted float16 {part} torch-linear-chunked" for part in LINEAR_PARTS
+    }
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -63,7 +63,7 @@ def survey_of(ours: tuple[Adapter, ...], peers: tuple[Adapter, ...] = (), twins:
 def outcome(adapter: str, share: float, case: str = "mine", dtype: str = "float32", **fields: object) -> Outcome:
     """Return an outcome of a given share; the status follows from it."""
     worst = Worst("gradient", (0, 1), share, 0.0, 1.0, share, {"what": "label is 3"})
-    comparison = Comparison(share / 2, share, worst, ulps=np.array([share]))
+    comparison = Comparison({"loss": share / 2, "gradient": share}, worst, ulps=np.array([share]))
     comparison = replace(comparison, **fields)
     return Outcome(adapter, case, dtype, "agree" if comparison.agrees else "disagree", None, comparison)
 
@@ -307,11 +307,12 @@ def test_share_text_stays_on_its_side_of_one(share: float) -> None:
 def test_nan_shares_count_as_infinite() -> None:
     assert report.share_text(math.nan) == "∞"
     for part in ("loss", "gradient"):
-        found = made_up([outcome("mine", 0.1, **{part: math.nan})])
+        found = made_up([outcome("mine", 0.1, shares={"loss": 0.1, "gradient": 0.1, part: math.nan})])
         cell = report.heat_map(found, ["float32"])[0][0][1][0]
         assert (cell.text, cell.style) == ("∞", "out2")
         assert report.find_disagreements(found) == [("mine", "float32")]
-    summary = report.summarize(made_up([outcome("mine", 0.1, loss=math.nan), outcome("mine", 0.2, "other")]), "mine")
+    without_loss = outcome("mine", 0.1, shares={"loss": math.nan, "gradient": 0.1})
+    summary = report.summarize(made_up([without_loss, outcome("mine", 0.2, "other")]), "mine")
     assert (summary.loss, summary.gradient, summary.where) == ("∞", "0.20", "mine, float32")
 
 

@@ -287,7 +287,12 @@ def summarize(survey: Survey, name: str) -> Summary:
     loss = gradient = where = "–"
     if compared:
         loss = share_text(max(_known(comparison.loss) for _, comparison in compared))
-        gradient = share_text(max(_known(comparison.gradient) for _, comparison in compared))
+        gradients = {part for _, comparison in compared for part in comparison.shares} - {"loss"}
+        largest = {part: max(_known(c.shares.get(part, 0.0)) for _, c in compared) for part in sorted(gradients)}
+        gradient = ", ".join(
+            share_text(share) if part == "gradient" else f"{part} {share_text(share)}"
+            for part, share in largest.items()
+        )
         worst, _ = max(compared, key=lambda pair: pair[1].share)
         where = f"{worst.case}, {worst.dtype}"
     member = survey.members[name]

@@ -13,6 +13,10 @@ What is an error, and how it is found:
 - Stale, or of an adapter that nobody knows here: see `parity_tests.studies.replays`.
 
 An adapter's `Arithmetic` is recorded as its numbers; its `depth` is a function, and must be `tree_depth`.
+
+Format 1 has cases of the dense loss only. Format 2 has linear cases too: hidden, weight and bias for the logits, which
+are made from these, and for each adapter what a layer of it stores in a narrow dtype. A bundle without linear cases is
+still written in format 1, and both are read.
 """
 
 import hashlib
@@ -32,16 +36,18 @@ from safetensors.numpy import load, save
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.losses.adapters import Adapter, LossError
 from parity_tests.studies.verdicts import examine
-from parity_tests.truth.bounds import Arithmetic, tree_depth
-from parity_tests.truth.cases import Case
-from parity_tests.truth.comparison import Result
-from parity_tests.truth.oracle import Exact, Truth, solve
+from parity_tests.truth.bounds import NARROW, Arithmetic, tree_depth
+from parity_tests.truth.cases import Case, LinearCase
+from parity_tests.truth.comparison import AnyResult, make_result
+from parity_tests.truth.linear_cases import with_logits
+from parity_tests.truth.oracle import Exact, LinearTruth, Truth, solve
 from parity_tests.truth.precision import as_dtype, compute_dtype
 
-FORMAT = 1
+FORMATS = (1, 2)
 MANIFEST, ARRAYS = "manifest.json", "arrays.safetensors"
 AGAIN = "Record the bundle again."
 
+_LAYER = ("hidden", "weight", "bias")
 _CASE_ARRAYS = ("logits", "labels", "smoothing", "where", "class_weight", "class_mask", "prior", "upstream")
 _ACCURACIES = ("exp", "log1p", "tanh")
 
@@ -76,7 +82,7 @@ class RecordedAdapter:
     framework: str
     device: str
     arithmetic: Arithmetic
-    results: dict[Key, Result] = field(default_factory=dict)
+    results: dict[Key, AnyResult] = field(default_factory=dict)
     failures: dict[Key, str] = field(default_factory=dict)
 
     def unsupported(self, case: Case) -> str | None:
@@ -84,7 +90,7 @@ class RecordedAdapter:
         known = _key(case) in self.results or _key(case) in self.failures
         return None if known else "was not called when the bundle was recorded"
 
-    def __call__(self, case: Case) -> Result:
+    def __call__(self, case: Case) -> AnyResult:
         """Return what was recorded for a case."""
         if _key(case) in self.failures:
             raise LossError(f"when it was recorded: {self.failures[_key(case)]}")
@@ -145,46 +151,54 @@ def case_to_arrays(case: Case) -> tuple[dict[str, Any], Arrays]:
         BundleError: an option is no number, string, boolean or None.
     """
     entry = {"name": case.name, "dtype": case.dtype, "axis": case.axis, "options": case.options, "smoothing": None}
+    dtypes, names = {"logits": case.dtype, "labels": case.dtype}, list(_CASE_ARRAYS)
+    if isinstance(case, LinearCase):
+        entry |= {"weight_dtype": case.weight_dtype, "chunk_size": case.chunk_size}
+        dtypes |= {"hidden": case.dtype, "weight": case.weight_dtype, "bias": case.weight_dtype}
+        names = [*_LAYER, *_CASE_ARRAYS[1:]]  # the logits are made from these
     try:
         json.dumps(entry, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise BundleError(f"an option of case {case.name!r} cannot be written as JSON: {error}.") from error
     arrays = {}
-    for name in _CASE_ARRAYS:
+    for name in names:
         values = getattr(case, name)
         if name == "smoothing" and isinstance(values, float):
             entry["smoothing"] = float(values)
         elif values is not None:
             values = np.asarray(values)
-            dtype = case.dtype if name in ("logits", "labels") else compute_dtype(case.dtype)
+            dtype = dtypes.get(name, compute_dtype(case.dtype))
             arrays[name] = as_dtype(values, dtype) if values.dtype.kind == "f" else values
     return entry, arrays
 
 
 def case_from_arrays(entry: dict[str, Any], arrays: Arrays) -> Case:
     """Return the case that `case_to_arrays` took apart."""
-    values: dict[str, Any] = {name: entry[name] for name in ("name", "dtype", "axis", "options", "smoothing")}
+    plain = ("name", "dtype", "axis", "options", "smoothing", "weight_dtype", "chunk_size")
+    values: dict[str, Any] = {name: entry[name] for name in plain if name in entry}
     for name, array in arrays.items():
         values[name] = array.astype(np.float64) if _is_floating(array) else array
-    return Case(**values)
+    return with_logits(LinearCase(**values, logits=np.zeros(()))) if "hidden" in arrays else Case(**values)
 
 
 def truth_to_arrays(truth: Truth) -> Arrays:
     """Return a truth as arrays, its pairs of float64 numbers as two."""
     arrays: Arrays = {}
-    for name in (each.name for each in fields(Truth)):
-        value = getattr(truth, name)
+    for name, value in vars(truth).items():
+        if value is None:  # a layer without a bias
+            continue
         parts = {f"{name}.high": value.high, f"{name}.low": value.low} if isinstance(value, Exact) else {name: value}
         arrays |= {part: np.asarray(array) for part, array in parts.items()}
     return arrays
 
 
 def _truth_from_arrays(arrays: Arrays) -> Truth:
-    values: dict[str, Any] = {}
-    for name in (each.name for each in fields(Truth)):
+    kind = LinearTruth if "hidden.high" in arrays else Truth
+    values: dict[str, Any] = {"bias": None} if kind is LinearTruth else {}
+    for name in (each.name for each in fields(kind) if each.name not in values or f"{each.name}.high" in arrays):
         pair = f"{name}.high" in arrays
         values[name] = Exact(arrays[f"{name}.high"], arrays[f"{name}.low"]) if pair else arrays[name]
-    return Truth(**values)
+    return kind(**values)
 
 
 def differing(first: Arrays, second: Arrays) -> list[str]:
@@ -239,21 +253,30 @@ def _take_apart(bundle: Bundle) -> tuple[dict[str, Any], Arrays]:
         for name, adapter in bundle.adapters.items():
             result = adapter.results.get(_key(each.case))
             if result is not None:
-                entry["results"][name] = {"loss_dtype": result.loss_dtype, "gradient_dtype": result.gradient_dtype}
-                arrays[f"results/{i}/{name}/loss"] = np.asarray(result.loss)
-                arrays[f"results/{i}/{name}/gradient"] = np.asarray(result.gradient)
+                entry["results"][name] = {f"{part}_dtype": dtype for part, dtype in result.dtypes.items()}
+                arrays |= {f"results/{i}/{name}/{part}": np.asarray(array) for part, array in result.parts.items()}
             elif _key(each.case) in adapter.failures:
                 entry["failures"][name] = adapter.failures[_key(each.case)]
         cases.append(entry)
+    linear = any(isinstance(case, LinearCase) for case in bundle.cases)
     adapters = {
         name: {
             "framework": adapter.framework,
             "device": adapter.device,
-            "arithmetic": {each: getattr(adapter.arithmetic, each) for each in _ACCURACIES},
+            "arithmetic": _arithmetic_to_json(adapter.arithmetic, linear),
         }
         for name, adapter in bundle.adapters.items()
     }
-    return {"format": FORMAT, "environment": bundle.environment, "adapters": adapters, "cases": cases}, arrays
+    return {"format": FORMATS[linear], "environment": bundle.environment, "adapters": adapters, "cases": cases}, arrays
+
+
+def _arithmetic_to_json(arithmetic: Arithmetic, linear: bool) -> dict[str, Any]:
+    narrow = {"narrow": sorted(arithmetic.narrow)} if linear else {}
+    return {each: getattr(arithmetic, each) for each in _ACCURACIES} | narrow
+
+
+def _arithmetic_from_json(entry: dict[str, Any]) -> Arithmetic:
+    return Arithmetic(**{**entry, "narrow": frozenset(entry.get("narrow", NARROW))})
 
 
 def _stored(array: NDArray[Any]) -> NDArray[Any]:
@@ -303,10 +326,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise BundleError(f"{path} is damaged: {error}. Copy it again, or record the bundle again.") from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
-    if isinstance(found, int) and found > FORMAT:
-        raise BundleError(f"{folder} has format {found}, this lsce reads format {FORMAT}. Install a newer lsce.")
-    if not isinstance(manifest, dict) or found != FORMAT:
-        raise BundleError(f"{folder} has format {found!r}, this lsce reads format {FORMAT}. {AGAIN}")
+    known = f"this lsce reads formats {' and '.join(map(str, FORMATS))}"
+    if isinstance(found, int) and found > max(FORMATS):
+        raise BundleError(f"{folder} has format {found}, {known}. Install a newer lsce.")
+    if not isinstance(manifest, dict) or found not in FORMATS:
+        raise BundleError(f"{folder} has format {found!r}, {known}. {AGAIN}")
     if not unchanged or manifest.get("sha256") != _digest_of_manifest(manifest):
         raise BundleError(f"{path} was edited or damaged: it does not fit its SHA-256. Copy it or record it again.")
     return manifest
@@ -347,7 +371,7 @@ def _put_together(manifest: dict[str, Any], arrays: Arrays) -> Bundle:
         folder, _, name = path.rpartition("/")
         folders[folder][name] = array
     adapters = {
-        name: RecordedAdapter(name, entry["framework"], entry["device"], Arithmetic(**entry["arithmetic"]))
+        name: RecordedAdapter(name, entry["framework"], entry["device"], _arithmetic_from_json(entry["arithmetic"]))
         for name, entry in manifest["adapters"].items()
     }
     records = []
@@ -355,8 +379,8 @@ def _put_together(manifest: dict[str, Any], arrays: Arrays) -> Bundle:
         case = case_from_arrays(entry, folders[f"cases/{i}"])
         records.append(Record(case, _truth_from_arrays(folders[f"truths/{i}"])))
         for name, dtypes in entry["results"].items():
-            values: dict[str, Any] = {**folders[f"results/{i}/{name}"], **dtypes}
-            adapters[name].results[_key(case)] = Result(**values)
+            given = {part.removesuffix("_dtype"): dtype for part, dtype in dtypes.items()}
+            adapters[name].results[_key(case)] = make_result(folders[f"results/{i}/{name}"], given)
         for name, reason in entry["failures"].items():
             adapters[name].failures[_key(case)] = reason
     return Bundle(records, adapters, manifest["environment"])

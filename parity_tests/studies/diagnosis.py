@@ -10,10 +10,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from parity_tests.faults.dense import FAULTS, evaluate
-from parity_tests.truth.bounds import Arithmetic, Bound, error_bound
+from parity_tests.faults.dense import FAULTS
+from parity_tests.faults.linear import BANK, OF_LAYER, PREFIX, wrong_result
+from parity_tests.truth.bounds import Arithmetic
 from parity_tests.truth.cases import CONVENTIONS, Case
-from parity_tests.truth.comparison import Result, within
+from parity_tests.truth.comparison import AnyResult, Parts, bounds_of, within
 from parity_tests.truth.oracle import Truth, solve
 
 # The loosest arithmetic of any adapter.
@@ -53,7 +54,7 @@ class Candidate:
             parts.append(str(self.reduction))
         if self.subtract_entropy:
             parts.append("entropy of the target subtracted")
-        return ", ".join(parts) + (f"; {FAULTS[self.fault]}" if self.fault else "")
+        return ", ".join(parts) + (f"; {BANK[self.fault]}" if self.fault else "")
 
 
 AS_STATED = Candidate()
@@ -83,10 +84,10 @@ class Diagnosis:
     def __init__(self, cases: Sequence[Case], candidates: Sequence[Candidate]) -> None:
         """Keep the cases and the candidates."""
         self.cases, self.candidates = cases, candidates
-        self._sound: dict[tuple[Candidate, int], tuple[Case, Truth, Bound]] = {}
-        self._faulty: dict[tuple[Candidate, int], Result] = {}
+        self._sound: dict[tuple[Candidate, int], tuple[Case, Truth, Parts]] = {}
+        self._faulty: dict[tuple[Candidate, int], AnyResult] = {}
 
-    def explain(self, results: Sequence[Result | None], expected: Candidate) -> list[Explanation]:
+    def explain(self, results: Sequence[AnyResult | None], expected: Candidate) -> list[Explanation]:
         """Return the candidates that explain the results, the best first.
 
         Exact ones come before others, then those with fewer departures from `expected`, then closer ones. A fault that
@@ -105,17 +106,17 @@ class Diagnosis:
         ]
         return sorted(found, key=lambda each: (not each.exact, _oddity(each.candidate, expected), each.share))
 
-    def _shares(self, candidate: Candidate, given: Mapping[int, Result]) -> Iterator[float]:
+    def _shares(self, candidate: Candidate, given: Mapping[int, AnyResult]) -> Iterator[float]:
         """Yield the distance of the results from the candidate in each case."""
         for i, result in given.items():
-            case, truth, bound = self._of_sound(candidate, i)
+            case, truth, bounds = self._of_sound(candidate, i)
             if candidate.fault is None:
-                yield within(case, truth, result, bound).share
+                yield within(case, truth, result, bounds).share
             else:
-                twice = Bound(2 * bound.loss, 2 * bound.gradient)
+                twice = {part: 2 * bound for part, bound in bounds.items()}
                 yield within(case, truth, result, twice, self._of_fault(candidate, i)).share
 
-    def _distance(self, candidate: Candidate, given: Mapping[int, Result], limit: float) -> float:
+    def _distance(self, candidate: Candidate, given: Mapping[int, AnyResult], limit: float) -> float:
         """Return the largest share over the cases, or the first beyond the limit."""
         largest = 0.0
         for share in self._shares(candidate, given):
@@ -124,28 +125,28 @@ class Diagnosis:
                 break
         return largest
 
-    def _harmless(self, candidate: Candidate, given: Mapping[int, Result]) -> bool:
+    def _harmless(self, candidate: Candidate, given: Mapping[int, AnyResult]) -> bool:
         """Return whether the candidate has a fault that stays within the bounds of the sound loss."""
         if candidate.fault is None:
             return False
         sound = ((i, *self._of_sound(candidate, i)) for i in given)
-        return all(within(case, truth, self._of_fault(candidate, i), bound).agrees for i, case, truth, bound in sound)
+        return all(within(case, truth, self._of_fault(candidate, i), bounds).agrees for i, case, truth, bounds in sound)
 
-    def _of_sound(self, candidate: Candidate, i: int) -> tuple[Case, Truth, Bound]:
+    def _of_sound(self, candidate: Candidate, i: int) -> tuple[Case, Truth, Parts]:
         """Return case i as the candidate understands it, and its truth and bound without the fault."""
         key = (replace(candidate, fault=None), i)
         if key not in self._sound:
             case = candidate.apply(self.cases[i])
             # float64 is precise enough for narrower results.
             truth = solve(case, None if case.dtype == "float64" else math)
-            self._sound[key] = (case, truth, error_bound(case, truth, ARITHMETIC))
+            self._sound[key] = (case, truth, bounds_of(case, truth, ARITHMETIC))
         return self._sound[key]
 
-    def _of_fault(self, candidate: Candidate, i: int) -> Result:
+    def _of_fault(self, candidate: Candidate, i: int) -> AnyResult:
         """Return what the candidate's fault gives in case i."""
         key = (candidate, i)
         if key not in self._faulty:
-            self._faulty[key] = evaluate(candidate.apply(self.cases[i]), candidate.fault)
+            self._faulty[key] = wrong_result(candidate.apply(self.cases[i]), candidate.fault)
         return self._faulty[key]
 
 
@@ -153,18 +154,22 @@ def _oddity(candidate: Candidate, expected: Candidate) -> tuple[int, bool]:
     return len(departures(candidate, expected)), candidate.fault is not None
 
 
-def faults_as_candidates() -> list[Candidate]:
+def _faults(linear: bool) -> list[str | None]:
+    return [None, *FAULTS, *([PREFIX + name for name in OF_LAYER] if linear else [])]
+
+
+def faults_as_candidates(linear: bool = False) -> list[Candidate]:
     """Return the candidates for losses that know every option: sound, and each fault."""
-    return [Candidate(fault=fault) for fault in (None, *FAULTS)]
+    return [Candidate(fault=fault) for fault in _faults(linear)]
 
 
-def plain_candidates(reductions: Sequence[str], smoothing: float) -> list[Candidate]:
-    """Return the candidates for losses that know nothing but logits and labels."""
-    return list(_plain_candidates(reductions, smoothing))
+def plain_candidates(reductions: Sequence[str], smoothing: float, linear: bool = False) -> list[Candidate]:
+    """Return the candidates for losses that know nothing but logits, or a linear layer, and labels."""
+    return list(_plain_candidates(reductions, smoothing, linear))
 
 
-def _plain_candidates(reductions: Sequence[str], smoothing: float) -> Iterator[Candidate]:
-    for fault in (None, *FAULTS):
+def _plain_candidates(reductions: Sequence[str], smoothing: float, linear: bool) -> Iterator[Candidate]:
+    for fault in _faults(linear):
         for convention in (*CONVENTIONS, "none") if smoothing else ("uniform",):
             for reduction in reductions:
                 has_entropy = smoothing and convention not in ("max_sup", "none")

@@ -5,6 +5,8 @@ character (spread, tied, near the optimum, dominated, with infinities). Most cal
 best few: their best rows, down to single roundings, each row kept where its share of the bound grew; or an option, or
 the number of classes.
 
+A linear case is varied as a whole, in hidden, weight or bias: all rows share the weight.
+
 Why not `hypothesis.target()`: it learns one number from a call, and this learns one from each row.
 
 What is maximised is the share of the bound beyond the rounding of the result: (error - r) / (bound - r), r half a unit
@@ -16,28 +18,31 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lsce_spec import target_distribution
 from parity_tests.losses.adapters import Adapter
 from parity_tests.studies.verdicts import Outcome, examine
-from parity_tests.truth.bounds import Arithmetic, error_bound
-from parity_tests.truth.cases import CONVENTIONS, Case, features, soft_labels
-from parity_tests.truth.comparison import Result
+from parity_tests.truth.bounds import Arithmetic, last_rounding
+from parity_tests.truth.cases import CONVENTIONS, Case, LinearCase, features, soft_labels
+from parity_tests.truth.comparison import AnyResult, bounds_of, error_over_bound
+from parity_tests.truth.linear_cases import with_logits
 from parity_tests.truth.oracle import Truth, solve
 from parity_tests.truth.precision import DTYPES, FORMATS, FloatArray, compute_dtype, round_to
 
-Part = Literal["loss", "gradient"]
-PARTS: tuple[Part, ...] = ("loss", "gradient")
+PARTS, LINEAR_PARTS = ("loss", "gradient"), ("loss", "hidden", "weight", "bias")
 
 # Block sizes, their neighbours, and primes. Few, since JAX compiles for each shape.
 SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 257, 1009, 1024, 2047, 4001)
 # Logits of a case: about as many as the oracle judges in the time of one call; at 50 digits it takes 15 times longer.
 ELEMENTS = {"float64": 1024, "float32": 8192, "bfloat16": 8192, "float16": 8192}
+# Of linear cases, whose logits are exact sums of products.
+LINEAR_SIZES, LINEAR_ELEMENTS, NUM_FEATURES = SIZES[:16], 128, (1, 2, 3, 5, 8, 17)
 LARGEST_LOGIT = 6e4  # float16 ends at 65504
+LARGEST_OPERAND = 30.0  # of a linear layer
 LINEAGES = 6  # cases that are varied further
 NEW = 0.6  # how often a new case is drawn instead
 OTHER_OPTIONS = 0.3  # how often an option of a case is varied, and not its rows
@@ -63,7 +68,7 @@ class Find:
 
     adapter: str
     dtype: str
-    part: Part
+    part: str
     case: Case
     share: float
     evaluations: int
@@ -78,7 +83,7 @@ class Find:
 def hunt(
     adapter: Adapter,
     dtype: str,
-    part: Part,
+    part: str,
     *,
     examples: int | None = None,
     seconds: float | None = None,
@@ -89,7 +94,7 @@ def hunt(
     Args:
         adapter: whose results.
         dtype: of the logits.
-        part: whose share is maximised. Results are held against the bounds of both.
+        part: whose share is maximised. Results are held against the bounds of all parts.
         examples: how many calls of the adapter the search may take; the same find each time.
         seconds: how long it may take; give one of the two. To make the find simpler comes on top.
         seed: of all that is random.
@@ -97,7 +102,7 @@ def hunt(
     Raises:
         ValueError: an argument is out of its range, or the adapter supports none of the cases.
     """
-    _check(dtype, part, examples, seconds)
+    _check(dtype, part, parts_of(adapter), examples, seconds)
     judge = _Judge(adapter, part, examples, seconds)
     generator = np.random.default_rng([seed, zlib.crc32(f"{dtype} {part}".encode())])
     _search(judge, generator, dtype)
@@ -113,29 +118,31 @@ def hunt(
     return Find(adapter.name, dtype, part, case, share, judge.evaluations)
 
 
-def share_of(adapter: Adapter, case: Case, part: Part) -> float:
+def parts_of(adapter: Adapter) -> tuple[str, ...]:
+    """Return the parts of the results of an adapter whose shares can be maximised."""
+    return LINEAR_PARTS if getattr(adapter, "linear", False) else PARTS
+
+
+def share_of(adapter: Adapter, case: Case, part: str) -> float:
     """Return the largest share of a case; inf for a result that is not within its bounds."""
     truth = solve(case)
     outcome = examine(adapter, case, truth)
     if outcome.result is None or outcome.status != "agree":
         return math.inf
-    return float(np.max(row_shares(case, truth, outcome.result, adapter.arithmetic)[part]))
+    return float(np.max(row_shares(case, truth, outcome.result, adapter.arithmetic).get(part, 0.0)))
 
 
-def row_shares(case: Case, truth: Truth, result: Result, arithmetic: Arithmetic) -> dict[Part, FloatArray]:
+def row_shares(case: Case, truth: Truth, result: AnyResult, arithmetic: Arithmetic) -> dict[str, FloatArray]:
     """Return the largest share of each row, or of the whole case where its losses are reduced to one."""
-    bound = error_bound(case, truth, arithmetic)
-    unrounded = error_bound(replace(case, dtype=compute_dtype(case.dtype)), truth, arithmetic)
-
-    def shares(error: FloatArray, allowed: FloatArray, computed: FloatArray) -> FloatArray:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            share = (error - (allowed - computed)) / computed
-        return np.where(np.isinf(error), np.inf, np.where(error == 0, 0.0, share))
-
-    loss = shares(truth.loss.error_of(result.loss), bound.loss, unrounded.loss)
-    gradient = shares(truth.gradient.error_of(result.gradient), bound.gradient, unrounded.gradient)
-    axis = -1 if case.options["reduction"] == "none" else None
-    return {"loss": loss, "gradient": np.asarray(np.max(gradient, axis=axis))}
+    bounds, by_row = bounds_of(case, truth, arithmetic), case.options["reduction"] == "none"
+    found = {}
+    for part, exact in truth.parts.items():
+        rounding = last_rounding(exact.high, case.result_dtypes[part])
+        beyond = np.maximum(bounds[part] - rounding, FORMATS["float64"].smallest_normal)
+        shares = error_over_bound(exact.error_of(result.parts[part]) - rounding, beyond)
+        rows = by_row and part not in ("weight", "bias")
+        found[part] = np.max(shares.reshape(len(shares), -1), axis=-1) if rows else np.asarray(np.max(shares))
+    return found
 
 
 def describe(case: Case) -> str:
@@ -145,7 +152,8 @@ def describe(case: Case) -> str:
     shown = [f"{name}={value:.3g}" if isinstance(value, float) else f"{name}={value}" for name, value in named.items()]
     smoothing = f"smoothing {case.smoothing:.3g}" if isinstance(case.smoothing, float) else ""
     arrays = sorted(name for name in features(case) if name not in case.options and "convention" not in name)
-    return ", ".join(filter(None, [f"{rows} x {num_classes}", smoothing, *shown, *arrays]))
+    layer = f"{case.hidden.shape[-1]} features" if isinstance(case, LinearCase) else ""
+    return ", ".join(filter(None, [f"{rows} x {num_classes}", layer, smoothing, *shown, *arrays]))
 
 
 # --- the search ---
@@ -154,7 +162,7 @@ def describe(case: Case) -> str:
 class _Judge:
     """Calls the adapter, holds its results against the truth, and keeps the worst case and the account of the calls."""
 
-    def __init__(self, adapter: Adapter, part: Part, examples: int | None, seconds: float | None) -> None:
+    def __init__(self, adapter: Adapter, part: str, examples: int | None, seconds: float | None) -> None:
         self.adapter, self.part, self.examples = adapter, part, examples
         self.deadline = None if seconds is None else time.monotonic() + seconds
         self.evaluations, self.share = 0, -math.inf
@@ -180,7 +188,7 @@ class _Judge:
         if outcome.result is None or outcome.status != "agree":
             self.broken = case
             return np.zeros(len(case.logits) if case.options["reduction"] == "none" else ())
-        shares = row_shares(case, truth, outcome.result, self.adapter.arithmetic)[self.part]
+        shares = row_shares(case, truth, outcome.result, self.adapter.arithmetic).get(self.part, np.zeros(()))
         if np.max(shares) > self.share:
             self.best, self.share = case, float(np.max(shares))
         return shares
@@ -210,14 +218,17 @@ def _search(judge: _Judge, generator: Generator, dtype: str) -> None:
                 if judge.adapter.unsupported(varied) is None:
                     lineages.append(_Lineage(varied, judge(varied)))
             else:
-                varied = vary_rows(generator, case, shares)
+                if isinstance(case, LinearCase):
+                    varied = vary_layer(generator, case)
+                else:
+                    varied = vary_rows(generator, case, shares)
                 lineages[chosen] = _better(lineages[chosen], _Lineage(varied, judge(varied)))
         lineages = sorted(lineages, key=lambda lineage: -lineage.best)[:LINEAGES]
 
 
 def _better(one: _Lineage, other: _Lineage) -> _Lineage:
-    """Return the better of each row, or of the two where the rows have one share."""
-    if not one.shares.ndim:
+    """Return the better of each row, or of the two where the rows have one share, or one weight."""
+    if not one.shares.ndim or isinstance(one.case, LinearCase):
         return max(one, other, key=lambda lineage: lineage.best)
     case = _choose(other.shares > one.shares, other.case, one.case)
     return _Lineage(case, np.maximum(one.shares, other.shares))
@@ -236,8 +247,9 @@ def _choose(which: Any, one: Case, other: Case) -> Case:
 
 
 def _draw_supported(adapter: Adapter, generator: Generator, dtype: str) -> Case:
+    draw = draw_linear_case if parts_of(adapter) == LINEAR_PARTS else draw_case
     for _ in range(2000):
-        case = draw_case(generator, dtype)
+        case = draw(generator, dtype)
         reason = adapter.unsupported(case)
         if reason is None:
             return case
@@ -264,17 +276,17 @@ def _broken(adapter: Adapter, judge: _Judge, case: Case) -> Find:
         outcome.reason or "beyond its bound at first, within it when called again",
     )
     if outcome.comparison is not None and outcome.comparison.worst is not None:
-        part = "loss" if outcome.comparison.worst.part == "loss" else "gradient"
+        part = outcome.comparison.worst.part
         share, problem = outcome.comparison.share, str(outcome.comparison)
     case = replace(case, name=f"broken {case.dtype} {part} {adapter.name}")
     return Find(adapter.name, case.dtype, part, case, share, judge.evaluations, problem)
 
 
-def _check(dtype: str, part: str, examples: int | None, seconds: float | None) -> None:
+def _check(dtype: str, part: str, parts: tuple[str, ...], examples: int | None, seconds: float | None) -> None:
     if dtype not in DTYPES:
         raise ValueError(f"there is no dtype {dtype!r}; the dtypes are {', '.join(DTYPES)}")
-    if part not in PARTS:
-        raise ValueError(f"there is no part {part!r}; the parts are {', '.join(PARTS)}")
+    if part not in parts:
+        raise ValueError(f"there is no part {part!r}; the parts are {', '.join(parts)}")
     if (examples is None) == (seconds is None):
         raise ValueError("give one of examples and seconds")
     if examples is not None and examples < 1:
@@ -325,6 +337,31 @@ def draw_case(generator: Generator, dtype: str, num_classes: int | None = None) 
     case = _allowed(case)
     rows = [_draw_row(generator, case, i) for i in range(num_rows)]
     return _finite(replace(case, logits=round_to(np.clip(rows, None, LARGEST_LOGIT), dtype)))
+
+
+def draw_linear_case(generator: Generator, dtype: str, num_classes: int | None = None) -> LinearCase:
+    """Draw a linear case: the options of a dense one, and a layer of moderate numbers."""
+    dense = draw_case(generator, dtype, num_classes or int(generator.choice(LINEAR_SIZES)))
+    dense = _take_rows(dense, np.arange(min(len(dense.logits), max(2, LINEAR_ELEMENTS // dense.num_classes))))
+    # Where rounding makes another logit the largest, no bound is known.
+    options = {**dense.options, "convention": str(generator.choice(CONVENTIONS[:-1]))}
+    labels = dense.labels if dense.labels.ndim == 1 else np.argmax(dense.labels, axis=-1)
+    dense = _allowed(replace(dense, options=options, labels=labels))
+    num_features = int(generator.choice(NUM_FEATURES))
+    weight_dtype = str(generator.choice([dtype, compute_dtype(dtype)]))
+    scale, of_bias = 10 ** generator.uniform(-1, 1, 2)
+    hidden = generator.normal(size=(len(dense.logits), num_features)) * scale
+    weight = generator.normal(size=(num_features, dense.num_classes))
+    bias = generator.normal(size=dense.num_classes) * of_bias
+    given = {each.name: getattr(dense, each.name) for each in fields(dense)}
+    layer: dict[str, Any] = {
+        "hidden": round_to(hidden, dtype),
+        "weight": round_to(weight, weight_dtype),
+        "weight_dtype": weight_dtype,
+        "bias": round_to(bias, weight_dtype) if generator.random() < 0.8 else None,
+        "chunk_size": int(generator.choice([1, 2, 3, 5])),
+    }
+    return with_logits(LinearCase(**given, **layer))
 
 
 def _draw_smoothing(generator: Generator, num_classes: int) -> float:
@@ -407,10 +444,11 @@ def _finite(case: Case) -> Case:
 def vary_options(generator: Generator, case: Case) -> Case:
     """Return a case that differs in one option, or in its number of classes."""
     arrays = ("labels", "smoothing", "class_weight", "class_mask", "prior", "upstream")
-    name = str(generator.choice([*arrays, *case.options, "num_classes", "num_classes"]))
+    linear = isinstance(case, LinearCase)
+    name = str(generator.choice([*arrays, *case.options, *([] if linear else ["num_classes", "num_classes"])]))
     if name == "num_classes":
         return _vary_size(generator, case)
-    other = draw_case(generator, case.dtype, case.num_classes)
+    other = (draw_linear_case if linear else draw_case)(generator, case.dtype, case.num_classes)
     if name in arrays:
         changed = replace(case, **{name: getattr(other, name)})
     else:
@@ -468,6 +506,20 @@ def vary_rows(generator: Generator, case: Case, shares: FloatArray) -> Case:
     return _finite(_allowed(replace(child, logits=logits, labels=labels, smoothing=smoothing)))
 
 
+def vary_layer(generator: Generator, case: LinearCase) -> LinearCase:
+    """Return a case that differs in some numbers of hidden, weight or bias."""
+    name = str(generator.choice(["hidden", "weight"] if case.bias is None else ["hidden", "weight", "bias"]))
+    dtype, values = case.result_dtypes[name], getattr(case, name)
+    rows = values.reshape(-1, values.shape[-1])
+    changed = generator.random(len(rows)) < generator.choice([1 / len(rows), 0.5, 1.0])
+    changed[generator.integers(len(rows))] = True
+    varied = rows.copy()
+    for i in np.flatnonzero(changed):
+        varied[i] = _vary_logits(generator, rows[i], rows[generator.integers(len(rows))], FORMATS[dtype].roundoff)
+    varied = np.where(np.abs(varied) < LARGEST_OPERAND, varied, rows).reshape(values.shape)
+    return with_logits(replace(case, **dict[str, Any]({name: round_to(varied, dtype)})))
+
+
 def _vary_logits(generator: Generator, row: FloatArray, other: FloatArray, roundoff: float) -> FloatArray:
     """Change some of the logits in one of the ways that matter to roundings."""
     num_classes = len(row)
@@ -492,8 +544,9 @@ def _vary_logits(generator: Generator, row: FloatArray, other: FloatArray, round
 
 def _take_rows(case: Case, rows: Any) -> Case:
     """Return a case of those rows."""
-    kept = {name: getattr(case, name) for name in ("logits", "labels", "smoothing", "upstream")}
-    return replace(case, **{name: v[rows] if isinstance(v, np.ndarray) else v for name, v in kept.items()})
+    names = ("logits", "labels", "smoothing", "upstream", "hidden")
+    kept: dict[str, Any] = {name: value for name in names if isinstance(value := getattr(case, name, None), np.ndarray)}
+    return replace(case, **{name: value[rows] for name, value in kept.items()})
 
 
 # --- making a case simpler ---
@@ -521,6 +574,19 @@ def _simpler(case: Case) -> Iterator[Case]:
     for classes in _parts(num_classes):
         if case.labels.ndim == 2 or np.isin(case.labels, classes).all():
             yield from _take_classes(case, classes)
+    yield from _plainer(case)
+    if isinstance(case, LinearCase):
+        if case.bias is not None:
+            yield with_logits(replace(case, bias=None))
+        return
+    for simpler in (case.logits - np.max(case.logits, axis=-1, keepdims=True), np.round(case.logits)):
+        logits = round_to(simpler, case.dtype)
+        if not np.array_equal(logits, case.logits):
+            yield replace(case, logits=logits)
+
+
+def _plainer(case: Case) -> Iterator[Case]:
+    """Yield cases with fewer options."""
     plain: dict[str, Any] = {"z_loss": 0.0, "softcap": None, "subtract_entropy": False, "convention": "uniform"}
     for name, value in plain.items():
         if case.options[name] != value:
@@ -533,12 +599,8 @@ def _simpler(case: Case) -> Iterator[Case]:
     if not isinstance(case.smoothing, float):
         yield replace(case, smoothing=float(case.smoothing[0]))
     for smoothing in (0.0, 0.1):
-        if case.smoothing not in (0.0, smoothing):
+        if np.any(~np.isin(case.smoothing, (0.0, smoothing))):
             yield replace(case, smoothing=smoothing)
-    for simpler in (case.logits - np.max(case.logits, axis=-1, keepdims=True), np.round(case.logits)):
-        logits = round_to(simpler, case.dtype)
-        if not np.array_equal(logits, case.logits):
-            yield replace(case, logits=logits)
 
 
 def _parts(length: int) -> Iterator[Any]:
@@ -554,8 +616,9 @@ def _parts(length: int) -> Iterator[Any]:
 
 def _take_classes(case: Case, classes: Any) -> Iterator[Case]:
     """Yield a case of those classes, if there is one."""
-    vectors: dict[str, Any] = {name: getattr(case, name) for name in ("class_weight", "class_mask", "prior")}
-    vectors = {name: None if vector is None else vector[classes] for name, vector in vectors.items()}
+    layer = ("weight", "bias") if isinstance(case, LinearCase) else ()
+    vectors: dict[str, Any] = {name: getattr(case, name) for name in ("class_weight", "class_mask", "prior", *layer)}
+    vectors = {name: None if vector is None else vector[..., classes] for name, vector in vectors.items()}
     if vectors["class_mask"] is not None and not vectors["class_mask"].any():
         return
     if vectors["prior"] is not None:

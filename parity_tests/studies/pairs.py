@@ -1,12 +1,12 @@
 """Two losses held against each other: same values, same gradients, and if not, which known difference it is."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from parity_tests.faults.dense import FAULTS
+from parity_tests.faults.linear import BANK
 from parity_tests.losses.adapters import Adapter
 from parity_tests.studies.diagnosis import (
     ARITHMETIC,
@@ -20,9 +20,9 @@ from parity_tests.studies.diagnosis import (
 )
 from parity_tests.studies.survey import Member, Survey
 from parity_tests.studies.verdicts import Outcome, attempt, compare_outcomes, judge
-from parity_tests.truth.bounds import Bound, error_bound
-from parity_tests.truth.cases import Case, case_names, make_case, random_case
-from parity_tests.truth.comparison import Result, within
+from parity_tests.truth.cases import Case, LinearCase, random_case
+from parity_tests.truth.comparison import AnyResult, Parts, bounds_of, within
+from parity_tests.truth.linear_cases import all_case_names, make_any_case, with_logits
 from parity_tests.truth.oracle import Truth, solve
 from parity_tests.truth.precision import FloatArray, round_to
 
@@ -42,6 +42,7 @@ class Question:
         reduction: what a loss that returns a scalar is expected to do: "mean" or "sum".
         num_classes: numbers of classes to try.
         ignore_index, z_loss, softcap, subtract_entropy: what else both have been told.
+        linear: whether both take a linear layer, (hidden, weight, labels), and not (logits, labels).
         chosen: whether any of these was chosen; if not, what the first loss does is right.
     """
 
@@ -53,11 +54,12 @@ class Question:
     z_loss: float = 0.0
     softcap: float | None = None
     subtract_entropy: bool = False
+    linear: bool = False
     chosen: bool = False
 
 
 def plain_cases(question: Question, dtype: str) -> list[Case]:
-    """Return cases of logits [7, K] and labels [7] that need nothing but the options of the question."""
+    """Return cases of logits [7, K], or hidden [7, D] and weight, that need nothing but the options of the question."""
     options = {name: getattr(question, name) for name in ("ignore_index", "z_loss", "softcap", "subtract_entropy")}
     options = {name: value for name, value in options.items() if value}
     if question.ignore_index is not None:
@@ -68,8 +70,20 @@ def plain_cases(question: Question, dtype: str) -> list[Case]:
         for name, logits, labels in _inputs(generator, num_classes, question, dtype):
             case = random_case(dtype, generator, NUM_ROWS, num_classes, labels=labels, options=dict(options))
             case = replace(case, logits=round_to(logits, dtype), smoothing=question.smoothing)
+            if question.linear and not np.isfinite(logits).all():
+                continue
+            case = _in_layer(case, generator) if question.linear else case
             cases.append(replace(case, name=f"{name}, K = {num_classes}"))
     return cases
+
+
+def _in_layer(case: Case, generator: np.random.Generator) -> LinearCase:
+    """Return a case of a layer whose logits are, but for rounding, those of a case: the weight is a random rotation."""
+    rotation, _ = np.linalg.qr(generator.normal(size=(case.num_classes, case.num_classes)))
+    hidden, weight = round_to(case.logits @ rotation.T, case.dtype), round_to(rotation, case.dtype)
+    given: dict[str, Any] = {each.name: getattr(case, each.name) for each in fields(case)}
+    layer: dict[str, Any] = {"hidden": hidden, "weight": weight, "weight_dtype": case.dtype, "chunk_size": 3}
+    return with_logits(LinearCase(**given, **layer))
 
 
 def _inputs(
@@ -153,7 +167,7 @@ class SideReading:
         found = [f"computes: {self.computes}"]
         if self.mutants:
             found.append(f"known difference: {', '.join(self.mutants)}")
-            found += [f"    {name}: {FAULTS[name]}" for name in self.mutants if name in FAULTS]
+            found += [f"    {name}: {BANK[name]}" for name in self.mutants if name in BANK]
         if self.others:
             found.append(f"which these cases do not tell from: {', '.join(self.others)}")
         return found
@@ -205,7 +219,7 @@ class Pair:
         return [reading.name for reading in self.readings if not reading.gave_results]
 
     def part_agrees(self, part: str) -> bool:
-        """Whether the losses ("loss") or the gradients ("gradient") agree wherever both gave results."""
+        """Whether the losses ("loss") or all gradients ("gradient") agree wherever both gave results."""
         return all(getattr(each.comparison, part) <= 1 for each in self.survey.differences)
 
     def notes(self) -> list[str]:
@@ -222,13 +236,16 @@ def compare_sides(first: Side, second: Side, question: Question, dtypes: Sequenc
     plain = any(side.reduction is not None for side in sides)
     cases = [case for dtype in dtypes for case in (plain_cases(question, dtype) if plain else _named_cases(dtype))]
     cases = [case for case in cases if not any(side.adapter.unsupported(case) for side in sides)]
+    # Of two that take both kinds, such as a fault and the oracle, the dense cases say enough.
+    cases = [case for case in cases if not isinstance(case, LinearCase)] or cases
     expected = AS_STATED
-    candidates = faults_as_candidates()
+    linear = any(isinstance(case, LinearCase) for case in cases)
+    candidates = faults_as_candidates(linear)
     if plain:
         rows = all(side.reduction in ("none", None) for side in sides)
         reductions = ["none"] if rows else [question.reduction, *({"mean", "sum"} - {question.reduction})]
         expected = Candidate(question.convention or "uniform", reductions[0], question.subtract_entropy)
-        candidates = plain_candidates(reductions, question.smoothing)
+        candidates = plain_candidates(reductions, question.smoothing, linear)
         cases = [expected.apply(case) for case in cases]
     attempts = [[attempt(side.adapter, case) for case in cases] for side in sides]
     diagnosed = _diagnose(cases, attempts, expected, candidates)
@@ -243,7 +260,7 @@ def compare_sides(first: Side, second: Side, question: Question, dtypes: Sequenc
 
 
 def _named_cases(dtype: str) -> list[Case]:
-    return [make_case(name, dtype) for name in case_names() if name != "wide"]
+    return [make_any_case(name, dtype) for name in all_case_names() if name != "wide"]
 
 
 class _Diagnosed(NamedTuple):
@@ -255,12 +272,12 @@ class _Diagnosed(NamedTuple):
 
 
 def _diagnose(
-    cases: list[Case], attempts: list[list[Result | str]], expected: Candidate, candidates: list[Candidate]
+    cases: list[Case], attempts: list[list[AnyResult | str]], expected: Candidate, candidates: list[Candidate]
 ) -> list[_Diagnosed]:
     """Explain each side in the cases in which it gave a result; if nothing does so exactly, apart from edge cases."""
     diagnosis = Diagnosis(cases, candidates)
 
-    def explain(results: list[Result | str], ordinary: bool) -> list[Explanation]:
+    def explain(results: list[AnyResult | str], ordinary: bool) -> list[Explanation]:
         given = [
             None if isinstance(result, str) or (ordinary and _is_edge(case)) else result
             for case, result in zip(cases, results, strict=True)
@@ -298,7 +315,7 @@ def _read(name: str, diagnosed: _Diagnosed, definition: Candidate) -> SideReadin
     return SideReading(name, diagnosed.explanations, mutants, sorted(others), diagnosed.only_ordinary, True)
 
 
-def _judge(sides: tuple[Side, Side], cases: list[Case], attempts: list[list[Result | str]], scaled: bool) -> Survey:
+def _judge(sides: tuple[Side, Side], cases: list[Case], attempts: list[list[AnyResult | str]], scaled: bool) -> Survey:
     """Hold what both gave against the truth and against each other.
 
     Where neither is a loss that is known (`scaled`), the bounds are those of the definition times the size of their
@@ -317,18 +334,17 @@ def _judge(sides: tuple[Side, Side], cases: list[Case], attempts: list[list[Resu
         outcomes += pair
         difference = compare_outcomes(case, truth, pair, (first, second))
         if difference and scaled and pair[0].result and pair[1].result:
-            bound = _scaled_bound(case, truth, pair[0].result)
-            difference = replace(difference, comparison=within(case, truth, pair[0].result, bound, pair[1].result))
+            bounds = _scaled_bounds(case, truth, pair[0].result)
+            difference = replace(difference, comparison=within(case, truth, pair[0].result, bounds, pair[1].result))
         differences += [difference] if difference else []
     return Survey(members, outcomes, differences)
 
 
-def _scaled_bound(case: Case, truth: Truth, result: Result) -> Bound:
-    bound = error_bound(case, truth, ARITHMETIC)
+def _scaled_bounds(case: Case, truth: Truth, result: AnyResult) -> Parts:
 
     def scale(values: FloatArray, true: FloatArray) -> float:
         sizes = [float(np.max(np.abs(each[np.isfinite(each)]), initial=0.0)) for each in (values, true)]
         return sizes[0] / sizes[1] if sizes[1] else 1.0
 
-    loss, gradient = scale(result.loss, truth.loss.high), scale(result.gradient, truth.gradient.high)
-    return Bound(2 * loss * bound.loss, 2 * gradient * bound.gradient)
+    bounds, right = bounds_of(case, truth, ARITHMETIC), truth.parts
+    return {part: 2 * scale(result.parts[part], right[part].high) * bound for part, bound in bounds.items()}

@@ -3,7 +3,7 @@
 A bundle is stale, and refused, if this checkout makes another case of a recorded name, or if its definition gives
 another truth for a recorded case. Both are computed again and compared bit for bit: a changed formula, and a NumPy that
 draws other random numbers, make a bundle stale, and a changed comment does not. A case whose name is not in
-`case_names()`, such as a worst case that was found, stands for itself: only its truth is checked. The truth of more
+`all_case_names()`, such as a worst case that was found, stands for itself: only its truth is checked. The truth of more
 than `WIDE` classes is computed in float64, where it may depend on the machine's libm; there the two may differ by
 float64's bounds.
 
@@ -19,8 +19,8 @@ from parity_tests.losses.registry import ENTRIES, make_adapter, match_names
 from parity_tests.studies.bundle import AGAIN, Bundle, BundleError, Record, case_to_arrays, differing, truth_to_arrays
 from parity_tests.studies.verdicts import Difference, Outcome, compare_outcomes, examine
 from parity_tests.truth.bounds import Arithmetic
-from parity_tests.truth.cases import case_names, make_case
 from parity_tests.truth.comparison import Result, against_each_other
+from parity_tests.truth.linear_cases import all_case_names, make_any_case
 from parity_tests.truth.oracle import WIDE, Truth, solve
 
 TRUTH = "truth"
@@ -210,9 +210,9 @@ def truth_of_today(recorded: Record) -> Truth:
         BundleError: it is not what was recorded, or the case of that name is another one by now.
     """
     case, title = recorded.case, f"case {recorded.case.name!r} in {recorded.case.dtype}"
-    if case.name in case_names():
-        (entry, arrays), (entry_today, arrays_today) = map(case_to_arrays, (case, make_case(case.name, case.dtype)))
-        changed = [name for name in entry if entry[name] != entry_today[name]] + differing(arrays, arrays_today)
+    if case.name in all_case_names():
+        (entry, arrays), (entry_today, arrays_today) = map(case_to_arrays, (case, make_any_case(case.name, case.dtype)))
+        changed = [name for name in entry if entry[name] != entry_today.get(name)] + differing(arrays, arrays_today)
         if changed:
             raise BundleError(f"stale: this checkout makes {title} with other {', '.join(changed)}. {AGAIN}")
     truth = solve(case)

@@ -8,7 +8,8 @@ from typing import NamedTuple
 from parity_tests.evidence.ledger import Evidence
 from parity_tests.losses.adapters import Adapter
 from parity_tests.studies.verdicts import Difference, Outcome, compare_outcomes, examine
-from parity_tests.truth.cases import Case, make_case
+from parity_tests.truth.cases import Case
+from parity_tests.truth.linear_cases import make_any_case
 from parity_tests.truth.oracle import solve
 
 
@@ -97,7 +98,7 @@ class Survey:
 
 def make_cases(names: Iterable[str], dtypes: Sequence[str]) -> list[Case]:
     """Return the cases of these names at each dtype."""
-    return [make_case(name, dtype) for dtype in dtypes for name in names]
+    return [make_any_case(name, dtype) for dtype in dtypes for name in names]
 
 
 def examine_each(members: dict[str, Member], cases: Iterable[Case]) -> Iterator[tuple[list[Outcome], list[Difference]]]:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from parity_tests.losses.adapters import Adapter
 from parity_tests.truth.cases import Case
-from parity_tests.truth.comparison import Comparison, Result, against_each_other, against_oracle
+from parity_tests.truth.comparison import AnyResult, Comparison, against_each_other, against_oracle
 from parity_tests.truth.oracle import Truth
 
 Status = Literal["agree", "disagree", "failed", "unsupported"]
@@ -18,8 +18,8 @@ class Outcome:
     Args:
         adapter: its name.
         case, dtype: which case.
-        status: "agree" and "disagree" with the truth; "failed" to give a loss and a gradient; "unsupported": it lacks
-            an option that the case needs, and was not called.
+        status: "agree" and "disagree" with the truth; "failed" to give a loss and its gradients; "unsupported": it
+            lacks an option that the case needs, and was not called.
         reason: why it failed or was not called.
         comparison: errors as shares of the bounds, if it gave a result.
         result: the result itself.
@@ -31,7 +31,7 @@ class Outcome:
     status: Status
     reason: str | None = None
     comparison: Comparison | None = None
-    result: Result | None = field(default=None, repr=False, compare=False)
+    result: AnyResult | None = field(default=None, repr=False, compare=False)
 
 
 def examine(adapter: Adapter, case: Case, truth: Truth) -> Outcome:
@@ -42,7 +42,7 @@ def examine(adapter: Adapter, case: Case, truth: Truth) -> Outcome:
     return judge(adapter, case, truth, attempt(adapter, case))
 
 
-def attempt(adapter: Adapter, case: Case) -> Result | str:
+def attempt(adapter: Adapter, case: Case) -> AnyResult | str:
     """Return what an adapter gives for a case, or what it raised."""
     try:
         return adapter(case)
@@ -50,7 +50,7 @@ def attempt(adapter: Adapter, case: Case) -> Result | str:
         return _describe(error)
 
 
-def judge(adapter: Adapter, case: Case, truth: Truth, attempted: Result | str) -> Outcome:
+def judge(adapter: Adapter, case: Case, truth: Truth, attempted: AnyResult | str) -> Outcome:
     """Hold what `attempt` returned against the truth, within the bounds of the adapter."""
     if isinstance(attempted, str):
         return Outcome(adapter.name, case.name, case.dtype, "failed", attempted)

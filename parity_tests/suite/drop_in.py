@@ -26,7 +26,7 @@ from parity_tests.faults.dense import evaluate
 from parity_tests.losses.adapters import JaxAdapter, TorchAdapter
 from parity_tests.truth.bounds import Arithmetic, Bound, error_bound
 from parity_tests.truth.cases import Case, soft_labels
-from parity_tests.truth.comparison import Result
+from parity_tests.truth.comparison import Result, error_over_bound, exactly
 from parity_tests.truth.oracle import Exact, Truth, solve
 from parity_tests.truth.precision import FORMATS, FloatArray, round_to
 
@@ -172,11 +172,9 @@ class Share(NamedTuple):
 
 def share(values: FloatArray, expected: FloatArray | Exact, bound: FloatArray) -> float:
     """Return the largest error as a share of its bound; inf where a NaN or an infinity is out of place."""
-    exact = expected if isinstance(expected, Exact) else Exact(expected, np.zeros_like(expected))
+    exact = expected if isinstance(expected, Exact) else exactly(expected)
     assert values.shape == exact.high.shape == bound.shape
-    error = exact.error_of(values)
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        return float(np.max(np.where(error == 0, 0.0, error / bound), initial=0.0))
+    return float(np.max(error_over_bound(exact.error_of(values), bound), initial=0.0))
 
 
 def apart(setting: PeerSetting, ours: Result, peer: Result) -> Share:

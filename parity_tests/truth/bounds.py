@@ -34,6 +34,9 @@ def tree_depth(length: int) -> int:
     return max(0, min(length - 1, 32 * int(np.ceil(np.log2(max(length, 1)) / 5))))
 
 
+NARROW = frozenset({"logits", "products", "products of rows", "hidden", "bias"})
+
+
 @dataclass(frozen=True)
 class Arithmetic:
     """How accurate a device's elementary operations are, in units of the roundoff. The tests measure each.
@@ -43,12 +46,17 @@ class Arithmetic:
         log1p: error of log1p, and of log.
         tanh: error of tanh.
         depth: longest chain of additions in a sum of that many terms.
+        narrow: what a linear layer in bfloat16 or float16 stores in that dtype on the way: "logits", with the bias and
+            the gradient that the bias sums; "products", the weight's gradient of a chunk, or "products of rows" where
+            the losses are not reduced; "hidden", its gradient before the factor of a sum or mean; "bias", its gradient
+            before it comes in the dtype of the bias.
     """
 
     exp: float = 3.0
     log1p: float = 4.0
     tanh: float = 5.0
     depth: Callable[[int], int] = tree_depth
+    narrow: frozenset[str] = NARROW
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,11 @@ class Bound:
     loss: FloatArray
     gradient: FloatArray
 
+    @property
+    def parts(self) -> dict[str, FloatArray]:
+        """The bounds by part of the result."""
+        return {"loss": self.loss, "gradient": self.gradient}
+
 
 def error_bound(case: Case, truth: Truth, arithmetic: Arithmetic) -> Bound:
     """Return the bound for a correct implementation of `case` on a device of that arithmetic."""
@@ -65,7 +78,7 @@ def error_bound(case: Case, truth: Truth, arithmetic: Arithmetic) -> Bound:
         return _error_bound(case, truth, arithmetic)
 
 
-def _error_bound(case: Case, truth: Truth, arithmetic: Arithmetic) -> Bound:
+def _error_bound(case: Case, truth: Truth, arithmetic: Arithmetic) -> Bound:  # noqa: PLR0915 - one derivation
     rows, options = case.rows(), case.options
     fmt = FORMATS[compute_dtype(case.dtype)]
     u, tiny = fmt.roundoff, fmt.smallest_normal
@@ -140,7 +153,7 @@ def _error_bound(case: Case, truth: Truth, arithmetic: Arithmetic) -> Bound:
     # Products may be flushed to zero once or twice on the way, and exp before it is multiplied with the rest.
     flushed = (2 + factor * (1 + coefficient)) * tiny
     gradient = np.where(allowed & live[:, None], gradient + flushed, 0.0)
-    gradient = gradient + _rounding(truth.gradient.high, case.dtype)
+    gradient = gradient + last_rounding(truth.gradient.high, case.dtype)
     return Bound(loss=_reduced(case, truth, row, arithmetic), gradient=gradient)
 
 
@@ -165,8 +178,8 @@ def _largest_upstream(case: Case) -> float:
     return float(np.max(np.abs(case.rows().upstream), initial=0.0)) or 1.0
 
 
-def _rounding(values: FloatArray, dtype: str) -> FloatArray:
-    """Half a unit of a narrow result's last place; nothing where the result is stored as it was computed."""
+def last_rounding(values: FloatArray, dtype: str) -> FloatArray:
+    """Return half a unit of a narrow result's last place; nothing where the result is stored as it was computed."""
     if dtype == compute_dtype(dtype):
         return np.zeros_like(values)
     fmt = FORMATS[dtype]

@@ -69,6 +69,11 @@ class Case:
         """Return the case with its classes last and its rows flattened."""
         return self._rows
 
+    @property
+    def result_dtypes(self) -> dict[str, str]:
+        """The dtype of each part of the result: the loss, and the gradient with respect to the logits."""
+        return {"loss": compute_dtype(self.dtype), "gradient": self.dtype}
+
     @cached_property
     def _rows(self) -> Rows:
         batch_shape, num_classes = self.batch_shape, self.num_classes
@@ -89,6 +94,41 @@ class Case:
             counted=counted,
             upstream=flat(1.0 if self.upstream is None else self.upstream).astype(np.float64),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearCase(Case):
+    """A call of the linear loss. Its `logits` are the exact ones, rounded to float64; an adapter never sees them.
+
+    Args:
+        hidden: float64 array [..., D] of numbers of `dtype`, which is the dtype to multiply in.
+        weight: float64 array [D, K] of numbers of `weight_dtype`.
+        weight_dtype: of the weight and the bias.
+        bias: K numbers, or None.
+        chunk_size: one that leaves the last chunk partly empty, where there are rows enough; None to choose none.
+    """
+
+    hidden: FloatArray
+    weight: FloatArray
+    weight_dtype: str
+    bias: FloatArray | None = None
+    chunk_size: int | None = None
+
+    @property
+    def multiplied_weight(self) -> FloatArray:
+        """The weight in the dtype that it is multiplied in."""
+        return round_to(self.weight, self.dtype)
+
+    @property
+    def hidden_rows(self) -> FloatArray:
+        """`hidden` as [N, D]."""
+        return self.hidden.reshape(-1, self.hidden.shape[-1])
+
+    @property
+    def result_dtypes(self) -> dict[str, str]:
+        """The dtype of each part of the result: the loss, and the gradient with respect to each operand."""
+        bias = {} if self.bias is None else {"bias": self.weight_dtype}
+        return {"loss": compute_dtype(self.dtype), "hidden": self.dtype, "weight": self.weight_dtype, **bias}
 
 
 def features(case: Case) -> frozenset[str]:
@@ -117,16 +157,20 @@ def features(case: Case) -> frozenset[str]:
     return frozenset(found | {name for name, present in special.items() if present})
 
 
-def describe_inputs(case: Case, index: tuple[int, ...]) -> dict[str, str]:
-    """Return, for people, what goes into an element of the loss or of the gradient.
+def describe_inputs(case: Case, index: tuple[int, ...], part: str = "gradient") -> dict[str, str]:
+    """Return, for people, what goes into an element of a part of the result.
 
     Args:
         case: the case.
-        index: row, or row and class, of the element; () where all rows enter it. Of the classes those near the element,
-            or else near the label, are shown.
+        index: where in that part; () where all rows enter it. Of the classes those near the element, or else near the
+            label, are shown.
+        part: "loss" or "gradient", or of a linear case "hidden", "weight" or "bias".
     """
     rows = case.rows()
     inputs = {"shape of the logits": str(list(case.logits.shape))}
+    if isinstance(case, LinearCase):
+        inputs["number of features"] = str(case.hidden.shape[-1])
+        index = index[:1] if part in ("loss", "hidden") else ()
     inputs |= {key: str(value) for key, value in case.options.items()}
     if not index or not 0 <= index[0] < len(rows.logits):
         smoothing = case.smoothing if isinstance(case.smoothing, float) else "per row"

@@ -1,18 +1,22 @@
 """Holds results against the truth, and against each other, within their bounds."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from parity_tests.truth.bounds import Arithmetic, Bound, error_bound
-from parity_tests.truth.cases import Case, describe_inputs
-from parity_tests.truth.oracle import Exact, Truth
-from parity_tests.truth.precision import FloatArray, compute_dtype, ulp
+from parity_tests.truth.bounds import Arithmetic, error_bound
+from parity_tests.truth.cases import Case, LinearCase, describe_inputs
+from parity_tests.truth.linear_bounds import linear_bound
+from parity_tests.truth.oracle import Exact, LinearTruth, Truth
+from parity_tests.truth.precision import FloatArray, ulp
+
+Parts = Mapping[str, FloatArray]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What an implementation gave for a case.
+    """What an implementation of the dense loss gave for a case.
 
     Args:
         loss: float64 array of the shape of the losses, flattened, or of shape [] if reduced.
@@ -25,13 +29,46 @@ class Result:
     loss_dtype: str
     gradient_dtype: str
 
+    @property
+    def parts(self) -> dict[str, FloatArray]:
+        """The arrays by part."""
+        return {"loss": self.loss, "gradient": self.gradient}
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """The dtypes by part."""
+        return {"loss": self.loss_dtype, "gradient": self.gradient_dtype}
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """What an implementation of the linear loss gave: loss, and gradients with respect to hidden, weight and bias.
+
+    Args:
+        parts: float64 arrays by part, hidden's rows flattened; the loss as in `Result`.
+        dtypes: names of the dtypes that they came in, by part.
+    """
+
+    parts: dict[str, FloatArray]
+    dtypes: dict[str, str]
+
+
+AnyResult = Result | LinearResult
+
+
+def make_result(parts: dict[str, FloatArray], dtypes: dict[str, str]) -> AnyResult:
+    """Return a result of these parts: of the dense loss if one of them is the gradient with respect to the logits."""
+    if "gradient" in parts:
+        return Result(parts["loss"], parts["gradient"], dtypes["loss"], dtypes["gradient"])
+    return LinearResult(parts, dtypes)
+
 
 @dataclass(frozen=True)
 class Worst:
     """The element that uses the largest share of its bound.
 
     Args:
-        part: "loss" or "gradient".
+        part: "loss", "gradient", "hidden", "weight" or "bias".
         index: where in that part, whose rows are flattened and whose classes are last.
         value: what the implementation gave.
         expected: what it is compared with.
@@ -59,16 +96,14 @@ class Comparison:
     """Errors as shares of their bounds: above 1 is wrong. inf stands for a NaN, infinity or finite number out of place.
 
     Args:
-        loss: largest share used by an element of the loss; inf if the shapes are wrong.
-        gradient: the same for the gradient.
-        worst: the element with the largest share; None if there is no element, or the shapes are wrong.
+        shares: largest share used by an element of each part; inf if its shape is wrong.
+        worst: the element with the largest share; None if there is no element, or a shape is wrong.
         problem: what no share can say: wrong shapes or dtypes.
-        ulps: error of each entry of the gradient in scaled ULPs, the spacing of numbers at
+        ulps: error of each entry of the gradient with respect to the logits in scaled ULPs, the spacing of numbers at
             |factor| * max(S p_k, w_k q_k); the entry's own spacing means nothing where p and q nearly cancel.
     """
 
-    loss: float
-    gradient: float
+    shares: dict[str, float]
     worst: Worst | None
     problem: str | None = None
     ulps: FloatArray = field(default_factory=lambda: np.zeros(0), repr=False, compare=False)
@@ -76,75 +111,88 @@ class Comparison:
     @property
     def agrees(self) -> bool:
         """Whether every element is within its bound, and shapes and dtypes are right."""
-        return self.problem is None and self.loss <= 1 and self.gradient <= 1
+        return self.problem is None and self.share <= 1
 
     @property
     def share(self) -> float:
         """Largest share of a bound that was used; NaN, which is larger than nothing, counts as infinite."""
-        return max(np.inf if np.isnan(part) else part for part in (self.loss, self.gradient))
+        return max(np.inf if np.isnan(share) else share for share in self.shares.values())
+
+    @property
+    def loss(self) -> float:
+        """Largest share used by an element of the loss."""
+        return self.shares["loss"]
+
+    @property
+    def gradient(self) -> float:
+        """Largest share used by an element of a gradient."""
+        return max(share for part, share in self.shares.items() if part != "loss")
 
     def __str__(self) -> str:
         """Return one line for a message."""
         return f"{self.share:.3g} of the bound: {self.problem or self.worst or 'no elements'}"
 
 
-def against_oracle(case: Case, truth: Truth, result: Result, arithmetic: Arithmetic) -> Comparison:
+def against_oracle(case: Case, truth: Truth, result: AnyResult, arithmetic: Arithmetic) -> Comparison:
     """Compare a result with the truth."""
-    return within(case, truth, result, error_bound(case, truth, arithmetic))
+    return within(case, truth, result, bounds_of(case, truth, arithmetic))
 
 
 def against_each_other(
-    case: Case, truth: Truth, results: tuple[Result, Result], arithmetic: tuple[Arithmetic, Arithmetic]
+    case: Case, truth: Truth, results: tuple[AnyResult, AnyResult], arithmetic: tuple[Arithmetic, Arithmetic]
 ) -> Comparison:
     """Compare two results: they may differ by the sum of their bounds."""
-    first, second = (error_bound(case, truth, each) for each in arithmetic)
-    both = Bound(first.loss + second.loss, first.gradient + second.gradient)
-    return within(case, truth, results[0], both, results[1])
+    first, second = (bounds_of(case, truth, each) for each in arithmetic)
+    return within(case, truth, results[0], {part: first[part] + second[part] for part in first}, results[1])
 
 
-def within(case: Case, truth: Truth, result: Result, bound: Bound, other: Result | None = None) -> Comparison:
-    """Compare a result with the truth, or with another result, within a bound that is given."""
-    loss, gradient = truth.loss, truth.gradient
-    if other is not None:
-        loss, gradient = _exactly(other.loss), _exactly(other.gradient)
-    if result.loss.shape != loss.high.shape or result.gradient.shape != gradient.high.shape:
-        shapes = f"loss of shape {list(result.loss.shape)}, gradient {list(result.gradient.shape)}"
-        wanted = f"expected {list(loss.high.shape)}, {list(gradient.high.shape)}"
-        return Comparison(np.inf, np.inf, None, f"{shapes}; {wanted}")
+def bounds_of(case: Case, truth: Truth, arithmetic: Arithmetic) -> Parts:
+    """Return the bound of each part of the result of a correct implementation of that arithmetic."""
+    if isinstance(case, LinearCase) and isinstance(truth, LinearTruth):
+        return linear_bound(case, truth, arithmetic)
+    return error_bound(case, truth, arithmetic).parts
+
+
+def within(case: Case, truth: Truth, result: AnyResult, bounds: Parts, other: AnyResult | None = None) -> Comparison:
+    """Compare a result with the truth, or with another result, within bounds that are given."""
+    expected = truth.parts if other is None else {part: exactly(values) for part, values in other.parts.items()}
+    given = {part: list(values.shape) for part, values in result.parts.items()}
+    wanted = {part: list(exact.high.shape) for part, exact in expected.items()}
+    if given != wanted:
+        shapes = ", ".join(f"{part} {shape}" for part, shape in given.items()).replace("loss ", "loss of shape ", 1)
+        return Comparison(dict.fromkeys(wanted, np.inf), None, f"{shapes}; expected {_list(wanted)}")
     problem = None
-    if (result.loss_dtype, result.gradient_dtype) != (compute_dtype(case.dtype), case.dtype):
-        dtypes = f"loss in {result.loss_dtype}, gradient in {result.gradient_dtype}"
-        problem = f"{dtypes}; expected {compute_dtype(case.dtype)}, {case.dtype}"
-    gradient_error = gradient.error_of(result.gradient)
-    shares = {
-        "loss": _share(loss.error_of(result.loss), bound.loss),
-        "gradient": _share(gradient_error, bound.gradient),
-    }
-    part = max(shares, key=lambda key: np.max(shares[key], initial=0.0))
+    if result.dtypes != case.result_dtypes:
+        dtypes = ", ".join(f"{part} in {dtype}" for part, dtype in result.dtypes.items())
+        problem = f"{dtypes}; expected {_list(case.result_dtypes)}"
+    errors = {part: exact.error_of(result.parts[part]) for part, exact in expected.items()}
+    shares = {part: error_over_bound(errors[part], bounds[part]) for part in expected}
+    largest = {part: float(np.max(share, initial=0.0)) for part, share in shares.items()}
+    part = max(largest, key=lambda part: largest[part])
     worst = None
     if shares[part].size:
         index = tuple(int(i) for i in np.unravel_index(np.argmax(shares[part]), shares[part].shape))
-        value, wanted = getattr(result, part)[index], (loss if part == "loss" else gradient).high[index]
-        allowed = float(getattr(bound, part)[index])
-        share = float(shares[part][index])
-        worst = Worst(part, index, float(value), float(wanted), allowed, share, describe_inputs(case, index))
-    return Comparison(
-        loss=float(np.max(shares["loss"], initial=0.0)),
-        gradient=float(np.max(shares["gradient"], initial=0.0)),
-        worst=worst,
-        problem=problem,
-        ulps=_scaled_ulps(case, truth, gradient_error),
-    )
+        numbers = (result.parts[part], expected[part].high, bounds[part], shares[part])
+        value, right, allowed, share = (float(array[index]) for array in numbers)
+        worst = Worst(part, index, value, right, allowed, share, describe_inputs(case, index, part))
+    ulps = _scaled_ulps(case, truth, errors["gradient"]) if "gradient" in errors else np.zeros(0)
+    return Comparison(largest, worst, problem, ulps)
 
 
-def _exactly(values: FloatArray) -> Exact:
+def error_over_bound(error: FloatArray, bound: FloatArray) -> FloatArray:
+    """Return errors as shares of their bounds: 0 for no error; inf for an infinite error or a bound that is NaN."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = np.where(error == 0, 0.0, error / bound)
+    return np.where(np.isinf(error) | np.isnan(share), np.inf, share)
+
+
+def exactly(values: FloatArray) -> Exact:
+    """Return numbers as if they were exact."""
     return Exact(values, np.zeros_like(values))
 
 
-def _share(error: FloatArray, bound: FloatArray) -> FloatArray:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        share = np.where(error == 0, 0.0, error / bound)
-    return np.where(np.isinf(error), np.inf, share)
+def _list(parts: Mapping[str, object]) -> str:
+    return ", ".join(map(str, parts.values()))
 
 
 def _scaled_ulps(case: Case, truth: Truth, error: FloatArray) -> FloatArray:

@@ -19,43 +19,16 @@ u is the roundoff of the compute precision, v that of the dtype of hidden where 
 In float16 each v has half of the smallest number beside it. A result of exactly 0 has no error.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from parity_tests.truth.bounds import Arithmetic, error_bound
-from parity_tests.truth.cases import Case
-from parity_tests.truth.linear_cases import LinearCase, LinearTruth
-from parity_tests.truth.oracle import Exact, Truth
+from parity_tests.truth.cases import Case, LinearCase
+from parity_tests.truth.oracle import LinearTruth, Truth
 from parity_tests.truth.precision import FORMATS, FloatArray, compute_dtype
-
-
-@dataclass(frozen=True)
-class LayerArithmetic:
-    """How accurate a linear layer with the loss is.
-
-    Args:
-        loss: the accuracy of the loss's elementary functions.
-        narrow_logits: whether logits, bias and the gradient that the bias sums are stored in the dtype of hidden.
-        narrow_products: whether the weight's gradient of a chunk is.
-        narrow_hidden: whether hidden's gradient is, before the factor of a sum or mean.
-        narrow_bias: whether the bias's gradient is, before it comes in the dtype of the bias.
-    """
-
-    loss: Arithmetic
-    narrow_logits: bool
-    narrow_products: bool
-    narrow_hidden: bool
-    narrow_bias: bool = False
-
-
-@dataclass(frozen=True)
-class LinearResult:
-    """What an implementation gave for a case: float64 arrays by part, and the names of the dtypes that they came in."""
-
-    parts: dict[str, FloatArray]
-    dtypes: dict[str, str]
 
 
 class _Change(NamedTuple):
@@ -65,77 +38,91 @@ class _Change(NamedTuple):
     gradient: FloatArray
 
 
-def linear_bound(case: LinearCase, truth: LinearTruth, arithmetic: LayerArithmetic) -> dict[str, FloatArray]:
+def linear_bound(case: LinearCase, truth: LinearTruth, arithmetic: Arithmetic) -> dict[str, FloatArray]:
     """Return the bound of each part of the result of a correct implementation of that arithmetic."""
     with np.errstate(invalid="ignore", over="ignore"):
         return _linear_bound(case, truth, arithmetic)
 
 
-def _linear_bound(case: LinearCase, truth: LinearTruth, arithmetic: LayerArithmetic) -> dict[str, FloatArray]:
+def _linear_bound(case: LinearCase, truth: LinearTruth, arithmetic: Arithmetic) -> dict[str, FloatArray]:
     compute = compute_dtype(case.dtype)
-    u, tiny = FORMATS[compute].roundoff, FORMATS[compute].smallest_normal
-    is_narrow = case.dtype != compute
-    live = truth.loss.counted & ~truth.loss.bad
-    hidden = np.abs(np.where(truth.loss.counted[:, None], case.rows(), 0.0))
+    u = FORMATS[compute].roundoff
+    is_narrow, narrow = case.dtype != compute, arithmetic.narrow
+    live = truth.counted & ~truth.bad
+    hidden = np.abs(np.where(truth.counted[:, None], case.hidden_rows, 0.0))
     weight = np.abs(case.multiplied_weight)
-    num_rows, num_features = hidden.shape
-    num_classes = weight.shape[1]
-
-    def stored(error: FloatArray, value: FloatArray, dtype: str, scale: FloatArray | float = 1.0) -> FloatArray:
-        """Return the error after rounding to a dtype, of a value that is multiplied with `scale` afterwards."""
-        if dtype == compute:
-            return error
-        half = FORMATS[dtype].smallest / 2
-        rounding = FORMATS[dtype].roundoff * (value + error) + half * scale
-        return np.where((value == 0) & (error == 0), 0.0, error + rounding)
+    num_rows, num_classes = len(hidden), weight.shape[1]
+    stored = partial(_stored, compute)
 
     # A masked class's logits and those of rows that do not count are never looked at, or hold anything.
-    allowed = np.ones(num_classes, bool) if case.loss.class_mask is None else case.loss.class_mask
+    allowed = np.ones(num_classes, bool) if case.class_mask is None else case.class_mask
     looked_at = allowed & live[:, None]
-    logits = np.where(looked_at, case.loss.rows().logits, 0.0)
-    terms = hidden @ weight
-    of_logits = u * num_features * terms + num_features * tiny
-    if case.bias is not None:
-        of_logits = of_logits + u * (terms + np.abs(case.bias))
-        if arithmetic.narrow_logits:
-            of_logits = of_logits + stored(np.zeros(num_classes), np.abs(case.bias), case.dtype)
-    if arithmetic.narrow_logits:
-        of_logits = stored(of_logits, np.abs(logits), case.dtype)
-    if case.dtype == "float64":
-        of_logits = of_logits + u * np.abs(logits)  # the oracle's own
-    change = _change(case.loss, truth.loss, logits, np.where(looked_at, of_logits, 0.0))
+    logits = np.where(looked_at, case.rows().logits, 0.0)
+    of_logits = _logit_error(case, hidden, weight, logits, "logits" in narrow)
+    change = _change(case, truth, logits, np.where(looked_at, of_logits, 0.0))
 
     # As if it were stored as it was computed: what becomes of it is below.
-    base = error_bound(replace(case.loss, dtype=compute), truth.loss, arithmetic.loss)
-    factor = np.abs(truth.loss.factor)[:, None]
-    size = np.abs(truth.loss.gradient.high)
+    base = error_bound(replace(case, dtype=compute), truth, arithmetic)
+    factor = np.abs(truth.factor)[:, None]
+    size = np.abs(truth.gradient.high)
     exact_error = base.gradient + factor * change.gradient
     error = stored(exact_error, size, case.dtype, np.maximum(factor, 1))
 
-    bound = {"loss": base.loss + _reduced(case.loss, truth.loss, change.loss)}
+    bound = {"loss": base.loss + _reduced(case, truth, change.loss)}
     times = np.max(factor, initial=1.0)
-    by_row = case.loss.options.get("reduction", "none") == "none"
+    by_row = case.options.get("reduction", "none") == "none"
 
-    value = np.abs(truth.parts["hidden"].high)
+    value = np.abs(truth.hidden.high)
     of_hidden = error @ weight.T + u * num_classes * ((size + error) @ weight.T) + 2 * u * value
-    if not by_row and arithmetic.narrow_hidden:
+    if not by_row and "hidden" in narrow:
         of_hidden = stored(of_hidden, value, case.dtype, factor)
     bound["hidden"] = stored(of_hidden, value, case.dtype)
 
-    value, products = np.abs(truth.parts["weight"].high), hidden.T @ (size + error)
+    value, products = np.abs(truth.weight.high), hidden.T @ (size + error)
     of_weight = hidden.T @ error + u * (num_rows + 1) * products + 2 * u * value
-    if is_narrow and arithmetic.narrow_products:
-        narrow = FORMATS[case.dtype]
-        of_weight = of_weight + narrow.roundoff * products + num_rows * times * narrow.smallest / 2 * (products > 0)
+    if is_narrow and ("products of rows" if by_row else "products") in narrow:
+        fmt = FORMATS[case.dtype]
+        of_weight = of_weight + fmt.roundoff * products + num_rows * times * fmt.smallest / 2 * (products > 0)
     bound["weight"] = stored(of_weight, value, case.weight_dtype)
 
-    if case.bias is not None:
-        value, of_terms = np.abs(truth.parts["bias"].high), error if arithmetic.narrow_logits else exact_error
+    if truth.bias is not None:
+        value, of_terms = np.abs(truth.bias.high), error if "logits" in narrow else exact_error
         of_bias = np.sum(of_terms, axis=0) + u * (num_rows + 1) * np.sum(size + error, axis=0) + 2 * u * value
-        if arithmetic.narrow_bias:
+        if "bias" in narrow:
             of_bias = stored(of_bias, value, case.dtype)
         bound["bias"] = stored(of_bias, value, case.weight_dtype)
     return bound
+
+
+def _stored(
+    compute: str, error: FloatArray, value: FloatArray, dtype: str, scale: FloatArray | float = 1.0
+) -> FloatArray:
+    """Return the error after rounding to a dtype, of a value that is multiplied with `scale` afterwards."""
+    if dtype == compute:
+        return error
+    half = FORMATS[dtype].smallest / 2
+    rounding = FORMATS[dtype].roundoff * (value + error) + half * scale
+    return np.where((value == 0) & (error == 0), 0.0, error + rounding)
+
+
+def _logit_error(
+    case: LinearCase, hidden: FloatArray, weight: FloatArray, logits: FloatArray, narrow: bool
+) -> FloatArray:
+    """Return how far off the logits are; `hidden` and `weight` are sizes."""
+    compute = compute_dtype(case.dtype)
+    u, tiny = FORMATS[compute].roundoff, FORMATS[compute].smallest_normal
+    terms, num_features = hidden @ weight, hidden.shape[1]
+    error: FloatArray = u * num_features * terms + num_features * tiny
+    if case.bias is not None:
+        bias = np.abs(case.bias)
+        error = error + u * (terms + bias)
+        error = error + _stored(compute, np.zeros_like(bias), bias, case.dtype) if narrow else error
+    if narrow:
+        error = _stored(compute, error, np.abs(logits), case.dtype)
+    # The oracle's own.
+    if case.dtype == "float64":
+        error = error + u * np.abs(logits)
+    return error
 
 
 def _change(case: Case, truth: Truth, logits: FloatArray, error: FloatArray) -> _Change:
@@ -180,32 +167,10 @@ def _reduced(case: Case, truth: Truth, row: FloatArray) -> FloatArray:
     return np.asarray(np.sum(row) * np.max(np.abs(truth.factor), initial=0.0) / upstream)
 
 
-def shares(
-    case: LinearCase, expected: dict[str, Exact], result: LinearResult, bound: dict[str, FloatArray]
-) -> dict[str, float]:
-    """Return the largest share of its bound that each part uses: above 1 is wrong.
-
-    inf stands for a wrong shape or dtype, and for a NaN, infinity or finite number out of place.
-    """
-    dtypes = {"loss": compute_dtype(case.dtype), "hidden": case.dtype}
-    used = {}
-    for part, exact in expected.items():
-        values = result.parts.get(part)
-        dtype = dtypes.get(part, case.weight_dtype)
-        if values is None or values.shape != exact.high.shape or result.dtypes[part] != dtype:
-            used[part] = np.inf
-            continue
-        error = exact.error_of(values)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            share = np.where(error == 0, 0.0, error / bound[part])
-        used[part] = float(np.max(np.where(np.isnan(share), np.inf, share), initial=0.0))
-    return used
-
-
 def largest_logit_is_clear(case: LinearCase, truth: LinearTruth) -> bool:
     """Whether rounding leaves the largest logit where it is: no bound is known where "max_sup" takes another."""
-    live = truth.loss.counted & ~truth.loss.bad
-    ordered = np.sort(case.loss.rows().logits[live], axis=-1)
+    live = truth.counted & ~truth.bad
+    ordered = np.sort(case.rows().logits[live], axis=-1)
     # Twice the error of either, with room for the sum of products.
     error = 8 * FORMATS[case.dtype].roundoff * np.max(np.abs(ordered), axis=-1)
     return bool(np.all(ordered[:, -1] - ordered[:, -2] > error))

@@ -1,130 +1,66 @@
-"""Named, seeded cases of a linear layer and the loss, and what they should give.
-
-The logits are made from the exact bits of the layer at 50 digits. Rounded to float64 they are those of a `Case` of the
-loss, so its oracle gives the loss and the gradient of the logits; the gradients of the layer are exact sums of those.
-"""
+"""Named, seeded cases of the linear loss: a linear layer and the loss in one."""
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import mpmath
 import numpy as np
 
-from parity_tests.truth.cases import Case
-from parity_tests.truth.oracle import DIGITS, Exact, Truth, solve
+from parity_tests.truth.cases import Case, LinearCase, case_names, make_case
+from parity_tests.truth.oracle import true_logits
 from parity_tests.truth.precision import FloatArray, compute_dtype, round_to
-
-PARTS = ("loss", "hidden", "weight", "bias")
-
-
-@dataclass(frozen=True)
-class LinearCase:
-    """Inputs and options of one call.
-
-    Args:
-        name: what reports call it.
-        hidden: float64 array [..., D] of numbers of the dtype of the loss's case.
-        weight: float64 array [D, K] of numbers of `weight_dtype`.
-        weight_dtype: of the weight and the bias.
-        bias: K numbers, or None.
-        loss: the case of the loss. Its logits are the true ones, rounded to float64, and no numbers of its dtype.
-        chunk_size: one that leaves the last chunk partly empty, where there are rows enough.
-    """
-
-    name: str
-    hidden: FloatArray
-    weight: FloatArray
-    weight_dtype: str
-    bias: FloatArray | None
-    loss: Case
-    chunk_size: int
-
-    @property
-    def dtype(self) -> str:
-        """Name of the dtype that is multiplied in."""
-        return self.loss.dtype
-
-    @property
-    def multiplied_weight(self) -> FloatArray:
-        """The weight in the dtype that it is multiplied in."""
-        return round_to(self.weight, self.dtype)
-
-    def rows(self) -> FloatArray:
-        """Return hidden as [N, D]."""
-        return self.hidden.reshape(-1, self.hidden.shape[-1])
-
-
-@dataclass(frozen=True)
-class LinearTruth:
-    """What a case should give: the parts by name, hidden's rows flattened, and the truth about the loss."""
-
-    parts: dict[str, Exact]
-    loss: Truth
-
-
-def solve_linear(case: LinearCase) -> LinearTruth:
-    """Return the truth about a case."""
-    truth = solve(case.loss)
-    # What a row holds that does not count reaches no gradient.
-    hidden = np.where(truth.counted[:, None], case.rows(), 0.0)
-    num_classes = case.weight.shape[1]
-    with mpmath.workdps(DIGITS):
-        halves = zip(truth.gradient.high.tolist(), truth.gradient.low.tolist(), strict=True)
-        gradient = [[mpmath.mpf(high) + mpmath.mpf(low) for high, low in zip(*rows, strict=True)] for rows in halves]
-        of_classes = [[row[k] for row in gradient] for k in range(num_classes)]
-        parts = {
-            "loss": truth.loss,
-            "hidden": _products(gradient, case.multiplied_weight.tolist(), case.hidden.shape[-1]),
-            "weight": _products(hidden.T.tolist(), of_classes, num_classes),
-        }
-        if case.bias is not None:
-            sums = _products([[1.0] * len(hidden)], of_classes, num_classes)
-            parts["bias"] = Exact(sums.high[0], sums.low[0])
-    return LinearTruth(parts, truth)
-
-
-def true_logits(hidden: FloatArray, weight: FloatArray, bias: FloatArray | None) -> FloatArray:
-    """Return hidden @ weight + bias, each rounded once, to float64."""
-    extended = hidden if bias is None else np.concatenate([hidden, np.ones((len(hidden), 1))], axis=-1)
-    columns = weight if bias is None else np.concatenate([weight, bias[None]], axis=0)
-    with mpmath.workdps(DIGITS):
-        return _products(extended.tolist(), columns.T.tolist(), columns.shape[1]).high
-
-
-def _products(rows: list[list[Any]], columns: list[list[Any]], num_columns: int) -> Exact:
-    """Return the inner product of each row with each column."""
-    products = [[mpmath.fdot(row, column) for column in columns] for row in rows]
-    high = np.array([[float(v) for v in row] for row in products], np.float64).reshape(len(rows), num_columns)
-    low = [
-        [float(v - h) if np.isfinite(h) else 0.0 for v, h in zip(*pair, strict=True)]
-        for pair in zip(products, high.tolist(), strict=True)
-    ]
-    return Exact(high, np.array(low, np.float64).reshape(len(rows), num_columns))
-
 
 Builder = Callable[[str, np.random.Generator], LinearCase]
 _BUILDERS: dict[str, Builder] = {}
+PREFIX = "linear_"
+# Together they have every option and each dtype of the weight. JAX compiles each for most of a second.
+SOME = tuple(
+    PREFIX + name
+    for name in (
+        "sum",
+        "master_weight_none",
+        "master_weight_mean",
+        "where_mean",
+        "max_sup",
+        "everything",
+        "bias_offset",
+    )
+)
 
 
 def linear_case_names() -> list[str]:
-    """Return the names of all cases."""
+    """Return the names of all linear cases."""
     return list(_BUILDERS)
 
 
+def all_case_names() -> list[str]:
+    """Return the names of all cases, of the dense loss and of the linear one."""
+    return [*case_names(), *linear_case_names()]
+
+
+def default_case_names() -> list[str]:
+    """Return the names of the cases to take by default: all dense ones, and some linear ones, which compile slowly."""
+    return [*case_names(), *(PREFIX + name for name in ("master_weight_none", "where_mean", "everything"))]
+
+
 def make_linear_case(name: str, dtype: str) -> LinearCase:
-    """Return the case of that name for `hidden` of `dtype`, the same each time."""
-    generator = np.random.default_rng(zlib.crc32(name.encode()))
+    """Return the linear case of that name for `hidden` of `dtype`, the same each time."""
+    generator = np.random.default_rng(zlib.crc32(name.removeprefix(PREFIX).encode()))
     return replace(_BUILDERS[name](dtype, generator), name=name)
 
 
+def make_any_case(name: str, dtype: str) -> Case:
+    """Return the case of that name, of the dense loss or of the linear one."""
+    return make_linear_case(name, dtype) if name in _BUILDERS else make_case(name, dtype)
+
+
 def _case(builder: Builder) -> Builder:
-    _BUILDERS[builder.__name__.strip("_")] = builder
+    _BUILDERS[PREFIX + builder.__name__.strip("_")] = builder
     return builder
 
 
-def _layer(
+def _layer(  # noqa: PLR0913 - each has a default
     dtype: str,
     generator: np.random.Generator,
     *,
@@ -151,7 +87,7 @@ def _layer(
         master: whether the weight is in float32 where hidden is narrower.
         chunk_size: see `LinearCase`.
         trained: whether each row points to the column of one class, most often the label's.
-        fields: of the case of the loss; `hidden` and `weight` replace what is drawn here.
+        fields: of the case; `hidden` and `weight` replace what is drawn here.
     """
     weight_dtype = compute_dtype(dtype) if master else dtype
     labels = fields.pop("labels", generator.integers(num_classes, size=batch_shape))
@@ -165,10 +101,19 @@ def _layer(
     hidden, weight, bias = (
         round_to(array, of) for array, of in ((hidden, dtype), (weight, weight_dtype), (bias, weight_dtype))
     )
-    given_bias = bias if with_bias else None
-    logits = true_logits(hidden.reshape(-1, num_features), round_to(weight, dtype), given_bias)
-    loss = Case("", dtype, logits.reshape(*batch_shape, num_classes), labels, **fields)
-    return LinearCase("", hidden, weight, weight_dtype, given_bias, loss, chunk_size)
+    layer: dict[str, Any] = {
+        "hidden": hidden,
+        "weight": weight,
+        "bias": bias if with_bias else None,
+        "weight_dtype": weight_dtype,
+    }
+    case = LinearCase("", dtype, np.zeros(()), labels, chunk_size=chunk_size, **layer, **fields)
+    return with_logits(case)
+
+
+def with_logits(case: LinearCase) -> LinearCase:
+    """Return a case with the logits of its hidden, weight and bias."""
+    return replace(case, logits=true_logits(case.hidden, case.multiplied_weight, case.bias))
 
 
 def _upstream(dtype: str, generator: np.random.Generator, shape: tuple[int, ...] = (7,)) -> FloatArray:
@@ -236,8 +181,7 @@ def _many_chunks_none(dtype: str, generator: np.random.Generator) -> LinearCase:
     """The same, of losses of single rows."""
     case = _many_chunks(dtype, generator)
     weight, bias = round_to(case.weight, dtype), round_to(np.asarray(case.bias), dtype)
-    loss = replace(case.loss, logits=true_logits(case.hidden, weight, bias), options={})
-    return replace(case, weight=weight, bias=bias, weight_dtype=dtype, loss=loss)
+    return with_logits(replace(case, weight=weight, bias=bias, weight_dtype=dtype, options={}))
 
 
 @_case

@@ -1,8 +1,11 @@
-"""The true loss and gradient of a case: `lsce_spec`'s definition, run at 50 digits on the exact bits of the inputs.
+"""The true loss and gradients of a case: `lsce_spec`'s definition, run at 50 digits on the exact bits of the inputs.
 
 A NumPy array of floats cannot hold 50 digits, so each number is kept as an unevaluated sum of two float64 numbers,
 which holds 106 bits. For narrow dtypes and more than `WIDE` classes the same definition runs in float64: its error is
 2^-29 of that of the results it is compared with. A test compares the two.
+
+The logits of a linear layer are computed at 50 digits too. Rounded to float64 they are those of a dense case, and the
+gradients with respect to hidden, weight and bias are exact sums of products with the gradient of that case.
 
 A process solves each case once: `solve` remembers truths by the bits of the inputs, the options and the definition.
 """
@@ -11,7 +14,7 @@ import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import mpmath
@@ -19,13 +22,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lsce_spec import find_convention, loss_row, mean_denominator, target_distribution
-from parity_tests.truth.cases import Case
+from parity_tests.truth.cases import Case, LinearCase
 from parity_tests.truth.precision import FloatArray
 
 DIGITS = 50
 WIDE = 4096
 # Bytes of truths that are remembered; beyond that the one that was used longest ago is forgotten.
 MEMORY = 2**27
+_ARRAYS = (
+    *("logits", "labels", "smoothing", "where", "class_weight", "class_mask", "prior", "upstream"),
+    *("hidden", "weight", "bias"),
+)
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,26 @@ class Truth:
     counted: NDArray[np.bool_]
     bad: NDArray[np.bool_]
 
+    @property
+    def parts(self) -> dict[str, Exact]:
+        """What a result is held against, by part."""
+        return {"loss": self.loss, "gradient": self.gradient}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearTruth(Truth):
+    """What a linear case should give: gradients with respect to hidden [N, D], weight [D, K] and bias [K], if any."""
+
+    hidden: Exact
+    weight: Exact
+    bias: Exact | None
+
+    @property
+    def parts(self) -> dict[str, Exact]:
+        """What a result is held against, by part."""
+        parts = {"loss": self.loss, "hidden": self.hidden, "weight": self.weight, "bias": self.bias}
+        return {part: exact for part, exact in parts.items() if exact is not None}
+
 
 def solve(case: Case, maths: Any = None) -> Truth:
     """Return the truth about a case.
@@ -88,6 +115,7 @@ def solve(case: Case, maths: Any = None) -> Truth:
     if truth is None:
         with mpmath.workdps(DIGITS):
             truth = _solve(case, maths)
+            truth = _with_layer(case, truth, maths is math) if isinstance(case, LinearCase) else truth
         _memory.add(key, truth)
     return truth
 
@@ -115,7 +143,7 @@ _memory = _Memory()
 
 
 def _size(truth: Truth) -> int:
-    parts = [getattr(truth, each.name) for each in fields(truth)]
+    parts = [part for part in vars(truth).values() if part is not None]
     arrays = [array for part in parts for array in ((part.high, part.low) if isinstance(part, Exact) else (part,))]
     return sum(array.nbytes for array in arrays)
 
@@ -123,15 +151,53 @@ def _size(truth: Truth) -> int:
 def _key(case: Case, maths: Any) -> Hashable:
     """Return everything that a truth depends on: the bits of the inputs, the options, and the definition itself."""
     digest = hashlib.sha256()
-    for name in ("logits", "labels", "smoothing", "where", "class_weight", "class_mask", "prior", "upstream"):
-        value = getattr(case, name)
+    for name in _ARRAYS:
+        value = getattr(case, name, None)
         if value is not None:
             array = np.asarray(value)
             digest.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
     options = tuple(sorted((name, value) for name, value in case.options.items() if name != "convention"))
     convention = find_convention(case.options.get("convention", "uniform"))
     definition = (convention, loss_row, target_distribution, mean_denominator)
-    return case.axis, digest.digest(), options, definition, id(maths)
+    return case.dtype, case.axis, digest.digest(), options, definition, id(maths)
+
+
+def _with_layer(case: LinearCase, truth: Truth, in_float64: bool) -> LinearTruth:
+    """Carry the gradient with respect to the logits on to the operands of the layer."""
+    # What a row holds that does not count reaches no gradient.
+    hidden = np.where(truth.counted[:, None], case.hidden_rows, 0.0)
+    if in_float64:
+        gradient = truth.gradient.high
+        products = (gradient @ case.multiplied_weight.T, hidden.T @ gradient, gradient.sum(axis=0))
+        of_hidden, of_weight, of_bias = (Exact(product, np.zeros_like(product)) for product in products)
+    else:
+        of_hidden, of_weight, of_bias = _exact_products(case, truth, hidden)
+    bias = None if case.bias is None else of_bias
+    return LinearTruth(**vars(truth), hidden=of_hidden, weight=of_weight, bias=bias)
+
+
+def _exact_products(case: LinearCase, truth: Truth, hidden: FloatArray) -> tuple[Exact, Exact, Exact]:
+    halves = zip(truth.gradient.high.tolist(), truth.gradient.low.tolist(), strict=True)
+    rows = [[mpmath.mpf(high) + mpmath.mpf(low) for high, low in zip(*pair, strict=True)] for pair in halves]
+    of_classes = [[row[k] for row in rows] for k in range(case.num_classes)]
+    sums = _products([[1.0] * len(hidden)], of_classes)
+    of_hidden = _products(rows, case.multiplied_weight.tolist())
+    return of_hidden, _products(hidden.T.tolist(), of_classes), Exact(sums.high[0], sums.low[0])
+
+
+def true_logits(hidden: FloatArray, weight: FloatArray, bias: FloatArray | None) -> FloatArray:
+    """Return hidden @ weight + bias for hidden [..., D], each rounded once, to float64."""
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    extended = rows if bias is None else np.concatenate([rows, np.ones((len(rows), 1))], axis=-1)
+    columns = weight if bias is None else np.concatenate([weight, bias[None]], axis=0)
+    with mpmath.workdps(DIGITS):
+        logits = _products(extended.tolist(), columns.T.tolist()).high
+    return logits.reshape(*hidden.shape[:-1], weight.shape[1])
+
+
+def _products(rows: list[list[Any]], columns: list[list[Any]]) -> Exact:
+    """Return the inner product of each row with each column."""
+    return _exact([mpmath.fdot(row, column) for row in rows for column in columns], (len(rows), len(columns)))
 
 
 def _solve(case: Case, maths: Any) -> Truth:
