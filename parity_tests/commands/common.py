@@ -20,8 +20,8 @@ from parity_tests.evidence.ledger import DEVICES
 from parity_tests.losses.adapters import Adapter
 from parity_tests.studies.replays import adapters_here
 from parity_tests.studies.survey import Survey
-from parity_tests.truth.cases import case_names
 from parity_tests.truth.comparison import Comparison, Worst
+from parity_tests.truth.linear_cases import all_case_names, default_case_names
 from parity_tests.truth.precision import DTYPES
 
 AGREE, DISAGREE, CANNOT_RUN = 0, 1, 2
@@ -102,10 +102,12 @@ def print_missing(missing: Mapping[str, str], console: Console) -> None:
 
 
 def select_cases(patterns: Sequence[str] | None) -> list[str]:
-    """Return the names of the cases that are asked for, with * and ?; all of them without a pattern."""
-    names = [name for name in case_names() if any(fnmatch(name, pattern) for pattern in patterns or ["*"])]
+    """Return the names of the cases that are asked for, with * and ?; without a pattern those of the default."""
+    if not patterns:
+        return default_case_names()
+    names = [name for name in all_case_names() if any(fnmatch(name, pattern) for pattern in patterns)]
     if not names:
-        cannot_run(f"no case is called {' or '.join(patterns or [])}; the cases are {', '.join(case_names())}")
+        cannot_run(f"no case is called {' or '.join(patterns)}; the cases are {', '.join(all_case_names())}")
     return names
 
 
@@ -200,6 +202,7 @@ def _comparison_as_json(comparison: Comparison | None) -> dict[str, Any]:
     return {
         "loss_share": comparison.loss,
         "gradient_share": comparison.gradient,
+        "shares": comparison.shares,
         "largest_scaled_ulps": float(np.max(comparison.ulps, initial=0.0)),
         "worst": comparison.worst,
     }

@@ -78,6 +78,9 @@ def compare(  # noqa: PLR0913, PLR0917 - each is an option of the command line
     subtract_entropy: Annotated[
         bool, typer.Option("--subtract-entropy", help="Both subtract the entropy of the target.")
     ] = False,
+    linear: Annotated[
+        bool, typer.Option("--linear", help="Both are linear losses, called as loss(hidden, weight, labels).")
+    ] = False,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
     json_file: JsonOption = None,
@@ -93,6 +96,7 @@ def compare(  # noqa: PLR0913, PLR0917 - each is an option of the command line
     Examples:
         lsce-parity compare torch:torch.nn:CrossEntropyLoss jax:my.losses:smooth_ce --a label_smoothing=0.1
         lsce-parity compare jax:my.losses:smooth_ce oracle --convention non_target
+        lsce-parity compare torch:my.losses:fused_linear oracle --linear
     """
     console = PlainConsole()
     told = (smoothing, convention, reduction, z_loss, softcap, subtract_entropy or None)
@@ -105,6 +109,7 @@ def compare(  # noqa: PLR0913, PLR0917 - each is an option of the command line
         z_loss=z_loss or 0.0,
         softcap=softcap,
         subtract_entropy=subtract_entropy,
+        linear=linear,
         chosen=any(value is not None for value in told),
     )
     _check(question)
@@ -112,7 +117,7 @@ def compare(  # noqa: PLR0913, PLR0917 - each is an option of the command line
     dtypes = check_dtypes(dtype, ("float32",))
     probes = [case for case in plain_cases(question, dtypes[0]) if case.name.startswith("plain")]
     adapters = [
-        _load(specification, option, device)
+        _load(specification, option, device, linear)
         for specification, option in ((first, first_option), (second, second_option))
     ]
     if not (is_user_loss(first) or is_user_loss(second)) and (question.chosen or classes or ignore_index is not None):
@@ -145,9 +150,9 @@ def _check(question: Question) -> None:
         cannot_run(str(error))
 
 
-def _load(specification: str, options: list[str] | None, device: str) -> Adapter:
+def _load(specification: str, options: list[str] | None, device: str, linear: bool) -> Adapter:
     try:
-        return load_adapter(specification, parse_options(options or []), device)
+        return load_adapter(specification, parse_options(options or []), device, linear=linear)
     except (SpecificationError, UnavailableError) as error:
         cannot_run(str(error))
 

@@ -19,7 +19,7 @@ from parity_tests.commands.common import (
     track,
     write_json,
 )
-from parity_tests.faults.dense import FAULTS
+from parity_tests.faults.linear import BANK
 from parity_tests.self_checks import CHECKS
 from parity_tests.studies.power import HARMLESS, Trial, all_trials, sound_failures
 from parity_tests.studies.self_check_power import faults_caught
@@ -42,9 +42,9 @@ def power(
     """
     console = PlainConsole()
     dtypes = check_dtypes(dtype, DTYPES)
-    faults = [name for name in FAULTS if any(fnmatch(name, pattern) for pattern in fault or ["*"])]
+    faults = [name for name in BANK if any(fnmatch(name, pattern) for pattern in fault or ["*"])]
     if not faults:
-        cannot_run(f"no fault is called {' or '.join(fault or [])}; the faults are {', '.join(FAULTS)}")
+        cannot_run(f"no fault is called {' or '.join(fault or [])}; the faults are {', '.join(BANK)}")
     tried = [each for trials in track(all_trials(faults, dtypes), len(faults), "faults") for each in trials]
     _print_table(tried, dtypes, console)
     survivors = [
@@ -72,7 +72,7 @@ def _print_table(found: list[Trial], dtypes: tuple[str, ...], console: Console) 
     trials = {(each.fault, each.dtype, each.assertion): each for each in found}
     for fault in dict.fromkeys(each.fault for each in found):
         cells = [_cell(trials[fault, dtype, "oracle"]) for dtype in dtypes]
-        table.add_row(fault, *cells, _cell(trials[fault, "float32", "trajectory"]))
+        table.add_row(fault, *cells, _cell(trials.get((fault, "float32", "trajectory"))))
     console.print(
         "Cases that reject the fault, of those that it changes; and the share of a bound at which the nearest of them "
         "did (1 would be accepted).\n"
@@ -81,7 +81,9 @@ def _print_table(found: list[Trial], dtypes: tuple[str, ...], console: Console) 
     console.print()
 
 
-def _cell(trial: Trial) -> str:
+def _cell(trial: Trial | None) -> str:
+    if trial is None:
+        return ""  # of linear layers there is no training
     if not trial.changed:
         return "harmless" if (trial.fault, trial.dtype) in HARMLESS else "-"
     nearest = f" {trial.nearest:.1e}" if trial.rejected else ""

@@ -88,11 +88,11 @@ def print_replay(found: Replay, console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     for heading in ("here", "recorded", "cases", "share", "verdict"):
         table.add_column(heading, justify="right" if heading in ("cases", "share") else "left")
-    lines = found.lines()
+    lines = [line for line in found.lines() if line.cases]
     here = {each.name: f"{each.name} on {each.device}" for each in found.adapters}
     recorded = {name: f"{name} on {each.device}" for name, each in found.bundle.adapters.items()}
     for line in lines:
-        verdict = "" if not line.cases else "agree" if line.agrees else "DISAGREE"
+        verdict = "agree" if line.agrees else "DISAGREE"
         names = (here.get(line.here, line.here), recorded.get(line.recorded, line.recorded))
         table.add_row(*map(Text, names), str(line.cases), f"{line.share:.2g}", verdict)
     console.print("Share: the largest error as a share of what rounding explains; at most 1 is right.\n")

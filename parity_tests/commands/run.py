@@ -35,8 +35,8 @@ from parity_tests.studies.survey import Member, Survey, examine_each, make_cases
 from parity_tests.studies.verdicts import Difference, Outcome
 from parity_tests.truth.precision import DTYPES
 
-# torch.compile takes seconds for each combination of options: only when asked for.
-SLOW = frozenset(name for name in ENTRIES if name.endswith("-compiled"))
+# torch.compile takes seconds for each combination of options, and JAX for each linear case: only when asked for.
+SLOW = frozenset(name for name in ENTRIES if name.endswith(("-compiled", "-linear-reference")))
 SHOWN = 20
 
 
@@ -114,12 +114,17 @@ def print_survey(found: Survey, console: Console) -> None:
         status = Counter(outcome.status for outcome in outcomes)
         with_result = [outcome for outcome in outcomes if outcome.comparison]
         worst = max(with_result, key=_share, default=None)
-        shares = [max((getattr(o.comparison, part) for o in with_result), default=0.0) for part in ("loss", "gradient")]
+        shares = {"loss": 0.0, **({} if with_result else {"gradient": 0.0})}
+        for part, share in (pair for o in with_result if o.comparison for pair in o.comparison.shares.items()):
+            shares[part] = max(shares.get(part, 0.0), share)
+        texts = {part: f"{share:.2f}" if share < 1000 else f"{share:.0e}" for part, share in shares.items()}
+        gradients = [text if part == "gradient" else f"{part} {text}" for part, text in texts.items() if part != "loss"]
         table.add_row(
             Text(name, style="" if member.ours else "dim"),
             str(len(outcomes)),
             *(str(status[key] or "") for key in ("agree", "disagree", "failed")),
-            *(f"{share:.2f}" if share < 1000 else f"{share:.0e}" for share in shares),
+            texts["loss"],
+            ", ".join(gradients),
             f"{worst.case} {worst.dtype}" if worst else "",
         )
     console.print("Largest error as a share of its bound; at most 1 is right. Dim: other libraries, shown beside.\n")
