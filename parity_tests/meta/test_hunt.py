@@ -34,6 +34,7 @@ from parity_tests.truth.oracle import solve
 from parity_tests.truth.precision import DTYPES
 
 HUNTED = Path(__file__).parents[1] / "hunted"
+LINEAR = ("torch-linear-chunked", "torch-linear-reference", "jax-linear-chunked")
 OURS = ("jax-fused", "jax-reference", "torch-fused", "torch-reference")
 
 
@@ -177,7 +178,11 @@ def test_bad_arguments(arguments: dict[str, object], message: str) -> None:
 
 
 def hunted() -> list[Case]:
-    return [case for folder in sorted(HUNTED.iterdir()) if folder.is_dir() for case in read_bundle(folder).cases]
+    return [case for folder in ("jax", "torch") for case in read_bundle(HUNTED / folder).cases]
+
+
+def hunted_linear() -> list[Case]:
+    return read_bundle(HUNTED / "linear").cases
 
 
 # What broke a bound when it was found: a gap that XLA fused with the softcap's product, so that the largest term was
@@ -223,6 +228,19 @@ def test_what_was_found_stays_within_the_bounds(case: Case, name: str) -> None:
         part = "loss" if " loss " in case.name else "gradient"
         print(f"{case.name}: {share_of(adapter, case, part):.2f}")
         assert share_of(adapter, case, part) > 0
+
+
+def test_what_was_found_of_linear_losses_covers_everything() -> None:
+    wanted = {f"hunted {dtype} {part} torch-linear-chunked" for dtype in DTYPES for part in LINEAR_PARTS}
+    assert {case.name for case in hunted_linear()} == wanted
+
+
+@pytest.mark.parametrize("case", hunted_linear(), ids=lambda case: case.name.replace(" ", "_"))
+def test_what_was_found_of_linear_losses_stays_within_the_bounds(case: Case) -> None:
+    # JAX compiles each: one dtype is enough.
+    for name in LINEAR if case.dtype == "bfloat16" else LINEAR[:2]:
+        comparison = against_oracle(case, solve(case), ours(name)(case), ours(name).arithmetic)
+        assert comparison.agrees, (name, comparison)
 
 
 # --- The command ----------------------------------------------------------------------------------------------------
