@@ -69,6 +69,8 @@ def record(
         lsce-parity record from-the-gpu-machine --device cuda
 
         lsce-parity record ties --adapter torch-fused --case "ties*" --dtype float32
+
+        lsce-parity record layers --case "linear_*"
     """
     console = PlainConsole()
     _check_free(folder, force)
@@ -76,6 +78,8 @@ def record(
     names = select_cases(case or CASES)
     adapters, missing = find_adapters(adapter or ADAPTERS, device, asked=bool(adapter))
     cases = make_cases(names, dtypes)
+    if not adapter:  # of the default, those that take any of these cases
+        adapters = [each for each in adapters if any(each.unsupported(case) is None for case in cases)]
     announce(f"recording {', '.join(each.name for each in adapters)} in {len(cases)} cases")
     try:
         with writing(folder):
