@@ -165,7 +165,7 @@ def test_jax_identity_against_dense(name: str, dtype: str) -> None:
 def jax_dense(hidden: Any, weight: Any, labels: Any, bias: Any = None, **options: Any) -> Any:
     """Return the dense loss of logits in the compute dtype."""
     del options["chunk_size"]
-    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    dtype = compute_dtype(hidden.dtype.name)
     logits = jnp.matmul(hidden, weight.astype(hidden.dtype), preferred_element_type=dtype)
     if bias is not None:
         logits = logits + bias.astype(dtype).reshape((1,) * (logits.ndim - 1) + (-1,))
