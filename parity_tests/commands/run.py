@@ -114,17 +114,12 @@ def print_survey(found: Survey, console: Console) -> None:
         status = Counter(outcome.status for outcome in outcomes)
         with_result = [outcome for outcome in outcomes if outcome.comparison]
         worst = max(with_result, key=_share, default=None)
-        shares = {"loss": 0.0, **({} if with_result else {"gradient": 0.0})}
-        for part, share in (pair for o in with_result if o.comparison for pair in o.comparison.shares.items()):
-            shares[part] = max(shares.get(part, 0.0), share)
-        texts = {part: f"{share:.2f}" if share < 1000 else f"{share:.0e}" for part, share in shares.items()}
-        gradients = [text if part == "gradient" else f"{part} {text}" for part, text in texts.items() if part != "loss"]
+        shares = [max((getattr(o.comparison, part) for o in with_result), default=0.0) for part in ("loss", "gradient")]
         table.add_row(
             Text(name, style="" if member.ours else "dim"),
             str(len(outcomes)),
             *(str(status[key] or "") for key in ("agree", "disagree", "failed")),
-            texts["loss"],
-            ", ".join(gradients),
+            *(f"{share:.2f}" if share < 1000 else f"{share:.0e}" for share in shares),
             f"{worst.case} {worst.dtype}" if worst else "",
         )
     console.print("Largest error as a share of its bound; at most 1 is right. Dim: other libraries, shown beside.\n")

@@ -41,7 +41,7 @@ def all_case_names() -> list[str]:
 
 def default_case_names() -> list[str]:
     """Return the names of the cases to take by default: all dense ones, and some linear ones, which compile slowly."""
-    return [*case_names(), *(PREFIX + name for name in ("master_weight_none", "where_mean", "everything"))]
+    return [*case_names(), *(PREFIX + name for name in ("master_weight_none", "everything"))]
 
 
 def make_linear_case(name: str, dtype: str) -> LinearCase:
