@@ -181,7 +181,7 @@ def within(case: Case, truth: Truth, result: AnyResult, bounds: Parts, other: An
 
 def error_over_bound(error: FloatArray, bound: FloatArray) -> FloatArray:
     """Return errors as shares of their bounds: 0 for no error; inf for an infinite error or a bound that is NaN."""
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         share = np.where(error == 0, 0.0, error / bound)
     return np.where(np.isinf(error) | np.isnan(share), np.inf, share)
 
