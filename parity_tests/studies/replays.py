@@ -90,20 +90,22 @@ class Replay:
     def evidence(self) -> list[Evidence]:
         """Return what is known: "executed" of what ran here and agrees, "replayed" of what was recorded and agrees.
 
-        A recorded adapter agrees if it does with the truth and with every adapter here, of which there must be one.
+        A recorded adapter agrees if it does with the truth and with every adapter that was called here, at least one.
         """
         found = []
         versions = self.bundle.environment["versions"]
         for dtype in dict.fromkeys(case.dtype for case in self.bundle.cases):
-            executed = {
-                (here.name, here.device)
+            outcomes_here = {
+                here: [each for each in self.outcomes if (each.adapter, each.dtype) == (here.name, dtype)]
                 for here in self.adapters
-                if _all_agree([each for each in self.outcomes if (each.adapter, each.dtype) == (here.name, dtype)])
             }
+            # The linear loss, say, proves nothing about dense cases.
+            called = [here for here, outcomes in outcomes_here.items() if _called(outcomes)]
+            executed = {(here.name, here.device) for here in called if _all_agree(outcomes_here[here])}
             found += [Evidence(name, device, dtype, "executed") for name, device in sorted(executed)]
             for name, adapter in self.bundle.adapters.items():
                 outcomes = [each for each in self.recorded if (each.adapter, each.dtype) == (name, dtype)]
-                pairs = [self._between(here.name, name, dtype) for here in self.adapters]
+                pairs = [self._between(here.name, name, dtype) for here in called]
                 proven = bool(pairs) and _all_agree(outcomes) and all(map(_all_agree, pairs))
                 if proven and (name, adapter.device) not in executed:
                     detail = f"{adapter.framework} {versions.get(adapter.framework, '')}".strip()
