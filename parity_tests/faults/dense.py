@@ -1,13 +1,13 @@
 """Wrong losses, to prove that the bounds reject them.
 
 `evaluate` is one more implementation of the loss, in NumPy, with a switch for each fault. Without a fault it is within
-every bound, so what rejects a mutant is its fault. Transcendental functions are evaluated in float64 and rounded, all
-else happens in the compute dtype, and the results are rounded to the dtypes that the packages return.
+every bound, so a mutant is rejected for its fault alone. Transcendental functions are evaluated in float64 and
+rounded; everything else happens in the compute dtype. Results are rounded to the dtypes that the packages return.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,7 @@ FAULTS = {
     "all_rows_counted": "the mean divides by all rows, not by those that count",
     "ignored_rows_leak": "rows that do not count enter the smoothing term",
     "weight_not_in_smoothing": "class weights are missing from the smoothing term",
-    "weight_not_in_denominator": "the mean divides by the number of rows, not by their weights",
+    "weight_not_in_denominator": "the mean divides by the number of rows, not by the sum of the labels' weights",
     "gradient_sign": "the gradient has the other sign",
     "label_off_by_one": "each label is the next class",
     "z_loss_gradient": "the z-loss is missing in the gradient",
@@ -39,14 +39,14 @@ FAULTS = {
     "bfloat16_sum": "the sum of exponentials is rounded to bfloat16",
     "bfloat16_loss": "the loss is rounded to bfloat16",
     "infinity_to_nan": "a logit of -inf makes its row NaN",
-    "upstream_ignored": "the gradient is not multiplied with what comes from upstream",
+    "upstream_ignored": "the gradient is not multiplied by the incoming gradient",
     "last_block_dropped": "classes beyond the last multiple of 4 are left out of the sum of exponentials",
-    "stale_lse": "each row uses the log-sum-exp of the row before it",
+    "stale_lse": "each row uses the log-sum-exp of the previous row",
     "entropy_kept": "the entropy of the target is not subtracted",
-    "log_for_log1p": "the logarithm is that of 1 plus the small rest, rounded",
-    "z_loss_slightly_off": "the z-loss is a thousandth too large",
-    "softcap_slightly_off": "the softcap is 1e-4 of itself too large",
-    "entropy_slightly_off": "the entropy is 1e-4 of itself too large",
+    "log_for_log1p": "log(1 + x) is used for log1p(x)",
+    "z_loss_slightly_off": "the z-loss is too large by a factor of 1.001",
+    "softcap_slightly_off": "the softcap is too large by a factor of 1.0001",
+    "entropy_slightly_off": "the entropy is too large by a factor of 1.0001",
     "max_sup_at_label": "the smoothing is taken from the label, not from the largest logit",
     "max_sup_first": "the smoothing is taken from the first of several largest logits alone",
     "label_without_share": "1-e at the label and e/K elsewhere: the label misses its share of the smoothing",
@@ -69,108 +69,112 @@ def evaluate(case: Case, fault: str | None = None) -> Result:
         return _evaluate(case, fault)
 
 
-def _evaluate(case: Case, fault: str | None) -> Result:  # noqa: C901, PLR0912, PLR0915 - one formula, a switch a fault
+@dataclass(frozen=True)
+class _Inputs:
+    """A call as the formulas take it: N rows, K classes last, in the compute dtype.
+
+    Args:
+        case: the call.
+        fault: what is wrong.
+        dtype: the compute dtype.
+        labels: [N], 0 where a row does not count or its label is no class; or [N, K].
+        bad: [N], rows that count and whose label is no class.
+        allowed: [K], classes of the mask.
+        raw: [N, K], logits before the softcap; 0 outside of the mask and in rows that do not count.
+        softcap: the softcap, or None.
+        logits: [N, K], after the softcap.
+        weight: [K].
+    """
+
+    case: Case
+    fault: str | None
+    dtype: np.dtype[Any]
+    labels: NDArray[Any]
+    bad: NDArray[np.bool_]
+    allowed: NDArray[np.bool_]
+    raw: NDArray[Any]
+    softcap: float | None
+    logits: NDArray[Any]
+    weight: NDArray[Any]
+
+    @property
+    def soft(self) -> bool:
+        """Whether the labels are probabilities."""
+        return self.case.labels.dtype.kind == "f"
+
+    @property
+    def z_loss(self) -> Any:
+        """The factor of the z-loss, in the compute dtype."""
+        slightly_off = 1.001 if self.fault == "z_loss_slightly_off" else 1
+        return self.dtype.type(self.case.options.get("z_loss", 0.0) * slightly_off)
+
+    @property
+    def max_sup(self) -> bool:
+        """Whether the smoothing is taken from the largest logits."""
+        return self.case.options.get("convention") == "max_sup"
+
+    def is_label(self) -> NDArray[np.bool_]:
+        """Return [N, K]: where the class is the row's label."""
+        return np.arange(self.case.num_classes) == self.labels[:, None]
+
+
+class _Softmax(NamedTuple):
+    """The softmax of each row: m = max z [N, 1], m - z [N, K], log sum exp(z - m) [N], and the probabilities [N, K]."""
+
+    peak: NDArray[Any]
+    gap: NDArray[Any]
+    log_sum: NDArray[Any]
+    p: NDArray[Any]
+
+    @property
+    def lse(self) -> NDArray[Any]:
+        """Log-sum-exp [N]."""
+        return self.peak[:, 0] + self.log_sum
+
+
+def _evaluate(case: Case, fault: str | None) -> Result:
+    inputs = _inputs(case, fault)
+    softmax = _softmax(inputs)
+    target, gradient_target = _targets(inputs)
+    losses = _row_losses(inputs, softmax, target)
+    gradient = _row_gradients(inputs, softmax, gradient_target)
+    loss, gradient = _reduced(inputs, losses, gradient)
+    loss, gradient = _last_faults(inputs, loss, gradient)
+    return Result(
+        loss=round_to(loss, inputs.dtype.name),
+        gradient=round_to(gradient, case.dtype),
+        loss_dtype=inputs.dtype.name,
+        gradient_dtype=case.dtype,
+    )
+
+
+def _inputs(case: Case, fault: str | None) -> _Inputs:
     dtype = np.dtype(compute_dtype(case.dtype))
-    rows, options = case.rows(), case.options
-    num_rows, num_classes = rows.logits.shape
-    counted, soft = rows.counted, case.labels.dtype.kind == "f"
+    rows, num_classes = case.rows(), case.num_classes
     allowed = np.ones(num_classes, bool) if case.class_mask is None else case.class_mask
-    labels = rows.labels
-    bad = np.zeros(num_rows, bool)
-    if not soft:
+    labels, bad = rows.labels, np.zeros(len(rows.labels), bool)
+    if labels.ndim == 1:
         inside = (labels >= 0) & (labels < num_classes)
-        bad = counted & ~(inside & allowed[np.where(inside, labels, 0)])
-        labels = np.where(counted & ~bad, labels, 0).astype(np.int64)
+        bad = rows.counted & ~(inside & allowed[np.where(inside, labels, 0)])
+        labels = np.where(rows.counted & ~bad, labels, 0).astype(np.int64)
         if fault == "label_off_by_one":
             labels = (labels + 1) % num_classes
-
     given = round_to(rows.logits, "bfloat16") if fault == "bfloat16_logits" else rows.logits
-    raw = np.where(allowed & counted[:, None], given, 0).astype(dtype)
-    cap = options.get("softcap")
-    if cap is not None and fault == "softcap_slightly_off":
-        cap *= 1 + 1e-4
-    logits = raw if cap is None else dtype.type(cap) * _apply(np.tanh, raw / dtype.type(cap))
-    target = smoothed_target(case, labels, allowed, dtype, fault)
-    gradient_target = target
-    if fault in {"unsmoothed_gradient", "unsmoothed_loss"}:
-        plain = smoothed_target(replace(case, smoothing=0.0, prior=None), labels, allowed, dtype, None)
-        gradient_target, target = (plain, target) if fault == "unsmoothed_gradient" else (target, plain)
-    if fault == "smoothing_detached":
-        probabilities = labels if soft else np.arange(num_classes) == labels[:, None]
-        kept = 1 if options.get("convention") == "max_sup" else 1 - rows.smoothing[:, None]
-        gradient_target = np.where(allowed, kept * probabilities, 0).astype(dtype)
-    weight = np.ones(num_classes, dtype) if case.class_weight is None else case.class_weight.astype(dtype)
-
-    peak = np.max(np.where(allowed, logits, -np.inf), axis=-1, keepdims=True, initial=-np.inf).astype(dtype)
-    gap = np.where(allowed, peak - logits, 0).astype(dtype)
-    exponential = np.where(allowed, _apply(np.exp, -gap), 0)
-    if fault == "infinity_to_nan":
-        exponential = np.where(np.isinf(gap), np.nan, exponential)
-    log_sum, total = _log_sum(exponential, gap, logits, allowed, fault)
-    p = exponential / total[:, None]
-    if fault == "stale_lse":
-        log_sum, p = np.roll(log_sum, 1), exponential / np.roll(total, 1)[:, None]
-    lse = peak[:, 0] + log_sum
-
-    def weighted(q: NDArray[Any]) -> NDArray[Any]:
-        applied = weight
-        if fault == "weight_not_in_smoothing" and not soft:
-            applied = np.where(np.arange(num_classes) == labels[:, None], weight[labels][:, None], 1)
-        product: NDArray[Any] = q * applied
-        return product
-
-    if options.get("convention") == "max_sup" and allowed.sum() > 1:
-        largest = allowed & (raw == np.max(np.where(allowed, raw, -np.inf), axis=-1, keepdims=True, initial=-np.inf))
-        if fault == "max_sup_at_label" and not soft:
-            largest = np.arange(num_classes) == labels[:, None]
-        if fault == "max_sup_first":
-            largest = np.arange(num_classes) == np.argmax(largest, axis=-1)[:, None]
-        smoothing = np.broadcast_to(np.asarray(case.smoothing), case.batch_shape).reshape(-1, 1)
-        taken = np.where(largest, smoothing / largest.sum(-1, keepdims=True), 0).astype(dtype)
-        if fault != "unsmoothed_loss":
-            target = target - taken
-        if fault not in {"unsmoothed_gradient", "smoothing_detached"}:
-            gradient_target = gradient_target - taken
-    wq, gradient_wq = weighted(target), weighted(gradient_target)
-    terms = np.where((wq == 0) & np.isinf(gap), 0, wq * gap)
-    z_loss = dtype.type(options.get("z_loss", 0.0) * (1.001 if fault == "z_loss_slightly_off" else 1))
-    losses = terms.sum(-1) + wq.sum(-1) * log_sum + z_loss * lse**2
-    if (options.get("subtract_entropy") or fault == "entropy_subtracted") and fault != "entropy_kept":
-        log_q = _apply(np.log, np.where(target > 0, target, 1))
-        losses = losses + (target * log_q).sum(-1) * dtype.type(1 + 1e-4 * (fault == "entropy_slightly_off"))
-    coefficient = gradient_wq.sum(-1)
-    if fault != "z_loss_gradient":
-        coefficient = coefficient + 2 * z_loss * lse
-    gradient = coefficient[:, None] * p - gradient_wq
-    if cap is not None and fault != "softcap_derivative":
-        gradient = gradient * (1 - (logits / dtype.type(cap)) ** 2)
-    gradient = np.where(bad[:, None], np.nan, np.where(counted[:, None], gradient, 0))
-    gradient = np.where(allowed, gradient, 0)
-    leak = np.where(allowed, peak - logits, 0).mean(-1) * rows.smoothing + 1 if fault == "ignored_rows_leak" else 0
-    losses = np.where(bad, np.nan, np.where(counted, losses, leak)).astype(dtype)
-
-    upstream = np.ones(num_rows) if fault == "upstream_ignored" else rows.upstream
-    loss, factor = _reduce(case, losses, labels, weight, upstream, fault)
-    if fault == "base_two":
-        loss, factor = loss / dtype.type(np.log(2)), factor / np.log(2)
-    scale = (upstream if fault == "gradient_of_sum" else factor)[:, None].astype(dtype)
-    gradient = np.where(scale == 0, 0, scale * gradient)
-    if fault == "zero_gradient":
-        gradient = np.zeros_like(gradient)
-    if fault == "zero_non_target_gradient":
-        at_label = labels if not soft else np.argmax(rows.labels, axis=-1)
-        gradient = np.where(np.arange(num_classes) == at_label[:, None], gradient, 0)
-    if fault == "gradient_sign":
-        gradient = -gradient
-    if fault == "bfloat16_loss":
-        loss = round_to(loss, "bfloat16")
-    if fault == "bfloat16_gradient":
-        gradient = round_to(gradient, "bfloat16")
-    return Result(
-        loss=round_to(loss, dtype.name),
-        gradient=round_to(gradient, case.dtype),
-        loss_dtype=dtype.name,
-        gradient_dtype=case.dtype,
+    raw = np.where(allowed & rows.counted[:, None], given, 0).astype(dtype)
+    softcap = case.options.get("softcap")
+    if softcap is not None and fault == "softcap_slightly_off":
+        softcap *= 1 + 1e-4
+    return _Inputs(
+        case=case,
+        fault=fault,
+        dtype=dtype,
+        labels=labels,
+        bad=bad,
+        allowed=allowed,
+        raw=raw,
+        softcap=softcap,
+        logits=raw if softcap is None else dtype.type(softcap) * _apply(np.tanh, raw / dtype.type(softcap)),
+        weight=np.ones(num_classes, dtype) if case.class_weight is None else case.class_weight.astype(dtype),
     )
 
 
@@ -180,42 +184,126 @@ def _apply(function: Callable[..., Any], values: NDArray[Any]) -> NDArray[Any]:
     return result
 
 
-def smoothed_target(  # noqa: C901 - a switch for each fault
+# --- The target -----------------------------------------------------------------------------------------------------
+
+
+def _targets(inputs: _Inputs) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the target [N, K] that the loss has, and the one that its gradient has."""
+    case, fault, allowed, dtype = inputs.case, inputs.fault, inputs.allowed, inputs.dtype
+    target = smoothed_target(case, inputs.labels, allowed, dtype, fault)
+    gradient_target = target
+    if fault in {"unsmoothed_gradient", "unsmoothed_loss"}:
+        plain = smoothed_target(replace(case, smoothing=0.0, prior=None), inputs.labels, allowed, dtype, None)
+        gradient_target, target = (plain, target) if fault == "unsmoothed_gradient" else (target, plain)
+    if fault == "smoothing_detached":
+        probabilities = inputs.labels if inputs.soft else inputs.is_label()
+        kept = 1 if inputs.max_sup else 1 - case.rows().smoothing[:, None]
+        gradient_target = np.where(allowed, kept * probabilities, 0).astype(dtype)
+    if inputs.max_sup and allowed.sum() > 1:
+        taken = _taken_from_largest(inputs)
+        if fault != "unsmoothed_loss":
+            target = target - taken
+        if fault not in {"unsmoothed_gradient", "smoothing_detached"}:
+            gradient_target = gradient_target - taken
+    return target, gradient_target
+
+
+def smoothed_target(
     case: Case, labels: NDArray[Any], allowed: NDArray[np.bool_], dtype: np.dtype[Any], fault: str | None
 ) -> NDArray[Any]:
-    """Return the smoothed target [N, K] of labels [N] or [N, K], wrong in the way that `fault` names."""
+    """Return the smoothed target [N, K] of labels [N] or [N, K], wrong in the way that `fault` names.
+
+    For "max_sup" it is the target before the smoothing is taken from the largest logits.
+    """
     smoothing = np.broadcast_to(np.asarray(case.smoothing), case.batch_shape).reshape(-1, 1).astype(np.float64)
     spread_over = int(allowed.sum())
     soft = case.labels.dtype.kind == "f"
     probabilities = labels if soft else (np.arange(case.num_classes) == labels[:, None]).astype(np.float64)
-    convention = case.options.get("convention", "uniform")
-    if fault == "local_classes":
-        spread_over = -(-spread_over // 2)
-    if fault == "other_off":
-        convention = "non_target" if convention == "uniform" else "uniform"
-    if fault in {"label_without_share", "label_kept_whole"} and spread_over > 1:
-        kept = 1 if fault == "label_kept_whole" else 1 - smoothing
-        target = kept * probabilities + smoothing * (1 - probabilities) / spread_over
-    elif fault == "pad_class_left_out" and spread_over > 2:
-        rest = (1 - probabilities) * (np.arange(case.num_classes) != 0)
-        target = (1 - smoothing) * probabilities + smoothing * rest / (spread_over - 2)
-    elif fault == "local_mean" and spread_over > 1:
-        half = -(-case.num_classes // 2)
-        target = (1 - smoothing) * probabilities + smoothing * (np.arange(case.num_classes) < half) / half
-    elif case.prior is not None and fault not in {"prior_ignored", "other_off"}:
+    target = _wrong_target(fault, probabilities, smoothing, spread_over)
+    if target is None and case.prior is not None and fault not in {"prior_ignored", "other_off"}:
         target = (1 - smoothing) * probabilities + smoothing * case.prior
-    elif spread_over == 1:
-        target = probabilities
-    elif convention == "uniform":
-        target = (1 - smoothing) * probabilities + smoothing / spread_over
+    if target is None:
+        convention = case.options.get("convention", "uniform")
+        if fault == "other_off":
+            convention = "non_target" if convention == "uniform" else "uniform"
+        if fault == "local_classes":
+            spread_over = -(-spread_over // 2)
+        target = _target_of_convention(convention, probabilities, smoothing, spread_over)
+    masked: NDArray[Any] = np.where(allowed, target, 0).astype(dtype)
+    return masked
+
+
+def _wrong_target(
+    fault: str | None, probabilities: NDArray[Any], smoothing: FloatArray, spread_over: int
+) -> NDArray[Any] | None:
+    """Return the target of a fault that spreads the smoothing in a way of its own; None for any other fault."""
+    kept, num_classes = (1 - smoothing) * probabilities, probabilities.shape[1]
+    target: NDArray[Any] | None = None
+    if fault in {"label_without_share", "label_kept_whole"} and spread_over > 1:
+        target = probabilities if fault == "label_kept_whole" else kept
+        target = target + smoothing * (1 - probabilities) / spread_over
+    elif fault == "pad_class_left_out" and spread_over > 2:
+        rest = (1 - probabilities) * (np.arange(num_classes) != 0)
+        target = kept + smoothing * rest / (spread_over - 2)
+    elif fault == "local_mean" and spread_over > 1:
+        half = -(-num_classes // 2)
+        target = kept + smoothing * (np.arange(num_classes) < half) / half
+    return target
+
+
+def _target_of_convention(
+    convention: str, probabilities: NDArray[Any], smoothing: FloatArray, spread_over: int
+) -> NDArray[Any]:
+    if spread_over == 1:
+        return probabilities
+    kept = (1 - smoothing) * probabilities
+    if convention == "uniform":
+        target = kept + smoothing / spread_over
     elif convention == "max_sup":
         target = probabilities + smoothing / spread_over
     elif convention == "non_target":
-        target = (1 - smoothing) * probabilities + smoothing * (1 - probabilities) / (spread_over - 1)
+        target = kept + smoothing * (1 - probabilities) / (spread_over - 1)
     else:
         target = np.minimum(np.maximum(probabilities, smoothing / (spread_over - 1)), 1 - smoothing)
-    masked: NDArray[Any] = np.where(allowed, target, 0).astype(dtype)
-    return masked
+    return np.asarray(target)
+
+
+def _taken_from_largest(inputs: _Inputs) -> NDArray[Any]:
+    """Return [N, K]: what "max_sup" takes from the target of the largest logits, ties sharing."""
+    raw, allowed, case = inputs.raw, inputs.allowed, inputs.case
+    largest = allowed & (raw == np.max(np.where(allowed, raw, -np.inf), axis=-1, keepdims=True, initial=-np.inf))
+    if inputs.fault == "max_sup_at_label" and not inputs.soft:
+        largest = inputs.is_label()
+    if inputs.fault == "max_sup_first":
+        largest = np.arange(case.num_classes) == np.argmax(largest, axis=-1)[:, None]
+    smoothing = np.broadcast_to(np.asarray(case.smoothing), case.batch_shape).reshape(-1, 1)
+    return np.where(largest, smoothing / largest.sum(-1, keepdims=True), 0).astype(inputs.dtype)
+
+
+def _weighted(inputs: _Inputs, target: NDArray[Any]) -> NDArray[Any]:
+    """Return the target times the class weights."""
+    weight = inputs.weight
+    if inputs.fault == "weight_not_in_smoothing" and not inputs.soft:
+        weight = np.where(inputs.is_label(), weight[inputs.labels][:, None], 1)
+    product: NDArray[Any] = target * weight
+    return product
+
+
+# --- The softmax ----------------------------------------------------------------------------------------------------
+
+
+def _softmax(inputs: _Inputs) -> _Softmax:
+    logits, allowed, fault = inputs.logits, inputs.allowed, inputs.fault
+    peak = np.max(np.where(allowed, logits, -np.inf), axis=-1, keepdims=True, initial=-np.inf).astype(inputs.dtype)
+    gap = np.where(allowed, peak - logits, 0).astype(inputs.dtype)
+    exponential = np.where(allowed, _apply(np.exp, -gap), 0)
+    if fault == "infinity_to_nan":
+        exponential = np.where(np.isinf(gap), np.nan, exponential)
+    log_sum, total = _log_sum(exponential, gap, logits, allowed, fault)
+    p = exponential / total[:, None]
+    if fault == "stale_lse":
+        log_sum, p = np.roll(log_sum, 1), exponential / np.roll(total, 1)[:, None]
+    return _Softmax(peak, gap, log_sum, p)
 
 
 def _log_sum(
@@ -247,16 +335,51 @@ def _log_sum(
     return _apply(np.log if fault == "log_for_log1p" else np.log1p, rest + (fault == "log_for_log1p")), 1 + rest
 
 
-def _reduce(
-    case: Case,
-    losses: NDArray[Any],
-    labels: NDArray[Any],
-    weight: NDArray[Any],
-    upstream: FloatArray,
-    fault: str | None,
-) -> tuple[NDArray[Any], FloatArray]:
-    """Return the reduced loss, and what each row's gradient is multiplied with."""
-    reduction, counted = case.options.get("reduction", "none"), case.rows().counted
+# --- Loss and gradient ----------------------------------------------------------------------------------------------
+
+
+def _row_losses(inputs: _Inputs, softmax: _Softmax, target: NDArray[Any]) -> NDArray[Any]:
+    """Return [N]: the loss of each row."""
+    rows, options, fault, dtype = inputs.case.rows(), inputs.case.options, inputs.fault, inputs.dtype
+    wq = _weighted(inputs, target)
+    terms = np.where((wq == 0) & np.isinf(softmax.gap), 0, wq * softmax.gap)
+    losses = terms.sum(-1) + wq.sum(-1) * softmax.log_sum + inputs.z_loss * softmax.lse**2
+    if (options.get("subtract_entropy") or fault == "entropy_subtracted") and fault != "entropy_kept":
+        log_q = _apply(np.log, np.where(target > 0, target, 1))
+        losses = losses + (target * log_q).sum(-1) * dtype.type(1 + 1e-4 * (fault == "entropy_slightly_off"))
+    leak = softmax.gap.mean(-1) * rows.smoothing + 1 if fault == "ignored_rows_leak" else 0
+    return np.where(inputs.bad, np.nan, np.where(rows.counted, losses, leak)).astype(dtype)
+
+
+def _row_gradients(inputs: _Inputs, softmax: _Softmax, target: NDArray[Any]) -> NDArray[Any]:
+    """Return [N, K]: the gradient of each row's loss with respect to its logits."""
+    fault, counted = inputs.fault, inputs.case.rows().counted
+    wq = _weighted(inputs, target)
+    coefficient = wq.sum(-1)
+    if fault != "z_loss_gradient":
+        coefficient = coefficient + 2 * inputs.z_loss * softmax.lse
+    gradient = coefficient[:, None] * softmax.p - wq
+    if inputs.softcap is not None and fault != "softcap_derivative":
+        gradient = gradient * (1 - (inputs.logits / inputs.dtype.type(inputs.softcap)) ** 2)
+    gradient = np.where(inputs.bad[:, None], np.nan, np.where(counted[:, None], gradient, 0))
+    return np.where(inputs.allowed, gradient, 0)
+
+
+def _reduced(inputs: _Inputs, losses: NDArray[Any], gradient: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the reduced loss and its gradient, which is multiplied by the incoming gradient."""
+    fault, dtype, given = inputs.fault, inputs.dtype, inputs.case.rows().upstream
+    upstream = np.ones(len(given)) if fault == "upstream_ignored" else given
+    loss, factor = _reduction(inputs, losses, upstream)
+    if fault == "base_two":
+        loss, factor = loss / dtype.type(np.log(2)), factor / np.log(2)
+    scale = (upstream if fault == "gradient_of_sum" else factor)[:, None].astype(dtype)
+    return loss, np.where(scale == 0, 0, scale * gradient)
+
+
+def _reduction(inputs: _Inputs, losses: NDArray[Any], upstream: FloatArray) -> tuple[NDArray[Any], FloatArray]:
+    """Return the reduced loss, and the factor of each row's gradient."""
+    case, fault, counted = inputs.case, inputs.fault, inputs.case.rows().counted
+    reduction = case.options.get("reduction", "none")
     if reduction == "none":
         return losses, upstream
     if reduction == "sum" or fault == "sum_for_mean":
@@ -264,8 +387,25 @@ def _reduce(
     denominator = case.options.get("denominator")
     if denominator is None:
         counts = np.ones_like(counted) if fault == "all_rows_counted" else counted
-        weighted = case.class_weight is not None and labels.ndim == 1 and fault != "weight_not_in_denominator"
-        denominator = float((weight[labels] * counts).sum() if weighted else counts.sum())
+        weighted = case.class_weight is not None and not inputs.soft and fault != "weight_not_in_denominator"
+        denominator = float((inputs.weight[inputs.labels] * counts).sum() if weighted else counts.sum())
     if denominator == 0:
         return np.zeros((), losses.dtype), np.zeros_like(upstream)
     return losses.sum() / losses.dtype.type(denominator), upstream / denominator
+
+
+def _last_faults(inputs: _Inputs, loss: NDArray[Any], gradient: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return loss and gradient with the faults that change nothing but the finished result."""
+    fault = inputs.fault
+    if fault == "zero_gradient":
+        gradient = np.zeros_like(gradient)
+    if fault == "zero_non_target_gradient":
+        at_label = inputs.labels if not inputs.soft else np.argmax(inputs.labels, axis=-1)
+        gradient = np.where(np.arange(inputs.case.num_classes) == at_label[:, None], gradient, 0)
+    if fault == "gradient_sign":
+        gradient = -gradient
+    if fault == "bfloat16_loss":
+        loss = round_to(loss, "bfloat16")
+    if fault == "bfloat16_gradient":
+        gradient = round_to(gradient, "bfloat16")
+    return loss, gradient
