@@ -115,7 +115,7 @@ class _Inputs:
 
     def is_label(self) -> NDArray[np.bool_]:
         """Return [N, K]: where the class is the row's label."""
-        return np.arange(self.case.num_classes) == self.labels[:, None]
+        return np.asarray(np.arange(self.case.num_classes) == self.labels[:, None])
 
 
 class _Softmax(NamedTuple):
@@ -129,7 +129,7 @@ class _Softmax(NamedTuple):
     @property
     def lse(self) -> NDArray[Any]:
         """Log-sum-exp [N]."""
-        return self.peak[:, 0] + self.log_sum
+        return np.asarray(self.peak[:, 0] + self.log_sum)
 
 
 def _evaluate(case: Case, fault: str | None) -> Result:

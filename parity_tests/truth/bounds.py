@@ -17,8 +17,10 @@ computing the log-sum-exp and softmax functions", IMA J. Numer. Anal. 41 (2021),
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from parity_tests.truth.cases import Case
 from parity_tests.truth.oracle import Truth
@@ -78,83 +80,164 @@ def error_bound(case: Case, truth: Truth, arithmetic: Arithmetic) -> Bound:
         return _error_bound(case, truth, arithmetic)
 
 
-def _error_bound(case: Case, truth: Truth, arithmetic: Arithmetic) -> Bound:  # noqa: PLR0915 - one derivation
-    rows, options = case.rows(), case.options
-    fmt = FORMATS[compute_dtype(case.dtype)]
-    u, tiny = fmt.roundoff, fmt.smallest_normal
-    num_rows, num_classes = rows.logits.shape
-    h = arithmetic.depth(num_classes)
-    z_loss, softcap = options.get("z_loss", 0.0), options.get("softcap")
+@dataclass(frozen=True)
+class _Terms:
+    """The exact quantities of the formula, [N, K] or [N], and the precision: see the module's docstring.
+
+    Args:
+        u, tiny: unit roundoff and smallest normal number of the compute precision.
+        h: depth of a sum over the classes.
+        allowed: [K], classes of the mask.
+        live: [N], rows that count and whose label is a class.
+        raw, logits: [N, K], before and after the softcap.
+        peak: [N], the largest logit.
+        gap: [N, K], peak - logits.
+        finite_gap: the gap, 0 where it is infinite.
+        log_sum: [N], log sum exp(-gap).
+        signed_wq: [N, K], target times class weight.
+        wq: [N, K], its size.
+        mass: [N], the sum of wq.
+    """
+
+    u: float
+    tiny: float
+    h: int
+    allowed: NDArray[np.bool_]
+    live: NDArray[np.bool_]
+    raw: FloatArray
+    logits: FloatArray
+    peak: FloatArray
+    gap: FloatArray
+    finite_gap: FloatArray
+    log_sum: FloatArray
+    signed_wq: FloatArray
+    wq: FloatArray
+    mass: FloatArray
+
+    @property
+    def lse(self) -> FloatArray:
+        """Log-sum-exp [N]."""
+        return self.peak + self.log_sum
+
+
+class _Errors(NamedTuple):
+    """Absolute errors of the largest logit [N], of the gaps [N, K], of L and of log-sum-exp [N]."""
+
+    peak: FloatArray
+    gap: FloatArray
+    log_sum: FloatArray
+    lse: FloatArray
+
+
+def _error_bound(case: Case, truth: Truth, arithmetic: Arithmetic) -> Bound:
+    terms = _terms(case, truth, arithmetic)
+    errors = _errors(case, truth, arithmetic, terms)
+    row = _row_bound(case, truth, arithmetic, terms, errors)
+    gradient = _gradient_bound(case, truth, arithmetic, terms, errors)
+    factor = np.abs(truth.factor)[:, None]
+    gradient = factor * gradient
+    weight_depth = arithmetic.depth(len(truth.counted)) + 2
+    gradient += terms.u * weight_depth * np.abs(truth.gradient.high) if case.class_weight is not None else 0.0
+    # Products may be flushed to zero once or twice on the way, and exp before it is multiplied with the rest.
+    coefficient = _coefficient(case, terms)
+    flushed = (2 + factor * (1 + coefficient)) * terms.tiny
+    gradient = np.where(terms.allowed & terms.live[:, None], gradient + flushed, 0.0)
+    gradient = gradient + last_rounding(truth.gradient.high, case.dtype)
+    return Bound(loss=_reduced(case, truth, row, arithmetic), gradient=gradient)
+
+
+def _terms(case: Case, truth: Truth, arithmetic: Arithmetic) -> _Terms:
+    fmt, num_classes, softcap = FORMATS[compute_dtype(case.dtype)], case.num_classes, case.options.get("softcap")
     allowed = np.ones(num_classes, bool) if case.class_mask is None else case.class_mask
     live = truth.counted & ~truth.bad
-
-    raw = np.where(allowed & live[:, None], rows.logits, 0.0)
+    raw = np.where(allowed & live[:, None], case.rows().logits, 0.0)
     logits = raw if softcap is None else softcap * np.tanh(raw / softcap)
     peak = np.max(np.where(allowed, logits, -np.inf), axis=-1, initial=-np.inf, keepdims=True)
     gap = np.where(allowed, peak - logits, 0.0)
-    p, q = truth.probabilities, truth.target
-    weight = 1.0 if case.class_weight is None else case.class_weight
-    signed_wq = q * weight
-    wq = truth.target_size * np.abs(weight)
-    # A class of logit -inf has p = 0 exactly, and makes the loss infinite if it is a target: no bound is needed.
-    finite_gap = np.where(np.isfinite(gap), gap, 0.0)
     below = np.where(allowed & (gap > 0), np.exp(-gap), 0.0)
-    # The brackets matter: (tiny + 1) - 1 is 0.
-    log_sum = np.log1p(np.sum(below, axis=-1) + (np.sum(allowed & (gap == 0), axis=-1) - 1))
-    lse = peak[:, 0] + log_sum
-    mass = np.sum(wq, axis=-1)
+    weight = 1.0 if case.class_weight is None else case.class_weight
+    wq = truth.target_size * np.abs(weight)
+    return _Terms(
+        u=fmt.roundoff,
+        tiny=fmt.smallest_normal,
+        h=arithmetic.depth(num_classes),
+        allowed=allowed,
+        live=live,
+        raw=raw,
+        logits=logits,
+        peak=peak[:, 0],
+        gap=gap,
+        # A class of logit -inf has p = 0 exactly, and makes the loss infinite if it is a target: no bound is needed.
+        finite_gap=np.where(np.isfinite(gap), gap, 0.0),
+        # The brackets matter: (tiny + 1) - 1 is 0.
+        log_sum=np.log1p(np.sum(below, axis=-1) + (np.sum(allowed & (gap == 0), axis=-1) - 1)),
+        signed_wq=truth.target * weight,
+        wq=wq,
+        mass=np.sum(wq, axis=-1),
+    )
 
+
+def _errors(case: Case, truth: Truth, arithmetic: Arithmetic, terms: _Terms) -> _Errors:
+    """Return the errors on the way to log-sum-exp."""
+    u, logits, log_sum = terms.u, terms.logits, terms.log_sum
     # c tanh(z / c): the division is damped by tanh's own conditioning, which is at most 1; then c_t, and the product.
-    cap_error = 0.0 if softcap is None else u * (arithmetic.tanh + 2)
-    capped_peak = np.where(np.isfinite(peak[:, 0]), cap_error * np.abs(peak[:, 0]), 0.0)
-    capped = np.where(np.isfinite(logits), cap_error * np.abs(logits), 0.0)
-    gap_error = u * finite_gap + capped + capped_peak[:, None]
+    cap_error = 0.0 if case.options.get("softcap") is None else u * (arithmetic.tanh + 2)
+    of_peak = np.where(np.isfinite(terms.peak), cap_error * np.abs(terms.peak), 0.0)
+    of_logits = np.where(np.isfinite(logits), cap_error * np.abs(logits), 0.0)
+    of_gap = u * terms.finite_gap + of_logits + of_peak[:, None]
     # The largest term is exactly 1 and left out; only the rest of the sum is rounded, and small losses stay accurate.
     rest = -np.expm1(-log_sum)
-    rest_error = np.sum(np.where(gap > 0, p * gap_error, 0.0), axis=-1)
-    log_sum_error = u * ((h + arithmetic.exp) * rest + arithmetic.log1p * log_sum) + rest_error + num_classes * tiny
+    rest_error = np.sum(np.where(terms.gap > 0, truth.probabilities * of_gap, 0.0), axis=-1)
+    of_log_sum = u * ((terms.h + arithmetic.exp) * rest + arithmetic.log1p * log_sum) + rest_error
+    of_log_sum = of_log_sum + case.num_classes * terms.tiny
+    return _Errors(of_peak, of_gap, of_log_sum, lse=of_log_sum + of_peak + u * np.abs(terms.lse))
 
-    products = np.sum(wq * finite_gap, axis=-1)
-    row = np.sum(wq * gap_error, axis=-1) + u * (h + 6) * products
-    row += mass * log_sum_error + u * (h + 5) * mass * log_sum
-    magnitude = products + mass * log_sum
+
+def _row_bound(case: Case, truth: Truth, arithmetic: Arithmetic, terms: _Terms, errors: _Errors) -> FloatArray:
+    """Return [N]: the bound of each row's loss."""
+    u, h, z_loss, lse = terms.u, terms.h, case.options.get("z_loss", 0.0), terms.lse
+    products = np.sum(terms.wq * terms.finite_gap, axis=-1)
+    row = np.sum(terms.wq * errors.gap, axis=-1) + u * (h + 6) * products
+    row += terms.mass * errors.log_sum + u * (h + 5) * terms.mass * terms.log_sum
+    magnitude = products + terms.mass * terms.log_sum
     if z_loss:
         # (peak + L)^2: the sum rounds once, the square and the product once each.
-        lse_error = log_sum_error + capped_peak + u * np.abs(lse)
-        row += z_loss * (2 * np.abs(lse) * lse_error + 3 * u * lse**2)
+        row += z_loss * (2 * np.abs(lse) * errors.lse + 3 * u * lse**2)
         magnitude += z_loss * lse**2
-    if options.get("subtract_entropy"):
+    if case.options.get("subtract_entropy"):
         # q log q with q off by 3 u: the logarithm's error, the product, the sum, and the change of q log q itself.
+        q = truth.target
         log_q = np.log(np.where(q > 0, q, 1.0))
         entropy = np.sum(np.abs(q * log_q), axis=-1)
         row += u * ((h + arithmetic.log1p + 2) * entropy + 3 * np.sum(q * np.abs(log_q + 1), axis=-1))
         magnitude += entropy
-    row += 3 * u * magnitude + num_classes * tiny
-    row = np.where(live, row, 0.0)
+    row += 3 * u * magnitude + case.num_classes * terms.tiny
+    return np.where(terms.live, row, 0.0)
 
+
+def _coefficient(case: Case, terms: _Terms) -> FloatArray:
+    """Return [N, 1]: the size of what p is multiplied by in the gradient."""
+    return np.asarray((terms.mass + 2 * case.options.get("z_loss", 0.0) * np.abs(terms.lse))[:, None])
+
+
+def _gradient_bound(case: Case, truth: Truth, arithmetic: Arithmetic, terms: _Terms, errors: _Errors) -> FloatArray:
+    """Return [N, K]: the bound of the gradient of each row's loss, before the factor of the reduction."""
+    u, h, p, lse, signed_wq = terms.u, terms.h, truth.probabilities, terms.lse, terms.signed_wq
+    z_loss, softcap = case.options.get("z_loss", 0.0), case.options.get("softcap")
     # Relative error of p_k beyond that of its own gap, then absolute errors of S p_k and of the z-loss term.
-    factor = np.abs(truth.factor)[:, None]
-    coefficient = (mass + 2 * z_loss * np.abs(lse))[:, None]
-    of_p = gap_error + np.sum(p * gap_error, axis=-1, keepdims=True) + u * (h + 2 * arithmetic.exp + 6)
-    gradient = coefficient * p * (of_p + u * (h + 8)) + 7 * u * wq
+    of_p = errors.gap + np.sum(p * errors.gap, axis=-1, keepdims=True) + u * (h + 2 * arithmetic.exp + 6)
+    gradient: FloatArray = _coefficient(case, terms) * p * (of_p + u * (h + 8)) + 7 * u * terms.wq
     if z_loss:
-        gradient += (2 * z_loss * (lse_error + 2 * u * np.abs(lse)))[:, None] * p
+        gradient += (2 * z_loss * (errors.lse + 2 * u * np.abs(lse)))[:, None] * p
     unscaled = np.abs((np.sum(signed_wq, axis=-1) + 2 * z_loss * lse)[:, None] * p - signed_wq)
     gradient += 4 * u * unscaled
     if softcap is not None:
         # 1 - tanh^2 is formed from a tanh that is off by c_t u: an absolute error, however small the derivative.
-        slope = 1 - np.tanh(raw / softcap) ** 2
+        slope = 1 - np.tanh(terms.raw / softcap) ** 2
         slope_error = u * (2 * arithmetic.tanh + 6)
         # Where tanh rounds to 1 the slope is nothing but error, and so are both factors where p and q are equal.
         gradient = gradient * (slope + slope_error) + unscaled * slope_error
-    gradient = factor * gradient
-    weight_depth = arithmetic.depth(num_rows) + 2
-    gradient += u * weight_depth * np.abs(truth.gradient.high) if case.class_weight is not None else 0.0
-    # Products may be flushed to zero once or twice on the way, and exp before it is multiplied with the rest.
-    flushed = (2 + factor * (1 + coefficient)) * tiny
-    gradient = np.where(allowed & live[:, None], gradient + flushed, 0.0)
-    gradient = gradient + last_rounding(truth.gradient.high, case.dtype)
-    return Bound(loss=_reduced(case, truth, row, arithmetic), gradient=gradient)
+    return gradient
 
 
 def _reduced(case: Case, truth: Truth, row: FloatArray, arithmetic: Arithmetic) -> FloatArray:

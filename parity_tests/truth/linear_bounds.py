@@ -13,14 +13,13 @@ u is the roundoff of the compute precision, v that of the dtype of hidden where 
   matrix products. Then hidden's gradient is off by sum_k T |W| + u K sum_k |g W|, the weight's by
   sum_n T |h| + u (N + 1) sum_n |g h|, and v sum_n |g h| more where the product of each chunk is stored in the dtype of
   hidden; the bias's likewise, with 1 for h.
-- 2 u for the multiplication with what comes from upstream and over the denominator, and v for each time that the result
-  is stored in a narrow dtype.
+- 2 u for the multiplication by the incoming gradient and the division by the denominator, and v for each time that the
+  result is stored in a narrow dtype.
 
 In float16 each v has half of the smallest number beside it. A result of exactly 0 has no error.
 """
 
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -32,66 +31,115 @@ from parity_tests.truth.precision import FORMATS, FloatArray, compute_dtype
 
 
 class _Change(NamedTuple):
-    """What errors of the logits do: to each row's loss, and to the gradient of the logits, before any factor."""
+    """How far errors of the logits change each row's loss, and its gradient with respect to the logits."""
 
     loss: FloatArray
     gradient: FloatArray
 
 
 def linear_bound(case: LinearCase, truth: LinearTruth, arithmetic: Arithmetic) -> dict[str, FloatArray]:
-    """Return the bound of each part of the result of a correct implementation of that arithmetic."""
+    """Return the bound of each part of the result, for a correct implementation on a device of that arithmetic."""
     with np.errstate(invalid="ignore", over="ignore"):
         return _linear_bound(case, truth, arithmetic)
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """What the gradients of a layer are computed from, and how far off that is.
+
+    Args:
+        case, truth: the case.
+        narrow: what the arithmetic stores in the dtype of hidden.
+        hidden: [N, D], sizes; 0 in rows that do not count.
+        weight: [D, K], sizes.
+        size: [N, K], size of the gradient with respect to the logits.
+        exact_error: [N, K], the error of that gradient.
+        error: the error after that gradient is rounded for the matrix products.
+    """
+
+    case: LinearCase
+    truth: LinearTruth
+    narrow: frozenset[str]
+    hidden: FloatArray
+    weight: FloatArray
+    size: FloatArray
+    exact_error: FloatArray
+    error: FloatArray
+
+    @property
+    def u(self) -> float:
+        """Roundoff of the compute precision."""
+        return FORMATS[compute_dtype(self.case.dtype)].roundoff
+
+    @property
+    def factor(self) -> FloatArray:
+        """[N, 1], size of the factor of each row's gradient."""
+        return np.abs(self.truth.factor)[:, None]
+
+    @property
+    def by_row(self) -> bool:
+        """Whether the losses are not reduced."""
+        return bool(self.case.options.get("reduction", "none") == "none")
+
+    def stored(self, error: FloatArray, value: FloatArray, dtype: str, scale: FloatArray | float = 1.0) -> FloatArray:
+        return _stored(compute_dtype(self.case.dtype), error, value, dtype, scale)
+
+
 def _linear_bound(case: LinearCase, truth: LinearTruth, arithmetic: Arithmetic) -> dict[str, FloatArray]:
-    compute = compute_dtype(case.dtype)
-    u = FORMATS[compute].roundoff
-    is_narrow, narrow = case.dtype != compute, arithmetic.narrow
+    compute, narrow = compute_dtype(case.dtype), arithmetic.narrow
     live = truth.counted & ~truth.bad
     hidden = np.abs(np.where(truth.counted[:, None], case.hidden_rows, 0.0))
     weight = np.abs(case.multiplied_weight)
-    num_rows, num_classes = len(hidden), weight.shape[1]
-    stored = partial(_stored, compute)
 
-    # A masked class's logits and those of rows that do not count are never looked at, or hold anything.
-    allowed = np.ones(num_classes, bool) if case.class_mask is None else case.class_mask
-    looked_at = allowed & live[:, None]
-    logits = np.where(looked_at, case.rows().logits, 0.0)
+    # The logits of a masked class and of a row that does not count are never used, and may be anything.
+    allowed = np.ones(case.num_classes, bool) if case.class_mask is None else case.class_mask
+    used = allowed & live[:, None]
+    logits = np.where(used, case.rows().logits, 0.0)
     of_logits = _logit_error(case, hidden, weight, logits, "logits" in narrow)
-    change = _change(case, truth, logits, np.where(looked_at, of_logits, 0.0))
+    change = _change(case, truth, logits, np.where(used, of_logits, 0.0))
 
-    # As if it were stored as it was computed: what becomes of it is below.
+    # The bound of a gradient that is stored in the compute dtype; rounding it for the products comes after.
     base = error_bound(replace(case, dtype=compute), truth, arithmetic)
     factor = np.abs(truth.factor)[:, None]
     size = np.abs(truth.gradient.high)
     exact_error = base.gradient + factor * change.gradient
-    error = stored(exact_error, size, case.dtype, np.maximum(factor, 1))
+    error = _stored(compute, exact_error, size, case.dtype, np.maximum(factor, 1))
+    layer = _Layer(case, truth, narrow, hidden, weight, size, exact_error, error)
+    bound = {
+        "loss": base.loss + _reduced(case, truth, change.loss),
+        "hidden": _hidden_bound(layer),
+        "weight": _weight_bound(layer),
+    }
+    return bound if truth.bias is None else {**bound, "bias": _bias_bound(layer, np.abs(truth.bias.high))}
 
-    bound = {"loss": base.loss + _reduced(case, truth, change.loss)}
-    times = np.max(factor, initial=1.0)
-    by_row = case.options.get("reduction", "none") == "none"
 
-    value = np.abs(truth.hidden.high)
-    of_hidden = error @ weight.T + u * num_classes * ((size + error) @ weight.T) + 2 * u * value
-    if not by_row and "hidden" in narrow:
-        of_hidden = stored(of_hidden, value, case.dtype, factor)
-    bound["hidden"] = stored(of_hidden, value, case.dtype)
+def _hidden_bound(layer: _Layer) -> FloatArray:
+    u, error, weight, dtype = layer.u, layer.error, layer.weight, layer.case.dtype
+    value, num_classes = np.abs(layer.truth.hidden.high), weight.shape[1]
+    bound: FloatArray = error @ weight.T + u * num_classes * ((layer.size + error) @ weight.T) + 2 * u * value
+    if not layer.by_row and "hidden" in layer.narrow:
+        bound = layer.stored(bound, value, dtype, layer.factor)
+    return layer.stored(bound, value, dtype)
 
-    value, products = np.abs(truth.weight.high), hidden.T @ (size + error)
-    of_weight = hidden.T @ error + u * (num_rows + 1) * products + 2 * u * value
-    if is_narrow and ("products of rows" if by_row else "products") in narrow:
-        fmt = FORMATS[case.dtype]
-        of_weight = of_weight + fmt.roundoff * products + num_rows * times * fmt.smallest / 2 * (products > 0)
-    bound["weight"] = stored(of_weight, value, case.weight_dtype)
 
-    if truth.bias is not None:
-        value, of_terms = np.abs(truth.bias.high), error if "logits" in narrow else exact_error
-        of_bias = np.sum(of_terms, axis=0) + u * (num_rows + 1) * np.sum(size + error, axis=0) + 2 * u * value
-        if "bias" in narrow:
-            of_bias = stored(of_bias, value, case.dtype)
-        bound["bias"] = stored(of_bias, value, case.weight_dtype)
-    return bound
+def _weight_bound(layer: _Layer) -> FloatArray:
+    u, error, hidden, dtype = layer.u, layer.error, layer.hidden, layer.case.dtype
+    value, num_rows, products = np.abs(layer.truth.weight.high), len(hidden), hidden.T @ (layer.size + error)
+    bound: FloatArray = hidden.T @ error + u * (num_rows + 1) * products + 2 * u * value
+    of_product = "products of rows" if layer.by_row else "products"
+    if dtype != compute_dtype(dtype) and of_product in layer.narrow:
+        fmt, times = FORMATS[dtype], np.max(layer.factor, initial=1.0)
+        bound = bound + fmt.roundoff * products + num_rows * times * fmt.smallest / 2 * (products > 0)
+    return layer.stored(bound, value, layer.case.weight_dtype)
+
+
+def _bias_bound(layer: _Layer, value: FloatArray) -> FloatArray:
+    u, num_rows = layer.u, len(layer.hidden)
+    of_terms = layer.error if "logits" in layer.narrow else layer.exact_error
+    bound = np.sum(of_terms, axis=0) + u * (num_rows + 1) * np.sum(layer.size + layer.error, axis=0) + 2 * u * value
+    if "bias" in layer.narrow:
+        bound = layer.stored(bound, value, layer.case.dtype)
+    return layer.stored(bound, value, layer.case.weight_dtype)
 
 
 def _stored(
@@ -119,14 +167,14 @@ def _logit_error(
         error = error + _stored(compute, np.zeros_like(bias), bias, case.dtype) if narrow else error
     if narrow:
         error = _stored(compute, error, np.abs(logits), case.dtype)
-    # The oracle's own.
+    # The error of the oracle's logits, which are rounded to float64.
     if case.dtype == "float64":
         error = error + u * np.abs(logits)
     return error
 
 
 def _change(case: Case, truth: Truth, logits: FloatArray, error: FloatArray) -> _Change:
-    """Return what logits that are off by up to `error` do at most."""
+    """Return by how much logits that are off by up to `error` change loss and gradient at most."""
     z_loss, softcap = case.options.get("z_loss", 0.0), case.options.get("softcap")
     allowed = np.ones(logits.shape[-1], bool) if case.class_mask is None else case.class_mask
     capped, slope, of_slope = logits, np.ones_like(logits), np.zeros_like(logits)

@@ -1,13 +1,13 @@
 """The true loss and gradients of a case: `lsce_spec`'s definition, run at 50 digits on the exact bits of the inputs.
 
 A NumPy array of floats cannot hold 50 digits, so each number is kept as an unevaluated sum of two float64 numbers,
-which holds 106 bits. For narrow dtypes and more than `WIDE` classes the same definition runs in float64: its error is
-2^-29 of that of the results it is compared with. A test compares the two.
+which holds 106 bits. For narrower dtypes and more than `WIDE` classes the same definition runs in float64: its error
+is 2^-29 of the error of the results it is compared with. A test compares the two.
 
-The logits of a linear layer are computed at 50 digits too. Rounded to float64 they are those of a dense case, and the
-gradients with respect to hidden, weight and bias are exact sums of products with the gradient of that case.
+The logits of a linear layer are computed at 50 digits too. Rounded to float64 they are the logits of a dense case, and
+the gradients with respect to hidden, weight and bias are exact sums of products with the gradient of that case.
 
-A process solves each case once: `solve` remembers truths by the bits of the inputs, the options and the definition.
+A process solves each case once: `solve` caches truths by the bits of the inputs, the options and the definition.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mpmath
 import numpy as np
@@ -27,7 +27,7 @@ from parity_tests.truth.precision import FloatArray
 
 DIGITS = 50
 WIDE = 4096
-# Bytes of truths that are remembered; beyond that the one that was used longest ago is forgotten.
+# Bytes of the cache of truths; beyond that the truth that was used longest ago is dropped.
 MEMORY = 2**27
 _ARRAYS = (
     *("logits", "labels", "smoothing", "where", "class_weight", "class_mask", "prior", "upstream"),
@@ -54,15 +54,15 @@ class Exact:
 
 @dataclass(frozen=True)
 class Truth:
-    """What a case should give, and what the bounds need to know about it. Classes last, rows flattened.
+    """The true loss and gradient of a case, and what the bounds are computed from. Classes last, rows flattened.
 
     Args:
         loss: row losses of shape [N] for reduction="none", otherwise of shape [].
-        gradient: [N, K], of the sum of losses times upstream.
+        gradient: [N, K], of the sum of the losses times the incoming gradient.
         row_loss: [N], before the reduction.
-        factor: [N], what each row's gradient was multiplied with: upstream over denominator.
+        factor: [N], factor of each row's gradient: the incoming gradient over the denominator.
         target: [N, K], smoothed, not weighted.
-        target_size: [N, K], sum of the sizes of what the target is the sum of.
+        target_size: [N, K], sum of the absolute values of the terms of the target.
         probabilities: [N, K], softmax.
         counted: [N], rows that count.
         bad: [N], rows whose label is no class.
@@ -86,7 +86,7 @@ class Truth:
 
 @dataclass(frozen=True, kw_only=True)
 class LinearTruth(Truth):
-    """What a linear case should give: gradients with respect to hidden [N, D], weight [D, K] and bias [K], if any."""
+    """The truth about a linear case: gradients with respect to hidden [N, D], weight [D, K] and bias [K], if any."""
 
     hidden: Exact
     weight: Exact
@@ -100,7 +100,7 @@ class LinearTruth(Truth):
 
 
 def solve(case: Case, maths: Any = None) -> Truth:
-    """Return the truth about a case.
+    """Return the true loss and gradients of a case.
 
     Args:
         case: the inputs.
@@ -163,8 +163,8 @@ def _key(case: Case, maths: Any) -> Hashable:
 
 
 def _with_layer(case: LinearCase, truth: Truth, in_float64: bool) -> LinearTruth:
-    """Carry the gradient with respect to the logits on to the operands of the layer."""
-    # What a row holds that does not count reaches no gradient.
+    """Return the truth with the gradients with respect to the operands of the layer."""
+    # The values of a row that does not count reach no gradient.
     hidden = np.where(truth.counted[:, None], case.hidden_rows, 0.0)
     if in_float64:
         gradient = truth.gradient.high
@@ -200,93 +200,123 @@ def _products(rows: list[list[Any]], columns: list[list[Any]]) -> Exact:
     return _exact([mpmath.fdot(row, column) for row in rows for column in columns], (len(rows), len(columns)))
 
 
+class _Inputs(NamedTuple):
+    """The inputs of the definition as numbers of `maths`, made by `number`. Each row has a label or probabilities."""
+
+    maths: Any
+    number: Any
+    labels: list[Any]
+    class_weight: list[Any] | None
+    prior: list[Any] | None
+    class_mask: list[bool] | None
+
+    def vector(self, values: FloatArray) -> list[Any]:
+        return [self.number(float(v)) for v in values]
+
+
+class _Row(NamedTuple):
+    """The truth about one row: its loss, and what else the bounds need, by class."""
+
+    loss: Any
+    gradient: list[Any]
+    target: list[Any]
+    target_size: list[Any]
+    probabilities: list[Any]
+
+
 def _solve(case: Case, maths: Any) -> Truth:
-    rows, options = case.rows(), case.options
-    number: Any = float if maths is math else mpmath.mpf
-
-    def vector(values: FloatArray) -> list[Any]:
-        return [number(float(v)) for v in values]
-
-    class_weight = None if case.class_weight is None else vector(case.class_weight)
-    prior = None if case.prior is None else vector(case.prior)
-    class_mask = None if case.class_mask is None else [bool(member) for member in case.class_mask]
-    num_rows, num_classes = rows.logits.shape
-    labels = [int(v) if v.ndim == 0 else vector(v) for v in rows.labels]
-
-    convention = find_convention(options.get("convention", "uniform"))
-    num_allowed = num_classes if class_mask is None else sum(class_mask)
-
-    losses, gradients, targets, target_sizes, probabilities = [], [], [], [], []
-    bad = np.zeros(num_rows, bool)
-    for i in range(num_rows):
-        label, nothing = labels[i], [number(0)] * num_classes
-        bad[i] = rows.counted[i] and isinstance(label, int) and not _is_class(label, num_classes, class_mask)
-        if bad[i] or not rows.counted[i]:
-            filler = number("nan") if bad[i] else number(0)
-            losses.append(filler)
-            gradients.append([filler if class_mask is None or class_mask[k] else number(0) for k in range(num_classes)])
-            targets.append(nothing)
-            target_sizes.append(nothing)
-            probabilities.append(nothing)
-            continue
-        smoothing, at_max = number(float(rows.smoothing[i])), number(0)
-        if convention.at_max is not None and num_allowed > 1:
-            at_max = number(convention.at_max(smoothing, num_allowed))
-        target = target_distribution(
-            label,
-            num_classes,
-            smoothing=smoothing,
-            convention=convention,
-            prior=prior,
-            class_mask=class_mask,
-        )
-        row = loss_row(
-            vector(rows.logits[i]),
-            target,
-            class_weight=class_weight,
-            class_mask=class_mask,
-            z_loss=number(options.get("z_loss", 0.0)),
-            softcap=None if options.get("softcap") is None else number(options["softcap"]),
-            subtract_entropy=options.get("subtract_entropy", False),
-            at_max=at_max,
-            maths=maths,
-        )
-        losses.append(row.loss)
-        gradients.append(row.gradient)
-        targets.append(row.target)
-        target_sizes.append([abs(q) + abs(new - q) for q, new in zip(target, row.target, strict=True)])
-        probabilities.append(row.probabilities)
-
-    reduction = options.get("reduction", "none")
-    denominator = number(1)
-    if reduction == "mean":
-        denominator = options.get("denominator")
-        if denominator is None:
-            # A bad label has no weight of its own, and counts as a row.
-            good = [labels[i] for i in range(num_rows) if not bad[i]]
-            denominator = mean_denominator(good, rows.counted[~bad].tolist(), class_weight, maths) + int(bad.sum())
-        denominator = number(denominator)
-    upstream = [number(float(v)) for v in rows.upstream]
-    factor = [u / denominator if denominator else number(0) for u in upstream]
-    if reduction == "none":
-        loss = losses
+    rows, inputs = case.rows(), _inputs(case, maths)
+    shape, zero = rows.logits.shape, inputs.number(0)
+    is_bad = [isinstance(label, int) and not _is_class(label, shape[1], inputs.class_mask) for label in inputs.labels]
+    bad = rows.counted & np.array(is_bad, bool)
+    solved = [
+        _solve_row(case, inputs, i) if rows.counted[i] and not bad[i] else _constant_row(inputs, shape[1], bad[i])
+        for i in range(shape[0])
+    ]
+    losses = [row.loss for row in solved]
+    denominator = _denominator(case, inputs, bad)
+    factor = [u / denominator if denominator else zero for u in inputs.vector(rows.upstream)]
+    if case.options.get("reduction", "none") == "none":
+        loss = _exact(losses, shape[:1])
     else:
-        total = maths.fsum(losses) if num_rows else number(0)
-        loss = [total / denominator if denominator else number(0)]
+        total = maths.fsum(losses) if losses else zero
+        loss = _exact([total / denominator if denominator else zero], ())
     # Divided by 0 no row counts, not even one that is NaN.
-    gradient = [[factor[i] * g if denominator else number(0) for g in gradients[i]] for i in range(num_rows)]
-    exact_loss = _exact(loss, (len(loss),))
+    gradient = [[f * g if denominator else zero for g in row.gradient] for f, row in zip(factor, solved, strict=True)]
     return Truth(
-        loss=exact_loss if reduction == "none" else Exact(exact_loss.high[0], exact_loss.low[0]),
-        gradient=_exact(_flat(gradient), (num_rows, num_classes)),
-        row_loss=_exact(losses, (num_rows,)).high,
-        factor=_exact(factor, (num_rows,)).high,
-        target=_exact(_flat(targets), (num_rows, num_classes)).high,
-        target_size=_exact(_flat(target_sizes), (num_rows, num_classes)).high,
-        probabilities=_exact(_flat(probabilities), (num_rows, num_classes)).high,
+        loss=loss,
+        gradient=_exact(_flat(gradient), shape),
+        row_loss=_exact(losses, shape[:1]).high,
+        factor=_exact(factor, shape[:1]).high,
+        target=_exact(_flat([row.target for row in solved]), shape).high,
+        target_size=_exact(_flat([row.target_size for row in solved]), shape).high,
+        probabilities=_exact(_flat([row.probabilities for row in solved]), shape).high,
         counted=rows.counted,
         bad=bad,
     )
+
+
+def _inputs(case: Case, maths: Any) -> _Inputs:
+    number: Any = float if maths is math else mpmath.mpf
+    inputs = _Inputs(maths, number, [], None, None, None)
+    return inputs._replace(
+        labels=[int(v) if v.ndim == 0 else inputs.vector(v) for v in case.rows().labels],
+        class_weight=None if case.class_weight is None else inputs.vector(case.class_weight),
+        prior=None if case.prior is None else inputs.vector(case.prior),
+        class_mask=None if case.class_mask is None else [bool(member) for member in case.class_mask],
+    )
+
+
+def _solve_row(case: Case, inputs: _Inputs, i: int) -> _Row:
+    """Return the truth about row i, which counts and has a label that is a class."""
+    number, options, class_mask = inputs.number, case.options, inputs.class_mask
+    convention = find_convention(options.get("convention", "uniform"))
+    num_allowed = case.num_classes if class_mask is None else sum(class_mask)
+    smoothing, at_max = number(float(case.rows().smoothing[i])), number(0)
+    if convention.at_max is not None and num_allowed > 1:
+        at_max = number(convention.at_max(smoothing, num_allowed))
+    target = target_distribution(
+        inputs.labels[i],
+        case.num_classes,
+        smoothing=smoothing,
+        convention=convention,
+        prior=inputs.prior,
+        class_mask=class_mask,
+    )
+    row = loss_row(
+        inputs.vector(case.rows().logits[i]),
+        target,
+        class_weight=inputs.class_weight,
+        class_mask=class_mask,
+        z_loss=number(options.get("z_loss", 0.0)),
+        softcap=None if options.get("softcap") is None else number(options["softcap"]),
+        subtract_entropy=options.get("subtract_entropy", False),
+        at_max=at_max,
+        maths=inputs.maths,
+    )
+    target_size = [abs(q) + abs(new - q) for q, new in zip(target, row.target, strict=True)]
+    return _Row(row.loss, row.gradient, row.target, target_size, row.probabilities)
+
+
+def _constant_row(inputs: _Inputs, num_classes: int, is_bad: bool) -> _Row:
+    """Return the truth about a row whose loss depends on no logit: NaN if its label is no class, else 0."""
+    zero, class_mask = inputs.number(0), inputs.class_mask
+    filler, zeros = inputs.number("nan") if is_bad else zero, [zero] * num_classes
+    gradient = [filler if class_mask is None or class_mask[k] else zero for k in range(num_classes)]
+    return _Row(filler, gradient, zeros, zeros, zeros)
+
+
+def _denominator(case: Case, inputs: _Inputs, bad: NDArray[np.bool_]) -> Any:
+    """Return what the sum of the losses is divided by; 1 unless they are averaged."""
+    if case.options.get("reduction", "none") != "mean":
+        return inputs.number(1)
+    denominator = case.options.get("denominator")
+    if denominator is None:
+        # A bad label has no weight of its own, and counts as a row.
+        good = [label for label, is_bad in zip(inputs.labels, bad, strict=True) if not is_bad]
+        counted = case.rows().counted[~bad].tolist()
+        denominator = mean_denominator(good, counted, inputs.class_weight, inputs.maths) + int(bad.sum())
+    return inputs.number(denominator)
 
 
 def _is_class(label: int, num_classes: int, class_mask: list[bool] | None) -> bool:
