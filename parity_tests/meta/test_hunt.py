@@ -17,16 +17,9 @@ from parity_tests.faults.linear import evaluate_linear
 from parity_tests.losses.adapters import Adapter
 from parity_tests.losses.registry import FaultyAdapter, make_adapter
 from parity_tests.studies.bundle import read_bundle
-from parity_tests.studies.hunt import (
-    LINEAR_PARTS,
-    PARTS,
-    draw_case,
-    draw_linear_case,
-    hunt,
-    row_shares,
-    share_of,
-    shrink,
-)
+from parity_tests.studies.drawn_cases import draw_case, draw_linear_case
+from parity_tests.studies.hunt import LINEAR_PARTS, PARTS, hunt, row_shares, share_of
+from parity_tests.studies.simpler_cases import shrink
 from parity_tests.truth.bounds import error_bound
 from parity_tests.truth.cases import Case, LinearCase
 from parity_tests.truth.comparison import AnyResult, Result, against_oracle
