@@ -14,9 +14,12 @@ import pytest
 from parity_tests.evidence.ledger import Evidence
 from parity_tests.losses.adapters import Adapter
 from parity_tests.losses.registry import FaultyAdapter, OracleAdapter
-from parity_tests.report import page as report
 from parity_tests.report import plots as report_plots
+from parity_tests.report.disagreements import find_disagreements, find_failures
+from parity_tests.report.heat_map import heat_map
 from parity_tests.report.page import write_report
+from parity_tests.report.tables import closer_than_peers, ledger, summarize, worst_rows
+from parity_tests.report.words import share_text
 from parity_tests.studies.survey import Member, Survey, make_cases, survey
 from parity_tests.studies.verdicts import Difference, Outcome
 from parity_tests.trainings.trajectory import TrajectoryVerdict, compare_trajectories
@@ -202,7 +205,7 @@ def test_absent_parts_leave_no_heading(tmp_path: Path, parts: dict[str, object],
 def test_failures_that_differ_in_numbers_are_one(tmp_path: Path) -> None:
     page = page_of(tmp_path, BAD)
     assert len(re.findall(re.escape("misshapen</span></th><td"), page)) >= 1
-    found = report.find_failures(BAD, ours=True)
+    found = find_failures(BAD, ours=True)
     assert [(failure.adapter, failure.times) for failure in found] == [
         ("raising", 6),
         ("misshapen", 4),
@@ -217,15 +220,15 @@ def test_the_worst_are_shown_and_the_rest_counted(tmp_path: Path) -> None:
     shown = re.findall(r"<summary><b>(\w+), float32</b>", page)
     assert shown == [f"case{number}" for number in range(22, 2, -1)]
     assert "And 3 more, which use smaller shares." in words(page)
-    assert [row[2] for row in report.worst_rows(made_up(outcomes), ours=True)] == shown[:15]
+    assert [row[2] for row in worst_rows(made_up(outcomes), ours=True)] == shown[:15]
 
 
 def test_closer_than_peers_counts_cases_of_both() -> None:
     peers = [outcome("peer", 0.5, case) for case in "abcd"] + [outcome("other peer", 0.9, "c")]
     own = [outcome("mine", share, case) for case, share in zip("abcde", (0.2, 0.5, 0.7, 0.1, 0.1), strict=True)]
     found = made_up([*own, *peers], peers=("peer", "other peer"))
-    assert report.closer_than_peers(found, "mine") == "2 of 4 (1 equal)"
-    assert report.closer_than_peers(made_up(own), "mine") == ""
+    assert closer_than_peers(found, "mine") == "2 of 4 (1 equal)"
+    assert closer_than_peers(made_up(own), "mine") == ""
 
 
 def test_ledger_puts_the_strongest_first() -> None:
@@ -234,7 +237,7 @@ def test_ledger_puts_the_strongest_first() -> None:
         Evidence("a", "cpu", "float32", "replayed"),
         Evidence("a", "cpu", "float32", "executed"),
     ]
-    table = report.ledger(found)
+    table = ledger(found)
     assert table is not None
     assert table.dtypes == ["float32", "bfloat16"]
     assert table.rows == [("a", "cpu", "executed, replayed", "–"), ("b", "tpu", "–", "compiled (v5e)")]
@@ -296,7 +299,7 @@ def test_inputs_of_every_case(name: str) -> None:
     "share", [0.0, 1e-9, 0.29, 0.9999999, 1.0, np.nextafter(1, 2), 1.5, 9.991, 99.5, 999.5, 9.5e15, 1e308]
 )
 def test_share_text_stays_on_its_side_of_one(share: float) -> None:
-    text = report.share_text(share)
+    text = share_text(share)
     assert len(text) <= 5
     shown = float(text)
     assert (shown < 1, shown > 1) == (share < 1, share > 1)
@@ -305,14 +308,14 @@ def test_share_text_stays_on_its_side_of_one(share: float) -> None:
 
 
 def test_nan_shares_count_as_infinite() -> None:
-    assert report.share_text(math.nan) == "∞"
+    assert share_text(math.nan) == "∞"
     for part in ("loss", "gradient"):
         found = made_up([outcome("mine", 0.1, shares={"loss": 0.1, "gradient": 0.1, part: math.nan})])
-        cell = report.heat_map(found, ["float32"])[0][0][1][0]
+        cell = heat_map(found, ["float32"])[0][0][1][0]
         assert (cell.text, cell.style) == ("∞", "out2")
-        assert report.find_disagreements(found) == [("mine", "float32")]
+        assert find_disagreements(found) == [("mine", "float32")]
     without_loss = outcome("mine", 0.1, shares={"loss": math.nan, "gradient": 0.1})
-    summary = report.summarize(made_up([without_loss, outcome("mine", 0.2, "other")]), "mine")
+    summary = summarize(made_up([without_loss, outcome("mine", 0.2, "other")]), "mine")
     assert (summary.loss, summary.gradient, summary.where) == ("∞", "0.20", "mine, float32")
 
 
@@ -371,7 +374,7 @@ def test_heat_map_shows_the_worst_dtype() -> None:
         outcome("b", 0.01, "two", problem="loss in float16"),
     ]
     found = made_up(outcomes)
-    everything, narrow = (report.heat_map(found, dtypes) for dtypes in (DTYPES, ["float32"]))
+    everything, narrow = (heat_map(found, dtypes) for dtypes in (DTYPES, ["float32"]))
     styles = {case: [cell.style for cell in cells] for case, cells in everything[0]}
     assert styles == {"one": ["out1", "failed"], "two": ["unsupported", "out2"]}
     assert [cell.text for cell in everything[0][1][1]] == ["–", "form"]
@@ -381,13 +384,13 @@ def test_heat_map_shows_the_worst_dtype() -> None:
 
 def test_one_is_where_the_colour_breaks() -> None:
     for share, style in ((1.0, "in4"), (np.nextafter(1, 2), "out0"), (0.0, "in0"), (math.inf, "out2")):
-        cell = report.heat_map(made_up([outcome("mine", float(share))]), ["float32"])[0][0][1][0]
+        cell = heat_map(made_up([outcome("mine", float(share))]), ["float32"])[0][0][1][0]
         assert cell.style == style
 
 
 def test_heat_map_blocks_hold_every_case_once() -> None:
     for count in (1, 30, 31, 88):
-        blocks = report.heat_map(made_up([outcome("mine", 0.5, str(number)) for number in range(count)]), ["float32"])
+        blocks = heat_map(made_up([outcome("mine", 0.5, str(number)) for number in range(count)]), ["float32"])
         assert [case for rows in blocks for case, _ in rows] == [str(number) for number in range(count)]
         assert max(map(len, blocks)) <= 30
 

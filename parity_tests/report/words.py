@@ -1,0 +1,51 @@
+"""Numbers and counts of the page in words."""
+
+import math
+
+from parity_tests.truth.comparison import Worst
+
+
+def share_text(share: float) -> str:
+    """Return a share in few characters; a share other than 1 is never rounded to 1.
+
+    Example:
+        >>> [share_text(share) for share in (0.0, 0.997, 1.003, 25.2, 31415.0, float("inf"))]
+        ['0', '0.99', '1.01', '25', '3e4', '∞']
+    """
+    if share == 0:
+        return "0"
+    if not math.isfinite(share):
+        return "∞"
+    if share < 1:
+        return f"{min(share, 0.99):.2f}"
+    if share < 9.995:
+        return f"{max(share, 1.01) if share > 1 else 1:.2f}"
+    if share < 999.5:
+        return f"{share:.0f}"
+    digit, exponent = f"{share:.0e}".split("e")
+    return f"{digit}e{int(exponent)}"
+
+
+def used_share(share: float) -> str:
+    """Return the share of a bound, as the start of a phrase: "0.5 of", "2 times"."""
+    return f"{share_text(share)} {'times' if share > 1 else 'of'}"
+
+
+def count_of(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless the number is 1."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def number_text(value: float, dtype: str) -> str:
+    """Return a number with all its digits: 17 in float64, 9 otherwise."""
+    return f"{value:.{17 if dtype == 'float64' else 9}g}"
+
+
+def known_share(share: float) -> float:
+    """Return a share; NaN, which compares as smaller than everything, counts as infinite."""
+    return math.inf if math.isnan(share) else share
+
+
+def place_of(worst: Worst) -> str:
+    """Return part and index of an element."""
+    return f"{worst.part}{list(worst.index) if worst.index else ''}"
