@@ -31,7 +31,8 @@ import lsce_torch
 from lsce_spec import Convention
 from parity_tests.losses.adapters import Adapter, JaxAdapter, TorchAdapter
 from parity_tests.losses.peers import PeerAdapter, keras_categorical
-from parity_tests.suite.drop_in import TORCH, PeerSetting, apart, log_softmax, peer_bound, verdict
+from parity_tests.suite.drop_in import TORCH, PeerSetting, apart, verdict
+from parity_tests.suite.peer_bounds import log_softmax, peer_bound
 from parity_tests.truth.bounds import Bound, error_bound
 from parity_tests.truth.cases import Case, soft_labels
 from parity_tests.truth.comparison import Result

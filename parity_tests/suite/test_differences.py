@@ -17,27 +17,18 @@ import lsce_jax
 import lsce_torch
 from parity_tests.suite.drop_in import (
     JAX,
-    MODULES,
-    SHAPES,
     SMOOTHINGS,
     TORCH,
     PeerSetting,
     apart,
-    arguments,
     as_result,
-    gradient_step,
-    leaf_bounds,
-    loose_types,
     make_setting,
-    our_loss,
-    peer_bound,
-    run_jax,
-    run_optax,
-    run_torch,
     share,
-    torch_settings,
     verdict,
 )
+from parity_tests.suite.optax_peer import gradient_step, loose_types, our_loss, run_jax, run_optax
+from parity_tests.suite.peer_bounds import leaf_bounds, peer_bound
+from parity_tests.suite.torch_peer import MODULES, SHAPES, arguments, run_torch, torch_settings
 from parity_tests.truth.bounds import Arithmetic, error_bound
 from parity_tests.truth.cases import Case
 from parity_tests.truth.oracle import solve

@@ -1,7 +1,7 @@
 """The frameworks' own losses, swapped for ours: nothing changes over their whole argument space, in float64.
 
 Nothing means: each element of loss and gradient differs by no more than two correct implementations may; see
-`drop_in.py`. Faults in our place must be rejected. What differs by choice is in test_differences.py.
+`peer_bounds.py`. Faults in our place must be rejected. What differs by choice is in test_differences.py.
 """
 
 import inspect
@@ -19,37 +19,31 @@ import pytest
 import torch
 
 import lsce_torch
-from parity_tests.suite.drop_in import (
-    JAX,
-    MODULES,
-    SHAPES,
-    TORCH,
-    WRONG,
-    Tally,
-    arguments,
+from parity_tests.suite.drop_in import JAX, TORCH, WRONG, Tally, make_setting, reject, rows_of, share, verdict
+from parity_tests.suite.optax_peer import (
     each_kind,
-    each_shape,
     gradient_step,
-    in_memory,
-    layouts,
-    leaf_bounds,
-    make_setting,
     optax_case,
     optax_loss,
     optax_peers,
     optax_settings,
     optax_two_axes,
     our_loss,
-    reject,
-    rows_of,
     run_jax,
     run_optax,
+)
+from parity_tests.suite.peer_bounds import leaf_bounds
+from parity_tests.suite.torch_peer import (
+    MODULES,
+    SHAPES,
+    arguments,
+    each_shape,
+    in_memory,
+    layouts,
     run_torch,
-    share,
     torch_leaf_gradients,
     torch_peers,
     torch_settings,
-    verdict,
 )
 
 # None is what a user gets, which is the fused one.
