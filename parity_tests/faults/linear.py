@@ -22,15 +22,15 @@ OF_LOSS = (
 )
 OF_LAYER = {
     "last_chunk_dropped": "a last chunk that is not full is left out",
-    "last_chunk_repeated": "a last chunk that is not full is filled with the rows before it, which count twice",
+    "last_chunk_repeated": "a last chunk that is not full is filled with the previous rows, which count twice",
     "weight_of_last_chunk": "the weight's gradient is that of the last chunk alone",
     "bias_of_last_chunk": "the bias's gradient is that of the last chunk alone",
     "bias_without_gradient": "the gradient of the bias is 0",
-    "bias_not_added": "the logits are without the bias",
-    "bias_in_each_feature": "the bias is added once more",
+    "bias_not_added": "the bias is missing in the logits",
+    "bias_in_each_feature": "the bias is added twice",
     "ignored_rows_in_weight": "rows that do not count enter the weight's gradient",
-    "zero_times_nan": "the weight's gradient has 0 times what rows hold that do not count",
-    "strided_rows": "hidden's gradient has the rows of the chunks one after the other, which lie apart",
+    "zero_times_nan": "the weight's gradient contains 0 times the values of rows that do not count",
+    "strided_rows": "the chunks are strided over the rows, but hidden's gradient has them one after the other",
     "weight_scaled_twice": "the weight's gradient is multiplied twice by the incoming gradient",
     "weight_not_scaled": "the weight's gradient is not multiplied by the incoming gradient",
     "weight_transposed": "hidden's gradient is the product with the transposed weight",
@@ -50,8 +50,8 @@ def wrong_result(case: Case, fault: str | None = None) -> AnyResult:
 def evaluate_linear(case: LinearCase, fault: str | None = None) -> LinearResult:
     """Return loss and gradients of a case in NumPy, wrong in the way that `fault` names, sound without one.
 
-    The loss is that of `parity_tests.faults.dense` in the compute dtype, with any of its faults; the products are exact
-    beside that.
+    The loss is that of `parity_tests.faults.dense` in the compute dtype, with any of its faults; the products
+    are in float64.
     """
     assert fault is None or fault in BANK, fault
     with np.errstate(all="ignore"):

@@ -1,13 +1,13 @@
-"""How large the rounding error of a correct implementation can be, for each element, from the data.
+"""Bounds of the rounding error of a correct implementation, for each element, computed from the data.
 
 First-order bounds. u is the unit roundoff of the compute precision, h the depth of a sum over the classes, c_e, c_l and
 c_t the errors of exp, log1p and tanh in units of u. With d_k = max z - z_k, p = softmax, s = sum exp(-d), L = log s:
 
-- A gap d_k is one rounded difference: error u d_k, and the softcap's error before it. So exp(-d_k) has the relative
+- A gap d_k is one rounded difference: its error is u d_k plus the error of the softcap. So exp(-d_k) has the relative
   error e_k = c_e u + (error of d_k). The largest term is exactly 1 and left out of the sum: the rest s - 1 has the
   error h u (s - 1) + sum_k exp(-d_k) e_k, and L = log1p(s - 1) has 1/s of that, plus c_l u L.
 - The loss is S L + sum_k w_k q_k d_k, all terms >= 0. A target has up to 3 roundings (smoothing, division, addition),
-  its weight one, the product with the gap one, the sum h: (h + 6) u of each term, and the gaps' own errors.
+  its weight one, the product with the gap one, the sum h: (h + 6) u of each term, plus the errors of the gaps.
 - A gradient entry is factor * (S p_k - w_k q_k). p_k has the relative error of exp(-d_k) and of s, and 6 u for the sum
   with 1, the division and the products; q_k has 7 u; the difference 4 u of itself.
 
@@ -138,7 +138,7 @@ def _error_bound(case: Case, truth: Truth, arithmetic: Arithmetic) -> Bound:
     gradient = factor * gradient
     weight_depth = arithmetic.depth(len(truth.counted)) + 2
     gradient += terms.u * weight_depth * np.abs(truth.gradient.high) if case.class_weight is not None else 0.0
-    # Products may be flushed to zero once or twice on the way, and exp before it is multiplied with the rest.
+    # Products may be flushed to zero once or twice on the way, and exp before it is multiplied.
     coefficient = _coefficient(case, terms)
     flushed = (2 + factor * (1 + coefficient)) * terms.tiny
     gradient = np.where(terms.allowed & terms.live[:, None], gradient + flushed, 0.0)
@@ -262,7 +262,7 @@ def _largest_upstream(case: Case) -> float:
 
 
 def last_rounding(values: FloatArray, dtype: str) -> FloatArray:
-    """Return half a unit of a narrow result's last place; nothing where the result is stored as it was computed."""
+    """Return half a unit in the last place of a narrow result; 0 where the result is stored in the compute dtype."""
     if dtype == compute_dtype(dtype):
         return np.zeros_like(values)
     fmt = FORMATS[dtype]

@@ -1,22 +1,22 @@
-"""How large the rounding error of a correct linear layer with the loss can be, for each element, from the data.
+"""Bounds of the rounding error of a correct linear layer with the loss, for each element, computed from the data.
 
-u is the roundoff of the compute precision, v that of the dtype of hidden where it is narrower, and 0 where it is not.
+u is the roundoff of the compute precision, v the roundoff of the dtype of hidden if that is narrower, otherwise 0.
 
 - A logit is a sum of D products and the bias: error u (D + 1) sum |h W| + u |b|. Where the layer stores logits and bias
   in the dtype of hidden, v |z| + v |b| more.
-- What an error of up to t_k of each logit z_k does to the loss is not taken to first order: logits in bfloat16 are off
-  by more than that allows. The largest p_k is reached where z_k is t_k too large and all others t_j too small, so p_k
-  rises by at most p_k [(e^t_k - 1) (1 - p_k) + sum_j p_j (1 - e^-t_j)] / [p_k e^t_k + sum_j p_j e^-t_j], the sums over
-  j != k, and falls by at most the same with the signs of t turned. All else is monotone or a product: log-sum-exp,
-  softcap and its slope, z-loss. The loss changes by at most sum_k t_k times the largest |gradient| on the way.
-- The error T of the gradient of the logits is that, the bound of the loss itself, and v |g| where g is rounded for the
-  matrix products. Then hidden's gradient is off by sum_k T |W| + u K sum_k |g W|, the weight's by
-  sum_n T |h| + u (N + 1) sum_n |g h|, and v sum_n |g h| more where the product of each chunk is stored in the dtype of
-  hidden; the bias's likewise, with 1 for h.
+- An error of up to t_k of each logit z_k is not taken to first order, since errors of bfloat16 logits are too large.
+  The largest p_k is reached where z_k is t_k too large and all others t_j too small, so p_k rises by at most
+  p_k [(e^t_k - 1) (1 - p_k) + sum_j p_j (1 - e^-t_j)] / [p_k e^t_k + sum_j p_j e^-t_j], the sums over j != k, and falls
+  by at most the same with the signs of t reversed. Everything else is monotone or a product: log-sum-exp, softcap and
+  its slope, z-loss. The loss changes by at most sum_k t_k times the largest |gradient| on the way.
+- The error T of the gradient g with respect to the logits is the sum of that change, the bound of the loss itself, and
+  v |g| where g is rounded for the matrix products. Then the error of hidden's gradient is
+  sum_k T |W| + u K sum_k |g W|, that of the weight's gradient sum_n T |h| + u (N + 1) sum_n |g h|, and v sum_n |g h|
+  more where the product of each chunk is stored in the dtype of hidden; the bias's likewise, with 1 for h.
 - 2 u for the multiplication by the incoming gradient and the division by the denominator, and v for each time that the
   result is stored in a narrow dtype.
 
-In float16 each v has half of the smallest number beside it. A result of exactly 0 has no error.
+In float16 half of the smallest number is added to each v. A result of exactly 0 has no error.
 """
 
 from dataclasses import dataclass, replace
@@ -45,11 +45,11 @@ def linear_bound(case: LinearCase, truth: LinearTruth, arithmetic: Arithmetic) -
 
 @dataclass(frozen=True)
 class _Layer:
-    """What the gradients of a layer are computed from, and how far off that is.
+    """What the gradients of a layer are computed from, and its errors.
 
     Args:
         case, truth: the case.
-        narrow: what the arithmetic stores in the dtype of hidden.
+        narrow: which intermediate results are stored in the dtype of hidden.
         hidden: [N, D], sizes; 0 in rows that do not count.
         weight: [D, K], sizes.
         size: [N, K], size of the gradient with respect to the logits.
@@ -145,7 +145,7 @@ def _bias_bound(layer: _Layer, value: FloatArray) -> FloatArray:
 def _stored(
     compute: str, error: FloatArray, value: FloatArray, dtype: str, scale: FloatArray | float = 1.0
 ) -> FloatArray:
-    """Return the error after rounding to a dtype, of a value that is multiplied with `scale` afterwards."""
+    """Return the error after rounding to a dtype, of a value that is multiplied by `scale` afterwards."""
     if dtype == compute:
         return error
     half = FORMATS[dtype].smallest / 2
@@ -156,7 +156,7 @@ def _stored(
 def _logit_error(
     case: LinearCase, hidden: FloatArray, weight: FloatArray, logits: FloatArray, narrow: bool
 ) -> FloatArray:
-    """Return how far off the logits are; `hidden` and `weight` are sizes."""
+    """Return the error of the logits; `hidden` and `weight` are absolute values."""
     compute = compute_dtype(case.dtype)
     u, tiny = FORMATS[compute].roundoff, FORMATS[compute].smallest_normal
     terms, num_features = hidden @ weight, hidden.shape[1]
@@ -181,7 +181,7 @@ def _change(case: Case, truth: Truth, logits: FloatArray, error: FloatArray) -> 
     if softcap is not None:
         capped, above, below = (softcap * np.tanh((logits + way * error) / softcap) for way in (0, 1, -1))
         slope = 1 - np.tanh(logits / softcap) ** 2
-        # Both end points, and their signs: the slope is largest at 0 and falls on either side.
+        # The slope at both ends of the interval: it is largest at 0 and falls on either side.
         flattest = 1 - np.tanh((np.abs(logits) + error) / softcap) ** 2
         steepest = 1 - np.tanh(np.maximum(np.abs(logits) - error, 0) / softcap) ** 2
         error, of_slope = np.maximum(above - capped, capped - below), np.maximum(slope - flattest, steepest - slope)
@@ -208,7 +208,7 @@ def _change(case: Case, truth: Truth, logits: FloatArray, error: FloatArray) -> 
 
 
 def _reduced(case: Case, truth: Truth, row: FloatArray) -> FloatArray:
-    """Carry changes of the row losses through the reduction."""
+    """Return the changes of the losses after the reduction."""
     if case.options.get("reduction", "none") == "none":
         return row
     upstream = float(np.max(np.abs(case.rows().upstream), initial=0.0)) or 1.0
@@ -216,7 +216,7 @@ def _reduced(case: Case, truth: Truth, row: FloatArray) -> FloatArray:
 
 
 def largest_logit_is_clear(case: LinearCase, truth: LinearTruth) -> bool:
-    """Whether rounding leaves the largest logit where it is: no bound is known where "max_sup" takes another."""
+    """Return whether rounding cannot change which logit is largest: otherwise no bound is known for "max_sup"."""
     live = truth.counted & ~truth.bad
     ordered = np.sort(case.rows().logits[live], axis=-1)
     # Twice the error of either, with room for the sum of products.
