@@ -56,9 +56,10 @@ SideArgument = Annotated[
 ]
 
 
-def compare(  # noqa: PLR0913, PLR0917 - each is an option of the command line
+def compare(  # noqa: PLR0913 - each option of the command line is a parameter
     first: SideArgument,
     second: SideArgument,
+    *,
     first_option: FirstOption = None,
     second_option: SecondOption = None,
     smoothing: Annotated[float | None, typer.Option(help="The smoothing that both use. [default: 0.1]")] = None,

@@ -23,6 +23,7 @@ from parity_tests.studies.fingerprint import BACKENDS, Fingerprint, take_fingerp
 
 
 def fingerprint(
+    *,
     framework: Annotated[str | None, typer.Option(help="jax or torch; default: each that is there.")] = None,
     device: DeviceOption = "cpu",
     json_file: JsonOption = None,

@@ -45,6 +45,7 @@ DEFAULT = [
 
 
 def hunt(
+    *,
     adapter: Annotated[
         list[str] | None, typer.Option("--adapter", help=f"May be repeated. [default: {', '.join(DEFAULT)}]")
     ] = None,

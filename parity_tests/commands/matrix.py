@@ -12,6 +12,7 @@ BEGIN, END = "<!-- lsce-parity matrix: begin -->", "<!-- lsce-parity matrix: end
 
 
 def matrix(
+    *,
     ledger_file: Annotated[Path, typer.Option("--ledger", metavar="FILE", help="What is known, as JSON.")],
     add: Annotated[
         list[Path] | None,

@@ -41,6 +41,7 @@ AGAINST: dict[Compare, str] = {
 
 
 def peer_tests(
+    *,
     markdown: Annotated[
         Path | None, typer.Option("--markdown", dir_okay=False, help="Page whose generated part is written anew.")
     ] = None,

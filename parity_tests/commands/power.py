@@ -30,6 +30,7 @@ SHOWN = 4
 
 
 def power(
+    *,
     fault: Annotated[
         list[str] | None, typer.Option("--fault", help="Name with * and ?; may be repeated. [default: all]")
     ] = None,

@@ -48,6 +48,7 @@ CASES = (
 
 def record(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the bundle.", show_default=False)],
+    *,
     adapter: Annotated[
         list[str] | None,
         typer.Option("--adapter", help=f"Name with * and ?; may be repeated. [default: {', '.join(ADAPTERS)}]"),

@@ -34,6 +34,7 @@ AdapterOption = Annotated[
 
 def replay(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a bundle.", show_default=False)],
+    *,
     adapter: AdapterOption = None,
     device: DeviceOption = "cpu",
     json_file: JsonOption = None,

@@ -41,6 +41,7 @@ SHOWN = 20
 
 
 def run(
+    *,
     adapter: Annotated[
         list[str] | None,
         typer.Option("--adapter", help="Name with * and ?; may be repeated. [default: all that are here and not slow]"),
@@ -185,7 +186,7 @@ def verdict_line(found: Survey) -> str:
     return f"DISAGREE: {wrong} results and {differing} pairs of them ({scope})"
 
 
-def adapters(device: DeviceOption = "cpu") -> None:
+def adapters(*, device: DeviceOption = "cpu") -> None:
     """List the adapters, and what stands in the way of those that are not here."""
     console = PlainConsole()
     check_device(device)

@@ -37,6 +37,7 @@ TrainingArgument = Annotated[
 def trajectory(
     first: TrainingArgument,
     second: TrainingArgument,
+    *,
     first_option: FirstOption = None,
     second_option: SecondOption = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps to take.")] = 20,
