@@ -7,8 +7,9 @@ import typer
 
 from parity_tests.commands.common import cannot_run, exit_with
 from parity_tests.evidence import ledger
+from parity_tests.evidence.pages import replace_block
 
-BEGIN, END = "<!-- lsce-parity matrix: begin -->", "<!-- lsce-parity matrix: end -->"
+COMMAND = "lsce-parity matrix"
 
 
 def matrix(
@@ -34,7 +35,7 @@ def matrix(
     try:
         page = readme.read_text(encoding="utf-8")
         sessions = ledger.merge(session for file in (ledger_file, *(add or ())) for session in ledger.read(file))
-        updated = replace_matrix(page, ledger.matrix(sessions))
+        updated = replace_block(page, COMMAND, ledger.matrix(sessions))
         if check:
             if updated != page:
                 typer.echo(f"{readme} is not what {ledger_file} gives; run this without --check", err=True)
@@ -45,16 +46,3 @@ def matrix(
     except (OSError, ValueError) as error:
         cannot_run(str(error))
     typer.echo(f"wrote {readme}")
-
-
-def replace_matrix(page: str, text: str) -> str:
-    """Return a page with a text between the two comments.
-
-    Raises:
-        ValueError: the page has not each of them once, in this order.
-    """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end) or BEGIN in rest or END in before + after:
-        raise ValueError(f"the page needs each of these lines once, in this order: {BEGIN} and {END}")
-    return f"{before}{begin}\n{text}\n{end}{after}"

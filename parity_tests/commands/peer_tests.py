@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from parity_tests.commands.common import PlainConsole, cannot_run, exit_with, track
+from parity_tests.evidence.pages import write_block
 from parity_tests.faults.dense import FAULTS
 from parity_tests.studies.published_tests import (
     PEER_TESTS,
@@ -28,7 +29,7 @@ from parity_tests.studies.published_tests import (
 )
 
 SYMBOLS: dict[Mark, str] = {"caught": "✓", "survives": "✗", "nothing": "—"}
-BEGIN, END = "<!-- begin: lsce-parity peer-tests -->", "<!-- end -->"
+COMMAND = "lsce-parity peer-tests"
 AGAINST: dict[Compare, str] = {
     with_reference: "a reference",
     squared_with_reference: "a reference, both squared",
@@ -59,7 +60,7 @@ def peer_tests(
     console.print("✓ caught, ✗ survives, — nothing to be seen, ~ close", highlight=False)
     if markdown is not None:
         try:
-            markdown.write_text(with_generated(markdown.read_text(encoding="utf-8")), encoding="utf-8")
+            write_block(markdown, COMMAND, generated_markdown())
         except (OSError, ValueError) as error:
             cannot_run(f"{markdown} cannot be written anew: {error}")
         console.print(f"wrote {markdown}", soft_wrap=True, highlight=False)
@@ -109,19 +110,6 @@ def generated_markdown() -> str:
     lines += ["", "## The files that were read", "", *_head("", "repository", "file", "commit")]
     lines += [_row(peer.name, peer.repository, f"`{peer.path}`", f"`{peer.commit}`") for peer in PEER_TESTS]
     return "\n".join(lines)
-
-
-def with_generated(page: str) -> str:
-    """Return a page with its generated part made anew.
-
-    Raises:
-        ValueError: the page does not mark that part.
-    """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"it has no part between {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{generated_markdown()}\n\n{END}{after}"
 
 
 def _head(*cells: str) -> list[str]:

@@ -9,12 +9,14 @@ from typer.testing import CliRunner
 from typer.testing import Result as CommandResult
 
 from parity_tests.__main__ import app
-from parity_tests.commands.matrix import BEGIN, END, replace_matrix
+from parity_tests.commands.matrix import COMMAND
 from parity_tests.evidence import ledger
 from parity_tests.evidence.ledger import Evidence, Session
+from parity_tests.evidence.pages import replace_block
 from parity_tests.truth import precision
 
 ROOT = Path(__file__).parents[2]
+BEGIN, END = "<!-- lsce-parity matrix: begin -->", "<!-- lsce-parity matrix: end -->"
 COMPILED = [Evidence("jax-fused", "tpu", "bfloat16", "compiled", detail) for detail in ("v6e", "v5e")]
 
 
@@ -229,7 +231,7 @@ def test_check_adds_nothing(files: dict[str, Path]) -> None:
 )
 def test_comments_that_do_not_pair(page: str) -> None:
     with pytest.raises(ValueError, match="once, in this order"):
-        replace_matrix(page, "text")
+        replace_block(page, COMMAND, "text")
 
 
 # --- What this repository claims ------------------------------------------------------------------------------------
