@@ -33,10 +33,10 @@ COMMAND = "lsce-parity peer-tests"
 AGAINST: dict[Compare, str] = {
     with_reference: "a reference",
     squared_with_reference: "a reference, both squared",
-    with_own_differences: "its own differences",
+    with_own_differences: "finite differences of its loss",
     whole_with_parts: "its own sum over parts",
     sum_with_rows: "its own rows",
-    unsmoothed_with_plain: "plain loss, at smoothing 0",
+    unsmoothed_with_plain: "the plain loss, with smoothing 0",
     targets: "targets by hand",
 }
 
@@ -57,7 +57,7 @@ def peer_tests(
     console.print(_table())
     names = [f"{number} {peer.name}" for number, peer in enumerate(PEER_TESTS, 1)]
     console.print(f"{', '.join(names)}, B computed bounds", highlight=False)
-    console.print("✓ caught, ✗ survives, — nothing to be seen, ~ close", highlight=False)
+    console.print("✓ caught, ✗ survives, — no visible effect, ~ close", highlight=False)
     if markdown is not None:
         try:
             write_block(markdown, COMMAND, generated_markdown())
@@ -102,8 +102,9 @@ def generated_markdown() -> str:
     lines = _head("wrong in this way", *[peer.name for peer in PEER_TESTS], "bounds")
     for fault in shown:
         lines.append(_row(FAULTS[fault], *map(symbol, verdicts_on(fault).values()), bounds_symbol(fault)))
-    hidden = "; ".join(FAULTS[fault] for fault in FAULTS if fault not in shown)
-    lines += ["", f"The inputs of none of these tests can show: {hidden}.", "", "## The tests", ""]
+    lines += ["", "No test has inputs that show these faults:", ""]
+    lines += [f"- {FAULTS[fault]}" for fault in FAULTS if fault not in shown]
+    lines += ["", "## The tests", ""]
     lines += _head("", "test", "dtype", "rows x classes", "logits", "e", "options", "held against", "loss", "gradient")
     for peer in PEER_TESTS:
         lines += [_row(peer.name, *_described(setting)) for setting in settings_of(peer)]

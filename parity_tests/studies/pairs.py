@@ -169,7 +169,7 @@ class SideReading:
             found.append(f"known difference: {', '.join(self.mutants)}")
             found += [f"    {name}: {BANK[name]}" for name in self.mutants if name in BANK]
         if self.others:
-            found.append(f"which these cases do not tell from: {', '.join(self.others)}")
+            found.append(f"cannot be told from, in these cases: {', '.join(self.others)}")
         return found
 
 
