@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 from typer.testing import Result as CommandResult
 
-from parity_tests.__main__ import app
 from parity_tests.faults.dense import FAULTS, evaluate
 from parity_tests.losses.user_losses import SpecificationError, find, parse_options
+from parity_tests.meta.running import invoke
 from parity_tests.studies.diagnosis import Candidate, Diagnosis, departures, faults_as_candidates
 from parity_tests.studies.pairs import Question, plain_cases
 from parity_tests.studies.power import HARMLESS
@@ -158,7 +157,7 @@ def _users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def compare(*arguments: str) -> CommandResult:
-    return CliRunner().invoke(app, ["compare", *arguments, "--classes", "10"], env={"COLUMNS": "200"})
+    return invoke("compare", *arguments, "--classes", "10")
 
 
 @pytest.mark.parametrize("first", [
@@ -435,7 +434,7 @@ def test_sound_results_are_explained_without_a_fault(of_everything: tuple[str, D
 
 @pytest.mark.parametrize("fault", ["other_off", "zero_non_target_gradient", "prior_ignored"])
 def test_a_mutant_on_the_command_line(fault: str) -> None:
-    outcome = CliRunner().invoke(app, ["compare", "oracle", f"mutant:{fault}"], env={"COLUMNS": "200"})
+    outcome = invoke("compare", "oracle", f"mutant:{fault}")
     assert outcome.exit_code == 1, outcome.output
     assert f"known difference: {fault}\n" in outcome.output
 

@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from parity_tests.__main__ import app
 from parity_tests.losses.adapters import UnavailableError
+from parity_tests.meta.running import invoke, run_code
 from parity_tests.studies.fingerprint import (
     BACKENDS,
     LENGTHS,
@@ -318,10 +315,6 @@ def test_an_operation_that_is_missing() -> None:
 # ---- Command line
 
 
-def invoke(*arguments: str) -> Any:
-    return CliRunner().invoke(app, ["fingerprint", *arguments])
-
-
 def use(monkeypatch: pytest.MonkeyPatch, **backends: Any) -> None:
     for name in BACKENDS:
         monkeypatch.setitem(BACKENDS, name, backends[name])
@@ -333,7 +326,7 @@ def absent(device: str) -> Device:
 
 def test_command_within(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     use(monkeypatch, jax=absent, torch=lambda device: Device())
-    outcome = invoke("--json", str(tmp_path / "deep" / "fingerprint.json"))
+    outcome = invoke("fingerprint", "--json", str(tmp_path / "deep" / "fingerprint.json"))
     assert outcome.exit_code == 0, outcome.output
     assert "jax not measured: no cpu here" in outcome.output
     assert "exceeds" not in outcome.output
@@ -345,11 +338,11 @@ def test_command_within(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 
 def test_command_exceeds(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, jax=lambda device: Device(), torch=lambda device: Device(matmul=one_pass(11)))
-    outcome = invoke()
+    outcome = invoke("fingerprint")
     assert outcome.exit_code == 1
     assert "11 (TF32)" in outcome.output
     assert "exceeds" in outcome.output
-    assert invoke("--framework", "jax").exit_code == 0
+    assert invoke("fingerprint", "--framework", "jax").exit_code == 0
 
 
 def test_command_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,22 +351,17 @@ def test_command_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--device", "abacus"), "there is no device 'abacus' here; the devices are cpu, cuda, tpu"),
         (("--framework", "torch", "--device", "tpu"), "torch finds no tpu device on this machine"),
     ):
-        outcome = invoke(*arguments)
+        outcome = invoke("fingerprint", *arguments)
         assert outcome.exit_code == 2
         assert f"cannot run: {message}" in outcome.stderr
     use(monkeypatch, jax=absent, torch=absent)
-    outcome = invoke()
+    outcome = invoke("fingerprint")
     assert outcome.exit_code == 2
     assert "cannot run: no cpu here; no cpu here" in outcome.stderr
 
 
 ALONE = """
 import sys
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {blocked!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Missing())
 import parity_tests.__main__
 from parity_tests.studies.fingerprint import BACKENDS, contraction
 assert not {{"jax", "torch"}} & set(sys.modules)
@@ -383,9 +371,7 @@ print(contraction(BACKENDS[{framework!r}]("cpu"), "bfloat16"))
 
 @pytest.mark.parametrize(("framework", "blocked"), [("torch", ("jax", "flax", "optax")), ("jax", ("torch",))])
 def test_one_framework_is_enough(framework: str, blocked: tuple[str, ...]) -> None:
-    script = ALONE.format(framework=framework, blocked=blocked)
-    outcome = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    outcome = run_code(ALONE.format(framework=framework), blocked)
     assert "Finding(dtype='bfloat16'" in outcome.stdout, outcome.stderr
-    other = ALONE.format(framework="jax" if framework == "torch" else "torch", blocked=blocked)
-    outcome = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, check=False)
+    outcome = run_code(ALONE.format(framework="jax" if framework == "torch" else "torch"), blocked)
     assert "UnavailableError" in outcome.stderr

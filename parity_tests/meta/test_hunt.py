@@ -8,14 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
-from typer.testing import Result as CommandResult
 
-from parity_tests.__main__ import app
 from parity_tests.faults.dense import evaluate
 from parity_tests.faults.linear import evaluate_linear
 from parity_tests.losses.adapters import Adapter
 from parity_tests.losses.registry import FaultyAdapter, make_adapter
+from parity_tests.meta.running import invoke
 from parity_tests.studies.bundle import read_bundle
 from parity_tests.studies.drawn_cases import draw_case, draw_linear_case
 from parity_tests.studies.hunt import LINEAR_PARTS, PARTS, hunt, row_shares, share_of
@@ -239,14 +237,10 @@ def test_what_was_found_of_linear_losses_stays_within_the_bounds(case: Case) -> 
 # --- The command ----------------------------------------------------------------------------------------------------
 
 
-def run(*arguments: str) -> CommandResult:
-    return CliRunner().invoke(app, ["hunt", *arguments], env={"COLUMNS": "200"})
-
-
 def test_command(tmp_path: Path) -> None:
     file, folder = tmp_path / "hunt.json", tmp_path / "worst"
     arguments = ("--adapter", "torch-fused", "--dtype", "float32", "--examples", "6")
-    outcome = run(*arguments, "--save", str(folder), "--json", str(file))
+    outcome = invoke("hunt", *arguments, "--save", str(folder), "--json", str(file))
     assert outcome.exit_code == 0, outcome.output
     assert "AGREE: no result beyond its bound in 12 calls" in outcome.output
     assert {case.name for case in read_bundle(folder).cases} == {
@@ -257,7 +251,7 @@ def test_command(tmp_path: Path) -> None:
 
 
 def test_command_that_finds_a_fault() -> None:
-    outcome = run("--adapter", "mutant:stale_lse", "--dtype", "float32", "--examples", "5")
+    outcome = invoke("hunt", "--adapter", "mutant:stale_lse", "--dtype", "float32", "--examples", "5")
     assert outcome.exit_code == 1, outcome.output
     assert "DISAGREE: 2 of 2 searches found a result beyond its bound" in outcome.output
     assert "    logits: [[" in outcome.output
@@ -265,7 +259,9 @@ def test_command_that_finds_a_fault() -> None:
 
 def test_command_on_a_linear_loss(tmp_path: Path) -> None:
     folder = tmp_path / "worst"
-    outcome = run("--adapter", "torch-linear-chunked", "--dtype", "float16", "--examples", "2", "--save", str(folder))
+    outcome = invoke(
+        "hunt", "--adapter", "torch-linear-chunked", "--dtype", "float16", "--examples", "2", "--save", str(folder)
+    )
     assert outcome.exit_code == 0, outcome.output
     assert {case.name for case in read_bundle(folder).cases} == {
         f"hunted float16 {part} torch-linear-chunked" for part in LINEAR_PARTS
@@ -281,6 +277,6 @@ def test_command_on_a_linear_loss(tmp_path: Path) -> None:
     (["--dtype", "float8"], "there is no dtype 'float8'"),
 ])  # fmt: skip
 def test_command_that_cannot_run(arguments: list[str], message: str) -> None:
-    outcome = run(*arguments)
+    outcome = invoke("hunt", *arguments)
     assert outcome.exit_code == 2, outcome.output
     assert message in outcome.output

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 from typer.testing import Result as CommandResult
 
-from parity_tests.__main__ import app
 from parity_tests.commands.matrix import COMMAND
 from parity_tests.evidence import ledger
 from parity_tests.evidence.ledger import Evidence, Session
 from parity_tests.evidence.pages import replace_block
+from parity_tests.meta.running import invoke
 from parity_tests.truth import precision
 
 ROOT = Path(__file__).parents[2]
@@ -171,8 +170,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
 
 
 def matrix(files: dict[str, Path], *options: str) -> CommandResult:
-    arguments = ["matrix", "--ledger", str(files["ledger"]), "--readme", str(files["readme"]), *options]
-    return CliRunner().invoke(app, arguments)
+    return invoke("matrix", "--ledger", str(files["ledger"]), "--readme", str(files["readme"]), *options)
 
 
 def test_the_page_around_the_matrix_stays(files: dict[str, Path]) -> None:

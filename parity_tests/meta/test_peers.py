@@ -16,6 +16,7 @@ import pytest
 from parity_tests.losses.adapters import Adapter, LossError, UnavailableError
 from parity_tests.losses.peers import PeerAdapter, WorkerAdapter
 from parity_tests.losses.registry import ENTRIES, FaultyAdapter, make_adapter
+from parity_tests.meta.running import run_code
 from parity_tests.studies.verdicts import examine
 from parity_tests.truth.cases import Case, case_names, make_case
 from parity_tests.truth.comparison import Result
@@ -303,13 +304,7 @@ def test_the_worker_ends_with_the_program(tmp_path: Path) -> None:
 
 # Libraries that are missing.
 
-BLOCK = """
-import sys
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {blocked!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Missing())
+MAKE = """
 from parity_tests.losses.adapters import UnavailableError
 from parity_tests.losses.registry import make_adapter
 for name in {names!r}:
@@ -321,8 +316,7 @@ for name in {names!r}:
 
 
 def made_without(blocked: tuple[str, ...], names: tuple[str, ...]) -> list[str]:
-    code = BLOCK.format(blocked=blocked, names=names)
-    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    outcome = run_code(MAKE.format(names=names), blocked)
     assert outcome.returncode == 0, outcome.stderr
     return outcome.stdout.splitlines()
 
@@ -361,5 +355,5 @@ def test_missing_frameworks() -> None:
 def test_listing_loads_nothing() -> None:
     code = "import sys, parity_tests.losses.registry\nprint([n for n in {!r} if n in sys.modules])"
     libraries = ["torch", "jax", "optax", "keras", "timm", "torchax"]
-    outcome = subprocess.run([sys.executable, "-c", code.format(libraries)], capture_output=True, text=True, check=True)
-    assert outcome.stdout.strip() == "[]"
+    outcome = run_code(code.format(libraries))
+    assert outcome.stdout.strip() == "[]", outcome.stderr

@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from parity_tests.evidence import ledger
 from parity_tests.evidence.ledger import Evidence
+from parity_tests.meta.running import run_code
 
 pytest_plugins = ["pytester"]
 
@@ -79,10 +79,10 @@ print(*{name.partition(".")[0] for name in sys.modules} - before - sys.stdlib_mo
 
 
 def test_it_loads_pytest_and_the_standard_library_only() -> None:
-    loaded = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=True).stdout
+    loaded = run_code(LOADED).stdout
     assert loaded.split() == ["parity_tests"]
     also_numpy = LOADED.replace("parity_tests.plugin", "parity_tests.plugin, parity_tests.losses.adapters")
-    loaded = subprocess.run([sys.executable, "-c", also_numpy], capture_output=True, text=True, check=True).stdout
+    loaded = run_code(also_numpy).stdout
     assert {"parity_tests", "numpy"} < set(loaded.split())
 
 

@@ -1,19 +1,16 @@
 """The models of other libraries' tests are right, the page is what they give, the bounds catch what they catch."""
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from parity_tests.__main__ import app
 from parity_tests.commands.peer_tests import COMMAND, bounds_symbol, generated_markdown, shown_faults
 from parity_tests.evidence.pages import replace_block
 from parity_tests.faults.dense import FAULTS, evaluate
+from parity_tests.meta.running import invoke, run_code
 from parity_tests.studies.published_tests import (
     PEER_TESTS,
     PeerTest,
@@ -188,7 +185,7 @@ def test_command(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(PAGE.read_text(encoding="utf-8").replace("caught", "seen"), encoding="utf-8")
     before = page.read_text(encoding="utf-8")
-    outcome = CliRunner().invoke(app, ["peer-tests", "--markdown", str(page)])
+    outcome = invoke("peer-tests", "--markdown", str(page))
     assert outcome.exit_code == 0, outcome.output
     assert "zero_non_target_gradient" in outcome.output
     assert page.read_text(encoding="utf-8") == before
@@ -199,7 +196,7 @@ def test_command_needs_a_marked_page(content: str | None, tmp_path: Path) -> Non
     page = tmp_path / "page.md"
     if content is not None:
         page.write_text(content)
-    outcome = CliRunner().invoke(app, ["peer-tests", "--markdown", str(page)])
+    outcome = invoke("peer-tests", "--markdown", str(page))
     assert outcome.exit_code == 2
     assert "cannot run" in outcome.output
     assert (page.read_text() if page.exists() else None) == content
@@ -207,4 +204,5 @@ def test_command_needs_a_marked_page(content: str | None, tmp_path: Path) -> Non
 
 def test_no_framework_is_loaded() -> None:
     code = "import sys, parity_tests.commands.peer_tests; assert not {'jax', 'torch'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    outcome = run_code(code)
+    assert outcome.returncode == 0, outcome.stderr

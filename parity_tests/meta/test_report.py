@@ -2,8 +2,6 @@
 
 import math
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
@@ -14,6 +12,7 @@ import pytest
 from parity_tests.evidence.ledger import Evidence
 from parity_tests.losses.adapters import Adapter
 from parity_tests.losses.registry import FaultyAdapter, OracleAdapter
+from parity_tests.meta.running import run_code
 from parity_tests.report import plots as report_plots
 from parity_tests.report.disagreements import find_disagreements, find_failures
 from parity_tests.report.heat_map import heat_map
@@ -439,5 +438,5 @@ def test_half_a_surrogate_pair_is_written(tmp_path: Path) -> None:
 
 def test_no_framework_is_loaded() -> None:
     code = "import sys, parity_tests.report.page; assert not {'jax', 'torch'} & sys.modules.keys()"
-    outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    outcome = run_code(code)
     assert outcome.returncode == 0, outcome.stderr

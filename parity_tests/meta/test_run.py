@@ -6,14 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
-from typer.testing import Result as CommandResult
 
-from parity_tests.__main__ import app
 from parity_tests.faults.dense import evaluate
 from parity_tests.losses import registry
 from parity_tests.losses.adapters import Adapter, UnavailableError
 from parity_tests.losses.registry import ENTRIES, Entry, FaultyAdapter
+from parity_tests.meta.running import invoke
 from parity_tests.studies.survey import Member, survey
 from parity_tests.studies.verdicts import Outcome
 from parity_tests.truth.cases import make_case
@@ -21,12 +19,8 @@ from parity_tests.truth.comparison import Result
 from parity_tests.truth.oracle import solve
 
 
-def run(*arguments: str) -> CommandResult:
-    return CliRunner().invoke(app, arguments, env={"COLUMNS": "160"})
-
-
 def test_ours_agree() -> None:
-    outcome = run(
+    outcome = invoke(
         "run", "--adapter", "*-fused", "--case", "uniform_mean", "--case", "class_mask*", "--dtype", "float32"
     )
     assert outcome.exit_code == 0, outcome.output
@@ -35,7 +29,7 @@ def test_ours_agree() -> None:
 
 def test_a_mutant_does_not() -> None:
     arguments = ("run", "--adapter", "oracle", "--adapter", "mutant:stale_lse", "--case", "uniform_*")
-    outcome = run(*arguments, "--dtype", "float32")
+    outcome = invoke(*arguments, "--dtype", "float32")
     assert outcome.exit_code == 1, outcome.output
     assert "mutant:stale_lse in uniform_none float32: " in outcome.output
     assert "its inputs: shape of the logits: [7, 11]; " in outcome.output
@@ -45,7 +39,7 @@ def test_a_mutant_does_not() -> None:
 def test_linear_adapters_are_held_against_each_other(tmp_path: Path) -> None:
     file, page = tmp_path / "run.json", tmp_path / "page"
     arguments = ("--adapter", "*-linear-chunked", "--adapter", "mutant:linear_strided_rows", "--adapter", "torch-fused")
-    outcome = run(
+    outcome = invoke(
         "run", *arguments, "--case", "linear_sum", "--dtype", "bfloat16", "--json", str(file), "--report", str(page)
     )
     assert outcome.exit_code == 1, outcome.output
@@ -59,7 +53,7 @@ def test_linear_adapters_are_held_against_each_other(tmp_path: Path) -> None:
 
 
 def test_the_frameworks_own_loss_is_shown_beside() -> None:
-    outcome = run("run", "--adapter", "torch-fused", "--adapter", "torch-cross-entropy", "--case", "dominant")
+    outcome = invoke("run", "--adapter", "torch-fused", "--adapter", "torch-cross-entropy", "--case", "dominant")
     assert outcome.exit_code == 0, outcome.output
     assert "torch-fused is as close to the truth as torch-cross-entropy, or closer, in 4 of 4" in outcome.output
 
@@ -72,7 +66,7 @@ def test_the_frameworks_own_loss_is_shown_beside() -> None:
     (["--adapter", "torch-cross-entropy", "--case", "where"], "no adapter has what these cases ask for"),
 ])  # fmt: skip
 def test_what_cannot_run(arguments: list[str], message: str) -> None:
-    outcome = run("run", *arguments)
+    outcome = invoke("run", *arguments)
     assert outcome.exit_code == 2, outcome.output
     assert message in outcome.output
 
@@ -89,7 +83,7 @@ def test_output_that_nobody_reads_is_no_disagreement() -> None:
 def test_json_and_report(tmp_path: Path) -> None:
     file, page = tmp_path / "run.json", tmp_path / "page"
     arguments = ("--adapter", "numpy", "--case", "minus_infinity", "--case", "bad_labels", "--dtype", "float32")
-    outcome = run("run", *arguments, "--json", str(file), "--report", str(page))
+    outcome = invoke("run", *arguments, "--json", str(file), "--report", str(page))
     assert outcome.exit_code == 0, outcome.output
     content = json.loads(file.read_text())
     assert [each["status"] for each in content["survey"]["outcomes"]] == ["agree", "agree"]
@@ -184,19 +178,21 @@ def test_adapters_are_listed_with_what_they_lack(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(registry, "ENTRIES", ENTRIES)
     monkeypatch.setitem(ENTRIES, "jax-somelib", Entry("jax-somelib", "jax", "peer", missing))
-    outcome = run("adapters")
+    outcome = invoke("adapters")
     assert outcome.exit_code == 0
     assert "no: somelib is not installed. Run: pip install somelib" in outcome.output
-    outcome = run("run", "--adapter", "jax-some*", "--adapter", "oracle", "--case", "one_row", "--dtype", "float32")
+    outcome = invoke("run", "--adapter", "jax-some*", "--adapter", "oracle", "--case", "one_row", "--dtype", "float32")
     assert outcome.exit_code == 0
     assert "not here: jax-somelib (somelib is not installed." in outcome.output
-    outcome = run("run", "--adapter", "jax-somelib", "--case", "one_row")
+    outcome = invoke("run", "--adapter", "jax-somelib", "--case", "one_row")
     assert outcome.exit_code == 2
 
 
 def test_power_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "power.json"
-    outcome = run("power", "--fault", "stale_lse", "--fault", "bfloat16_l*", "--dtype", "float32", "--json", str(file))
+    outcome = invoke(
+        "power", "--fault", "stale_lse", "--fault", "bfloat16_l*", "--dtype", "float32", "--json", str(file)
+    )
     assert outcome.exit_code == 0, outcome.output
     assert "ALL REJECTED: 3 faults at float32, and in trainings" in outcome.output
     assert {each["fault"] for each in json.loads(file.read_text())["trials"]} == {
@@ -205,8 +201,8 @@ def test_power_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "bfloat16_logits",
     }
     monkeypatch.setattr("parity_tests.studies.power.EXCUSED", {})
-    outcome = run("power", "--fault", "zero_gradient", "--dtype", "float32")
+    outcome = invoke("power", "--fault", "zero_gradient", "--dtype", "float32")
     assert outcome.exit_code == 1
     assert "zero_gradient survives oracle at float32: accepted in at_optimum" in outcome.output
     assert "1 SURVIVE: 1 faults at float32" in outcome.output
-    assert run("power", "--fault", "nothing").exit_code == 2
+    assert invoke("power", "--fault", "nothing").exit_code == 2

@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import lsce_jax
 import lsce_torch
 from parity_tests import self_checks
 from parity_tests.faults.dense import FAULTS
+from parity_tests.meta.running import run_code
 from parity_tests.self_checks import (
     CHECKS,
     SMOOTHING,
@@ -224,11 +224,6 @@ def test_what_cannot_run(arguments: list[str], message: str, capsys: pytest.Capt
 # Runs the file as a script in a folder where only NumPy and one framework can be imported.
 SCRIPT = """
 import runpy, sys
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {blocked!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Missing())
 sys.argv = ["self_checks.py", *{arguments!r}]
 runpy.run_path("self_checks.py", run_name="__main__")
 """
@@ -258,10 +253,8 @@ def run_alone(folder: Path, framework: str, loss: str, blocked: tuple[str, ...])
     shutil.copy(self_checks.__file__, folder / "self_checks.py")
     (folder / "mine.py").write_text(loss, encoding="utf-8")
     arguments = [framework, "--loss", "mine:loss", "--dtype", "float32"]
-    script = SCRIPT.format(blocked=blocked, arguments=arguments)
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-c", script]
-    return subprocess.run(command, cwd=folder, env=clean, capture_output=True, text=True, check=False)
+    return run_code(SCRIPT.format(arguments=arguments), blocked, cwd=folder, env=clean)
 
 
 @each_framework

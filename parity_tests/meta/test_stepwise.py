@@ -11,11 +11,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from typer.testing import CliRunner
-from typer.testing import Result as CommandResult
 
-from parity_tests.__main__ import app
 from parity_tests.faults.dense import evaluate
+from parity_tests.meta.running import invoke
 from parity_tests.trainings.stepwise import TrainingError, compare_step_by_step, one_ulp_away
 from parity_tests.truth.cases import random_case
 
@@ -203,21 +201,17 @@ def _users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
-def run(*arguments: str) -> CommandResult:
-    return CliRunner().invoke(app, ["trajectory", *arguments], env={"COLUMNS": "200"})
-
-
 PAIR = ("jax:brought_training:Momentum", "torch:brought_training:Momentum")
 
 
 @pytest.mark.usefixtures("_users_folder")
 def test_command(tmp_path: Path) -> None:
-    outcome = run(*PAIR, "--steps", "5")
+    outcome = invoke("trajectory", *PAIR, "--steps", "5")
     assert outcome.exit_code == 0, outcome.output
     assert "AGREE over 5 steps" in outcome.output
     file = tmp_path / "verdict.json"
     arguments = ("--b", "wrong_from=2", "--steps", "4", "--json", str(file), "--report", str(tmp_path / "page"))
-    outcome = run(*PAIR, *arguments)
+    outcome = invoke("trajectory", *PAIR, *arguments)
     assert outcome.exit_code == 1
     assert "free-running: part at step 2, weight[" in outcome.output
     assert "teacher-forced: part at step 2, weight[" in outcome.output
@@ -235,7 +229,7 @@ def test_command(tmp_path: Path) -> None:
     ([*PAIR, "--b", "unheard_of=1"], "unexpected keyword argument 'unheard_of'"),
 ])  # fmt: skip
 def test_command_that_cannot_run(arguments: list[str], message: str) -> None:
-    outcome = run(*arguments)
+    outcome = invoke("trajectory", *arguments)
     assert outcome.exit_code == 2, outcome.output
     assert message in outcome.output
 
@@ -245,8 +239,8 @@ def test_the_demos_network() -> None:
     pair = ("jax:examples.digits_steps:JaxSteps", "torch:examples.digits_steps:TorchSteps")
     # Optax does not take the strictness of our tests.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        outcome = run(*pair, "--steps", "3", "--replicas", "2")
+        outcome = invoke("trajectory", *pair, "--steps", "3", "--replicas", "2")
         assert outcome.exit_code == 0, outcome.output
-        outcome = run(*pair, "--steps", "1", "--replicas", "2", "--b", "smoothing=0.1001")
+        outcome = invoke("trajectory", *pair, "--steps", "1", "--replicas", "2", "--b", "smoothing=0.1001")
     assert outcome.exit_code == 1, outcome.output
     assert "part at step 0" in outcome.output
