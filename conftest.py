@@ -1,9 +1,8 @@
-"""The strictest settings that JAX has, for all tests: a user who sets them must not be stopped by this library.
-
-And the code in the pages for people is run.
-"""
+"""The strictest settings of JAX, for all tests, since a user may set them; code in Markdown pages runs as tests."""
 
 import jax
+import pytest
+import torch
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
@@ -12,3 +11,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 2)
 
 pytest_collect_file = Sybil([PythonCodeBlockParser()], patterns=["*.md"]).pytest()
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Matrices this small gain nothing from more threads, and lose a lot where other programs use the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -2,7 +2,6 @@
 
 import jax
 import pytest
-import torch
 from typer.testing import CliRunner
 
 
@@ -11,15 +10,6 @@ def optax_promotion():
     """Allow what Optax does: it raises a float to the power of an int32 count, and divides a float32 by an int32."""
     with jax.numpy_dtype_promotion("standard"):
         yield
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """Matrices this small gain nothing from more threads, and lose a lot where other programs use the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -43,18 +43,11 @@ PAGE = Path(__file__).parents[1] / "docs" / "migrating.md"
 OURS = {"jax": JaxAdapter(), "torch": TorchAdapter()}
 FIELDS = ("smoothing", "axis", "where", "class_weight", "class_mask", "prior")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # What the table's names stand for, beside those that depend on the data.
 LEAKY = Convention("leaky", on=lambda e, k: 1 - e, off=lambda e, k: e / k)
 NAMES = {"e": 0.1, "z": 1e-3, "leaky": LEAKY, "factor": 7.5}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The arrays are tiny."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- The originals ---------------------------------------------------------------------------------------------------

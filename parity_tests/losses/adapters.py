@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -64,30 +65,29 @@ def missing_features(case: Case, supports: frozenset[str] | None, linear: bool =
     return f"has no {', '.join(missing)}" if missing else None
 
 
-class JaxAdapter:
-    """`lsce_jax` or a function of the same signature.
+class FrameworkAdapter:
+    """The loss of `lsce_jax` or `lsce_torch`, or a function of the same signature.
 
     Args:
-        loss: the function; by default `label_smoothed_cross_entropy` of `lsce_jax`, or the linear one. It gets those
-            options only that a case sets, and `smoothing` and `reduction` always.
-        jit: whether to compile it.
+        package: the package, loaded.
+        loss: the function; by default `label_smoothed_cross_entropy` of the package, or the linear one. It gets
+            `smoothing` and `reduction`, and of the other options those that a case sets.
         implementation: which one to choose; None leaves that to the function.
         device: where to run it.
         name: what reports call it.
         supports: the features (see `parity_tests.truth.cases.features`) that it has; None for all.
         linear: whether it takes (hidden, weight, labels), and not (logits, labels).
         narrow: what the layer stores in a narrow dtype on the way; see `Arithmetic`.
-
-    Raises:
-        UnavailableError: JAX, or the device, is not there.
     """
 
-    framework = "jax"
+    framework: str
+    accuracy: Arithmetic
 
     def __init__(
         self,
-        loss: Callable[..., Any] | None = None,
-        jit: bool = True,
+        package: Any,
+        loss: Callable[..., Any] | None,
+        *,
         implementation: str | None = None,
         device: str = "cpu",
         name: str | None = None,
@@ -95,28 +95,46 @@ class JaxAdapter:
         linear: bool = False,
         narrow: frozenset[str] = NARROW,
     ) -> None:
-        """Load JAX."""
-        jax = _load("jax")
+        """Choose the function."""
         if loss is None:
-            import lsce_jax
-
-            loss = lsce_jax.label_smoothed_cross_entropy
-            if linear:
-                loss = lsce_jax.linear_label_smoothed_cross_entropy
-        self.loss = loss if implementation is None else partial(loss, implementation=implementation)
-        self.jit, self.device, self.supports = jit, device, supports
-        self.linear, self.implementation = linear, implementation
-        self.name = name or _name("jax", implementation, "" if jit else "eager")
-        try:
-            self._jax_device = jax.devices(device)[0]
-        except RuntimeError as error:
-            raise UnavailableError(f"JAX finds no {device} device on this machine: {error}") from error
-        # XLA's expansions of exp, log1p and tanh for CPUs, measured up to 1.9, 3.2 and 3.6.
-        self.arithmetic = Arithmetic(exp=3.0, log1p=4.0, tanh=5.0, narrow=narrow)
+            loss = package.linear_label_smoothed_cross_entropy if linear else package.label_smoothed_cross_entropy
+        self.loss: Callable[..., Any] = loss if implementation is None else partial(loss, implementation=implementation)
+        self.device, self.supports, self.linear, self.implementation = device, supports, linear, implementation
+        self.name = name or f"{self.framework} {implementation or ''}".rstrip()
+        self.arithmetic = replace(self.accuracy, narrow=narrow)
 
     def unsupported(self, case: Case) -> str | None:
-        """Return what the loss cannot be asked of a case."""
+        """Return why the loss cannot handle a case, or None."""
         return missing_features(case, self.supports, self.linear)
+
+
+class JaxAdapter(FrameworkAdapter):
+    """A `FrameworkAdapter` for JAX.
+
+    Args:
+        loss: as in `FrameworkAdapter`.
+        jit: whether to compile it.
+        options: as in `FrameworkAdapter`.
+
+    Raises:
+        UnavailableError: JAX, or the device, is not there.
+    """
+
+    framework = "jax"
+    # XLA's expansions of exp, log1p and tanh for CPUs, measured up to 1.9, 3.2 and 3.6.
+    accuracy = Arithmetic(exp=3.0, log1p=4.0, tanh=5.0)
+
+    def __init__(self, loss: Callable[..., Any] | None = None, jit: bool = True, **options: Any) -> None:
+        """Load JAX."""
+        jax = _load("jax")
+        import lsce_jax
+
+        super().__init__(lsce_jax, loss, **options)
+        self.jit = jit
+        try:
+            self._jax_device = jax.devices(self.device)[0]
+        except RuntimeError as error:
+            raise UnavailableError(f"JAX finds no {self.device} device on this machine: {error}") from error
 
     def __call__(self, case: Case) -> AnyResult:
         """Return loss and gradients of a case."""
@@ -140,58 +158,32 @@ class JaxAdapter:
             return _result(case, {name: np.asarray(part) for name, part in parts.items()}, dtypes)
 
 
-class TorchAdapter:
-    """`lsce_torch` or a function of the same signature.
+class TorchAdapter(FrameworkAdapter):
+    """A `FrameworkAdapter` for torch.
 
     Args:
-        loss: the function; by default `label_smoothed_cross_entropy` of `lsce_torch`, or the linear one. It gets those
-            options only that a case sets, and `smoothing` and `reduction` always.
+        loss: as in `FrameworkAdapter`.
         compiled: whether to compile it, as one graph, anew for each case.
-        implementation: which one to choose; None leaves that to the function.
-        device: where to run it.
-        name: what reports call it.
-        supports: the features (see `parity_tests.truth.cases.features`) that it has; None for all.
-        linear: whether it takes (hidden, weight, labels), and not (logits, labels).
-        narrow: what the layer stores in a narrow dtype on the way; see `Arithmetic`.
+        options: as in `FrameworkAdapter`.
 
     Raises:
         UnavailableError: torch, or the device, is not there.
     """
 
     framework = "torch"
+    # SLEEF and libm, measured up to 1.2; exp within softmax up to 2.6.
+    accuracy = Arithmetic(exp=3.0, log1p=2.0, tanh=2.0)
 
-    def __init__(
-        self,
-        loss: Callable[..., Any] | None = None,
-        compiled: bool = False,
-        implementation: str | None = None,
-        device: str = "cpu",
-        name: str | None = None,
-        supports: frozenset[str] | None = None,
-        linear: bool = False,
-        narrow: frozenset[str] = NARROW,
-    ) -> None:
+    def __init__(self, loss: Callable[..., Any] | None = None, compiled: bool = False, **options: Any) -> None:
         """Load torch."""
         torch = _load("torch")
-        if loss is None:
-            import lsce_torch
+        import lsce_torch
 
-            loss = lsce_torch.label_smoothed_cross_entropy
-            if linear:
-                loss = lsce_torch.linear_label_smoothed_cross_entropy
-        self.loss = loss if implementation is None else partial(loss, implementation=implementation)
+        super().__init__(lsce_torch, loss, **options)
         if compiled:
             self.loss = _compiled_anew(self.loss)
-        self.device, self.supports, self.linear, self.implementation = device, supports, linear, implementation
-        self.name = name or _name("torch", implementation, "compiled" if compiled else "")
-        if device == "tpu" or (device == "cuda" and not torch.cuda.is_available()):
-            raise UnavailableError(f"torch finds no {device} device on this machine")
-        # SLEEF and libm, measured up to 1.2; exp within softmax up to 2.6.
-        self.arithmetic = Arithmetic(exp=3.0, log1p=2.0, tanh=2.0, narrow=narrow)
-
-    def unsupported(self, case: Case) -> str | None:
-        """Return what the loss cannot be asked of a case."""
-        return missing_features(case, self.supports, self.linear)
+        if self.device == "tpu" or (self.device == "cuda" and not torch.cuda.is_available()):
+            raise UnavailableError(f"torch finds no {self.device} device on this machine")
 
     def __call__(self, case: Case) -> AnyResult:
         """Return loss and gradients of a case."""
@@ -237,10 +229,6 @@ def _load(framework: str) -> Any:
         return importlib.import_module(framework)
     except ModuleNotFoundError as error:
         raise UnavailableError(f"{framework} is not installed. Run: pip install 'lsce[{framework}]'") from error
-
-
-def _name(*parts: str | None) -> str:
-    return " ".join(part for part in parts if part)
 
 
 def _check_shape(case: Case, loss: Any) -> None:

@@ -5,7 +5,7 @@ Nothing means: each element of loss and gradient differs by no more than two cor
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -46,17 +46,10 @@ from parity_tests.suite.torch_peer import (
     torch_settings,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # None is what a user gets, which is the fused one.
 each_implementation = pytest.mark.parametrize("implementation", [None, "reference"])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """For arrays this small torch's threads would wait for each other longer than they compute."""
-    number = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(number)
 
 
 @each_implementation

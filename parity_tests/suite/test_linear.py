@@ -5,7 +5,7 @@ loss, with the same oracle and bounds. The cases of `linear_cases` have layers o
 `linear_bounds`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -29,16 +29,9 @@ from parity_tests.truth.linear_cases import SOME, linear_case_names, make_linear
 from parity_tests.truth.oracle import LinearTruth, solve
 from parity_tests.truth.precision import DTYPES, FORMATS, compute_dtype
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """To wait for other threads takes longer than to multiply matrices this small."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 # Part 1: the identity for a weight.
