@@ -11,8 +11,10 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import numpy as np
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 from parity_tests.evidence.environment import describe_environment
@@ -136,6 +138,14 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         cannot_run(f"{path} cannot be written: {error.strerror}")
+
+
+def make_table(*headings: str, **options: Any) -> Table:
+    """Return a table without rows. A column whose heading starts with > is aligned to the right."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, **options)
+    for heading in headings:
+        table.add_column(heading.removeprefix(">"), justify="right" if heading.startswith(">") else "left")
+    return table
 
 
 def describe(worst: Worst) -> str:

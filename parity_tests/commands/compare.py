@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from lsce_spec import check_smoothing, find_convention
@@ -26,6 +24,7 @@ from parity_tests.commands.common import (
     check_dtypes,
     describe,
     exit_with,
+    make_table,
     survey_as_json,
     write_json,
     write_page,
@@ -207,9 +206,7 @@ def _print_differences(pair: Pair, console: Console) -> None:
     differing = [each for each in pair.survey.differences if not each.agrees]
     if not differing:
         return
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    for heading in ("case", "dtype", "A", "B", "A and B"):
-        table.add_column(heading, justify="left" if heading in ("case", "dtype") else "right")
+    table = make_table("case", "dtype", ">A", ">B", ">A and B")
     differing.sort(key=lambda each: each.comparison.share, reverse=True)
     for each in differing[:SHOWN]:
         key = each.case, each.dtype

@@ -7,9 +7,7 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from parity_tests.commands.common import (
@@ -22,6 +20,7 @@ from parity_tests.commands.common import (
     check_dtypes,
     exit_with,
     find_adapters,
+    make_table,
     track,
     write_json,
     writing,
@@ -129,9 +128,7 @@ def _save(
 
 
 def _print(finds: Sequence[Find], console: Console) -> None:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    for heading in ("adapter", "dtype", "part", "share", "calls", "in"):
-        table.add_column(heading, justify="right" if heading in ("share", "calls") else "left")
+    table = make_table("adapter", "dtype", "part", ">share", ">calls", "in")
     for find in finds:
         row = (find.adapter, find.dtype, find.part, f"{find.share:.2g}", str(find.evaluations), describe(find.case))
         table.add_row(*map(Text, row), style="" if find.agrees else "bold")

@@ -4,9 +4,7 @@ from fnmatch import fnmatch
 from typing import Annotated
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from parity_tests.commands.common import (
@@ -16,6 +14,7 @@ from parity_tests.commands.common import (
     cannot_run,
     check_dtypes,
     exit_with,
+    make_table,
     track,
     write_json,
 )
@@ -66,10 +65,7 @@ def power(
 
 
 def _print_table(found: list[Trial], dtypes: tuple[str, ...], console: Console) -> None:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("fault")
-    for heading in (*dtypes, "trainings"):
-        table.add_column(heading, justify="right")
+    table = make_table("fault", *(f">{heading}" for heading in (*dtypes, "trainings")), padding=(0, 1, 0, 0))
     trials = {(each.fault, each.dtype, each.assertion): each for each in found}
     for fault in dict.fromkeys(each.fault for each in found):
         cells = [_cell(trials[fault, dtype, "oracle"]) for dtype in dtypes]
@@ -92,9 +88,7 @@ def _cell(trial: Trial | None) -> str:
 
 
 def _print_self_checks(caught: dict[str, list[str]], console: Console) -> None:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("self-check, without an oracle")
-    table.add_column("faults that it rejects")
+    table = make_table("self-check, without an oracle", "faults that it rejects", padding=(0, 1, 0, 0))
     for name, faults in caught.items():
         more = f" and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
         table.add_row(name, ", ".join(faults[:SHOWN]) + more)

@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from parity_tests.commands.common import (
@@ -17,6 +15,7 @@ from parity_tests.commands.common import (
     cannot_run,
     exit_with,
     find_adapters,
+    make_table,
     print_missing,
     track,
     write_json,
@@ -86,9 +85,7 @@ def replay(
 
 def print_replay(found: Replay, console: Console) -> None:
     """Print who was held against whom, then the worst of what is wrong."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    for heading in ("here", "recorded", "cases", "share", "verdict"):
-        table.add_column(heading, justify="right" if heading in ("cases", "share") else "left")
+    table = make_table("here", "recorded", ">cases", ">share", "verdict")
     lines = [line for line in found.lines() if line.cases]
     here = {each.name: f"{each.name} on {each.device}" for each in found.adapters}
     recorded = {name: f"{name} on {each.device}" for name, each in found.bundle.adapters.items()}

@@ -4,9 +4,7 @@ from collections import Counter
 from typing import Annotated
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from parity_tests.commands.common import (
@@ -21,6 +19,7 @@ from parity_tests.commands.common import (
     check_dtypes,
     describe,
     exit_with,
+    make_table,
     print_missing,
     select_cases,
     survey_as_json,
@@ -107,9 +106,7 @@ def find_members(patterns: list[str] | None, device: str) -> tuple[dict[str, Mem
 
 def print_survey(found: Survey, console: Console) -> None:
     """Print a row for each adapter, then what differs."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    for heading in ("adapter", "cases", "agree", "differ", "failed", "loss", "gradient", "in case"):
-        table.add_column(heading, justify="left" if heading in ("adapter", "in case") else "right")
+    table = make_table("adapter", ">cases", ">agree", ">differ", ">failed", ">loss", ">gradient", "in case")
     for name, member in found.members.items():
         outcomes = found.of(name)
         status = Counter(outcome.status for outcome in outcomes)
@@ -190,9 +187,7 @@ def adapters(*, device: DeviceOption = "cpu") -> None:
     """List the adapters, and what stands in the way of those that are not here."""
     console = PlainConsole()
     check_device(device)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    for heading in ("adapter", "framework", "whose", "here"):
-        table.add_column(heading)
+    table = make_table("adapter", "framework", "whose", "here")
     for name, entry in ENTRIES.items():
         try:
             make_adapter(name, device)

@@ -4,9 +4,7 @@ import importlib
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from parity_tests.commands.common import (
@@ -17,6 +15,7 @@ from parity_tests.commands.common import (
     SecondOption,
     cannot_run,
     exit_with,
+    make_table,
     write_json,
     write_page,
 )
@@ -101,10 +100,9 @@ def _make(specification: str, options: list[str] | None) -> Training:
 
 def _print(verdict: StepwiseVerdict, console: Console) -> None:
     console.print(Text(f"{verdict.mode}: {_sentence(verdict)}", style="bold"))
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    for heading in ("tensor", "largest share", "at step", "first", "second"):
-        left = heading == "tensor"
-        table.add_column(heading, justify="left" if left else "right", overflow="fold")
+    table = make_table("tensor", ">largest share", ">at step", ">first", ">second")
+    for column in table.columns:
+        column.overflow = "fold"
     for tensor in dict.fromkeys(each.tensor for each in verdict.worst):
         worst = max((each for each in verdict.worst if each.tensor == tensor), key=lambda each: each.share)
         table.add_row(tensor, f"{worst.share:.2g}", str(worst.step), f"{worst.first:.9g}", f"{worst.second:.9g}")
