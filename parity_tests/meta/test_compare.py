@@ -252,17 +252,22 @@ def test_a_denominator_that_counts_ignored_rows_is_named() -> None:
     assert "known difference: all_rows_counted\n" in wrong.output
 
 
-def test_a_loss_without_the_maximum_subtracted_is_right_but_for_the_edges() -> None:
-    outcome = compare("torch:brought_losses:from_probabilities", "oracle")
+@pytest.mark.parametrize(("name", "second", "lines"), [
+    ("scaled", "oracle", ["computes: no loss that is known here"]),
+    ("from_probabilities", "oracle", [
+        "computes: uniform convention, mean; in the edge cases something else", "large logits, K = 10",
+    ]),
+    ("in_float64", "oracle", ["loss in float64, gradient in float32; expected float32, float32"]),
+    ("finite_only", "torch:brought_losses:finite_only", [
+        "A failed in 1 of 9 cases: ValueError: infinite", "B failed in 1 of 9 cases: ValueError: infinite",
+        "values: the same",
+    ]),
+])  # fmt: skip
+def test_a_loss_that_is_wrong_is_described(name: str, second: str, lines: list[str]) -> None:
+    outcome = compare(f"torch:brought_losses:{name}", second)
     assert outcome.exit_code == 1
-    assert "computes: uniform convention, mean; in the edge cases something else" in outcome.output
-    assert "large logits, K = 10" in outcome.output
-
-
-def test_an_unknown_loss_is_called_unknown() -> None:
-    outcome = compare("torch:brought_losses:scaled", "oracle")
-    assert outcome.exit_code == 1
-    assert "computes: no loss that is known here" in outcome.output
+    for line in lines:
+        assert line in outcome.output
 
 
 @pytest.mark.parametrize(("name", "message"), [
@@ -302,20 +307,6 @@ def test_what_was_chosen_is_right() -> None:
     unknown = ("torch:brought_losses:scaled", "torch:brought_losses:scaled")
     assert compare(*unknown).exit_code == 0
     assert compare(*unknown, "--convention", "uniform").exit_code == 1
-
-
-def test_a_wide_result_is_named() -> None:
-    outcome = compare("torch:brought_losses:in_float64", "oracle")
-    assert outcome.exit_code == 1
-    assert "loss in float64, gradient in float32; expected float32, float32" in outcome.output
-
-
-def test_a_loss_that_refuses_infinities_is_compared_in_the_other_cases() -> None:
-    outcome = compare("torch:brought_losses:finite_only", "torch:brought_losses:finite_only")
-    assert outcome.exit_code == 1
-    assert "A failed in 1 of 9 cases: ValueError: infinite" in outcome.output
-    assert "B failed in 1 of 9 cases: ValueError: infinite" in outcome.output
-    assert "values: the same" in outcome.output
 
 
 def test_losses_do_not_change_each_others_gradient_mode() -> None:
