@@ -11,22 +11,19 @@ from rich.table import Table
 from parity_tests.commands.common import PlainConsole, cannot_run, exit_with, track
 from parity_tests.evidence.pages import write_block
 from parity_tests.faults.dense import FAULTS
-from parity_tests.studies.published_tests import (
-    PEER_TESTS,
+from parity_tests.studies.published_comparisons import (
     Compare,
-    Mark,
     Setting,
-    Verdict,
-    settings_of,
     squared_with_reference,
     sum_with_rows,
     targets,
     unsmoothed_with_plain,
-    verdicts_on,
     whole_with_parts,
     with_own_differences,
     with_reference,
 )
+from parity_tests.studies.published_tests import PEER_TESTS
+from parity_tests.studies.published_verdicts import Mark, Verdict, settings_of, verdicts_on
 
 SYMBOLS: dict[Mark, str] = {"caught": "✓", "survives": "✗", "nothing": "—"}
 COMMAND = "lsce-parity peer-tests"

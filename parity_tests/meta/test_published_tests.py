@@ -11,19 +11,15 @@ from parity_tests.commands.peer_tests import COMMAND, bounds_symbol, generated_m
 from parity_tests.evidence.pages import replace_block
 from parity_tests.faults.dense import FAULTS, evaluate
 from parity_tests.meta.running import invoke, run_code
-from parity_tests.studies.published_tests import (
-    PEER_TESTS,
-    PeerTest,
-    Setting,
-    Tolerance,
-    _bounds_reject,
-    _median_of_maximum,
+from parity_tests.studies.published_comparisons import PeerTest, Setting, Tolerance, with_reference
+from parity_tests.studies.published_tests import PEER_TESTS, _median_of_maximum
+from parity_tests.studies.published_verdicts import (
+    bounds_reject,
     judge,
     settings_of,
     share_of,
     share_of_tolerance,
     verdicts_on,
-    with_reference,
 )
 from parity_tests.truth.cases import Case
 from parity_tests.truth.precision import FORMATS
@@ -51,7 +47,7 @@ def test_sound_loss_passes(name: str) -> None:
     """Otherwise the model of the test is wrong. And the bounds, on the same inputs, accept it too."""
     for setting in settings_of(peer(name)):
         assert share_of(setting, None) <= 1, setting.test
-        assert not _bounds_reject(setting, evaluate(setting.case)), setting.test
+        assert not bounds_reject(setting, evaluate(setting.case)), setting.test
 
 
 @pytest.mark.parametrize("name", [each.name for each in PEER_TESTS if each.name != "T5X"])
