@@ -22,8 +22,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
-    help="Hold losses of PyTorch and JAX against each other and against the truth. Exit code 0: they agree, 1: they "
-    "do not, 2: it could not be found out.",
+    help="Compare losses of PyTorch and JAX with each other and with the truth. Exit code 0: they agree, 1: they do "
+    "not, 2: there is no verdict.",
 )
 app.command()(adapters)
 app.command()(compare)
@@ -39,7 +39,7 @@ app.command()(trajectory)
 
 
 def main() -> None:
-    """Run the command line. An error of ours ends with exit code 2 too, since 1 says that losses disagree."""
+    """Run the command line. An internal error exits with 2 too, since 1 means that losses disagree."""
     try:
         app()
     except Exception:

@@ -1,1 +1,1 @@
-"""The subcommands of `lsce-parity`, a file each: they parse, show and write. What they show is computed elsewhere."""
+"""The subcommands of `lsce-parity`, one file each. They parse options, print and write; studies compute the results."""

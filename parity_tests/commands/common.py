@@ -1,4 +1,4 @@
-"""What the subcommands share: exit codes, options and their checks, progress, JSON."""
+"""Shared parts of the subcommands: exit codes, options and their checks, progress, tables, JSON."""
 
 import json
 import math
@@ -28,8 +28,12 @@ from parity_tests.truth.precision import DTYPES
 
 AGREE, DISAGREE, CANNOT_RUN = 0, 1, 2
 
-JsonOption = Annotated[Path | None, typer.Option("--json", dir_okay=False, help="File for everything, as JSON.")]
-ReportOption = Annotated[Path | None, typer.Option("--report", file_okay=False, help="Folder for a web page.")]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", dir_okay=False, help="Write all results to this file, as JSON.")
+]
+ReportOption = Annotated[
+    Path | None, typer.Option("--report", file_okay=False, help="Write the results to this folder, as a web page.")
+]
 DtypeOption = Annotated[
     list[str] | None, typer.Option("--dtype", help="float64, float32, bfloat16 or float16; may be repeated.")
 ]
@@ -45,14 +49,14 @@ Item = TypeVar("Item")
 
 
 class PlainConsole(Console):
-    """A console that takes no text for markup: names and messages are a user's."""
+    """A console that prints brackets as they are: names and messages come from users."""
 
     def __init__(self) -> None:
         """Switch markup off."""
         super().__init__(markup=False)
 
     def on_broken_pipe(self) -> None:
-        """End with exit code 2 where nobody reads on: 1, which is Rich's, says that losses disagree."""
+        """Exit with 2 if the reader of a pipe is gone: Rich exits with 1, which here means that losses disagree."""
         try:
             super().on_broken_pipe()
         except SystemExit:
@@ -60,13 +64,13 @@ class PlainConsole(Console):
 
 
 def cannot_run(message: str) -> NoReturn:
-    """Say what stands in the way, and end with exit code 2."""
+    """Print why the command cannot run, and exit with 2."""
     typer.echo(f"cannot run: {message}", err=True)
     raise typer.Exit(code=CANNOT_RUN)
 
 
 def check_dtypes(given: Sequence[str] | None, default: Sequence[str]) -> tuple[str, ...]:
-    """Return the dtypes that are asked for."""
+    """Return the given dtypes, or the default; exit with 2 if one is unknown."""
     for dtype in given or ():
         if dtype not in DTYPES:
             cannot_run(f"there is no dtype {dtype!r} here; the dtypes are {', '.join(DTYPES)}")
@@ -74,18 +78,18 @@ def check_dtypes(given: Sequence[str] | None, default: Sequence[str]) -> tuple[s
 
 
 def check_device(given: str) -> None:
-    """End unless there is a device of that name anywhere; whether it is here shows when an adapter is made."""
+    """Exit with 2 if no device has that name. Making an adapter tells whether this machine has the device."""
     if given not in DEVICES:
         cannot_run(f"there is no device {given!r} here; the devices are {', '.join(DEVICES)}")
 
 
 def find_adapters(names: Sequence[str] | None, device: str, asked: bool = True) -> tuple[list[Adapter], dict[str, str]]:
-    """Return the adapters that are here, and why others are not.
+    """Return the adapters that run on this machine, and for each other the reason why it does not.
 
     Args:
-        names: their names, with * and ?; None for all of ours that need no compiler.
-        device: where they run.
-        asked: whether the user named them: then each must be here. Otherwise one is enough.
+        names: names, with * and ?; None for all of ours that need no compiler.
+        device: the device.
+        asked: whether the user named the adapters. If so, each must run here; if not, one is enough.
     """
     check_device(device)
     try:
@@ -98,13 +102,13 @@ def find_adapters(names: Sequence[str] | None, device: str, asked: bool = True) 
 
 
 def print_missing(missing: Mapping[str, str], console: Console) -> None:
-    """Print which adapters are not here, and why."""
+    """Print the adapters that do not run here, and why."""
     for name, reason in missing.items():
         console.print(Text(f"not here: {name} ({reason})", style="dim"))
 
 
 def select_cases(patterns: Sequence[str] | None) -> list[str]:
-    """Return the names of the cases that are asked for, with * and ?; without a pattern those of the default."""
+    """Return the names of the cases that match a pattern with * and ?; without patterns the default cases."""
     if not patterns:
         return default_case_names()
     names = [name for name in all_case_names() if any(fnmatch(name, pattern) for pattern in patterns)]
@@ -114,17 +118,17 @@ def select_cases(patterns: Sequence[str] | None) -> list[str]:
 
 
 def exit_with(agrees: bool) -> NoReturn:
-    """End with exit code 0 or 1."""
+    """Exit with 0 if the losses agree, else with 1."""
     raise typer.Exit(code=AGREE if agrees else DISAGREE)
 
 
 def announce(text: str) -> None:
-    """Print on stderr what takes time now."""
+    """Print on stderr what the command is doing."""
     typer.echo(text, err=True)
 
 
 def track(items: Iterable[Item], total: int, title: str) -> Iterator[Item]:
-    """Yield items behind a progress bar on stderr. On a terminal it vanishes at the end; elsewhere nothing is shown."""
+    """Yield items with a progress bar on stderr. It vanishes at the end, and appears on terminals only."""
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, redirect_stdout=False) as progress:
@@ -133,7 +137,7 @@ def track(items: Iterable[Item], total: int, title: str) -> Iterator[Item]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """End with exit code 2 if what is written inside cannot be."""
+    """Exit with 2 if the body of the `with` statement cannot write its file."""
     try:
         yield
     except OSError as error:
@@ -149,12 +153,12 @@ def make_table(*headings: str, **options: Any) -> Table:
 
 
 def describe(worst: Worst) -> str:
-    """Return the inputs of an element in one line."""
+    """Return the inputs of the worst element in one line."""
     return "; ".join(f"{name}: {value}" for name, value in worst.inputs.items())
 
 
 def jsonable(value: Any) -> Any:
-    """Return a value as JSON has it; infinities and NaN, which it has not, become the strings "inf", "-inf", "nan"."""
+    """Return a value that JSON can hold; infinities and NaN become the strings "inf", "-inf", "nan"."""
     if is_dataclass(value) and not isinstance(value, type):
         return jsonable(asdict(value))
     if isinstance(value, dict):
@@ -169,7 +173,7 @@ def jsonable(value: Any) -> Any:
 
 
 def write_page(folder: Path | None, survey: Survey, console: Console, **parts: Any) -> None:
-    """Write a web page, if one is wanted, and say so; the parts are those of `write_report`."""
+    """Write a web page if a folder is given, and print its path; `parts` are arguments of `write_report`."""
     if folder is None:
         return
     from parity_tests.report.page import write_report  # noqa: PLC0415 - matplotlib takes a second
@@ -180,7 +184,7 @@ def write_page(folder: Path | None, survey: Survey, console: Console, **parts: A
 
 
 def survey_as_json(survey: Survey) -> dict[str, Any]:
-    """Return a survey for JSON: everything but the arrays."""
+    """Return a survey for JSON, without its arrays."""
     outcomes = [
         {
             "adapter": each.adapter,
@@ -219,7 +223,7 @@ def _comparison_as_json(comparison: Comparison | None) -> dict[str, Any]:
 
 
 def write_json(path: Path | None, content: Any, console: Console) -> None:
-    """Write a file, if one is wanted, and say so."""
+    """Write a JSON file if a path is given, and print the path."""
     if path is not None:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -64,13 +64,13 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
     smoothing: Annotated[float | None, typer.Option(help="The smoothing that both use. [default: 0.1]")] = None,
     convention: Annotated[
         str | None,
-        typer.Option(help="What is right: uniform, non_target, clamp, max_sup. [default: what the first loss does]"),
+        typer.Option(help="Expected convention: uniform, non_target, clamp, max_sup. [default: the first loss's]"),
     ] = None,
     reduction: Annotated[
-        str | None, typer.Option(help="What is right for a loss that returns a scalar: mean, sum. [default: mean]")
+        str | None, typer.Option(help="Expected reduction of a loss that returns a scalar: mean, sum. [default: mean]")
     ] = None,
     classes: Annotated[
-        list[int] | None, typer.Option(min=1, help=f"Number of classes; repeat it. [default: {NUM_CLASSES}]")
+        list[int] | None, typer.Option(min=1, help=f"Number of classes; may be repeated. [default: {NUM_CLASSES}]")
     ] = None,
     ignore_index: Annotated[int | None, typer.Option(help="Label that both ignore.")] = None,
     z_loss: Annotated[float | None, typer.Option(help="Z-loss that both add.")] = None,
@@ -86,12 +86,12 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
     json_file: JsonOption = None,
     report: ReportOption = None,
 ) -> None:
-    """Whether two losses agree, in values and gradients; if not, which known difference it is.
+    """Compare two losses, values and gradients; if they differ, name the known difference.
 
-    What is right is what the first loss does, if it is a loss that is known here, or else the second; or what you say
-    by --convention, --reduction, --smoothing, --z-loss, --softcap, --subtract-entropy.
+    The first loss is the reference if the harness knows it, else the second. Or define the reference by --convention,
+    --reduction, --smoothing, --z-loss, --softcap, --subtract-entropy.
 
-    Exit code 0: they agree, 1: they do not, 2: one of them gives no result at all.
+    Exit code 0: they agree, 1: they differ, 2: one of them gives no result at all.
 
     Examples:
         lsce-parity compare torch:torch.nn:CrossEntropyLoss jax:my.losses:smooth_ce --a label_smoothing=0.1
@@ -122,8 +122,8 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
     ]
     if not (is_user_loss(first) or is_user_loss(second)) and (question.chosen or classes or ignore_index is not None):
         cannot_run(
-            "these losses take all options, and are held against each other in every named case: leave out what "
-            "is right, --classes and --ignore-index"
+            "these losses take all options and are compared in every named case: leave out --classes, --ignore-index "
+            "and the options that define the reference"
         )
     sides = _with_reductions(adapters, probes, ignore_index, console)
     pair = compare_sides(sides[0], sides[1], question, dtypes)
@@ -160,7 +160,7 @@ def _load(specification: str, options: list[str] | None, device: str, linear: bo
 def _with_reductions(
     adapters: list[Adapter], probes: list[Case], ignore_index: int | None, console: Console
 ) -> list[Side]:
-    """Find out what each loss returns; a loss per row is averaged where the other is a scalar."""
+    """Return both sides with their reductions. A loss per row is averaged if the other loss is a scalar."""
     found = [find_reduction(adapter, probes) if is_user_loss(adapter.name) else None for adapter in adapters]
     if "mean" in found:
         for adapter, reduction in zip(adapters, found, strict=True):

@@ -24,13 +24,13 @@ from parity_tests.studies.fingerprint import BACKENDS, Fingerprint, take_fingerp
 
 def fingerprint(
     *,
-    framework: Annotated[str | None, typer.Option(help="jax or torch; default: each that is there.")] = None,
+    framework: Annotated[str | None, typer.Option(help="jax or torch. [default: each that is installed]")] = None,
     device: DeviceOption = "cpu",
     json_file: JsonOption = None,
 ) -> None:
-    """Measure the arithmetic of a device, and hold it against what the bounds assume.
+    """Measure the arithmetic of a device, and compare it with the assumptions of the bounds.
 
-    Exit code 0: everything is within that; 1: something is not; 2: the framework or the device is not there.
+    Exit code 0: all measurements are within the assumptions, 1: one is not, 2: no such framework or device here.
     """
     if framework is not None and framework not in BACKENDS:
         cannot_run(f"there is no framework {framework!r} here; the frameworks are {', '.join(BACKENDS)}")

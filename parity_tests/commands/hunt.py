@@ -53,19 +53,19 @@ def hunt(
         float | None, typer.Option(help=f"Time for each adapter, dtype and part. [default: {SECONDS:g}]")
     ] = None,
     examples: Annotated[
-        int | None, typer.Option(help="In place of the time, calls of the adapter: finds the same each time.")
+        int | None, typer.Option(help="Number of calls of the adapter, in place of the time: reproducible.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Another seed is another search.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the search.")] = 0,
     save: Annotated[
         Path | None,
-        typer.Option("--save", metavar="DIR", file_okay=False, help="Bundle to put the cases found into; see replay."),
+        typer.Option("--save", metavar="DIR", file_okay=False, help="Bundle to add the cases found to; see replay."),
     ] = None,
     device: DeviceOption = "cpu",
     json_file: JsonOption = None,
 ) -> None:
-    """Search for the inputs that bring adapters nearest to their bounds, or beyond: of the loss, and of each gradient.
+    """Search for inputs with the largest errors relative to the bounds, of the loss and of each gradient.
 
-    Exit code 0: nothing beyond its bound was found, 1: something was, shown as small as can be, 2: it cannot run.
+    Exit code 0: no error beyond its bound was found, 1: one was, and the smallest such case is shown, 2: cannot run.
 
     Examples:
         lsce-parity hunt --adapter jax-fused --dtype float32 --seconds 60
@@ -103,7 +103,7 @@ def hunt(
 
 
 def _known(folder: Path | None) -> list[Case]:
-    """Return the cases of a bundle that is there already."""
+    """Return the cases of the bundle in a folder; none if there is no bundle."""
     if folder is None or not folder.is_dir() or not any(folder.iterdir()):
         return []
     try:
@@ -115,14 +115,14 @@ def _known(folder: Path | None) -> list[Case]:
 def _save(
     folder: Path, known: Sequence[Case], finds: Sequence[Find], adapters: Sequence[Adapter], console: Console
 ) -> None:
-    """Write a bundle of the cases that were known and those that were found, of the same name the worse one."""
+    """Write a bundle of the known and the found cases; of two with the same name, the one with the larger error."""
     cases = {case.name: case for case in known}
     by_name = {adapter.name: adapter for adapter in adapters}
     for find in finds:
         old = cases.get(find.case.name)
         if old is None or share_of(by_name[find.adapter], old, find.part) < find.share:
             cases[find.case.name] = find.case
-    with writing(folder):  # such a case is compared with the truth alone
+    with writing(folder):  # without adapters: a replay compares these cases with the truth alone
         write_bundle(folder, record([], [cases[name] for name in sorted(cases)]))
     console.print(f"wrote {folder}: {len(cases)} cases", soft_wrap=True, highlight=False)
 
@@ -149,7 +149,7 @@ def _print(finds: Sequence[Find], console: Console) -> None:
 
 
 def _as_code(case: Case) -> str:
-    """Return what a case is made of, one thing a line, those that are not set left out."""
+    """Return the fields of a case that are set, one a line."""
     values = {each.name: getattr(case, each.name) for each in fields(case)}
     given = {name: value for name, value in values.items() if value is not None and name not in ("name", "axis")}
     lists = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in given.items()}

@@ -14,21 +14,21 @@ COMMAND = "lsce-parity matrix"
 
 def matrix(
     *,
-    ledger_file: Annotated[Path, typer.Option("--ledger", metavar="FILE", help="What is known, as JSON.")],
+    ledger_file: Annotated[Path, typer.Option("--ledger", metavar="FILE", help="Ledger with the evidence, as JSON.")],
     add: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Ledger of a session, to be put into the first; may be repeated."),
+        typer.Option(metavar="FILE", help="Ledger of a session to merge into it; may be repeated."),
     ] = None,
     readme: Annotated[
-        Path, typer.Option(metavar="FILE", help="Page that has the matrix, between two comments.")
+        Path, typer.Option(metavar="FILE", help="Page with the two comments that the matrix stands between.")
     ] = Path("README.md"),
     check: Annotated[
-        bool, typer.Option("--check", help="Write nothing; exit code 1 if the page is not as it would be.")
+        bool, typer.Option("--check", help="Write nothing; exit code 1 if the page is out of date.")
     ] = False,
 ) -> None:
     """Write the support matrix into a page, from the ledger that `pytest --parity-ledger=FILE` writes.
 
-    Exit code 0: written, or as it would be; 1: it would be another; 2: a file is missing or not what it should be.
+    Exit code 0: written, or up to date; 1: the page is out of date; 2: a file is missing or malformed.
     """
     if check and add:
         cannot_run("--check writes nothing, and --add does; give one of them")

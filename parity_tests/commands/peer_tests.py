@@ -41,12 +41,12 @@ AGAINST: dict[Compare, str] = {
 def peer_tests(
     *,
     markdown: Annotated[
-        Path | None, typer.Option("--markdown", dir_okay=False, help="Page whose generated part is written anew.")
+        Path | None, typer.Option("--markdown", dir_okay=False, help="Page whose table is replaced.")
     ] = None,
 ) -> None:
-    """Show which wrong losses the published label-smoothing tests of other libraries would have caught.
+    """Show which wrong losses the published label-smoothing tests of other libraries catch.
 
-    Exit code 0: the bounds reject whatever one of these tests rejects, 1: they do not.
+    Exit code 0: the bounds reject every fault that one of these tests rejects, 1: they do not.
     """
     console = PlainConsole()
     for fault in track(FAULTS, len(FAULTS), "wrong losses"):
@@ -59,7 +59,7 @@ def peer_tests(
         try:
             write_block(markdown, COMMAND, generated_markdown())
         except (OSError, ValueError) as error:
-            cannot_run(f"{markdown} cannot be written anew: {error}")
+            cannot_run(f"{markdown} cannot be updated: {error}")
         console.print(f"wrote {markdown}", soft_wrap=True, highlight=False)
     accepted = [fault for fault in shown_faults() if bounds_symbol(fault) != SYMBOLS["caught"]]
     for fault in accepted:
@@ -79,22 +79,22 @@ def _table() -> Table:
 
 
 def symbol(verdict: Verdict) -> str:
-    """Return a verdict as the tables show it: ~ where another draw of the inputs may decide otherwise."""
+    """Return the symbol of a verdict; ~ means that other random inputs may change it."""
     return SYMBOLS[verdict.mark] + ("~" if verdict.close else "")
 
 
 def bounds_symbol(fault: str) -> str:
-    """Return what the computed bounds make of a fault on the inputs of all these tests."""
+    """Return the symbol of the bounds' verdict on a fault, on the inputs of all these tests."""
     return SYMBOLS["caught" if any(verdict.ours for verdict in verdicts_on(fault).values()) else "nothing"]
 
 
 def shown_faults() -> list[str]:
-    """Return the faults that the inputs of any of these tests can show."""
+    """Return the faults that have a visible effect on the inputs of at least one test."""
     return [fault for fault in FAULTS if any(verdict.mark != "nothing" for verdict in verdicts_on(fault).values())]
 
 
 def generated_markdown() -> str:
-    """Return the part of docs/peer-tests.md that is made from the code."""
+    """Return the generated part of docs/peer-tests.md."""
     shown = shown_faults()
     lines = _head("wrong in this way", *[peer.name for peer in PEER_TESTS], "bounds")
     for fault in shown:

@@ -24,7 +24,7 @@ from parity_tests.studies.power import HARMLESS, Trial, all_trials, sound_failur
 from parity_tests.studies.self_check_power import faults_caught
 from parity_tests.truth.precision import DTYPES
 
-# Faults that are named for each self-check; --json has all.
+# Number of faults printed for each self-check; --json has all.
 SHOWN = 4
 
 
@@ -36,9 +36,9 @@ def power(
     dtype: DtypeOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Put every fault of the mutant bank under every assertion that the harness makes.
+    """Test every assertion of the harness with every fault of the mutant bank.
 
-    Exit code 0: all are rejected, 1: an assertion lets one pass that it should see, 2: no such fault.
+    Exit code 0: all faults are rejected, 1: an assertion accepts a fault that it should reject, 2: no such fault.
     """
     console = PlainConsole()
     dtypes = check_dtypes(dtype, DTYPES)
@@ -71,8 +71,8 @@ def _print_table(found: list[Trial], dtypes: tuple[str, ...], console: Console) 
         cells = [_cell(trials[fault, dtype, "oracle"]) for dtype in dtypes]
         table.add_row(fault, *cells, _cell(trials.get((fault, "float32", "trajectory"))))
     console.print(
-        "Cases that reject the fault, of those that it changes; and the share of a bound at which the nearest of them "
-        "did (1 would be accepted).\n"
+        "Cases that reject the fault, out of the cases that it changes, and the smallest rejected error as a share of "
+        "its bound (1 would be accepted).\n"
     )
     console.print(table)
     console.print()
@@ -80,7 +80,7 @@ def _print_table(found: list[Trial], dtypes: tuple[str, ...], console: Console) 
 
 def _cell(trial: Trial | None) -> str:
     if trial is None:
-        return ""  # of linear layers there is no training
+        return ""  # faults of linear layers are not tried in trainings
     if not trial.changed:
         return "harmless" if (trial.fault, trial.dtype) in HARMLESS else "-"
     nearest = f" {trial.nearest:.1e}" if trial.rejected else ""

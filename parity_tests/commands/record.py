@@ -27,7 +27,7 @@ from parity_tests.studies.replays import replay as replay_bundle
 from parity_tests.studies.survey import make_cases
 from parity_tests.truth.precision import DTYPES
 
-# The cases that most losses differ in; JAX compiles each, for each adapter and dtype, in a third of a second.
+# The cases that tell most losses apart. JAX takes a third of a second to compile one for an adapter and dtype.
 CASES = (
     "uniform_mean",
     "large_offset",
@@ -59,12 +59,11 @@ def record(
     ] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
-    force: Annotated[bool, typer.Option("--force", help="Write over a bundle that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing bundle.")] = False,
 ) -> None:
-    """Keep inputs, truth and what adapters give here, to hold them against another framework or machine: `replay`.
+    """Record inputs, truth and results of adapters, for `replay` with another framework or on another machine.
 
-    Exit code 0: all are within their bounds of the truth, 1: one is not, and the bundle is written all the same,
-    2: nothing is written.
+    Exit code 0: all results are within their bounds, 1: one is not (the bundle is still written), 2: nothing written.
 
     Examples:
         lsce-parity record from-the-gpu-machine --device cuda
@@ -79,13 +78,13 @@ def record(
     names = select_cases(case or CASES)
     adapters, missing = find_adapters(adapter or ADAPTERS, device, asked=bool(adapter))
     cases = make_cases(names, dtypes)
-    if not adapter:  # of the default, those that take any of these cases
+    if not adapter:  # default adapters that can handle none of the cases are left out
         adapters = [each for each in adapters if any(each.unsupported(case) is None for case in cases)]
     announce(f"recording {', '.join(each.name for each in adapters)} in {len(cases)} cases")
     try:
         with writing(folder):
             write_bundle(folder, record_cases(adapters, track(cases, len(cases), "cases")))
-            # The verdict is that on the files, read back.
+            # The verdict is on the files as read back.
             found = replay_bundle(read_bundle(folder), [])
     except BundleError as error:
         cannot_run(str(error))

@@ -27,7 +27,7 @@ from parity_tests.studies.replays import replay as replay_bundle
 
 AdapterOption = Annotated[
     list[str] | None,
-    typer.Option("--adapter", help="May be repeated. [default: all of ours that are here and need no compiler]"),
+    typer.Option("--adapter", help="May be repeated. [default: all of ours that run here and need no compiler]"),
 ]
 
 
@@ -38,11 +38,11 @@ def replay(
     device: DeviceOption = "cpu",
     json_file: JsonOption = None,
 ) -> None:
-    """Hold the adapters that are here against values that were recorded elsewhere, on the same input bits.
+    """Compare adapters on this machine with values recorded elsewhere, on the same input bits.
 
-    Each adapter must be within its bounds of the truth, and of each recorded adapter within the sum of both bounds;
-    and so must each recorded adapter of the truth. Exit code 0: all are, 1: one is not, 2: the bundle is stale,
-    tampered with or of another version, or no adapter is here.
+    Each adapter must be within its bounds of the truth, and within the sum of both bounds of each recorded adapter.
+    Each recorded adapter must be within its bounds of the truth. Exit code 0: all are, 1: one is not, 2: the bundle is
+    stale, damaged or of another version, or no adapter runs here.
 
     Examples:
         lsce-parity replay from-the-gpu-machine
@@ -84,7 +84,7 @@ def replay(
 
 
 def print_replay(found: Replay, console: Console) -> None:
-    """Print who was held against whom, then the worst of what is wrong."""
+    """Print each comparison, then the worst case of each that disagrees."""
     table = make_table("here", "recorded", ">cases", ">share", "verdict")
     lines = [line for line in found.lines() if line.cases]
     here = {each.name: f"{each.name} on {each.device}" for each in found.adapters}

@@ -34,7 +34,7 @@ from parity_tests.studies.survey import Member, Survey, examine_each, make_cases
 from parity_tests.studies.verdicts import Difference, Outcome
 from parity_tests.truth.precision import DTYPES
 
-# torch.compile takes seconds for each combination of options, and JAX for each linear case: only when asked for.
+# torch.compile takes seconds for each combination of options, and so does JAX for each linear case.
 SLOW = frozenset(name for name in ENTRIES if name.endswith(("-compiled", "-linear-reference")))
 SHOWN = 20
 
@@ -43,7 +43,7 @@ def run(
     *,
     adapter: Annotated[
         list[str] | None,
-        typer.Option("--adapter", help="Name with * and ?; may be repeated. [default: all that are here and not slow]"),
+        typer.Option("--adapter", help="Name with * and ?; may be repeated. [default: all that run here and are fast]"),
     ] = None,
     case: Annotated[list[str] | None, typer.Option("--case", help="Name with * and ?; may be repeated.")] = None,
     dtype: DtypeOption = None,
@@ -51,10 +51,10 @@ def run(
     json_file: JsonOption = None,
     report: ReportOption = None,
 ) -> None:
-    """Hold adapters against the truth and against each other, in every case and dtype.
+    """Compare adapters with the truth and with each other, in every case and dtype.
 
-    Exit code 0: ours are all within their bounds, 1: one is not, 2: an adapter that was asked for is not here. The
-    frameworks' own losses and those of other libraries are shown beside; what they get wrong is no failure.
+    Exit code 0: all of ours are within their bounds, 1: one is not, 2: a named adapter does not run here. The
+    frameworks' own losses and those of other libraries are shown for comparison; their errors are no failure.
     """
     console = PlainConsole()
     dtypes = check_dtypes(dtype, DTYPES)
@@ -73,15 +73,15 @@ def run(
     write_json(json_file, content, console)
     write_page(report, found, console, title="lsce parity", evidence=found.evidence(), environment=environment)
     if not found.called:
-        cannot_run("no adapter has what these cases ask for")
+        cannot_run("no adapter can handle these cases")
     console.print(verdict_line(found), highlight=False)
     exit_with(found.agrees)
 
 
 def find_members(patterns: list[str] | None, device: str) -> tuple[dict[str, Member], dict[str, str]]:
-    """Return the adapters that are asked for, and why others are not here.
+    """Return the chosen adapters, and for each that does not run here the reason.
 
-    One that is asked for by its full name must be here, and so must one of ours at least.
+    An adapter named in full must run here. By default at least one of ours must.
     """
     check_device(device)
     members, missing = {}, {}
@@ -105,7 +105,7 @@ def find_members(patterns: list[str] | None, device: str) -> tuple[dict[str, Mem
 
 
 def print_survey(found: Survey, console: Console) -> None:
-    """Print a row for each adapter, then what differs."""
+    """Print a row for each adapter, then the disagreements."""
     table = make_table("adapter", ">cases", ">agree", ">differ", ">failed", ">loss", ">gradient", "in case")
     for name, member in found.members.items():
         outcomes = found.of(name)
@@ -120,7 +120,7 @@ def print_survey(found: Survey, console: Console) -> None:
             *(f"{share:.2f}" if share < 1000 else f"{share:.0e}" for share in shares),
             f"{worst.case} {worst.dtype}" if worst else "",
         )
-    console.print("Largest error as a share of its bound; at most 1 is right. Dim: other libraries, shown beside.\n")
+    console.print("Largest error as a share of its bound; at most 1 is right. Dim: other libraries, for comparison.\n")
     console.print(table)
     console.print()
     _print_wrong(found, console)
@@ -157,12 +157,12 @@ def _describe(outcome: Outcome) -> str:
 
 def _describe_difference(difference: Difference) -> str:
     first, second = difference.adapters
-    blame = f"outside of the truth's bounds: {' and '.join(difference.blame) or 'neither'}"
+    blame = f"outside of the bounds of the truth: {' and '.join(difference.blame) or 'neither'}"
     return f"{first} against {second} in {difference.case} {difference.dtype}: {difference.comparison}; {blame}"
 
 
 def _print_closeness(found: Survey, console: Console) -> None:
-    """Say how often ours are no further from the truth than a peer of the same framework."""
+    """Print how often ours are no further from the truth than a peer of the same framework."""
     for name in (name for name, member in found.members.items() if member.ours):
         for peer in found.peers_of(name):
             closer, equal, cases = found.closeness(name, [peer])
@@ -184,7 +184,7 @@ def verdict_line(found: Survey) -> str:
 
 
 def adapters(*, device: DeviceOption = "cpu") -> None:
-    """List the adapters, and what stands in the way of those that are not here."""
+    """List the adapters, and why some do not run here."""
     console = PlainConsole()
     check_device(device)
     table = make_table("adapter", "framework", "whose", "here")

@@ -40,14 +40,14 @@ def trajectory(
     first_option: FirstOption = None,
     second_option: SecondOption = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps to take.")] = 20,
-    replicas: Annotated[int, typer.Option(min=1, help="One-ulp replicas of the first training.")] = 4,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows that a loss is the mean of.")] = 64,
+    replicas: Annotated[int, typer.Option(min=1, help="One-ulp replicas of the first training to run.")] = 4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of rows that each loss averages.")] = 64,
     json_file: JsonOption = None,
     report: ReportOption = None,
 ) -> None:
-    """Hold two trainings against each other step by step: free-running and teacher-forced.
+    """Compare two trainings step by step: free-running and teacher-forced.
 
-    Exit code 0: they agree, 1: they part, 2: they cannot be compared.
+    Exit code 0: they agree, 1: they differ, 2: they cannot be compared.
 
     Example, the trainings of the demo:
         lsce-parity trajectory jax:examples.digits_steps:JaxSteps torch:examples.digits_steps:TorchSteps
@@ -58,7 +58,7 @@ def trajectory(
         verdicts = compare_step_by_step(one, other, steps, replicas=replicas, batch_size=batch_size)
     except TrainingError as error:
         cannot_run(str(error))
-    except (Exception, SystemExit) as error:  # and so may its methods
+    except (Exception, SystemExit) as error:  # a method of the user's may raise anything
         cannot_run(f"a training raised {type(error).__name__}: {error}")
     agrees = all(verdict.agrees for verdict in verdicts)
     for verdict in verdicts:

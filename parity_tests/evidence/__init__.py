@@ -1,1 +1,1 @@
-"""What is known of which adapter, dtype and device."""
+"""The evidence for each adapter, dtype and device, and where it was found."""

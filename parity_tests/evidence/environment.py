@@ -1,4 +1,4 @@
-"""What ran where: versions, devices and the flags that change arithmetic. Loads no framework that is not loaded."""
+"""Versions, devices and flags that change arithmetic. Only frameworks that are already loaded are asked."""
 
 import platform
 import sys
@@ -11,7 +11,7 @@ LIBRARIES = ("lsce", "numpy", "jax", "jaxlib", "flax", "optax", "torch", "keras"
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return Python, platform, the versions of `LIBRARIES`, and devices and flags of the frameworks that are loaded."""
+    """Return Python, platform, versions of `LIBRARIES`, and devices and flags of the loaded frameworks."""
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -22,7 +22,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 def installed_versions(names: Iterable[str]) -> dict[str, str]:
-    """Return the versions of those that are installed."""
+    """Return the versions of the packages that are installed."""
     found = {}
     for name in names:
         try:
@@ -53,7 +53,7 @@ def _flags() -> dict[str, Any]:
     if "torch" in sys.modules:
         torch = sys.modules["torch"]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torch 2.9 deprecates here what it does itself
+            warnings.simplefilter("ignore", UserWarning)  # torch 2.9 warns about its own call
             flags["torch_float32_matmul_precision"] = torch.get_float32_matmul_precision()
         flags["torch_deterministic"] = torch.are_deterministic_algorithms_enabled()
         flags["torch_threads"] = torch.get_num_threads()

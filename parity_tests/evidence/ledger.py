@@ -1,4 +1,4 @@
-"""What is known of each adapter, device and dtype, and how it is known.
+"""The ledger: for each adapter, device and dtype, the evidence that it is right.
 
 Standard library only: the pytest plugin loads this in sessions that have nothing to do with losses.
 """
@@ -16,11 +16,11 @@ Kind = Literal["executed", "replayed", "interpreted", "compiled", "not run"]
 # From the strongest to the weakest.
 KINDS: tuple[Kind, ...] = ("executed", "replayed", "interpreted", "compiled", "not run")
 
-# In the order that tables have. The same as `adapters.DEVICES` and `precision.DTYPES`, whose modules load NumPy.
+# In the order of the tables. The same as `adapters.DEVICES` and `precision.DTYPES`, whose modules load NumPy.
 DEVICES = ("cpu", "cuda", "tpu")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
-# Whose versions a ledger keeps.
+# A ledger keeps the versions of these packages.
 PACKAGES = ("jax", "flax", "optax", "torch", "numpy")
 
 Key = tuple[str, str, str]
@@ -28,7 +28,7 @@ Key = tuple[str, str, str]
 
 @dataclass(frozen=True, order=True)
 class Evidence:
-    """How something is known.
+    """A piece of evidence.
 
     Args:
         adapter: name of the adapter; it starts with its framework, as in "jax-fused".
@@ -37,10 +37,10 @@ class Evidence:
         kind: ran on that device ("executed"), values recorded on another machine were held against it ("replayed"), a
             kernel ran in its framework's interpreter ("interpreted"), the device's compiler accepted it ("compiled"),
             or none of these ("not run").
-        detail: what the table adds, such as the card's name.
+        detail: a detail for the table, such as the name of the card.
 
     Raises:
-        ValueError: a field is no text or empty, or there is no such device or kind.
+        ValueError: a field is empty or not a string, or there is no such device or kind.
     """
 
     adapter: str
@@ -62,7 +62,7 @@ class Evidence:
 
     @property
     def key(self) -> Key:
-        """What it is evidence for."""
+        """The adapter, device and dtype."""
         return self.adapter, self.device, self.dtype
 
     @property
@@ -73,11 +73,11 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Session:
-    """What a session found, or several with the same versions.
+    """The evidence of one session, or of several with the same versions.
 
     Args:
-        versions: of Python and of packages, by name.
-        evidence: what it found.
+        versions: versions of Python and packages, by name.
+        evidence: the evidence.
     """
 
     versions: Mapping[str, str]
@@ -95,12 +95,12 @@ def framework_of(adapter: str) -> str:
 
 
 def session_versions() -> dict[str, str]:
-    """Return the versions of Python and of those of `PACKAGES` that are installed."""
+    """Return the versions of Python and of the installed `PACKAGES`."""
     return {"python": platform.python_version(), **installed_versions(PACKAGES)}
 
 
 def merge(sessions: Iterable[Session]) -> list[Session]:
-    """Put together the evidence of sessions with the same versions; in order of their first appearance."""
+    """Merge the evidence of sessions with the same versions, in order of first appearance."""
     merged: dict[frozenset[tuple[str, str]], Session] = {}
     for session in sessions:
         versions = frozenset(session.versions.items())
@@ -110,7 +110,7 @@ def merge(sessions: Iterable[Session]) -> list[Session]:
 
 
 def strongest(evidence: Iterable[Evidence]) -> dict[Key, tuple[Kind, list[str]]]:
-    """Return the strongest kind that is known of each adapter, device and dtype, and the details of all of that kind.
+    """Return the strongest kind of evidence for each adapter, device and dtype, with all details of that kind.
 
     Example:
         >>> weak = Evidence("jax-fused", "tpu", "bfloat16", "not run")
@@ -130,11 +130,11 @@ def strongest(evidence: Iterable[Evidence]) -> dict[Key, tuple[Kind, list[str]]]
 
 
 def read(path: Path) -> list[Session]:
-    """Return what a file holds that `write` wrote.
+    """Return the sessions in a file that `write` wrote.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no ledger.
+        OSError: the file cannot be read.
+        ValueError: the file is no ledger.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -149,7 +149,7 @@ def read(path: Path) -> list[Session]:
 
 
 def write(path: Path, sessions: Iterable[Session]) -> None:
-    """Write a file, the same for the same evidence; a line for each piece, so that a diff shows gains and losses."""
+    """Write a file, identical for identical evidence, one piece a line, so that a diff shows gains and losses."""
     blocks = []
     for session in sessions:
         entries = ",\n".join(f"    {json.dumps(asdict(entry))}" for entry in sorted(session.evidence))
@@ -162,7 +162,7 @@ def write(path: Path, sessions: Iterable[Session]) -> None:
 
 
 def in_order(names: Iterable[str], order: Sequence[str]) -> list[str]:
-    """Return names without repetition, those of `order` first, the others by the alphabet."""
+    """Return the distinct names: first those in `order`, then the others alphabetically."""
     return sorted(set(names), key=lambda name: (order.index(name) if name in order else len(order), name))
 
 
@@ -177,10 +177,10 @@ def table(cells: Mapping[Key, str]) -> list[str]:
 
 
 def matrix(sessions: Sequence[Session]) -> str:
-    """Return the support matrix in Markdown, and the versions that it holds for.
+    """Return the support matrix in Markdown, and the versions that it was found with.
 
-    Adapters of a framework share a row where everything is equal, and so do dtypes. What is not in the ledger is not
-    run: every adapter in it is shown for every dtype in it.
+    Adapters of a framework with equal cells share a row, and so do dtypes. A combination of adapter and dtype that the
+    ledger lacks is shown as not run.
     """
     found = strongest(entry for session in sessions for entry in session.evidence)
     dtypes = in_order((dtype for _, _, dtype in found), DTYPES)
@@ -203,7 +203,7 @@ def _cell(kind: Kind, details: list[str]) -> str:
 
 
 def _versions(sessions: Sequence[Session]) -> list[str]:
-    """Return a line for each session, kind and device, which says how much of what is known that session found."""
+    """Return a line for each session, kind and device with the session's share of the evidence."""
     lines = []
     for kind in KINDS[:-1]:
         for device in DEVICES:

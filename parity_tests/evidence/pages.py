@@ -1,4 +1,4 @@
-"""Text that a command writes into a page, between two comments that name the command."""
+"""Writes the output of a command into a page, between two comments that name the command."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Adapters turn a framework's loss into NumPy arrays of loss and gradients. Making one loads its framework."""
+"""Adapters call a framework's loss and return loss and gradients as NumPy arrays. Making one loads its framework."""
 
 import importlib
 from collections.abc import Callable
@@ -20,21 +20,21 @@ class UnavailableError(Exception):
 
 
 class LossError(Exception):
-    """A loss gave nothing that can be compared; the message says what it did."""
+    """A loss returned nothing that can be compared; the message says what it returned."""
 
 
 class ShapeError(LossError):
-    """The loss has neither the shape of the rows nor that of a scalar, whichever was asked for."""
+    """The shape of the loss does not fit the reduction."""
 
 
 class Adapter(Protocol):
     """A loss of some framework on some device.
 
     Args:
-        name: what reports call it.
+        name: name in reports.
         framework: "jax", "torch" or "numpy".
         device: "cpu", "cuda" or "tpu".
-        arithmetic: how accurate the elementary functions are there.
+        arithmetic: accuracy of its elementary functions.
     """
 
     name: str
@@ -43,20 +43,20 @@ class Adapter(Protocol):
     arithmetic: Arithmetic
 
     def unsupported(self, case: Case) -> str | None:
-        """Return what the loss cannot be asked of a case, for people; None if it can be called."""
+        """Return why the loss cannot handle a case, or None."""
         ...
 
     def __call__(self, case: Case) -> AnyResult:
-        """Return loss and gradients of a case. Whatever it raises is reported as a failure of this case."""
+        """Return loss and gradients of a case. An exception is reported as a failure of this case."""
         ...
 
 
 def missing_features(case: Case, supports: frozenset[str] | None, linear: bool = False) -> str | None:
-    """Return what keeps a loss from a case, for people, or None: its kind, or features that are not in `supports`.
+    """Return why a loss cannot handle a case, or None: the case's kind, or features that are not in `supports`.
 
     Args:
         case: the case.
-        supports: the features that the loss has; None for all.
+        supports: features of the loss; None for all.
         linear: whether the loss takes a linear layer, and not logits.
     """
     if linear != isinstance(case, LinearCase):
@@ -72,12 +72,12 @@ class FrameworkAdapter:
         package: the package, loaded.
         loss: the function; by default `label_smoothed_cross_entropy` of the package, or the linear one. It gets
             `smoothing` and `reduction`, and of the other options those that a case sets.
-        implementation: which one to choose; None leaves that to the function.
-        device: where to run it.
-        name: what reports call it.
-        supports: the features (see `parity_tests.truth.cases.features`) that it has; None for all.
+        implementation: the implementation; None leaves the choice to the function.
+        device: the device.
+        name: name in reports.
+        supports: its features (see `parity_tests.truth.cases.features`); None for all.
         linear: whether it takes (hidden, weight, labels), and not (logits, labels).
-        narrow: what the layer stores in a narrow dtype on the way; see `Arithmetic`.
+        narrow: intermediate results that the layer stores in a narrow dtype; see `Arithmetic`.
     """
 
     framework: str
@@ -240,21 +240,21 @@ def _check_shape(case: Case, loss: Any) -> None:
         raise ShapeError(f"the loss has shape {list(shape)}, expected {list(wanted)}")
 
 
-# What the gradient is taken with respect to: of the dense loss the logits, of the linear one the others.
+# The differentiable operands: of the dense loss the logits, of the linear loss the others.
 LEAVES = ("logits", "hidden", "weight", "bias")
 
 
 def _call(loss: Callable[..., Any], leaves: dict[str, Any], others: dict[str, Any]) -> Any:
-    """Call a loss with logits, or hidden and weight, by position, and everything else by its name."""
+    """Call a loss with logits, or hidden and weight, by position, and all other arguments by name."""
     first = [leaf for name, leaf in leaves.items() if name != "bias"]
     bias = {"bias": leaves["bias"]} if "bias" in leaves else {}
     return loss(*first, **bias, **others)
 
 
 def operands_of(case: Case, implementation: str | None = None) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Split a case into arrays and plain options; a vector of the classes and `upstream` are in the compute dtype.
+    """Return the arrays and the plain options of a case. Class vectors and `upstream` are in the compute dtype.
 
-    Only an implementation other than "reference" is told a linear case's chunk size.
+    "reference" has no chunks, so it does not get the chunk size of a linear case.
     """
     compute = compute_dtype(case.dtype)
     soft = case.labels.dtype.kind == "f"
@@ -286,7 +286,7 @@ def operands_of(case: Case, implementation: str | None = None) -> tuple[dict[str
 
 
 def to_torch(array: NDArray[Any]) -> Any:
-    """Return an array as a tensor of the same bits."""
+    """Return a tensor with the bits of an array."""
     import torch
 
     if array.dtype.name == "bfloat16":
@@ -295,7 +295,7 @@ def to_torch(array: NDArray[Any]) -> Any:
 
 
 def _result(case: Case, parts: dict[str, NDArray[Any]], dtypes: dict[str, str]) -> AnyResult:
-    """Return parts in the shapes of `Result` and `LinearResult`, the gradient by the logits as "gradient"."""
+    """Return the result, with the gradient with respect to the logits as "gradient"."""
     rows = case.rows().logits.shape
     widened = {name: part.astype(np.float64) for name, part in parts.items()}
     if case.options.get("reduction", "none") == "none":

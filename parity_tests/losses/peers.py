@@ -1,10 +1,10 @@
-"""Losses of other libraries as adapters, each called within what its library documents, in the library's own terms.
+"""Losses of other libraries as adapters, each called as its library documents.
 
-What an adapter translates: names of arguments, the place of the class dimension, a one-hot or smoothed target where the
-library wants one, and the reduction where the library leaves it to its user. What it does not hide: everything that
-comes out. So "disagree" and "failed" are findings about the library, and "unsupported" means it was not asked.
+An adapter translates the names of arguments, the place of the class dimension, a one-hot or smoothed target if the
+library wants one, and the reduction if the library leaves it to its user. It returns the results unchanged. So
+"disagree" and "failed" are findings about the library, and "unsupported" means that it was not called.
 
-T5X is no library that can be installed beside these, and its formula is written here once more.
+T5X cannot be installed beside the others, so its formula is written here again.
 """
 
 import importlib
@@ -27,7 +27,7 @@ from parity_tests.losses.adapters import Adapter, JaxAdapter, LossError, TorchAd
 from parity_tests.truth.cases import Case
 from parity_tests.truth.comparison import AnyResult
 
-# What asks for nothing, and so needs no argument of a library.
+# Options with these values have no effect, so a library need not have the argument.
 NEUTRAL = (
     ("convention", "uniform"),
     ("z_loss", 0.0),
@@ -40,15 +40,15 @@ NEUTRAL = (
 
 
 class PeerAdapter:
-    """An adapter around a library's loss: not called where `refuse` gives a reason, and spared what it need not know.
+    """An adapter around a library's loss, which is not called if `refuse` gives a reason.
 
-    That is options that ask for nothing, arrays that broadcast, and a JAX that rejects promotion of dtypes and ranks:
-    a user may have set that, and the libraries were not made for it.
+    It drops options without effect and broadcasts arrays. JAX promotes dtypes and ranks during the call even if the
+    user has forbidden that, since the libraries rely on promotion.
 
     Args:
-        adapter: what to call.
-        refuse: returns what a case asks that the library does not take and that is no feature of
-            `parity_tests.truth.cases.features`; None if it can be called.
+        adapter: the adapter to call.
+        refuse: returns why the library cannot handle a case, beyond the features of
+            `parity_tests.truth.cases.features`; or None.
     """
 
     def __init__(self, adapter: Adapter, refuse: Callable[[Case], str | None] = lambda case: None) -> None:
@@ -58,7 +58,7 @@ class PeerAdapter:
         self.arithmetic = adapter.arithmetic
 
     def unsupported(self, case: Case) -> str | None:
-        """Return what the library cannot be asked of a case."""
+        """Return why the library cannot handle a case, or None."""
         return self.adapter.unsupported(case) or self.refuse(case)
 
     def __call__(self, case: Case) -> AnyResult:
@@ -89,8 +89,8 @@ class WorkerAdapter:
     multiprocessing, a script that uses it needs `if __name__ == "__main__":`.
 
     Args:
-        make: makes the adapter; called in both processes, and here for its name and the cases it takes only.
-        environment: variables of that process.
+        make: makes the adapter. It is called in both processes; here only for the name and the cases it takes.
+        environment: environment variables of the process.
     """
 
     def __init__(self, make: Callable[[], Adapter], environment: Mapping[str, str]) -> None:
@@ -102,7 +102,7 @@ class WorkerAdapter:
         self._pool: ProcessPoolExecutor | None = None
 
     def unsupported(self, case: Case) -> str | None:
-        """Return what the library cannot be asked of a case."""
+        """Return why the library cannot handle a case, or None."""
         return self.adapter.unsupported(case)
 
     def __call__(self, case: Case) -> AnyResult:
@@ -126,7 +126,7 @@ def _set_environment(environment: Mapping[str, str]) -> None:
 
 
 def _evaluate(make: Callable[[], Adapter], case: Case) -> AnyResult | str:
-    """Return the result, or what was raised: not every exception of a library survives the way between processes."""
+    """Return the result, or the exception as text: not every exception of a library can be pickled."""
     try:
         return make()(case)
     except Exception as error:
@@ -162,14 +162,14 @@ def _torch_cross_entropy(name: str, cross_entropy: Callable[..., Any], device: s
         class_weight: Any = None,
         ignore_index: int = -100,
     ) -> Any:
-        # Classes are in dimension 1, or alone. Left as they are there: torch.compile warns of inputs that are views.
+        # Classes are in dimension 1, or the only one. They are moved only if needed: torch.compile warns of views.
         if logits.ndim > 1 and axis % logits.ndim != 1:
             labels = labels.movedim(axis, 1) if labels.is_floating_point() else labels
             logits = logits.movedim(axis, 1)
         return cross_entropy(
             logits,
             labels,
-            weight=None if class_weight is None else class_weight.to(logits.dtype),  # no other dtype is taken
+            weight=None if class_weight is None else class_weight.to(logits.dtype),  # must have the dtype of the logits
             ignore_index=ignore_index,
             reduction=reduction,
             label_smoothing=smoothing,
@@ -180,7 +180,7 @@ def _torch_cross_entropy(name: str, cross_entropy: Callable[..., Any], device: s
 
 
 def timm_label_smoothing(device: str = "cpu") -> Adapter:
-    """Return `timm.loss.LabelSmoothingCrossEntropy`, which has the mean only."""
+    """Return `timm.loss.LabelSmoothingCrossEntropy`, which only has the mean."""
     timm_loss = _library("timm.loss", "'lsce[torch,peers]'")
 
     def loss(logits: Any, labels: Any, *, smoothing: float, reduction: str) -> Any:
@@ -243,7 +243,7 @@ def optax_integer(device: str = "cpu") -> Adapter:
 
 
 def _reduced(losses: Any, reduction: str, where: Any) -> Any:
-    """Reduce as a user of Optax does."""
+    """Reduce the losses as a user of Optax does."""
     if reduction == "mean":
         return losses.mean(where=where)
     return losses.sum() if reduction == "sum" else losses
@@ -254,8 +254,8 @@ def t5x(device: str = "cpu") -> Adapter:
 
     `cross_entropy_with_logits` is -sum q log p + z_loss lse^2 with the gradient (1 + 2 z_loss lse) p - q.
     `compute_weighted_cross_entropy` has q = 1-e at the label and e/(K-1) elsewhere, in float32, subtracts the entropy
-    of q, and divides the weighted sum by a factor. Here the entropy is subtracted where a case asks for that, and a
-    uniform smoothing e is given as e (K-1)/K, which is the same target.
+    of q, and divides the weighted sum by a factor. Here the entropy is subtracted if the case has that option, and a
+    uniform smoothing e is passed as e (K-1)/K, which gives the same target.
     """
     jax, jnp = (_library(name, "'lsce[jax]'") for name in ("jax", "jax.numpy"))
 
@@ -318,7 +318,7 @@ def keras_categorical(backend: str, device: str = "cpu") -> Adapter:
 
 
 def _keras_here(backend: str) -> Adapter:
-    # Not imported: that would fix the backend of this process.
+    # Found but not imported: an import would fix the backend of this process.
     _find_library("keras", f"'lsce[{backend},peers]'")
 
     def refuse(case: Case) -> str | None:
@@ -335,7 +335,7 @@ def _keras_loss(
     keras = importlib.import_module("keras")
     if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(labels.dtype)):
         labels = keras.ops.one_hot(labels, logits.shape[axis], axis=axis)
-    # Keras computes in float32 whatever it is given, unless told otherwise.
+    # By default Keras computes in float32, whatever the dtype of the inputs.
     dtype = "float64" if keras.backend.standardize_dtype(logits.dtype) == "float64" else "float32"
     if reduction == "mean":
         reduction = "sum_over_batch_size" if where is None else "mean_with_sample_weight"
@@ -346,7 +346,7 @@ def _keras_loss(
 
 
 def torchax_module(device: str = "cpu") -> Adapter:
-    """Return our torch module run on JAX by torchax, which is torch's way onto a TPU."""
+    """Return our torch module, run on JAX by torchax, as on a TPU."""
     try:
         interop = _library("torchax.interop", "'lsce[jax,torch]' torchax")
     except UnavailableError:

@@ -1,4 +1,4 @@
-"""The adapters that the command line knows, by name. Making one loads its framework; listing them loads none."""
+"""The adapters of the command line, by name. Making one loads its framework; listing them loads none."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ from parity_tests.truth.comparison import AnyResult, make_result
 from parity_tests.truth.oracle import solve
 from parity_tests.truth.precision import round_to
 
-# What a layer stores in a narrow dtype on the way. JAX: a product that it differentiates comes in the dtype of its
-# factors, and `jnp.matmul` in the one that is asked for. torch: each product comes in the dtype of its factors.
+# Intermediate results that a layer stores in a narrow dtype. In JAX a differentiated product has the dtype of its
+# factors, and `jnp.matmul` that of `preferred_element_type`. In torch each product has the dtype of its factors.
 JAX_NARROW = {
     "chunked": frozenset({"products of rows"}),
     "reference": frozenset({"products", "products of rows", "hidden"}),
@@ -30,11 +30,11 @@ class Entry:
     """An adapter that can be made.
 
     Args:
-        name: what the command line calls it.
+        name: name on the command line.
         framework: "jax" or "torch".
-        kind: "ours" must be within its bounds; "peer" is shown beside.
-        make: makes it, for a device.
-        twin: name of the adapter of the other framework that is the same implementation, for the three-way verdict.
+        kind: "ours" must be within its bounds; "peer" is shown for comparison.
+        make: makes the adapter for a device.
+        twin: the adapter of the same implementation in the other framework, for the three-way verdict.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Entry:
 
 
 class FaultyAdapter:
-    """The NumPy implementation, wrong in the way that a fault of the mutant bank names; sound without one."""
+    """The NumPy implementation with a fault of the mutant bank, or sound."""
 
     framework, device = "numpy", "cpu"
 
@@ -56,7 +56,7 @@ class FaultyAdapter:
         self.arithmetic = Arithmetic()
 
     def unsupported(self, case: Case) -> str | None:
-        """Return None but for faults that only a linear layer can have: it has every option."""
+        """Return why the loss cannot handle a case, or None. Only faults of linear layers are limited."""
         only_linear = self.fault in LINEAR_FAULTS and not isinstance(case, LinearCase)
         return "is a fault of linear layers" if only_linear else None
 
@@ -66,7 +66,7 @@ class FaultyAdapter:
 
 
 class OracleAdapter:
-    """The true loss and gradients, rounded to the dtypes that an implementation returns."""
+    """The true loss and gradients, rounded to the dtypes of a result."""
 
     name, framework, device = "oracle", "numpy", "cpu"
 
@@ -131,7 +131,7 @@ ENTRIES: dict[str, Entry] = {entry.name: entry for entry in _ours() + _peers()}
 
 
 def match_names(patterns: Iterable[str]) -> list[str]:
-    """Return the names of `ENTRIES` that the patterns match, each once; what matches none of them stays as it is."""
+    """Return the names of `ENTRIES` that match the patterns, each once. A pattern without a match stays as it is."""
     matching = ([name for name in ENTRIES if fnmatch(name, pattern)] or [pattern] for pattern in patterns)
     return list(dict.fromkeys(name for names in matching for name in names))
 
@@ -141,7 +141,7 @@ def make_adapter(name: str, device: str = "cpu") -> Adapter:
 
     Raises:
         ValueError: there is no such adapter.
-        UnavailableError: what it needs is not on this machine.
+        UnavailableError: its framework, library or device is not on this machine.
     """
     if name == "oracle":
         return OracleAdapter()

@@ -1,9 +1,9 @@
-"""Losses that a user names: `torch:package.module:name` or `jax:package.module:name`.
+"""Losses of the user, named `torch:package.module:name` or `jax:package.module:name`.
 
-What is named is called as `loss(logits, labels)` with logits [N, K] and integer labels [N]. A linear loss is called as
+A loss is called as `loss(logits, labels)` with logits [N, K] and integer labels [N]. A linear loss is called as
 `loss(hidden, weight, labels)` with hidden [N, D] and the weight of its framework: [K, D] in torch, [D, K] in JAX. The
-loss returns a scalar or one loss per row; the harness takes the gradients. A class is made into an object first, and
-that is called. Options are the keyword arguments of the function or of the class.
+loss returns a scalar or one loss per row; the harness computes the gradients. A class is instantiated, and the object
+is called. Options are keyword arguments of the function or class.
 """
 
 import importlib
@@ -23,16 +23,16 @@ FRAMEWORKS = ("torch", "jax")
 
 
 class SpecificationError(ValueError):
-    """What the user named is not there, or cannot be called as a loss."""
+    """The name leads to nothing, or to something that cannot be called as a loss."""
 
 
 def is_user_loss(specification: str) -> bool:
-    """Return whether it names a loss of the user's, not an adapter of the harness."""
+    """Return whether a name is that of a user's loss, not of an adapter of the harness."""
     return specification.partition(":")[0] in FRAMEWORKS
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """Turn `key=value` into keyword arguments. Values are JSON where they can be, else strings.
+    """Return the keyword arguments of `key=value` pairs. Values are read as JSON if possible, else as strings.
 
     Example:
         >>> parse_options(["smoothing=0.1", "reduction=mean", "weight=[1, 2]", "flag=true"])
@@ -51,7 +51,7 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def find(specification: str) -> Any:
-    """Return what `framework:package.module:name` names. Modules are looked for in the current folder first."""
+    """Return the object named `framework:package.module:name`. The current folder is searched first."""
     parts = specification.split(":")
     if len(parts) != 3 or not all(parts) or parts[0] not in FRAMEWORKS:
         raise SpecificationError(
@@ -80,7 +80,7 @@ def load_adapter(
 
     Raises:
         SpecificationError: there is no such loss, it does not take the options, or an adapter was given options.
-        UnavailableError: the framework or the device is not there.
+        UnavailableError: the framework or the device is not on this machine.
     """
     if not is_user_loss(specification):
         if options:
@@ -90,7 +90,7 @@ def load_adapter(
         except ValueError as error:
             raise SpecificationError(f"{error}; or torch:package.module:name, jax:package.module:name") from None
     torch = specification.startswith("torch:")
-    # The framework first, so that its absence is not taken for an error of the user's module.
+    # Load the framework first, so that its absence does not look like an error of the user's module.
     adapter = (
         TorchAdapter(device=device, linear=linear) if torch else JaxAdapter(None, jit, device=device, linear=linear)
     )
@@ -118,7 +118,7 @@ def _bind(
     except SpecificationError:
         raise
     except ValueError:
-        pass  # what is built in has no signature to look at
+        pass  # a built-in function has no signature
     return partial(found, **arguments)
 
 
@@ -140,9 +140,9 @@ def _to_jax(values: list[Any]) -> Any:
 
 
 def find_reduction(adapter: Adapter, cases: Sequence[Case]) -> str | None:
-    """Return "none" if the loss gives one number per row of a case, "mean" if it gives one number, whatever that is.
+    """Return "none" if the loss returns one number per row, "mean" if it returns a scalar of any reduction.
 
-    None if it gives neither in any of the cases; why not is found out again in each case, and reported there.
+    None if it returns neither in any of the cases; the comparison reports why, case by case.
     """
     for case in cases:
         for reduction in ("none", "mean"):
@@ -151,7 +151,7 @@ def find_reduction(adapter: Adapter, cases: Sequence[Case]) -> str | None:
             except ShapeError:
                 continue
             except LossError:
-                pass  # of the right shape, and wrong otherwise
+                pass  # the shape is right
             except (Exception, SystemExit):  # a user's loss may raise anything
                 break
             return reduction
@@ -159,7 +159,7 @@ def find_reduction(adapter: Adapter, cases: Sequence[Case]) -> str | None:
 
 
 def take_mean(adapter: Any, ignore_index: int | None) -> None:
-    """Make an adapter of a user's loss return the mean of its rows, of those that are not ignored."""
+    """Make the adapter of a user's loss return the mean over the rows that are not ignored."""
     rows = adapter.loss
 
     def mean(*inputs: Any, labels: Any, **settings: Any) -> Any:

@@ -63,7 +63,7 @@ def test_the_frameworks_own_loss_is_shown_beside() -> None:
     (["--case", "nothing*"], "no case is called nothing*; the cases are classes_1, "),
     (["--dtype", "int8"], "there is no dtype 'int8'"),
     (["--adapter", "torch-fused", "--device", "tpu"], "torch-fused: torch finds no tpu device"),
-    (["--adapter", "torch-cross-entropy", "--case", "where"], "no adapter has what these cases ask for"),
+    (["--adapter", "torch-cross-entropy", "--case", "where"], "no adapter can handle these cases"),
 ])  # fmt: skip
 def test_what_cannot_run(arguments: list[str], message: str) -> None:
     outcome = invoke("run", *arguments)
