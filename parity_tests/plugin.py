@@ -1,14 +1,14 @@
-"""The pytest plugin: what a test needs, what it shows, and the ledger of what ran.
+"""The pytest plugin: the devices and frameworks that a test needs, and the ledger of the evidence from tests.
 
     @pytest.mark.parity_framework("jax")
     def test_loss(parity_device, parity_ledger):  # once for each device
         parity_ledger.record("jax-mine", parity_device, "float32", "executed")
         ...
 
-A test that a machine cannot run is skipped, and counted as not run; `--parity-require=cuda` makes a failure of it.
+A test that a machine cannot run is skipped, and counted as not run; with `--parity-require=cuda` it fails.
 
-pytest loads this in every session of an environment that has lsce. So it imports pytest and the standard library only,
-is silent where nothing of it is used, and imports a framework only when a test or an option asks for it.
+pytest loads this in every session of an environment with lsce. So the plugin imports pytest and the standard library
+only, prints nothing unless it is used, and imports a framework only if a test or an option asks for it.
 """
 
 import argparse
@@ -43,7 +43,7 @@ REQUIRABLE = (*DEVICES, *FRAMEWORKS)
 
 _KEEPER = pytest.StashKey["Keeper"]()
 
-# --- What this machine has ------------------------------------------------------------------------------------------
+# --- Devices and frameworks of this machine -------------------------------------------------------------------------
 
 
 class AbsentError(Exception):
@@ -51,10 +51,10 @@ class AbsentError(Exception):
 
 
 def find_device(framework: str, device: str) -> str:
-    """Return the name of the card that a framework sees; empty for the CPU.
+    """Return the name of the card that a framework finds; empty for the CPU.
 
     Raises:
-        AbsentError: the framework is not installed, or sees no such device.
+        AbsentError: the framework is not installed, or finds no such device.
     """
     module = _load(framework)
     card = ""
@@ -75,7 +75,7 @@ def _load(framework: str) -> Any:
     try:
         return importlib.import_module(framework)
     except ModuleNotFoundError as error:
-        # An installation that is broken is no reason to skip.
+        # A broken installation is no reason to skip.
         if error.name != framework:
             raise
         raise AbsentError(f"{framework} is not installed") from error
@@ -83,14 +83,14 @@ def _load(framework: str) -> Any:
 
 @dataclass(frozen=True)
 class _Obstacle:
-    """Why a test cannot be run, and which of its needs that leaves unmet."""
+    """Why a test cannot be run, and the devices and frameworks that it therefore lacks."""
 
     reason: str
     needs: list[str]
 
 
 def _find_obstacle(devices: list[str], frameworks: list[str]) -> _Obstacle | None:
-    """Return what is missing here: each framework must see each device; without a framework, any of them."""
+    """Return the obstacle, or None: each framework must find each device; without a framework, any may find it."""
     for framework in frameworks:
         try:
             _load(framework)
@@ -107,7 +107,7 @@ def _find_obstacle(devices: list[str], frameworks: list[str]) -> _Obstacle | Non
 
 
 def _find_absence(framework: str, device: str) -> str | None:
-    """Return why a framework sees no such device, or None."""
+    """Return why a framework finds no such device, or None."""
     try:
         find_device(framework, device)
     except AbsentError as error:
@@ -116,7 +116,7 @@ def _find_absence(framework: str, device: str) -> str | None:
 
 
 def _could_execute(adapter: str, device: str) -> bool:
-    """Return whether this machine could: an adapter whose name does not say its framework, on the CPU only."""
+    """Return whether this machine can run an adapter; if its name has no framework, on the CPU only."""
     framework = framework_of(adapter)
     return _find_absence(framework, device) is None if framework in FRAMEWORKS else device == "cpu"
 
@@ -132,15 +132,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=_parse_requirements,
         default=(),
         metavar="NAMES",
-        help=f"Of {','.join(REQUIRABLE)}: fail where nothing was executed there, and instead of skipping tests that "
-        "need it.",
+        help=f"Of {','.join(REQUIRABLE)}: fail if no test was executed there, and fail tests that need it instead of "
+        "skipping them.",
     )
-    group.addoption("--parity-ledger", type=Path, metavar="FILE", help="Write what was recorded, as JSON.")
+    group.addoption("--parity-ledger", type=Path, metavar="FILE", help="Write the recorded evidence, as JSON.")
     group.addoption(
         "--parity-claims",
         type=Path,
         metavar="FILE",
-        help="Ledger: fail if it says executed where this machine could execute, and no test did.",
+        help="Ledger: fail if it claims an execution that this machine can do, and no test did.",
     )
 
 
@@ -168,7 +168,7 @@ def parity_device(request: pytest.FixtureRequest) -> str:
 
 @dataclass
 class Recorder:
-    """What a test says that it shows; it counts if the test passes."""
+    """The evidence that a test records; it counts if the test passes."""
 
     frameworks: frozenset[str]
     evidence: set[Evidence] = field(default_factory=set)
@@ -177,26 +177,26 @@ class Recorder:
     failed: bool = False
 
     def record(self, adapter: str, device: str, dtype: str, kind: Kind, detail: str = "") -> None:
-        """Say what the test shows if it passes. If it fails, nothing counts that others show of the same three.
+        """Record evidence. If the test fails, no evidence of any test for this adapter, device and dtype counts.
 
-        Call it first: of a test that fails before, the ledger cannot know what it was about.
+        Call it first: if the test fails before, the ledger does not know the adapter.
 
         Args:
             adapter: name of the adapter; it starts with its framework, as in "jax-fused".
             device: "cpu", "cuda" or "tpu".
             dtype: of the logits.
             kind: "executed", "replayed", "interpreted", "compiled" or "not run".
-            detail: what tables add, such as the card's name, which `find_device` returns.
+            detail: a detail for tables, such as the card's name, which `find_device` returns.
 
         Raises:
-            ValueError: a field is no text or empty, or there is no such device or kind.
+            ValueError: a field is empty or not a string, or there is no such device or kind.
         """
         self.evidence.add(Evidence(adapter, device, dtype, kind, detail))
 
 
 @pytest.fixture
 def parity_ledger(request: pytest.FixtureRequest) -> Recorder:
-    """Return what `record` is called of."""
+    """Return the recorder of the test."""
     return request.config.stash[_KEEPER].start(request.node)
 
 
@@ -204,14 +204,14 @@ def parity_ledger(request: pytest.FixtureRequest) -> Recorder:
 
 
 class Keeper:
-    """Keeps what tests record until it is known whether they pass, and holds it against what is required and claimed.
+    """Keeps the evidence of tests until they have passed, and compares it with the requirements and claims.
 
     Raises:
-        pytest.UsageError: a file is none that can be read or written.
+        pytest.UsageError: a file cannot be read or written.
     """
 
     def __init__(self, config: pytest.Config) -> None:
-        """Read what is claimed."""
+        """Read the claims."""
         self._config = config
         self._required: tuple[str, ...] = config.getoption("--parity-require")
         self._ledger: Path | None = config.getoption("--parity-ledger")
@@ -238,19 +238,19 @@ class Keeper:
         self._ran = False
 
     def start(self, item: pytest.Item) -> Recorder:
-        """Return what a test records with."""
+        """Return a new recorder for a test."""
         recorder = Recorder(frozenset(_names(item, "parity_framework", FRAMEWORKS)))
         self._running[item.nodeid] = recorder
         return recorder
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> None:
-        """Note that tests are run, and not listed only."""
+        """Note whether tests are run, and not only listed."""
         self._ran = not session.config.option.collectonly
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        """Skip a test that cannot be run here, or fail it if what it needs is required."""
+        """Skip a test that cannot be run here, or fail it if its device or framework is required."""
         devices, frameworks = _names(item, "parity_device", DEVICES), _names(item, "parity_framework", FRAMEWORKS)
         obstacle = _find_obstacle(devices, frameworks)
         if obstacle is None:
@@ -263,7 +263,7 @@ class Keeper:
         pytest.skip(obstacle.reason)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Follow a test that records; when it is torn down, its evidence counts or not."""
+        """Follow a test that records; its teardown decides whether its evidence counts."""
         recorder = self._running.get(report.nodeid)
         if recorder is None:
             return
@@ -281,7 +281,7 @@ class Keeper:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Hold the ledger against what is required and claimed, and write it."""
+        """Compare the ledger with the requirements and claims, and write it."""
         if not self._ran:
             return
         self._problems = [*self._find_missing(), *self._find_unproven(), *self._write_ledger()]

@@ -1,17 +1,17 @@
 """Checks of a label-smoothed cross-entropy that need no oracle and no second framework.
 
-One file, to be copied alone to the machine in question: it needs NumPy, JAX or PyTorch, and the loss.
+Copy this one file to any machine: it needs NumPy, JAX or PyTorch, and the loss.
 
     python -m parity_tests.self_checks torch --device cuda --dtype float32
     python self_checks.py jax --loss my_package.losses:smoothed_cross_entropy
 
 A loss is a function of (logits [N, K], labels [N]) with the keyword `smoothing`, and, for the checks that need them,
 `convention`, `where` and `reduction`; without `reduction` it returns one loss per row. A check of an option that a loss
-lacks is "not applicable". Exit code 0: every check that applies agrees, 1: one does not, 2: it could not be found out.
+lacks is "not applicable". Exit code 0: every check that applies agrees, 1: one does not, 2: there is no verdict.
 
-Each check holds two runs that must give the same, or a run and a known sum, against each other: exactly, where the
-arithmetic is the same for both, otherwise within the rounding errors of both, which `bounds` and `row_sum` derive.
-Logits are numbers of the dtype under test, held in float64.
+Each check compares two runs that must give the same result, or a run and a known sum: exactly if both do the same
+arithmetic, otherwise within the rounding errors of both, which `bounds` and `row_sum` derive. Logits are numbers of the
+dtype under test, stored in float64.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 
-# Errors of exp and of log in units of the roundoff: what CPUs reach. `lsce-parity fingerprint` measures a device's.
+# Errors of exp and log on CPUs, in units of the roundoff. `lsce-parity fingerprint` measures those of a device.
 EXP, LOG = 3.0, 4.0
 # Significant bits, and the exponent of the smallest normal number; below it numbers may be flushed to zero.
 FORMATS = {"float64": (53, -1022), "float32": (24, -126), "bfloat16": (8, -126), "float16": (11, -14)}
@@ -41,7 +41,7 @@ WHERE = np.array([True, False, True, True, False, True])
 
 
 class UnsupportedError(Exception):
-    """The loss lacks what a check needs."""
+    """The loss lacks something that a check needs."""
 
 
 class Evaluation(NamedTuple):
@@ -67,8 +67,8 @@ class Evaluate(Protocol):
     ) -> Evaluation:
         """Return loss and gradient for logits of `dtype`.
 
-        The gradient is that of the losses times `upstream`, which is divided out again. The options are those of
-        `DEFAULTS`, which hold for each that is not given.
+        The gradient is that of the losses times `upstream`, divided by `upstream`. Options
+        that are not given have the values in `DEFAULTS`.
 
         Raises:
             UnsupportedError: the loss has no such option.
@@ -78,12 +78,12 @@ class Evaluate(Protocol):
 
 @dataclass(frozen=True)
 class Subject:
-    """What is checked.
+    """The loss under test, and losses to compare it with.
 
     Args:
         evaluate: the loss.
         plain: the framework's cross-entropy without smoothing, in float32 or float64; None if there is none.
-        other: the same loss, compiled if `evaluate` is not, and the other way round; None if there is none.
+        other: the same loss, compiled if `evaluate` is not, and vice versa; None if there is none.
     """
 
     evaluate: Evaluate
@@ -93,13 +93,13 @@ class Subject:
 
 @dataclass(frozen=True)
 class CheckOutcome:
-    """What came of a check.
+    """The outcome of a check.
 
     Args:
-        check: its name.
-        dtype: of the logits.
+        check: name of the check.
+        dtype: dtype of the logits.
         verdict: whether the loss passes; "failed" if it raised an error.
-        share: largest error as a share of what is allowed; inf for any error where none is, and for a NaN.
+        share: largest error as a share of the allowed one; inf if none is allowed, and for a NaN.
         detail: the batch with the largest share, or why there is none.
     """
 
@@ -111,10 +111,10 @@ class CheckOutcome:
 
 
 def make_rows(dtype: str) -> list[Rows]:
-    """Return the batches: close logits, which show a wrong target or padding best, and what makes exp overflow."""
+    """Return the batches: close logits, which show a wrong target or padding best, and logits whose exp overflows."""
     offset = 2.0 ** (FORMATS[dtype][0] // 2)
     batches: list[Rows] = []
-    # Few different sizes, since JAX compiles anew for each.
+    # There are few different sizes, since JAX compiles for each.
     for name, num_classes, scale, shift_by in (
         ("near_uniform_2", 2, 0.01, 0.0),
         ("normal_7", 7, 3.0, 0.0),
@@ -145,9 +145,9 @@ def round_to(values: FloatArray, dtype: str) -> FloatArray:
 
 
 def upstream(shape: tuple[int, ...]) -> FloatArray:
-    """Return powers of two to multiply losses of that shape with: they show a gradient that ignores what is upstream.
+    """Return powers of two to multiply losses of that shape with; they expose a gradient without its incoming gradient.
 
-    Dividing by them is exact, and no gradient becomes smaller than it is.
+    Dividing by them is exact. They are above 1, so that no gradient becomes smaller.
     """
     return np.asarray(4.0 * 2.0 ** (np.arange(math.prod(shape)) % 3)).reshape(shape)
 
@@ -161,7 +161,7 @@ def depth(length: int) -> int:
 
 
 class Sizes(NamedTuple):
-    """What the bounds are made of: h, and u and the smallest normal number of the dtype that is computed in.
+    """The quantities in the bounds: h, and u and the smallest normal number of the compute dtype.
 
     gap = max z - z and p are [N, K]; D = sum p gap and L = log sum exp(-gap) are [N, 1].
     """
@@ -232,7 +232,7 @@ def combine(weights: tuple[float, ...], results: tuple[Evaluation, ...]) -> Eval
 
 
 def twice(allowed: Evaluation) -> Evaluation:
-    """Return what two runs within the same bound may differ by."""
+    """Return the bound on the difference of two runs with the same bound."""
     return combine((2.0,), (allowed,))
 
 
@@ -242,9 +242,9 @@ def exactly(result: Evaluation) -> Evaluation:
 
 
 def share(first: Evaluation, second: Evaluation, allowed: Evaluation) -> float:
-    """Return the largest difference as a share of what is allowed; inf for a NaN or an infinity out of place.
+    """Return the largest difference as a share of the allowed one; inf for a NaN or an infinity out of place.
 
-    A bound is infinite where, and only where, the true value is.
+    A bound is infinite if and only if the true value is.
     """
     largest = 0.0
     for one, other, limit in zip(first, second, allowed, strict=True):
@@ -256,7 +256,7 @@ def share(first: Evaluation, second: Evaluation, allowed: Evaluation) -> float:
     return largest
 
 
-# ---- Checks: each returns the largest error as a share of what is allowed
+# ---- Checks: each returns the largest error as a share of the allowed one
 
 
 def run(evaluate: Evaluate, rows: Rows, smoothing: float, dtype: str, **options: Any) -> Evaluation:
@@ -276,7 +276,7 @@ def row_sum(subject: Subject, rows: Rows, dtype: str) -> float:
     """Each row of the gradient sums to 0.
 
     The sum of p has the errors of `bounds`, u (h + 2 EXP + 3 D + (1 + LOG) L + 2). q sums to 1 up to 3 u, or p is
-    multiplied with the sum of what is subtracted: u (h + 4) for both. |p - q| sums to at most 2 and has 3 u.
+    multiplied with the sum of the subtracted target: u (h + 4) for both. |p - q| sums to at most 2 and has 3 u.
     """
     gradient = run(subject.evaluate, rows, SMOOTHING, dtype).gradient
     h, u, tiny, _, p, D, L = sizes(rows.logits, dtype)
@@ -289,7 +289,7 @@ def row_sum(subject: Subject, rows: Rows, dtype: str) -> float:
 
 
 def shift(subject: Subject, rows: Rows, dtype: str) -> float:
-    """Integers plus a power of two have the same gaps, exactly: every bit of the result is the same."""
+    """Integers have exactly the same gaps after adding a power of two, so every bit of the result is the same."""
     logits = np.random.default_rng(0).integers(-16, 17, rows.logits.shape).astype(np.float64)
     start = run(subject.evaluate, rows._replace(logits=logits), SMOOTHING, dtype)
     distance = 2.0 ** (FORMATS[dtype][0] - 1)
@@ -298,7 +298,7 @@ def shift(subject: Subject, rows: Rows, dtype: str) -> float:
 
 
 def permutation(subject: Subject, rows: Rows, dtype: str) -> float:
-    """Classes in another order give the same within two bounds: sums have another order, and exp other vector lanes."""
+    """Classes in another order give the same result within two bounds; the order of sums and vector lanes changes."""
     order = np.random.default_rng(1).permutation(rows.logits.shape[-1])
     permuted = Rows(rows.name, rows.logits[:, order], np.argsort(order)[rows.labels])
     loss, gradient = run(subject.evaluate, rows, SMOOTHING, dtype)
@@ -307,12 +307,12 @@ def permutation(subject: Subject, rows: Rows, dtype: str) -> float:
 
 
 def linear_uniform(subject: Subject, rows: Rows, dtype: str) -> float:
-    """The target is linear in e: loss(e) = (1-e) loss(0) + e loss(1), within as much of the bounds of the three."""
+    """The target is linear in e: loss(e) = (1-e) loss(0) + e loss(1), within the same combination of the bounds."""
     return _linear(subject, rows, dtype, "uniform")
 
 
 def linear_non_target(subject: Subject, rows: Rows, dtype: str) -> float:
-    """The same for the convention that smooths over the other classes."""
+    """As `linear_uniform`, for the convention that smooths over the other classes."""
     return _linear(subject, rows, dtype, "non_target")
 
 
@@ -340,19 +340,19 @@ def conventions(subject: Subject, rows: Rows, dtype: str) -> float:
 
 
 def upcast(subject: Subject, rows: Rows, dtype: str) -> float:
-    """Narrow logits give what the same numbers give in float32, within both bounds.
+    """Narrow logits give the result of the same numbers in float32, within both bounds.
 
-    Not exactly: how many numbers a vector register holds, and with it the order of a sum, may depend on the dtype.
+    Not exactly: the number of values in a vector register, and so the order of a sum, may depend on the dtype.
     """
     if dtype == compute_dtype(dtype):
-        raise UnsupportedError(f"{dtype} is no narrow dtype")
+        raise UnsupportedError(f"{dtype} is not a narrow dtype")
     narrow, wide = (run(subject.evaluate, rows, SMOOTHING, each) for each in (dtype, "float32"))
     allowed = tuple(bounds(rows, SMOOTHING, each) for each in (dtype, "float32"))
     return share(narrow, wide, combine((1.0, 1.0), allowed))
 
 
 def plain_cross_entropy(subject: Subject, rows: Rows, dtype: str) -> float:
-    """At e = 0 it is the framework's cross-entropy, within both bounds."""
+    """At e = 0 the loss is the framework's cross-entropy, within both bounds."""
     if subject.plain is None:
         raise UnsupportedError("there is no other cross-entropy")
     compute = compute_dtype(dtype)
@@ -361,7 +361,7 @@ def plain_cross_entropy(subject: Subject, rows: Rows, dtype: str) -> float:
 
 
 def parts(subject: Subject, rows: Rows, dtype: str) -> float:
-    """A batch gives what its rows give alone, within two bounds: the order of a sum may depend on the batch's size."""
+    """A batch gives the results of its rows alone, within two bounds: sums may depend on the batch size."""
     whole = run(subject.evaluate, rows, SMOOTHING, dtype)
     alone = [Rows(rows.name, rows.logits[[i]], rows.labels[[i]]) for i in range(ROWS)]
     each = [run(subject.evaluate, row, SMOOTHING, dtype) for row in alone]
@@ -370,10 +370,10 @@ def parts(subject: Subject, rows: Rows, dtype: str) -> float:
 
 
 def mean(subject: Subject, rows: Rows, dtype: str) -> float:
-    """The mean is the sum of the losses of the rows that count over their number.
+    """The mean is the sum of the losses of the counted rows, divided by their number.
 
-    Within the mean of their bounds, u |mean| for each addition, the division and the result, and for the gradient,
-    which is divided by a number of rows, the step in which a narrow dtype stores small numbers.
+    It may differ by the mean of their bounds, and u |mean| for each addition, the division and the result. The gradient
+    is divided by the number of rows, so it may also differ by the smallest step of a narrow dtype.
     """
     shares = []
     each, error = run(subject.evaluate, rows, SMOOTHING, dtype), twice(bounds(rows, SMOOTHING, dtype))
@@ -392,7 +392,7 @@ def mean(subject: Subject, rows: Rows, dtype: str) -> float:
 
 
 def rows_left_out(subject: Subject, rows: Rows, dtype: str) -> float:
-    """Rows that `where` takes out are 0 and change no bit of the others, whatever their logits and labels hold."""
+    """Rows that `where` leaves out are 0 and change no bit of the others, whatever their logits and labels are."""
     logits, labels = rows.logits.copy(), rows.labels.copy()
     logits[1], logits[4] = np.nan, np.inf
     labels[1], labels[4] = rows.logits.shape[-1] + 5, -100
@@ -403,7 +403,7 @@ def rows_left_out(subject: Subject, rows: Rows, dtype: str) -> float:
 
 
 def compiled(subject: Subject, rows: Rows, dtype: str) -> float:
-    """Compiled and uncompiled give the same within two bounds: compilers fuse operations and reorder sums."""
+    """Compiled and uncompiled results agree within two bounds: compilers fuse operations and reorder sums."""
     if subject.other is None:
         raise UnsupportedError("needs a second way to run the loss; for torch, --compile")
     allowed = twice(bounds(rows, SMOOTHING, dtype))
@@ -450,10 +450,10 @@ def _outcome(check: str, subject: Subject, dtype: str) -> CheckOutcome:
 
 
 def options_of(loss: Callable[..., Any], **wanted: Any) -> dict[str, Any]:
-    """Return the options to call a loss with. One that it lacks must not be needed.
+    """Return the options to call a loss with. An option that it lacks must have its default.
 
     Raises:
-        UnsupportedError: one is needed.
+        UnsupportedError: an option that it lacks has another value.
     """
     parameters = inspect.signature(loss).parameters.values()
     takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
@@ -524,17 +524,17 @@ def torch_plain(logits: Any, labels: Any, *, smoothing: float) -> Any:
 
 
 def jax_plain(logits: Any, labels: Any, *, smoothing: float) -> Any:
-    """Return the cross-entropy that JAX's log-softmax gives, for a smoothing of 0."""
+    """Return the cross-entropy from JAX's log-softmax, for a smoothing of 0."""
     assert smoothing == 0
     jax = importlib.import_module("jax")
     return -jax.numpy.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=-1)[:, 0]
 
 
 def make_subject(framework: str, loss: Callable[..., Any], device: str | None, compile_it: bool) -> Subject:
-    """Return a loss as what is checked: JAX's compiled and, for comparison, not; torch's the other way round.
+    """Return the subject of the checks. JAX's loss is compiled and compared with eager; torch's the other way round.
 
     Raises:
-        RuntimeError, AssertionError: what the frameworks raise for a device that is not there.
+        RuntimeError, AssertionError: the framework does not have the device.
     """
     if framework == "jax":
         importlib.import_module("jax").devices(device)
@@ -550,10 +550,10 @@ def make_subject(framework: str, loss: Callable[..., Any], device: str | None, c
 
 
 def find_loss(name: str) -> Callable[..., Any]:
-    """Return the function that "package.module:name" names.
+    """Return the function named "package.module:name".
 
     Raises:
-        ValueError: there is none, or it has no smoothing.
+        ValueError: there is no such function, or it has no smoothing.
     """
     module, _, attribute = name.partition(":")
     if not module or not attribute:
@@ -567,7 +567,7 @@ def find_loss(name: str) -> Callable[..., Any]:
 
 
 def table(outcomes: list[CheckOutcome]) -> Iterator[str]:
-    """Return the lines of a table."""
+    """Yield the lines of a table."""
     yield f"{'dtype':9} {'check':20} {'error/bound':>11}  {'verdict':14} detail"
     for each in outcomes:
         shown = "" if each.verdict == "not applicable" else f"{each.share:.3f}"
@@ -581,7 +581,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", help="cpu, cuda or tpu; default: cpu for torch, JAX's own choice for jax")
     parser.add_argument("--dtype", action="append", choices=FORMATS, help="may be repeated; default: float32, bfloat16")
     parser.add_argument("--loss", metavar="MODULE:NAME", help="default: label_smoothed_cross_entropy of lsce")
-    parser.add_argument("--compile", action="store_true", help="for torch: hold torch.compile against eager, too")
+    parser.add_argument("--compile", action="store_true", help="for torch: also compare torch.compile with eager")
     chosen = parser.parse_args(arguments)
     name = chosen.loss or f"lsce_{chosen.framework}:label_smoothed_cross_entropy"
     try:

@@ -102,7 +102,7 @@ def generated_markdown() -> str:
     lines += ["", "No test has inputs that show these faults:", ""]
     lines += [f"- {FAULTS[fault]}" for fault in FAULTS if fault not in shown]
     lines += ["", "## The tests", ""]
-    lines += _head("", "test", "dtype", "rows x classes", "logits", "e", "options", "held against", "loss", "gradient")
+    lines += _head("", "test", "dtype", "rows x classes", "logits", "e", "options", "compared with", "loss", "gradient")
     for peer in PEER_TESTS:
         lines += [_row(peer.name, *_described(setting)) for setting in settings_of(peer)]
     lines += ["", "## The files that were read", "", *_head("", "repository", "file", "commit")]

@@ -24,9 +24,9 @@ ULP_BINS = HIGHEST - LOWEST + 3
 
 
 class UlpLine(NamedTuple):
-    """Errors of the gradient of an adapter in a dtype: shares of the entries in each bin, and the largest.
+    """Errors of an adapter's gradient in a dtype: shares of the entries in each bin, and the largest error.
 
-    Every case weighs the same, or the widest one would be all that is seen.
+    Every case has the same weight; otherwise the widest would hide the others.
     """
 
     dtype: str
@@ -35,7 +35,7 @@ class UlpLine(NamedTuple):
     largest: float
 
     def __str__(self) -> str:
-        """Return one line for people."""
+        """Return one line of text."""
         largest = f"{self.largest:.3g}" if math.isfinite(self.largest) else "∞"
         return (
             f"{self.dtype}: {self.shares[0]:.0%} exactly right, {self.within_half:.0%} within half a ULP, largest "
@@ -44,7 +44,7 @@ class UlpLine(NamedTuple):
 
 
 def ulp_panels(survey: Survey) -> list[tuple[str, list[UlpLine], str]]:
-    """Return name, lines and plot of each adapter that has any errors to show."""
+    """Return name, lines and plot of each adapter with measured errors."""
     panels = []
     for name in survey.members:
         ulps: dict[str, list[FloatArray]] = {}
@@ -102,11 +102,11 @@ def _power(exponent: int) -> str:
 
 
 def draw_trajectory(trajectory: TrajectoryVerdict) -> Figure:
-    """Draw the difference of each step, what rounding explains of it, and where the two trainings part."""
+    """Draw the difference of each step, the difference that rounding explains, and the first divergence."""
     figure = Figure(figsize=(5.6, 4), layout="constrained")
     axes = figure.subplots()
     steps = np.arange(len(trajectory.difference))
-    # Neither 0 nor infinity has a place on a logarithmic axis: such steps are left out.
+    # A logarithmic axis has neither 0 nor infinity, so such steps are left out.
     shown = (trajectory.difference > 0) & np.isfinite(trajectory.difference)
     axes.plot(steps, trajectory.allowed, color="black", linewidth=1.5, label="allowed")
     axes.plot(steps, trajectory.envelope, color=BLUE, linewidth=3, label="envelope of replicas")

@@ -1,4 +1,4 @@
-"""Bundles: what adapters gave on one machine, kept so that it can be held against what they give on another.
+"""Bundles: results of adapters on one machine, recorded for comparison with results on another.
 
 A bundle is a folder of two files. `arrays.safetensors` has the exact bits of the inputs, of the truth and of every
 result; a dtype that NumPy lacks is stored as integers of its bits. `manifest.json` has everything else: names, options,
@@ -7,15 +7,15 @@ dtypes, versions, devices and hashes. Nothing in it is code, so reading a bundle
 What is an error, and how it is found:
 
 - Edited or damaged: SHA-256 of every array over its name, dtype, shape and bits, of the file of arrays, and of the
-  manifest, which must be byte for byte what `write_bundle` writes for its content. The hashes are no signature: who
-  changes a bundle and all its hashes has recorded another bundle.
-- Mismatched: another format, or arrays that are not those of the manifest.
-- Stale, or of an adapter that nobody knows here: see `parity_tests.studies.replays`.
+  manifest, which must be byte for byte what `write_bundle` writes for its content. The hashes are no signature:
+  a changed bundle with all its hashes changed is another valid bundle.
+- Mismatched: another format, or other arrays than the manifest lists.
+- Stale, or with an unknown adapter: see `parity_tests.studies.replays`.
 
-An adapter's `Arithmetic` is recorded as its numbers; its `depth` is a function, and must be `tree_depth`.
+The numbers of an adapter's `Arithmetic` are recorded; its `depth` is a function, and must be `tree_depth`.
 
-Format 1 has cases of the dense loss only. Format 2 has linear cases too: hidden, weight and bias for the logits, which
-are made from these, and for each adapter what a layer of it stores in a narrow dtype. A bundle without linear cases is
+Format 1 has cases of the dense loss only. Format 2 adds linear cases, with hidden, weight and bias in place of the
+logits, and for each adapter the intermediate results that it stores in a narrow dtype. A bundle without linear cases is
 still written in format 1, and both are read.
 """
 
@@ -69,13 +69,12 @@ class Record:
 
 @dataclass
 class RecordedAdapter:
-    """An adapter of another time and place: it gives back what was recorded.
+    """An adapter that returns recorded results.
 
     Args:
-        name, framework, device, arithmetic: of the adapter that was recorded.
-        results: what it gave, by name and dtype of the case.
-        failures: why it gave nothing that can be compared. A case in neither of the two is one that it lacks an option
-            for.
+        name, framework, device, arithmetic: those of the adapter that was recorded.
+        results: its results, by name and dtype of the case.
+        failures: the reasons of its failures, in the same way. It could not handle a case that is in neither.
     """
 
     name: str
@@ -86,12 +85,12 @@ class RecordedAdapter:
     failures: dict[Key, str] = field(default_factory=dict)
 
     def unsupported(self, case: Case) -> str | None:
-        """Return why there is nothing recorded for a case."""
+        """Return why nothing is recorded for a case, or None."""
         known = _key(case) in self.results or _key(case) in self.failures
         return None if known else "was not called when the bundle was recorded"
 
     def __call__(self, case: Case) -> AnyResult:
-        """Return what was recorded for a case."""
+        """Return the recorded result of a case."""
         if _key(case) in self.failures:
             raise LossError(f"when it was recorded: {self.failures[_key(case)]}")
         return self.results[_key(case)]
@@ -99,12 +98,12 @@ class RecordedAdapter:
 
 @dataclass(frozen=True)
 class Bundle:
-    """Cases, their truth, what adapters gave for them, and where.
+    """Cases, their truth, the results of adapters, and the environment.
 
     Args:
-        records: cases and truths; no two of the same name and dtype.
-        adapters: what was recorded of each, by name; may be empty.
-        environment: of `describe_environment`, where it was recorded.
+        records: cases and truths; no two have the same name and dtype.
+        adapters: the recorded adapters by name; may be empty.
+        environment: the result of `describe_environment` when the bundle was recorded.
     """
 
     records: list[Record]
@@ -113,12 +112,12 @@ class Bundle:
 
     @property
     def cases(self) -> list[Case]:
-        """The cases, with everything that belongs to them."""
+        """The cases of the records."""
         return [each.case for each in self.records]
 
 
 def record(adapters: Sequence[Adapter], cases: Iterable[Case]) -> Bundle:
-    """Run every adapter on every case. What an adapter raises is recorded as its failure.
+    """Run every adapter on every case. An exception of an adapter is recorded as its failure.
 
     Raises:
         BundleError: the bounds of an adapter cannot be recorded.
@@ -141,14 +140,14 @@ def record(adapters: Sequence[Adapter], cases: Iterable[Case]) -> Bundle:
     return Bundle(records, recorded, describe_environment())
 
 
-# Case and truth <-> what JSON has, and arrays.
+# Case and truth <-> JSON and arrays.
 
 
 def case_to_arrays(case: Case) -> tuple[dict[str, Any], Arrays]:
-    """Return a case as what JSON has, and as arrays of the bits that every framework gets.
+    """Return a case as JSON values, and as arrays of the bits that every framework gets.
 
     Raises:
-        BundleError: an option is no number, string, boolean or None.
+        BundleError: an option is not a number, string, boolean or None.
     """
     entry = {"name": case.name, "dtype": case.dtype, "axis": case.axis, "options": case.options, "smoothing": None}
     dtypes, names = {"logits": case.dtype, "labels": case.dtype}, list(_CASE_ARRAYS)
@@ -182,7 +181,7 @@ def case_from_arrays(entry: dict[str, Any], arrays: Arrays) -> Case:
 
 
 def truth_to_arrays(truth: Truth) -> Arrays:
-    """Return a truth as arrays, its pairs of float64 numbers as two."""
+    """Return a truth as arrays; a pair of float64 numbers becomes two arrays."""
     arrays: Arrays = {}
     for name, value in vars(truth).items():
         if value is None:  # a layer without a bias
@@ -202,7 +201,7 @@ def _truth_from_arrays(arrays: Arrays) -> Truth:
 
 
 def differing(first: Arrays, second: Arrays) -> list[str]:
-    """Return the names of the arrays that are not in both with the same dtype, shape and bits."""
+    """Return the names of arrays that are in one only, or differ in dtype, shape or bits."""
     digests = [{name: _digest(name, array) for name, array in arrays.items()} for arrays in (first, second)]
     return sorted({name for name, _ in digests[0].items() ^ digests[1].items()})
 
@@ -219,7 +218,7 @@ def _is_floating(array: NDArray[Any]) -> bool:
 
 
 def write_bundle(folder: Path, bundle: Bundle) -> None:
-    """Write a bundle to a folder, over one that is there.
+    """Write a bundle to a folder, replacing one that is there.
 
     Raises:
         BundleError: there is no case, two are of the same name and dtype, or one has an option that is not plain.
@@ -280,7 +279,7 @@ def _arithmetic_from_json(entry: dict[str, Any]) -> Arithmetic:
 
 
 def _stored(array: NDArray[Any]) -> NDArray[Any]:
-    """Return an array that safetensors can write for NumPy: bfloat16, which NumPy lacks, as its bits."""
+    """Return an array that safetensors can write from NumPy; bfloat16, which NumPy lacks, as its bits."""
     dense = np.ascontiguousarray(array).reshape(array.shape)
     return dense.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else dense
 
@@ -302,10 +301,10 @@ def _as_text(manifest: dict[str, Any]) -> str:
 
 
 def read_bundle(folder: Path) -> Bundle:
-    """Return the bundle in a folder, with every hash checked. Whether it is stale is found by `replay`.
+    """Return the bundle in a folder, after checking every hash. `replay` finds out whether it is stale.
 
     Raises:
-        BundleError: there is none, or it is not as it was written.
+        BundleError: there is no bundle, or it was changed after it was written.
     """
     manifest = _read_manifest(folder)
     try:

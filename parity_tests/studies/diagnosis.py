@@ -1,9 +1,9 @@
-"""Which known loss is it? Results are held against every convention, reduction and fault that the harness knows.
+"""Names the known loss that gave some results, among all conventions, reductions and faults that the harness knows.
 
 A candidate is a convention, a reduction, with or without the entropy of the target subtracted, and at most one fault of
-the mutant bank. It *explains* results that are within the bounds of rounding of it in every case, or at least 20 times
-closer to it than to the definition that was expected (a fault may round elsewhere than the loss in question does).
-Candidates that give the same results, as some do in given cases, are all named, the plainest first.
+the mutant bank. It *explains* results if they are within its rounding bounds in every case, or at least 20 times closer
+to it than to the expected definition (the fault's implementation may round at other places than the loss). If several
+candidates give the same results in these cases, all are named, the plainest first.
 """
 
 import math
@@ -24,10 +24,10 @@ CLOSER = 20
 
 @dataclass(frozen=True)
 class Candidate:
-    """A loss that the harness knows. What is None is as the case has it.
+    """A loss that the harness knows. A field that is None comes from the case.
 
     Args:
-        convention: name of the convention, or "none" for no smoothing at all.
+        convention: name of the convention, or "none" for no smoothing.
         reduction: "none", "sum" or "mean".
         subtract_entropy: whether the entropy of the target is subtracted.
         fault: name of its fault in the mutant bank, if it has one.
@@ -39,7 +39,7 @@ class Candidate:
     fault: str | None = None
 
     def apply(self, case: Case) -> Case:
-        """Return the case as this candidate understands it."""
+        """Return the case with the options of this candidate."""
         convention = "uniform" if self.convention == "none" else self.convention
         own = {"convention": convention, "reduction": self.reduction, "subtract_entropy": self.subtract_entropy}
         options = {**case.options, **{name: value for name, value in own.items() if value is not None}}
@@ -48,7 +48,7 @@ class Candidate:
         return replace(case, options=options)
 
     def __str__(self) -> str:
-        """Return what it is, for people."""
+        """Return a description."""
         parts = ["no smoothing" if self.convention == "none" else f"{self.convention or 'the stated'} convention"]
         if self.reduction not in (None, "none"):
             parts.append(str(self.reduction))
@@ -62,23 +62,23 @@ AS_STATED = Candidate()
 
 @dataclass(frozen=True)
 class Explanation:
-    """A candidate that explains results, and its largest distance from them as a share of what rounding explains."""
+    """A candidate that explains results, and the largest distance from them as a share of the rounding bound."""
 
     candidate: Candidate
     share: float
 
     @property
     def exact(self) -> bool:
-        """Whether nothing but rounding is left."""
+        """Whether rounding explains the whole distance."""
         return self.share <= 1
 
 
 class Diagnosis:
-    """Compares results with candidates on given cases. What a candidate gives in a case is computed once.
+    """Compares results with candidates on given cases. A candidate is computed once a case.
 
     Args:
         cases: the cases.
-        candidates: the losses that are known.
+        candidates: the known losses.
     """
 
     def __init__(self, cases: Sequence[Case], candidates: Sequence[Candidate]) -> None:
@@ -90,8 +90,8 @@ class Diagnosis:
     def explain(self, results: Sequence[AnyResult | None], expected: Candidate) -> list[Explanation]:
         """Return the candidates that explain the results, the best first.
 
-        Exact ones come before others, then those with fewer departures from `expected`, then closer ones. A fault that
-        does no harm in these cases explains nothing.
+        Exact ones come first, then those with fewer departures from `expected`, then closer ones. A fault that stays
+        within the bounds in these cases explains nothing.
 
         Args:
             results: one for each case; cases with None are left out.
@@ -133,7 +133,7 @@ class Diagnosis:
         return all(within(case, truth, self._of_fault(candidate, i), bounds).agrees for i, case, truth, bounds in sound)
 
     def _of_sound(self, candidate: Candidate, i: int) -> tuple[Case, Truth, Parts]:
-        """Return case i as the candidate understands it, and its truth and bound without the fault."""
+        """Return case i with the options of the candidate, and its truth and bounds without the fault."""
         key = (replace(candidate, fault=None), i)
         if key not in self._sound:
             case = candidate.apply(self.cases[i])
@@ -143,7 +143,7 @@ class Diagnosis:
         return self._sound[key]
 
     def _of_fault(self, candidate: Candidate, i: int) -> AnyResult:
-        """Return what the candidate's fault gives in case i."""
+        """Return the result with the candidate's fault in case i."""
         key = (candidate, i)
         if key not in self._faulty:
             self._faulty[key] = wrong_result(candidate.apply(self.cases[i]), candidate.fault)
@@ -159,12 +159,12 @@ def _faults(linear: bool) -> list[str | None]:
 
 
 def faults_as_candidates(linear: bool = False) -> list[Candidate]:
-    """Return the candidates for losses that know every option: sound, and each fault."""
+    """Return the candidates for losses that take every option: sound, and each fault."""
     return [Candidate(fault=fault) for fault in _faults(linear)]
 
 
 def plain_candidates(reductions: Sequence[str], smoothing: float, linear: bool = False) -> list[Candidate]:
-    """Return the candidates for losses that know nothing but logits, or a linear layer, and labels."""
+    """Return the candidates for losses that take only logits, or a linear layer, and labels."""
     return list(_plain_candidates(reductions, smoothing, linear))
 
 
@@ -178,7 +178,7 @@ def _plain_candidates(reductions: Sequence[str], smoothing: float, linear: bool)
 
 
 def departures(candidate: Candidate, expected: Candidate) -> list[str]:
-    """Return how a candidate departs from what was expected, by the names of the mutant bank where it has one.
+    """Return the differences of a candidate from the expected one, by the names of the mutant bank if it has one.
 
     Example:
         >>> departures(Candidate("non_target", "sum", False), Candidate("uniform", "mean", False))

@@ -1,8 +1,8 @@
-"""What a device's arithmetic does, measured, beside what the bounds assume of it.
+"""Measures the arithmetic of a device, and compares it with the assumptions of the bounds.
 
-Flags claim a precision; a probe hands the device numbers whose sum, product or function shows what became of them. Each
-probe is a function of a `Backend`, which does one operation on the device and nothing else. Arrays go in and come out
-as bits, so that no conversion on the host rounds or flushes what is measured.
+Flags claim a precision; a probe measures it, with numbers whose sum, product or function shows how the device rounds.
+Each probe is a function of a `Backend`, which does one operation on the device. Arrays go in and come out as bits, so
+that no conversion on the host rounds or flushes them.
 """
 
 import math
@@ -24,9 +24,9 @@ from parity_tests.truth.precision import DTYPES, FORMATS, FloatArray, as_dtype, 
 
 Array = NDArray[Any]
 
-# Of square matrices: large enough for the kernels that real ones get, small enough for a moment.
+# Side of square matrices: large enough to get the kernels of real ones, small enough to be fast.
 SIDE = 64
-# Where blocks of 32 terms, as XLA for CPUs sums them in sequence, and blocks of such blocks are full or just begun.
+# XLA for CPUs sums blocks of 32 terms in sequence. With these lengths blocks, or blocks of blocks, are full or begun.
 LENGTHS = (33, 128, 1024, 2047)
 REPETITIONS = 10
 
@@ -36,7 +36,7 @@ class Backend(Protocol):
 
     Args:
         framework, device: their names.
-        arithmetic: what the bounds assume of it.
+        arithmetic: the assumptions of the bounds.
     """
 
     framework: str
@@ -49,7 +49,7 @@ class Backend(Protocol):
 
 
 OPERATIONS = ("exp", "log", "log1p", "tanh", "matmul", "multiply", "multiply_subtract", "sum")
-# Those that no framework has by that name: a b - c, and the sum over the last dimension.
+# Operations that frameworks lack by that name: a b - c, and the sum over the last dimension.
 COMPOSED: dict[str, Callable[..., Any]] = {
     "multiply_subtract": lambda a, b, c: a * b - c,
     "sum": lambda values: values.sum(-1),
@@ -57,7 +57,7 @@ COMPOSED: dict[str, Callable[..., Any]] = {
 
 
 class JaxBackend:
-    """JAX, each operation compiled, with the settings that are in force.
+    """JAX, each operation compiled, with the current settings.
 
     Raises:
         UnavailableError: JAX, or the device, is not there.
@@ -79,7 +79,7 @@ class JaxBackend:
 
 
 class TorchBackend:
-    """PyTorch, eager, with the settings that are in force.
+    """PyTorch, eager, with the current settings.
 
     Raises:
         UnavailableError: torch, or the device, is not there.
@@ -101,7 +101,7 @@ class TorchBackend:
         return np.asarray(result.numpy())
 
     def _tensor(self, array: Array) -> Any:
-        """Return the bits of an array; NumPy's bfloat16 is unknown to torch."""
+        """Return a tensor with the bits of an array; torch does not know bfloat16 arrays."""
         if array.dtype == ml_dtypes.bfloat16:
             return self._torch.from_numpy(array.view(np.int16)).view(self._torch.bfloat16).to(self.device)
         return self._torch.from_numpy(array).to(self.device)
@@ -112,15 +112,15 @@ BACKENDS: dict[str, Callable[[str], Backend]] = {"jax": JaxBackend, "torch": Tor
 
 @dataclass(frozen=True)
 class Finding:
-    """What a probe found.
+    """The finding of a probe.
 
     Args:
-        dtype: of its operands.
-        probe: what was measured.
-        value: as a number, to compare devices with; NaN if the device could not do it.
-        measured: for people.
-        assumed: what the bounds assume.
-        within: whether it is within that.
+        dtype: dtype of the operands.
+        probe: the measured property.
+        value: its value, to compare devices with; NaN if the device could not do the operation.
+        measured: the value as text.
+        assumed: the assumption of the bounds as text.
+        within: whether the value is within the assumption.
     """
 
     dtype: str
@@ -133,10 +133,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What all probes found on a device.
+    """The findings of all probes on a device.
 
     Args:
-        framework, device: where.
+        framework, device: their names.
         findings: in the order of the dtypes and probes.
     """
 
@@ -146,7 +146,7 @@ class Fingerprint:
 
     @property
     def within(self) -> bool:
-        """Whether everything is within what the bounds assume."""
+        """Whether every finding is within the assumption of the bounds."""
         return all(finding.within for finding in self.findings)
 
 
@@ -159,15 +159,15 @@ def bits_of(dtype: str) -> int:
 
 
 def odd_numbers(bits: int) -> FloatArray:
-    """Return numbers in [1, 2) that need exactly so many significant bits.
+    """Return random numbers in [1, 2) that need exactly this many significant bits.
 
-    They are random otherwise: 1 + 2^-k would survive where a number is split into narrow parts.
+    1 + 2^-k would not do: it survives if a device splits numbers into narrow parts.
     """
     steps = 2 ** (bits - 1)
     return np.asarray(1 + (2 * np.random.default_rng(bits).integers(steps // 2, size=SIDE) + 1) / steps)
 
 
-# What is known by the number of bits that it keeps.
+# Formats by the number of bits that they keep.
 KNOWN_BITS = {17: "two bfloat16", 16: "two bfloat16", 11: "TF32", 8: "bfloat16"}
 
 
@@ -189,7 +189,7 @@ def matmul_operand_bits(backend: Backend, dtype: str) -> list[Finding]:
 
 
 def matmul_product_error(backend: Backend, dtype: str) -> list[Finding]:
-    """Find the error of one product of two numbers: all others that are added to it are 0."""
+    """Find the error of one product of two numbers: all other terms of the sum are 0."""
     numbers = odd_numbers(bits_of(dtype))
     left, right = (as_dtype(np.diag(each), dtype) for each in (numbers, numbers[::-1]))
     results = np.diagonal(backend("matmul", left, right)).astype(np.float64)
@@ -203,8 +203,8 @@ def matmul_product_error(backend: Backend, dtype: str) -> list[Finding]:
 def matmul_sum_bits(backend: Backend, dtype: str) -> list[Finding]:
     """Find how many bits the sum of products has.
 
-    2^k + 1 - 2^k is 1 as long as it has more than k, in each order, and wherever in the row the three stand. 2^k is
-    itself a product, so that narrow dtypes reach it.
+    2^k + 1 - 2^k is 1 if the sum has more than k bits, in any order and at any places in the row. 2^k is itself a
+    product, so that narrow dtypes reach it.
     """
     wanted = bits_of(compute_dtype(dtype))
     kept, most = 1, wanted + 8
@@ -230,7 +230,7 @@ def function_errors(backend: Backend, dtype: str) -> list[Finding]:
     """Find the largest relative errors of elementary functions."""
     generator = np.random.default_rng(0)
     small = 10 ** generator.uniform(-8, 0, 500)
-    # Down to where exp is subnormal.
+    # Down to arguments whose exp is subnormal.
     gaps = generator.uniform(0, -1.1 * math.log(FORMATS[dtype].smallest_normal), 1500)
     arguments = {
         "exp": np.concatenate([-gaps, -small]),
@@ -247,7 +247,7 @@ def function_errors(backend: Backend, dtype: str) -> list[Finding]:
 
 
 def function_error(backend: Backend, dtype: str, function: str, values: FloatArray) -> float:
-    """Return the largest relative error in units of the roundoff, beyond that of flushing subnormal results."""
+    """Return the largest relative error in units of the roundoff, beyond the error of flushing subnormal results."""
     results = backend(function, as_dtype(values, dtype)).astype(np.float64)
     if not np.all(np.isfinite(results)):
         return math.inf
@@ -268,7 +268,7 @@ def subnormal_numbers(backend: Backend, dtype: str) -> list[Finding]:
     kind, tiny = as_dtype(np.ones(1), dtype).dtype, FORMATS[dtype].smallest_normal
     bits = np.dtype(f"uint{8 * kind.itemsize}")
     normal, half, one, largest = (as_dtype(np.full(1, value), dtype) for value in (tiny, 0.5, 1.0, 2 / tiny))
-    # The smallest subnormal number by its bits: a host that flushes could not convert to it.
+    # The smallest subnormal number is made from bits: a host that flushes could not convert to it.
     raised = backend("multiply", np.ones(1, bits).view(kind), largest)
     halved = backend("multiply", normal, half)
     findings = []
@@ -282,7 +282,7 @@ def subnormal_numbers(backend: Backend, dtype: str) -> list[Finding]:
 
 
 def contraction(backend: Backend, dtype: str) -> list[Finding]:
-    """Find whether a b - c rounds a b, which needs one bit more than there is; c is what it rounds to."""
+    """Find whether a b - c rounds a b, which needs one bit too many; c is the rounded product."""
     half = (bits_of(dtype) + 1) // 2
     factor, rounded = 1 + 2.0**-half, 1 + 2.0 ** (1 - half)
     operands = (as_dtype(np.full(SIDE, value), dtype) for value in (factor, factor, rounded))
@@ -295,17 +295,17 @@ def contraction(backend: Backend, dtype: str) -> list[Finding]:
 
 
 def depth_of_sum(backend: Backend, dtype: str, length: int, alone: bool) -> int:
-    """Return the number of additions that a term goes through: the most of the first, the middle and the last.
+    """Return the number of additions that a term goes through, the largest over the first, middle and last term.
 
-    Term i is M, term j is -M, all others are 1, and M swallows what is added to it. What comes out is the number of
-    terms that are not added before i and j have met. Each j that meets i at another addition gives another number, so
-    there are as many numbers as additions that i goes through. (M and -M are the idea of FPRev, arXiv:2411.00442.)
+    Term i is M, term j is -M, all others are 1, and a term added to M is lost. The result is the number of terms that
+    are added after i and j have met. Each addition at which some j meets i gives a different number, so the number of
+    different results is the number of additions that i goes through. (FPRev, arXiv:2411.00442, uses M and -M.)
 
     Args:
         backend: the device.
         dtype: of the terms.
         length: number of terms, at most 2^14.
-        alone: whether each sum is a batch of its own, or a row of one.
+        alone: whether each sum is a batch of one row, or all are rows of one batch.
     """
     huge = 2.0 ** (bits_of(dtype) + 14)
     deepest = 0
@@ -330,7 +330,7 @@ def depths_of_sums(backend: Backend, dtype: str) -> list[Finding]:
 
 
 def sums_in_batches(backend: Backend, dtype: str) -> list[Finding]:
-    """Find whether a row's sum has other bits in a batch of another size, or at another place of a batch."""
+    """Find whether the bits of a row's sum depend on the size of the batch or on the place in it."""
     same_size = same_place = True
     for length in (33, 128, 1009, 4099):
         row = as_dtype(round_to(np.random.default_rng(length).normal(size=length), dtype), dtype)
@@ -344,7 +344,7 @@ def sums_in_batches(backend: Backend, dtype: str) -> list[Finding]:
 
 
 def repetitions(backend: Backend, dtype: str) -> list[Finding]:
-    """Find whether a sum, and a product of matrices, has the same bits each time; checks of equal bits need that."""
+    """Find whether sums and matrix products have the same bits each time; checks of equal bits need that."""
     generator = np.random.default_rng(0)
     rows, square = (
         as_dtype(round_to(generator.normal(size=shape), dtype), dtype) for shape in ((SIDE, 4099), (4 * SIDE, 4 * SIDE))
@@ -366,12 +366,12 @@ PROBES: tuple[Probe, ...] = (
     contraction,
     repetitions,
 )
-# Of the dtypes that losses are computed in.
+# Probes for the dtypes that losses are computed in.
 COMPUTE_PROBES: tuple[Probe, ...] = (function_errors, depths_of_sums, sums_in_batches)
 
 
 def take_fingerprint(backend: Backend, dtypes: Sequence[str] = DTYPES) -> Fingerprint:
-    """Run every probe. One that the device cannot do is a finding too, and not within what is assumed."""
+    """Run every probe. A probe that raises an error is a finding too, and not within the assumption."""
     findings = []
     for dtype in dtypes:
         for probe in PROBES + (COMPUTE_PROBES if dtype == compute_dtype(dtype) else ()):

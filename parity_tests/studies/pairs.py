@@ -1,4 +1,4 @@
-"""Two losses held against each other: same values, same gradients, and if not, which known difference it is."""
+"""Compares two losses, values and gradients, and names the known difference between them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -28,22 +28,22 @@ from parity_tests.truth.precision import FloatArray, round_to
 
 NUM_ROWS = 7
 NUM_CLASSES = (2, 10, 130)
-# Cases that many a loss is not made for. Where nothing explains a loss, what it does apart from them is looked at.
+# Cases that many losses do not handle. If nothing explains a loss, it is diagnosed again without these cases.
 EDGES = frozenset({"large logits", "large offset", "minus infinity", "small loss", "all ignored"})
 
 
 @dataclass(frozen=True)
 class Question:
-    """What both losses are taken to compute; the options are those of `label_smoothed_cross_entropy`.
+    """The computation expected of both losses; the options are those of `label_smoothed_cross_entropy`.
 
     Args:
-        smoothing: the smoothing that both have been told, or have built in.
-        convention: the convention that is expected; None to take that of the first loss, if both are a user's.
-        reduction: what a loss that returns a scalar is expected to do: "mean" or "sum".
+        smoothing: the smoothing that both were given, or have built in.
+        convention: the expected convention; None for that of the first loss, if both are a user's.
+        reduction: the expected reduction of a loss that returns a scalar: "mean" or "sum".
         num_classes: numbers of classes to try.
-        ignore_index, z_loss, softcap, subtract_entropy: what else both have been told.
+        ignore_index, z_loss, softcap, subtract_entropy: other options that both were given.
         linear: whether both take a linear layer, (hidden, weight, labels), and not (logits, labels).
-        chosen: whether any of these was chosen; if not, what the first loss does is right.
+        chosen: whether the user chose any of these; if not, the first loss is the reference.
     """
 
     smoothing: float = 0.1
@@ -59,7 +59,7 @@ class Question:
 
 
 def plain_cases(question: Question, dtype: str) -> list[Case]:
-    """Return cases of logits [7, K], or hidden [7, D] and weight, that need nothing but the options of the question."""
+    """Return cases of logits [7, K], or hidden [7, D] and weight, with only the options of the question."""
     options = {name: getattr(question, name) for name in ("ignore_index", "z_loss", "softcap", "subtract_entropy")}
     options = {name: value for name, value in options.items() if value}
     if question.ignore_index is not None:
@@ -78,7 +78,7 @@ def plain_cases(question: Question, dtype: str) -> list[Case]:
 
 
 def _in_layer(case: Case, generator: np.random.Generator) -> LinearCase:
-    """Return a case of a layer whose logits are, but for rounding, those of a case: the weight is a random rotation."""
+    """Return a linear case with the logits of a case, up to rounding: the weight is a random rotation."""
     rotation, _ = np.linalg.qr(generator.normal(size=(case.num_classes, case.num_classes)))
     hidden, weight = round_to(case.logits @ rotation.T, case.dtype), round_to(rotation, case.dtype)
     given: dict[str, Any] = {each.name: getattr(case, each.name) for each in fields(case)}
@@ -123,7 +123,7 @@ class Side:
 
     Args:
         adapter: the loss.
-        reduction: "none" or "mean", what it returns; None if it takes that from the case.
+        reduction: the reduction that it returns, "none" or "mean"; None if it takes the reduction from the case.
     """
 
     adapter: Adapter
@@ -132,14 +132,14 @@ class Side:
 
 @dataclass(frozen=True)
 class SideReading:
-    """What one of the losses was found to compute.
+    """The diagnosis of one of the losses.
 
     Args:
-        name: of the loss.
-        explanations: what explains it, the best first; none if it is no known loss.
-        mutants: how the best departs from the definition, by the names of the mutant bank; none if it does not.
+        name: name of the loss.
+        explanations: the known losses that explain its results, the best first; empty if there is none.
+        mutants: differences of the best explanation from the definition, by the names of the mutant bank.
         others: mutants that these cases do not tell apart from the best explanation.
-        only_ordinary: whether it is explained only apart from the edge cases.
+        only_ordinary: whether the explanation leaves out the edge cases.
         gave_results: whether it gave a result in any case.
     """
 
@@ -152,7 +152,7 @@ class SideReading:
 
     @property
     def computes(self) -> str:
-        """What was found, for people."""
+        """The diagnosis as text."""
         if not self.gave_results:
             return "nothing that can be compared"
         if not self.explanations:
@@ -175,14 +175,14 @@ class SideReading:
 
 @dataclass(frozen=True)
 class Pair:
-    """The answer.
+    """The comparison of two losses.
 
     Args:
-        definition: what the true value is, and the bounds, are those of.
-        chosen: whether the definition was chosen, and is not that of the first loss.
-        known: whether one of the losses is the definition, or it was chosen.
-        readings: what each loss computes.
-        survey: outcomes of both against the truth, and against each other.
+        definition: the loss that the true values and the bounds belong to.
+        chosen: whether the user chose the definition; otherwise it is that of the first loss.
+        known: whether one of the losses is the definition, or the user chose it.
+        readings: the diagnosis of each loss.
+        survey: comparisons of both with the truth, and with each other.
     """
 
     definition: Candidate
@@ -193,7 +193,7 @@ class Pair:
 
     @property
     def agrees(self) -> bool:
-        """Whether both gave results in every case, these agree, and they are what was chosen to be right."""
+        """Whether both gave results in every case, and these agree with each other and with a chosen definition."""
         if self.chosen and any(reading.mutants or not reading.explanations for reading in self.readings):
             return False
         if self.with_nan:
@@ -203,7 +203,7 @@ class Pair:
 
     @property
     def with_nan(self) -> list[str]:
-        """The cases in which a loss or a gradient is NaN where the true one is not, also where both losses are."""
+        """The cases in which a loss or gradient is NaN and the true one is not, even if both losses are NaN."""
         return [
             f"{outcome.adapter} in {outcome.case}"
             for outcome in self.survey.outcomes
@@ -228,15 +228,15 @@ class Pair:
 
 
 def compare_sides(first: Side, second: Side, question: Question, dtypes: Sequence[str]) -> Pair:
-    """Hold two losses against each other and against the truth, and say what each computes.
+    """Compare two losses with each other and with the truth, and diagnose each.
 
-    Losses that take all options are held against each other in every named case; others in plain cases.
+    Losses that take all options are compared in every named case, others in plain cases.
     """
     sides = (first, second)
     plain = any(side.reduction is not None for side in sides)
     cases = [case for dtype in dtypes for case in (plain_cases(question, dtype) if plain else _named_cases(dtype))]
     cases = [case for case in cases if not any(side.adapter.unsupported(case) for side in sides)]
-    # Of two that take both kinds, such as a fault and the oracle, the dense cases say enough.
+    # If both take dense and linear cases, such as a fault and the oracle, the dense cases are enough.
     cases = [case for case in cases if not isinstance(case, LinearCase)] or cases
     expected = AS_STATED
     linear = any(isinstance(case, LinearCase) for case in cases)
@@ -264,7 +264,7 @@ def _named_cases(dtype: str) -> list[Case]:
 
 
 class _Diagnosed(NamedTuple):
-    """What explains the results of one side."""
+    """The explanations of the results of one side."""
 
     explanations: list[Explanation]
     only_ordinary: bool
@@ -274,7 +274,7 @@ class _Diagnosed(NamedTuple):
 def _diagnose(
     cases: list[Case], attempts: list[list[AnyResult | str]], expected: Candidate, candidates: list[Candidate]
 ) -> list[_Diagnosed]:
-    """Explain each side in the cases in which it gave a result; if nothing does so exactly, apart from edge cases."""
+    """Explain each side in the cases with a result. Without an exact explanation, try again without edge cases."""
     diagnosis = Diagnosis(cases, candidates)
 
     def explain(results: list[AnyResult | str], ordinary: bool) -> list[Explanation]:
@@ -298,7 +298,7 @@ def _diagnose(
 
 
 def _definition(diagnosed: list[_Diagnosed]) -> Candidate | None:
-    """Return the sound loss that the first side is, or else the second."""
+    """Return the sound loss that explains the first side exactly, or else the second; or None."""
     for explanations, _, _ in diagnosed:
         if explanations and explanations[0].exact and explanations[0].candidate.fault is None:
             return explanations[0].candidate
@@ -316,13 +316,13 @@ def _read(name: str, diagnosed: _Diagnosed, definition: Candidate) -> SideReadin
 
 
 def _judge(sides: tuple[Side, Side], cases: list[Case], attempts: list[list[AnyResult | str]], scaled: bool) -> Survey:
-    """Hold what both gave against the truth and against each other.
+    """Compare both results with the truth and with each other.
 
-    Where neither is a loss that is known (`scaled`), the bounds are those of the definition times the size of their
-    results: an error that is small beside another loss may be large beside theirs.
+    If neither is a known loss (`scaled`), the bounds of the definition are scaled to the size of their results, since
+    an error that is small relative to the definition may be large relative to them.
 
-    The cases may have another convention or reduction now than when the losses were called: a user's loss was told of
-    neither, and where the other loss is told, they have not changed.
+    The cases may have another convention or reduction now than when the losses were called. A user's loss was given
+    neither, and if the other loss takes them, they have not changed.
     """
     first, second = sides[0].adapter, sides[1].adapter
     members = {adapter.name: Member(adapter, True) for adapter in (first, second)}

@@ -1,8 +1,8 @@
-"""Whether the harness rejects what is wrong: every fault of the mutant bank under every assertion.
+"""Tests every assertion of the harness with every fault of the mutant bank.
 
-An assertion that an applicable fault survives is itself a failure. What is asserted of a loss: it is within its bounds
-of the truth (`oracle`), two losses are within the sum of their bounds (`each other`), and a training stays within the
-envelope of its replicas (`trajectory`). A fault applies to a case if it changes the result there. The faults of linear
+An assertion that accepts an applicable fault is a failure. The assertions: a loss is within its bounds of the truth
+(`oracle`), two losses are within the sum of their bounds (`each other`), and a training stays within the envelope of
+its replicas (`trajectory`). A fault applies to a case if it changes the result there. The faults of linear
 layers are tried in the linear cases, and in no training.
 """
 
@@ -28,9 +28,9 @@ from parity_tests.truth.precision import FloatArray, compute_dtype, round_to
 LOOSEST = Arithmetic()
 ASSERTIONS = ("oracle", "each other")
 
-# A smoothing of 1e-8 over ten classes is nothing to the precision.
+# A smoothing of 1e-8 over ten classes is below the precision.
 TINY_SMOOTHING = frozenset(f"smoothing_1e-08_{convention}" for convention in CONVENTIONS)
-# Where a fault may survive, and why that is right; in every other case that it changes it must be rejected.
+# Cases in which a fault may be accepted, and why; it must be rejected in every other case that it changes.
 EXCUSED: dict[str, frozenset[str]] = {
     # The gradient is 0 up to rounding.
     "zero_gradient": frozenset({"at_optimum"}),
@@ -39,7 +39,7 @@ EXCUSED: dict[str, frozenset[str]] = {
     # e/(K-1) and e/K of 130 classes are nearly the same, and logits within 0.01 of each other hide the rest.
     "other_off": TINY_SMOOTHING | {"near_uniform"},
     "unsmoothed_loss": TINY_SMOOTHING,
-    # Where almost all is smoothing and at its optimum, what is left of the gradient is the label's.
+    # With almost all mass in the smoothing term, at its optimum, only the label's gradient is left.
     "smoothing_detached": TINY_SMOOTHING | {"class_mask_near_one"},
     "local_classes": TINY_SMOOTHING,
     "label_without_share": TINY_SMOOTHING,
@@ -47,7 +47,7 @@ EXCUSED: dict[str, frozenset[str]] = {
     "pad_class_left_out": TINY_SMOOTHING,
     "local_mean": TINY_SMOOTHING,
     "entropy_subtracted": TINY_SMOOTHING,
-    # Logits within 0.01 of each other lose nothing that the mean of the losses shows.
+    # The rounding of logits within 0.01 of each other does not show in the mean of the losses.
     "bfloat16_logits": frozenset({"near_uniform"}),
     # At 0.9 the target is the same for each of ten classes.
     "label_off_by_one": frozenset({"smoothing_0.9_non_target"}),
@@ -58,14 +58,14 @@ EXCUSED: dict[str, frozenset[str]] = {
     # A thousandth of a z-loss of a thousandth.
     "z_loss_slightly_off": frozenset({"everything"}),
 }
-# These only reorder roundings, except where they do harm.
+# These faults only reorder roundings, except in the cases named here.
 HARMFUL_ONLY_IN = {
     "maximum_kept": frozenset({"large_logits", "large_offset"}),
     "log_for_log1p": frozenset({"dominant"}),
 }
-# Rounding to bfloat16 does nothing to what is in bfloat16 already.
+# Rounding a bfloat16 number to bfloat16 has no effect.
 HARMLESS = frozenset({("bfloat16_logits", "bfloat16"), ("bfloat16_gradient", "bfloat16")})
-# Less than half a unit of the last place of a narrow gradient.
+# The fault is less than half a unit in the last place of a narrow gradient.
 HIDDEN_BY_ROUNDING = frozenset(
     (fault, dtype) for fault in FAULTS if fault.endswith("slightly_off") for dtype in ("bfloat16", "float16")
 )
@@ -80,9 +80,9 @@ class Trial:
         dtype: of the logits.
         assertion: "oracle", "each other" or "trajectory".
         changed: cases, or trainings, whose result the fault changes.
-        rejected: those of them that the assertion rejects, and the share of its bound at which it does.
+        rejected: the rejected ones of these, and the error of each as a share of its bound.
         largest: the largest share by part of the result.
-        survives: why this is a failure of the harness; None if it is none.
+        survives: why this is a failure of the harness, or None.
     """
 
     fault: str
@@ -95,7 +95,7 @@ class Trial:
 
     @property
     def nearest(self) -> float:
-        """The margin by which the rejection was nearest to an acceptance, in multiples of the bound."""
+        """The smallest rejected error, as a share of its bound."""
         return min(self.rejected.values(), default=np.nan)
 
 
@@ -125,13 +125,13 @@ def _bank(dtype: str, arithmetic: Arithmetic = LOOSEST, linear: bool = False) ->
 
 
 def sound_failures(dtype: str) -> list[str]:
-    """Return the cases in which the implementation without fault is rejected: there must be none."""
+    """Return the cases in which the sound implementation is rejected; there must be none."""
     entries = [*_bank(dtype), *_bank(dtype, linear=True)]
     return [case.name for case, truth, sound, bounds in entries if not within(case, truth, sound, bounds).agrees]
 
 
 def trials(fault: str, dtype: str, arithmetic: Arithmetic = LOOSEST) -> list[Trial]:
-    """Return how a fault fares under `oracle` and under `each other`, at a dtype."""
+    """Return the trials of a fault under `oracle` and under `each other`, at a dtype."""
     changed: set[str] = set()
     rejected: dict[str, dict[str, float]] = {assertion: {} for assertion in ASSERTIONS}
     largest: dict[str, dict[str, float]] = {assertion: {} for assertion in ASSERTIONS}
@@ -176,13 +176,13 @@ def _why_survives(
     rejected: dict[str, float],
     largest: dict[str, float],
 ) -> str | None:
-    """Return why a fault counts as not rejected, by the strictest rule that can be asked."""
+    """Return why a fault counts as accepted, by the strictest rule that a sound harness can satisfy; or None."""
     if (fault, dtype) in HARMLESS:
         return "it should change nothing, and does" if changed else None
     if not changed:
         return "no case shows it"
     if fault in LINEAR_FAULTS:
-        # Rounding to a narrow dtype may hide it in some of the cases.
+        # Rounding to a narrow dtype may hide the fault in some of the cases.
         missed = changed - rejected.keys() if dtype == compute_dtype(dtype) or not rejected else frozenset()
         return f"accepted in {', '.join(sorted(missed))}" if missed else None
     for part, share in largest.items():
@@ -193,7 +193,7 @@ def _why_survives(
     elif assertion == "oracle":
         missed = changed - rejected.keys() - EXCUSED.get(fault, frozenset())
     else:
-        # Two losses may differ by the sum of their bounds, so that faults near a bound are seen in fewer cases.
+        # Two losses may differ by the sum of their bounds, so faults near a bound are rejected in fewer cases.
         missed = frozenset() if rejected else changed
     return f"accepted in {', '.join(sorted(missed))}" if missed else None
 
@@ -202,12 +202,12 @@ def _why_survives(
 
 STEPS, REPLICAS, BATCH, FEATURES = 12, 8, 16, 5
 LEARNING_RATE = 0.5
-# What a training of moderate logits cannot show: it rounds otherwise, and does harm elsewhere; or it changes nothing.
+# Faults without an effect on trainings with moderate logits, or with no more effect than rounding.
 NOT_IN_TRAININGS = frozenset({*HARMFUL_ONLY_IN, "infinity_to_nan", "max_sup_first"})
 
 
 def _trainings() -> dict[str, Case]:
-    """Return the losses of small trainings as cases, whose logits each step replaces."""
+    """Return the losses of small trainings as cases; each step replaces the logits."""
     generator = np.random.default_rng(0)
     labels = generator.integers(7, size=BATCH)
     ignored = np.where(np.arange(BATCH) % 5 == 0, -1, np.where(labels == 6, 0, labels))
@@ -252,7 +252,7 @@ def _train(
 
 
 class _Tame(NamedTuple):
-    """A training without fault: the case of its loss, where it starts, its losses, and those of its replicas."""
+    """A sound training: the case of its loss, its start, its inputs, its losses, and the losses of its replicas."""
 
     case: Case
     start: NDArray[np.float32]
@@ -277,7 +277,7 @@ def _tame_trainings(learning_rate: float) -> dict[str, _Tame]:
 
 
 def trajectory_trial(fault: str) -> Trial:
-    """Return how a fault fares in trainings against the envelope of their replicas."""
+    """Return the trial of a fault in trainings, within the envelope of their replicas."""
     changed: set[str] = set()
     rejected: dict[str, float] = {}
     largest = 0.0

@@ -1,13 +1,12 @@
-"""Replays: the adapters that are here, held against the truth and against what other adapters gave elsewhere.
+"""Replays compare adapters on this machine with the truth and with recorded results of other adapters.
 
-A bundle is stale, and refused, if this checkout makes another case of a recorded name, or if its definition gives
-another truth for a recorded case. Both are computed again and compared bit for bit: a changed formula, and a NumPy that
-draws other random numbers, make a bundle stale, and a changed comment does not. A case whose name is not in
-`all_case_names()`, such as a worst case that was found, stands for itself: only its truth is checked. The truth of more
-than `WIDE` classes is computed in float64, where it may depend on the machine's libm; there the two may differ by
-float64's bounds.
+A bundle is stale, and refused, if this checkout makes a different case of a recorded name, or a different truth for a
+recorded case. Both are computed again and compared bit for bit: a changed formula makes a bundle stale, and so does a
+NumPy that draws other random numbers; a changed comment does not. A case whose name is not in `all_case_names()`, such
+as a worst case of `hunt`, cannot be made again: only its truth is checked. The truth of more than `WIDE` classes is
+computed in float64, so it may depend on the machine's libm; there the two may differ by the bounds of float64.
 
-Results are held against the truth of today, which by then is known to be the recorded one.
+Results are compared with the newly computed truth, after it was found equal to the recorded one.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,15 +27,15 @@ TRUTH = "truth"
 
 @dataclass(frozen=True)
 class Line:
-    """An adapter here held against a recorded one, or either against the truth, over all cases.
+    """An adapter here compared with a recorded one, or either compared with the truth, over all cases.
 
     Args:
         here: the adapter that ran here, or `TRUTH`.
         recorded: the recorded one, or `TRUTH`.
-        cases: number of cases in which it was.
+        cases: number of compared cases.
         share: largest share of a bound; inf for a failure.
-        agrees: whether every case does.
-        worst: the worst case, for people; empty if there is none.
+        agrees: whether every case agrees.
+        worst: the worst case as text; empty if there is none.
     """
 
     here: str
@@ -47,7 +46,7 @@ class Line:
     worst: str
 
     def __str__(self) -> str:
-        """Return who is held against whom, and the worst case."""
+        """Return the names of both sides, and the worst case."""
         if self.here == TRUTH:
             return f"recorded {self.recorded} against the {TRUTH}, {self.worst}"
         other = f"the {TRUTH}" if self.recorded == TRUTH else f"recorded {self.recorded}"
@@ -56,14 +55,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Replay:
-    """What came of replaying a bundle.
+    """The results of replaying a bundle.
 
     Args:
         bundle: the bundle.
-        adapters: those that ran here.
-        outcomes: of those against the truth.
-        recorded: of the recorded adapters against the truth.
-        differences: of each that ran here against each recorded one, in this order.
+        adapters: the adapters that ran here.
+        outcomes: their comparisons with the truth.
+        recorded: comparisons of the recorded adapters with the truth.
+        differences: comparisons of each adapter here with each recorded one, in this order.
     """
 
     bundle: Bundle
@@ -74,11 +73,11 @@ class Replay:
 
     @property
     def agrees(self) -> bool:
-        """Whether all is within the bounds of the truth and of each other, the recorded results included."""
+        """Whether all results, also the recorded ones, are within their bounds of the truth and of each other."""
         return all(line.agrees for line in self.lines())
 
     def lines(self) -> list[Line]:
-        """Return each adapter here against the truth and the recorded ones, and these against the truth."""
+        """Return the lines of each adapter here, with the truth and each recorded one, and of these with the truth."""
         lines = []
         for here in self.adapters:
             lines.append(_line(here.name, TRUTH, [each for each in self.outcomes if each.adapter == here.name]))
@@ -88,9 +87,9 @@ class Replay:
         return lines
 
     def evidence(self) -> list[Evidence]:
-        """Return what is known: "executed" of what ran here and agrees, "replayed" of what was recorded and agrees.
+        """Return the evidence: "executed" for adapters that agree here, "replayed" for recorded ones that agree.
 
-        A recorded adapter agrees if it does with the truth and with every adapter that was called here, at least one.
+        A recorded adapter must agree with the truth and with every adapter that was called here, at least one.
         """
         found = []
         versions = self.bundle.environment["versions"]
@@ -146,14 +145,14 @@ def _line(here: str, recorded: str, found: Sequence[Outcome | Difference]) -> Li
 
 
 def adapters_here(names: Sequence[str] | None, device: str) -> tuple[list[Adapter], dict[str, str]]:
-    """Return the adapters that can be made here, and of the others why not.
+    """Return the adapters that run on this machine, and for each other the reason why it does not.
 
     Args:
-        names: which, with * and ?; with none all of ours that no compiler must be waited for.
-        device: where they run.
+        names: names, with * and ?; None for all of ours that need no compiler.
+        device: the device.
 
     Raises:
-        ValueError: there is no adapter of a name.
+        ValueError: there is no adapter of that name.
     """
     if not names:
         names = [entry.name for entry in ENTRIES.values() if entry.kind == "ours" and "-compiled" not in entry.name]
@@ -167,12 +166,12 @@ def adapters_here(names: Sequence[str] | None, device: str) -> tuple[list[Adapte
 
 
 def replay(bundle: Bundle, adapters: Sequence[Adapter], records: Iterable[Record] | None = None) -> Replay:
-    """Run adapters on the recorded inputs, and hold them against the truth and against the recorded results.
+    """Run adapters on the recorded inputs, and compare them with the truth and with the recorded results.
 
     Args:
-        bundle: what was recorded.
-        adapters: what to run here; with none the recorded results are held against the truth only.
-        records: which to replay; all of the bundle by default.
+        bundle: the bundle.
+        adapters: the adapters to run; without any, the recorded results are compared with the truth only.
+        records: the records to replay; by default all of the bundle.
 
     Raises:
         BundleError: the bundle is stale, or holds results of an adapter that is not known here.
@@ -206,10 +205,10 @@ def _check_known(name: str) -> None:
 
 
 def truth_of_today(recorded: Record) -> Truth:
-    """Return what the definition gives for a recorded case now.
+    """Return the truth of a recorded case, computed anew.
 
     Raises:
-        BundleError: it is not what was recorded, or the case of that name is another one by now.
+        BundleError: it differs from the recorded one, or this checkout makes a different case of that name.
     """
     case, title = recorded.case, f"case {recorded.case.name!r} in {recorded.case.dtype}"
     if case.name in all_case_names():

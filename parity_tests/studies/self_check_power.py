@@ -1,4 +1,4 @@
-"""Which faults of the mutant bank the checks without an oracle reject."""
+"""Finds the faults of the mutant bank that the checks without an oracle reject."""
 
 from collections.abc import Hashable
 from functools import cache
@@ -14,13 +14,13 @@ from parity_tests.truth.precision import FloatArray
 
 
 def evaluate_fault(fault: str | None) -> Evaluate:
-    """Return the NumPy loss with a fault of the bank, or without, as what `run_checks` takes."""
+    """Return the NumPy loss with a fault of the bank, or sound, in the form that `run_checks` takes."""
     known: dict[Hashable, Evaluation] = {}
 
     def evaluate(
         logits: FloatArray, labels: NDArray[np.int64], *, smoothing: float, dtype: str, **options: Any
     ) -> Evaluation:
-        # The checks ask for the same results again and again.
+        # The checks ask for the same results many times.
         given = [
             None if each is None else np.asarray(each).tobytes() for each in (logits, labels, options.get("where"))
         ]
@@ -48,7 +48,7 @@ def _sound() -> Evaluate:
 
 
 def check_fault(fault: str | None, dtype: str) -> list[CheckOutcome]:
-    """Return what the checks find; the plain cross-entropy and the compiled loss to compare with are sound."""
+    """Return the outcomes of the checks; the plain cross-entropy and the compiled loss to compare with are sound."""
     sound = _sound()
     return run_checks(Subject(evaluate_fault(fault), plain=sound, other=sound), dtype)
 

@@ -1,4 +1,4 @@
-"""Adapters x cases x dtypes: every outcome, and every pair of twins against each other."""
+"""Runs all adapters in all cases and dtypes, and compares each with the truth and with its twin."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,12 +15,12 @@ from parity_tests.truth.oracle import solve
 
 @dataclass(frozen=True)
 class Member:
-    """An adapter that takes part.
+    """An adapter of a survey.
 
     Args:
         adapter: the adapter.
-        ours: whether it must be within its bounds; a peer is shown beside.
-        twin: name of the adapter that it is held against besides the truth.
+        ours: whether it must be within its bounds; a peer is shown for comparison.
+        twin: name of the adapter that it is also compared with.
     """
 
     adapter: Adapter
@@ -29,7 +29,7 @@ class Member:
 
 
 class Closeness(NamedTuple):
-    """Of the cases in which an adapter and a peer gave results: in how many it is closer to the truth, or as close."""
+    """In how many cases an adapter is closer to the truth than a peer, or as close, of those with both results."""
 
     closer: int
     equal: int
@@ -38,10 +38,10 @@ class Closeness(NamedTuple):
 
 @dataclass(frozen=True)
 class Survey:
-    """What came of it.
+    """The results of a survey.
 
     Args:
-        members: by name.
+        members: the adapters by name.
         outcomes: one for each adapter, case and dtype.
         differences: one for each pair of twins, case and dtype in which both gave a result.
     """
@@ -63,7 +63,7 @@ class Survey:
         return any(outcome.status != "unsupported" for outcome in self.outcomes)
 
     def of(self, name: str) -> list[Outcome]:
-        """Return the outcomes of an adapter in which it was called."""
+        """Return the outcomes of an adapter, without the cases that it does not support."""
         return [outcome for outcome in self.outcomes if outcome.adapter == name and outcome.status != "unsupported"]
 
     def peers_of(self, name: str) -> list[str]:
@@ -86,7 +86,7 @@ class Survey:
         return Closeness(sum(own < peer for own, peer in pairs), sum(own == peer for own, peer in pairs), len(pairs))
 
     def evidence(self) -> list[Evidence]:
-        """Return what was executed: each adapter and dtype of which all outcomes agree."""
+        """Return the evidence: each adapter and dtype whose outcomes all agree was executed."""
         found = []
         for name, member in self.members.items():
             for dtype in dict.fromkeys(outcome.dtype for outcome in self.outcomes):

@@ -1,4 +1,4 @@
-"""What became of each adapter in each case, and whose error a difference is."""
+"""Outcomes of adapters in cases, and differences between two adapters with the one to blame."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,13 +13,13 @@ Status = Literal["agree", "disagree", "failed", "unsupported"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of an adapter in a case.
+    """The outcome of an adapter in a case.
 
     Args:
-        adapter: its name.
-        case, dtype: which case.
-        status: "agree" and "disagree" with the truth; "failed" to give a loss and its gradients; "unsupported": it
-            lacks an option that the case needs, and was not called.
+        adapter: name of the adapter.
+        case, dtype: the case.
+        status: "agree" or "disagree" with the truth; "failed" to give a loss and its gradients; "unsupported": not
+            called, since it cannot handle the case.
         reason: why it failed or was not called.
         comparison: errors as shares of the bounds, if it gave a result.
         result: the result itself.
@@ -35,7 +35,7 @@ class Outcome:
 
 
 def examine(adapter: Adapter, case: Case, truth: Truth) -> Outcome:
-    """Run an adapter on a case and hold it against the truth. What the adapter raises is an outcome like others."""
+    """Run an adapter on a case and compare it with the truth. An exception is an outcome too."""
     unsupported = adapter.unsupported(case)
     if unsupported:
         return Outcome(adapter.name, case.name, case.dtype, "unsupported", unsupported)
@@ -43,7 +43,7 @@ def examine(adapter: Adapter, case: Case, truth: Truth) -> Outcome:
 
 
 def attempt(adapter: Adapter, case: Case) -> AnyResult | str:
-    """Return what an adapter gives for a case, or what it raised."""
+    """Return the result of an adapter in a case, or the exception as text."""
     try:
         return adapter(case)
     except (Exception, SystemExit) as error:  # a user's loss may raise anything, and the other cases must still run
@@ -51,7 +51,7 @@ def attempt(adapter: Adapter, case: Case) -> AnyResult | str:
 
 
 def judge(adapter: Adapter, case: Case, truth: Truth, attempted: AnyResult | str) -> Outcome:
-    """Hold what `attempt` returned against the truth, within the bounds of the adapter."""
+    """Compare the return value of `attempt` with the truth, within the bounds of the adapter."""
     if isinstance(attempted, str):
         return Outcome(adapter.name, case.name, case.dtype, "failed", attempted)
     comparison = against_oracle(case, truth, attempted, adapter.arithmetic)
@@ -66,13 +66,13 @@ def _describe(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Difference:
-    """Two adapters held against each other in a case: the third side of the verdict.
+    """Two adapters compared in a case: the third side of the verdict.
 
     Args:
-        case, dtype: which case.
-        adapters: the two.
+        case, dtype: the case.
+        adapters: names of the two.
         comparison: their difference as a share of the sum of their bounds.
-        blame: who is outside the bounds of the truth: none, one or both of the two; empty if they agree.
+        blame: those outside the bounds of the truth; empty if the two agree.
     """
 
     case: str
@@ -90,7 +90,7 @@ class Difference:
 def compare_outcomes(
     case: Case, truth: Truth, outcomes: tuple[Outcome, Outcome], adapters: tuple[Adapter, Adapter]
 ) -> Difference | None:
-    """Hold two outcomes against each other; None unless both have a result."""
+    """Return the difference of two outcomes; None unless both have a result."""
     first, second = outcomes
     if first.result is None or second.result is None:
         return None

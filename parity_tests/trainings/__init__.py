@@ -1,1 +1,1 @@
-"""Two training runs against each other."""
+"""Comparison of two training runs."""

@@ -1,10 +1,10 @@
-"""Two trainings side by side, step by step, tensor by tensor: where do they first part?
+"""Compares two trainings step by step and tensor by tensor, and finds the first divergence.
 
-Two modes, which tell two kinds of error apart:
+Two modes tell two kinds of error apart:
 
-- *Free-running*: both start from the same state and go their own way. What a user sees; differences add up.
-- *Teacher-forced*: at every step the second starts from the state of the first. A step that is wrong is seen at that
-  step, whatever happened before, and rounding does not add up.
+- *Free-running*: both start from the same state and run on their own, as for a user. Differences add up.
+- *Teacher-forced*: at every step the second starts from the state of the first. A wrong step shows at that step, and
+  rounding does not add up.
 
 The yardstick is the training itself, as in `trajectory.py`: replicas of the first training, with each floating-point
 number of the state moved up or down by one unit in the last place (ulp), at random; at the start when free-running, at
@@ -14,8 +14,8 @@ every step when teacher-forced. For each tensor
     floor    = u (ceil(log2 batch) + 2) times its largest element: a mean over the batch, as in `rounding_floor`
     allowed  = 2 (envelope + floor)
 
-so an element that is off by more than `allowed` is a divergence. Integers must be equal. One number for a tensor: an
-element that is much smaller than the largest of its tensor may be wrong unseen. Split such tensors in `state`.
+An element that differs by more than `allowed` is a divergence. Integers must be equal. There is one `allowed` for a
+tensor: an error in an element much smaller than the largest of its tensor may pass. Split such tensors in `state`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -35,10 +35,10 @@ LOSS = "loss"
 
 
 class Training(Protocol):
-    """A training that can be stopped and started at any state; what a user writes for each framework.
+    """A training that can be stopped and started at any state. A user writes one for each framework.
 
-    All that a step depends on must be in the state: weights, moments of the optimizer, counts of steps. Both trainings
-    must name and lay out their tensors alike: transpose a kernel on one side.
+    The state must hold everything that a step depends on: weights, moments of the optimizer, counts of steps. Both
+    trainings must give their tensors the same names and layouts: transpose a kernel on one side.
     """
 
     def state(self) -> State:
@@ -64,11 +64,11 @@ class Divergence:
 
     Args:
         step: counted from 0.
-        tensor: its name; "loss" for the loss.
-        index: where in the tensor.
+        tensor: name of the tensor; "loss" for the loss.
+        index: index in the tensor.
         first, second: the values.
         allowed: the difference that rounding explains.
-        share: difference over allowed.
+        share: difference / allowed.
     """
 
     step: int
@@ -88,11 +88,11 @@ class Divergence:
 
 @dataclass(frozen=True)
 class StepwiseVerdict:
-    """What came of one mode.
+    """The verdict in one mode.
 
     Args:
-        mode: which.
-        worst: for each step and tensor the element with the largest share, in the order of the steps, the loss first.
+        mode: the mode.
+        worst: the element with the largest share for each step and tensor, in the order of the steps, the loss first.
         losses: the verdict on the losses alone, for plots.
     """
 
@@ -102,7 +102,7 @@ class StepwiseVerdict:
 
     @property
     def first_divergence(self) -> Divergence | None:
-        """The first element that is not allowed: of the first step that has one, the loss or else the worst tensor."""
+        """The divergence at the first step that has one: the loss, or else the worst tensor; None if there is none."""
         beyond = [each for each in self.worst if each.share > 1]
         if not beyond:
             return None
@@ -111,27 +111,27 @@ class StepwiseVerdict:
 
     @property
     def agrees(self) -> bool:
-        """Whether no element is beyond what is allowed."""
+        """Whether no element differs by more than `allowed`."""
         return self.first_divergence is None
 
     @property
     def largest(self) -> Divergence:
-        """The largest share of all steps and tensors."""
+        """The element with the largest share of all steps and tensors."""
         return max(self.worst, key=lambda each: each.share)
 
 
 def compare_step_by_step(
     first: Training, second: Training, steps: int, *, replicas: int = 4, batch_size: int = 64, seed: int = 0
 ) -> tuple[StepwiseVerdict, StepwiseVerdict]:
-    """Compare two trainings, free-running and teacher-forced, from the state in which the first is now.
+    """Compare two trainings, free-running and teacher-forced, from the current state of the first.
 
     Args:
         first: the training whose state both start from, and whose replicas are the yardstick.
-        second: the other. Both are left in some later state.
-        steps: how many steps to take.
-        replicas: how many one-ulp replicas to run; each costs as much as the first training.
-        batch_size: rows whose losses a step averages, for the rounding of the loss.
-        seed: of the replicas' directions.
+        second: the other training. Both end in some later state.
+        steps: number of steps.
+        replicas: number of one-ulp replicas to run; each costs as much as the first training.
+        batch_size: number of losses that a step averages, for the rounding of the loss.
+        seed: seed of the replicas' directions.
 
     Raises:
         TrainingError: names or shapes of the states differ, or a step depends on more than its state.
@@ -198,7 +198,7 @@ def _is_floating(values: NDArray[Any]) -> bool:
 
 
 def one_ulp_away(state: State, random: np.random.Generator) -> State:
-    """Return a state whose every floating-point number is replaced by its upper or lower neighbour, at random."""
+    """Return a state with every floating-point number replaced by its upper or lower neighbour, at random."""
     moved = {}
     for name, values in state.items():
         if _is_floating(values):
@@ -210,7 +210,7 @@ def one_ulp_away(state: State, random: np.random.Generator) -> State:
 
 
 def _spread(state: State, loss: float, moved: list[State], losses: list[float]) -> dict[str, float]:
-    """Return how far the replicas are from the first training, at most, in each tensor."""
+    """Return the largest distance of the replicas from the first training, for each tensor."""
     spread = {LOSS: max(abs(each - loss) for each in losses)}
     for name, values in state.items():
         if _is_floating(values):
@@ -253,7 +253,7 @@ def _shares(one: FloatArray, other: FloatArray, allowed: float) -> FloatArray:
     with np.errstate(invalid="ignore", divide="ignore"):
         difference = np.abs(one - other)
         share = np.where(difference == 0, 0.0, difference / allowed)
-    # A NaN agrees with nothing, and nothing agrees with an envelope that is none.
+    # A NaN agrees with nothing, and nothing agrees if the envelope is not finite.
     return np.where(np.isfinite(difference) & np.isfinite(allowed), share, np.inf)
 
 
@@ -276,7 +276,7 @@ def _check_states(state: State, other: State) -> None:
 
 
 def _check_determined(which: str, training: Training, start: State) -> None:
-    """Take the first step twice: if the two differ, something that matters is not in the state."""
+    """Take the first step twice: if the results differ, the state is not complete."""
     (loss, state), (again, repeated) = _advance(training, start, 0), _advance(training, start, 0)
     differing = [name for name in state if not np.array_equal(state[name], repeated[name], equal_nan=True)]
     if differing or not (loss == again or (np.isnan(loss) and np.isnan(again))):

@@ -1,12 +1,12 @@
-"""Whether two trainings that should be one and the same agree, step by step.
+"""Tests step by step whether two trainings agree that should be the same.
 
 Two frameworks round differently, and a training feeds every rounding back into its weights. So the losses of two
-faithful trainings part, slowly or fast, and no fixed tolerance fits: one that lets a sensitive training pass lets a
-wrong loss pass in a tame one. The yardstick has to come from the training itself.
+correct trainings drift apart, slowly or fast, and no fixed tolerance fits: one that accepts a sensitive training
+accepts a wrong loss in a stable one. The yardstick has to come from the training itself.
 
-It is a handful of *replicas*: the same training in one of the frameworks, its initial weights each moved up or down
-by one unit in the last place (ulp), at random. That is the smallest change that the weights can hold, and one that
-nobody calls a different training. How far the replicas' losses stray is what rounding may do here:
+We rerun the training in one of the frameworks with each initial weight moved up or down by one unit in the last place
+(ulp), at random. That is the smallest change that the weights can hold. The distance of the losses of these *replicas*
+is the effect that rounding may have here:
 
     envelope[t] = max over steps s <= t and replicas r of |loss_r[s] - loss[s]|
     floor[t]    = rounding of the reported loss itself, for given weights
@@ -14,18 +14,18 @@ nobody calls a different training. How far the replicas' losses stray is what ro
 
 The 2 is no safety factor but the triangle inequality: both trainings are rounded, so if each of them stays within
 envelope + floor of the training in exact arithmetic, they stay within twice that of one another. The maximum runs over
-the steps since a training that strayed at one step starts the next from there, and because two losses may cross,
-which says nothing about the weights. Nothing in the rule is fitted to a result; what it can tell apart was measured
-(see the tests): a learning rate that is off by a thousandth, for one.
+all steps so far, since a training that strayed at one step starts the next from there, and since two losses may cross
+while the weights differ. Nothing in the rule is fitted to a result. Tests measure its power: it detects a learning
+rate that is off by a thousandth, for example.
 
 Limits:
-- An envelope that has grown to the size of the losses allows anything from there on: one ulp decides. Only the steps
-  before are evidence. `blind_from` says where that starts.
+- An envelope as large as the losses allows anything. Only the steps before are evidence. `blind_from` is the first step
+  whose envelope is too large.
 - The replicas' changes point in random directions, and so mostly cancel in the loss. A *constant* that the two sides
   round differently always pulls in the same direction, and the rule reports it, rightly: a rounded constant is
   another hyperparameter. `examples/digits_parity.py` shows three in AdamW, and how to choose hyperparameters without.
-- A network with kinks (ReLU) turns some one-ulp changes into another slope. A few replicas may miss what then
-  happens to one training alone: take more of them.
+- In a network with kinks (ReLU) a one-ulp change may select another slope. A few replicas may miss such an event:
+  take more of them.
 """
 
 import math
@@ -43,14 +43,14 @@ BLIND = 1e-3
 
 @dataclass(frozen=True)
 class TrajectoryVerdict:
-    """What the comparison of two trainings says about each step.
+    """The comparison of two trainings at each step.
 
     Args:
-        difference: |loss - other loss|; NaN where one of them is.
-        envelope: how far replicas have strayed so far.
+        difference: |loss - other loss|; NaN if one of them is NaN.
+        envelope: largest distance of the replicas so far.
         floor: rounding of the reported loss.
         allowed: largest difference that rounding explains; NaN where the replicas or the floor are not finite.
-        share: difference / allowed; infinite where the difference is not allowed at all, as a NaN is not.
+        share: difference / allowed; infinite if either is NaN, or if no difference is allowed.
         blind_from: first step, counted from 0, at which the envelope exceeds a thousandth of the largest loss so far;
             agreement from there on says little. None if it never does.
     """
@@ -92,14 +92,14 @@ def compare_trajectories(
 ) -> TrajectoryVerdict:
     """Compare two trainings by the losses of their steps; see the module for the rule.
 
-    A loss that is NaN or infinite agrees with nothing, itself included, and neither does a step at which a replica
-    was: there is no telling how far rounding goes there.
+    A loss that is NaN or infinite agrees with nothing, not even itself. A step at which a replica is NaN or infinite
+    disagrees too, since the effect of rounding is unknown there.
 
     Args:
         losses: [steps], loss of each step of one training.
-        other: [steps], of the training to compare.
-        replicas: [replicas, steps], of trainings that differ from the first by one ulp in each initial weight.
-        floor: rounding of the reported loss, a number or [steps], such as `rounding_floor` gives.
+        other: [steps], losses of the other training.
+        replicas: [replicas, steps], losses of trainings that differ from the first by one ulp in each initial weight.
+        floor: rounding of the reported loss, a number or [steps], such as the result of `rounding_floor`.
 
     Returns:
         The verdict, with an array entry for each step.
@@ -107,7 +107,7 @@ def compare_trajectories(
     Raises:
         ValueError: shapes that do not fit, no step, no replica, or a negative floor.
 
-    Example: two trainings that a rounding parts, and one that goes wrong at step 2.
+    Example: two trainings that differ by rounding, and one that goes wrong at step 2.
         >>> losses = [2.0, 1.5, 1.25, 1.0]
         >>> replicas = [[2.0, 1.5, 1.25, 1.001], [2.0, 1.499, 1.25, 1.0]]
         >>> verdict = compare_trajectories(losses, [2.0, 1.501, 1.25, 1.0], replicas)
@@ -138,11 +138,11 @@ def rounding_floor(
     batch_size: int,
     unit_roundoff: float = FLOAT32_UNIT_ROUNDOFF,
 ) -> Steps:
-    """Return how far rounding may move the mean of `batch_size` row losses that are given: the floor of a step.
+    """Return how far rounding may move the mean of `batch_size` given row losses: the floor of a step.
 
     u |mean| (ceil(log2 N) + 2): the additions of a pairwise sum, the division, and the rounding of the result. The
-    roundings within the N row losses are left out, since they are independent and the mean averages them away; what
-    remains of them the replicas have too. Even where an envelope is 0, the losses agree to this precision only.
+    roundings within the N row losses are left out, since they are independent and the mean averages them away; the
+    replicas have the rest of them too. Even with an envelope of 0 the losses agree to this precision only.
 
     Args:
         losses: [steps], mean loss of each step.
