@@ -69,7 +69,6 @@ class FrameworkAdapter:
     """The loss of `lsce_jax` or `lsce_torch`, or a function of the same signature.
 
     Args:
-        package: the package, loaded.
         loss: the function; by default `label_smoothed_cross_entropy` of the package, or the linear one. It gets
             `smoothing` and `reduction`, and of the other options those that a case sets.
         implementation: the implementation; None leaves the choice to the function.
@@ -85,8 +84,7 @@ class FrameworkAdapter:
 
     def __init__(
         self,
-        package: Any,
-        loss: Callable[..., Any] | None,
+        loss: Callable[..., Any] | None = None,
         *,
         implementation: str | None = None,
         device: str = "cpu",
@@ -97,11 +95,16 @@ class FrameworkAdapter:
     ) -> None:
         """Choose the function."""
         if loss is None:
+            package = self._load_package()
             loss = package.linear_label_smoothed_cross_entropy if linear else package.label_smoothed_cross_entropy
         self.loss: Callable[..., Any] = loss if implementation is None else partial(loss, implementation=implementation)
         self.device, self.supports, self.linear, self.implementation = device, supports, linear, implementation
         self.name = name or f"{self.framework} {implementation or ''}".rstrip()
         self.arithmetic = replace(self.accuracy, narrow=narrow)
+
+    def _load_package(self) -> Any:
+        """Return the package; not loaded for another function, which may not need all that the package does."""
+        raise NotImplementedError
 
     def unsupported(self, case: Case) -> str | None:
         """Return why the loss cannot handle a case, or None."""
@@ -127,14 +130,17 @@ class JaxAdapter(FrameworkAdapter):
     def __init__(self, loss: Callable[..., Any] | None = None, jit: bool = True, **options: Any) -> None:
         """Load JAX."""
         jax = _load("jax")
-        import lsce_jax
-
-        super().__init__(lsce_jax, loss, **options)
+        super().__init__(loss, **options)
         self.jit = jit
         try:
             self._jax_device = jax.devices(self.device)[0]
         except RuntimeError as error:
             raise UnavailableError(f"JAX finds no {self.device} device on this machine: {error}") from error
+
+    def _load_package(self) -> Any:
+        import lsce_jax
+
+        return lsce_jax
 
     def __call__(self, case: Case) -> AnyResult:
         """Return loss and gradients of a case."""
@@ -177,13 +183,16 @@ class TorchAdapter(FrameworkAdapter):
     def __init__(self, loss: Callable[..., Any] | None = None, compiled: bool = False, **options: Any) -> None:
         """Load torch."""
         torch = _load("torch")
-        import lsce_torch
-
-        super().__init__(lsce_torch, loss, **options)
+        super().__init__(loss, **options)
         if compiled:
             self.loss = _compiled_anew(self.loss)
         if self.device == "tpu" or (self.device == "cuda" and not torch.cuda.is_available()):
             raise UnavailableError(f"torch finds no {self.device} device on this machine")
+
+    def _load_package(self) -> Any:
+        import lsce_torch
+
+        return lsce_torch
 
     def __call__(self, case: Case) -> AnyResult:
         """Return loss and gradients of a case."""
