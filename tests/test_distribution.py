@@ -43,11 +43,9 @@ def test_every_package_is_typed() -> None:
 
 def write_wheel(folder: Path, *, without: str = "", extra: str = "", content: str = "") -> Path:
     """Write a wheel with the names that it must have, but for one, and the same content in each file."""
-    names = {f"lsce-0.1.0.dist-info/{name}" for name in METADATA}
-    for package in PACKAGES:
-        names |= {path.relative_to(ROOT).as_posix() for path in (ROOT / package).rglob("*") if path.is_file()}
+    names = {f"lsce-0.1.0.dist-info/{name}" for name in METADATA} | check_wheel.sources()
     with zipfile.ZipFile(folder / WHEEL, "w") as archive:
-        for name in sorted(name for name in names | {extra} if name not in ("", without) and "__pycache__" not in name):
+        for name in sorted(name for name in names | {extra} if name not in ("", without)):
             archive.writestr(name, content)
     return folder / WHEEL
 
@@ -67,7 +65,9 @@ def test_what_is_missing_is_named(name: str, tmp_path: Path) -> None:
         check_wheel.check_contents(write_wheel(tmp_path, without=name))
 
 
-@pytest.mark.parametrize("name", ["tests/test_jax.py", "examples/__init__.py", "lsce_jax/draft.py"])
+@pytest.mark.parametrize(
+    "name", ["tests/test_jax.py", "examples/__init__.py", "lsce_jax/draft.py", "parity_tests/suite/test_parity.py"]
+)
 def test_what_does_not_belong_is_named(name: str, tmp_path: Path) -> None:
     with pytest.raises(CheckError, match=re.escape(f"lacks [] and should not hold ['{name}']")):
         check_wheel.check_contents(write_wheel(tmp_path, extra=name))

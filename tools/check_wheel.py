@@ -24,7 +24,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-PACKAGES = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+WHEEL_OPTIONS = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
+PACKAGES, EXCLUDED = WHEEL_OPTIONS["packages"], tuple(WHEEL_OPTIONS["exclude"])
 EXTRAS = PYPROJECT["project"]["optional-dependencies"]
 METADATA = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
 
@@ -137,17 +138,11 @@ CHECKS = {
 
 
 def check_contents(wheel: Path) -> None:
-    """Raise CheckError unless the wheel holds what the checkout has in the packages, and no more."""
+    """Raise CheckError unless the wheel holds what the checkout has in the packages but for tests, and no more."""
     files = read_wheel(wheel)
     metadata = {f"{wheel.name.removesuffix('-py3-none-any.whl')}.dist-info/{name}" for name in METADATA}
     typed = {f"{package}/py.typed" for package in PACKAGES}
-    sources = {
-        path.relative_to(ROOT).as_posix()
-        for package in PACKAGES
-        for path in (ROOT / package).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    }
-    expected = metadata | typed | sources
+    expected = metadata | typed | sources()
     if files.keys() != expected:
         missing, others = sorted(expected - files.keys()), sorted(files.keys() - expected)
         raise CheckError(f"{wheel.name} lacks {missing} and should not hold {others}")
@@ -157,6 +152,13 @@ def check_contents(wheel: Path) -> None:
     differing = sorted(name for name in files.keys() | direct.keys() if files.get(name) != direct.get(name))
     if differing:
         raise CheckError(f"the wheel made from the sdist and the one made from the checkout differ in {differing}")
+
+
+def sources() -> set[str]:
+    """Return the files of the packages that belong in the wheel."""
+    paths = (path for package in PACKAGES for path in (ROOT / package).rglob("*") if path.is_file())
+    names = {path.relative_to(ROOT).as_posix() for path in paths if "__pycache__" not in path.parts}
+    return {name for name in names if not name.startswith(tuple(f"{folder}/" for folder in EXCLUDED))}
 
 
 def read_wheel(path: Path) -> dict[str, bytes]:
