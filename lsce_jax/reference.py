@@ -1,4 +1,4 @@
-"""The readable implementation: the formula in plain jax.numpy operations, derivatives by autodiff.
+"""The readable implementation: the formula in plain jax.numpy operations, differentiated by JAX.
 
 The target is written out per class, so under `jit` the gradient costs a few arrays of the size of the logits.
 Forward mode, reverse mode and second derivatives all come from JAX. Comments explain the two lines that surprise: the

@@ -1,4 +1,4 @@
-"""The readable implementation: the formula in plain torch operations, derivatives by autograd.
+"""The readable implementation: the formula in plain torch operations, differentiated by autograd.
 
 The target has one entry per class, so the gradient takes a few tensors of the size of the logits. Forward mode, reverse
 mode and second derivatives all come from torch. Two steps need their comments: the sum in `_log_sum_exp`, and the gap

@@ -138,7 +138,7 @@ CHECKS = {
 
 
 def check_contents(wheel: Path) -> None:
-    """Raise CheckError unless the wheel holds what the checkout has in the packages but for tests, and no more."""
+    """Raise CheckError unless the wheel holds exactly the files of the packages, tests excluded."""
     files = read_wheel(wheel)
     metadata = {f"{wheel.name.removesuffix('-py3-none-any.whl')}.dist-info/{name}" for name in METADATA}
     typed = {f"{package}/py.typed" for package in PACKAGES}

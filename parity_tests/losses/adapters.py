@@ -70,7 +70,7 @@ class FrameworkAdapter:
 
     Args:
         loss: the function; by default `label_smoothed_cross_entropy` of the package, or the linear one. It gets
-            `smoothing` and `reduction`, and of the other options those that a case sets.
+            `smoothing`, `reduction`, and the other options that the case sets.
         implementation: the implementation; None leaves the choice to the function.
         device: the device.
         name: name in reports.

@@ -158,7 +158,7 @@ def features(case: Case) -> frozenset[str]:
 
 
 def describe_inputs(case: Case, index: tuple[int, ...], part: str = "gradient") -> dict[str, str]:
-    """Return, for people, what goes into an element of a part of the result.
+    """Return the inputs of one element of a part of the result, as text for a report.
 
     Args:
         case: the case.

@@ -74,7 +74,7 @@ class Worst:
         expected: what it is compared with.
         bound: the error that is allowed.
         share: error over bound; inf for a NaN, infinity or finite number out of place.
-        inputs: what goes into the element, for people.
+        inputs: the inputs of the element, as text for a report.
     """
 
     part: str
