@@ -1,7 +1,8 @@
 """Adapters call a framework's loss and return loss and gradients as NumPy arrays. Making one loads its framework."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -146,22 +147,42 @@ class JaxAdapter(FrameworkAdapter):
         """Return loss and gradients of a case."""
         import jax
 
+        with self.settings(case.dtype):
+            step, operands = self.step(case)
+            return self.result(case, (jax.jit(step) if self.jit else step)(*operands))
+
+    @contextmanager
+    def settings(self, dtype: str) -> Iterator[None]:
+        """Hold what JAX needs for a dtype: 64 bits for float64 only, and the device."""
+        import jax
+
+        with jax.enable_x64(dtype == "float64"), jax.default_device(self._jax_device):
+            yield
+
+    def step(self, case: Case) -> tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]:
+        """Return a function that JAX can compile, and its operands. It returns the loss and its gradients by name."""
+        import jax
+
         arrays, options = operands_of(case, self.implementation)
-        with jax.enable_x64(case.dtype == "float64"), jax.default_device(self._jax_device):
-            operands = {name: jax.numpy.asarray(value) for name, value in arrays.items()}
-            upstream = operands.pop("upstream")
-            leaves = {name: operands.pop(name) for name in LEAVES if name in operands}
+        operands = {name: jax.numpy.asarray(value) for name, value in arrays.items()}
+        upstream = operands.pop("upstream")
+        leaves = {name: operands.pop(name) for name in LEAVES if name in operands}
 
-            def total(leaves: dict[str, Any], operands: dict[str, Any], upstream: Any) -> tuple[Any, Any]:
-                loss = _call(self.loss, leaves, {**operands, **options})
-                _check_shape(case, loss)
-                return (loss * upstream).sum(), loss
+        def total(leaves: dict[str, Any], operands: dict[str, Any], upstream: Any) -> tuple[Any, Any]:
+            loss = _call(self.loss, leaves, {**operands, **options})
+            _check_shape(case, loss)
+            return (loss * upstream).sum(), loss
 
-            step = jax.value_and_grad(total, has_aux=True)
-            (_, loss), gradients = (jax.jit(step) if self.jit else step)(leaves, operands, upstream)
-            parts = {"loss": loss, **gradients}
-            dtypes = {name: part.dtype.name for name, part in parts.items()}
-            return _result(case, {name: np.asarray(part) for name, part in parts.items()}, dtypes)
+        def parts(*operands: Any) -> dict[str, Any]:
+            gradients, loss = jax.grad(total, has_aux=True)(*operands)
+            return {"loss": loss, **gradients}
+
+        return parts, (leaves, operands, upstream)
+
+    def result(self, case: Case, parts: dict[str, Any]) -> AnyResult:
+        """Return as NumPy arrays what the function of `step` returned."""
+        dtypes = {name: part.dtype.name for name, part in parts.items()}
+        return _result(case, {name: np.asarray(part) for name, part in parts.items()}, dtypes)
 
 
 class TorchAdapter(FrameworkAdapter):

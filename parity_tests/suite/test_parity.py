@@ -15,8 +15,9 @@ from parity_tests.losses.adapters import Adapter
 from parity_tests.losses.registry import make_adapter
 from parity_tests.plugin import Recorder, find_device
 from parity_tests.studies.verdicts import examine
+from parity_tests.suite import jax_results
 from parity_tests.truth.cases import case_names, make_case
-from parity_tests.truth.comparison import Result, against_each_other, against_oracle
+from parity_tests.truth.comparison import AnyResult, against_each_other, against_oracle
 from parity_tests.truth.oracle import Truth, solve
 from parity_tests.truth.precision import DTYPES
 
@@ -39,7 +40,10 @@ def truth(name: str, dtype: str) -> Truth:
 
 
 @cache
-def result(framework: str, name: str, dtype: str, device: str) -> Result:
+def result(framework: str, name: str, dtype: str, device: str) -> AnyResult:
+    package, _, implementation = framework.partition("-")
+    if package == "jax":
+        return jax_results.result(implementation, name, dtype, device)
     return adapter(framework, device)(make_case(name, dtype))
 
 

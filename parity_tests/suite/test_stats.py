@@ -16,38 +16,35 @@ import lsce_jax
 import lsce_torch
 from lsce_spec import IMPLEMENTATIONS
 from parity_tests.losses.adapters import JaxAdapter, TorchAdapter, operands_of, to_torch
+from parity_tests.suite.jax_results import STATISTICS_DTYPES, Statistics, statistics_of
+from parity_tests.suite.jax_results import statistics as jax_statistics
 from parity_tests.truth.bounds import Arithmetic, error_bound
 from parity_tests.truth.cases import Case, case_names, make_case
 from parity_tests.truth.oracle import solve
 from parity_tests.truth.precision import FORMATS, compute_dtype
 
 ARITHMETIC = {"jax": JaxAdapter().arithmetic, "torch": TorchAdapter().arithmetic}
-# float64 and float16 differ from these by their precision only, which the losses' tests cover.
-DTYPES = ("float32", "bfloat16")
 
 
-def statistics(framework: str, case: Case, implementation: str) -> tuple[Any, dict[str, Any]]:
-    """Return the loss, and the statistics as flat NumPy arrays."""
+def torch_statistics(implementation: str, case: Case) -> Statistics:
     arrays, options = operands_of(case)
     arrays.pop("upstream")
-    options["implementation"] = implementation
-    if framework == "jax":
-        loss, stats = jax.jit(lambda arrays: lsce_jax.label_smoothed_cross_entropy_with_stats(**arrays, **options))(
-            arrays
-        )
-    else:
-        tensors = {name: to_torch(value) for name, value in arrays.items()}
-        loss, stats = lsce_torch.label_smoothed_cross_entropy_with_stats(**tensors, **options)
-    return np.asarray(loss), {name: np.asarray(value).reshape(-1) for name, value in stats._asdict().items()}
+    tensors = {name: to_torch(value) for name, value in arrays.items()}
+    loss, stats = lsce_torch.label_smoothed_cross_entropy_with_stats(
+        **tensors, **options, implementation=implementation
+    )
+    return loss.numpy(), {name: value.numpy().reshape(-1) for name, value in stats._asdict().items()}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", STATISTICS_DTYPES)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("framework", ["jax", "torch"])
 @pytest.mark.parametrize("name", [name for name in case_names() if name != "wide"])
 def test_statistics(name: str, framework: str, implementation: str, dtype: str) -> None:
     case = make_case(name, dtype)
-    loss, stats = statistics(framework, case, implementation)
+    loss, stats = (
+        jax_statistics(implementation, name, dtype) if framework == "jax" else torch_statistics(implementation, case)
+    )
     for field, values in stats.items():
         assert values.dtype.name == ("bool" if field in {"correct", "valid"} else compute_dtype(dtype)), field
     counted = solve(replace(case, options={**case.options, "reduction": "none"})).counted
@@ -127,7 +124,7 @@ def test_of_equal_logits_the_first_counts(framework: str, implementation: str) -
     """As with argmax."""
     case = make_case("ties", "float32")
     case = replace(case, logits=np.zeros((6, 16)), labels=np.array([0, 1, 0, 15, 3, 0]))
-    _, stats = statistics(framework, case, implementation)
+    _, stats = {"jax": statistics_of, "torch": torch_statistics}[framework](implementation, case)
     assert stats["correct"].tolist() == [True, False, True, False, False, True]
 
 
