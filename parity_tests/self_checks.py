@@ -497,8 +497,8 @@ def jax_evaluate(loss: Callable[..., Any], device: str | None, compile_it: bool 
             losses = loss(logits, labels, **options, **arrays)
             return (losses * jax.numpy.asarray(upstream(losses.shape), losses.dtype)).sum(), losses
 
-        both: Callable[..., Any] = jax.value_and_grad(total, has_aux=True)
-        return jax.jit(both) if compile_it else both
+        gradient: Callable[..., Any] = jax.grad(total, has_aux=True)
+        return jax.jit(gradient) if compile_it else gradient
 
     def evaluate(
         logits: FloatArray, labels: NDArray[np.int64], *, smoothing: float, dtype: str, **options: Any
@@ -507,7 +507,7 @@ def jax_evaluate(loss: Callable[..., Any], device: str | None, compile_it: bool 
         with jax.enable_x64(dtype == "float64"), jax.default_device(jax.devices(device)[0]):
             arrays = {"where": jax.numpy.asarray(given.pop("where"))} if "where" in given else {}
             operands = (jax.numpy.asarray(logits, dtype), jax.numpy.asarray(labels, "int32"))
-            (_, losses), gradient = step(**given)(*operands, arrays)
+            gradient, losses = step(**given)(*operands, arrays)
             return _result(np.asarray(losses), np.asarray(gradient), upstream(losses.shape))
 
     return evaluate
