@@ -307,13 +307,12 @@ def depth_of_sum(backend: Backend, dtype: str, length: int, alone: bool) -> int:
         length: number of terms, at most 2^14.
         alone: whether each sum is a batch of one row, or all are rows of one batch.
     """
-    huge = 2.0 ** (bits_of(dtype) + 14)
+    huge, kind = 2.0 ** (bits_of(dtype) + 14), as_dtype(np.ones(1), dtype).dtype
     deepest = 0
     for i in {0, length // 2, length - 1}:
-        terms = np.ones((length - 1, length))
-        terms[:, i] = huge
-        terms[np.arange(length - 1), np.delete(np.arange(length), i)] = -huge
-        rows = as_dtype(terms, dtype)
+        rows = np.ones((length - 1, length), kind)
+        rows[:, i] = huge
+        rows[np.arange(length - 1), np.delete(np.arange(length), i)] = -huge
         sums = [float(backend("sum", row[None])[0]) for row in rows] if alone else backend("sum", rows).tolist()
         deepest = max(deepest, len(set(sums)))
     return deepest
