@@ -61,9 +61,7 @@ def assert_derivatives() -> Callable[..., None]:
 
         functions = value, forward(value), reverse(value)
         derivatives = [[mode(function) for function in functions] for mode in (forward, reverse)]
-        evaluate = jax.jit(
-            lambda *primals: jax.tree.map(lambda function: function(*primals), (functions, derivatives))
-        )
+        evaluate = jax.jit(lambda *primals: jax.tree.map(lambda function: function(*primals), (functions, derivatives)))
         exact = np.asarray(evaluate(*primals)[1])
         for direction, derivative in zip(directions, exact, strict=True):
             ahead, behind = (
