@@ -186,12 +186,13 @@ class _ChunkedLosses(torch.autograd.Function):
         return saved.in_order(gradients, *_ARGUMENTS)
 
     @staticmethod
+    @saved.nestable
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         """Return the tangent of the losses."""
         (stacked,), layer, operands, settings = saved.saved(ctx, *_ARGUMENTS)
         names = saved.names_of(*_ARGUMENTS)
         given = {name: t for name, t in zip(names, tangents, strict=True) if isinstance(t, Tensor)}
-        # The pullback is linear, and its transpose gives the tangent. torch cannot nest forward mode.
+        # The pullback is linear, and its transpose gives the tangent.
         pullback = _plain_pullback(layer, operands, settings.total, list(given))
         upstream = torch.zeros_like(stacked[0])
         transposed = torch.func.vjp(pullback, upstream.sum() if settings.total else upstream)[1]

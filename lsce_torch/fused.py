@@ -234,12 +234,13 @@ class _RowLosses(torch.autograd.Function):
         return saved.in_order(gradients, _Logits, Operands)
 
     @staticmethod
+    @saved.nestable
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, None, None]:
         """Return the tangent of the losses."""
         (stacked,), (logits, _), operands = saved.saved(ctx, _Logits, Operands)
         names = saved.names_of(_Logits, Operands)
         given = {name: tangent for name, tangent in zip(names, tangents, strict=True) if tangent is not None}
-        # The pullback is linear, and its transpose gives the tangent. torch cannot nest forward mode.
+        # The pullback is linear, and its transpose gives the tangent.
         pullback = _plain_pullback(logits, operands, list(given))
         transposed = torch.func.vjp(pullback, torch.zeros_like(stacked[0]))[1]
         return transposed(given)[0], None, None

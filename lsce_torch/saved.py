@@ -3,11 +3,13 @@
 Both take tensors and plain values in one flat list. Outside they are named tuples, such as `Operands`, the kinds below.
 """
 
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, wraps
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 @cache
@@ -53,6 +55,23 @@ def saved(ctx: Any, *kinds: Any) -> tuple[Any, ...]:
     tensors = iter(kept[ctx.num_results :])
     arguments = [next(tensors) if value is _TENSOR else value for value in ctx.others]
     return kept[: ctx.num_results], *grouped(arguments, *kinds)
+
+
+def nestable(jvp: Callable[..., Any]) -> Callable[..., Any]:
+    """Let outer levels of forward mode, as in `jacfwd(jacfwd(f))`, differentiate the tangents that a rule computes.
+
+    torch calls the rule with forward mode off, so that the outer levels would take all for constants. With forward mode
+    on, what was kept must be without the tangents of the rule's own level.
+    """
+
+    @wraps(jvp)
+    def nested(ctx: Any, *tangents: Any) -> Any:
+        with forward_ad._set_fwd_grad_enabled(True):
+            primals = tuple(forward_ad.unpack_dual(tensor).primal for tensor in ctx.saved_tensors)
+            kept = SimpleNamespace(saved_tensors=primals, num_results=ctx.num_results, others=ctx.others)
+            return jvp(kept, *tangents)
+
+    return nested
 
 
 _TENSOR = object()  # stands for a tensor among the arguments that are kept as they are

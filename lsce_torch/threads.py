@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from threading import Barrier
 from typing import TypeVar
@@ -30,8 +30,14 @@ def in_threads(work: Callable[[Iterator[Block]], None], blocks: Iterable[Block])
         with torch.inference_mode():
             work(queue)
 
-    pool = _thread_pool(torch.get_num_threads())
-    for future in [pool.submit(work_on_queue) for _ in range(num_threads)]:
+    futures: list[Future[None]] = []
+    try:
+        pool = _thread_pool(torch.get_num_threads())
+        futures.extend(pool.submit(work_on_queue) for _ in range(num_threads))
+    except RuntimeError:
+        # After the main thread has ended, as in functions of `atexit`, Python starts no thread and takes no work.
+        work(queue)
+    for future in futures:
         future.result()
 
 

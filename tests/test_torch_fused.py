@@ -3,9 +3,12 @@
 Its values are held against the truth in the parity tests; here against the reference, or in exact equality.
 """
 
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -179,6 +182,40 @@ def test_compiled_with_a_schedule_compiles_once() -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("name", ["plain", "weighted", "max_sup", "soft_clamp"])
+def test_every_order_of_modes(name: str) -> None:
+    """Forward and reverse mode over each other, to third order: forward mode sees the tangents of its other levels."""
+    labels, options = CALLS[name]
+    functions = [partial(loss, labels=labels, **options) for loss in (fused_loss, reference_loss)]
+    for order in (2, 3):
+        exact = functions[1]
+        for _ in range(order):
+            exact = torch.func.jacrev(exact)
+        for modes in product((torch.func.jacfwd, torch.func.jacrev), repeat=order):
+            ours = functions[0]
+            for mode in modes:
+                ours = mode(ours)
+            assert_close((ours(LOGITS),), (exact(LOGITS),))
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_after_the_main_thread_has_ended(warm: bool) -> None:
+    """Python starts no thread then, and takes no work for those that it has."""
+    lines = [
+        "import atexit, threading, torch, lsce_torch",
+        "logits = torch.linspace(-1, 1, 2**21).reshape(1024, 2048).requires_grad_()",
+        "def show(): print(lsce_torch.label_smoothed_cross_entropy(logits, torch.arange(1024)).item())",
+        "show()" if warm else "",
+        "atexit.register(show)",
+        "def wait_and_show(): threading.main_thread().join(); show()",
+        "threading.Thread(target=wait_and_show).start()",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    logits = torch.linspace(-1, 1, 2**21).reshape(1024, 2048)
+    assert done.stdout.split() == (2 + warm) * [str(fused_loss(logits, torch.arange(1024)).item())]
+    assert not done.stderr
+
+
 @pytest.mark.parametrize("name", [name for name in OPTIONS if not {"smoothing", "where"} & OPTIONS[name].keys()])
 def test_vmap_is_the_batch(name: str) -> None:
     """Bit for bit: the rule makes the new dimension one of rows."""
@@ -237,8 +274,7 @@ def test_torch_func() -> None:
     assert_close((vmapped.sum(), per_row), (batched, gradient))
     p = torch.softmax(LOGITS[0], -1)
     exact = torch.diag(p) - torch.outer(p, p)
-    for hessian in (torch.func.hessian, lambda f: torch.func.jacrev(torch.func.jacrev(f))):
-        assert torch.all((hessian(fused_loss)(LOGITS[0], LABELS[0]) - exact).abs() < 1e-15)
+    assert torch.all((torch.func.hessian(fused_loss)(LOGITS[0], LABELS[0]) - exact).abs() < 1e-15)
     _, tangent = torch.func.jvp(lambda z: fused_loss(z, LABELS, reduction="sum"), (LOGITS,), (LOGITS,))
     assert abs(tangent - (gradient * LOGITS).sum()) < 1e-14
 

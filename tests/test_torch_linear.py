@@ -104,7 +104,9 @@ def test_function_transforms(reduction: str) -> None:
         return lambda weight: loss(HIDDEN, weight, LABELS, reduction=reduction).sum()
 
     weights = torch.stack([WEIGHT, 2 * WEIGHT])
-    for derivative in (torch.func.grad, torch.func.hessian, torch.func.jacfwd, torch.func.jacrev):
+    jacfwd, jacrev = torch.func.jacfwd, torch.func.jacrev
+    nested = [lambda f, one=one, other=other: one(other(f)) for one in (jacfwd, jacrev) for other in (jacfwd, jacrev)]
+    for derivative in (torch.func.grad, jacfwd, jacrev, *nested):
         ours, theirs = (derivative(total(loss))(WEIGHT) for loss in (chunked_loss, reference_loss))
         assert_close((ours,), (theirs,))
     by_layer = torch.func.vmap(torch.func.grad(total(chunked_loss)))(weights)
