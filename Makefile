@@ -4,13 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # What did not run on the CPU, or is claimed in the README and was not executed, fails the tests.
 EVIDENCE := --parity-require=cpu --parity-claims=docs/ledger.json
-# With parity_tests, the testpaths of pyproject.toml.
-REST := tests examples lsce_spec lsce_jax lsce_torch README.md docs
+# With parity_tests, the testpaths of pyproject.toml. The tests of the harness are here, so that both halves take as long.
+REST := tests examples lsce_spec lsce_jax lsce_torch README.md docs parity_tests/meta
+SELECTED ?= not slow
 # Make 3.81, which macOS has, would mix the two.
 WHOLE_OUTPUT := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 PIP := pip install --quiet --disable-pip-version-check
 
-.PHONY: install demo test test-parity test-rest test-oldest lint wheel clean
+.PHONY: install demo test test-slow test-parity test-rest test-oldest lint wheel clean
 
 install: $(VENV)/installed
 
@@ -26,15 +27,20 @@ demo: install
 test: install
 	$(MAKE) --jobs=2 $(WHOLE_OUTPUT) test-parity test-rest
 
+# The tests marked as slow, which `make test` leaves out.
+test-slow: install
+	$(MAKE) --jobs=2 $(WHOLE_OUTPUT) test-parity test-rest SELECTED=slow EVIDENCE=
+
 test-parity: install
-	$(BIN)/python -m pytest $(EVIDENCE) parity_tests
+	$(BIN)/python -m pytest -m "$(SELECTED)" $(EVIDENCE) parity_tests --ignore=parity_tests/meta
 
 test-rest: install
-	$(BIN)/python -m pytest $(REST)
+	$(BIN)/python -m pytest -m "$(SELECTED)" $(REST)
 
-# The same tests with the lowest versions that pyproject.toml admits.
+# All tests with the lowest versions that pyproject.toml admits.
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+	$(MAKE) test-slow VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 # Style, complexity, types, which package imports which (pyproject.toml), dependencies, spelling.
 lint: install

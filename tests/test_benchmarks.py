@@ -129,6 +129,7 @@ def assert_within(actual, expected, bound, name=""):
     assert np.all(error <= bound), (name, np.max(error / bound))
 
 
+@pytest.mark.slow
 def test_linear_losses_are_the_same():
     shape = LinearShape(300, 2, 40)  # in chunks of which the last is not full
     hidden, weight, labels, smoothing = linear_jax.make_arguments(shape)
@@ -301,6 +302,7 @@ def test_losses_of_narrow_arrays_are_wide(name):
 
 @pytest.mark.parametrize("what", ["dense", "linear"])
 @pytest.mark.parametrize(("framework", "other"), [("jax", "torch"), ("torch", "jax")])
+@pytest.mark.slow
 def test_a_framework_is_measured_without_the_other(framework, other, what):
     code = f"import sys, benchmarks.__main__, benchmarks.{what}_{framework}; assert {other!r} not in sys.modules"
     outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -20,7 +20,7 @@ from parity_tests.trainings.trajectory import compare_trajectories, rounding_flo
 EPOCHS, SMOOTHING, SEED = 3, 0.1, 0
 
 
-pytestmark = pytest.mark.usefixtures("optax_promotion")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optax_promotion")]
 
 
 @pytest.fixture(scope="module")

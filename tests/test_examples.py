@@ -45,7 +45,7 @@ from lsce_torch import label_smoothed_cross_entropy
 from parity_tests.trainings.stepwise import one_ulp_away
 from parity_tests.trainings.trajectory import compare_trajectories, rounding_floor
 
-pytestmark = pytest.mark.usefixtures("optax_promotion", "one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optax_promotion", "one_thread")]
 
 
 class Pair(NamedTuple):

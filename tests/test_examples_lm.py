@@ -16,7 +16,7 @@ from examples import jax_lm, lm_common, torch_lm
 
 MODULES = [jax_lm, torch_lm]
 TINY = lm_common.Options(steps=32, smoothing=0.1, vocabulary=512, width=32, batch_size=4, chunk_size=200, seed=0)
-pytestmark = pytest.mark.usefixtures("optax_promotion", "one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optax_promotion", "one_thread")]
 
 read_text = functools.cache(lm_common.read_text)
 

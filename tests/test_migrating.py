@@ -482,6 +482,7 @@ def test_all_rows_ignored(loss: Any) -> None:
     assert lsce_jax.label_smoothed_cross_entropy(*arrays, ignore_index=-100, reduction="mean") == 0
 
 
+@pytest.mark.slow
 def test_keras_block_of_the_page() -> None:
     """In a process of its own, since Keras fixes its backend for the process that imports it."""
     blocks = re.findall(r"^```py\n(.+?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)

@@ -19,7 +19,7 @@ ENDLESS = 10**6  # epochs
 
 
 # The killed process has one thread, too.
-pytestmark = pytest.mark.usefixtures("optax_promotion", "one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optax_promotion", "one_thread")]
 
 
 @pytest.fixture(scope="module", params=[jax_digits, torch_digits], ids=["jax", "torch"])

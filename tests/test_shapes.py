@@ -45,6 +45,7 @@ def run(framework: str, *parts: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(("framework", "adapter"), [("jax", "JaxAdapter"), ("torch", "TorchAdapter")])
+@pytest.mark.slow
 def test_annotations(framework: str, adapter: str) -> None:
     outcome = run(framework, ALL_CASES.format(adapter=adapter, check=CHECKS[adapter]))
     assert outcome.returncode == 0, outcome.stderr[-3000:]
@@ -52,5 +53,6 @@ def test_annotations(framework: str, adapter: str) -> None:
 
 
 @pytest.mark.parametrize("framework", ["jax", "torch"])
+@pytest.mark.slow
 def test_the_check_fires(framework: str) -> None:
     assert "Type-check error" in run(framework, WRONG[framework]).stderr

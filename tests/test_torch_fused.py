@@ -150,6 +150,7 @@ def test_bad_label_leaves_the_derivative_by_smoothing_alone() -> None:
 
 
 @each_call
+@pytest.mark.slow
 def test_compiled_as_one_graph(labels: torch.Tensor, options: dict[str, Any]) -> None:
     torch.compiler.reset()
     compiled = torch.compile(fused_loss, fullgraph=True)
@@ -183,6 +184,7 @@ def test_compiled_with_a_schedule_compiles_once() -> None:
 
 
 @pytest.mark.parametrize("name", ["plain", "weighted", "max_sup", "soft_clamp"])
+@pytest.mark.slow
 def test_every_order_of_modes(name: str) -> None:
     """Forward and reverse mode over each other, to third order: forward mode sees the tangents of its other levels."""
     labels, options = CALLS[name]

@@ -76,6 +76,7 @@ def exceeding(found: dict[tuple[str, str], Finding]) -> set[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("framework", BACKENDS)
+@pytest.mark.slow
 def test_this_machine_is_within_what_the_bounds_assume(framework: str) -> None:
     found = findings(BACKENDS[framework]("cpu"), DTYPES)
     for (dtype, probe), each in found.items():
@@ -138,6 +139,7 @@ def narrow_sums(a: Array, b: Array) -> Array:
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [("bfloat16", 8), ("float16", 11), ("float32", 24)])
+@pytest.mark.slow
 def test_narrow_sums_of_products(dtype: str, bits: int) -> None:
     found = findings(Device(matmul=narrow_sums), (dtype,))
     assert found[dtype, "matmul: bits of a sum"].measured == f"{bits}"
@@ -161,6 +163,7 @@ def test_sum_of_products_that_overflows() -> None:
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("function", ["exp", "log", "log1p", "tanh"])
+@pytest.mark.slow
 def test_inaccurate_functions(function: str, dtype: str) -> None:
     """Off by 8 u, or NaN for one argument."""
 
@@ -194,6 +197,7 @@ def flushed(values: Array) -> Array:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.slow
 def test_flushing(dtype: str) -> None:
     def states(multiply: Operation) -> tuple[str, str]:
         found = findings(Device(multiply=multiply), (dtype,))
@@ -336,6 +340,7 @@ def test_command_within(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert content["missing"] == {"jax": "no cpu here"}
 
 
+@pytest.mark.slow
 def test_command_exceeds(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, jax=lambda device: Device(), torch=lambda device: Device(matmul=one_pass(11)))
     outcome = invoke("fingerprint")
@@ -370,6 +375,7 @@ print(contraction(BACKENDS[{framework!r}]("cpu"), "bfloat16"))
 
 
 @pytest.mark.parametrize(("framework", "blocked"), [("torch", ("jax", "flax", "optax")), ("jax", ("torch",))])
+@pytest.mark.slow
 def test_one_framework_is_enough(framework: str, blocked: tuple[str, ...]) -> None:
     outcome = run_code(ALONE.format(framework=framework), blocked)
     assert "Finding(dtype='bfloat16'" in outcome.stdout, outcome.stderr

@@ -62,6 +62,7 @@ def replay_without(blocked: tuple[str, ...], *arguments: str | Path) -> subproce
 
 @pytest.mark.parametrize(("here", "elsewhere"), [("jax", "torch"), ("torch", "jax")])
 @pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.slow
 def test_golden_bundles_replay_with_one_framework(name: str, here: str, elsewhere: str, tmp_path: Path) -> None:
     json_file = tmp_path / "replay.json"
     # All that is here for the small one; that takes JAX too long for the other.

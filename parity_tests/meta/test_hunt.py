@@ -103,6 +103,7 @@ def test_shrinking_keeps_what_it_is_asked_to_keep() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.slow
 def test_drawn_cases_are_sound(dtype: str) -> None:
     """Whatever is drawn, the sound loss is within its bounds: or a search would report itself."""
     generator, adapter = np.random.default_rng(5), FaultyAdapter()
@@ -134,6 +135,7 @@ def test_a_planted_fault_of_a_layer_is_found_and_made_small() -> None:
 
 
 @pytest.mark.parametrize("part", LINEAR_PARTS)
+@pytest.mark.slow
 def test_a_linear_loss_is_searched(part: str) -> None:
     found, more = (hunt(make_adapter("torch-linear-chunked"), "bfloat16", part, examples=number) for number in (4, 12))
     assert found.agrees, found.problem
@@ -210,6 +212,7 @@ def test_what_was_found_covers_everything() -> None:
 
 @pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("case", hunted(), ids=lambda case: case.name.replace(" ", "_"))
+@pytest.mark.slow
 def test_what_was_found_stays_within_the_bounds(case: Case, name: str) -> None:
     """For all of ours, whoever it was found for."""
     adapter = ours(name)

@@ -36,6 +36,7 @@ def marks(fault: str, mark: str) -> set[str]:
     return {name for name, verdict in verdicts_on(fault).items() if verdict.mark == mark}
 
 
+@pytest.mark.slow
 def test_page_is_what_the_code_gives() -> None:
     """If it is not: lsce-parity peer-tests --markdown docs/peer-tests.md."""
     page = PAGE.read_text(encoding="utf-8")

@@ -188,6 +188,7 @@ def test_adapters_are_listed_with_what_they_lack(monkeypatch: pytest.MonkeyPatch
     assert outcome.exit_code == 2
 
 
+@pytest.mark.slow
 def test_power_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "power.json"
     outcome = invoke(

@@ -52,6 +52,7 @@ def with_verdict(outcomes: list[CheckOutcome], verdict: str) -> set[str]:
 
 @each_dtype
 @each_framework
+@pytest.mark.slow
 def test_ours_passes(framework: str, dtype: str) -> None:
     outcomes = run_checks(subject(framework), dtype)
     print("\n".join(self_checks.table(outcomes)))
@@ -115,6 +116,7 @@ OUT_OF_REACH = {
 
 
 @each_dtype
+@pytest.mark.slow
 def test_mutants_are_rejected(dtype: str) -> None:
     narrow = dtype in {"bfloat16", "float16"}
     sound = check_fault(None, dtype)
@@ -258,6 +260,7 @@ def run_alone(folder: Path, framework: str, loss: str, blocked: tuple[str, ...])
 
 
 @each_framework
+@pytest.mark.slow
 def test_works_alone(framework: str, tmp_path: Path) -> None:
     outcome = run_alone(tmp_path, framework, OWN_LOSS[framework], (*HARNESS, *OTHERS[framework]))
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr

@@ -3,6 +3,7 @@
 from itertools import combinations
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
@@ -80,6 +81,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case("drawn", dtype, logits, labels, options=options, smoothing=smoothing, **fields)
 
 
+@pytest.mark.slow
 @given(cases())
 @settings(
     max_examples=300, deadline=None, derandomize=True, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
