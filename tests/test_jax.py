@@ -30,6 +30,7 @@ each_option = pytest.mark.parametrize("options", OPTIONS)
 
 
 @each_option
+@pytest.mark.slow
 def test_derivatives_against_finite_differences(options: dict[str, object], assert_derivatives: Callable) -> None:
     with jax.enable_x64(True):
         loss = partial(label_smoothed_cross_entropy, labels=LABELS, smoothing=0.2, **options)

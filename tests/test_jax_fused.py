@@ -122,6 +122,7 @@ def test_equals_the_reference(labels: Any, options: dict[str, Any], small_blocks
 
 
 @each_call
+@pytest.mark.slow
 def test_derivatives_against_finite_differences(
     labels: Any, options: dict[str, Any], small_blocks: None, assert_derivatives: Callable[..., None]
 ) -> None:

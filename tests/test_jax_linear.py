@@ -95,6 +95,7 @@ def test_equals_the_reference(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["mean", "none", "everything", "prior"])
+@pytest.mark.slow
 def test_derivatives_against_finite_differences(name: str, assert_derivatives: Callable[..., None]) -> None:
     def loss(hidden: Any, weight: Any, bias: Any) -> Any:
         return chunked_loss(hidden, weight, LABELS, bias=bias, **OPTIONS[name])
@@ -103,6 +104,7 @@ def test_derivatives_against_finite_differences(name: str, assert_derivatives: C
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.slow
 def test_hessian_and_third_derivative(reduction: str) -> None:
     def total(loss: Callable[..., Any], hidden: Any) -> Any:
         return loss(hidden, WEIGHT, LABELS[:4], reduction=reduction).sum()

@@ -118,6 +118,7 @@ def test_every_peer_is_tested() -> None:
 
 
 @each_plain_case
+@pytest.mark.slow
 def test_right_in_float32(name: str, case: str) -> None:
     outcome = examine(peer(name), make_case(case, "float32"), truth(case, "float32"))
     assert outcome.status == "agree", (outcome.reason, str(outcome.comparison))

@@ -141,6 +141,7 @@ def test_torch_identity(name: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "dtype"), JAX_CASES)
+@pytest.mark.slow
 def test_jax_identity(name: str, dtype: str) -> None:
     check_dense("jax linear", name, dtype)
     check_dense_pair("jax linear", "torch linear", name, dtype)
