@@ -87,7 +87,14 @@ def test_jax_eager(name: str, implementation: str, dtype: str, parity_ledger: Re
 @each_implementation
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [*product(EVERY_OPTION, ["float32", "bfloat16"]), ("everything", "float64"), ("everything", "float16")],
+    [
+        *product(["everything"], DTYPES),
+        *(
+            pytest.param(name, dtype, marks=pytest.mark.slow)
+            for name, dtype in product(EVERY_OPTION, ["float32", "bfloat16"])
+            if name != "everything"
+        ),
+    ],
 )
 def test_torch_compiled(name: str, implementation: str, dtype: str, parity_ledger: Recorder) -> None:
     parity_ledger.record(f"torch-{implementation}-compiled", "cpu", dtype, "executed")
