@@ -4,8 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # What did not run on the CPU, or is claimed in the README and was not executed, fails the tests.
 EVIDENCE := --parity-require=cpu --parity-claims=docs/ledger.json
-# With parity_tests, the testpaths of pyproject.toml. The tests of the harness are here, so that both halves take as long.
-REST := tests examples lsce_spec lsce_jax lsce_torch README.md docs parity_tests/meta
+# With parity_tests, the testpaths of pyproject.toml.
+REST := tests examples lsce_spec lsce_jax lsce_torch README.md docs
 SELECTED ?= not slow
 # Make 3.81, which macOS has, would mix the two.
 WHOLE_OUTPUT := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
@@ -32,7 +32,7 @@ test-slow: install
 	$(MAKE) --jobs=2 $(WHOLE_OUTPUT) test-parity test-rest SELECTED=slow EVIDENCE=
 
 test-parity: install
-	$(BIN)/python -m pytest -m "$(SELECTED)" $(EVIDENCE) parity_tests --ignore=parity_tests/meta
+	$(BIN)/python -m pytest -m "$(SELECTED)" $(EVIDENCE) parity_tests
 
 test-rest: install
 	$(BIN)/python -m pytest -m "$(SELECTED)" $(REST)
