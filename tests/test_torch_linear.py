@@ -279,6 +279,8 @@ def test_compiled_for_any_number_of_rows() -> None:
         assert_close((loss, stats.nll, stats.lse), (theirs, eager.nll, eager.lse))
 
 
+# torch's own check looks at the `.grad` of results.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_operators() -> None:
     """Checks of torch's own: the schema is true, shapes without data are right, and the backward can be traced."""
     hidden, weight, bias = (tensor.clone().requires_grad_() for tensor in (HIDDEN, WEIGHT, BIAS))
