@@ -67,7 +67,7 @@ def nestable(jvp: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(jvp)
     def nested(ctx: Any, *tangents: Any) -> Any:
         with forward_ad._set_fwd_grad_enabled(True):
-            primals = tuple(forward_ad.unpack_dual(tensor).primal for tensor in ctx.saved_tensors)
+            primals = tuple(forward_ad.unpack_dual(tensor).primal for tensor in ctx.saved_tensors)  # type: ignore[no-untyped-call]
             kept = SimpleNamespace(saved_tensors=primals, num_results=ctx.num_results, others=ctx.others)
             return jvp(kept, *tangents)
 
