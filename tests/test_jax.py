@@ -37,6 +37,18 @@ def test_derivatives_against_finite_differences(options: dict[str, object], asse
         assert_derivatives(loss, LOGITS.astype(np.float64))
 
 
+@pytest.mark.parametrize("slopes", [(1 + 1e-5, 1), (1, 1 + 1e-5)])
+def test_wrong_derivatives_are_noticed(slopes: tuple[float, float], assert_derivatives: Callable) -> None:
+    """Of first order, and of second order alone."""
+    sin, cos = jax.custom_jvp(jnp.sin), jax.custom_jvp(jnp.cos)
+    sin.defjvp(lambda primals, tangents: (sin(*primals), slopes[0] * cos(*primals) * tangents[0]))
+    cos.defjvp(lambda primals, tangents: (cos(*primals), -slopes[1] * sin(*primals) * tangents[0]))
+    with jax.enable_x64(True):
+        assert_derivatives(jnp.sin, LOGITS.astype(np.float64))
+        with pytest.raises(AssertionError):
+            assert_derivatives(sin, LOGITS.astype(np.float64))
+
+
 def test_hessian_is_that_of_log_sum_exp() -> None:
     """S (diag p - p p^T), whatever the smoothing."""
     with jax.enable_x64(True):
