@@ -35,7 +35,7 @@ def in_threads(work: Callable[[Iterator[Block]], None], blocks: Iterable[Block])
         pool = _thread_pool(torch.get_num_threads())
         futures.extend(pool.submit(work_on_queue) for _ in range(num_threads))
     except RuntimeError:
-        # After the main thread has ended, as in functions of `atexit`, Python starts no thread and takes no work.
+        # After the main thread has ended, as in functions of `atexit`, Python refuses new threads and new work.
         work(queue)
     for future in futures:
         future.result()

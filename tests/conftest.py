@@ -31,9 +31,9 @@ def run_example():
 def assert_derivatives() -> Callable[..., None]:
     """Return a function that holds the derivatives of a JAX function against central differences, in float64.
 
-    Forward and reverse mode, and each of them of each of them, along random directions. With a step of 1e-4 the
-    differences are good to 1e-8; the tolerance is theirs, not that of the function. All is one program, since compiling
-    takes nearly all the time.
+    It checks forward mode, reverse mode, and all four second derivatives that they make, along random directions. With
+    a step of 1e-4 the differences have errors of about 1e-8; the tolerance allows for these. Everything is one program,
+    since compiling takes nearly all the time.
     """
 
     def assert_derivatives(function: Callable[..., Any], *primals: Any, step: float = 1e-4) -> None:

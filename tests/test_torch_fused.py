@@ -202,7 +202,7 @@ def test_every_order_of_modes(name: str) -> None:
 
 @pytest.mark.parametrize("warm", [True, False])
 def test_after_the_main_thread_has_ended(warm: bool) -> None:
-    """Python starts no thread then, and takes no work for those that it has."""
+    """Python then refuses new threads, and new work for existing ones. The loss is computed in the caller's thread."""
     lines = [
         "import atexit, threading, torch, lsce_torch",
         "logits = torch.linspace(-1, 1, 2**21).reshape(1024, 2048).requires_grad_()",

@@ -160,7 +160,7 @@ class JaxAdapter(FrameworkAdapter):
             yield
 
     def step(self, case: Case) -> tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]:
-        """Return a function that JAX can compile, and its operands. It returns the loss and its gradients by name."""
+        """Return a function for `jax.jit` and its operands. The function returns the loss and the gradients by name."""
         import jax
 
         arrays, options = operands_of(case, self.implementation)
