@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 from rich import box
@@ -27,9 +28,13 @@ DENSE_HEADINGS = {
     "jax": ("median", "least", "÷ one-hot", "÷ integer", "temp MB", "ratio"),
     "torch": ("median", "least", "÷ smoothed", "÷ plain", "peak, grads"),
 }
+DENSE_MEMORY = {
+    "jax": "allocated beyond arguments and results",
+    "torch": "the most allocated at a time beyond the logits",
+}
 DENSE_LEGENDS = {
-    "jax": "temp: allocated beyond arguments and results; its ratio is to one-hot's.",
-    "torch": "peak: the most allocated at a time beyond the logits, in gradients' sizes.",
+    "jax": f"temp: {DENSE_MEMORY['jax']}; its ratio is to one-hot's.",
+    "torch": f"peak: {DENSE_MEMORY['torch']}, in gradients' sizes.",
 }
 LINEAR_BASELINES = {"jax": "lse form", "torch": "F.cross_entropy, smoothed"}
 LINEAR_RATIOS = {"jax": "÷ lse", "torch": "÷ ce"}
@@ -241,7 +246,7 @@ def page_blocks(figures: Figures) -> dict[str, str]:
         *dense, linear = tables(figures)
         blocks |= {"tpu": dense, "tpu linear": [linear]}
     return {
-        name: "\n\n".join([f"`{_command(name)}`: {_as_text(machine)}.", *map(markdown, of_page)])
+        name: "\n\n".join([fill(f"`{_command(name)}`: {_as_text(machine)}.", 120), *map(markdown, of_page)])
         for name, of_page in blocks.items()
         if of_page
     }
@@ -268,9 +273,7 @@ def _dense_page(framework: str, results: Sequence[dict[str, Any]]) -> Table:
         cells.append((row.name, *times, f"{_mb(row.memory)} MB"))
     shapes = [_times(result["shape"]) for result in results]
     headings = ("time, relative to the first", *shapes, f"memory, {shapes[0]}")
-    return Table(
-        f"{TITLES[framework]} on the CPU, float32", headings, cells, DENSE_LEGENDS[framework].partition(";")[0]
-    )
+    return Table(f"{TITLES[framework]} on the CPU, float32", headings, cells, f"memory: {DENSE_MEMORY[framework]}.")
 
 
 def markdown(table: Table) -> str:

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from benchmarks import dense_jax, dense_torch, linear_jax, linear_torch, report, tpu
-from benchmarks.__main__ import PAGES, QUICK_LINEAR_SHAPE, QUICK_SCALING_SHAPES, QUICK_SHAPE, app
+from benchmarks.__main__ import DOCS, PAGES, QUICK_LINEAR_SHAPE, QUICK_SCALING_SHAPES, QUICK_SHAPE, app
 from benchmarks.timing import Case, LinearShape, Schedule, Shape, time_in_turns
+from parity_tests.evidence.pages import replace_block
 
 
 def run(*arguments):
@@ -336,3 +337,20 @@ def test_writing_a_page(monkeypatch, tmp_path):
     (tmp_path / PAGES["dense"]).write_text("no comments", encoding="utf-8")
     result = run("dense", "--quick", "--calls", 1, "--framework", "torch", "--write")
     assert "each of these lines once" in str(result.exception)
+
+
+def record_blocks():
+    """Return the tables of each record in docs/figures, by block."""
+    records = sorted((DOCS / "figures").glob("*.json"))
+    figures = [json.loads(record.read_text(encoding="utf-8")) for record in records]
+    return [pytest.param(block, text, id=block) for of in figures for block, text in report.page_blocks(of).items()]
+
+
+@pytest.mark.parametrize(("block", "tables"), record_blocks())
+def test_the_page_has_the_tables_of_the_record(block, tables):
+    page = (DOCS / PAGES[block]).read_text(encoding="utf-8")
+    assert replace_block(page, f"benchmarks {block}", tables) == page
+
+
+def test_every_block_has_a_record():
+    assert sorted(parameters.id for parameters in record_blocks()) == sorted(PAGES)
