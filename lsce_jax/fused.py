@@ -9,27 +9,32 @@ a row is made of a few sums over the classes. With m the largest logit,
 
 Everything else is arithmetic on one number per row. The loss does not depend on m, so m counts as a constant.
 
-Why custom_jvp and not custom_vjp: it gives forward mode and derivatives of every order. The tangent is that of the
-plain sums at a constant m, under `jax.checkpoint`. So the backward pass keeps the logits and m, and computes the
-gradient in one fused pass that evaluates exp again, which is faster than writing exp to memory and reading it back.
+The sums are a JAX primitive, `lsce_row_sums`, with one rule for each thing that JAX does to a function:
 
-Why two ways to compute the sums: XLA for accelerators fuses all of them into one sweep over the logits. XLA for CPUs
-writes out every comparison, as large as the logits. On CPUs the sums therefore go through blocks of rows whose
-intermediate arrays stay in the cache. Accelerators find the label by comparison with an iota: for a gather the TPU
-compiler would write out the logits in float32.
+- Its derivative is that of the plain sums at a constant m, under `jax.checkpoint`. So the backward pass keeps the
+  logits and m, and computes the gradient in one fused pass that evaluates exp again, which is faster than writing exp
+  to memory and reading it back. Forward mode and derivatives of every order follow.
+- Under vmap the new dimension becomes one of rows.
+- XLA for accelerators fuses all sums into one sweep over the logits. XLA for CPUs writes out every comparison, as large
+  as the logits; there the sums go through blocks of rows whose intermediate arrays stay in the cache. Accelerators find
+  the label by comparison with an iota: for a gather the TPU compiler would write out the logits in float32.
+
+A function with custom_jvp and custom_vmap would not do: where JAX differentiates a scan twice it drops the former, and
+the latter has no second derivatives.
 
 Soft labels are as large as the logits anyway. They take the reference implementation under `jax.checkpoint`.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
-from jax.scipy.special import entr
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Bool, Float, Int
 
 from lsce_jax import reference
@@ -57,7 +62,6 @@ class _Operands:
     prior_entropy: bool = field(metadata=_STATIC)  # whether to compute other_entropy
     largest: bool = field(metadata=_STATIC)  # whether to compute largest_gap and largest_mass
     correct: bool = field(metadata=_STATIC)  # whether to compute correct
-    in_loop: bool = field(metadata=_STATIC)  # whether the call is in a loop that JAX may differentiate twice
 
 
 class _Peaks(NamedTuple):
@@ -104,7 +108,6 @@ def row_losses(
     options: LossOptions,
     with_stats: bool = False,
     targets: Targets | None = None,
-    in_loop: bool = False,
 ) -> tuple[Float[Array, "*batch"], LossStats | None]:
     """Return the loss of each row, 0 for rows that do not count and NaN for bad labels, and statistics if asked for.
 
@@ -113,7 +116,6 @@ def row_losses(
         options: the options of the loss.
         with_stats: whether to return statistics.
         targets: the targets of the rows; None computes them from the batch's smoothing.
-        in_loop: whether the call is in a loop of this package, whose derivatives may be of any order.
     """
     if batch.soft:
         kept: tuple[Array, LossStats | None] = jax.checkpoint(
@@ -131,7 +133,6 @@ def row_losses(
         prior_entropy=options.subtract_entropy and batch.prior is not None,
         largest=options.convention.at_max is not None,
         correct=with_stats,
-        in_loop=in_loop,
     )
     peaks, sums = _compiled_peaks_and_sums(operands)
     log_sum = jnp.log1p(sums.rest)
@@ -170,7 +171,7 @@ def _smoothed_losses(
     smoothed += mass * log_sum
     if options.subtract_entropy:
         # The entropy of off times a prior r is off entr(r_k) + r_k entr(off), summed over the classes.
-        entropy = entr(on) + num_others * entr(off)
+        entropy = reference.entropy_of(on) + num_others * reference.entropy_of(off)
         smoothed -= entropy if sums.other_entropy is None else entropy + off * sums.other_entropy
     return smoothed
 
@@ -202,65 +203,82 @@ def _product(target: Float[Array, "*#batch"], gap: Float[Array, "*batch"]) -> Fl
     return target * jnp.where((target == 0) & jnp.isinf(gap), 0, gap)
 
 
-@jax.custom_jvp
 def _peaks_and_sums(operands: _Operands) -> tuple[_Peaks, _Sums]:
     """Return the sums of each row, and the constants that they are relative to."""
-    # Where JAX differentiates a scan twice, it drops the rule of a custom_jvp, and cannot differentiate a custom_vmap.
-    results: tuple[_Peaks, _Sums] = (_for_platform if operands.in_loop else _with_vmap_rule)(operands)
-    return results
-
-
-@_peaks_and_sums.defjvp
-def _derivative(
-    primals: tuple[_Operands], tangents: tuple[_Operands]
-) -> tuple[tuple[_Peaks, _Sums], tuple[_Peaks, _Sums]]:
-    peaks, sums = _peaks_and_sums(*primals)
-
-    # Only the operands are kept; the backward pass computes exp again.
-    @jax.checkpoint
-    def at_peaks(operands: _Operands) -> _Sums:
-        return _sums(operands, peaks, differentiable=True)
-
-    _, tangents_out = jax.jvp(at_peaks, primals, tangents)
-    # The transpose of a barrier is a barrier: the cotangents of a row are computed once, not again for every class.
-    # One barrier for each sum: JAX 0.12 cannot transpose a barrier of which a part is known to be zero.
-    tangents_out = jax.tree.map(jax.lax.optimization_barrier, tangents_out)
-    return (peaks, sums), (jax.tree.map(jnp.zeros_like, peaks), tangents_out)
+    leaves, structure = jax.tree.flatten(operands)
+    results = _row_sums_p.bind(*leaves, structure=structure)  # type: ignore[no-untyped-call]
+    named: tuple[_Peaks, _Sums] = jax.tree.unflatten(jax.tree.structure(jax.eval_shape(_whole, operands)), results)
+    return named
 
 
 # Compiled, so that calls outside `jit` are fused as well.
 _compiled_peaks_and_sums = jax.jit(_peaks_and_sums)
 
 
-def _for_platform(operands: _Operands) -> tuple[_Peaks, _Sums]:
-    # Blocks would move rows that are divided over devices, and a symbolic number of rows has no last block.
-    shape = operands.logits.shape
-    if is_sharded(operands.logits) or not all(isinstance(size, int) for size in shape):
-        return _whole(operands)
-    blocked = partial(_blocked, max(1, _BLOCK_SIZE // shape[-1]))
-    peaks, sums = jax.lax.platform_dependent(operands, cpu=blocked, default=_whole)
-    return peaks, sums
+# --- The primitive, on the leaves of `_Operands` and of the results --------------------------------------------------
+
+_row_sums_p = Primitive("lsce_row_sums")
+_row_sums_p.multiple_results = True
 
 
-_with_vmap_rule = custom_vmap(_for_platform)
+def _on_leaves(function: Callable[[_Operands], Any]) -> Callable[..., list[Array]]:
+    def of_leaves(*leaves: Array, structure: Any) -> list[Array]:
+        results: list[Array] = jax.tree.leaves(function(jax.tree.unflatten(structure, leaves)))
+        return results
+
+    return of_leaves
 
 
-@_with_vmap_rule.def_vmap
-def _as_more_rows(
-    size: int, batched: list[_Operands], operands: _Operands
-) -> tuple[tuple[_Peaks, _Sums], tuple[_Peaks, _Sums]]:
+def _types(*operands: Any, structure: Any) -> list[Any]:
+    of_operands = partial(_on_leaves(_whole), structure=structure)
+    types: list[Any] = jax.make_jaxpr(of_operands)(*operands).out_avals
+    return types
+
+
+def _derivative(primals: Sequence[Array], tangents: Sequence[Any], *, structure: Any) -> tuple[list[Array], list[Any]]:
+    peaks, sums = _peaks_and_sums(jax.tree.unflatten(structure, primals))
+    given = {i: tangent for i, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)}
+
+    # Only the operands are kept; the backward pass computes exp again.
+    @jax.checkpoint
+    def at_peaks(by: dict[int, Array]) -> _Sums:
+        operands = jax.tree.unflatten(structure, [by.get(i, primal) for i, primal in enumerate(primals)])
+        return _sums(operands, peaks, differentiable=True)
+
+    _, tangents_out = jax.jvp(at_peaks, ({i: primals[i] for i in given},), (given,))
+    # The transpose of a barrier is a barrier: the cotangents of a row are computed once, not again for every class.
+    # One barrier for each sum: JAX 0.12 cannot transpose a barrier of which a part is known to be zero.
+    tangents_out = jax.tree.map(jax.lax.optimization_barrier, tangents_out)
+    return jax.tree.leaves((peaks, sums)), jax.tree.leaves((jax.tree.map(jnp.zeros_like, peaks), tangents_out))
+
+
+def _under_vmap(
+    leaves: Sequence[Array], dims: Sequence[int | None], *, structure: Any
+) -> tuple[list[Array], list[int]]:
     """Make the dimension that vmap adds one of rows, so that a loss of one row under vmap is as fast as a batch."""
-    (is_batched,) = batched
-    if any(getattr(is_batched, name) is True for name in ("class_mask", "prior", "class_weight")):
+    size = next(leaf.shape[dim] for leaf, dim in zip(leaves, dims, strict=True) if dim is not None)
+    leaves = [leaf if dim is None else jnp.moveaxis(leaf, dim, 0) for leaf, dim in zip(leaves, dims, strict=True)]
+    operands = jax.tree.unflatten(structure, leaves)
+    is_batched = jax.tree.unflatten(structure, [dim is not None for dim in dims])
+    if any(getattr(is_batched, name) for name in ("class_mask", "prior", "class_weight")):
         axes = jax.tree.map(lambda batched: 0 if batched else None, is_batched)
-        out = jax.vmap(_whole, in_axes=(axes,), axis_size=size)(operands)
+        results = jax.vmap(_whole, in_axes=(axes,), axis_size=size)(operands)
     else:
         rows = {name: getattr(operands, name) for name in ("logits", "labels", "counted")}
         for name, array in rows.items():
             if array is not None and not getattr(is_batched, name):
                 rows[name] = jnp.broadcast_to(array, (size, *array.shape))
-        out = _with_vmap_rule(replace(operands, **rows))
-    return out, jax.tree.map(lambda _: True, out)
+        results = _peaks_and_sums(replace(operands, **rows))
+    of_rows = jax.tree.leaves(results)
+    return of_rows, [0] * len(of_rows)
+
+
+def _for_cpu(operands: _Operands) -> tuple[_Peaks, _Sums]:
+    # Blocks would move rows that are divided over devices, and a symbolic number of rows has no last block.
+    shape = operands.logits.shape
+    if is_sharded(operands.logits) or not all(isinstance(size, int) for size in shape):
+        return _whole(operands)
+    return _blocked(max(1, _BLOCK_SIZE // shape[-1]), operands)
 
 
 def _blocked(block_rows: int, operands: _Operands) -> tuple[_Peaks, _Sums]:
@@ -382,7 +400,9 @@ def _sums_over_others(
         weight = as_last_axis(factor, gap)
         other_gap = weight * jnp.where((weight == 0) & jnp.isinf(other_gap), 0, other_gap)
     # At 0 the slope of entr is infinite, but a prior of 0 there is a constant.
-    entropy = entr(jnp.where(prior == 0, 1, prior)) if prior is not None and operands.prior_entropy else None
+    entropy = (
+        reference.entropy_of(jnp.where(prior == 0, 1, prior)) if prior is not None and operands.prior_entropy else None
+    )
     return (
         jnp.sum(other_gap, axis=-1),
         total(factor),
@@ -425,3 +445,11 @@ def _logits(
 
 def _classes(like: Float[Array, "*batch K"]) -> Int[Array, "*ones K"]:
     return jax.lax.broadcasted_iota(jnp.int32, (1,) * (like.ndim - 1) + like.shape[-1:], like.ndim - 1)
+
+
+_row_sums_p.def_impl(_on_leaves(_whole))  # type: ignore[no-untyped-call]
+_row_sums_p.def_abstract_eval(_types)  # type: ignore[no-untyped-call]
+ad.primitive_jvps[_row_sums_p] = _derivative
+batching.primitive_batchers[_row_sums_p] = _under_vmap
+mlir.register_lowering(_row_sums_p, mlir.lower_fun(_on_leaves(_whole)))
+mlir.register_lowering(_row_sums_p, mlir.lower_fun(_on_leaves(_for_cpu)), platform="cpu")

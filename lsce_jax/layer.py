@@ -124,7 +124,7 @@ def _add_product(
         tiled: Array = jax.lax.fori_loop(0, -(-num_classes // _TILE), step, total)
         return tiled
 
-    if total.shape[1] <= _TILE:
+    if not isinstance(total.shape[1], int) or total.shape[1] <= _TILE:  # a symbolic number of classes has no last tile
         return whole(total, hidden, of_logits)
     added: Array = jax.lax.platform_dependent(total, hidden, of_logits, cpu=in_tiles, default=whole)
     return added

@@ -14,6 +14,9 @@ from lsce_jax.inputs import Batch, as_last_axis
 from lsce_jax.stats import LossStats, make_stats
 from lsce_spec import LossOptions, smoothing_weights
 
+# -x log x. Compiled, since its first step is 0 * -inf at 0, where `jax_debug_nans` would stop operations on their own.
+entropy_of = jax.jit(entr)
+
 
 def row_losses(
     batch: Batch, options: LossOptions, with_stats: bool = False
@@ -113,7 +116,7 @@ def _is_correct(
 ) -> Bool[Array, "*batch"]:
     """Return whether the first largest logit is where the label, or its first largest probability, is."""
     labels = jnp.argmax(batch.labels, axis=-1) if batch.soft else batch.labels
-    return jnp.argmax(_constant(logits, allowed), axis=-1) == labels
+    return jnp.argmax(_constant(logits, allowed), axis=-1).astype(labels.dtype) == labels
 
 
 def entropy_terms(target: Float[Array, "*batch K"], batch: Batch) -> Float[Array, "*batch K"]:
@@ -121,7 +124,8 @@ def entropy_terms(target: Float[Array, "*batch K"], batch: Batch) -> Float[Array
     if batch.prior is not None:
         # Where the prior is 0 the target is always 0. Use 1 there, since the slope of -q log q is infinite at 0.
         target = jnp.where((target == 0) & (as_last_axis(batch.prior, target) == 0), 1, target)
-    return entr(target)
+    entropy: Array = entropy_of(target)
+    return entropy
 
 
 def _smoothed(
@@ -170,10 +174,11 @@ def at_max(batch: Batch, options: LossOptions) -> float | Array:
 
 
 def count_allowed(batch: Batch) -> int | Float[Array, ""]:
-    """Return the number of classes to spread over; an array if there is a class mask, which may be traced."""
-    if batch.class_mask is None:
-        return int(batch.logits.shape[-1])
-    return jnp.sum(batch.class_mask).astype(batch.dtype)
+    """Return the number of classes to spread over; an array if it depends on a class mask or a symbolic dimension."""
+    num_classes = batch.logits.shape[-1]
+    if batch.class_mask is not None:
+        return jnp.sum(batch.class_mask).astype(batch.dtype)
+    return num_classes if isinstance(num_classes, int) else jnp.asarray(num_classes, batch.dtype)
 
 
 def _log_sum_exp(

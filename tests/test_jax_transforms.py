@@ -1,0 +1,159 @@
+"""Every transform of JAX around every loss, and transforms around transforms, against a loss in three plain lines.
+
+A composition works if it gives what the plain loss gives under the same composition. So each test is a row of the
+table TRANSFORMS x TRANSFORMS, and a single exception or a wrong number fails it.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lsce_jax import label_smoothed_cross_entropy, linear_label_smoothed_cross_entropy
+
+ROWS, CLASSES = 3, 3
+LABELS = np.array([1, 0, 2])
+COUNTED = np.array([True, True, False])
+WEIGHT = np.random.default_rng(0).normal(size=(CLASSES, CLASSES))
+POINT = np.random.default_rng(1).normal(size=(ROWS, CLASSES))
+SMOOTHING = 0.1
+# Float64 rounds at 1e-16; third derivatives of sums over three classes lose a few digits of that.
+TOLERANCE = 1e-12
+
+Function = Callable[[jax.Array], jax.Array]
+
+
+def plain_losses(logits: jax.Array) -> jax.Array:
+    target = jnp.where(np.arange(CLASSES) == LABELS[:, None], 1 - SMOOTHING, 0) + SMOOTHING / CLASSES
+    return -jnp.sum(target * jax.nn.log_softmax(logits), axis=-1)
+
+
+def plain_capped(logits: jax.Array) -> jax.Array:
+    capped = 3 * jnp.tanh(logits / 3)
+    losses = plain_losses(capped) + 0.1 * jax.nn.logsumexp(capped, axis=-1) ** 2
+    return jnp.where(COUNTED, losses, 0)
+
+
+def plain_total(hidden: jax.Array) -> jax.Array:
+    return jnp.sum(plain_losses(hidden @ WEIGHT))
+
+
+dense = partial(label_smoothed_cross_entropy, labels=LABELS, smoothing=SMOOTHING)
+linear = partial(linear_label_smoothed_cross_entropy, weight=WEIGHT, labels=LABELS, smoothing=SMOOTHING, chunk_size=1)
+LOSSES: dict[str, tuple[Function, Function]] = {
+    "fused": (partial(dense, implementation="fused"), plain_losses),
+    "fused, capped": (partial(dense, implementation="fused", where=COUNTED, z_loss=0.1, softcap=3.0), plain_capped),
+    "reference": (partial(dense, implementation="reference"), plain_losses),
+    "linear, sum": (partial(linear, reduction="sum"), plain_total),
+    "linear, mean of some rows": (
+        partial(linear, reduction="mean", where=COUNTED),
+        lambda hidden: jnp.sum(jnp.where(COUNTED, plain_losses(hidden @ WEIGHT), 0)) / 2,
+    ),
+    "linear, by the weight": (
+        lambda weight: linear(POINT, weight=weight, reduction="sum"),
+        lambda weight: jnp.sum(plain_losses(POINT @ weight)),
+    ),
+    "linear, none": (partial(linear, recompute=True), lambda hidden: plain_losses(hidden @ WEIGHT)),
+}
+
+
+SLOW_LOSSES = [pytest.param(loss, marks=pytest.mark.slow) for loss in LOSSES if loss != "fused"]
+
+
+# --- The transforms: each makes a function of an array from a function of an array ---------------------------------
+
+
+def _waves(shape: tuple[int, ...]) -> jax.Array:
+    return jnp.cos(jnp.arange(1, 1 + np.prod(shape, dtype=int), dtype=jnp.float64)).reshape(shape)
+
+
+def _vjp(function: Function) -> Function:
+    def transformed(x: jax.Array) -> jax.Array:
+        value, pullback = jax.vjp(function, x)
+        gradient: jax.Array = pullback(_waves(value.shape))[0]
+        return gradient
+
+    return transformed
+
+
+def _twice(x: jax.Array) -> jax.Array:
+    return jnp.stack([x, x / 2])
+
+
+def _custom_jvp(function: Function) -> Function:
+    of_user = jax.custom_jvp(function)
+    of_user.defjvp(lambda primals, tangents: jax.jvp(function, primals, tangents))
+    return of_user
+
+
+def _scan(function: Function) -> Function:
+    def step(carry: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        value = carry * function(x)
+        return carry + jnp.sum(value), value
+
+    return lambda x: jax.lax.scan(step, jnp.ones((), x.dtype), _twice(x))[1]
+
+
+TRANSFORMS: dict[str, Callable[[Function], Function]] = {
+    "vjp": _vjp,
+    "jvp": lambda function: lambda x: jax.jvp(function, (x,), (_waves(x.shape),))[1],
+    "vmap": lambda function: lambda x: jax.vmap(function)(_twice(x)),
+    "scan": _scan,
+    "checkpoint": jax.checkpoint,
+    "jit": jax.jit,
+    "map": lambda function: lambda x: jax.lax.map(function, _twice(x)),
+    "cond": lambda function: lambda x: jax.lax.cond(jnp.sum(x) > -1e9, function, lambda x: 2 * function(x), x),
+    "custom_jvp": _custom_jvp,
+    "jacfwd": jax.jacfwd,
+    "jacrev": jax.jacrev,
+    "hessian": jax.hessian,
+}
+# The others are made of these.
+BASIC = ("vjp", "jvp", "vmap", "scan", "checkpoint")
+
+
+@cache
+def _evaluated(function: Function, names: tuple[str, ...]) -> np.ndarray:
+    """Return the value at POINT of a function that is transformed by the first name first."""
+    for name in names:
+        function = TRANSFORMS[name](function)
+    with jax.enable_x64(True):
+        return np.asarray(function(jnp.asarray(POINT)))
+
+
+def assert_as_plain(loss: str, *names: str) -> None:
+    actual, expected = (_evaluated(function, names) for function in LOSSES[loss])
+    assert actual.shape == expected.shape
+    assert np.max(np.abs(actual - expected)) <= TOLERANCE * np.max(np.abs(expected))
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_transform(loss: str, name: str) -> None:
+    assert_as_plain(loss, name)
+
+
+@pytest.mark.parametrize("outer", TRANSFORMS)
+@pytest.mark.parametrize("inner", TRANSFORMS)
+@pytest.mark.parametrize("loss", ["fused", *SLOW_LOSSES])
+def test_transform_of_a_transform(loss: str, inner: str, outer: str) -> None:
+    assert_as_plain(loss, inner, outer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("outer", BASIC)
+@pytest.mark.parametrize("middle", BASIC)
+@pytest.mark.parametrize("inner", BASIC)
+@pytest.mark.parametrize("loss", ["fused", "linear, sum", "linear, none"])
+def test_three_transforms(loss: str, inner: str, middle: str, outer: str) -> None:
+    assert_as_plain(loss, inner, middle, outer)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_wrong_loss_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LOSSES, "wrong", (lambda logits: (1 + 1e-11) * plain_losses(logits), plain_losses))
+    with pytest.raises(AssertionError):
+        assert_as_plain("wrong", name)
