@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from lsce_jax import fused, reference
-from lsce_jax.inputs import Batch, as_array, at_labels, prepare
+from lsce_jax.inputs import Batch, as_array, at_labels, extremes, prepare
 from lsce_jax.keywords import DenseLossKeywords
 from lsce_jax.stats import LossStats
-from lsce_spec import LossOptions, check_denominator_array
+from lsce_spec import LossOptions, check_denominator_array, check_denominator_values
 from lsce_spec.keywords import takes
 
 _ROW_LOSSES = {"fused": fused.row_losses, "reference": reference.row_losses}
@@ -41,8 +41,8 @@ def label_smoothed_cross_entropy(
         labels: class indices, of any integer dtype and the shape of the logits without `axis`; or class
             probabilities, floating point and of the shape of the logits.
         smoothing: the probability e to move away from the label, in [0, 1]: a number, or an array that broadcasts
-            to the losses. Arrays may be traced, differentiated and different for each row; their values are not
-            checked.
+            to the losses. Arrays may be traced, differentiated and different for each row. Values that are at hand are
+            checked: those of rows that count, on the CPU, outside of jit and vmap.
         convention: where e goes. "uniform": e/K to each of the K classes (torch, Keras). "non_target": e/(K-1) to
             each other class (fairseq, tensor2tensor). "clamp": the one-hot target clamped to [e/(K-1), 1-e].
             "max_sup" (Max Suppression): lse - z_y + e (max z - mean z), which takes e from the largest logit, not from
@@ -153,6 +153,8 @@ def mean_divisor(
         return (batch, float(divisor)) if divisor else (batch.counting_only(jnp.array(False)), 1.0)
     divisor = as_array("denominator", divisor)
     check_denominator_array(divisor.shape, divisor.dtype.name)
+    if denominator is not None:
+        check_denominator_values(extremes(divisor))
     divisor = divisor.astype(batch.dtype)
     if batch.class_weight is not None or denominator is not None:
         batch = batch.counting_only(divisor != 0)

@@ -200,7 +200,7 @@ def _per_row(value: float | Array, batch: Batch) -> Float[Array, "*#batch"]:
 def _product(target: Float[Array, "*#batch"], gap: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """Return target * gap, where 0 * inf counts as 0."""
     # Only infinite gaps are replaced: the gap is the derivative with respect to the target.
-    return target * jnp.where((target == 0) & jnp.isinf(gap), 0, gap)
+    return target * jnp.where(reference.is_nothing(target) & jnp.isinf(gap), 0, gap)
 
 
 def _peaks_and_sums(operands: _Operands) -> tuple[_Peaks, _Sums]:

@@ -24,6 +24,7 @@ from lsce_spec import (
     check_logits,
     check_prior_values,
     check_smoothing_dtype,
+    check_smoothing_values,
     is_floating,
     is_number,
 )
@@ -133,16 +134,16 @@ def prepare(
     if is_floating(labels.dtype.name):
         if options.ignore_index is not None:
             raise error("ignore_index_soft", given=options.ignore_index)
-        labels = jnp.moveaxis(labels, axis, -1)
-        batch = Batch(logits, labels, smoothing, None, None, prior, class_weight, class_mask)
-        return batch if where is None else batch.counting_only(where)
-
-    labels, bad = _class_indices(labels, num_classes, class_mask)
-    batch = Batch(logits, jnp.where(bad, 0, labels), smoothing, None, bad, prior, class_weight, class_mask)
+        soft = jnp.moveaxis(labels, axis, -1)
+        batch = Batch(logits, soft, smoothing, None, None, prior, class_weight, class_mask)
+    else:
+        labels, bad = _class_indices(labels, num_classes, class_mask)
+        batch = Batch(logits, jnp.where(bad, 0, labels), smoothing, None, bad, prior, class_weight, class_mask)
     if where is not None:
         batch = batch.counting_only(where)
     if options.ignore_index is not None:
         batch = batch.counting_only(labels != options.ignore_index)
+    _check_smoothing_of_rows(batch)
     if options.bad_labels == "raise" and batch.bad is not None:
         _raise_bad_label(labels, batch.bad, class_mask is not None, num_classes)
     return batch
@@ -158,6 +159,25 @@ def _row_smoothing(
     check_smoothing_dtype(array.dtype.name)
     check_batch_operand("smoothing", array.shape, None, batch_shape)
     return jnp.broadcast_to(array.astype(dtype), batch_shape)[..., None]
+
+
+def _check_smoothing_of_rows(batch: Batch) -> None:
+    """Raise unless the rows that count have smoothings in [0, 1]. The others may hold anything."""
+    if not is_number(batch.smoothing):
+        check_smoothing_values(extremes(cast("Array", batch.smoothing)))
+
+
+def extremes(array: Array) -> tuple[float, ...]:
+    """Return the least and the largest value, NaN if there is one, or nothing if they are not at hand.
+
+    Traced values are not, and to read those on an accelerator would wait for it.
+    """
+    if _is_traced(array) or not array.size or not array.is_fully_addressable:
+        return ()
+    if any(device.platform != "cpu" for device in array.devices()):
+        return ()
+    values = np.asarray(array, np.float64)
+    return float(np.min(values)), float(np.max(values))
 
 
 def _class_indices(

@@ -35,7 +35,7 @@ def row_losses(
         weighted = target * as_last_axis(batch.class_weight, logits)
     # Where the target is 0, the logit may be -inf: 0 * inf counts as 0. Finite gaps keep their value, since the gap is
     # the derivative with respect to the target.
-    finite_gap = jnp.where((weighted == 0) & jnp.isinf(gap), 0, gap)
+    finite_gap = jnp.where(is_nothing(weighted) & jnp.isinf(gap), 0, gap)
     lse = peak + log_sum
     smoothed = jnp.sum(weighted * finite_gap, axis=-1) + jnp.sum(weighted, axis=-1) * log_sum
     if options.subtract_entropy:
@@ -50,6 +50,12 @@ def row_losses(
         return losses, None
     nll, correct = _nll(batch, gap, log_sum, allowed), _is_correct(batch, uncapped, allowed)
     return losses, make_stats(batch, options, nll=nll, smoothed=smoothed, lse=lse, log_sum=log_sum, correct=correct)
+
+
+def is_nothing(target: Float[Array, "..."]) -> Bool[Array, "..."]:
+    """Return where a target is 0 or so small that some devices flush it to 0."""
+    smallest = jnp.asarray(jnp.finfo(target.dtype).tiny)  # type: ignore[no-untyped-call]
+    return jnp.abs(target) < smallest
 
 
 def _counted_logits(batch: Batch) -> tuple[Float[Array, "*batch K"], Bool[Array, "*ones K"] | None]:

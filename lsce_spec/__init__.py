@@ -7,12 +7,14 @@ from lsce_spec.checks import check_class_num as check_class_num
 from lsce_spec.checks import check_class_vector as check_class_vector
 from lsce_spec.checks import check_denominator as check_denominator
 from lsce_spec.checks import check_denominator_array as check_denominator_array
+from lsce_spec.checks import check_denominator_values as check_denominator_values
 from lsce_spec.checks import check_labels as check_labels
 from lsce_spec.checks import check_layer as check_layer
 from lsce_spec.checks import check_logits as check_logits
 from lsce_spec.checks import check_prior_values as check_prior_values
 from lsce_spec.checks import check_smoothing as check_smoothing
 from lsce_spec.checks import check_smoothing_dtype as check_smoothing_dtype
+from lsce_spec.checks import check_smoothing_values as check_smoothing_values
 from lsce_spec.checks import is_floating as is_floating
 from lsce_spec.checks import is_integer as is_integer
 from lsce_spec.checks import is_number as is_number

@@ -5,7 +5,7 @@ So their messages are the same.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 
 from lsce_spec.errors import error
@@ -52,6 +52,13 @@ def check_smoothing_dtype(dtype: str) -> None:
         raise error("smoothing_type", given=dtype)
 
 
+def check_smoothing_values(values: Iterable[float]) -> None:
+    """Raise unless all values of an array of smoothings lie in [0, 1]."""
+    for value in values:
+        if not 0 <= value <= 1:
+            raise error("smoothing_range", given=f"an array with {value:.6g}")
+
+
 def check_denominator(denominator: object) -> None:
     """Raise unless a denominator is None, a finite number >= 0 or an array: its value may be traced."""
     if is_number(denominator):
@@ -67,6 +74,13 @@ def check_denominator_array(shape: Shape, dtype: str) -> None:
         raise error("denominator_value", wrong_type=True, given=dtype)
     if shape != ():
         raise error("denominator_shape", given=list(shape))
+
+
+def check_denominator_values(values: Iterable[float]) -> None:
+    """Raise unless the value of an array as denominator is a finite number >= 0."""
+    for value in values:
+        if not 0 <= value < math.inf:
+            raise error("denominator_value", given=f"an array of {value:.6g}")
 
 
 def check_class_num(class_num: object, name: str = "class_num") -> None:

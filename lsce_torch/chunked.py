@@ -14,9 +14,10 @@ Both are one autograd Function, and for torch.compile an operator that the compi
 Second derivatives and forward mode take all logits at once, in plain operations.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -29,8 +30,9 @@ from lsce_torch import compiled, fused, saved
 from lsce_torch.inputs import Batch
 from lsce_torch.layer import Layer, Settings, layer_gradients, losses_and_gradients, scaled
 from lsce_torch.overwrite import has_memory
+from lsce_torch.plain import plain_gradients, plain_slopes, tangent_of
 from lsce_torch.stats import LossStats
-from lsce_torch.sweeps import ROWS, Operands, unstacked
+from lsce_torch.sums import ROWS, Operands, target_gradients, target_slopes, unstacked
 
 
 def losses(
@@ -171,7 +173,7 @@ class _ChunkedLosses(torch.autograd.Function):
             return saved.in_order(gradients, *_ARGUMENTS)
         needed = saved.needed_by(ctx, *_ARGUMENTS)
         if torch.is_grad_enabled() or not has_memory(upstream, layer.hidden, layer.weight):
-            gradients = _plain_pullback(layer, operands, settings.total, needed)(upstream)
+            gradients = _plain_gradients(layer, operands, needed, upstream.expand(layer.hidden.shape[0]))
             return saved.in_order(gradients, *_ARGUMENTS)
         of_layer = [name for name in Layer._fields if name in needed]
         if all(name in ctx.gradients for name in of_layer):
@@ -182,21 +184,17 @@ class _ChunkedLosses(torch.autograd.Function):
             settings = settings._replace(needs=tuple(name in needed for name in Layer._fields))
             gradients |= layer_gradients(layer, operands, settings, stacked, upstream)
         rows = upstream.expand(layer.hidden.shape[0])
-        gradients |= fused.target_gradients(operands, unstacked(stacked), rows, needed)
+        gradients |= target_gradients(operands, target_slopes(operands, unstacked(stacked), needed), rows)
         return saved.in_order(gradients, *_ARGUMENTS)
 
     @staticmethod
     @saved.nestable
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         """Return the tangent of the losses."""
-        (stacked,), layer, operands, settings = saved.saved(ctx, *_ARGUMENTS)
-        names = saved.names_of(*_ARGUMENTS)
-        given = {name: t for name, t in zip(names, tangents, strict=True) if isinstance(t, Tensor)}
-        # The pullback is linear, and its transpose gives the tangent.
-        pullback = _plain_pullback(layer, operands, settings.total, list(given))
-        upstream = torch.zeros_like(stacked[0])
-        transposed = torch.func.vjp(pullback, upstream.sum() if settings.total else upstream)[1]
-        return transposed(given)[0], None, None, *(None for _ in Layer._fields)
+        _, layer, operands, settings = saved.saved(ctx, *_ARGUMENTS)
+        given = saved.given(tangents, *_ARGUMENTS)
+        tangent = _plain_tangent(layer, operands, given)
+        return tangent.sum() if settings.total else tangent, None, None, *(None for _ in Layer._fields)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
@@ -217,27 +215,55 @@ class _ChunkedLosses(torch.autograd.Function):
         return tuple(stacked), out_dims
 
 
-def _plain_losses(layer: Layer, operands: Operands, total: bool) -> Tensor:
-    """Return the losses or their sum, from all logits at once, in operations that torch differentiates."""
+# --- Second derivatives and forward mode: from all logits at once, in operations that torch differentiates ----------
+
+
+def _plain_gradients(
+    layer: Layer, operands: Operands, needed: Sequence[str], upstream: Float[Tensor, " n"]
+) -> dict[str, Tensor | None]:
+    """Return the gradients with respect to what is needed of the layer and of the operands."""
+    rounded = _rounded(layer, operands)
+    gradients = plain_gradients(_logits(rounded), operands, ["logits", *needed], upstream)
+    of_logits = cast("Tensor", gradients.pop("logits")).to(rounded.hidden.dtype)
+    if "hidden" in needed:
+        of_hidden = of_logits @ rounded.weight
+        gradients["hidden"] = of_hidden if operands.counted is None else _where_counted(of_hidden, operands)
+    if "weight" in needed:
+        gradients["weight"] = (of_logits.T @ rounded.hidden).to(layer.weight.dtype)
+    if "bias" in needed and layer.bias is not None:
+        gradients["bias"] = of_logits.sum(dim=0).to(layer.bias.dtype)
+    return gradients
+
+
+def _plain_tangent(layer: Layer, operands: Operands, tangents: dict[str, Tensor]) -> Float[Tensor, " n"]:
+    """Return the tangents of the losses."""
+    rounded = _rounded(layer, operands)
+    tangents = dict(tangents)
+    of_layer = {name: tangents.pop(name) for name in Layer._fields if name in tangents}
+    if of_layer:
+        given = _rounded(layer._replace(**of_layer), operands)
+        parts = []
+        if "hidden" in of_layer:
+            parts.append(F.linear(given.hidden, rounded.weight))
+        if "weight" in of_layer:
+            parts.append(F.linear(rounded.hidden, given.weight))
+        if "bias" in of_layer and given.bias is not None:
+            parts.append(given.bias)
+        tangents["logits"] = functools.reduce(torch.add, parts)
+    return tangent_of(plain_slopes(_logits(rounded), operands, list(tangents)), tangents)
+
+
+def _rounded(layer: Layer, operands: Operands) -> Layer:
+    """Return the layer in the dtype of hidden, which is 0 where rows do not count."""
     dtype = layer.hidden.dtype
-    hidden = layer.hidden
-    if operands.counted is not None:
-        hidden = torch.where(operands.counted[:, None], hidden, 0)
-    logits = F.linear(hidden, layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype))
-    row_losses = fused.plain_losses(logits, operands)
-    return row_losses.sum() if total else row_losses
+    hidden = layer.hidden if operands.counted is None else _where_counted(layer.hidden, operands)
+    return Layer(hidden, layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype))
 
 
-def _plain_pullback(
-    layer: Layer, operands: Operands, total: bool, names: Sequence[str]
-) -> Callable[[Tensor], dict[str, Any]]:
-    """Return the function from the gradient of the losses to those of the arguments of these names, differentiable."""
-    primals = {name: getattr(layer if name in Layer._fields else operands, name) for name in names}
+def _where_counted(hidden: Float[Tensor, "n D"], operands: Operands) -> Float[Tensor, "n D"]:
+    assert operands.counted is not None
+    return torch.where(operands.counted[:, None], hidden, 0)
 
-    def losses(primals: dict[str, Any]) -> Tensor:
-        of_layer = {name: value for name, value in primals.items() if name in Layer._fields}
-        of_rows = {name: value for name, value in primals.items() if name not in Layer._fields}
-        return _plain_losses(layer._replace(**of_layer), operands._replace(**of_rows), total)
 
-    pullback = torch.func.vjp(losses, primals)[1]
-    return lambda upstream: pullback(upstream)[0]
+def _logits(layer: Layer) -> Float[Tensor, "n K"]:
+    return F.linear(layer.hidden, layer.weight, layer.bias)

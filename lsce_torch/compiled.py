@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from lsce_torch import saved
-from lsce_torch.fused import target_gradients
 from lsce_torch.inputs import compute_dtype
 from lsce_torch.layer import Layer, Settings, layer_gradients, losses_and_gradients
-from lsce_torch.sweeps import Operands, num_sums, unstacked
+from lsce_torch.sums import Operands, num_sums, target_gradients, target_slopes, unstacked
 
 _ARGUMENTS = (Layer, Operands, Settings)
 _SCHEMA = (
@@ -102,7 +101,7 @@ def _backward(ctx: Any, upstreams: list[Tensor | None]) -> tuple[Any, ...]:
         computed = torch.ops.lsce.chunked_gradients(*layer, *operands, *settings, stacked, upstream)
         gradients |= {name: of for name, of in zip(Layer._fields, computed, strict=True) if name in needed}
     rows = upstream.expand(layer.hidden.shape[0])
-    gradients |= target_gradients(operands, unstacked(stacked), rows, needed)
+    gradients |= target_gradients(operands, target_slopes(operands, unstacked(stacked), needed), rows)
     return saved.in_order(gradients, *_ARGUMENTS)
 
 

@@ -7,6 +7,11 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         ValueError,
         "logits and labels must be on the same device, got {logits} and {labels}. Move one of them.",
     ),
+    "layout": (
+        TypeError,
+        "{name} must be a dense tensor, got layout {given}. Pass {name}.to_dense(), "
+        "or {name}.to_padded_tensor() of a nested tensor.",
+    ),
     "layer_device": (
         ValueError,
         "hidden, weight, bias and labels must be on the same device, got {name} on {given} and hidden on {expected}. "

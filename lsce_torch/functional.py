@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lsce_spec import LossOptions, check_denominator_array
+from lsce_spec import LossOptions, check_denominator_array, check_denominator_values
 from lsce_spec.keywords import takes
 from lsce_torch import fused, reference
-from lsce_torch.inputs import Batch, at_labels, dtype_name, prepare
+from lsce_torch.inputs import Batch, at_labels, dtype_name, extremes, prepare
 from lsce_torch.keywords import DenseLossKeywords
 from lsce_torch.overwrite import check_inplace, tensors_to_overwrite
 from lsce_torch.stats import LossStats
@@ -43,8 +43,8 @@ def label_smoothed_cross_entropy(
         labels: class indices, of any integer dtype and the shape of the logits without `axis`; or class
             probabilities, floating point and of the shape of the logits.
         smoothing: the probability e to move away from the label, in [0, 1]: a number, or a tensor that broadcasts
-            to the losses. Tensors may be traced, differentiated and different for each row; their values are not
-            checked.
+            to the losses. Tensors may be traced, differentiated and different for each row. Values that are at hand are
+            checked: those of rows that count, on the CPU, outside of torch.compile and vmap.
         convention: where e goes. "uniform": e/K to each of the K classes (torch, Keras). "non_target": e/(K-1) to
             each other class (fairseq, tensor2tensor). "clamp": the one-hot target clamped to [e/(K-1), 1-e].
             "max_sup" (Max Suppression): lse - z_y + e (max z - mean z), which takes e from the largest logit, not from
@@ -162,6 +162,8 @@ def mean_divisor(
             return batch, divisor
         return batch.counting_only(torch.zeros((), dtype=torch.bool, device=batch.labels.device)), 1
     check_denominator_array(tuple(divisor.shape), dtype_name(divisor))
+    if denominator is not None:
+        check_denominator_values(extremes(divisor))
     divisor = divisor.to(batch.dtype)
     if batch.class_weight is not None or denominator is not None:
         batch = batch.counting_only(divisor != 0)

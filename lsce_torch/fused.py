@@ -8,15 +8,14 @@ a few sums over the classes. With m the largest logit and L = log sum_k exp(z_k 
 and the gradient, (S + 2 z_loss (m + L)) p - w q, comes from the logits in a second sweep. `sweeps.py` has both sweeps.
 
 `_RowLosses` makes them differentiable, with a rule for vmap (the new dimension becomes one of rows) and forward mode.
-Second derivatives, forward mode and torch.compile use `_plain_sums`: the same sums in plain operations, which torch
-differentiates and the compiler fuses.
+Second derivatives, forward mode and torch.compile use `plain.py`: the same sums and gradients in plain operations,
+which torch differentiates and the compiler fuses.
 
 Soft labels take the same way, with a weight for each row. A `class_weight` or `prior` that requires a gradient takes
 the reference, as do the rarer combinations that `why_reference` lists.
 """
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,11 +25,13 @@ from torch import Tensor
 from lsce_spec import LossOptions
 from lsce_torch import reference, saved
 from lsce_torch.errors import error
-from lsce_torch.inputs import Batch, at_labels, compute_dtype
+from lsce_torch.inputs import Batch, at_labels
 from lsce_torch.memory import in_large_pages
-from lsce_torch.overwrite import forbid_use, has_memory
+from lsce_torch.overwrite import forbid_use, has_memory, is_wrapper
+from lsce_torch.plain import plain_gradients, plain_slopes, plain_sums, tangent_of
 from lsce_torch.stats import LossStats, make_stats
-from lsce_torch.sweeps import ROWS, Operands, Sums, logits_gradient, sweep, target_mass, unstacked
+from lsce_torch.sums import ROWS, Operands, Sums, losses_of, target_gradients, target_slopes, unstacked
+from lsce_torch.sweeps import logits_gradient, sweep
 
 
 def row_losses(
@@ -45,7 +46,7 @@ def row_losses(
     operands, entropy = make_operands(batch, options, with_stats)
     losses: Tensor
     if torch.compiler.is_compiling():
-        sums, first = _plain_sums(batch.logits, operands)
+        sums, first = plain_sums(batch.logits, operands)
         losses = losses_of(operands, sums)[0]
     else:
         losses, stacked, first = _RowLosses.apply(batch.logits, batch.overwritten, *operands)  # type: ignore[no-untyped-call]
@@ -80,18 +81,21 @@ def why_reference(batch: Batch, options: LossOptions, with_stats: bool) -> str |
     """Return why only the reference can compute this call, or None."""
     if batch.logits.device.type == "jax":
         return "the logits are JAX's, through torchax, which cannot write into what it is given"
+    if any(is_wrapper(value) for value in vars(batch).values()):
+        return "one of the tensors stands for others, and its results cannot be written into plain tensors"
     for name in ("class_weight", "prior"):
         vector = getattr(batch, name)
         if vector is not None and vector.requires_grad:
             return f"{name} requires a gradient"
-    if batch.soft:
-        if batch.labels.requires_grad or (isinstance(batch.smoothing, Tensor) and batch.smoothing.requires_grad):
-            return "soft labels or their smoothing require a gradient"
-        if options.convention.at_max is not None:
-            return f"convention {options.convention.name!r} compares soft labels with every logit"
-        if with_stats:
-            return "the statistics of soft labels need the labels once more"
-    return None
+    return _why_reference_of_soft(batch, options, with_stats) if batch.soft else None
+
+
+def _why_reference_of_soft(batch: Batch, options: LossOptions, with_stats: bool) -> str | None:
+    if batch.labels.requires_grad or (isinstance(batch.smoothing, Tensor) and batch.smoothing.requires_grad):
+        return "soft labels or their smoothing require a gradient"
+    if options.convention.at_max is not None:
+        return f"convention {options.convention.name!r} compares soft labels with every logit"
+    return "the statistics of soft labels need the labels once more" if with_stats else None
 
 
 class _Target(NamedTuple):
@@ -223,9 +227,12 @@ class _RowLosses(torch.autograd.Function):
         if torch.is_grad_enabled() or not has_memory(upstream, logits):
             if overwritten is not None:
                 raise error("inplace_transformed")
-            gradients = _plain_pullback(logits, operands, needed)(upstream)
+            gradients = plain_gradients(logits, operands, needed, upstream)
+            of_logits = gradients.get("logits")
+            if of_logits is not None:
+                gradients["logits"] = of_logits.to(logits.dtype)
         else:
-            gradients = target_gradients(operands, unstacked(stacked), upstream, needed)
+            gradients = target_gradients(operands, target_slopes(operands, unstacked(stacked), needed), upstream)
             if "logits" in needed:
                 gradient = in_large_pages(torch.empty_like(logits)) if overwritten is None else logits.detach()
                 logits_gradient(logits, operands, stacked, upstream, gradient)
@@ -237,13 +244,9 @@ class _RowLosses(torch.autograd.Function):
     @saved.nestable
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, None, None]:
         """Return the tangent of the losses."""
-        (stacked,), (logits, _), operands = saved.saved(ctx, _Logits, Operands)
-        names = saved.names_of(_Logits, Operands)
-        given = {name: tangent for name, tangent in zip(names, tangents, strict=True) if tangent is not None}
-        # The pullback is linear, and its transpose gives the tangent.
-        pullback = _plain_pullback(logits, operands, list(given))
-        transposed = torch.func.vjp(pullback, torch.zeros_like(stacked[0]))[1]
-        return transposed(given)[0], None, None
+        _, (logits, _), operands = saved.saved(ctx, _Logits, Operands)
+        given = saved.given(tangents, _Logits, Operands)
+        return tangent_of(plain_slopes(logits, operands, list(given)), given), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
@@ -270,125 +273,3 @@ class _RowLosses(torch.autograd.Function):
             moved[name] = None if moved[name] is None else moved[name].expand(logits.shape[:-1])
         losses, stacked, first = _RowLosses.apply(logits, None, *operands._replace(**moved))  # type: ignore[no-untyped-call]
         return (losses, stacked, first), (0, 1, None if first is None else 0)
-
-
-def losses_of(operands: Operands, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the losses, the losses without the z-loss, and the log-sum-exp."""
-    lse = sums.peak + sums.log_sum
-    smoothed = target_mass(operands, sums) * sums.log_sum
-    smoothed = smoothed + _product(operands.on, sums.label_gap) + _product(operands.off, sums.other_gaps)
-    if operands.at_max is not None and sums.largest_gap is not None:
-        smoothed = smoothed + operands.at_max * sums.largest_gap
-    if operands.bad is not None:
-        # As a factor, so that the gradient of the row becomes NaN as well.
-        smoothed = smoothed * torch.where(operands.bad, torch.nan, 1)
-    losses = smoothed + operands.z_loss * lse**2 if operands.z_loss else smoothed
-    if operands.counted is not None:
-        losses = losses.masked_fill(~operands.counted, 0)
-    return losses, smoothed, lse
-
-
-def _product(target: float | Tensor, gap: Tensor) -> Tensor | float:
-    """Return target * gap, where 0 * inf counts as 0."""
-    if not isinstance(target, Tensor):
-        return target * gap if target else 0.0
-    return target * _finite_where_zero(gap, target)
-
-
-def _finite_where_zero(gap: Tensor, target: Tensor) -> Tensor:
-    # Only infinite gaps are replaced: the derivative with respect to the target is the gap.
-    return torch.where((target == 0) & torch.isinf(gap), 0, gap)
-
-
-def target_gradients(
-    operands: Operands, sums: Sums, upstream: Float[Tensor, "*batch"], needed: Sequence[str]
-) -> dict[str, Tensor | None]:
-    """Return the gradients with respect to `on`, `off` and `at_max`, where needed. They come from the sums alone."""
-    gradients: dict[str, Tensor | None] = {}
-    parts: dict[str, tuple[Tensor | None, Any]] = {
-        "on": (sums.label_gap, 1),
-        "off": (sums.other_gaps, operands.other_mass),
-        "at_max": (None, sums.largest_mass),
-    }
-    for name, (gap, mass) in parts.items():
-        if name in needed:
-            if operands.counted is not None:
-                upstream = upstream.masked_fill(~operands.counted, 0)
-            target, slope = getattr(operands, name), mass * sums.log_sum
-            if gap is not None:
-                slope = slope + _finite_where_zero(gap, target)
-            gradients[name] = (upstream * slope).sum_to_size(target.shape)
-    return gradients
-
-
-def plain_losses(logits: Float[Tensor, "*batch K"], operands: Operands) -> Float[Tensor, "*batch"]:
-    """Return the losses in operations that torch differentiates."""
-    sums, _ = _plain_sums(logits, operands)
-    losses, _, _ = losses_of(operands, sums)
-    return losses
-
-
-def _plain_sums(logits: Float[Tensor, "*batch K"], operands: Operands) -> tuple[Sums, Int[Tensor, "*batch"] | None]:
-    """Return what `sweep` does, in operations that torch differentiates."""
-    logits = logits.to(compute_dtype(logits))
-    if operands.counted is not None:
-        logits = torch.where(operands.counted[..., None], logits, 0)
-    allowed = operands.class_mask
-    if allowed is not None:
-        logits = torch.where(allowed, logits, 0)
-    capped = logits if operands.softcap is None else operands.softcap * torch.tanh(logits / operands.softcap)
-    # The loss does not depend on m, and targets are constants: the largest logits need no derivative.
-    constants = [logits.detach(), capped.detach()]
-    if allowed is not None:
-        constants = [torch.where(allowed, values, -torch.inf) for values in constants]
-    largest = torch.amax(constants[0], dim=-1, keepdim=True)
-    peak = torch.amax(constants[1], dim=-1, keepdim=True)
-    gap = peak - capped
-    if allowed is not None:
-        gap = torch.where(allowed, gap, 0)
-    # Each term that is 1 becomes 0, and all of these but one are added again, so that small losses keep their accuracy.
-    is_peak = (constants[1] == peak).to(peak.dtype)
-    terms = torch.exp(-gap) - is_peak
-    if allowed is not None:
-        terms = torch.where(allowed, terms, 0)
-    rest = torch.sum(terms, dim=-1) + (torch.sum(is_peak, dim=-1) - 1)
-
-    label_gap, other_gap = torch.zeros_like(rest), gap
-    if operands.labels is not None:
-        is_label = torch.arange(gap.shape[-1], device=gap.device) == operands.labels[..., None]
-        label_gap = torch.sum(torch.where(is_label, gap, 0), dim=-1)
-        other_gap = torch.where(is_label, 0, gap)
-    factor = operands.factor
-    if factor is not None:
-        other_gap = factor * torch.where((factor == 0) & torch.isinf(other_gap), 0, other_gap)
-    num_largest = largest_mass = largest_gap = None
-    if operands.at_max is not None:
-        share = (constants[0] == largest).to(gap.dtype)
-        num_largest = torch.sum(share, dim=-1)
-        share = share / num_largest[..., None] if factor is None else share * factor / num_largest[..., None]
-        largest_mass, largest_gap = torch.sum(share, dim=-1), torch.sum(share * gap, dim=-1)
-    sums = Sums(
-        peak=peak.squeeze(-1),
-        log_sum=torch.log1p(rest),
-        label_gap=label_gap,
-        other_gaps=torch.sum(other_gap, dim=-1),
-        largest=largest.squeeze(-1),
-        num_largest=num_largest,
-        largest_mass=largest_mass,
-        largest_gap=largest_gap,
-    )
-    return sums, torch.argmax(constants[0], dim=-1) if operands.with_stats else None
-
-
-def _plain_pullback(
-    logits: Float[Tensor, "*batch K"], operands: Operands, names: Sequence[str]
-) -> Callable[[Tensor], dict[str, Any]]:
-    """Return the function from the gradient of the losses to those of the arguments of these names, differentiable."""
-    primals = {name: logits if name == "logits" else getattr(operands, name) for name in names}
-
-    def losses(primals: dict[str, Any]) -> Tensor:
-        others = {name: value for name, value in primals.items() if name != "logits"}
-        return plain_losses(primals.get("logits", logits), operands._replace(**others))
-
-    pullback = torch.func.vjp(losses, primals)[1]
-    return lambda upstream: pullback(upstream)[0]

@@ -22,6 +22,7 @@ from lsce_spec import (
     check_logits,
     check_prior_values,
     check_smoothing_dtype,
+    check_smoothing_values,
     is_floating,
     is_number,
 )
@@ -134,16 +135,16 @@ def prepare(
     if is_floating(dtype_name(labels)):
         if options.ignore_index is not None:
             raise error("ignore_index_soft", given=options.ignore_index)
-        labels = labels.movedim(axis, -1)
-        batch = Batch(logits, labels, smoothing, None, None, prior, class_weight, class_mask)
-        return batch if where is None else batch.counting_only(where)
-
-    labels, bad = _class_indices(labels, num_classes, class_mask)
-    batch = Batch(logits, labels.masked_fill(bad, 0), smoothing, None, bad, prior, class_weight, class_mask)
+        soft = labels.movedim(axis, -1)
+        batch = Batch(logits, soft, smoothing, None, None, prior, class_weight, class_mask)
+    else:
+        labels, bad = _class_indices(labels, num_classes, class_mask)
+        batch = Batch(logits, labels.masked_fill(bad, 0), smoothing, None, bad, prior, class_weight, class_mask)
     if where is not None:
         batch = batch.counting_only(where)
     if options.ignore_index is not None:
         batch = batch.counting_only(labels != options.ignore_index)
+    _check_smoothing_of_rows(batch)
     if options.bad_labels == "raise" and batch.bad is not None:
         _raise_bad_label(labels, batch.bad, class_mask is not None, num_classes)
     return batch
@@ -159,6 +160,25 @@ def _row_smoothing(
     check_smoothing_dtype(dtype_name(smoothing))
     check_batch_operand("smoothing", tuple(smoothing.shape), None, batch_shape)
     return smoothing.to(dtype).broadcast_to(batch_shape)[..., None]
+
+
+def _check_smoothing_of_rows(batch: Batch) -> None:
+    """Raise unless the rows that count have smoothings in [0, 1]. The others may hold anything."""
+    if isinstance(batch.smoothing, Tensor):
+        check_smoothing_values(extremes(batch.smoothing))
+
+
+def extremes(tensor: Tensor) -> list[float]:
+    """Return the least and the largest value, NaN if there is one, or nothing if they are not at hand.
+
+    To read values on an accelerator would wait for it; compiled and vmapped functions have none.
+    """
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu" or not tensor.numel():
+        return []
+    try:
+        return [value.item() for value in torch.aminmax(tensor.detach())]
+    except RuntimeError:  # within vmap, or a tensor without data
+        return []
 
 
 def _class_indices(
@@ -189,6 +209,8 @@ def check_tensor(name: str, value: object) -> None:
     """Raise unless the argument of that name is a tensor."""
     if not isinstance(value, Tensor):
         raise error("array_type", name=name, expected="a tensor", given=type(value).__name__)
+    if value.layout is not torch.strided:
+        raise error("layout", name=name, given=value.layout)
 
 
 def _as_tensor(name: str, value: object, device: torch.device) -> Tensor:

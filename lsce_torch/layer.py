@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lsce_torch import fused
 from lsce_torch.inputs import compute_dtype
 from lsce_torch.memory import in_large_pages
-from lsce_torch.sweeps import ROWS, Operands, logits_gradient, num_sums, sweep, sweep_with_gradient, unstacked
+from lsce_torch.sums import ROWS, Operands, losses_of, num_sums, unstacked
+from lsce_torch.sweeps import logits_gradient, sweep, sweep_with_gradient
 
 # Classes of a part of the weight's gradient, if the product has a narrower dtype than the sum.
 _TILE = 8192
@@ -69,7 +69,7 @@ def losses_and_gradients(
         stacked[:, part], first_of_rows = (sweep_with_gradient if with_gradients else sweep)(logits, rows)
         if first is not None and first_of_rows is not None:
             first[part] = first_of_rows
-        losses[part] = fused.losses_of(rows, unstacked(stacked[:, part]))[0]
+        losses[part] = losses_of(rows, unstacked(stacked[:, part]))[0]
         if with_gradients:
             gradients.add(part, logits, rows)
     return (losses.sum() if settings.total else losses), stacked, first, gradients.finish()

@@ -16,6 +16,7 @@ from lsce_torch.functional import mean_divisor, reduce_losses
 from lsce_torch.inputs import Batch, check_tensor, dtype_name, prepare
 from lsce_torch.keywords import LinearLossKeywords
 from lsce_torch.layer import Layer
+from lsce_torch.overwrite import is_wrapper
 from lsce_torch.stats import LossStats
 
 
@@ -118,8 +119,8 @@ def _evaluate(
         raise error("linear_soft_labels", given=dtype_name(labels))
     logits = layer.hidden.new_zeros(1).expand(*layer.hidden.shape[:-1], num_classes)
     batch, divisor = mean_divisor(prepare(logits, labels, options, keywords), options, keywords["denominator"])
-    chunkable = batch.labels.numel() and fused.why_reference(batch, options, with_stats) is None
-    if options.implementation == "chunked" and chunkable:
+    chunkable = fused.why_reference(batch, options, with_stats) is None and not any(map(is_wrapper, layer))
+    if options.implementation == "chunked" and batch.labels.numel() and chunkable:
         losses, stats = chunked.losses(batch, layer, options, chunks, with_stats)
     else:
         losses, stats = reference.row_losses(replace(batch, logits=_all_logits(layer, batch)), options, with_stats)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 from lsce_torch.errors import error
@@ -41,12 +42,21 @@ def tensors_to_overwrite(given: Tensor) -> tuple[weakref.ref[Tensor], ...]:
 
 def has_memory(*tensors: Tensor) -> bool:
     """Whether all are plain tensors with data: none belongs to a transform or a batch of gradients or has a tangent."""
+    if any(map(is_wrapper, tensors)):
+        return False
     try:
         for tensor in tensors:
             tensor.data_ptr()
     except RuntimeError:
         return False
     return all(forward_ad.unpack_dual(tensor).tangent is None for tensor in tensors)  # type: ignore[no-untyped-call]
+
+
+def is_wrapper(value: object) -> bool:
+    """Whether `value` is a tensor that stands for others. Results for it cannot be written into plain tensors."""
+    if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
+        return False
+    return type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def _overlaps(tensor: Tensor) -> bool:

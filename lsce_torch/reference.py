@@ -31,7 +31,7 @@ def row_losses(
         weighted = target * batch.class_weight
     # Where the target is 0, the logit may be -inf: 0 * inf counts as 0. Finite gaps keep their value, since the gap is
     # the derivative with respect to the target.
-    finite_gap = torch.where((weighted == 0) & torch.isinf(gap), 0, gap)
+    finite_gap = torch.where(is_nothing(weighted) & torch.isinf(gap), 0, gap)
     lse = peak + log_sum
     smoothed = torch.sum(weighted * finite_gap, dim=-1) + torch.sum(weighted, dim=-1) * log_sum
     if options.subtract_entropy:
@@ -46,6 +46,11 @@ def row_losses(
         return losses, None
     nll, correct = _nll(batch, gap, log_sum, allowed), _is_correct(batch, uncapped, allowed)
     return losses, make_stats(batch, options, nll=nll, smoothed=smoothed, lse=lse, log_sum=log_sum, correct=correct)
+
+
+def is_nothing(target: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
+    """Return where a target is 0 or so small that some devices flush it to 0."""
+    return torch.abs(target) < torch.finfo(target.dtype).tiny
 
 
 def _counted_logits(batch: Batch) -> tuple[Float[Tensor, "*batch K"], Bool[Tensor, " K"] | None]:

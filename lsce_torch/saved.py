@@ -38,6 +38,12 @@ def in_order(gradients: Mapping[str, Tensor | None], *kinds: Any) -> tuple[Tenso
     return tuple(gradients.get(name) for name in names_of(*kinds))
 
 
+def given(tangents: Sequence[Any], *kinds: Any) -> dict[str, Tensor]:
+    """Return the tangents that are there, by the name of their argument."""
+    by_name = zip(names_of(*kinds), tangents, strict=True)
+    return {name: tangent for name, tangent in by_name if isinstance(tangent, Tensor)}
+
+
 def save(ctx: Any, results: Sequence[Tensor], arguments: Sequence[Any], *, forward_mode: bool = True) -> None:
     """Keep results and flat arguments: tensors in such a way that autograd notices any change to them."""
     tensors = [value for value in arguments if isinstance(value, Tensor)]

@@ -17,64 +17,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lsce_torch.inputs import compute_dtype
+from lsce_torch.sums import Operands, Sums, num_sums, target_mass, unstacked
 from lsce_torch.threads import in_threads
 
 # Elements of a block: 4 MiB in float32.
 _BLOCK_SIZE = 2**20
-
-
-class Operands(NamedTuple):
-    """The loss of rows, apart from the logits. `on`, `off` and `at_max` are differentiable."""
-
-    labels: Int[Tensor, "*batch"] | None  # None for soft labels, whose target is `factor`
-    counted: Bool[Tensor, "*batch"] | None
-    bad: Bool[Tensor, "*batch"] | None
-    class_mask: Bool[Tensor, "*#batch K"] | None
-    factor: Float[Tensor, "*#batch K"] | None  # w, which multiplies `off` and `at_max`; None for 1
-    on: float | Float[Tensor, "*#batch"]  # target at the label, class weight included
-    off: float | Float[Tensor, "*#batch"]  # target away from the label, before w
-    other_mass: float | Float[Tensor, "*#batch"]  # sum of w over all classes but the label
-    at_max: float | Float[Tensor, "*#batch"] | None  # added to the target at the largest logit, before w
-    z_loss: float
-    softcap: float | None
-    with_stats: bool
-
-
-# The operands with one value per row.
-ROWS = ("labels", "counted", "bad", "on", "off", "other_mass", "at_max")
-
-
-class Sums(NamedTuple):
-    """Sums over the classes, one number per row of each. Losses and gradients follow from them."""
-
-    peak: Float[Tensor, "*batch"]  # the largest logit m, after the softcap
-    log_sum: Float[Tensor, "*batch"]  # log of the sum of exp(z - m)
-    label_gap: Float[Tensor, "*batch"]  # m - z at the label
-    other_gaps: Float[Tensor, "*batch"]  # sum of w (m - z) over all classes but the label
-    largest: Float[Tensor, "*batch"]  # the largest logit before the softcap, which makes large logits equal
-    # Only with `at_max`:
-    num_largest: Float[Tensor, "*batch"] | None = None  # how many logits equal the largest
-    largest_mass: Float[Tensor, "*batch"] | None = None  # mean of w over them
-    # Not from the sweeps, since its value is 0; needed for its derivative:
-    largest_gap: Float[Tensor, "*batch"] | None = None  # mean of w (m - z) over the largest logits
-
-
-def num_sums(operands: Operands) -> int:
-    """Return how many of the `Sums` the sweeps compute."""
-    return Sums._fields.index("num_largest" if operands.at_max is None else "largest_gap")
-
-
-def unstacked(stacked: Float[Tensor, "sums ..."]) -> Sums:
-    """Return the sums by name."""
-    return Sums(*stacked.unbind())
-
-
-def target_mass(operands: Operands, sums: Sums) -> float | Tensor:
-    """Return the sum of the weighted target."""
-    mass = operands.on + operands.off * operands.other_mass
-    if operands.at_max is None or sums.largest_mass is None:
-        return mass
-    return mass + operands.at_max * sums.largest_mass
 
 
 class Block(NamedTuple):

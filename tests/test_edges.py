@@ -134,3 +134,33 @@ def test_convention_of_the_name_uniform_is_not_uniform() -> None:
     own = lsce_jax.Convention("uniform", on=lambda e, k: 1 - e, off=lambda e, k: 0 * e)
     with pytest.raises(ValueError, match="prior replaces the uniform distribution"):
         lsce_jax.label_smoothed_cross_entropy(LOGITS, LABELS, convention=own, prior=np.full(5, 0.2, np.float32))
+
+
+@pytest.mark.parametrize("implementation", ["fused", "reference"])
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("smoothing", [1e-46, 1e-40])
+def test_smoothing_too_small_for_float32(smoothing: float, per_row: bool, implementation: str) -> None:
+    """It counts as 0 at a logit of -inf, whether or not the device flushes subnormal numbers to 0."""
+    logits = np.array([[0.0, 1.0, -np.inf], [2.0, 0.0, 1.0]], np.float32)
+    labels, options = np.array([0, 1]), {"reduction": "none", "implementation": implementation}
+    given: Any = np.full(2, smoothing, np.float32) if per_row else smoothing
+    of_torch = torch.from_numpy(given) if per_row else given
+    losses = lsce_torch.label_smoothed_cross_entropy
+    exact = losses(torch.from_numpy(logits), torch.from_numpy(labels), smoothing=0.0, **options)
+    leaf = torch.from_numpy(logits).requires_grad_()
+    ours = losses(leaf, torch.from_numpy(labels), smoothing=of_torch, **options)
+    (gradient,) = torch.autograd.grad(ours.sum(), leaf)
+    assert torch.equal(ours, exact)
+    assert gradient.isfinite().all()
+    of_jax = lsce_jax.label_smoothed_cross_entropy(logits, labels, smoothing=given, **options)
+    # Both round log1p(1.37) and the sums before it.
+    np.testing.assert_allclose(of_jax, exact.numpy(), rtol=4 * 2.0**-23)
+
+
+def test_statistics_of_the_reference_with_x64() -> None:
+    """`argmax` gives int64 there, and strict promotion compares no int64 with the int32 of the labels."""
+    with jax.enable_x64(True):
+        _, stats = lsce_jax.label_smoothed_cross_entropy_with_stats(
+            jnp.asarray(LOGITS), jnp.asarray(LABELS, jnp.int32), implementation="reference"
+        )
+    assert np.array_equal(stats.correct, LOGITS.argmax(axis=-1) == LABELS)

@@ -1,5 +1,6 @@
 """Bad input: one clear message each, the same words from both frameworks, and every message has a way to show up."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +51,11 @@ CALLS: dict[str, list[dict[str, Any]]] = {
         call(smoothing=1j),
         call(smoothing={}),
     ],
-    "smoothing_range": [call(smoothing=1.5), call(smoothing=-0.1), call(smoothing=float("nan")), call(smoothing=2)],
+    "smoothing_range": [
+        *(call(smoothing=value) for value in (1.5, -0.1, float("nan"), 2)),
+        *(call(smoothing=np.array([0, value, 1, 0.5], F32)) for value in (1.5, -0.1, float("nan"))),
+        call(smoothing=np.array(-0.1, F32)),
+    ],
     "convention_type": [call(convention=None), call(convention=3)],
     "convention_name": [call(convention="fairseq")],
     "reduction": [call(reduction="avg")],
@@ -64,7 +69,11 @@ CALLS: dict[str, list[dict[str, Any]]] = {
     "ignore_index_soft": [call(labels=LOGITS, ignore_index=-100)],
     "denominator": [call(denominator=2.0, reduction="sum"), call(denominator=2.0, reduction="none")],
     "denominator_shape": [call(denominator=np.ones(2, F32), reduction="mean")],
-    "denominator_value": [call(denominator=value, reduction="mean") for value in (-2.0, float("nan"), float("inf"))],
+    "denominator_value": [
+        call(denominator=kind(value), reduction="mean")
+        for value in (-2.0, float("nan"), float("inf"))
+        for kind in (float, lambda value: np.array(value, F32))
+    ],
     "batch_operand_shape": [
         call(where=np.ones(3, bool)),
         call(where=np.ones((4, 1), bool)),
@@ -174,6 +183,7 @@ ELSEWHERE = {
 TORCH_ELSEWHERE = {
     "labels_device",
     "layer_device",
+    "layout",
     "weight_type",
     "bad_labels_compiled",
     "no_torchmetrics",  # in test_isolation.py
@@ -251,6 +261,28 @@ def test_every_message_has_a_call() -> None:
     assert not set(lsce_torch.errors.MESSAGES) & set(MESSAGES)
     assert set(lsce_jax.errors.MESSAGES) == {"merge_state"}  # in test_metrics.py
     assert not set(lsce_jax.errors.MESSAGES) & set(MESSAGES)
+
+
+def test_values_that_are_not_at_hand() -> None:
+    """Rows that do not count may have any smoothing, and traced or vmapped values are not read."""
+    per_row, where = np.array([0.1, float("nan"), 0.1, 0.1], F32), np.array([True, False, True, True])
+    jax_loss, torch_loss = lsce_jax.label_smoothed_cross_entropy, lsce_torch.label_smoothed_cross_entropy
+    assert np.isfinite(jax_loss(LOGITS, LABELS, smoothing=per_row, where=where)).all()
+    logits, labels = torch.from_numpy(LOGITS), torch.from_numpy(LABELS)
+    smoothings, counted = torch.from_numpy(per_row), torch.from_numpy(where)
+    assert torch_loss(logits, labels, smoothing=smoothings, where=counted).isfinite()
+    assert np.isnan(jax.jit(lambda e: jax_loss(LOGITS, LABELS, smoothing=e, reduction="mean"))(per_row))
+    by_row = torch.func.vmap(lambda z, y, e: torch_loss(z, y, smoothing=e))
+    assert torch.equal(by_row(logits, labels, smoothings).isnan(), smoothings.isnan())
+
+
+@pytest.mark.parametrize("name", ["logits", "labels"])
+def test_sparse_tensors(name: str) -> None:
+    arguments = {"logits": torch.from_numpy(LOGITS), "labels": torch.from_numpy(LABELS)}
+    arguments[name] = arguments[name].to_sparse()
+    message = f"{name} must be a dense tensor, got layout torch.sparse_coo. Pass {name}.to_dense()"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        lsce_torch.label_smoothed_cross_entropy(**arguments)
 
 
 def test_message_says_which_label() -> None:

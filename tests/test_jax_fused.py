@@ -13,7 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsce_jax import fused, label_smoothed_cross_entropy, label_smoothed_cross_entropy_with_stats
+from lsce_jax import (
+    fused,
+    label_smoothed_cross_entropy,
+    label_smoothed_cross_entropy_with_stats,
+    linear_label_smoothed_cross_entropy,
+)
 from lsce_spec import Convention
 
 LOGITS = np.random.default_rng(0).normal(size=(6, 5))
@@ -332,6 +337,49 @@ def test_exported_with_any_number_of_rows() -> None:
     exported = jax.export.export(jax.jit(fused_loss))(*arguments)
     losses = exported.call(LOGITS.astype(np.float32), LABELS.astype(np.int32))
     assert_close((np.asarray(losses),), (np.asarray(fused_loss(LOGITS.astype(np.float32), LABELS)),), 2.0**-23)
+
+
+@pytest.mark.parametrize("name", ["plain", "capped", "where", "entropy", "max_sup"])
+@pytest.mark.parametrize("implementation", ["fused", "reference"])
+def test_exported_with_any_number_of_classes(implementation: str, name: str) -> None:
+    """One class too, from which no convention takes anything."""
+    options = {"smoothing": 0.1, "reduction": "mean"} | OPTIONS[name] | {"class_weight": None, "class_mask": None}
+    loss = partial(label_smoothed_cross_entropy, implementation=implementation, **options)
+    rows, classes = jax.export.symbolic_shape("rows, classes")
+    if "where" in options:
+        rows = 6
+    arguments = jax.ShapeDtypeStruct((rows, classes), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.int32)
+    evaluate = jax.value_and_grad(loss)
+    exported = jax.export.export(jax.jit(evaluate))(*arguments)
+    for num_classes in (5, 1):
+        given = LOGITS[:, :num_classes].astype(np.float32), np.minimum(LABELS, num_classes - 1).astype(np.int32)
+        (value, gradient), (of_export, gradient_of_export) = evaluate(*given), exported.call(*given)
+        assert_close(
+            (np.asarray(of_export), np.asarray(gradient_of_export)), (np.asarray(value), np.asarray(gradient)), 2.0**-23
+        )
+
+
+def test_linear_exported_with_any_number_of_classes() -> None:
+    rows, classes = jax.export.symbolic_shape("rows, classes")
+    shapes = ((rows, 3), jnp.float32), ((3, classes), jnp.float32), ((rows,), jnp.int32)
+    loss = partial(linear_label_smoothed_cross_entropy, smoothing=0.1, reduction="sum")
+    exported = jax.export.export(jax.jit(jax.grad(loss, argnums=1)))(
+        *(jax.ShapeDtypeStruct(*shape) for shape in shapes)
+    )
+    given = LOGITS[:, :3].astype(np.float32), LOGITS[:3].astype(np.float32), LABELS.astype(np.int32)
+    expected = jax.grad(loss, argnums=1)(*map(jnp.asarray, given))
+    assert_close((np.asarray(exported.call(*given)),), (np.asarray(expected),), 2.0**-22)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("convention", ["uniform", "non_target"])
+@pytest.mark.parametrize("loss", [fused_loss, reference_loss])
+def test_no_nan_on_the_way(loss: Callable[..., Any], convention: str, smoothing: float) -> None:
+    """What `jax_debug_nans` stops: the entropy is 0 * -inf at 0 before it is set to 0."""
+    options = {"smoothing": smoothing, "convention": convention, "subtract_entropy": True, "reduction": "sum"}
+    with jax.debug_nans(True):
+        loss(LOGITS, LABELS, **options)
+        jax.grad(loss)(jnp.asarray(LOGITS), LABELS, **options)
 
 
 def test_logits_that_are_a_product() -> None:

@@ -4,8 +4,9 @@ A composition works if it gives what the plain loss gives under the same composi
 table TRANSFORMS x TRANSFORMS, and a single exception or a wrong number fails it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
+from itertools import count
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ POINT = np.random.default_rng(1).normal(size=(ROWS, CLASSES))
 SMOOTHING = 0.1
 # Float64 rounds at 1e-16; third derivatives of sums over three classes lose a few digits of that.
 TOLERANCE = 1e-12
+TESTS_DONE = count()
 
 Function = Callable[[jax.Array], jax.Array]
 
@@ -113,6 +115,14 @@ TRANSFORMS: dict[str, Callable[[Function], Function]] = {
 }
 # The others are made of these.
 BASIC = ("vjp", "jvp", "vmap", "scan", "checkpoint")
+
+
+@pytest.fixture(autouse=True)
+def few_programs() -> Iterator[None]:
+    """Drop compiled programs from time to time: each maps memory, and Linux limits the number of mappings."""
+    yield
+    if next(TESTS_DONE) % 100 == 0:
+        jax.clear_caches()
 
 
 @cache

@@ -57,7 +57,7 @@ def files(package: str) -> set[str]:
 
 # XLA manages memory, threads, saved arrays and fusion for JAX. In torch each has a file, and so have the operators that
 # torch.compile leaves alone.
-TORCH_FILES = {"sweeps.py", "memory.py", "threads.py", "overwrite.py", "saved.py", "compiled.py"}
+TORCH_FILES = {"sums.py", "plain.py", "sweeps.py", "memory.py", "threads.py", "overwrite.py", "saved.py", "compiled.py"}
 
 
 def test_files() -> None:

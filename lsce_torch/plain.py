@@ -1,0 +1,174 @@
+"""The sums of rows and the slopes of their losses in plain operations on whole tensors.
+
+torch differentiates them in any mode and to any order, and its compiler fuses them. Comparisons with the largest logits
+and with the label make constants: the loss does not depend on m, and the target does not depend on the logits.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lsce_torch.inputs import compute_dtype
+from lsce_torch.sums import Operands, Sums, target_gradients, target_mass, target_slopes
+
+
+class _Classes(NamedTuple):
+    """Values for every class of every row."""
+
+    gap: Float[Tensor, "*batch K"]  # m - z after the softcap, 0 outside the mask
+    is_peak: Float[Tensor, "*batch K"]  # 1 where the gap is 0, else 0
+    is_label: Bool[Tensor, "*batch K"] | None  # None for soft labels
+    is_largest: Float[Tensor, "*batch K"] | None  # with `at_max`: at the largest logits 1 divided by their number
+    share: Float[Tensor, "*batch K"] | None  # that times w
+    cap_slope: Float[Tensor, "*batch K"] | None  # derivative of the softcap
+    constants: Float[Tensor, "*batch K"]  # the logits before the softcap without derivatives, -inf outside the mask
+
+
+def _classes(logits: Float[Tensor, "*batch K"], operands: Operands) -> tuple[Tensor, Tensor, _Classes]:
+    """Return the largest logits after and before the softcap, and the values of the classes."""
+    logits = logits.to(compute_dtype(logits))
+    if operands.counted is not None:
+        logits = torch.where(operands.counted[..., None], logits, 0)
+    allowed = operands.class_mask
+    if allowed is not None:
+        logits = torch.where(allowed, logits, 0)
+    capped, cap_slope = logits, None
+    if operands.softcap is not None:
+        tanh = torch.tanh(logits / operands.softcap)
+        capped, cap_slope = operands.softcap * tanh, 1 - tanh**2
+    constants = [logits.detach(), capped.detach()]
+    if allowed is not None:
+        constants = [torch.where(allowed, values, -torch.inf) for values in constants]
+    largest, peak = (torch.amax(values, dim=-1, keepdim=True) for values in constants)
+    gap = peak - capped
+    is_peak = (constants[1] == peak).to(gap.dtype)
+    if allowed is not None:
+        gap, is_peak = torch.where(allowed, gap, 0), torch.where(allowed, is_peak, 0)
+    is_label = is_largest = share = None
+    if operands.labels is not None:
+        is_label = torch.arange(gap.shape[-1], device=gap.device) == operands.labels[..., None]
+    if operands.at_max is not None:
+        at_largest = constants[0] == largest
+        is_largest = at_largest / torch.sum(at_largest, dim=-1, keepdim=True, dtype=gap.dtype)
+        share = is_largest if operands.factor is None else is_largest * operands.factor
+    classes = _Classes(gap, is_peak, is_label, is_largest, share, cap_slope, constants[0])
+    return peak.squeeze(-1), largest.squeeze(-1), classes
+
+
+def plain_sums(logits: Float[Tensor, "*batch K"], operands: Operands) -> tuple[Sums, Int[Tensor, "*batch"] | None]:
+    """Return the sums of each row and, for statistics, the index of the first largest logit."""
+    peak, largest, classes = _classes(logits, operands)
+    first = torch.argmax(classes.constants, dim=-1) if operands.with_stats else None
+    return _sums(peak, largest, classes, operands), first
+
+
+def _sums(
+    peak: Float[Tensor, "*batch"], largest: Float[Tensor, "*batch"], classes: _Classes, operands: Operands
+) -> Sums:
+    gap, factor = classes.gap, operands.factor
+    # Each term that is 1 becomes 0, and all of these but one are added again, so that small losses keep their accuracy.
+    terms = torch.exp(-gap) - classes.is_peak
+    if operands.class_mask is not None:
+        terms = torch.where(operands.class_mask, terms, 0)
+    rest = torch.sum(terms, dim=-1) + (torch.sum(classes.is_peak, dim=-1) - 1)
+    label_gap, other_gap = torch.zeros_like(rest), gap
+    if classes.is_label is not None:
+        label_gap = torch.sum(torch.where(classes.is_label, gap, 0), dim=-1)
+        other_gap = torch.where(classes.is_label, 0, gap)
+    if factor is not None:
+        other_gap = factor * torch.where((factor == 0) & torch.isinf(other_gap), 0, other_gap)
+    largest_mass = largest_gap = None
+    if classes.share is not None:
+        largest_mass, largest_gap = torch.sum(classes.share, dim=-1), torch.sum(classes.share * gap, dim=-1)
+    return Sums(
+        peak=peak,
+        log_sum=torch.log1p(rest),
+        label_gap=label_gap,
+        other_gaps=torch.sum(other_gap, dim=-1),
+        largest=largest,
+        largest_mass=largest_mass,
+        largest_gap=largest_gap,
+    )
+
+
+def plain_slopes(
+    logits: Float[Tensor, "*batch K"], operands: Operands, names: Sequence[str]
+) -> dict[str, Float[Tensor, "..."]]:
+    """Return the derivatives of each row's loss with respect to what is named: "logits", "factor" or of `TARGETS`."""
+    peak, largest, classes = _classes(logits, operands)
+    sums = _sums(peak, largest, classes, operands)
+    slopes = target_slopes(operands, sums, names)
+    if "logits" in names:
+        slopes["logits"] = _logit_slopes(classes, sums, operands)
+    if "factor" in names:
+        slopes["factor"] = _factor_slopes(classes, sums, operands)
+    return slopes
+
+
+def _logit_slopes(classes: _Classes, sums: Sums, operands: Operands) -> Float[Tensor, "*batch K"]:
+    """Return what `sweeps.logits_gradient` writes for an upstream gradient of 1."""
+    slope = target_mass(operands, sums)
+    if operands.z_loss:
+        slope = slope + 2 * operands.z_loss * (sums.peak + sums.log_sum)
+    if operands.bad is not None:
+        slope = slope * torch.where(operands.bad, torch.nan, 1)
+    on, off, at_max = (_column(value, classes.gap) for value in (operands.on, operands.off, operands.at_max))
+    target = off if operands.factor is None else off * operands.factor
+    if classes.is_label is not None:
+        target = torch.where(classes.is_label, on, target)
+    if classes.share is not None:
+        target = target + at_max * classes.share
+    slopes = _column(slope, classes.gap) * (torch.exp(-classes.gap) * torch.exp(-sums.log_sum)[..., None]) - target
+    if classes.cap_slope is not None:
+        slopes = slopes * classes.cap_slope
+    if operands.class_mask is not None:
+        slopes = torch.where(operands.class_mask, slopes, 0)
+    return slopes if operands.counted is None else torch.where(operands.counted[..., None], slopes, 0)
+
+
+def _factor_slopes(classes: _Classes, sums: Sums, operands: Operands) -> Float[Tensor, "*batch K"]:
+    """Return the slopes with respect to w. Its sum over the other classes, `other_mass`, is an operand of its own."""
+    assert operands.factor is not None
+    finite = torch.where((operands.factor == 0) & torch.isinf(classes.gap), 0, classes.gap)
+    slopes = _column(operands.off, classes.gap) * finite
+    if classes.is_label is not None:
+        slopes = torch.where(classes.is_label, 0, slopes)
+    if classes.is_largest is not None:
+        at_max = _column(operands.at_max, classes.gap) * classes.is_largest
+        slopes = slopes + at_max * (finite + sums.log_sum[..., None])
+    if operands.class_mask is not None:
+        slopes = torch.where(operands.class_mask, slopes, 0)
+    return slopes if operands.counted is None else torch.where(operands.counted[..., None], slopes, 0)
+
+
+def plain_gradients(
+    logits: Float[Tensor, "*batch K"], operands: Operands, names: Sequence[str], upstream: Float[Tensor, "*batch"]
+) -> dict[str, Tensor | None]:
+    """Return the gradients with respect to what is named, as in `plain_slopes`; for the logits in the compute dtype."""
+    slopes = plain_slopes(logits, operands, names)
+    gradients = target_gradients(operands, slopes, upstream)
+    if "logits" in names:
+        gradients["logits"] = upstream[..., None] * slopes["logits"]
+    if "factor" in names and operands.factor is not None:
+        gradients["factor"] = (upstream[..., None] * slopes["factor"]).sum_to_size(operands.factor.shape)
+    return gradients
+
+
+def tangent_of(slopes: Mapping[str, Tensor], tangents: Mapping[str, Tensor]) -> Float[Tensor, "*batch"]:
+    """Return the tangent of the losses from their slopes and the tangents of what these are with respect to."""
+    terms = {name: slopes[name] * tangent.to(slopes[name].dtype) for name, tangent in tangents.items()}
+    for name in ("logits", "factor"):
+        if name in terms:
+            terms[name] = torch.sum(terms[name], dim=-1)
+    return functools.reduce(torch.add, terms.values())
+
+
+def _column(value: float | Tensor | None, like: Float[Tensor, "*batch K"]) -> Float[Tensor, "*#batch 1"]:
+    """Return numbers of rows, or one for all, with one column; 0 for None."""
+    if not isinstance(value, Tensor):
+        value = torch.full((), value or 0.0, dtype=like.dtype, device=like.device)
+    return value[..., None]

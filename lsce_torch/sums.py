@@ -1,0 +1,129 @@
+"""What a loss needs of each row: operands, sums over the classes, and the losses and slopes that follow from them.
+
+The sums come from `sweeps.py`, block by block in place, or from `plain.py`, in operations that torch differentiates.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lsce_torch.reference import is_nothing
+
+
+class Operands(NamedTuple):
+    """The loss of rows, apart from the logits. `on`, `off` and `at_max` are differentiable."""
+
+    labels: Int[Tensor, "*batch"] | None  # None for soft labels, whose target is `factor`
+    counted: Bool[Tensor, "*batch"] | None
+    bad: Bool[Tensor, "*batch"] | None
+    class_mask: Bool[Tensor, "*#batch K"] | None
+    factor: Float[Tensor, "*#batch K"] | None  # w, which multiplies `off` and `at_max`; None for 1
+    on: float | Float[Tensor, "*#batch"]  # target at the label, class weight included
+    off: float | Float[Tensor, "*#batch"]  # target away from the label, before w
+    other_mass: float | Float[Tensor, "*#batch"]  # sum of w over all classes but the label
+    at_max: float | Float[Tensor, "*#batch"] | None  # added to the target at the largest logit, before w
+    z_loss: float
+    softcap: float | None
+    with_stats: bool
+
+
+# The operands with one value per row that are differentiable.
+TARGETS = ("on", "off", "other_mass", "at_max")
+# The operands with one value per row.
+ROWS = ("labels", "counted", "bad", "on", "off", "other_mass", "at_max")
+
+
+class Sums(NamedTuple):
+    """Sums over the classes, one number per row of each. Losses and gradients follow from them."""
+
+    peak: Float[Tensor, "*batch"]  # the largest logit m, after the softcap
+    log_sum: Float[Tensor, "*batch"]  # log of the sum of exp(z - m)
+    label_gap: Float[Tensor, "*batch"]  # m - z at the label
+    other_gaps: Float[Tensor, "*batch"]  # sum of w (m - z) over all classes but the label
+    largest: Float[Tensor, "*batch"]  # the largest logit before the softcap, which makes large logits equal
+    # Only with `at_max`:
+    num_largest: Float[Tensor, "*batch"] | None = None  # how many logits equal the largest
+    largest_mass: Float[Tensor, "*batch"] | None = None  # mean of w over them
+    # Not from the sweeps, since its value is 0; needed for its derivative:
+    largest_gap: Float[Tensor, "*batch"] | None = None  # mean of w (m - z) over the largest logits
+
+
+def num_sums(operands: Operands) -> int:
+    """Return how many of the `Sums` the sweeps compute."""
+    return Sums._fields.index("num_largest" if operands.at_max is None else "largest_gap")
+
+
+def unstacked(stacked: Float[Tensor, "sums ..."]) -> Sums:
+    """Return the sums by name."""
+    return Sums(*stacked.unbind())
+
+
+def target_mass(operands: Operands, sums: Sums) -> float | Tensor:
+    """Return the sum of the weighted target."""
+    mass = operands.on + operands.off * operands.other_mass
+    if operands.at_max is None or sums.largest_mass is None:
+        return mass
+    return mass + operands.at_max * sums.largest_mass
+
+
+def losses_of(operands: Operands, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the losses, the losses without the z-loss, and the log-sum-exp."""
+    lse = sums.peak + sums.log_sum
+    smoothed = target_mass(operands, sums) * sums.log_sum
+    smoothed = smoothed + _product(operands.on, sums.label_gap) + _product(operands.off, sums.other_gaps)
+    if operands.at_max is not None and sums.largest_gap is not None:
+        smoothed = smoothed + operands.at_max * sums.largest_gap
+    if operands.bad is not None:
+        # As a factor, so that the gradient of the row becomes NaN as well.
+        smoothed = smoothed * torch.where(operands.bad, torch.nan, 1)
+    losses = smoothed + operands.z_loss * lse**2 if operands.z_loss else smoothed
+    if operands.counted is not None:
+        losses = losses.masked_fill(~operands.counted, 0)
+    return losses, smoothed, lse
+
+
+def _product(target: float | Tensor, gap: Tensor) -> Tensor | float:
+    """Return target * gap, where 0 * inf counts as 0."""
+    if isinstance(target, Tensor):
+        return target * _finite(gap, target)
+    if abs(target) >= torch.finfo(gap.dtype).tiny:
+        return target * gap
+    return target * gap.masked_fill(torch.isinf(gap), 0) if target else 0.0
+
+
+def _finite(gap: Tensor, target: Tensor) -> Tensor:
+    # Only infinite gaps are replaced: the derivative with respect to the target is the gap.
+    return torch.where(is_nothing(target) & torch.isinf(gap), 0, gap)
+
+
+def target_slopes(operands: Operands, sums: Sums, names: Sequence[str]) -> dict[str, Float[Tensor, "*batch"]]:
+    """Return the derivatives of each row's loss with respect to what is named of `TARGETS`."""
+    slopes: dict[str, Tensor] = {}
+    if "other_mass" in names:
+        slopes["other_mass"] = operands.off * sums.log_sum
+    parts: dict[str, tuple[Tensor | None, Any]] = {
+        "on": (sums.label_gap, 1),
+        "off": (sums.other_gaps, operands.other_mass),
+        "at_max": (sums.largest_gap, sums.largest_mass),
+    }
+    for name, (gap, mass) in parts.items():
+        if name in names:
+            slope = mass * sums.log_sum
+            if gap is not None:
+                slope = slope + _finite(gap, getattr(operands, name))
+            slopes[name] = slope
+    if operands.counted is None:
+        return slopes
+    return {name: torch.where(operands.counted, slope, 0) for name, slope in slopes.items()}
+
+
+def target_gradients(
+    operands: Operands, slopes: dict[str, Tensor], upstream: Float[Tensor, "*batch"]
+) -> dict[str, Tensor | None]:
+    """Return the gradients with respect to what has slopes of `TARGETS`."""
+    return {
+        name: (upstream * slopes[name]).sum_to_size(getattr(operands, name).shape) for name in TARGETS if name in slopes
+    }
