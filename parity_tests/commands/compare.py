@@ -1,6 +1,5 @@
 """`lsce-parity compare A B`."""
 
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +23,6 @@ from parity_tests.commands.common import (
     check_dtypes,
     describe,
     exit_with,
-    make_table,
     survey_as_json,
     write_json,
     write_page,
@@ -39,11 +37,9 @@ from parity_tests.losses.user_losses import (
     parse_options,
     take_mean,
 )
-from parity_tests.studies.pairs import NUM_CLASSES, Pair, Question, Side, compare_sides, plain_cases
-from parity_tests.studies.verdicts import Outcome
+from parity_tests.report.words import values_text
+from parity_tests.studies.pairs import NUM_CLASSES, SHOWN, Pair, Question, Side, compare_sides, plain_cases
 from parity_tests.truth.cases import Case
-
-SHOWN = 5
 
 SideArgument = Annotated[
     str,
@@ -183,13 +179,8 @@ def _print(pair: Pair, console: Console) -> None:
             word = "the same" if pair.part_agrees(part) else "DIFFERENT"
             largest = max(getattr(each.comparison, part) for each in differences)
             console.print(f"{name}: {word} (up to {_share(largest)} of what rounding explains)", highlight=False)
-    outcomes = pair.survey.outcomes
-    failures = Counter(("AB"[i % 2], each.reason) for i, each in enumerate(outcomes) if each.status == "failed")
-    for (letter, reason), count in failures.items():
-        console.print(Text(f"{letter} failed in {count} of {len(outcomes) // 2} cases: {reason}"))
-    if pair.with_nan:
-        more = f" and {len(pair.with_nan) - SHOWN} more" if len(pair.with_nan) > SHOWN else ""
-        console.print(Text(f"NaN where there is none: {'; '.join(pair.with_nan[:SHOWN])}{more}"))
+    for line in pair.troubles():
+        console.print(Text(line))
     _print_differences(pair, console)
     verdict = "NO VERDICT" if pair.silent else "AGREE" if pair.agrees else "DISAGREE"
     right = f"Right is: {pair.definition}"
@@ -197,31 +188,24 @@ def _print(pair: Pair, console: Console) -> None:
         right = (
             "Neither is a loss that is known here: whether they are right was not asked, only whether they are the same"
         )
-    console.print(f"\n{verdict} in {len(outcomes) // 2} cases. {right}", highlight=False)
+    console.print(f"\n{verdict} in {len(pair.survey.outcomes) // 2} cases. {right}", highlight=False)
 
 
 def _print_differences(pair: Pair, console: Console) -> None:
-    outcomes = pair.survey.outcomes
-    shares = {(outcome.case, outcome.dtype, i % 2): _outcome(outcome) for i, outcome in enumerate(outcomes)}
     differing = [each for each in pair.survey.differences if not each.agrees]
     if not differing:
         return
-    table = make_table("case", "dtype", ">A", ">B", ">A and B")
     differing.sort(key=lambda each: each.comparison.share, reverse=True)
-    for each in differing[:SHOWN]:
-        key = each.case, each.dtype
-        table.add_row(*key, shares[(*key, 0)], shares[(*key, 1)], _share(each.comparison.share))
     count = f"{len(differing)} of {len(pair.survey.differences)} cases differ"
-    console.print(f"\n{count}; the largest, as shares of what rounding explains (at most 1 is right):\n")
-    console.print(table)
-    first = differing[0]
-    console.print(Text(f"\nA and B in {first.case}: {first.comparison.problem or first.comparison.worst}"))
-    if first.comparison.worst:
-        console.print(Text(f"    its inputs: {describe(first.comparison.worst)}"))
-
-
-def _outcome(outcome: Outcome) -> str:
-    return _share(outcome.comparison.share) if outcome.comparison else outcome.status
+    console.print(f"\n{count}; the largest, as shares of what rounding explains (at most 1 is the same):\n")
+    for each in differing[:SHOWN]:
+        comparison = each.comparison
+        found = [f"{_share(comparison.share)} in {each.case}, {each.dtype}", comparison.problem, pair.off(each)]
+        console.print(Text("; ".join(filter(None, found))))
+        if comparison.worst:
+            console.print(Text(f"    {comparison.worst.place}: {values_text(comparison.worst, each.dtype)}"))
+    if differing[0].comparison.worst:
+        console.print(Text(f"\nInputs in {differing[0].case}: {describe(differing[0].comparison.worst)}"))
 
 
 def _share(value: float) -> str:
@@ -235,14 +219,15 @@ def _write(pair: Pair, question: Question, json_file: Path | None, report: Path 
         "values_agree": pair.part_agrees("loss"),
         "gradients_agree": pair.part_agrees("gradient"),
         "question": asdict(question),
-        "definition": str(pair.definition),
+        "definition": str(pair.definition) if pair.known else None,
         "readings": [
             {"name": each.name, "computes": each.computes, "mutants": each.mutants, "not_told_from": each.others}
             for each in pair.readings
         ],
-        "survey": survey_as_json(pair.survey),
+        "notes": pair.notes(),
+        "survey": survey_as_json(pair.judged),
         "environment": describe_environment(),
     }
     write_json(json_file, content, console)
     names = " and ".join(reading.name for reading in pair.readings)
-    write_page(report, pair.survey, console, title=names, notes=pair.notes(), agrees=pair.agrees)
+    write_page(report, pair.judged, console, title=names, notes=pair.notes(), agrees=pair.agrees)

@@ -157,8 +157,8 @@ def _describe(outcome: Outcome) -> str:
 
 def _describe_difference(difference: Difference) -> str:
     first, second = difference.adapters
-    blame = f"outside of the bounds of the truth: {' and '.join(difference.blame) or 'neither'}"
-    return f"{first} against {second} in {difference.case} {difference.dtype}: {difference.comparison}; {blame}"
+    blame = f"outside of the bounds of the truth: {' and '.join(difference.blame or ()) or 'neither'}"
+    return f"{first} (A) against {second} (B) in {difference.case} {difference.dtype}: {difference.comparison}; {blame}"
 
 
 def _print_closeness(found: Survey, console: Console) -> None:

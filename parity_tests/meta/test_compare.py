@@ -1,6 +1,7 @@
 """`compare`: a correct pair agrees, a wrong one does not and is named."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,12 @@ def from_probabilities(logits, labels, e=0.1):
 
 def scaled(logits, labels):
     return 1.5 * F.cross_entropy(logits, labels, label_smoothing=0.1)
+
+def over_seven(logits, labels):
+    return summed(logits, labels) / 7
+
+def linear_over_seven(hidden, weight, labels):
+    return over_seven(hidden @ weight.T, labels)
 
 def linear(hidden, weight, labels):
     return F.cross_entropy(hidden @ weight.T, labels, label_smoothing=0.1)
@@ -223,6 +230,54 @@ def test_a_wrong_loss_is_named(name: str) -> None:
     assert "DISAGREE" in outcome.output
 
 
+@pytest.mark.parametrize(("name", "options"), [
+    ("over_seven", []),
+    ("over_seven", ["--classes", "10"]),
+    ("linear_over_seven", ["--classes", "10", "--linear"]),
+])  # fmt: skip
+def test_a_sum_divided_by_a_constant_is_not_the_mean(name: str, options: list[str]) -> None:
+    outcome = invoke("compare", f"torch:brought_losses:{name}", "oracle", *options)
+    assert outcome.exit_code == 1, outcome.output
+    assert "values: DIFFERENT" in outcome.output
+    assert re.search(r"spread, N = 13, K = \d+, float32; A is off", outcome.output)
+
+
+@pytest.mark.parametrize(("first", "second", "factors", "off"), [
+    ("jax:brought_losses:jax_uniform", "torch:brought_losses:scaled", (1, 1.5), "B is off"),
+    ("torch:brought_losses:scaled", "oracle", (1.5, 1), "A is off"),
+    ("torch:brought_losses:scaled", "torch:brought_losses:times", (1.5, 3), "both are off"),
+])  # fmt: skip
+def test_both_values_and_the_true_one_are_shown(
+    first: str, second: str, factors: tuple[float, float], off: str
+) -> None:
+    options = ["--b", "c=3"] if second.endswith("times") else []
+    outcome = compare(first, second, "--convention", "uniform", *options)
+    shown = re.findall(r"A (\S+) \| B (\S+) \| true (\S+)\n", outcome.output)
+    assert len(shown) == 5
+    assert outcome.output.count(f", float32; {off}\n") == 5
+    for values in shown:
+        a, b, true = map(float, values)
+        assert (a / true, b / true) == pytest.approx(factors, rel=1e-5)
+    assert "expected" not in outcome.output
+
+
+def test_without_a_known_loss_no_value_is_called_true(tmp_path: Path) -> None:
+    file, folder = tmp_path / "pair.json", tmp_path / "page"
+    pair = ("torch:brought_losses:scaled", "torch:brought_losses:times", "--b", "c=3")
+    outcome = compare(*pair, "--json", str(file), "--report", str(folder))
+    assert outcome.exit_code == 1, outcome.output
+    assert len(re.findall(r"A \S+ \| B \S+\n", outcome.output)) == 5
+    content = json.loads(file.read_text())
+    assert content["definition"] is None
+    assert content["survey"]["outcomes"] == []
+    assert {each["blame"] for each in content["survey"]["differences"]} == {None}
+    assert {each["worst"]["true"] for each in content["survey"]["differences"]} == {None}
+    page = (folder / "index.html").read_text()
+    assert "which of them is right is not known" in page
+    for text in (outcome.output, page):
+        assert not re.search(r"true \S*\d|expected|off\b|At fault|bounds of the truth", text)
+
+
 def test_both_wrong_in_the_same_way() -> None:
     """They agree with each other; whether that is right was said, or was not."""
     pair = ("torch:brought_losses:non_target", "torch:brought_losses:non_target")
@@ -255,7 +310,7 @@ def test_a_denominator_that_counts_ignored_rows_is_named() -> None:
 @pytest.mark.parametrize(("name", "second", "lines"), [
     ("scaled", "oracle", ["computes: no loss that is known here"]),
     ("from_probabilities", "oracle", [
-        "computes: uniform convention, mean; in the edge cases something else", "large logits, K = 10",
+        "computes: uniform convention, mean; in the edge cases something else", "large logits, N = 7, K = 10",
     ]),
     ("in_float64", "oracle", ["loss in float64, gradient in float32; expected float32, float32"]),
     ("finite_only", "torch:brought_losses:finite_only", [
@@ -273,7 +328,7 @@ def test_a_loss_that_is_wrong_is_described(name: str, second: str, lines: list[s
 @pytest.mark.parametrize(("name", "message"), [
     ("raises", "failed in 9 of 9 cases: RuntimeError: out of luck"),
     ("exits", "failed in 9 of 9 cases: SystemExit: 0"),
-    ("column", "failed in 9 of 9 cases: ShapeError: the loss has shape [7, 1], expected []"),
+    ("column", "failed in 8 of 9 cases: ShapeError: the loss has shape [7, 1], expected []"),
     ("pair", "failed in 9 of 9 cases: ShapeError: the loss is a tuple; a scalar or a loss per row is expected"),
     ("without_gradient", "failed in 9 of 9 cases: LossError: the loss has no gradient"),
 ])  # fmt: skip
@@ -284,11 +339,12 @@ def test_a_loss_that_gives_nothing_is_reported(name: str, message: str) -> None:
     assert "NO VERDICT in 9 cases" in outcome.output
 
 
-def test_nan_agrees_with_nothing() -> None:
+def test_nan_agrees_with_nothing(tmp_path: Path) -> None:
     for second in ("jax:brought_losses:jax_uniform", "torch:brought_losses:not_a_number"):
-        outcome = compare("torch:brought_losses:not_a_number", second)
+        outcome = compare("torch:brought_losses:not_a_number", second, "--report", str(tmp_path))
         assert outcome.exit_code == 1, outcome.output
-        assert "NaN where there is none: torch:brought_losses:not_a_number in plain, K = 10; " in outcome.output
+        for text in (outcome.output, (tmp_path / "index.html").read_text()):
+            assert "NaN where there is none: torch:brought_losses:not_a_number in plain, N = 7, K = 10; " in text
 
 
 def test_losses_that_are_not_known_are_held_against_each_other_by_their_size() -> None:
@@ -378,7 +434,10 @@ def test_json(tmp_path: Path) -> None:
     assert content["readings"][0]["mutants"] == ["other_off"]
     assert content["readings"][1]["mutants"] == []
     assert len(content["survey"]["differences"]) == 9
-    assert "label" in content["survey"]["differences"][0]["worst"]["inputs"]
+    worst = content["survey"]["differences"][0]["worst"]
+    assert "label" in worst["inputs"]
+    assert worst["other"] == pytest.approx(worst["true"], rel=1e-6)
+    assert worst["value"] != pytest.approx(worst["true"], rel=1e-3)
     assert content["survey"]["outcomes"][0]["worst"]["part"] in ("loss", "gradient")
     assert "torch" in content["environment"]["versions"]
 
@@ -388,6 +447,7 @@ def test_report(tmp_path: Path) -> None:
     page = (tmp_path / "page" / "index.html").read_text()
     assert "other_off" in page
     assert "DISAGREE" in page
+    assert re.search(r"A \S+ \| B \S+ \| true \S+<", page)
 
 
 # Cases that between them show every fault.
@@ -441,10 +501,11 @@ def test_departures() -> None:
 
 def test_plain_cases_hold_what_they_promise() -> None:
     for dtype in ("float64", "float32", "bfloat16", "float16"):
-        cases = plain_cases(Question(smoothing=0.2, num_classes=(1, 5), ignore_index=-7, z_loss=0.1), dtype)
-        assert len({case.name for case in cases}) == len(cases) == 20
+        cases = plain_cases(Question(smoothing=0.2, num_classes=(1, 5, 6), ignore_index=-7, z_loss=0.1), dtype)
+        assert len({case.name for case in cases}) == len(cases) == 30
         assert all(case.options == {"ignore_index": -7, "z_loss": 0.1} for case in cases)
         assert all(case.smoothing == 0.2 for case in cases)
+        assert {(case.num_classes, len(case.labels)) for case in cases} == {(1, 7), (1, 13), (5, 7), (5, 1), (6, 7)}
 
 
 def test_what_is_found() -> None:

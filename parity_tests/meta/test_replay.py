@@ -150,7 +150,7 @@ def test_a_wrong_result_that_was_recorded_is_rejected(tmp_path: Path) -> None:
     replayed = run("replay", folder, "--adapter", "numpy", "--json", json_file)
     assert replayed.exit_code == 1, replayed.output
     assert "recorded mutant:other_off against the truth, uniform_" in replayed.stdout
-    assert "numpy against recorded mutant:other_off" in replayed.stdout
+    assert "numpy (A) against recorded mutant:other_off (B), " in replayed.stdout
     assert "DISAGREE: 3 recorded cases" in replayed.stdout
     content = json.loads(json_file.read_text())
     assert not content["agrees"]
@@ -162,7 +162,7 @@ def test_a_wrong_adapter_here_is_rejected(original: Path) -> None:
     done = run("replay", original, "--adapter", "mutant:gradient_sign")
     assert done.exit_code == 1
     assert "mutant:gradient_sign against the truth" in done.stdout
-    assert "mutant:gradient_sign against recorded oracle" in done.stdout
+    assert "mutant:gradient_sign (A) against recorded oracle (B), " in done.stdout
     found = replay(read_bundle(original), [FaultyAdapter("gradient_sign")])
     # What was recorded agrees with the truth, but not with what ran here.
     assert [line.here for line in found.lines() if not line.agrees] == ["mutant:gradient_sign"] * 3

@@ -64,7 +64,7 @@ def survey_of(ours: tuple[Adapter, ...], peers: tuple[Adapter, ...] = (), twins:
 
 def outcome(adapter: str, share: float, case: str = "mine", dtype: str = "float32", **fields: object) -> Outcome:
     """Return an outcome of a given share; the status follows from it."""
-    worst = Worst("gradient", (0, 1), share, 0.0, 1.0, share, {"what": "label is 3"})
+    worst = Worst("gradient", (0, 1), share, None, 0.0, 1.0, share, {"what": "label is 3"})
     comparison = Comparison({"loss": share / 2, "gradient": share}, worst, ulps=np.array([share]))
     comparison = replace(comparison, **fields)
     return Outcome(adapter, case, dtype, "agree" if comparison.agrees else "disagree", None, comparison)
@@ -319,7 +319,7 @@ def test_nan_shares_count_as_infinite() -> None:
 
 
 def test_infinities_and_nan_break_nothing(tmp_path: Path) -> None:
-    worst = Worst("loss", (), math.nan, -math.inf, math.nan, math.nan, {})
+    worst = Worst("loss", (), math.nan, None, -math.inf, math.nan, math.nan, {})
     ulps = np.array([0.0, math.inf, math.nan, 1e308, 5e-324])
     outcomes = [
         outcome("mine", math.inf, "a", ulps=ulps),

@@ -43,7 +43,7 @@ class Disagreement:
         share: how much of a bound the worst element uses.
         who: the adapters whose results are out of bounds.
         blame: sentences that name the adapter at fault.
-        elements: who, where, value, expected, bound and share of each worst element.
+        elements: who, where, values, bound and share of each worst element.
         inputs: the inputs of the row of the worst element, by name.
     """
 
@@ -86,7 +86,8 @@ def describe(survey: Survey, case: str, dtype: str) -> Disagreement:
         and (survey.members[outcome.adapter].ours or outcome.adapter in paired)
     }
     involved = [each for each in differences if each in apart or wrong.keys() & set(each.adapters)]
-    compared = list(wrong.items()) + [(" against ".join(each.adapters), each.comparison) for each in apart]
+    pairs = [("{} (A) against {} (B)".format(*each.adapters), each.comparison) for each in apart]
+    compared = list(wrong.items()) + pairs
     compared.sort(key=lambda pair: -pair[1].share)
     worst = compared[0][1]
     return Disagreement(
@@ -119,7 +120,9 @@ def blame_sentences(wrong: list[str], differences: list[Difference]) -> list[str
             start = (
                 f"{first} and {second} differ by {used_share(difference.comparison.share)} the sum of their bounds: "
             )
-        if not guilty:
+        if difference.blame is None:
+            end = "which of them is right is not known."
+        elif not guilty:
             end = "each is within its own bounds of the truth."
         elif len(guilty) == 2:
             end = "both are outside of the bounds of the truth."

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from parity_tests.evidence.ledger import KINDS, Evidence
-from parity_tests.report.words import known_share, number_text, place_of, share_text, used_share
+from parity_tests.report.words import known_share, share_text, used_share, values_text
 from parity_tests.studies.survey import Survey
 from parity_tests.studies.verdicts import Difference
 from parity_tests.truth.comparison import Comparison
@@ -107,12 +107,12 @@ def worst_rows(survey: Survey, ours: bool) -> list[tuple[str, ...]]:
     ]
 
 
-def element_texts(comparison: Comparison, dtype: str) -> tuple[str, str, str, str]:
-    """Return the worst element: where, value, expected and bound."""
+def element_texts(comparison: Comparison, dtype: str) -> tuple[str, str, str]:
+    """Return the worst element: where, values and bound."""
     worst = comparison.worst
     if worst is None:
-        return (comparison.problem or "no elements", "–", "–", "–")
-    return (place_of(worst), number_text(worst.value, dtype), number_text(worst.expected, dtype), f"{worst.bound:.2g}")
+        return (comparison.problem or "no elements", "–", "–")
+    return (worst.place, values_text(worst, dtype), f"{worst.bound:.2g}")
 
 
 # --- Ledger and environment -------------------------------------------------------------------------------------------

@@ -46,6 +46,6 @@ def known_share(share: float) -> float:
     return math.inf if math.isnan(share) else share
 
 
-def place_of(worst: Worst) -> str:
-    """Return part and index of an element."""
-    return f"{worst.part}{list(worst.index) if worst.index else ''}"
+def values_text(worst: Worst, dtype: str) -> str:
+    """Return the values of an element with all their digits."""
+    return worst.values(lambda value: number_text(value, dtype))

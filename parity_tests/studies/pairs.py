@@ -1,7 +1,9 @@
 """Compares two losses, values and gradients, and names the known difference between them."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,15 +21,20 @@ from parity_tests.studies.diagnosis import (
     plain_candidates,
 )
 from parity_tests.studies.survey import Member, Survey
-from parity_tests.studies.verdicts import Outcome, attempt, compare_outcomes, judge
+from parity_tests.studies.verdicts import Difference, Outcome, attempt, compare_outcomes, judge
 from parity_tests.truth.cases import Case, LinearCase, random_case
 from parity_tests.truth.comparison import AnyResult, Parts, bounds_of, within
 from parity_tests.truth.linear_cases import all_case_names, make_any_case, with_logits
 from parity_tests.truth.oracle import Truth, solve
 from parity_tests.truth.precision import FloatArray, round_to
 
+# With one number of rows, a sum divided by a constant would pass as the mean. JAX compiles for each shape, so only
+# "spread" has other numbers of rows: 13 with the first number of classes, 1 with the second.
 NUM_ROWS = 7
+OTHER_NUM_ROWS = (13, 1)
 NUM_CLASSES = (2, 10, 130)
+# How many of many findings are named.
+SHOWN = 5
 # Cases that many losses do not handle. If nothing explains a loss, it is diagnosed again without these cases.
 EDGES = frozenset({"large logits", "large offset", "minus infinity", "small loss", "all ignored"})
 
@@ -59,21 +66,22 @@ class Question:
 
 
 def plain_cases(question: Question, dtype: str) -> list[Case]:
-    """Return cases of logits [7, K], or hidden [7, D] and weight, with only the options of the question."""
+    """Return cases of logits [N, K], or hidden [N, D] and weight, with only the options of the question."""
     options = {name: getattr(question, name) for name in ("ignore_index", "z_loss", "softcap", "subtract_entropy")}
     options = {name: value for name, value in options.items() if value}
     if question.ignore_index is not None:
         options["ignore_index"] = question.ignore_index
     cases = []
-    for num_classes in question.num_classes:
+    for num_classes, num_spread in zip(question.num_classes, chain(OTHER_NUM_ROWS, repeat(NUM_ROWS)), strict=False):
         generator = np.random.default_rng(num_classes)
         for name, logits, labels in _inputs(generator, num_classes, question, dtype):
-            case = random_case(dtype, generator, NUM_ROWS, num_classes, labels=labels, options=dict(options))
-            case = replace(case, logits=round_to(logits, dtype), smoothing=question.smoothing)
+            rows = slice(num_spread if name == "spread" else NUM_ROWS)
+            case = random_case(dtype, generator, rows.stop, num_classes, labels=labels[rows], options=dict(options))
+            case = replace(case, logits=round_to(logits[rows], dtype), smoothing=question.smoothing)
             if question.linear and not np.isfinite(logits).all():
                 continue
             case = _in_layer(case, generator) if question.linear else case
-            cases.append(replace(case, name=f"{name}, K = {num_classes}"))
+            cases.append(replace(case, name=f"{name}, N = {rows.stop}, K = {num_classes}"))
     return cases
 
 
@@ -89,17 +97,18 @@ def _in_layer(case: Case, generator: np.random.Generator) -> LinearCase:
 def _inputs(
     generator: np.random.Generator, num_classes: int, question: Question, dtype: str
 ) -> Iterator[tuple[str, FloatArray, Any]]:
-    labels = generator.integers(num_classes, size=NUM_ROWS)
-    rows = np.arange(NUM_ROWS)
-    normal = generator.normal(size=(NUM_ROWS, num_classes))
+    most_rows = max(NUM_ROWS, *OTHER_NUM_ROWS)
+    labels = generator.integers(num_classes, size=most_rows)
+    rows = np.arange(most_rows)
+    normal = generator.normal(size=(most_rows, num_classes))
     kept = labels.copy()
     if question.ignore_index is not None:
-        kept[[1, 4]] = question.ignore_index
-        yield "all ignored", normal, np.full(NUM_ROWS, question.ignore_index)
+        kept[1::3] = question.ignore_index
+        yield "all ignored", normal, np.full(most_rows, question.ignore_index)
     yield "plain", 2 * normal, kept
     yield "spread", 10 * normal, kept
     yield "near uniform", 0.05 * normal, kept
-    optimum = np.full((NUM_ROWS, num_classes), np.log(question.smoothing / num_classes + 1e-3))
+    optimum = np.full((most_rows, num_classes), np.log(question.smoothing / num_classes + 1e-3))
     optimum[rows, labels] = np.log(1 - question.smoothing + question.smoothing / num_classes + 1e-3)
     yield "near the optimum", optimum + 0.01 * normal, kept
     yield "ties", np.round(normal), kept
@@ -209,8 +218,9 @@ class Pair:
             for outcome in self.survey.outcomes
             if outcome.comparison
             and outcome.comparison.worst
+            and outcome.comparison.worst.true is not None
             and np.isnan(outcome.comparison.worst.value)
-            and not np.isnan(outcome.comparison.worst.expected)
+            and not np.isnan(outcome.comparison.worst.true)
         ]
 
     @property
@@ -222,9 +232,39 @@ class Pair:
         """Whether the losses ("loss") or all gradients ("gradient") agree wherever both gave results."""
         return all(getattr(each.comparison, part) <= 1 for each in self.survey.differences)
 
+    @property
+    def judged(self) -> Survey:
+        """The survey, without comparisons with a truth that is not that of these losses."""
+        return self.survey if self.known else replace(self.survey, outcomes=[])
+
+    def off(self, difference: Difference) -> str:
+        """Return which of the two is wrong in the case of a difference; empty if it is not known what is right."""
+        if not self.known:
+            return ""
+        key = difference.case, difference.dtype
+        outcomes = [each for each in self.survey.outcomes if (each.case, each.dtype) == key]
+        wrong = [letter for letter, each in zip("AB", outcomes, strict=False) if each.status == "disagree"]
+        if len(wrong) == 1:
+            return f"{wrong[0]} is off"
+        return "both are off" if wrong else "each is within its own bounds"
+
+    def troubles(self) -> list[str]:
+        """Return sentences on failures and NaN."""
+        outcomes = self.survey.outcomes
+        failures = Counter(("AB"[i % 2], each.reason) for i, each in enumerate(outcomes) if each.status == "failed")
+        found = [
+            f"{letter} failed in {count} of {len(outcomes) // 2} cases: {reason}"
+            for (letter, reason), count in failures.items()
+        ]
+        if self.with_nan:
+            more = f" and {len(self.with_nan) - SHOWN} more" if len(self.with_nan) > SHOWN else ""
+            found.append(f"NaN where there is none: {'; '.join(self.with_nan[:SHOWN])}{more}")
+        return found
+
     def notes(self) -> list[str]:
         """Return the findings in sentences."""
-        return [f"{reading.name} {'; '.join(reading.lines())}" for reading in self.readings]
+        sides = zip("AB", self.readings, strict=True)
+        return [f"{letter}: {each.name} {'; '.join(each.lines())}" for letter, each in sides] + self.troubles()
 
 
 def compare_sides(first: Side, second: Side, question: Question, dtypes: Sequence[str]) -> Pair:
@@ -318,8 +358,8 @@ def _read(name: str, diagnosed: _Diagnosed, definition: Candidate) -> SideReadin
 def _judge(sides: tuple[Side, Side], cases: list[Case], attempts: list[list[AnyResult | str]], scaled: bool) -> Survey:
     """Compare both results with the truth and with each other.
 
-    If neither is a known loss (`scaled`), the bounds of the definition are scaled to the size of their results, since
-    an error that is small relative to the definition may be large relative to them.
+    If neither is a known loss (`scaled`), the definition is not the truth, and its bounds are scaled to the size of
+    their results, since an error that is small relative to the definition may be large relative to them.
 
     The cases may have another convention or reduction now than when the losses were called. A user's loss was given
     neither, and if the other loss takes them, they have not changed.
@@ -335,7 +375,9 @@ def _judge(sides: tuple[Side, Side], cases: list[Case], attempts: list[list[AnyR
         difference = compare_outcomes(case, truth, pair, (first, second))
         if difference and scaled and pair[0].result and pair[1].result:
             bounds = _scaled_bounds(case, truth, pair[0].result)
-            difference = replace(difference, comparison=within(case, truth, pair[0].result, bounds, pair[1].result))
+            comparison = within(case, truth, pair[0].result, bounds, pair[1].result)
+            worst = replace(comparison.worst, true=None) if comparison.worst else None
+            difference = replace(difference, comparison=replace(comparison, worst=worst), blame=None)
         differences += [difference] if difference else []
     return Survey(members, outcomes, differences)
 

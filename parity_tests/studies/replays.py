@@ -49,8 +49,9 @@ class Line:
         """Return the names of both sides, and the worst case."""
         if self.here == TRUTH:
             return f"recorded {self.recorded} against the {TRUTH}, {self.worst}"
-        other = f"the {TRUTH}" if self.recorded == TRUTH else f"recorded {self.recorded}"
-        return f"{self.here} against {other}, {self.worst}"
+        if self.recorded == TRUTH:
+            return f"{self.here} against the {TRUTH}, {self.worst}"
+        return f"{self.here} (A) against recorded {self.recorded} (B), {self.worst}"
 
 
 @dataclass(frozen=True)

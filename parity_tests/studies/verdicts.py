@@ -72,14 +72,14 @@ class Difference:
         case, dtype: the case.
         adapters: names of the two.
         comparison: their difference as a share of the sum of their bounds.
-        blame: those outside the bounds of the truth; empty if the two agree.
+        blame: those outside the bounds of the truth; empty if the two agree, None if the truth is not known.
     """
 
     case: str
     dtype: str
     adapters: tuple[str, str]
     comparison: Comparison
-    blame: tuple[str, ...]
+    blame: tuple[str, ...] | None
 
     @property
     def agrees(self) -> bool:

@@ -1,6 +1,6 @@
 """Holds results against the truth, and against each other, within their bounds."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -71,7 +71,8 @@ class Worst:
         part: "loss", "gradient", "hidden", "weight" or "bias".
         index: where in that part, whose rows are flattened and whose classes are last.
         value: what the implementation gave.
-        expected: what it is compared with.
+        other: what the other implementation gave; None if there is no other.
+        true: the true value; None if it is not known.
         bound: the error that is allowed.
         share: error over bound; inf for a NaN, infinity or finite number out of place.
         inputs: the inputs of the element, as text for a report.
@@ -80,15 +81,25 @@ class Worst:
     part: str
     index: tuple[int, ...]
     value: float
-    expected: float
+    other: float | None
+    true: float | None
     bound: float
     share: float
     inputs: dict[str, str] = field(repr=False, compare=False)
 
+    @property
+    def place(self) -> str:
+        """Part and index."""
+        return f"{self.part}{list(self.index) if self.index else ''}"
+
+    def values(self, show: Callable[[float], str] = repr) -> str:
+        """Return the values: "0.9 | true 1.0" of one implementation, "A 0.9 | B 1.0 | true 1.0" of two."""
+        given = [show(self.value)] if self.other is None else [f"A {show(self.value)}", f"B {show(self.other)}"]
+        return " | ".join(given if self.true is None else [*given, f"true {show(self.true)}"])
+
     def __str__(self) -> str:
         """Return one line for a message."""
-        place = f"{self.part}{list(self.index) if self.index else ''}"
-        return f"{place} = {self.value!r}, expected {self.expected!r}, bound {self.bound:.3g}"
+        return f"{self.place}: {self.values()}, bound {self.bound:.3g}"
 
 
 @dataclass(frozen=True)
@@ -155,26 +166,31 @@ def bounds_of(case: Case, truth: Truth, arithmetic: Arithmetic) -> Parts:
 
 def within(case: Case, truth: Truth, result: AnyResult, bounds: Parts, other: AnyResult | None = None) -> Comparison:
     """Compare a result with the truth, or with another result, within bounds that are given."""
-    expected = truth.parts if other is None else {part: exactly(values) for part, values in other.parts.items()}
+    target = truth.parts if other is None else {part: exactly(values) for part, values in other.parts.items()}
     given = {part: list(values.shape) for part, values in result.parts.items()}
-    wanted = {part: list(exact.high.shape) for part, exact in expected.items()}
+    wanted = {part: list(exact.high.shape) for part, exact in target.items()}
     if given != wanted:
         shapes = ", ".join(f"{part} {shape}" for part, shape in given.items()).replace("loss ", "loss of shape ", 1)
-        return Comparison(dict.fromkeys(wanted, np.inf), None, f"{shapes}; expected {_list(wanted)}")
+        return Comparison(
+            dict.fromkeys(wanted, np.inf),
+            None,
+            f"{shapes}; {'expected' if other is None else 'the other has'} {_list(wanted)}",
+        )
     problem = None
     if result.dtypes != case.result_dtypes:
         dtypes = ", ".join(f"{part} in {dtype}" for part, dtype in result.dtypes.items())
         problem = f"{dtypes}; expected {_list(case.result_dtypes)}"
-    errors = {part: exact.error_of(result.parts[part]) for part, exact in expected.items()}
-    shares = {part: error_over_bound(errors[part], bounds[part]) for part in expected}
+    errors = {part: exact.error_of(result.parts[part]) for part, exact in target.items()}
+    shares = {part: error_over_bound(errors[part], bounds[part]) for part in target}
     largest = {part: float(np.max(share, initial=0.0)) for part, share in shares.items()}
     part = max(largest, key=lambda part: largest[part])
     worst = None
     if shares[part].size:
         index = tuple(int(i) for i in np.unravel_index(np.argmax(shares[part]), shares[part].shape))
-        numbers = (result.parts[part], expected[part].high, bounds[part], shares[part])
-        value, right, allowed, share = (float(array[index]) for array in numbers)
-        worst = Worst(part, index, value, right, allowed, share, describe_inputs(case, index, part))
+        numbers = (result.parts[part], target[part].high, truth.parts[part].high, bounds[part], shares[part])
+        value, against, true, allowed, share = (float(array[index]) for array in numbers)
+        second = None if other is None else against
+        worst = Worst(part, index, value, second, true, allowed, share, describe_inputs(case, index, part))
     ulps = _scaled_ulps(case, truth, errors["gradient"]) if "gradient" in errors else np.zeros(0)
     return Comparison(largest, worst, problem, ulps)
 
