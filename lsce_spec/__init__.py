@@ -1,5 +1,7 @@
 """The definition that `lsce_jax` and `lsce_torch` share: standard library only."""
 
+from lsce_spec.checks import FLOATING as FLOATING
+from lsce_spec.checks import INTEGER as INTEGER
 from lsce_spec.checks import check_axis as check_axis
 from lsce_spec.checks import check_batch_operand as check_batch_operand
 from lsce_spec.checks import check_class_count as check_class_count

@@ -141,12 +141,13 @@ def check_layer(
 def check_axis(axis: object, shape: Shape) -> int:
     """Return `axis` of logits of `shape` counted from the front."""
     rank = len(shape)
-    if not isinstance(axis, Integral) or isinstance(axis, bool) or not -rank <= int(axis) < rank:
+    if not is_integral(axis) or not -rank <= int(axis) < rank:  # type: ignore[call-overload]  # numbers.Integral
         wrong_type = not is_integral(axis)
         raise error("axis", wrong_type=wrong_type, low=-rank, high=rank - 1, shape=list(shape), given=repr(axis))
-    if shape[axis] == 0:
+    index: int = int(axis)  # type: ignore[call-overload]  # as above
+    if shape[index] == 0:
         raise error("no_classes", shape=list(shape), axis=axis)
-    return int(axis) % rank
+    return index % rank
 
 
 def check_labels(shape: Shape, dtype: str, logits_shape: Shape, axis: int) -> None:

@@ -16,7 +16,6 @@ Second derivatives and forward mode take all logits at once, in plain operations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -131,8 +130,7 @@ def _selected(batch: Batch, index: Int[Tensor, " n"]) -> Batch:
     smoothing = batch.smoothing
     if isinstance(smoothing, Tensor):
         smoothing = smoothing.reshape(-1, 1)[index]
-    return replace(
-        batch,
+    return batch._replace(
         logits=batch.logits.new_zeros(1).expand(index.numel(), batch.logits.shape[-1]),
         labels=batch.labels.reshape(-1)[index],
         smoothing=smoothing,

@@ -4,16 +4,17 @@ One function takes every option: options are plain Python values, so an unused o
 """
 
 import math
-from dataclasses import replace
-from typing import Unpack
+from dataclasses import fields
+from functools import lru_cache
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lsce_spec import LossOptions, check_denominator_array, check_denominator_values
+from lsce_spec import LossOptions, check_denominator, check_denominator_array, check_denominator_values, is_number
 from lsce_spec.keywords import takes
-from lsce_torch import fused, reference
+from lsce_torch import fused, lean, reference
 from lsce_torch.inputs import Batch, at_labels, dtype_name, extremes, prepare
 from lsce_torch.keywords import DenseLossKeywords
 from lsce_torch.overwrite import check_inplace, tensors_to_overwrite
@@ -137,14 +138,39 @@ def _evaluate(
     logits: Tensor, labels: Tensor, keywords: DenseLossKeywords, *, with_stats: bool
 ) -> tuple[Float[Tensor, "..."], LossStats | None]:
     """Return the loss, and the statistics if asked for. See `label_smoothed_cross_entropy`."""
-    options = LossOptions.of(keywords)
+    options = _checked_options(keywords)
     check_inplace(keywords)
     batch = prepare(logits, labels, options, keywords)
     if keywords["inplace_backward"]:
-        batch = replace(batch, overwritten=tensors_to_overwrite(logits))
+        batch = batch._replace(overwritten=tensors_to_overwrite(logits))
     batch, divisor = mean_divisor(batch, options, keywords["denominator"])
+    if options.implementation == "fused" and not with_stats:
+        loss = lean.loss(batch, options, divisor)
+        if loss is not None:
+            return loss, None
     losses, stats = _ROW_LOSSES[options.implementation](batch, options, with_stats)
     return reduce_losses(losses, options, divisor), stats
+
+
+def _checked_options(keywords: DenseLossKeywords) -> LossOptions:
+    """Return the options of a call. To check them takes longer than an operation, so those of plain values are kept."""
+    if torch.compiler.is_compiling() or not is_number(keywords["smoothing"]):
+        return LossOptions.of(keywords)
+    check_denominator(keywords["denominator"])
+    # Only whether these two are there matters to the options.
+    given = [name for name in ("prior", "denominator") if keywords[name] is not None]
+    try:
+        return _options_of(*given, **{name: keywords[name] for name in _PLAIN})  # type: ignore[literal-required]
+    except TypeError:  # of the check, which raises it again, or since a value has no hash
+        return LossOptions.of(keywords)
+
+
+_PLAIN = tuple(field.name for field in fields(LossOptions))
+
+
+@lru_cache(maxsize=1024, typed=True)
+def _options_of(*given: str, **plain: Any) -> LossOptions:
+    return LossOptions.of({"prior": None, "denominator": None} | dict.fromkeys(given, 1.0) | plain)
 
 
 def mean_divisor(

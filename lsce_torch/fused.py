@@ -81,7 +81,7 @@ def why_reference(batch: Batch, options: LossOptions, with_stats: bool) -> str |
     """Return why only the reference can compute this call, or None."""
     if batch.logits.device.type == "jax":
         return "the logits are JAX's, through torchax, which cannot write into what it is given"
-    if any(is_wrapper(value) for value in vars(batch).values()):
+    if any(map(is_wrapper, batch)):
         return "one of the tensors stands for others, and its results cannot be written into plain tensors"
     for name in ("class_weight", "prior"):
         vector = getattr(batch, name)

@@ -6,14 +6,15 @@ not count and those whose label is bad. So no implementation handles axes, ignor
 
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from lsce_spec import (
+    FLOATING,
+    INTEGER,
     LossOptions,
     check_axis,
     check_batch_operand,
@@ -28,9 +29,11 @@ from lsce_spec import (
 )
 from lsce_torch.errors import error
 
+# Making a name of a dtype takes as long as an operation.
+_DTYPE_NAMES = {getattr(torch, name): name for name in (*FLOATING, *INTEGER)}
 
-@dataclass(frozen=True)
-class Batch:
+
+class Batch(NamedTuple):
     """The tensors of one call, classes last.
 
     Args:
@@ -38,7 +41,7 @@ class Batch:
         labels: class indices within range, or the probabilities of soft labels.
         smoothing: a number, or one number per row in the compute dtype.
         counted: False for rows that `where` or `ignore_index` leaves out; None if every row counts.
-        bad: True for rows that count and whose label is not a class; None for soft labels.
+        bad: True for rows that count and whose label is not a class; None for soft labels, or if no label can be bad.
         prior: probabilities that replace the uniform distribution, in the compute dtype, or None.
         class_weight: in the compute dtype, or None.
         class_mask: True for the classes that take part, or None.
@@ -80,7 +83,7 @@ class Batch:
             # Rows that do not count must give the smoothing a derivative of 0. The entropy's is infinite at 0.
             smoothing = torch.where(counted[..., None], smoothing, 0.5)
         bad = None if self.bad is None else self.bad & counted
-        return replace(self, counted=counted, smoothing=smoothing, bad=bad)
+        return self._replace(counted=counted, smoothing=smoothing, bad=bad)
 
 
 def compute_dtype(logits: Tensor) -> torch.dtype:
@@ -139,7 +142,8 @@ def prepare(
         batch = Batch(logits, soft, smoothing, None, None, prior, class_weight, class_mask)
     else:
         labels, bad = _class_indices(labels, num_classes, class_mask)
-        batch = Batch(logits, labels.masked_fill(bad, 0), smoothing, None, bad, prior, class_weight, class_mask)
+        class_labels = labels if bad is None else labels.masked_fill(bad, 0)
+        batch = Batch(logits, class_labels, smoothing, None, bad, prior, class_weight, class_mask)
     if where is not None:
         batch = batch.counting_only(where)
     if options.ignore_index is not None:
@@ -173,23 +177,32 @@ def extremes(tensor: Tensor) -> list[float]:
 
     To read values on an accelerator would wait for it; compiled and vmapped functions have none.
     """
-    if torch.compiler.is_compiling() or tensor.device.type != "cpu" or not tensor.numel():
+    if tensor.device.type != "cpu" or not tensor.numel() or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call,attr-defined]
         return []
     try:
-        return [value.item() for value in torch.aminmax(tensor.detach())]
+        least, largest = torch.aminmax(tensor.detach() if tensor.requires_grad else tensor)
+        values = [least.item(), largest.item()]
+        return values if all(map(is_number, values)) else []  # the others are symbols
     except RuntimeError:  # within vmap, or a tensor without data
         return []
 
 
 def _class_indices(
     labels: Int[Tensor, "*batch"], num_classes: int, class_mask: Bool[Tensor, " K"] | None
-) -> tuple[Int[Tensor, "*batch"], Bool[Tensor, "*batch"]]:
-    """Return labels in a signed dtype that is wide enough for any class index, and which of them are not a class."""
-    unsigned = labels.dtype == torch.uint64
-    labels = labels.to(torch.int64)
-    if unsigned:
+) -> tuple[Int[Tensor, "*batch"], Bool[Tensor, "*batch"] | None]:
+    """Return labels in a signed dtype that is wide enough for any class index, and which of them are not a class.
+
+    None stands for none, where the labels are at hand.
+    """
+    dtype = labels.dtype
+    if dtype != torch.int64:
+        labels = labels.to(torch.int64)
+    if dtype == torch.uint64:
         # Labels beyond int64 turned negative and become its largest number, which is never a class.
         labels = torch.where(labels < 0, torch.iinfo(torch.int64).max, labels)
+    at_hand = extremes(labels) if class_mask is None else []
+    if at_hand and at_hand[0] >= 0 and at_hand[1] < num_classes:
+        return labels, None
     bad = labels.clamp(0, num_classes - 1) != labels
     return labels, bad if class_mask is None else bad | ~at_labels(class_mask, labels.masked_fill(bad, 0))
 
@@ -202,7 +215,7 @@ def at_labels(vector: Shaped[Tensor, " K"], labels: Int[Tensor, "*batch"]) -> Sh
 
 def dtype_name(tensor: Tensor) -> str:
     """Return the dtype's name as both frameworks spell it, such as "float32"."""
-    return str(tensor.dtype).removeprefix("torch.")
+    return _DTYPE_NAMES.get(tensor.dtype) or str(tensor.dtype).removeprefix("torch.")
 
 
 def check_tensor(name: str, value: object) -> None:

@@ -57,7 +57,17 @@ def files(package: str) -> set[str]:
 
 # XLA manages memory, threads, saved arrays and fusion for JAX. In torch each has a file, and so have the operators that
 # torch.compile leaves alone.
-TORCH_FILES = {"sums.py", "plain.py", "sweeps.py", "memory.py", "threads.py", "overwrite.py", "saved.py", "compiled.py"}
+TORCH_FILES = {
+    "sums.py",
+    "plain.py",
+    "lean.py",
+    "sweeps.py",
+    "memory.py",
+    "threads.py",
+    "overwrite.py",
+    "saved.py",
+    "compiled.py",
+}
 
 
 def test_files() -> None:
@@ -77,10 +87,11 @@ ONLY_IN_JAX = {
     "modules.py": {"LossConstant"},
     "metrics.py": {"_sum_of_fractions", "_count", "_pair", "_add", "_two_sum"},
 }
-# torch: scalars, types, values that are not at hand; options in the places that nn.CrossEntropyLoss and
-# inplace_backward need.
+# torch: scalars, types, values that are not at hand; checked options that are kept, since calls are eager; options in
+# the places that nn.CrossEntropyLoss and inplace_backward need.
 ONLY_IN_TORCH = {
     "inputs.py": {"_as_tensor", "check_tensor", "dtype_name"},
+    "functional.py": {"_checked_options", "_options_of"},
     "reference.py": {"as_tensor"},
     "keywords.py": {"_Counted", "_Terms", "_Reduction", "_Memory"},
 }

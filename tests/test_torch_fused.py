@@ -17,7 +17,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from lsce_spec import Convention
-from lsce_torch import label_smoothed_cross_entropy, label_smoothed_cross_entropy_with_stats, memory, sweeps
+from lsce_torch import label_smoothed_cross_entropy, label_smoothed_cross_entropy_with_stats, lean, memory, sweeps
 
 LOGITS = torch.from_numpy(np.random.default_rng(0).normal(size=(6, 5)))
 LABELS = torch.tensor([0, 4, 2, 2, 1, 3])
@@ -61,6 +61,12 @@ SOFT_OPTIONS: dict[str, dict[str, Any]] = {
 CALLS = {name: (LABELS, options) for name, options in OPTIONS.items()}
 CALLS |= {name: (SOFT, options) for name, options in SOFT_OPTIONS.items()}
 each_call = pytest.mark.parametrize(("labels", "options"), CALLS.values(), ids=CALLS.keys())
+
+
+@pytest.fixture(autouse=True)
+def only_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute plain smoothing in this way too; test_torch_lean.py has the other one."""
+    monkeypatch.setattr(lean, "_MOST_CLASSES", 0)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ composition, such as `torch.autograd.grad` within `torch.func.vmap`, it must ref
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.testing._internal import composite_compliance
 from torch.utils.checkpoint import checkpoint
 
-from lsce_torch import label_smoothed_cross_entropy, linear_label_smoothed_cross_entropy
+from lsce_torch import label_smoothed_cross_entropy, lean, linear_label_smoothed_cross_entropy
 
 ROWS, CLASSES = 3, 3
 LABELS = torch.tensor([1, 0, 2])
@@ -50,9 +51,23 @@ def plain_total(hidden: torch.Tensor) -> torch.Tensor:
 
 dense = partial(label_smoothed_cross_entropy, labels=LABELS, smoothing=SMOOTHING, reduction="none")
 linear = partial(linear_label_smoothed_cross_entropy, weight=WEIGHT, labels=LABELS, smoothing=SMOOTHING, chunk_size=1)
+
+
+def in_blocks(reduction: str) -> Function:
+    """Return the loss as it is computed for more logits."""
+
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        with mock.patch.object(lean, "_SMALL", 0):
+            return dense(logits, reduction=reduction)
+
+    return loss
+
+
 LOSSES: dict[str, tuple[Function, Function]] = {
     "fused": (partial(dense, implementation="fused"), plain_losses),
     "fused, mean": (partial(dense, implementation="fused", reduction="mean"), lambda z: plain_losses(z).mean()),
+    "fused, in blocks": (in_blocks("none"), plain_losses),
+    "fused, in blocks, mean": (in_blocks("mean"), lambda z: plain_losses(z).mean()),
     "fused, capped": (partial(dense, implementation="fused", where=COUNTED, z_loss=0.1, softcap=3.0), plain_capped),
     "reference": (partial(dense, implementation="reference"), plain_losses),
     "linear, sum": (partial(linear, reduction="sum"), plain_total),
@@ -201,7 +216,7 @@ def test_transform_of_a_transform(loss: str, inner: str, outer: str) -> None:
 @pytest.mark.parametrize("outer", BASIC)
 @pytest.mark.parametrize("middle", BASIC)
 @pytest.mark.parametrize("inner", BASIC)
-@pytest.mark.parametrize("loss", ["fused", "fused, mean", "linear, sum", "linear, none"])
+@pytest.mark.parametrize("loss", ["fused", "fused, mean", "fused, in blocks, mean", "linear, sum", "linear, none"])
 def test_three_transforms(loss: str, inner: str, middle: str, outer: str) -> None:
     assert_as_plain(loss, inner, middle, outer)
 

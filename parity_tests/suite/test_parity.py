@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lsce_spec import IMPLEMENTATIONS
+from lsce_torch import lean
 from parity_tests.losses.adapters import Adapter
 from parity_tests.losses.registry import make_adapter
 from parity_tests.plugin import Recorder, find_device
@@ -55,6 +56,21 @@ def test_against_oracle(framework: str, name: str, dtype: str, parity_ledger: Re
     case = make_case(name, dtype)
     outcome = result(framework, name, dtype, "cpu")
     comparison = against_oracle(case, truth(name, dtype), outcome, adapter(framework, "cpu").arithmetic)
+    assert comparison.agrees, comparison
+
+
+# Plain smoothing has three ways in torch; sizes and other options decide. Each must hold wherever it could be taken.
+WAYS = {"operations": {"_SMALL": 2**30}, "blocks": {"_SMALL": 0, "_BLOCK_SIZE": 64}, "sweeps": {"_MOST_CLASSES": 0}}
+
+
+@each_dtype
+@each_case
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_torch(way: str, name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for setting, value in WAYS[way].items():
+        monkeypatch.setattr(lean, setting, value)
+    case, fused = make_case(name, dtype), adapter("torch-fused", "cpu")
+    comparison = against_oracle(case, truth(name, dtype), fused(case), fused.arithmetic)
     assert comparison.agrees, comparison
 
 

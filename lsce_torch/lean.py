@@ -1,0 +1,382 @@
+"""Plain smoothing on the CPU, from log-probabilities: as few operations as the loss needs.
+
+Without options that have a part of their own in the loss, it is
+
+    loss = (on - off) (-log p_y) + off sum_k (-log p_k)
+
+whose terms have one sign, so that nothing cancels. `log_softmax` is off by about a unit roundoff of 1, which a loss far
+below 1 would feel. So either the entropy of the target, below which no loss can be, is large enough, or the losses
+themselves are. Its sums of exponentials are sequential, so the classes must not be many.
+
+A few logits take torch's own operations, whose derivatives run in C++: starting operations is all the time they take.
+More of them take blocks of rows, and keep nothing as large as the logits: `backward` computes the softmax again. In a
+block of few classes, or of images, the rows lie side by side and not the classes, so that the processor takes many rows
+at a time.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from lsce_spec import Convention, LossOptions, smoothing_weights
+from lsce_torch.inputs import Batch
+from lsce_torch.memory import in_large_pages
+from lsce_torch.overwrite import has_memory
+from lsce_torch.threads import in_threads
+
+# Up to this many logits, starting operations takes all the time.
+_SMALL = 2**14
+_MOST_CLASSES = 2**11
+# With fewer classes than this, the rows of a block lie side by side.
+_FEW_CLASSES = 32
+# Logits of a block: 2 MiB in float32.
+_BLOCK_SIZE = 2**19
+# Up to this many logits the gradient is computed with the loss, and kept until `backward`.
+_LARGEST_KEPT = 2**24
+# Smallest ratio of a difference to the numbers whose difference it is.
+_MOST_CANCELLED = 1 / 8
+# Losses at least this large are accurate enough.
+_ACCURATE = 0.25
+
+
+class _Plan(NamedTuple):
+    """What is the same for all rows."""
+
+    on: float
+    off: float
+    mass: float  # sum of the target
+    scale: float | None  # factor of the sum of the losses, or None for the losses
+
+
+def loss(batch: Batch, options: LossOptions, divisor: float | Tensor) -> Float[Tensor, "..."] | None:
+    """Return the loss, reduced as asked, or None if this is not the way to compute it."""
+    if isinstance(divisor, Tensor) or not _is_plain(batch, options):
+        return None
+    on, off, entropy = _weights(options.convention, options.smoothing, batch.logits.shape[-1])
+    if not on >= off >= 0 or 0 < off < torch.finfo(batch.dtype).tiny:
+        return None
+    scale = None if options.reduction == "none" else 1 / divisor
+    plan = _Plan(on, off, on + off * (batch.logits.shape[-1] - 1), scale)
+    check = entropy < _ACCURATE * plan.mass
+    if batch.logits.numel() <= _SMALL and batch.counted is None:
+        return _composite(batch, plan, check=check)
+    if _layout(batch.logits) is None:
+        return None
+    # A narrow gradient would be rounded before it is scaled, and a large one would take memory early.
+    pays = batch.logits.dtype == batch.dtype and plan.scale is not None and batch.logits.numel() <= _LARGEST_KEPT
+    with_gradient = pays and batch.logits.requires_grad and torch.is_grad_enabled()
+    rows, gradient = _rows_and_gradient(batch.logits, batch.labels, batch.counted, plan, with_gradient=with_gradient)
+    if check and not _all_at_least(rows, batch.counted, _ACCURATE * plan.mass):
+        return None
+    result: Tensor = _PlainLosses.apply(batch.logits, rows, batch.labels, batch.counted, plan, gradient)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _is_plain(batch: Batch, options: LossOptions) -> bool:
+    """Whether the call has plain logits on the CPU, good labels, and no option with a part of its own in the loss."""
+    logits = batch.logits
+    if logits.device.type != "cpu" or logits.shape[-1] > _MOST_CLASSES or not logits.numel():
+        return False
+    if options.z_loss or options.softcap is not None or options.subtract_entropy or options.convention.at_max:
+        return False
+    tensors = (batch.bad, batch.prior, batch.class_weight, batch.class_mask, batch.overwritten)
+    if batch.soft or not isinstance(batch.smoothing, float) or any(tensor is not None for tensor in tensors):
+        return False
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return has_memory(logits)
+
+
+@lru_cache(256)
+def _weights(convention: Convention, smoothing: float, num_classes: int) -> tuple[float, float, float]:
+    """Return `on`, `off` and the entropy of the target."""
+    on, off = smoothing_weights(convention, smoothing, num_classes)
+    values = ((on, 1), (off, num_classes - 1))
+    return on, off, -sum(number * value * math.log(value) for value, number in values if value > 0)
+
+
+def _all_at_least(losses: Tensor, counted: Tensor | None, least: float) -> bool:
+    """Whether all losses that count are at least that large; False if one is NaN."""
+    if counted is not None:
+        losses = losses.masked_fill(~counted, torch.inf)
+    return bool(torch.amin(losses.detach()).item() >= least)
+
+
+def _composite(batch: Batch, plan: _Plan, *, check: bool) -> Float[Tensor, "..."] | None:
+    """Return the loss by torch's own operations, or None if it is small and to be checked."""
+    logits, labels, num_classes = batch.logits, batch.labels, batch.logits.shape[-1]
+    if logits.ndim != 2:
+        logits, labels = logits.reshape(-1, num_classes), labels.reshape(-1)
+    log_p = torch.log_softmax(logits, dim=-1, dtype=batch.dtype)
+    scale = 1 if plan.scale is None else plan.scale
+    # As a weight of the classes the factor takes no operation of its own, forward or backward.
+    factor = log_p.new_full((num_classes,), (plan.on - plan.off) * scale)
+    by_row = check or plan.scale is None
+    losses = F.nll_loss(log_p, labels, factor, reduction="none" if by_row else "sum")
+    if check and not _all_at_least(losses, None, _ACCURATE * plan.mass * scale):
+        return None
+    if plan.scale is None:
+        return (losses - plan.off * log_p.sum(dim=-1) if plan.off else losses).reshape(batch.batch_shape)
+    total = losses.sum() if by_row else losses
+    return total.sub(log_p.sum(), alpha=plan.off * scale) if plan.off else total
+
+
+class _PlainLosses(torch.autograd.Function):
+    """The losses of rows, or their sum times `scale`.
+
+    No transform of torch.func comes here, so `forward` takes the context: torch takes less time to call it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        rows: Tensor,
+        labels: Tensor,
+        counted: Tensor | None,
+        plan: _Plan,
+        gradient: Tensor | None,
+    ) -> Tensor:
+        """Reduce the losses of the rows, which are computed already, as is the gradient of their sum, or None."""
+        ctx.plan, ctx.gradient, ctx.with_loss = plan, gradient, gradient is not None
+        ctx.save_for_backward(logits, labels, counted)
+        ctx.set_materialize_grads(False)
+        if counted is not None:
+            rows = rows.masked_fill(~counted, 0)
+        return rows.clone() if plan.scale is None else rows.sum().mul_(plan.scale)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradient with respect to the logits."""
+        if upstream is None:
+            return (None,) * 6
+        plain = not torch.is_grad_enabled() and has_memory(upstream)
+        gradient: Tensor | None
+        if plain and ctx.gradient is not None:
+            # Taken out, so that nothing else holds it. A second `backward` computes it again.
+            gradient, ctx.gradient = ctx.gradient, None
+        else:
+            logits, labels, counted = ctx.saved_tensors
+            if not plain or not has_memory(logits):
+                return (_differentiable_gradient(logits, labels, counted, upstream, ctx.plan), *(None,) * 5)
+            if not ctx.with_loss:
+                return (_gradient(logits, labels, counted, upstream, ctx.plan), *(None,) * 5)
+            _, gradient = _rows_and_gradient(logits, labels, counted, ctx.plan, with_gradient=True)
+        assert gradient is not None
+        factor = upstream.item()
+        return (gradient if factor == 1 else gradient.mul_(factor), *(None,) * 5)
+
+
+def _differentiable_gradient(
+    logits: Float[Tensor, "*batch K"],
+    labels: Int[Tensor, "*batch"],
+    counted: Bool[Tensor, "*batch"] | None,
+    upstream: Float[Tensor, "*#batch"],
+    plan: _Plan,
+) -> Float[Tensor, "*batch K"]:
+    if counted is not None:
+        logits = torch.where(counted[..., None], logits, 0)
+    p = torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    is_label = torch.arange(p.shape[-1], device=p.device) == labels[..., None]
+    slopes = plan.mass * p - plan.off - (plan.on - plan.off) * is_label.to(p.dtype)
+    slopes = upstream[..., None] * (slopes if plan.scale is None else slopes * plan.scale)
+    if counted is not None:
+        slopes = torch.where(counted[..., None], slopes, 0)
+    return slopes.to(logits.dtype)
+
+
+# --- Blocks ---------------------------------------------------------------------------------------------------------
+
+
+class _Layout(NamedTuple):
+    """The logits as they lie in memory: `before` groups of K classes of `after` rows that lie side by side."""
+
+    before: int
+    num_classes: int
+    after: int
+    place: int  # the dimension of the classes
+
+    def view(self, tensor: Float[Tensor, "*batch K"]) -> Float[Tensor, "before K after"]:
+        """Return a tensor of this layout in three dimensions."""
+        return tensor.movedim(-1, self.place).view(self.before, self.num_classes, self.after)
+
+
+def _layout(logits: Float[Tensor, "*batch K"]) -> _Layout | None:
+    """Return the layout, or None if no order of the dimensions is that of the memory, or rows lie in small groups."""
+    shape, num_classes = logits.shape[:-1], logits.shape[-1]
+    if logits.is_contiguous():
+        return _Layout(math.prod(shape), num_classes, 1, logits.ndim - 1)
+    for place in range(logits.ndim - 2, -1, -1):
+        if logits.movedim(-1, place).is_contiguous():
+            layout = _Layout(math.prod(shape[:place]), num_classes, math.prod(shape[place:]), place)
+            return layout if layout.before == 1 or layout.after * num_classes >= _SMALL else None
+    return None
+
+
+class _Block(NamedTuple):
+    """Some rows."""
+
+    logits: Float[Tensor, "n K"] | Float[Tensor, "K n"]
+    labels: Int[Tensor, " n"]
+    counted: Bool[Tensor, " n"] | None
+    rows: Float[Tensor, " n"] | None  # the losses to write, or the upstream gradient
+    gradient: Float[Tensor, "n K"] | Float[Tensor, "K n"] | None
+    dim: int = 1  # that of the classes
+
+
+def _blocks(layout: _Layout, whole: _Block) -> Iterator[_Block]:
+    """Yield the rows of all logits in blocks."""
+    num_classes, size = layout.num_classes, whole.logits.numel()
+    # Of many classes a row is long enough to be the unit of work; of few, the rows are put side by side.
+    by_row = layout.after == 1 and num_classes >= _FEW_CLASSES
+    is_whole = size <= 2 * _BLOCK_SIZE
+    if by_row and is_whole and whole.logits.ndim == 2:
+        yield whole
+        return
+    whole = _mapped(whole, layout.view, lambda t: t.reshape(layout.before, layout.after))
+    if by_row:
+        groups = [_mapped(whole, lambda t: t.squeeze(2), lambda t: t.squeeze(1))]
+    elif layout.after == 1:
+        groups = [_mapped(whole, lambda t: t.squeeze(2).t(), lambda t: t.squeeze(1))._replace(dim=0)]
+    else:
+        groups = [_mapped(whole, itemgetter(i), itemgetter(i))._replace(dim=0) for i in range(layout.before)]
+    step = size if is_whole else max(1, _BLOCK_SIZE // num_classes)
+    for group in groups:
+        for start in range(0, group.labels.numel(), step):
+            part = slice(start, start + step)
+            yield _mapped(group, itemgetter(part if by_row else (slice(None), part)), itemgetter(part))
+
+
+def _mapped(block: _Block, wide: Callable[[Tensor], Tensor], narrow: Callable[[Tensor], Tensor]) -> _Block:
+    """Return a block with a function applied to its tensors over the classes, and one to its tensors over the rows."""
+    logits, labels, counted, rows, gradient, dim = block
+    return _Block(
+        wide(logits),
+        narrow(labels),
+        None if counted is None else narrow(counted),
+        None if rows is None else narrow(rows),
+        None if gradient is None else wide(gradient),
+        dim,
+    )
+
+
+def _rows_and_gradient(
+    logits: Float[Tensor, "*batch K"],
+    labels: Int[Tensor, "*batch"],
+    counted: Bool[Tensor, "*batch"] | None,
+    plan: _Plan,
+    *,
+    with_gradient: bool,
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch K"] | None]:
+    """Return the losses of all rows and, if asked for, the gradient of their scaled sum."""
+    layout, logits = _layout(logits), logits.detach()
+    assert layout is not None
+    rows = torch.empty(labels.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
+    gradient = in_large_pages(torch.empty_like(logits)) if with_gradient else None
+    with torch.no_grad():
+        whole = _Block(logits, labels, counted, rows, gradient)
+        in_threads(partial(_fill_both if with_gradient else _fill_rows, plan), _blocks(layout, whole))
+    return rows, gradient
+
+
+def _gradient(
+    logits: Tensor, labels: Tensor, counted: Tensor | None, upstream: Float[Tensor, "*#batch"], plan: _Plan
+) -> Float[Tensor, "*batch K"]:
+    layout = _layout(logits)
+    assert layout is not None
+    gradient = in_large_pages(torch.empty_like(logits))
+    rows = upstream.contiguous() if plan.scale is None else None
+    factor = 1.0 if plan.scale is None else plan.scale * upstream.item()
+    whole = _Block(logits.detach(), labels, counted, rows, gradient)
+    in_threads(partial(_fill_gradient, plan, factor), _blocks(layout, whole))
+    return gradient
+
+
+def _fill_rows(plan: _Plan, blocks: Iterator[_Block]) -> None:
+    work = None
+    for block in blocks:
+        work = _like(block, work)
+        z = block.logits if block.dim and block.logits.dtype == work.dtype else work.copy_(block.logits)
+        torch.log_softmax(z, dim=block.dim, out=work)
+        at_label = work.gather(block.dim, block.labels.unsqueeze(block.dim)).squeeze(block.dim)
+        assert block.rows is not None
+        if plan.off:
+            torch.sum(work, dim=block.dim, out=block.rows)
+            block.rows.mul_(-plan.off).add_(at_label, alpha=plan.off - plan.on)
+        else:
+            torch.mul(at_label, -plan.on, out=block.rows)
+
+
+def _fill_both(plan: _Plan, blocks: Iterator[_Block]) -> None:
+    """Write the losses and the gradient of their scaled sum."""
+    work = None
+    for block in blocks:
+        dim = block.dim
+        assert block.gradient is not None
+        assert block.rows is not None
+        assert plan.scale is not None
+        work = block.gradient if dim else _like(block, work)
+        z = block.logits if dim else work.copy_(block.logits)
+        peak, place = torch.amax(z, dim=dim), block.labels.unsqueeze(dim)
+        label_gap = z.gather(dim, place).squeeze(dim).neg_().add_(peak)
+        gaps = _mean_gap(z, peak, dim) if plan.off else None
+        torch.softmax(z, dim=dim, out=work)
+        log_p = torch.amax(work, dim=dim).log_()  # of the largest logit, whose gap is 0
+        torch.mul(label_gap.sub_(log_p), plan.on - plan.off, out=block.rows)
+        if gaps is not None:
+            block.rows.add_(gaps.sub_(log_p), alpha=plan.off * z.shape[dim])
+        slope = plan.scale * plan.mass
+        at_label = work.gather(dim, place).mul_(slope).sub_(plan.scale * plan.on)
+        # A constant plus a multiple, in one pass.
+        torch.add(torch.full((), -plan.scale * plan.off, dtype=work.dtype), work, alpha=slope, out=work)
+        work.scatter_(dim, place, at_label)
+        if block.counted is not None:
+            work.masked_fill_(~block.counted.unsqueeze(dim), 0)
+        if not dim:
+            block.gradient.copy_(work)
+
+
+def _mean_gap(z: Float[Tensor, "..."], peak: Float[Tensor, " n"], dim: int) -> Float[Tensor, " n"]:
+    """Return the mean of m - z over the classes."""
+    gap = torch.mean(z, dim=dim).neg_().add_(peak)
+    least, largest = (value.item() for value in torch.aminmax(peak))
+    # If logits are large beside their differences, the difference of the means would round them away.
+    if not max(-least, largest) * _MOST_CANCELLED <= 1 + torch.amin(gap).item():
+        gap = torch.mean(peak.unsqueeze(dim) - z, dim=dim)
+    return gap
+
+
+def _fill_gradient(plan: _Plan, factor: float, blocks: Iterator[_Block]) -> None:
+    work = None
+    for block in blocks:
+        assert block.gradient is not None
+        in_place = block.dim == 1 and block.logits.dtype in {torch.float32, torch.float64}
+        work = block.gradient if in_place else _like(block, work)
+        z = block.logits if in_place else work.copy_(block.logits)
+        torch.softmax(z, dim=block.dim, out=work)
+        place = block.labels.unsqueeze(block.dim)
+        at_label = work.gather(block.dim, place)
+        slope: Any = factor if block.rows is None else block.rows.unsqueeze(block.dim)
+        at_label = at_label.mul_(plan.mass).sub_(plan.on).mul_(slope)
+        work.mul_(slope * plan.mass)
+        if plan.off:
+            work.sub_(slope * plan.off)
+        work.scatter_(block.dim, place, at_label)
+        if block.counted is not None:
+            work.masked_fill_(~block.counted.unsqueeze(block.dim), 0)
+        if not in_place:
+            block.gradient.copy_(work)
+
+
+def _like(block: _Block, work: Tensor | None) -> Tensor:
+    """Return memory of the shape of the block's logits, the same as before if it fits."""
+    if work is not None and work.shape == block.logits.shape:
+        return work
+    return torch.empty(block.logits.shape, dtype=torch.promote_types(block.logits.dtype, torch.float32))
