@@ -6,7 +6,7 @@ Without options that have a part of their own in the loss, it is
 
 whose terms have one sign, so that nothing cancels. `log_softmax` is off by about a unit roundoff of 1, which a loss far
 below 1 would feel. So either the entropy of the target, below which no loss can be, is large enough, or the losses
-themselves are. Its sums of exponentials are sequential, so the classes must not be many.
+themselves are.
 
 A few logits take torch's own operations, whose derivatives run in C++: starting operations is all the time they take.
 More of them take blocks of rows, and keep nothing as large as the logits: `backward` computes the softmax again. In a
@@ -26,14 +26,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lsce_spec import Convention, LossOptions, smoothing_weights
+from lsce_torch.errors import error
 from lsce_torch.inputs import Batch
 from lsce_torch.memory import in_large_pages
-from lsce_torch.overwrite import has_memory
+from lsce_torch.overwrite import forbid_use, has_memory
 from lsce_torch.threads import in_threads
 
+# Tests compute plain smoothing by the sweeps as well.
+_ENABLED = True
 # Up to this many logits, starting operations takes all the time.
 _SMALL = 2**14
-_MOST_CLASSES = 2**11
+# Up to this many classes the sums of `softmax` and `log_softmax`, which are sequential, are accurate enough.
+_SEQUENTIAL = 2**11
 # With fewer classes than this, the rows of a block lie side by side.
 _FEW_CLASSES = 32
 # Logits of a block: 2 MiB in float32.
@@ -65,28 +69,31 @@ def loss(batch: Batch, options: LossOptions, divisor: float | Tensor) -> Float[T
     scale = None if options.reduction == "none" else 1 / divisor
     plan = _Plan(on, off, on + off * (batch.logits.shape[-1] - 1), scale)
     check = entropy < _ACCURATE * plan.mass
-    if batch.logits.numel() <= _SMALL and batch.counted is None:
+    unusual = batch.counted is not None or batch.overwritten is not None
+    if batch.logits.numel() <= _SMALL and batch.logits.shape[-1] <= _SEQUENTIAL and not unusual:
         return _composite(batch, plan, check=check)
     if _layout(batch.logits) is None:
         return None
     # A narrow gradient would be rounded before it is scaled, and a large one would take memory early.
     pays = batch.logits.dtype == batch.dtype and plan.scale is not None and batch.logits.numel() <= _LARGEST_KEPT
-    with_gradient = pays and batch.logits.requires_grad and torch.is_grad_enabled()
+    with_gradient = pays and batch.logits.requires_grad and torch.is_grad_enabled() and batch.overwritten is None
     rows, gradient = _rows_and_gradient(batch.logits, batch.labels, batch.counted, plan, with_gradient=with_gradient)
     if check and not _all_at_least(rows, batch.counted, _ACCURATE * plan.mass):
         return None
-    result: Tensor = _PlainLosses.apply(batch.logits, rows, batch.labels, batch.counted, plan, gradient)  # type: ignore[no-untyped-call]
+    result: Tensor = _PlainLosses.apply(
+        batch.logits, rows, batch.labels, batch.counted, plan, gradient, batch.overwritten
+    )  # type: ignore[no-untyped-call]
     return result
 
 
 def _is_plain(batch: Batch, options: LossOptions) -> bool:
     """Whether the call has plain logits on the CPU, good labels, and no option with a part of its own in the loss."""
     logits = batch.logits
-    if logits.device.type != "cpu" or logits.shape[-1] > _MOST_CLASSES or not logits.numel():
+    if not _ENABLED or logits.device.type != "cpu" or not logits.numel():
         return False
     if options.z_loss or options.softcap is not None or options.subtract_entropy or options.convention.at_max:
         return False
-    tensors = (batch.bad, batch.prior, batch.class_weight, batch.class_mask, batch.overwritten)
+    tensors = (batch.bad, batch.prior, batch.class_weight, batch.class_mask)
     if batch.soft or not isinstance(batch.smoothing, float) or any(tensor is not None for tensor in tensors):
         return False
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
@@ -143,9 +150,10 @@ class _PlainLosses(torch.autograd.Function):
         counted: Tensor | None,
         plan: _Plan,
         gradient: Tensor | None,
+        overwritten: Any,
     ) -> Tensor:
         """Reduce the losses of the rows, which are computed already, as is the gradient of their sum, or None."""
-        ctx.plan, ctx.gradient, ctx.with_loss = plan, gradient, gradient is not None
+        ctx.plan, ctx.gradient, ctx.with_loss, ctx.overwritten = plan, gradient, gradient is not None, overwritten
         ctx.save_for_backward(logits, labels, counted)
         ctx.set_materialize_grads(False)
         if counted is not None:
@@ -156,7 +164,7 @@ class _PlainLosses(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradient with respect to the logits."""
         if upstream is None:
-            return (None,) * 6
+            return (None,) * 7
         plain = not torch.is_grad_enabled() and has_memory(upstream)
         gradient: Tensor | None
         if plain and ctx.gradient is not None:
@@ -165,13 +173,18 @@ class _PlainLosses(torch.autograd.Function):
         else:
             logits, labels, counted = ctx.saved_tensors
             if not plain or not has_memory(logits):
-                return (_differentiable_gradient(logits, labels, counted, upstream, ctx.plan), *(None,) * 5)
+                if ctx.overwritten is not None:
+                    raise error("inplace_transformed")
+                return (_differentiable_gradient(logits, labels, counted, upstream, ctx.plan), *(None,) * 6)
             if not ctx.with_loss:
-                return (_gradient(logits, labels, counted, upstream, ctx.plan), *(None,) * 5)
+                target = in_large_pages(torch.empty_like(logits)) if ctx.overwritten is None else logits.detach()
+                _write_gradient(target, logits, labels, counted, upstream, ctx.plan)
+                forbid_use(ctx.overwritten or ())
+                return (target, *(None,) * 6)
             _, gradient = _rows_and_gradient(logits, labels, counted, ctx.plan, with_gradient=True)
         assert gradient is not None
         factor = upstream.item()
-        return (gradient if factor == 1 else gradient.mul_(factor), *(None,) * 5)
+        return (gradient if factor == 1 else gradient.mul_(factor), *(None,) * 6)
 
 
 def _differentiable_gradient(
@@ -286,61 +299,86 @@ def _rows_and_gradient(
     return rows, gradient
 
 
-def _gradient(
-    logits: Tensor, labels: Tensor, counted: Tensor | None, upstream: Float[Tensor, "*#batch"], plan: _Plan
-) -> Float[Tensor, "*batch K"]:
+def _write_gradient(
+    gradient: Float[Tensor, "*batch K"],
+    logits: Float[Tensor, "*batch K"],
+    labels: Int[Tensor, "*batch"],
+    counted: Bool[Tensor, "*batch"] | None,
+    upstream: Float[Tensor, "*#batch"],
+    plan: _Plan,
+) -> None:
+    """Write the gradient with respect to the logits, which may be the memory to write to."""
     layout = _layout(logits)
     assert layout is not None
-    gradient = in_large_pages(torch.empty_like(logits))
     rows = upstream.contiguous() if plan.scale is None else None
     factor = 1.0 if plan.scale is None else plan.scale * upstream.item()
     whole = _Block(logits.detach(), labels, counted, rows, gradient)
     in_threads(partial(_fill_gradient, plan, factor), _blocks(layout, whole))
-    return gradient
 
 
 def _fill_rows(plan: _Plan, blocks: Iterator[_Block]) -> None:
     work = None
     for block in blocks:
+        dim, rows = block.dim, block.rows
+        assert rows is not None
         work = _like(block, work)
-        z = block.logits if block.dim and block.logits.dtype == work.dtype else work.copy_(block.logits)
-        torch.log_softmax(z, dim=block.dim, out=work)
-        at_label = work.gather(block.dim, block.labels.unsqueeze(block.dim)).squeeze(block.dim)
-        assert block.rows is not None
+        z = block.logits if dim and block.logits.dtype == work.dtype else work.copy_(block.logits)
+        if z.shape[dim] > _SEQUENTIAL:
+            _fill_softmax(plan, block, z, work)
+            continue
+        torch.log_softmax(z, dim=dim, out=work)
+        at_label = work.gather(dim, block.labels.unsqueeze(dim)).squeeze(dim)
         if plan.off:
-            torch.sum(work, dim=block.dim, out=block.rows)
-            block.rows.mul_(-plan.off).add_(at_label, alpha=plan.off - plan.on)
+            torch.sum(work, dim=dim, out=rows)
+            rows.mul_(-plan.off).add_(at_label, alpha=plan.off - plan.on)
         else:
-            torch.mul(at_label, -plan.on, out=block.rows)
+            torch.mul(at_label, -plan.on, out=rows)
 
 
 def _fill_both(plan: _Plan, blocks: Iterator[_Block]) -> None:
     """Write the losses and the gradient of their scaled sum."""
     work = None
     for block in blocks:
-        dim = block.dim
         assert block.gradient is not None
-        assert block.rows is not None
         assert plan.scale is not None
-        work = block.gradient if dim else _like(block, work)
-        z = block.logits if dim else work.copy_(block.logits)
-        peak, place = torch.amax(z, dim=dim), block.labels.unsqueeze(dim)
-        label_gap = z.gather(dim, place).squeeze(dim).neg_().add_(peak)
-        gaps = _mean_gap(z, peak, dim) if plan.off else None
-        torch.softmax(z, dim=dim, out=work)
-        log_p = torch.amax(work, dim=dim).log_()  # of the largest logit, whose gap is 0
-        torch.mul(label_gap.sub_(log_p), plan.on - plan.off, out=block.rows)
-        if gaps is not None:
-            block.rows.add_(gaps.sub_(log_p), alpha=plan.off * z.shape[dim])
-        slope = plan.scale * plan.mass
-        at_label = work.gather(dim, place).mul_(slope).sub_(plan.scale * plan.on)
-        # A constant plus a multiple, in one pass.
-        torch.add(torch.full((), -plan.scale * plan.off, dtype=work.dtype), work, alpha=slope, out=work)
-        work.scatter_(dim, place, at_label)
-        if block.counted is not None:
-            work.masked_fill_(~block.counted.unsqueeze(dim), 0)
-        if not dim:
-            block.gradient.copy_(work)
+        work = block.gradient if block.dim else _like(block, work)
+        z = block.logits if block.dim else work.copy_(block.logits)
+        total = _fill_softmax(plan, block, z, work)
+        _finish_gradient(plan, block, work, total, plan.scale)
+
+
+def _fill_gradient(plan: _Plan, factor: float, blocks: Iterator[_Block]) -> None:
+    """Write the gradient; `factor` is the upstream gradient of every row, if the block has none for each."""
+    work = None
+    for block in blocks:
+        assert block.gradient is not None
+        in_place = block.dim == 1 and block.logits.dtype in {torch.float32, torch.float64}
+        work = block.gradient if in_place else _like(block, work)
+        torch.softmax(block.logits if in_place else work.copy_(block.logits), dim=block.dim, out=work)
+        upstream = factor if block.rows is None else block.rows.unsqueeze(block.dim)
+        _finish_gradient(plan, block, work, _total(work, block.dim), upstream)
+
+
+def _fill_softmax(plan: _Plan, block: _Block, z: Tensor, work: Tensor) -> Tensor | None:
+    """Write the losses, and the softmax to `work`, which may be z; return the sums of the softmax, as `_total`."""
+    dim, rows = block.dim, block.rows
+    assert rows is not None
+    peak = torch.amax(z, dim=dim)
+    label_gap = z.gather(dim, block.labels.unsqueeze(dim)).squeeze(dim).neg_().add_(peak)
+    gaps = _mean_gap(z, peak, dim) if plan.off else None
+    torch.softmax(z, dim=dim, out=work)
+    total = _total(work, dim)
+    largest = torch.amax(work, dim=dim)
+    log_p = (largest if total is None else largest.div_(total.squeeze(dim))).log_()  # where the gap is 0
+    torch.mul(label_gap.sub_(log_p), plan.on - plan.off, out=rows)
+    if gaps is not None:
+        rows.add_(gaps.sub_(log_p), alpha=plan.off * z.shape[dim])
+    return total
+
+
+def _total(work: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."] | None:
+    """Return the sums of a softmax, None for 1: of many classes it is off, since `softmax` adds them in sequence."""
+    return torch.sum(work, dim=dim, keepdim=True) if work.shape[dim] > _SEQUENTIAL else None
 
 
 def _mean_gap(z: Float[Tensor, "..."], peak: Float[Tensor, " n"], dim: int) -> Float[Tensor, " n"]:
@@ -353,26 +391,27 @@ def _mean_gap(z: Float[Tensor, "..."], peak: Float[Tensor, " n"], dim: int) -> F
     return gap
 
 
-def _fill_gradient(plan: _Plan, factor: float, blocks: Iterator[_Block]) -> None:
-    work = None
-    for block in blocks:
-        assert block.gradient is not None
-        in_place = block.dim == 1 and block.logits.dtype in {torch.float32, torch.float64}
-        work = block.gradient if in_place else _like(block, work)
-        z = block.logits if in_place else work.copy_(block.logits)
-        torch.softmax(z, dim=block.dim, out=work)
-        place = block.labels.unsqueeze(block.dim)
-        at_label = work.gather(block.dim, place)
-        slope: Any = factor if block.rows is None else block.rows.unsqueeze(block.dim)
-        at_label = at_label.mul_(plan.mass).sub_(plan.on).mul_(slope)
-        work.mul_(slope * plan.mass)
+def _finish_gradient(
+    plan: _Plan, block: _Block, work: Tensor, total: Tensor | None, upstream: float | Float[Tensor, "..."]
+) -> None:
+    """Make the gradient of the softmax in `work`, and write it to the block."""
+    slope = upstream * plan.mass if total is None else upstream * plan.mass / total
+    constant = upstream * plan.off
+    place = block.labels.unsqueeze(block.dim)
+    at_label = work.gather(block.dim, place).mul_(slope).sub_(upstream * plan.on)
+    if isinstance(slope, Tensor):
+        work.mul_(slope)
         if plan.off:
-            work.sub_(slope * plan.off)
-        work.scatter_(block.dim, place, at_label)
-        if block.counted is not None:
-            work.masked_fill_(~block.counted.unsqueeze(block.dim), 0)
-        if not in_place:
-            block.gradient.copy_(work)
+            work.sub_(constant)
+    else:
+        # A constant plus a multiple, in one pass.
+        torch.add(torch.full((), -float(constant), dtype=work.dtype), work, alpha=slope, out=work)
+    work.scatter_(block.dim, place, at_label)
+    if block.counted is not None:
+        work.masked_fill_(~block.counted.unsqueeze(block.dim), 0)
+    if work is not block.gradient:
+        assert block.gradient is not None
+        block.gradient.copy_(work)
 
 
 def _like(block: _Block, work: Tensor | None) -> Tensor:

@@ -66,7 +66,7 @@ each_call = pytest.mark.parametrize(("labels", "options"), CALLS.values(), ids=C
 @pytest.fixture(autouse=True)
 def only_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compute plain smoothing in this way too; test_torch_lean.py has the other one."""
-    monkeypatch.setattr(lean, "_MOST_CLASSES", 0)
+    monkeypatch.setattr(lean, "_ENABLED", False)
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ WAYS: dict[str, dict[str, int]] = {
     "gradient with the loss": {"_SMALL": 0, "_BLOCK_SIZE": 64},
     "gradient after the loss": {"_SMALL": 0, "_BLOCK_SIZE": 64, "_LARGEST_KEPT": 0},
     "rows side by side": {"_SMALL": 0, "_BLOCK_SIZE": 64, "_FEW_CLASSES": 1000},
+    "many classes": {"_SMALL": 0, "_BLOCK_SIZE": 64, "_SEQUENTIAL": 0},
+    "many classes, after the loss": {"_SMALL": 0, "_BLOCK_SIZE": 64, "_SEQUENTIAL": 0, "_LARGEST_KEPT": 0},
     "classes side by side": {"_SMALL": 0, "_BLOCK_SIZE": 64, "_FEW_CLASSES": 0, "_LARGEST_KEPT": 0},
 }
 
@@ -131,6 +133,28 @@ def test_logits_that_are_not_finite(smoothing: float, value: float, way: str) ->
             torch.testing.assert_close(one, other, rtol=16 * 2.0**-23, atol=16 * 2.0**-23, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_gradient_may_overwrite_the_logits(layout: str, dtype: torch.dtype, way: str) -> None:
+    """With the same result, and any use of them raises then."""
+    shape, axis = LAYOUTS[layout]
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    labels = torch.zeros([size for i, size in enumerate(shape) if i != axis % len(shape)], dtype=torch.int64)
+    for reduction in ("mean", "none"):
+        options: dict[str, Any] = {"smoothing": 0.3, "axis": axis, "reduction": reduction}
+        _, expected = outcome(logits, labels, **options)
+        leaf = logits.clone().requires_grad_()
+        memory = leaf.data_ptr()
+        loss = label_smoothed_cross_entropy(leaf, labels, inplace_backward=True, **options)
+        factors = torch.linspace(1, 2, loss.numel()).view(loss.shape)
+        (gradient,) = torch.autograd.grad((loss * factors).sum(), leaf)
+        assert gradient.data_ptr() == memory
+        # One rounding more where the gradient is scaled after it was computed.
+        assert torch.all((gradient - expected).abs() <= 2 * torch.finfo(dtype).eps)
+        with pytest.raises(RuntimeError, match="overwritten by their gradient"):
+            leaf.sum()
+
+
 def test_ignored_rows_may_hold_anything(way: str) -> None:
     logits = LOGITS.clone()
     logits[3] = float("nan")
@@ -198,7 +222,7 @@ def test_what_is_kept(kept: list[torch.Tensor], way: str) -> None:
     large = [tensor for tensor in kept if tensor.shape == leaf.shape]
     assert all(tensor is leaf for tensor in large) == (way != "operations")
     gradient = getattr(loss.grad_fn, "gradient", None)
-    assert (gradient is not None) == (way in {"gradient with the loss", "rows side by side"})
+    assert (gradient is not None) == (way in {"gradient with the loss", "rows side by side", "many classes"})
     with torch.no_grad():
         assert getattr(label_smoothed_cross_entropy(leaf, LABELS).grad_fn, "gradient", None) is None
 

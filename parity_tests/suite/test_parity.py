@@ -60,7 +60,12 @@ def test_against_oracle(framework: str, name: str, dtype: str, parity_ledger: Re
 
 
 # Plain smoothing has three ways in torch; sizes and other options decide. Each must hold wherever it could be taken.
-WAYS = {"operations": {"_SMALL": 2**30}, "blocks": {"_SMALL": 0, "_BLOCK_SIZE": 64}, "sweeps": {"_MOST_CLASSES": 0}}
+WAYS: dict[str, dict[str, int]] = {
+    "operations": {"_SMALL": 2**30},
+    "blocks": {"_SMALL": 0, "_BLOCK_SIZE": 64},
+    "blocks of many classes": {"_SMALL": 0, "_BLOCK_SIZE": 64, "_SEQUENTIAL": 0},
+    "sweeps": {"_ENABLED": False},
+}
 
 
 @each_dtype
