@@ -2,6 +2,7 @@
 
     python -m benchmarks dense
     python -m benchmarks dense --framework jax --shape 1024x32768
+    python -m benchmarks dense --sizes small
     python -m benchmarks linear
     python -m benchmarks linear --scaling
     python -m benchmarks tpu
@@ -9,14 +10,22 @@
 
 `--write` keeps the figures in docs/figures and writes the tables into the pages. A framework is imported where it is
 measured, so that each can be measured without the other.
+
+torch is measured twice, with the default allocator of the C library and with one that keeps its pages. The first gives
+large pieces of memory back to the system, whose page faults may take most of the time of a loss. Many programs run with
+an allocator that does not, such as jemalloc, and there the ratios are others.
 """
 
 import importlib.metadata
 import importlib.util
 import json
 import os
+import platform
 import re
-from collections.abc import Callable
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -30,13 +39,25 @@ from benchmarks import report
 from benchmarks.timing import LinearShape, Row, Schedule, Shape
 from parity_tests.evidence.pages import write_block
 
-SHAPES = (Shape(1024, 32768), Shape(2048, 50257), Shape(8192, 1000), Shape(128, 1000))
+SHAPES = {
+    "large": (Shape(1024, 32768), Shape(2048, 50257), Shape(8192, 1000), Shape(128, 1000)),
+    "small": (Shape(32, 10), Shape(128, 1000), Shape(256, 1000), Shape(2**20, 4), Shape(4, 21, 2**16)),
+}
+# Calls of few logits take so little time that more of them count.
+FEW_LOGITS, MORE_CALLS = 2**18, 40
 QUICK_SHAPE = Shape(32, 1000)
 LINEAR_SHAPES = (LinearShape(2048, 512, 50257),)
 QUICK_LINEAR_SHAPE = LinearShape(32, 16, 1000)
 # Many times the rows of a chunk, so that what grows with their number would show.
 SCALING_SHAPES = tuple(LinearShape(rows, 64, 32768) for rows in (1024, 4096, 16384, 65536))
 QUICK_SCALING_SHAPES = tuple(LinearShape(rows, 16, 1000) for rows in (32, 64))
+
+# What makes the allocator of glibc keep its pages: it takes memory from the system in large pieces and returns none.
+KEPT_PAGES = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "MALLOC_TOP_PAD_": str(5 * 2**29),
+}
 
 # What lets the TPU compiler do without a TPU, and beside another program that uses it.
 TPU_ENVIRONMENT = {
@@ -52,10 +73,10 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 
 def _parse_shape(text: str) -> Shape:
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)(?:x([1-9]\d*))?", text)
     if match is None:
-        raise typer.BadParameter(f"must be like 1024x32768, got {text!r}.")
-    return Shape(int(match[1]), int(match[2]))
+        raise typer.BadParameter(f"must be like 1024x32768, or 4x21x65536 for images, got {text!r}.")
+    return Shape(int(match[1]), int(match[2]), int(match[3] or 1))
 
 
 def _parse_linear_shape(text: str) -> LinearShape:
@@ -70,10 +91,17 @@ WriteOption = Annotated[
     bool, typer.Option("--write", help="Keep the figures in docs/figures, and write the tables into the pages.")
 ]
 
-DOCS = Path(__file__).parents[1] / "docs"
+AllocatorOption = Annotated[
+    Literal["default", "kept", "both", "here"],
+    typer.Option(help="Of torch's memory: the default, one that keeps its pages, or that of this process as it is."),
+]
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 # Which page has which block of tables.
 PAGES = {
     "dense": "performance.md",
+    "small": "performance.md",
     "tpu": "performance.md",
     "linear": "linear.md",
     "scaling": "linear.md",
@@ -82,17 +110,19 @@ PAGES = {
 
 
 @app.command()
-def dense(
+def dense(  # noqa: PLR0913, PLR0917 - a command line has its options as arguments
     framework: Annotated[Literal["jax", "torch", "both"], typer.Option(help="What to measure.")] = "both",
+    sizes: Annotated[Literal["large", "small"], typer.Option(help="Which shapes.")] = "large",
     shape: Annotated[
         list[Shape] | None,
-        typer.Option(parser=_parse_shape, metavar="ROWSxCLASSES", help="Of the logits; may be repeated."),
+        typer.Option(parser=_parse_shape, metavar="ROWSxCLASSES[xPIXELS]", help="Of the logits; may be repeated."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often each loss has its turn.")] = 5,
-    calls: Annotated[int, typer.Option(min=1, help="Calls that count in a turn.")] = 3,
+    calls: Annotated[int, typer.Option(min=1, help="Calls that count in a turn; 40 times as many of few logits.")] = 3,
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Add torch.compile, which needs a C++ compiler.")
     ] = False,
+    allocator: AllocatorOption = "both",
     quick: Annotated[bool, typer.Option("--quick", help="A small shape and one round, to see that it runs.")] = False,
     json_file: JsonOption = None,
     write: WriteOption = False,
@@ -101,23 +131,52 @@ def dense(
     console, machine = Console(), report.describe_machine()
     report.print_machine(machine, console)
     console.print("÷: whose median is 1. A floor only writes a fresh array, as large as a gradient.\n")
-    shapes = shape or ([QUICK_SHAPE] if quick else SHAPES)
-    schedule = Schedule(1 if quick else rounds, calls)
-    measures: dict[str, Callable[[Shape, Schedule], list[Row]]] = {}
+    shapes = shape or ([QUICK_SHAPE] if quick else SHAPES[sizes])
+    rounds = 1 if quick else rounds
+    results: list[dict[str, Any]] = []
+
+    def measure(name: str, size: Shape, measured: Callable[[Shape, Schedule], list[Row]]) -> None:
+        few = size.logits_bytes <= 4 * FEW_LOGITS and not quick
+        rows = measured(size, Schedule(rounds, calls * MORE_CALLS if few else calls))
+        results.append({"framework": name, "shape": size.sizes, "rows": [_figures(r) for r in rows]})
+
     if framework != "torch":
         from benchmarks import dense_jax  # noqa: PLC0415
 
-        measures["jax"] = dense_jax.measure
-    if framework != "jax":
+        for size in shapes:
+            if size.pixels == 1:  # Optax has the classes last
+                measure("jax", size, dense_jax.measure)
+    if framework != "jax" and allocator in {"default", "both", "here"}:
         from benchmarks import dense_torch  # noqa: PLC0415
 
-        measures["torch"] = partial(dense_torch.measure, with_compiled=compiled)
-    results = []
-    for name, size in product(measures, shapes):
-        rows = measures[name](size, schedule)
-        report.print_table(report.dense_table(name, size, rows), console)
-        results.append({"framework": name, "shape": size, "rows": [_figures(row) for row in rows]})
-    _keep({"machine": machine, "dense": results}, json_file, write, console)
+        for size in shapes:
+            measure("torch", size, partial(dense_torch.measure, with_compiled=compiled))
+    if framework != "jax" and allocator in {"kept", "both"}:
+        given = [part for size in shapes for part in ("--shape", "x".join(map(str, size.sizes)))]
+        given += ["--rounds", str(rounds), "--calls", str(calls), *(["--compiled"] if compiled else [])]
+        results += _with_kept_pages("dense", [*given, *(["--quick"] if quick else [])])
+    figures = {"machine": machine, "small" if sizes == "small" else "dense": results}
+    for table in report.tables(figures):
+        report.print_table(table, console)
+    _keep(figures, json_file, write, console)
+
+
+def _with_kept_pages(command: str, arguments: Sequence[str]) -> list[dict[str, Any]]:
+    """Return what a command measures of torch in a process whose allocator keeps its pages; nothing without glibc."""
+    if platform.libc_ver()[0] != "glibc":
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "figures.json"
+        fixed = ["--framework", "torch", "--allocator", "here", "--json", str(file)]
+        subprocess.run(
+            [sys.executable, "-m", "benchmarks", command, *arguments, *fixed],
+            cwd=ROOT,
+            env=os.environ | KEPT_PAGES,
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+        results: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))[command]
+    return [result | {"allocator": "kept"} for result in results]
 
 
 @app.command()
@@ -129,6 +188,7 @@ def linear(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often each loss has its turn.")] = 5,
     calls: Annotated[int, typer.Option(min=1, help="Calls that count in a turn.")] = 1,
+    allocator: AllocatorOption = "both",
     scaling: Annotated[
         bool, typer.Option("--scaling", help="Of ours alone: time and memory for more and more rows.")
     ] = False,
@@ -148,7 +208,7 @@ def linear(
         from benchmarks import linear_jax  # noqa: PLC0415
 
         modules["jax"] = linear_jax
-    if framework != "jax":
+    if framework != "jax" and allocator != "kept":
         from benchmarks import linear_torch  # noqa: PLC0415
 
         modules["torch"] = linear_torch
@@ -157,14 +217,20 @@ def linear(
         shapes = QUICK_SCALING_SHAPES if quick else SCALING_SHAPES
         for name, module in modules.items():
             rows = module.measure_scaling(shapes, schedule)
-            report.print_table(report.scaling_table(name, shapes, rows), console)
             results.append({"framework": name, "shapes": shapes, "rows": [_figures(row) for row in rows]})
     else:
-        for name, size in product(modules, shape or ([QUICK_LINEAR_SHAPE] if quick else LINEAR_SHAPES)):
+        sizes = shape or ([QUICK_LINEAR_SHAPE] if quick else LINEAR_SHAPES)
+        for name, size in product(modules, sizes):
             rows = modules[name].measure(size, schedule)
-            report.print_table(report.linear_table(name, size, rows), console)
-            results.append({"framework": name, "shape": size, "rows": [_figures(row) for row in rows]})
-    _keep({"machine": machine, "scaling" if scaling else "linear": results}, json_file, write, console)
+            of_rows = [_figures(row) for row in rows]
+            results.append({"framework": name, "shape": size, "rows": of_rows})
+        if framework != "jax" and allocator in {"kept", "both"}:
+            given = [part for size in sizes for part in ("--shape", "x".join(map(str, size)))]
+            results += _with_kept_pages("linear", [*given, "--rounds", str(schedule.rounds), "--calls", str(calls)])
+    figures = {"machine": machine, "scaling" if scaling else "linear": results}
+    for table in report.tables(figures):
+        report.print_table(table, console)
+    _keep(figures, json_file, write, console)
 
 
 def _figures(row: Row) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 import lsce_jax
-from benchmarks.timing import Case, Row, Schedule, Shape, time_in_turns
+from benchmarks.timing import Case, Row, Schedule, Shape, make_rows, time_in_turns
 
 Logits, Labels, Scalar = Float[Array, "N K"], Int[Array, " N"], Float[Array, ""]
 
@@ -54,7 +54,7 @@ def measure(shape: Shape, schedule: Schedule) -> list[Row]:
     functions = {name: jax.value_and_grad(loss) for name, loss in LOSSES.items()} | FLOORS
     with jax.default_device(jax.devices("cpu")[0]):
         keys = jax.random.split(jax.random.key(0))
-        logits = jax.random.normal(keys[0], shape, jnp.float32)
+        logits = jax.random.normal(keys[0], shape.sizes, jnp.float32)
         labels = jax.random.randint(keys[1], shape[:1], 0, shape.classes)
         # The smoothing is an argument, so that no compiler can compute anything beforehand.
         arguments = (logits, labels, jnp.float32(0.1))
@@ -68,6 +68,6 @@ def measure(shape: Shape, schedule: Schedule) -> list[Row]:
             )
             for name, function in compiled.items()
         ]
-        seconds = time_in_turns(cases, schedule)
+        timed = time_in_turns(cases, schedule)
     memory = [function.memory_analysis().temp_size_in_bytes for function in compiled.values()]
-    return [Row(case.name, s, m, case.is_floor) for case, s, m in zip(cases, seconds, memory, strict=True)]
+    return make_rows(cases, timed, memory)

@@ -16,13 +16,14 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import lsce_torch
-from benchmarks.timing import Case, Row, Schedule, Shape, time_in_turns
+from benchmarks.timing import Case, Row, Schedule, Shape, make_rows, time_in_turns
 
 Logits, Labels = Float[Tensor, "N K"], Int[Tensor, " N"]
 LossFunction = Callable[[Logits, Labels], Any]
 
 SMOOTHED = partial(F.cross_entropy, label_smoothing=0.1)
-FUSED = partial(lsce_torch.label_smoothed_cross_entropy, smoothing=0.1, implementation="fused")
+OPTIONS = {"smoothing": 0.1, "axis": 1, "implementation": "fused"}
+FUSED = partial(lsce_torch.label_smoothed_cross_entropy, **OPTIONS)
 # What a trained model's logits have more at the label: their losses are close to 0, which takes a path of its own.
 CONFIDENCE = 30.0
 
@@ -34,18 +35,18 @@ def measure(shape: Shape, schedule: Schedule, with_compiled: bool) -> list[Row]:
     for case in cases:
         case.run(*case.arguments())  # compiles, and starts threads
         memory.append(peak_bytes(case))
-    seconds = time_in_turns(cases, schedule)
-    return [Row(case.name, s, m, case.is_floor) for case, s, m in zip(cases, seconds, memory, strict=True)]
+    timed = time_in_turns(cases, schedule)
+    return make_rows(cases, timed, memory)
 
 
 def make_cases(shape: Shape, with_compiled: bool) -> list[Case]:
     """Return what to time; the first two are what the others are compared with."""
     generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(shape.classes, shape[:1], generator=generator)
-    logits = torch.randn(shape, generator=generator).requires_grad_()
-    trained = logits.detach().clone()
-    trained[torch.arange(shape.rows), labels] += CONFIDENCE
-    trained.requires_grad_()
+    of_rows = (shape.rows, *shape.sizes[2:])
+    labels = torch.randint(shape.classes, of_rows, generator=generator)
+    logits = torch.randn(shape.sizes, generator=generator).requires_grad_()
+    place = labels.unsqueeze(1)
+    trained = logits.detach().scatter_add(1, place, torch.full(place.shape, CONFIDENCE)).requires_grad_()
 
     def loss(name: str, function: LossFunction, arguments: Callable[[], tuple[Any, ...]]) -> Case:
         return Case(name, partial(loss_and_gradient, function), arguments)
@@ -66,7 +67,7 @@ def make_cases(shape: Shape, with_compiled: bool) -> list[Case]:
         loss("lsce fused, trained logits", FUSED, lambda: (trained, labels)),
         loss(
             "lsce fused, with statistics",
-            partial(lsce_torch.label_smoothed_cross_entropy_with_stats, smoothing=0.1, implementation="fused"),
+            partial(lsce_torch.label_smoothed_cross_entropy_with_stats, **OPTIONS),
             plain,
         ),
         loss("lsce reference", partial(FUSED, implementation="reference"), plain),

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 import lsce_jax
 from benchmarks import dense_jax
-from benchmarks.timing import Case, LinearShape, Row, Schedule, time_in_turns
+from benchmarks.timing import Case, LinearShape, Row, Schedule, make_rows, time_in_turns
 
 Hidden, Weight = Float[Array, "N D"], Float[Array, "D K"]
 Labels, Scalar = Int[Array, " N"], Float[Array, ""]
@@ -101,5 +101,5 @@ def _measure(named: Sequence[tuple[str, Callable[..., Any], tuple[Array, ...]]],
                 is_floor=name in FLOORS,
             )
         )
-    seconds = time_in_turns(cases, schedule)
-    return [Row(case.name, s, m, case.is_floor) for case, s, m in zip(cases, seconds, memory, strict=True)]
+    timed = time_in_turns(cases, schedule)
+    return make_rows(cases, timed, memory)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import lsce_torch
 from benchmarks import dense_torch
-from benchmarks.timing import Case, LinearShape, Row, Schedule, time_in_turns
+from benchmarks.timing import Case, LinearShape, Row, Schedule, make_rows, time_in_turns
 from lsce_spec import ChunkOptions
 from lsce_torch.chunked import preferred_rows
 
@@ -105,5 +105,5 @@ def _measure(cases: Sequence[Case], schedule: Schedule) -> list[Row]:
     for case in cases:
         case.run(*case.arguments())  # starts threads
         memory.append(dense_torch.peak_bytes(case))
-    seconds = time_in_turns(cases, schedule)
-    return [Row(case.name, s, m, case.is_floor) for case, s, m in zip(cases, seconds, memory, strict=True)]
+    timed = time_in_turns(cases, schedule)
+    return make_rows(cases, timed, memory)

@@ -24,9 +24,10 @@ Figures = dict[str, Any]  # what a command writes as JSON
 
 LIBRARIES = ("lsce", "jax", "optax", "torch", "libtpu")
 TITLES = {"jax": "JAX under jit", "torch": "torch eager"}
+ALLOCATORS = {None: "", "kept": ", pages kept"}
 DENSE_HEADINGS = {
     "jax": ("median", "least", "÷ one-hot", "÷ integer", "temp MB", "ratio"),
-    "torch": ("median", "least", "÷ smoothed", "÷ plain", "peak, grads"),
+    "torch": ("median", "÷ smoothed", "÷ plain", "peak", "sys ms", "faults"),
 }
 DENSE_MEMORY = {
     "jax": "allocated beyond arguments and results",
@@ -34,7 +35,7 @@ DENSE_MEMORY = {
 }
 DENSE_LEGENDS = {
     "jax": f"temp: {DENSE_MEMORY['jax']}; its ratio is to one-hot's.",
-    "torch": f"peak: {DENSE_MEMORY['torch']}, in gradients' sizes.",
+    "torch": f"peak: {DENSE_MEMORY['torch']}, in gradients' sizes.\nsys, faults: time in the system and page faults.",
 }
 LINEAR_BASELINES = {"jax": "lse form", "torch": "F.cross_entropy, smoothed"}
 LINEAR_RATIOS = {"jax": "÷ lse", "torch": "÷ ce"}
@@ -104,10 +105,10 @@ def _as_text(machine: dict[str, Any]) -> str:
 
 def tables(figures: Figures) -> Iterator[Table]:
     """Yield the tables of what one command measured."""
-    for result in figures.get("dense", ()):
-        yield dense_table(result["framework"], Shape(*result["shape"]), _rows(result))
+    for result in (*figures.get("dense", ()), *figures.get("small", ())):
+        yield dense_table(result["framework"], Shape(*result["shape"]), _rows(result), result.get("allocator"))
     for result in figures.get("linear", ()):
-        yield linear_table(result["framework"], LinearShape(*result["shape"]), _rows(result))
+        yield linear_table(result["framework"], LinearShape(*result["shape"]), _rows(result), result.get("allocator"))
     for result in figures.get("scaling", ()):
         yield scaling_table(result["framework"], [LinearShape(*shape) for shape in result["shapes"]], _rows(result))
     if "tpu" in figures:
@@ -117,30 +118,31 @@ def tables(figures: Figures) -> Iterator[Table]:
 
 
 def _rows(result: dict[str, Any]) -> list[Row]:
-    return [Row(**{name: row[name] for name in Row._fields}) for row in result["rows"]]
+    return [Row(**{name: row[name] for name in Row._fields if name in row}) for row in result["rows"]]
 
 
-def dense_table(framework: str, shape: Shape, rows: Sequence[Row]) -> Table:
+def dense_table(framework: str, shape: Shape, rows: Sequence[Row], allocator: str | None = None) -> Table:
     """Return times and memory, and their ratios to the first two rows."""
-    logits_bytes = 4 * shape.rows * shape.classes
+    logits_bytes = shape.logits_bytes
     smoothed, plain = rows[:2]
     of_memory = (smoothed.memory or 1) if framework == "jax" else logits_bytes
     cells = [
         (
-            *_times_of(row),
+            *(_times_of(row) if framework == "jax" else _times_of(row)[:2]),
             f"{row.milliseconds / smoothed.milliseconds:.2f}",
             f"{row.milliseconds / plain.milliseconds:.2f}",
             *([_mb(row.memory)] if framework == "jax" else []),
             f"{row.memory / of_memory:.2f}",
+            *([] if framework == "jax" else [_three_digits(row.system_ms), f"{row.faults:.0f}"]),
         )
         for row in rows
     ]
-    title = f"{TITLES[framework]} on the CPU, float32, {_times(shape)} ({_mb(logits_bytes)} MB)"
+    title = f"{TITLES[framework]}{ALLOCATORS[allocator]}, float32, {_times(shape.sizes)} ({_mb(logits_bytes)} MB)"
     headings = ("loss and gradient, ms", *DENSE_HEADINGS[framework])
     return Table(title, headings, cells, DENSE_LEGENDS[framework], _num_floors(rows))
 
 
-def linear_table(framework: str, shape: LinearShape, rows: Sequence[Row]) -> Table:
+def linear_table(framework: str, shape: LinearShape, rows: Sequence[Row], allocator: str | None = None) -> Table:
     """Return times and memory, and their ratios to a loss that has all logits in memory."""
     baseline = next(row for row in rows if row.name == LINEAR_BASELINES[framework])
     floor = next(row for row in rows if row.is_floor)
@@ -154,7 +156,8 @@ def linear_table(framework: str, shape: LinearShape, rows: Sequence[Row]) -> Tab
         )
         for row in rows
     ]
-    title = f"{TITLES[framework]} on the CPU, float32, {_times(shape)} (logits: {_mb(shape.logits_bytes)} MB)"
+    logits = f"logits: {_mb(shape.logits_bytes)} MB"
+    title = f"{TITLES[framework]}{ALLOCATORS[allocator]}, float32, {_times(shape)} ({logits})"
     ratios = (LINEAR_RATIOS[framework], "÷ floor", LINEAR_MEMORY[framework], "ratio")
     headings = ("layer, loss, gradients, ms", "median", "least", *ratios)
     return Table(title, headings, cells, LINEAR_LEGENDS[framework], _num_floors(rows))
@@ -238,7 +241,7 @@ def page_blocks(figures: Figures) -> dict[str, str]:
     """Return the Markdown of what one command measured, for each of its blocks: "dense", "linear" and so on."""
     machine = figures["machine"]
     blocks = {
-        "dense": [_dense_page(framework, group) for framework, group in _by_framework(figures.get("dense", ()))],
+        **{name: [_dense_page(group) for group in _grouped(figures.get(name, ()))] for name in ("dense", "small")},
         "linear": list(tables({"linear": figures.get("linear", ())})),
         "scaling": list(tables({"scaling": figures.get("scaling", ())})),
     }
@@ -253,27 +256,45 @@ def page_blocks(figures: Figures) -> dict[str, str]:
 
 
 def _command(block: str) -> str:
-    arguments = {"scaling": "linear --scaling", "tpu linear": "tpu"}.get(block, block)
-    return f".venv/bin/python -m benchmarks {arguments} --write"
+    options = {"small": "dense --sizes small", "scaling": "linear --scaling", "tpu linear": "tpu"}
+    return f".venv/bin/python -m benchmarks {options.get(block, block)} --write"
 
 
-def _by_framework(results: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
-    frameworks = dict.fromkeys(result["framework"] for result in results)
-    return [(name, [result for result in results if result["framework"] == name]) for name in frameworks]
+def _grouped(results: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Return the results of each framework and allocator."""
+
+    def kind(result: dict[str, Any]) -> tuple[str, str | None]:
+        return result["framework"], result.get("allocator")
+
+    return [[result for result in results if kind(result) == each] for each in dict.fromkeys(map(kind, results))]
 
 
-def _dense_page(framework: str, results: Sequence[dict[str, Any]]) -> Table:
-    """Return the times at each shape relative to the first loss, and the memory at the first shape."""
+def _dense_page(results: Sequence[dict[str, Any]]) -> Table:
+    """Return the times at each shape relative to the first loss, with their spread, and the memory at the first."""
+    framework, allocator = results[0]["framework"], results[0].get("allocator")
     by_shape = [_rows(result) for result in results]
     cells = []
     for i, row in enumerate(by_shape[0]):
-        ratios = [rows[i].milliseconds / rows[0].milliseconds for rows in by_shape]
-        milliseconds = [f" ({_three_digits(rows[0].milliseconds)} ms)" if i == 0 else "" for rows in by_shape]
-        times = [f"{ratio:.2f}{time}" for ratio, time in zip(ratios, milliseconds, strict=True)]
+        times = []
+        for rows in by_shape:
+            ratio = f"{rows[i].milliseconds / rows[0].milliseconds:.2f}"
+            least, largest = _spread(rows[i], rows[0])
+            times.append(
+                f"{ratio} ({least:.2f}-{largest:.2f})" if i else f"1 ({_three_digits(rows[0].milliseconds)} ms)"
+            )
         cells.append((row.name, *times, f"{_mb(row.memory)} MB"))
     shapes = [_times(result["shape"]) for result in results]
     headings = ("time, relative to the first", *shapes, f"memory, {shapes[0]}")
-    return Table(f"{TITLES[framework]} on the CPU, float32", headings, cells, f"memory: {DENSE_MEMORY[framework]}.")
+    legend = (
+        f"In brackets: least and largest of {len(by_shape[0][0].seconds)} rounds. Memory: {DENSE_MEMORY[framework]}."
+    )
+    return Table(f"{TITLES[framework]}{ALLOCATORS[allocator]}, float32", headings, cells, legend)
+
+
+def _spread(row: Row, first: Row) -> tuple[float, float]:
+    """Return the least and the largest ratio of a round."""
+    ratios = [one / other for one, other in zip(row.seconds, first.seconds, strict=True)]
+    return min(ratios), max(ratios)
 
 
 def markdown(table: Table) -> str:

@@ -5,17 +5,29 @@ ratios. One call of each, round after round: a call starts with the memory as th
 for what that one freed. So in each round each takes several calls in a row, of which the first does not count.
 """
 
+import resource
 import time
 from collections.abc import Callable, Sequence
-from statistics import median
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 
 class Shape(NamedTuple):
-    """Of the logits."""
+    """Of the logits: [rows, classes], or [rows, classes, pixels] if there is more than one pixel."""
 
     rows: int
     classes: int
+    pixels: int = 1
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The dimensions."""
+        return self[: 2 + (self.pixels > 1)]
+
+    @property
+    def logits_bytes(self) -> int:
+        """What the logits take in float32."""
+        return 4 * self.rows * self.classes * self.pixels
 
 
 class LinearShape(NamedTuple):
@@ -52,40 +64,77 @@ class Case(NamedTuple):
     is_floor: bool = False  # whether it does less than a loss must
 
 
+class Timed(NamedTuple):
+    """What was measured of the calls of a case that count."""
+
+    seconds: list[float]  # the median of each round
+    least_seconds: float
+    system_ms: float  # of a call, on average, in the system, as for page faults
+    faults: float  # page faults of a call, on average
+
+
 class Row(NamedTuple):
     """What was measured of a case."""
 
     name: str
-    seconds: list[float]
+    seconds: list[float]  # the median of each round
+    least_seconds: float
     memory: int  # bytes beyond arguments; in JAX beyond results too
     is_floor: bool
+    # As in `Timed`; 0 in records that are older.
+    system_ms: float = 0.0
+    faults: float = 0.0
 
     @property
     def milliseconds(self) -> float:
-        """The median."""
+        """The median of the rounds."""
         return 1e3 * median(self.seconds)
 
     @property
     def least_milliseconds(self) -> float:
-        """The least: far below the median where another program was in the way."""
-        return 1e3 * min(self.seconds)
+        """The least of all calls: far below the median where another program was in the way."""
+        return 1e3 * self.least_seconds
 
 
-def time_in_turns(cases: Sequence[Case], schedule: Schedule) -> list[list[float]]:
-    """Return the seconds of each call that counts, of each case."""
-    seconds: list[list[float]] = [[] for _ in cases]
+def time_in_turns(cases: Sequence[Case], schedule: Schedule) -> list[Timed]:
+    """Return what was measured of each case."""
+    rounds: list[list[list[_Call]]] = [[] for _ in cases]
     for _ in range(schedule.rounds):
-        for case, kept in zip(cases, seconds, strict=True):
-            times = [_time_once(case) for _ in range(1 + schedule.calls)]
-            kept.extend(times[1:])
-    return seconds
+        for case, of_case in zip(cases, rounds, strict=True):
+            of_case.append([_call(case) for _ in range(1 + schedule.calls)][1:])
+    return [_timed(of_case) for of_case in rounds]
 
 
-def _time_once(case: Case) -> float:
+class _Call(NamedTuple):
+    seconds: float
+    system_seconds: float
+    faults: int
+
+
+def _timed(rounds: Sequence[Sequence[_Call]]) -> Timed:
+    calls = [call for one in rounds for call in one]
+    return Timed(
+        seconds=[median(call.seconds for call in one) for one in rounds],
+        least_seconds=min(call.seconds for call in calls),
+        system_ms=1e3 * fmean(call.system_seconds for call in calls),
+        faults=fmean(call.faults for call in calls),
+    )
+
+
+def make_rows(cases: Sequence[Case], timed: Sequence[Timed], memory: Sequence[int]) -> list[Row]:
+    """Return the rows of a table."""
+    measured = zip(cases, timed, memory, strict=True)
+    return [
+        Row(case.name, of.seconds, of.least_seconds, size, case.is_floor, of.system_ms, of.faults)
+        for case, of, size in measured
+    ]
+
+
+def _call(case: Case) -> _Call:
     # The result lives until the time is taken, and goes with this call.
     arguments = case.arguments()
-    start = time.perf_counter()
+    before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     result = case.run(*arguments)
-    seconds = time.perf_counter() - start
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
     del result
-    return seconds
+    return _Call(seconds, after.ru_stime - before.ru_stime, after.ru_minflt - before.ru_minflt)

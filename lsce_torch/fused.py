@@ -6,6 +6,7 @@ a few sums over the classes. With m the largest logit and L = log sum_k exp(z_k 
     loss = on w_y (m - z_y) + off sum_{k != y} w_k (m - z_k) + S L + z_loss (m + L)^2 - H(q)
 
 and the gradient, (S + 2 z_loss (m + L)) p - w q, comes from the logits in a second sweep. `sweeps.py` has both sweeps.
+Plain smoothing on the CPU takes `lean.py` instead where it can.
 
 `_RowLosses` makes them differentiable, with a rule for vmap (the new dimension becomes one of rows) and forward mode.
 Second derivatives, forward mode and torch.compile use `plain.py`: the same sums and gradients in plain operations,

@@ -9,9 +9,10 @@ below 1 would feel. So either the entropy of the target, below which no loss can
 themselves are.
 
 A few logits take torch's own operations, whose derivatives run in C++: starting operations is all the time they take.
-More of them take blocks of rows, and keep nothing as large as the logits: `backward` computes the softmax again. In a
-block of few classes, or of images, the rows lie side by side and not the classes, so that the processor takes many rows
-at a time.
+More of them take blocks of rows. The gradient of a sum or mean is computed with the loss, from the same softmax, and
+kept until `backward`, unless it is large or narrow: then `backward` computes the softmax again, and nothing as large as
+the logits is kept. In a block of few classes, or of images, the rows lie side by side and not the classes, so that the
+processor takes many rows at a time.
 """
 
 import math
@@ -34,12 +35,14 @@ from lsce_torch.threads import in_threads
 
 # Tests compute plain smoothing by the sweeps as well.
 _ENABLED = True
-# Up to this many logits, starting operations takes all the time.
-_SMALL = 2**14
+# Up to this many logits, starting operations takes much of the time.
+_SMALL = 2**18
 # Up to this many classes the sums of `softmax` and `log_softmax`, which are sequential, are accurate enough.
 _SEQUENTIAL = 2**11
 # With fewer classes than this, the rows of a block lie side by side.
 _FEW_CLASSES = 32
+# Fewer logits of rows that lie side by side are no block of their own.
+_SMALLEST_GROUP = 2**14
 # Logits of a block: 2 MiB in float32.
 _BLOCK_SIZE = 2**19
 # Up to this many logits the gradient is computed with the loss, and kept until `backward`.
@@ -57,33 +60,43 @@ class _Plan(NamedTuple):
     off: float
     mass: float  # sum of the target
     scale: float | None  # factor of the sum of the losses, or None for the losses
+    least: float  # the least loss that is accurate; 0 if any that this target can have is
 
 
 def loss(batch: Batch, options: LossOptions, divisor: float | Tensor) -> Float[Tensor, "..."] | None:
     """Return the loss, reduced as asked, or None if this is not the way to compute it."""
-    if isinstance(divisor, Tensor) or not _is_plain(batch, options):
+    plan = _make_plan(batch, options, divisor) if _is_plain(batch, options) else None
+    if plan is None:
         return None
-    on, off, entropy = _weights(options.convention, options.smoothing, batch.logits.shape[-1])
-    if not on >= off >= 0 or 0 < off < torch.finfo(batch.dtype).tiny:
-        return None
-    scale = None if options.reduction == "none" else 1 / divisor
-    plan = _Plan(on, off, on + off * (batch.logits.shape[-1] - 1), scale)
-    check = entropy < _ACCURATE * plan.mass
+    if batch.counted is not None and bool(batch.counted.all()):
+        batch = batch._replace(counted=None)
     unusual = batch.counted is not None or batch.overwritten is not None
     if batch.logits.numel() <= _SMALL and batch.logits.shape[-1] <= _SEQUENTIAL and not unusual:
-        return _composite(batch, plan, check=check)
+        return _composite(batch, plan)
     if _layout(batch.logits) is None:
         return None
     # A narrow gradient would be rounded before it is scaled, and a large one would take memory early.
     pays = batch.logits.dtype == batch.dtype and plan.scale is not None and batch.logits.numel() <= _LARGEST_KEPT
     with_gradient = pays and batch.logits.requires_grad and torch.is_grad_enabled() and batch.overwritten is None
     rows, gradient = _rows_and_gradient(batch.logits, batch.labels, batch.counted, plan, with_gradient=with_gradient)
-    if check and not _all_at_least(rows, batch.counted, _ACCURATE * plan.mass):
+    if not _are_accurate(rows, batch.counted, plan):
         return None
-    result: Tensor = _PlainLosses.apply(
-        batch.logits, rows, batch.labels, batch.counted, plan, gradient, batch.overwritten
-    )  # type: ignore[no-untyped-call]
+    arguments = batch.logits, rows, batch.labels, batch.counted, plan, gradient, batch.overwritten
+    result: Tensor = _PlainLosses.apply(*arguments)  # type: ignore[no-untyped-call]
     return result
+
+
+def _make_plan(batch: Batch, options: LossOptions, divisor: float | Tensor) -> _Plan | None:
+    """Return what is the same for all rows, or None if the target or the divisor is unusual."""
+    if isinstance(divisor, Tensor):
+        divisor = 0.0 if divisor.requires_grad or not has_memory(divisor) else divisor.item()
+    on, off, entropy = _weights(options.convention, options.smoothing, batch.logits.shape[-1])
+    if not divisor or not on >= off >= 0 or 0 < off < torch.finfo(batch.dtype).tiny:
+        return None
+    mass = on + off * (batch.logits.shape[-1] - 1)
+    least = _ACCURATE * mass
+    scale = None if options.reduction == "none" else 1 / divisor
+    return _Plan(on, off, mass, scale, 0.0 if entropy >= least else least)
 
 
 def _is_plain(batch: Batch, options: LossOptions) -> bool:
@@ -109,15 +122,17 @@ def _weights(convention: Convention, smoothing: float, num_classes: int) -> tupl
     return on, off, -sum(number * value * math.log(value) for value, number in values if value > 0)
 
 
-def _all_at_least(losses: Tensor, counted: Tensor | None, least: float) -> bool:
-    """Whether all losses that count are at least that large; False if one is NaN."""
+def _are_accurate(losses: Tensor, counted: Tensor | None, plan: _Plan, factor: float = 1.0) -> bool:
+    """Whether all losses that count, times a factor, are large enough; not if one is NaN."""
+    if not plan.least:
+        return True
     if counted is not None:
         losses = losses.masked_fill(~counted, torch.inf)
-    return bool(torch.amin(losses.detach()).item() >= least)
+    return bool(torch.amin(losses.detach()).item() >= plan.least * factor)
 
 
-def _composite(batch: Batch, plan: _Plan, *, check: bool) -> Float[Tensor, "..."] | None:
-    """Return the loss by torch's own operations, or None if it is small and to be checked."""
+def _composite(batch: Batch, plan: _Plan) -> Float[Tensor, "..."] | None:
+    """Return the loss by torch's own operations, or None if it is not accurate."""
     logits, labels, num_classes = batch.logits, batch.labels, batch.logits.shape[-1]
     if logits.ndim != 2:
         logits, labels = logits.reshape(-1, num_classes), labels.reshape(-1)
@@ -125,9 +140,9 @@ def _composite(batch: Batch, plan: _Plan, *, check: bool) -> Float[Tensor, "..."
     scale = 1 if plan.scale is None else plan.scale
     # As a weight of the classes the factor takes no operation of its own, forward or backward.
     factor = log_p.new_full((num_classes,), (plan.on - plan.off) * scale)
-    by_row = check or plan.scale is None
+    by_row = plan.scale is None or plan.least > 0
     losses = F.nll_loss(log_p, labels, factor, reduction="none" if by_row else "sum")
-    if check and not _all_at_least(losses, None, _ACCURATE * plan.mass * scale):
+    if not _are_accurate(losses, None, plan, scale):
         return None
     if plan.scale is None:
         return (losses - plan.off * log_p.sum(dim=-1) if plan.off else losses).reshape(batch.batch_shape)
@@ -229,7 +244,7 @@ def _layout(logits: Float[Tensor, "*batch K"]) -> _Layout | None:
     for place in range(logits.ndim - 2, -1, -1):
         if logits.movedim(-1, place).is_contiguous():
             layout = _Layout(math.prod(shape[:place]), num_classes, math.prod(shape[place:]), place)
-            return layout if layout.before == 1 or layout.after * num_classes >= _SMALL else None
+            return layout if layout.before == 1 or layout.after * num_classes >= _SMALLEST_GROUP else None
     return None
 
 

@@ -167,6 +167,22 @@ def test_ignored_rows_may_hold_anything(way: str) -> None:
         assert gradient.isfinite().all()
 
 
+def test_ignored_rows_of_a_mean(way: str) -> None:
+    """Their number, a tensor, is read; one that needs a gradient takes another way."""
+    leaf = LOGITS.clone().requires_grad_()
+    assert is_lean(label_smoothed_cross_entropy(leaf, LABELS, ignore_index=2))
+    assert is_lean(label_smoothed_cross_entropy(leaf, LABELS, ignore_index=-100))
+    assert is_lean(label_smoothed_cross_entropy(leaf, LABELS, denominator=torch.tensor(4.0)))
+    denominator = torch.tensor(4.0, requires_grad=True)
+    loss = label_smoothed_cross_entropy(leaf, LABELS, denominator=denominator)
+    assert not is_lean(loss)
+    (slope,) = torch.autograd.grad(loss, denominator)
+    assert abs(slope + loss / 4) < 1e-6
+    nothing = label_smoothed_cross_entropy(leaf, LABELS, where=torch.zeros(6, dtype=torch.bool))
+    assert nothing == 0
+    assert torch.all(torch.autograd.grad(nothing, leaf)[0] == 0)
+
+
 def test_bad_labels_take_another_way(way: str) -> None:
     labels = LABELS.clone()
     labels[1] = 5
@@ -249,10 +265,10 @@ def test_options_with_a_part_of_their_own_take_another_way(options: dict[str, An
 
 def test_many_small_groups_of_rows_take_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """A block for each would take longer; so would logits in no order of the dimensions."""
+    monkeypatch.setattr(lean, "_SMALL", 0)
     logits = torch.randn(2000, 5, 4, requires_grad=True)
     labels = torch.zeros(2000, 4, dtype=torch.int64)
     assert not is_lean(label_smoothed_cross_entropy(logits, labels, axis=1))
-    monkeypatch.setattr(lean, "_SMALL", 0)
     strided = torch.randn(12, 10, requires_grad=True)[::2, ::2]
     assert not is_lean(label_smoothed_cross_entropy(strided, LABELS))
     assert_as_reference(strided.detach(), LABELS, smoothing=0.1)
