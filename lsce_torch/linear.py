@@ -5,6 +5,7 @@ from typing import Unpack
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from lsce_spec import LINEAR_IMPLEMENTATIONS, ChunkOptions, LossOptions, check_layer
@@ -119,11 +120,18 @@ def _evaluate(
     logits = layer.hidden.new_zeros(1).expand(*layer.hidden.shape[:-1], num_classes)
     batch, divisor = mean_divisor(prepare(logits, labels, options, keywords), options, keywords["denominator"])
     chunkable = fused.why_reference(batch, options, with_stats) is None and not any(map(is_wrapper, layer))
+    # The operator that torch.compile takes has neither forward mode nor a rule for vmap.
+    chunkable = chunkable and not (torch.compiler.is_compiling() and _is_transformed())
     if options.implementation == "chunked" and batch.labels.numel() and chunkable:
         losses, stats = chunked.losses(batch, layer, options, chunks, with_stats)
     else:
         losses, stats = reference.row_losses(batch._replace(logits=_all_logits(layer, batch)), options, with_stats)
     return reduce_losses(losses, options, divisor), stats
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of torch.func or forward mode is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _prepare_layer(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> tuple[Layer, int]:

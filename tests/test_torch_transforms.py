@@ -221,6 +221,19 @@ def test_three_transforms(loss: str, inner: str, middle: str, outer: str) -> Non
     assert_as_plain(loss, inner, middle, outer)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vjp", "jvp", "vmap", "dual", "jacfwd", "jacrev", "hessian"])
+@pytest.mark.parametrize("loss", ["fused", "linear, sum", "linear, none"])
+def test_compiled_transform(loss: str, name: str) -> None:
+    """The operator of the linear loss has no rules for transforms: within one, its plain operations are compiled."""
+    function, plain = LOSSES[loss]
+    torch._dynamo.reset()
+    actual, expected = torch.compile(TRANSFORMS[name](function), backend="aot_eager")(POINT), _evaluated(plain, (name,))
+    assert isinstance(expected, torch.Tensor)
+    assert actual.shape == expected.shape
+    assert torch.max(torch.abs(actual - expected)) <= TOLERANCE * torch.max(torch.abs(expected))
+
+
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_a_wrong_loss_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LOSSES, "wrong", (lambda logits: (1 + 1e-11) * plain_losses(logits), plain_losses))
