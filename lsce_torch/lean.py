@@ -91,7 +91,9 @@ def _make_plan(batch: Batch, options: LossOptions, divisor: float | Tensor) -> _
     if isinstance(divisor, Tensor):
         divisor = 0.0 if divisor.requires_grad or not has_memory(divisor) else divisor.item()
     on, off, entropy = _weights(options.convention, options.smoothing, batch.logits.shape[-1])
-    if not divisor or not on >= off >= 0 or 0 < off < torch.finfo(batch.dtype).tiny:
+    # A factor of 0 makes NaN of an infinite -log p, as one does that is rounded to 0.
+    smallest = torch.finfo(batch.dtype).tiny
+    if not divisor or not on - off >= smallest or not (off == 0 or off >= smallest):
         return None
     mass = on + off * (batch.logits.shape[-1] - 1)
     least = _ACCURATE * mass
@@ -106,12 +108,20 @@ def _is_plain(batch: Batch, options: LossOptions) -> bool:
         return False
     if options.z_loss or options.softcap is not None or options.subtract_entropy or options.convention.at_max:
         return False
-    tensors = (batch.bad, batch.prior, batch.class_weight, batch.class_mask)
+    tensors = (batch.prior, batch.class_weight, batch.class_mask)
     if batch.soft or not isinstance(batch.smoothing, float) or any(tensor is not None for tensor in tensors):
         return False
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return has_memory(logits)
+    return has_memory(logits) and not _any(batch.bad)
+
+
+def _any(bad: Bool[Tensor, "*batch"] | None) -> bool:
+    """Whether any row is bad, or may be: fake tensors have no values."""
+    try:
+        return bad is not None and bool(bad.any())
+    except RuntimeError:
+        return True
 
 
 @lru_cache(256)
@@ -399,10 +409,11 @@ def _total(work: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."] | None:
 def _mean_gap(z: Float[Tensor, "..."], peak: Float[Tensor, " n"], dim: int) -> Float[Tensor, " n"]:
     """Return the mean of m - z over the classes."""
     gap = torch.mean(z, dim=dim).neg_().add_(peak)
-    least, largest = (value.item() for value in torch.aminmax(peak))
     # If logits are large beside their differences, the difference of the means would round them away.
-    if not max(-least, largest) * _MOST_CANCELLED <= 1 + torch.amin(gap).item():
-        gap = torch.mean(peak.unsqueeze(dim) - z, dim=dim)
+    is_enough = peak.abs().mul_(_MOST_CANCELLED) <= gap + 1
+    if not is_enough.all():
+        # Chosen for each row, so that no row changes the result of another.
+        gap = torch.where(is_enough, gap, torch.mean(peak.unsqueeze(dim) - z, dim=dim))
     return gap
 
 

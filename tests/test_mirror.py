@@ -92,6 +92,7 @@ ONLY_IN_JAX = {
 ONLY_IN_TORCH = {
     "inputs.py": {"_as_tensor", "check_tensor", "dtype_name"},
     "functional.py": {"_checked_options", "_options_of"},
+    "linear.py": {"_is_transformed"},
     "reference.py": {"as_tensor"},
     "keywords.py": {"_Counted", "_Terms", "_Reduction", "_Memory"},
 }
