@@ -16,6 +16,7 @@ Second derivatives and forward mode take all logits at once, in plain operations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -130,7 +131,8 @@ def _selected(batch: Batch, index: Int[Tensor, " n"]) -> Batch:
     smoothing = batch.smoothing
     if isinstance(smoothing, Tensor):
         smoothing = smoothing.reshape(-1, 1)[index]
-    return batch._replace(
+    return replace(
+        batch,
         logits=batch.logits.new_zeros(1).expand(index.numel(), batch.logits.shape[-1]),
         labels=batch.labels.reshape(-1)[index],
         smoothing=smoothing,

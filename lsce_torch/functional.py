@@ -4,7 +4,7 @@ One function takes every option: options are plain Python values, so an unused o
 """
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import lru_cache
 from typing import Any, Unpack
 
@@ -142,7 +142,7 @@ def _evaluate(
     check_inplace(keywords)
     batch = prepare(logits, labels, options, keywords)
     if keywords["inplace_backward"]:
-        batch = batch._replace(overwritten=tensors_to_overwrite(logits))
+        batch = replace(batch, overwritten=tensors_to_overwrite(logits))
     batch, divisor = mean_divisor(batch, options, keywords["denominator"])
     if options.implementation == "fused" and not with_stats:
         loss = lean.loss(batch, options, divisor)

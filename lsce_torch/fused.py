@@ -82,7 +82,7 @@ def why_reference(batch: Batch, options: LossOptions, with_stats: bool) -> str |
     """Return why only the reference can compute this call, or None."""
     if batch.logits.device.type == "jax":
         return "the logits are JAX's, through torchax, which cannot write into what it is given"
-    if any(map(is_wrapper, batch)):
+    if not torch.compiler.is_compiling() and any(map(is_wrapper, vars(batch).values())):
         return "one of the tensors stands for others, and its results cannot be written into plain tensors"
     for name in ("class_weight", "prior"):
         vector = getattr(batch, name)

@@ -6,7 +6,8 @@ not count and those whose label is bad. So no implementation handles axes, ignor
 
 import weakref
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -33,7 +34,8 @@ from lsce_torch.errors import error
 _DTYPE_NAMES = {getattr(torch, name): name for name in (*FLOATING, *INTEGER)}
 
 
-class Batch(NamedTuple):
+@dataclass  # to freeze it would take longer than an operation
+class Batch:
     """The tensors of one call, classes last.
 
     Args:
@@ -83,7 +85,7 @@ class Batch(NamedTuple):
             # Rows that do not count must give the smoothing a derivative of 0. The entropy's is infinite at 0.
             smoothing = torch.where(counted[..., None], smoothing, 0.5)
         bad = None if self.bad is None else self.bad & counted
-        return self._replace(counted=counted, smoothing=smoothing, bad=bad)
+        return replace(self, counted=counted, smoothing=smoothing, bad=bad)
 
 
 def compute_dtype(logits: Tensor) -> torch.dtype:

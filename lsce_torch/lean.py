@@ -17,6 +17,7 @@ processor takes many rows at a time.
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache, partial
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -69,7 +70,7 @@ def loss(batch: Batch, options: LossOptions, divisor: float | Tensor) -> Float[T
     if plan is None:
         return None
     if batch.counted is not None and bool(batch.counted.all()):
-        batch = batch._replace(counted=None)
+        batch = replace(batch, counted=None)
     unusual = batch.counted is not None or batch.overwritten is not None
     if batch.logits.numel() <= _SMALL and batch.logits.shape[-1] <= _SEQUENTIAL and not unusual:
         return _composite(batch, plan)

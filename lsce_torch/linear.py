@@ -1,5 +1,6 @@
 """The last linear layer and the loss in one: no tensor holds all logits."""
 
+from dataclasses import replace
 from typing import Unpack
 
 import torch
@@ -125,7 +126,7 @@ def _evaluate(
     if options.implementation == "chunked" and batch.labels.numel() and chunkable:
         losses, stats = chunked.losses(batch, layer, options, chunks, with_stats)
     else:
-        losses, stats = reference.row_losses(batch._replace(logits=_all_logits(layer, batch)), options, with_stats)
+        losses, stats = reference.row_losses(replace(batch, logits=_all_logits(layer, batch)), options, with_stats)
     return reduce_losses(losses, options, divisor), stats
 
 
