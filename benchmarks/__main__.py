@@ -251,7 +251,7 @@ def tpu(json_file: JsonOption = None, write: WriteOption = False) -> None:
     console.print()
     figures = {
         "machine": machine,
-        "tpu shape": compiled.SHAPE,
+        "tpu shape": compiled.SHAPE.sizes,
         "tpu": [cost._asdict() for cost in compiled.measure()],
         "tpu linear shape": compiled.LINEAR_SHAPE,
         "tpu linear chunk bytes": compiled.linear_chunk_bytes(),

@@ -194,7 +194,7 @@ def tpu_tables(costs: Sequence[dict[str, Any]], shape: Shape) -> Iterator[Table]
             for cost in costs
             if cost["topology"] == topology
         ]
-        title = f"JAX compiled for one core of {topology}, bfloat16, {_times(shape)}"
+        title = f"JAX compiled for one core of {topology}, bfloat16, {_times(shape.sizes)}"
         headings = ("loss and gradient", "loss in", "temp MB", "accessed MB", "÷ read + write")
         yield Table(
             title, headings, cells, "read + write: of the logits and the gradient once each. Compiled, not run."

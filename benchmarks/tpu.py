@@ -71,7 +71,7 @@ def measure() -> list[Cost]:
     """Compile each loss with its gradient for each topology; bfloat16 logits."""
     costs = []
     for topology in TOPOLOGIES:
-        arguments = _arguments(topology, (SHAPE, jnp.bfloat16), (SHAPE[:1], jnp.int32), ((), jnp.float32))
+        arguments = _arguments(topology, (SHAPE.sizes, jnp.bfloat16), (SHAPE[:1], jnp.int32), ((), jnp.float32))
         for name, loss in LOSSES.items():
             compiled = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
             costs.append(
@@ -81,7 +81,7 @@ def measure() -> list[Cost]:
                     loss_dtype=compiled.out_info[0].dtype.name,
                     temp_bytes=compiled.memory_analysis().temp_size_in_bytes,
                     accessed_bytes=compiled.cost_analysis()["bytes accessed"],
-                    minimal_bytes=2 * SHAPE.rows * SHAPE.classes * jnp.dtype(jnp.bfloat16).itemsize,
+                    minimal_bytes=SHAPE.logits_bytes,  # two bytes each way,
                 )
             )
     return costs
