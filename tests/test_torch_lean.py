@@ -110,6 +110,18 @@ def test_large_logits(offset: float, way: str) -> None:
     assert_as_reference(logits, LABELS, smoothing=0.3)
 
 
+@pytest.mark.parametrize("largest_kept", [0, 2**24])
+def test_probabilities_of_many_classes_sum_to_one(largest_kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of `torch.softmax` do not: of 2^17 classes its sequential sum may be off by more than 100 roundings."""
+    monkeypatch.setattr(lean, "_LARGEST_KEPT", largest_kept)
+    logits = 3 * torch.randn(8, 2**17, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(8)
+    loss, gradient = outcome(logits, labels, smoothing=0.3, reduction="sum")
+    assert torch.all(gradient.double().sum(dim=-1).abs() <= 16 * 2.0**-24)
+    exact, _ = outcome(logits.double(), labels, smoothing=0.3, reduction="sum", implementation="reference")
+    assert abs(loss - exact) <= 4 * 2.0**-24 * exact
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 1e-6, 1e-3])
 def test_small_losses_take_another_way(smoothing: float, way: str) -> None:
     """Near 0 the loss of `log_softmax` has no digits left."""

@@ -176,7 +176,7 @@ BASIC = ("vjp", "jvp", "vmap", "checkpoint", "autograd", "dual", "users_function
 
 @pytest.fixture(autouse=True)
 def saved_tensor_hooks() -> Iterator[None]:
-    """Remove those that torch 2.9 leaves behind where `checkpoint` raises within a transform."""
+    """Remove hooks after a test: if `checkpoint` raises within a transform, torch 2.9 does not remove its own."""
     yield
     while torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         torch._C._autograd._pop_saved_tensors_default_hooks()

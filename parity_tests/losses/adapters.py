@@ -160,7 +160,7 @@ class JaxAdapter(FrameworkAdapter):
             yield
 
     def step(self, case: Case) -> tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]:
-        """Return a function for `jax.jit` and its operands. The function returns the loss and the gradients by name."""
+        """Return a function that computes the loss and the gradients, by name, and the operands to call it with."""
         import jax
 
         arrays, options = operands_of(case, self.implementation)
