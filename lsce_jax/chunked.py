@@ -32,6 +32,7 @@ from lsce_jax import fused
 from lsce_jax.inputs import Batch, compute_dtype, is_sharded
 from lsce_jax.layer import Filter, Gradients, Layer, add_all, add_large, chunk_logits
 from lsce_jax.stats import LossStats
+from lsce_jax.sums import class_factor
 from lsce_spec import ChunkOptions, LossOptions
 
 
@@ -376,7 +377,7 @@ def _add_layer(
 
 
 def _make_filter(threshold: float, rows: _Rows, shared: _Shared) -> Filter:
-    off, factor = jnp.where(rows.bad, 0, rows.off), fused.class_factor(shared.prior, shared.class_weight)
+    off, factor = jnp.where(rows.bad, 0, rows.off), class_factor(shared.prior, shared.class_weight)
     if rows.counted is not None:
         off = jnp.where(rows.counted, off, 0)
     if factor is None:

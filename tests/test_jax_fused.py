@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from lsce_jax import (
-    fused,
+    cpu,
     label_smoothed_cross_entropy,
     label_smoothed_cross_entropy_with_stats,
     linear_label_smoothed_cross_entropy,
 )
+from lsce_jax.row_sums import row_sums
 from lsce_spec import Convention
 
 LOGITS = np.random.default_rng(0).normal(size=(6, 5))
@@ -68,10 +69,10 @@ each_call = pytest.mark.parametrize(("labels", "options"), CALLS.values(), ids=C
 def blocks_of(size: int) -> Iterator[None]:
     """Change the number of logits in a block, and compile the sums again before and after."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "_BLOCK_SIZE", size)
-        fused._compiled_peaks_and_sums.clear_cache()
+        patch.setattr(cpu, "_BLOCK_SIZE", size)
+        row_sums.clear_cache()
         yield
-    fused._compiled_peaks_and_sums.clear_cache()
+    row_sums.clear_cache()
 
 
 @pytest.fixture
@@ -260,7 +261,7 @@ def test_temporary_memory_is_that_of_a_block() -> None:
         step = jax.jit(jax.value_and_grad(partial(loss, reduction="mean")))
         return step.lower(logits, labels).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporary(fused_loss) < 4.5 * 4 * fused._BLOCK_SIZE
+    assert temporary(fused_loss) < 4.5 * 4 * cpu._BLOCK_SIZE
     assert temporary(reference_loss) > 4 * 4096 * 1024
 
 
@@ -291,11 +292,11 @@ def test_smoothing_is_no_reason_to_trace_again() -> None:
 
     # Nor outside jit.
     fused_loss(LOGITS, LABELS, smoothing=0.1)
-    before = fused._compiled_peaks_and_sums._cache_size()
+    before = row_sums._cache_size()
     for smoothing in (0.2, 0.3):
         jax.grad(lambda z, e=smoothing: fused_loss(z, LABELS, smoothing=e).sum())(jnp.asarray(LOGITS))
         fused_loss(LOGITS, LABELS, smoothing=smoothing)
-    assert fused._compiled_peaks_and_sums._cache_size() <= before + 1  # the gradient's own
+    assert row_sums._cache_size() <= before + 1  # the gradient's own
 
 
 def test_within_other_transforms() -> None:
@@ -326,7 +327,7 @@ def test_temporary_memory_of_other_dtypes_and_options() -> None:
         logits = jax.ShapeDtypeStruct((4096, 1024), dtype)
         step = jax.jit(jax.value_and_grad(partial(fused_loss, reduction="mean", **options)))
         temporary = step.lower(logits, labels).compile().memory_analysis().temp_size_in_bytes
-        assert temporary < 5.5 * 4 * fused._BLOCK_SIZE, (dtype, options)
+        assert temporary < 5.5 * 4 * cpu._BLOCK_SIZE, (dtype, options)
 
 
 def test_exported_with_any_number_of_rows() -> None:
