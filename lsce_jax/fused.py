@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
 from jaxtyping import Array, Float
 
 from lsce_jax import reference
@@ -73,7 +74,7 @@ def row_losses(
     """
     if batch.soft:
         kept: tuple[Array, LossStats | None] = jax.checkpoint(
-            lambda: reference.row_losses(batch, options, with_stats)
+            lambda: reference.row_losses(batch, options, with_stats), policy=_is_of_a_row
         )()
         return kept
     operands = Operands(
@@ -99,6 +100,11 @@ def row_losses(
         return losses, None
     nll, correct = log_sum + sums.label_gap, peaks.correct > 0
     return losses, make_stats(batch, options, nll=nll, smoothed=smoothed, lse=lse, log_sum=log_sum, correct=correct)
+
+
+def _is_of_a_row(primitive: Primitive, *_: object, **__: object) -> bool:
+    """Whether the backward pass keeps a result: those of sums and maxima have one number for each row."""
+    return primitive.name.startswith("reduce_")
 
 
 def _smoothed_losses(
