@@ -30,7 +30,7 @@ _FEW_CLASSES, _FEW_IN_A_GROUP, _MANY_CLASSES = 16, 64, 128
 # summed again at a time.
 _NUM_GROUPS, _SMALLEST_GROUP, _WINDOW_SIZE = 16, 32, 2**14
 
-Rows = dict[str, Array]  # arrays over the rows, by name
+Rows = dict[str, Any]  # arrays over the rows, by name
 
 
 def row_sums(operands: Operands) -> tuple[Peaks, Sums]:
@@ -75,20 +75,18 @@ def logit_cotangents(
             results = jax.tree.leaves(of_logits)
             return {i: results[i] for i in given}
 
-        (cotangents,) = jax.vjp(given_sums, operands.logits)[1](given)
-        return cotangents
+        cotangents: tuple[Array] = jax.vjp(given_sums, operands.logits)[1](given)
+        return cotangents[0]
 
     labels = operands.labels[..., None]
-    vectors = {name: getattr(operands, name) for name in CLASS_VECTORS}
-    own = replace(
-        operands,
-        logits=jnp.take_along_axis(operands.logits, labels, axis=-1, mode="promise_in_bounds"),
-        **{name: None if vector is None else at_labels(vector, labels) for name, vector in vectors.items()},
-    )
+    own: dict[str, Any] = {
+        name: at_labels(vector, labels) for name in CLASS_VECTORS if (vector := getattr(operands, name)) is not None
+    }
+    own["logits"] = jnp.take_along_axis(operands.logits, labels, axis=-1, mode="promise_in_bounds")
     return jnp.put_along_axis(
         pulled_back(operands, None),
         labels,
-        pulled_back(own, jnp.ones_like(labels, bool)),
+        pulled_back(replace(operands, **own), jnp.ones_like(labels, bool)),
         axis=-1,
         inplace=False,
         mode="promise_in_bounds",
@@ -104,7 +102,7 @@ def _is_plain(operands: Operands) -> bool:
 def _group_size(num_classes: int) -> int:
     """Return how many classes a group has: a divisor of all, if there is one of a suitable size."""
     wanted = max(num_classes // _NUM_GROUPS, _SMALLEST_GROUP)
-    divisors = [size for size in range(wanted // 2, 4 * wanted + 1) if num_classes % size == 0]
+    divisors = [size for size in range(max(1, wanted // 2), 4 * wanted + 1) if num_classes % size == 0]
     return min(divisors, key=lambda size: abs(math.log(size / wanted)), default=wanted)
 
 
@@ -150,10 +148,8 @@ def _directly(operands: Operands) -> tuple[Peaks, Sums]:
 def _in_columns(operands: Operands) -> tuple[Peaks, Sums]:
     """Return the plain sums of rows of few logits, of all rows class by class."""
     # The barrier is for logits that are a product, as in `_directly`.
-    logits, labels = (
-        jax.lax.optimization_barrier(operands.logits.astype(compute_dtype(operands.logits))),
-        operands.labels,
-    )
+    logits = _computed(operands.logits.astype(compute_dtype(operands.logits)))
+    labels = operands.labels
     columns = [logits[:, i] for i in range(logits.shape[1])]
     peak = _in_pairs(jnp.maximum, columns)
     label_gap = _in_pairs(jnp.add, [jnp.where(labels == i, peak - column, 0) for i, column in enumerate(columns)])
@@ -186,17 +182,17 @@ def _in_groups(group_size: int, operands: Operands) -> tuple[Peaks, Sums]:
     num_groups = num_classes // group_size
     whole = num_groups * group_size
     # The barrier is for logits that are a product, as in `_directly`.
-    logits = jax.lax.optimization_barrier(operands.logits.astype(compute_dtype(operands.logits)))
+    logits = _computed(operands.logits.astype(compute_dtype(operands.logits)))
     labels = operands.labels
 
     def by_group(reduce: Callable[..., Array], of_logits: Callable[[Array, Array], Array], peak: Array) -> Array:
         groups = logits[:, :whole].reshape(num_rows, num_groups, group_size)
         # The barrier keeps XLA from summing all groups a second time, in place of adding up their sums.
-        results = jax.lax.optimization_barrier(reduce(of_logits(groups, peak[:, None, None]), axis=-1))
+        results = _computed(reduce(of_logits(groups, peak[:, None, None]), axis=-1))
         if whole == num_classes:
             return results
         last = reduce(of_logits(logits[:, whole:], peak[:, None]), axis=-1)
-        return jnp.concatenate([results, last[:, None]], axis=-1)
+        return jnp.append(results, last[:, None], axis=-1)
 
     largest = by_group(jnp.max, lambda logits, _: logits, logits[:, 0])
     peak = jnp.max(largest, axis=-1)
@@ -210,6 +206,8 @@ def _in_groups(group_size: int, operands: Operands) -> tuple[Peaks, Sums]:
     needs_exact = (mass < 2) | ~(2 * label_gap < all_gaps)
     if operands.correct:
         needs_exact |= label_gap == 0
+    if operands.counted is not None:
+        needs_exact &= operands.counted
 
     def exact() -> tuple[Array, Array, Array]:
         if num_groups == 1:
@@ -237,10 +235,17 @@ def _plain_sums(operands: Operands, *values: Float[Array, " rows"]) -> tuple[Pea
         # As of logits that are 0. What is there may be NaN, which must not reach a derivative.
         zero = jnp.zeros_like(values[0])
         of_zeros = zero, zero + (operands.logits.shape[-1] - 1), zero, zero, zero
-        values = tuple(map(partial(jnp.where, operands.counted), values, of_zeros))
+        pairs = zip(values, of_zeros, strict=True)
+        values = tuple(jnp.where(operands.counted, value, of_zero) for value, of_zero in pairs)
     peak, rest, label_gap, other_gaps, correct = values
     peaks = Peaks(peak, peak, num_largest=None, correct=correct if operands.correct else None)
     return peaks, Sums(rest, label_gap, other_gaps, None, None, None, None, None)
+
+
+def _computed(array: Array) -> Array:
+    """Return an array that XLA computes for itself, not as a part of what uses it."""
+    computed: Array = jax.lax.optimization_barrier(array)  # type: ignore[no-untyped-call]
+    return computed
 
 
 def _in_pairs(combine: Callable[[Array, Array], Array], parts: list[Array]) -> Array:
@@ -251,6 +256,10 @@ def _in_pairs(combine: Callable[[Array, Array], Array], parts: list[Array]) -> A
     return parts[0]
 
 
+def _window(logits: Float[Array, "rows K"], size: int, row: Array, start: Array) -> Float[Array, " size"]:
+    return jax.lax.dynamic_slice(logits, (row, start), (1, size))[0]
+
+
 def _without_own(logits: Float[Array, "rows K"], group_size: int, rows: Rows) -> tuple[Array, Array, Array]:
     """Return rest and other_gaps from the groups of the largest logit and of the label, and `Peaks.correct`."""
     labels, peak = rows["labels"][:, None], rows["peak"][:, None]
@@ -258,7 +267,7 @@ def _without_own(logits: Float[Array, "rows K"], group_size: int, rows: Rows) ->
     def of_group(group: Int[Array, " rows"]) -> tuple[Array, Array]:
         """Return the gaps of a group of each row, and its classes: -1 where the window of the last begins before it."""
         start = jnp.minimum(group * group_size, logits.shape[1] - group_size)
-        window = jax.vmap(lambda row, start: jax.lax.dynamic_slice(logits, (row, start), (1, group_size))[0])
+        window = jax.vmap(partial(_window, logits, group_size))
         classes = start[:, None] + jnp.arange(group_size, dtype=jnp.int32)[None]
         return peak - window(rows["row"], start), jnp.where(classes // group_size == group[:, None], classes, -1)
 

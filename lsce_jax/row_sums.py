@@ -2,9 +2,9 @@
 
 - `lsce_row_sums`: the sums. XLA for CPUs writes out arrays that XLA for accelerators fuses, so there the sums are
   computed as in cpu.py.
-- `lsce_row_slopes`: their derivative, that of the plain sums at constant peaks. It keeps the operands and the peaks, and
-  nothing else as large as the logits: the backward pass computes exp again, which is faster than writing it to memory
-  and reading it back. Forward mode and derivatives of every order follow.
+- `lsce_row_slopes`: their derivative, that of the plain sums at constant peaks. Operands and peaks are kept for it, and
+  nothing more: the backward pass computes exp again, which is faster than writing it to memory and reading it back.
+  Forward mode and derivatives of every order follow.
 
 Under vmap the new dimension becomes one of rows.
 
@@ -26,7 +26,7 @@ from jaxtyping import Array
 from lsce_jax import cpu
 from lsce_jax.sums import CLASS_VECTORS, Operands, Peaks, Sums, is_label, sums, sums_at
 
-ByName = dict[str, Array]  # values for the operands with these names
+ByName = dict[str, Any]  # values for the operands with these names
 
 
 # Both compiled, so that calls outside `jit` are fused as well.
@@ -63,7 +63,8 @@ def _on_leaves(function: Callable[..., Any]) -> Callable[..., list[Array]]:
 
 def _slopes(operands: Operands, peaks: Peaks, tangents: ByName) -> Sums:
     by_name = {name: getattr(operands, name) for name in tangents}
-    return jax.jvp(partial(_at_peaks, operands, peaks), (by_name,), (tangents,))[1]
+    slopes: Sums = jax.jvp(partial(_at_peaks, operands, peaks), (by_name,), (tangents,))[1]
+    return slopes
 
 
 def _at_peaks(operands: Operands, peaks: Peaks, by_name: ByName) -> Sums:
@@ -105,7 +106,7 @@ def _transpose_of_slopes(cotangents: Sequence[Any], *arguments: Any, structure: 
     # A barrier for each, so that the cotangents of a row are computed once, not again for every class. JAX 0.12 cannot
     # transpose a barrier of which a part is known to be zero.
     given = jax.tree.map(jax.lax.optimization_barrier, given)
-    is_linear = [ad.is_undefined_primal(argument) for argument in arguments]
+    is_linear = [ad.is_undefined_primal(argument) for argument in arguments]  # type: ignore[no-untyped-call]
     operands, peaks, tangents = jax.tree.unflatten(
         structure, [None if linear else argument for linear, argument in zip(is_linear, arguments, strict=True)]
     )
@@ -122,16 +123,17 @@ def _cotangents(operands: Operands, peaks: Peaks, given: dict[int, Array], names
             results = jax.tree.leaves(_at_peaks(operands, peaks, by_name))
             return {i: results[i] for i in given}
 
-        (results,) = jax.vjp(given_sums, {name: getattr(operands, name) for name in names})[1](given)
-        return results
+        results: tuple[ByName] = jax.vjp(given_sums, {name: getattr(operands, name) for name in names})[1](given)
+        return results[0]
 
     # XLA for CPUs would write a narrow gradient out in float32 to write into it.
     is_narrow = operands.logits.dtype.itemsize < peaks.peak.dtype.itemsize
     if names != ["logits"] or is_narrow or not cpu.has_index(operands):
         return by_comparison()
-    return jax.lax.platform_dependent(
+    results: ByName = jax.lax.platform_dependent(
         cpu=lambda: {"logits": cpu.logit_cotangents(operands, peaks, given)}, default=by_comparison
     )
+    return results
 
 
 def _under_vmap(

@@ -196,10 +196,8 @@ def _means_over_largest(
     """Return largest_gap and largest_mass of `Sums`."""
     if num_largest is None:
         return None, None
-    if operands.class_weight is None:
-        weight = jnp.ones((), gap.dtype)
-    else:
-        weight = _over_classes(operands.class_weight, gap)
+    vector = operands.class_weight
+    weight = jnp.ones((), gap.dtype) if vector is None else _over_classes(vector, gap)
     # Divided after the sum, so that the number and the sums come from one sweep.
     of_gaps = jnp.sum(weight * jnp.where(is_largest, gap, 0), axis=-1)
     of_weights = jnp.sum(jnp.where(is_largest, weight, 0), axis=-1)

@@ -223,6 +223,64 @@ def test_blocks_do_not_matter(num_rows: int, dtype: str) -> None:
         assert_close(divided, whole, 2.0**-52 if dtype == "float64" else 2.0**-23)
 
 
+# Rows of every kind: random, equal logits, ties, a loss far below 1, a label that has most of the gaps, -inf beside the
+# label and at it.
+def rows_of_every_kind(num_classes: int, dtype: str) -> tuple[Any, Any]:
+    generator = np.random.default_rng(num_classes)
+    logits = generator.normal(size=(8, num_classes))
+    labels = generator.integers(num_classes, size=8)
+    logits[1] = 3.0
+    logits[2, num_classes // 2 :] = logits[2, -1] = 5.0
+    logits[3, labels[3]] = 40.0
+    logits[4] = 0.0
+    logits[4, labels[4]] = -1e4
+    logits[5, (labels[5] + 1) % num_classes] = -np.inf
+    logits[6, labels[6]] = -np.inf
+    labels[7] = num_classes - 1
+    logits[7, -1] = 9.0
+    return logits.astype(dtype), labels
+
+
+# Each way of cpu.py, its edges, and numbers of classes that no group divides.
+@pytest.mark.parametrize("num_classes", [2, 16, 17, 64, 65, 127, 128, 131, 200, 1009, 1024])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kinds", ["every kind", "random alone"])
+def test_ways_of_the_cpu(kinds: str, dtype: str, num_classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses relative to the loss, gradients, what is correct; and a row of NaN that is left out."""
+    monkeypatch.setattr(cpu, "_WINDOW_SIZE", 70)  # more than one block of windows, the last of which overlaps
+    logits, labels = rows_of_every_kind(num_classes, dtype)
+    if kinds == "random alone":
+        # One label in the middle of the others' sizes, so that no row needs its groups again.
+        logits, labels = np.tile(np.linspace(-1, 1, num_classes, dtype=dtype), (8, 1)), np.full(8, num_classes // 2)
+    logits = np.concatenate([logits, np.full((1, num_classes), np.nan, dtype)])
+    labels = np.append(labels, 0)
+
+    def evaluate(loss: Callable[..., Any], logits: Any) -> Any:
+        def total(logits: Any) -> Any:
+            losses, stats = loss(logits, labels, where=np.arange(9) < 8, smoothing=0.1)
+            return losses.sum(), (losses, stats)
+
+        (_, (losses, stats)), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(logits)
+        return (np.asarray(losses), stats, np.asarray(gradient))
+
+    ours, theirs = (
+        evaluate(partial(label_smoothed_cross_entropy_with_stats, implementation=implementation), given)
+        for implementation, given in (("fused", jnp.asarray(logits)), ("reference", jnp.asarray(logits, np.float64)))
+    )
+    roundoff = 2.0**-24 if dtype == "float32" else 2.0**-53
+    for one, other in ((ours[0], theirs[0]), (ours[1].nll, theirs[1].nll)):
+        assert_relatively_close(one, other, 32 * roundoff)
+    assert np.array_equal(ours[1].correct, theirs[1].correct)
+    scale = 1 + np.abs(np.nan_to_num(theirs[2]))
+    assert np.all((np.abs(ours[2] - theirs[2]) <= 32 * roundoff * scale) | (np.isnan(ours[2]) & np.isnan(theirs[2])))
+
+
+def assert_relatively_close(ours: Any, theirs: Any, bound: float) -> None:
+    ours, theirs = (np.asarray(values, np.float64) for values in (ours, theirs))
+    with np.errstate(invalid="ignore"):
+        assert np.all((np.abs(ours - theirs) <= bound * np.abs(theirs)) | (ours == theirs))
+
+
 def test_small_losses_are_relatively_accurate() -> None:
     """exp(-d) itself, far below the roundoff of 1; where the label is the largest logit, and where it is not."""
     logits = np.array([[0.0, 0.0], [1.0, 0.0], [20.0, 0.0], [60.0, 0.0], [80.0, 0.0]], np.float32)
@@ -383,13 +441,27 @@ def test_no_nan_on_the_way(loss: Callable[..., Any], convention: str, smoothing:
         jax.grad(loss)(jnp.asarray(LOGITS), LABELS, **options)
 
 
-def test_logits_that_are_a_product() -> None:
-    """If a loop fused the product into the loss, XLA would round it in some uses of the logits only."""
+@pytest.mark.parametrize("num_classes", [2, 40, 100, 256, 257])
+def test_logits_that_are_a_product(num_classes: int) -> None:
+    """If XLA fused the product into the loss, it would round it in some uses of the logits only."""
     values = jnp.array([1.7769346512604225, -0.6945933575499162, -1.180283911849588, -1.7838454781954174])
-    factors, labels = jnp.array([1.2887231687245124, -0.13599423088681162]), jnp.array([0, 0, 1, 0])
+    factors = jnp.array([1.2887231687245124, -0.13599423088681162, *np.linspace(-2, 1, num_classes - 2)])
+    labels = jnp.array([0, 0, 1, 0])
 
     def losses(loss: Callable[..., Any]) -> Any:
         return jax.lax.scan(lambda _, row: (None, loss(row[0] * factors, row[1])), None, (values, labels))[1]
 
     ours, theirs = (np.asarray(losses(loss)) for loss in (fused_loss, reference_loss))
     assert_close((ours,), (theirs,))
+    batched = jax.jit(lambda values: fused_loss(values[:, None] * factors[None], labels))(values)
+    assert_close((np.asarray(batched),), (theirs,))
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"convention": "max_sup"}], ids=str)
+def test_logits_are_read_once_for_the_largest(options: dict[str, Any]) -> None:
+    """Accelerators take one sweep for the largest logit and one for all sums."""
+    logits, labels = jax.ShapeDtypeStruct((64, 1024), jnp.float32), jax.ShapeDtypeStruct((64,), jnp.int32)
+    traced = jax.jit(jax.grad(lambda z, y: fused_loss(z, y, **options).sum())).trace(logits, labels)
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    maxima = [line for line in text.splitlines() if "stablehlo.reduce" in line and "stablehlo.maximum" in line]
+    assert len(maxima) == 1

@@ -3,13 +3,17 @@
 What passes here is what the README's support matrix says.
 """
 
+from collections.abc import Iterator
 from functools import cache
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from lsce_jax import cpu
+from lsce_jax.row_sums import row_sums
 from lsce_spec import IMPLEMENTATIONS
 from lsce_torch import lean
 from parity_tests.losses.adapters import Adapter
@@ -75,6 +79,53 @@ def test_every_way_of_torch(way: str, name: str, dtype: str, monkeypatch: pytest
     for setting, value in WAYS[way].items():
         monkeypatch.setattr(lean, setting, value)
     case, fused = make_case(name, dtype), adapter("torch-fused", "cpu")
+    comparison = against_oracle(case, truth(name, dtype), fused(case), fused.arithmetic)
+    assert comparison.agrees, comparison
+
+
+# The ways of JAX on CPUs, where the number of classes decides.
+JAX_WAYS: dict[str, dict[str, Any]] = {
+    "columns": {"_FEW_CLASSES": 2**30},
+    "one group": {"_FEW_CLASSES": 0, "_FEW_IN_A_GROUP": 2**30},
+    # Most numbers of classes leave a rest.
+    "groups": {
+        "_FEW_CLASSES": 0,
+        "_FEW_IN_A_GROUP": 0,
+        "_MANY_CLASSES": 1,
+        "_BLOCK_SIZE": 64,
+        "_WINDOW_SIZE": 8,
+        "_group_size": lambda num_classes: num_classes // 4 + 1,
+    },
+    "blocks": {"_FEW_CLASSES": 0, "_FEW_IN_A_GROUP": 0, "_MANY_CLASSES": 2**30, "_BLOCK_SIZE": 64},
+}
+
+
+def is_plain(name: str) -> bool:
+    """Whether a case takes these ways: no option changes the sums. Very many classes would compile for minutes."""
+    case = make_case(name, "float32")
+    vectors = (case.class_weight, case.class_mask, case.prior)
+    has_options = "softcap" in case.options or case.options.get("convention") == "max_sup"
+    is_soft = np.issubdtype(case.labels.dtype, np.floating)
+    return not (has_options or is_soft or case.num_classes > 500 or any(vector is not None for vector in vectors))
+
+
+@pytest.fixture
+def compiled_anew() -> Iterator[None]:
+    row_sums.clear_cache()
+    yield
+    row_sums.clear_cache()
+
+
+@pytest.mark.parametrize("name", list(filter(is_plain, case_names())))
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "way", ["groups", *(pytest.param(way, marks=pytest.mark.slow) for way in JAX_WAYS if way != "groups")]
+)
+@pytest.mark.usefixtures("compiled_anew")
+def test_every_way_of_jax(way: str, dtype: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for setting, value in JAX_WAYS[way].items():
+        monkeypatch.setattr(cpu, setting, value)
+    case, fused = make_case(name, dtype), adapter("jax-fused", "cpu")
     comparison = against_oracle(case, truth(name, dtype), fused(case), fused.arithmetic)
     assert comparison.agrees, comparison
 
