@@ -44,12 +44,14 @@ _SEQUENTIAL = 2**11
 _FEW_CLASSES = 32
 # Fewer logits of rows that lie side by side are no block of their own.
 _SMALLEST_GROUP = 2**14
-# Logits of a block: 2 MiB in float32.
-_BLOCK_SIZE = 2**19
+# Logits of a block: 4 MiB in float32. Smaller ones stay in a nearer cache, but there threads wait for the interpreter.
+_BLOCK_SIZE = 2**20
 # Up to this many logits the gradient is computed with the loss, and kept until `backward`.
-_LARGEST_KEPT = 2**24
+_LARGEST_KEPT = 2**28
 # Smallest ratio of a difference to the numbers whose difference it is.
 _MOST_CANCELLED = 1 / 8
+# Up to here exp(-loss) is a normal number.
+_LARGEST_LOSS = 80.0
 # Losses at least this large are accurate enough.
 _ACCURATE = 0.25
 
@@ -286,8 +288,10 @@ def _blocks(layout: _Layout, whole: _Block) -> Iterator[_Block]:
         groups = [_mapped(whole, lambda t: t.squeeze(2).t(), lambda t: t.squeeze(1))._replace(dim=0)]
     else:
         groups = [_mapped(whole, itemgetter(i), itemgetter(i))._replace(dim=0) for i in range(layout.before)]
-    step = size if is_whole else max(1, _BLOCK_SIZE // num_classes)
     for group in groups:
+        # An image that is not much larger is one block, which needs no copy of its rows to lie side by side.
+        is_block = is_whole or group.logits.numel() <= 2 * _BLOCK_SIZE
+        step = size if is_block else max(1, _BLOCK_SIZE // num_classes)
         for start in range(0, group.labels.numel(), step):
             part = slice(start, start + step)
             yield _mapped(group, itemgetter(part if by_row else (slice(None), part)), itemgetter(part))
@@ -367,8 +371,8 @@ def _fill_both(plan: _Plan, blocks: Iterator[_Block]) -> None:
     for block in blocks:
         assert block.gradient is not None
         assert plan.scale is not None
-        work = block.gradient if block.dim else _like(block, work)
-        z = block.logits if block.dim else work.copy_(block.logits)
+        work = block.gradient if block.gradient.is_contiguous() else _like(block, work)
+        z = block.logits if block.logits.is_contiguous() else work.copy_(block.logits)
         total = _fill_softmax(plan, block, z, work)
         _finish_gradient(plan, block, work, total, plan.scale)
 
@@ -387,35 +391,43 @@ def _fill_gradient(plan: _Plan, factor: float, blocks: Iterator[_Block]) -> None
 
 def _fill_softmax(plan: _Plan, block: _Block, z: Tensor, work: Tensor) -> Tensor | None:
     """Write the losses, and the softmax to `work`, which may be z; return the sums of the softmax, as `_total`."""
-    dim, rows = block.dim, block.rows
+    dim, rows, place = block.dim, block.rows, block.labels.unsqueeze(block.dim)
     assert rows is not None
-    peak = torch.amax(z, dim=dim)
-    label_gap = z.gather(dim, block.labels.unsqueeze(dim)).squeeze(dim).neg_().add_(peak)
-    gaps = _mean_gap(z, peak, dim) if plan.off else None
+    at_label = z.gather(dim, place)
+    # How far the label is above the mean of all.
+    above = at_label - torch.mean(z, dim=dim, keepdim=True) if plan.off else torch.zeros_like(at_label)
     torch.softmax(z, dim=dim, out=work)
     total = _total(work, dim)
-    largest = torch.amax(work, dim=dim)
-    log_p = (largest if total is None else largest.div_(total.squeeze(dim))).log_()  # where the gap is 0
-    torch.mul(label_gap.sub_(log_p), plan.on - plan.off, out=rows)
-    if gaps is not None:
-        rows.add_(gaps.sub_(log_p), alpha=plan.off * z.shape[dim])
+    p = work.gather(dim, place)
+    label_loss = (p if total is None else p.div_(total)).log_().neg_()
+    mean_loss = label_loss + above
+    # Relative to the label, large numbers may cancel, and its probability may vanish.
+    size = torch.maximum(at_label.abs(), label_loss) if plan.off else label_loss
+    is_enough = (size * _MOST_CANCELLED <= mean_loss + 1) & (label_loss <= _LARGEST_LOSS)
+    if not is_enough.all():
+        # Chosen for each row, so that no row changes the result of another.
+        exact = _relative_to_peak(block, work, total)
+        label_loss, mean_loss = (
+            torch.where(is_enough, one, other) for one, other in zip((label_loss, mean_loss), exact, strict=True)
+        )
+    torch.mul(label_loss.squeeze(dim), plan.on - plan.off, out=rows)
+    if plan.off:
+        rows.add_(mean_loss.squeeze(dim), alpha=plan.off * z.shape[dim])
     return total
+
+
+def _relative_to_peak(block: _Block, softmax: Tensor, total: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return -log p at the label and its mean over the classes, from sums that do not cancel."""
+    dim, z = block.dim, block.logits.to(softmax.dtype)
+    peak, largest = torch.amax(z, dim=dim, keepdim=True), torch.amax(softmax, dim=dim, keepdim=True)
+    log_p = (largest if total is None else largest / total).log()  # where the gap is 0
+    label_gap = peak - z.gather(dim, block.labels.unsqueeze(dim))
+    return label_gap - log_p, torch.mean(peak - z, dim=dim, keepdim=True) - log_p
 
 
 def _total(work: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."] | None:
     """Return the sums of a softmax, None for 1: of many classes it is off, since `softmax` adds them in sequence."""
     return torch.sum(work, dim=dim, keepdim=True) if work.shape[dim] > _SEQUENTIAL else None
-
-
-def _mean_gap(z: Float[Tensor, "..."], peak: Float[Tensor, " n"], dim: int) -> Float[Tensor, " n"]:
-    """Return the mean of m - z over the classes."""
-    gap = torch.mean(z, dim=dim).neg_().add_(peak)
-    # If logits are large beside their differences, the difference of the means would round them away.
-    is_enough = peak.abs().mul_(_MOST_CANCELLED) <= gap + 1
-    if not is_enough.all():
-        # Chosen for each row, so that no row changes the result of another.
-        gap = torch.where(is_enough, gap, torch.mean(peak.unsqueeze(dim) - z, dim=dim))
-    return gap
 
 
 def _finish_gradient(
