@@ -214,7 +214,7 @@ def _losses_of(plan: _Plan, logits: Float[Array, "n K"], rows: _Rows, shared: _S
         class_mask=shared.class_mask,
     )
     targets = fused.Targets(rows.on, rows.off, rows.at_max)
-    return fused.row_losses(batch, plan.options, plan.with_stats, targets)
+    return fused.row_losses(batch, plan.options, plan.with_stats, targets, in_place=True)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -6,7 +6,7 @@ Three things make the difference there:
   written out, as large as the logits. So groups of consecutive classes are summed without any, and of each row only the
   groups of the label and of the largest logit are summed again with them, where that changes the result.
 - Everything else goes through blocks of rows, whose intermediate arrays stay in the cache.
-- The gradient at the label is computed for itself and written over that of the others.
+- The gradient is computed as if no class were the label, and at the label corrected.
 """
 
 import math
@@ -17,10 +17,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from lsce_jax.inputs import at_labels, compute_dtype, is_sharded
-from lsce_jax.sums import CLASS_VECTORS, Operands, Peaks, Sums, sums, sums_at
+from lsce_jax.sums import CLASS_VECTORS, Operands, Peaks, Sums, class_factor, sums, sums_at
 
 # Logits in a block of rows: 1 MiB in float32, so that the few arrays of a block fit into the cache.
 _BLOCK_SIZE = 2**18
@@ -29,6 +29,9 @@ _FEW_CLASSES, _FEW_IN_A_GROUP, _MANY_CLASSES = 16, 64, 128
 # About how many groups a row is divided into, of about how many classes at least, and how many logits of groups are
 # summed again at a time.
 _NUM_GROUPS, _SMALLEST_GROUP, _WINDOW_SIZE = 16, 32, 2**14
+
+# Where these are among the sums.
+_LABEL_GAP, _OTHER_GAPS = Sums._fields.index("label_gap"), Sums._fields.index("other_gaps")
 
 Rows = dict[str, Any]  # arrays over the rows, by name
 
@@ -67,30 +70,26 @@ def has_index(operands: Operands) -> bool:
 def logit_cotangents(
     operands: Operands, peaks: Peaks, given: dict[int, Float[Array, "*batch"]]
 ) -> Float[Array, "*batch K"]:
-    """Return the cotangents of the logits, for those of some sums, which are given by their place."""
+    """Return the cotangents of the logits, for those of some sums, which are given by their place in `Sums`."""
 
-    def pulled_back(operands: Operands, is_label: Bool[Array, "*batch 1"] | None) -> Array:
-        def given_sums(logits: Array) -> dict[int, Array]:
-            of_logits = sums_at(replace(operands, logits=logits), peaks, is_label, differentiable=True)
-            results = jax.tree.leaves(of_logits)
-            return {i: results[i] for i in given}
+    def sums_of(logits: Array) -> dict[int, Array]:
+        results = jax.tree.leaves(sums_at(replace(operands, logits=logits), peaks, None, differentiable=True))
+        return {i: results[i] for i in given}
 
-        cotangents: tuple[Array] = jax.vjp(given_sums, operands.logits)[1](given)
-        return cotangents[0]
-
-    labels = operands.labels[..., None]
-    own: dict[str, Any] = {
-        name: at_labels(vector, labels) for name in CLASS_VECTORS if (vector := getattr(operands, name)) is not None
-    }
-    own["logits"] = jnp.take_along_axis(operands.logits, labels, axis=-1, mode="promise_in_bounds")
-    return jnp.put_along_axis(
-        pulled_back(operands, None),
-        labels,
-        pulled_back(replace(operands, **own), jnp.ones_like(labels, bool)),
-        axis=-1,
-        inplace=False,
-        mode="promise_in_bounds",
-    )
+    (of_others,) = jax.vjp(sums_of, operands.logits)[1](given)
+    # The gap of the label goes into its own sum, and not into that of the others.
+    zero, labels = jnp.zeros_like(peaks.peak), operands.labels
+    factor = class_factor(operands.prior, operands.class_weight)
+    of_gap = given.get(_LABEL_GAP, zero)
+    of_gap -= given.get(_OTHER_GAPS, zero) * (1 if factor is None else at_labels(factor, labels))
+    places = tuple(jnp.indices(labels.shape, sparse=True))
+    if operands.softcap is not None:
+        cap = operands.softcap
+        of_gap *= 1 - jnp.tanh(operands.logits[(*places, labels)] / cap) ** 2
+    for counts in (operands.counted, None if operands.class_mask is None else at_labels(operands.class_mask, labels)):
+        of_gap = of_gap if counts is None else jnp.where(counts, of_gap, 0)
+    result: Array = of_others.at[(*places, labels)].add(-of_gap, mode="promise_in_bounds", unique_indices=True)
+    return result
 
 
 def _is_plain(operands: Operands) -> bool:
@@ -111,17 +110,23 @@ def _in_blocks(function: Callable[[Rows], Any], block_rows: int, rows: Rows) -> 
     num_rows = len(rows["labels"])
     if num_rows <= block_rows:
         return function(rows)
+    shapes = jax.eval_shape(function, {name: array[:block_rows] for name, array in rows.items()})
+    nothing = jax.tree.map(lambda part: jnp.zeros(num_rows, part.dtype), shapes)
+    return _updated(nothing, function, block_rows, rows, -(-num_rows // block_rows))
 
-    def rows_from(start: Array) -> Any:
-        def block(array: Array) -> Array:
-            if array.dtype != jnp.bfloat16:
-                return jax.lax.dynamic_slice_in_dim(array, start, block_rows)
-            # As integers, or XLA would widen all of them to float32 before the loop.
-            bits = jax.lax.bitcast_convert_type(array, jnp.uint16)
-            part = jax.lax.dynamic_slice_in_dim(bits, start, block_rows)
-            return jax.lax.bitcast_convert_type(part, jnp.bfloat16)
 
-        return function({name: block(array) for name, array in rows.items()})
+def _updated(
+    results: Any, function: Callable[[Rows], Any], block_rows: int, rows: Rows, num_blocks: int | Int[Array, ""]
+) -> Any:
+    """Return results in which the first blocks of rows are what a function gives for them."""
+
+    def block(array: Array, start: Array) -> Array:
+        if array.dtype != jnp.bfloat16:
+            return jax.lax.dynamic_slice_in_dim(array, start, block_rows)
+        # As integers, or XLA would widen all of them to float32 before the loop.
+        bits = jax.lax.bitcast_convert_type(array, jnp.uint16)
+        part = jax.lax.dynamic_slice_in_dim(bits, start, block_rows)
+        return jax.lax.bitcast_convert_type(part, jnp.bfloat16)
 
     def step(i: Array, results: Any) -> Any:
         # A dynamic slice moves back a start that leaves too few rows: the last block may overlap the one before it.
@@ -129,12 +134,10 @@ def _in_blocks(function: Callable[[Rows], Any], block_rows: int, rows: Rows) -> 
         return jax.tree.map(
             lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=0),
             results,
-            rows_from(start),
+            function({name: block(array, start) for name, array in rows.items()}),
         )
 
-    shapes = jax.eval_shape(rows_from, jnp.int32(0))
-    nothing = jax.tree.map(lambda part: jnp.zeros(num_rows, part.dtype), shapes)
-    return jax.lax.fori_loop(0, -(-num_rows // block_rows), step, nothing)
+    return jax.lax.fori_loop(0, num_blocks, step, results)
 
 
 def _directly(operands: Operands) -> tuple[Peaks, Sums]:
@@ -209,23 +212,22 @@ def _in_groups(group_size: int, operands: Operands) -> tuple[Peaks, Sums]:
     if operands.counted is not None:
         needs_exact &= operands.counted
 
-    def exact() -> tuple[Array, Array, Array]:
-        if num_groups == 1:
-            return _class_by_class(logits, labels, peak)
-        of_block = partial(_without_own, logits, group_size)
-        first = jnp.argmax(largest, axis=-1).astype(jnp.int32)
-        rows = {"row": jnp.arange(num_rows, dtype=jnp.int32), "labels": labels, "peak": peak, "first": first}
-        of_others = _in_blocks(of_block, max(1, _WINDOW_SIZE // group_size), rows)
-        groups = jnp.arange(largest.shape[1], dtype=jnp.int32)[None]
-        other_masses, other_gaps = (
-            jnp.sum(jnp.where(groups == own[:, None], 0, values), axis=-1)
-            for own, values in ((first, masses), (labels // group_size, gaps))
-        )
-        return other_masses + of_others[0], other_gaps + of_others[1], of_others[2]
-
-    rest, other_gaps, correct = jax.lax.cond(
-        jnp.any(needs_exact), exact, lambda: (mass - 1, all_gaps - label_gap, jnp.zeros_like(mass))
-    )
+    results = mass - 1, all_gaps - label_gap, jnp.zeros_like(mass)
+    if num_groups == 1:
+        results = jax.lax.cond(jnp.any(needs_exact), lambda: _class_by_class(logits, labels, peak), lambda: results)
+        return _plain_sums(operands, peak, results[0], label_gap, *results[1:])
+    rows = {
+        "row": jnp.arange(num_rows, dtype=jnp.int32),
+        "labels": labels,
+        "peak": peak,
+        "first": jnp.argmax(largest, axis=-1).astype(jnp.int32),
+        "masses": masses,
+        "gaps": gaps,
+    }
+    block_rows = min(max(1, _WINDOW_SIZE // group_size), max(1, num_rows))
+    num_blocks = jnp.where(jnp.any(needs_exact), -(-num_rows // block_rows), 0)
+    of_block = partial(_without_own, logits, group_size)
+    rest, other_gaps, correct = _updated(results, of_block, block_rows, rows, num_blocks)
     return _plain_sums(operands, peak, rest, label_gap, other_gaps, correct)
 
 
@@ -261,7 +263,7 @@ def _window(logits: Float[Array, "rows K"], size: int, row: Array, start: Array)
 
 
 def _without_own(logits: Float[Array, "rows K"], group_size: int, rows: Rows) -> tuple[Array, Array, Array]:
-    """Return rest and other_gaps from the groups of the largest logit and of the label, and `Peaks.correct`."""
+    """Return rest and other_gaps, without the largest logit and the label, and `Peaks.correct` of some rows."""
     labels, peak = rows["labels"][:, None], rows["peak"][:, None]
 
     def of_group(group: Int[Array, " rows"]) -> tuple[Array, Array]:
@@ -271,13 +273,19 @@ def _without_own(logits: Float[Array, "rows K"], group_size: int, rows: Rows) ->
         classes = start[:, None] + jnp.arange(group_size, dtype=jnp.int32)[None]
         return peak - window(rows["row"], start), jnp.where(classes // group_size == group[:, None], classes, -1)
 
+    def other_groups(sums: Float[Array, "rows groups"], group: Int[Array, " rows"]) -> Float[Array, " rows"]:
+        groups = jnp.arange(sums.shape[1], dtype=jnp.int32)[None]
+        return jnp.sum(jnp.where(groups == group[:, None], 0, sums), axis=-1)
+
     gaps, classes = of_group(rows["first"])
     # Not where the logit equals the peak: of infinite ones the gap is NaN, and so must be the sum.
     is_largest = gaps <= 0
     num_largest = jnp.sum(is_largest & (classes >= 0), axis=-1, dtype=peak.dtype)
-    masses = jnp.sum(jnp.where(is_largest | (classes < 0), 0, jnp.exp(-gaps)), axis=-1)
+    others = jnp.sum(jnp.where(is_largest | (classes < 0), 0, jnp.exp(-gaps)), axis=-1)
+    rest = others + other_groups(rows["masses"], rows["first"]) + (num_largest - 1)
     score = (classes == labels).astype(peak.dtype) - (classes < labels).astype(peak.dtype)
     correct = jnp.sum(jnp.where(is_largest & (classes >= 0), score, 0), axis=-1)
-    gaps, classes = of_group(rows["labels"] // group_size)
+    own = rows["labels"] // group_size
+    gaps, classes = of_group(own)
     other_gaps = jnp.sum(jnp.where((classes == labels) | (classes < 0), 0, gaps), axis=-1)
-    return masses + (num_largest - 1), other_gaps, correct
+    return rest, other_gaps + other_groups(rows["gaps"], own), correct

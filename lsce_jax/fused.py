@@ -9,20 +9,11 @@ a row is made of a few sums over the classes. With m the largest logit,
 
 Everything else is arithmetic on one number per row. The loss does not depend on m, so m counts as a constant.
 
-The sums are a JAX primitive, `lsce_row_sums`, with one rule for each thing that JAX does to a function:
+The sums are defined in sums.py. row_sums.py makes them known to JAX with their derivatives, and cpu.py computes them
+where XLA does not fuse them.
 
-- Its derivative is that of the plain sums at a constant m, under `jax.checkpoint`. So the backward pass keeps the
-  logits and m, and computes the gradient in one fused pass that evaluates exp again, which is faster than writing exp
-  to memory and reading it back. Forward mode and derivatives of every order follow.
-- Under vmap the new dimension becomes one of rows.
-- XLA for accelerators fuses all sums into one sweep over the logits. XLA for CPUs writes out every comparison, as large
-  as the logits; there the sums go through blocks of rows whose intermediate arrays stay in the cache. Accelerators find
-  the label by comparison with an iota: for a gather the TPU compiler would write out the logits in float32.
-
-A function with custom_jvp and custom_vmap would not do: where JAX differentiates a scan twice it drops the former, and
-the latter has no second derivatives.
-
-Soft labels are as large as the logits anyway. They take the reference implementation under `jax.checkpoint`.
+Soft labels are as large as the logits anyway. They take the reference implementation under `jax.checkpoint`, of which
+the backward pass keeps the numbers of rows.
 """
 
 from typing import NamedTuple
@@ -63,6 +54,8 @@ def row_losses(
     options: LossOptions,
     with_stats: bool = False,
     targets: Targets | None = None,
+    *,
+    in_place: bool = False,
 ) -> tuple[Float[Array, "*batch"], LossStats | None]:
     """Return the loss of each row, 0 for rows that do not count and NaN for bad labels, and statistics if asked for.
 
@@ -71,6 +64,7 @@ def row_losses(
         options: the options of the loss.
         with_stats: whether to return statistics.
         targets: the targets of the rows; None computes them from the batch's smoothing.
+        in_place: whether the gradient is to take the memory of the logits, where nothing else needs them.
     """
     if batch.soft:
         kept: tuple[Array, LossStats | None] = jax.checkpoint(
@@ -88,6 +82,7 @@ def row_losses(
         prior_entropy=options.subtract_entropy and batch.prior is not None,
         largest=options.convention.at_max is not None,
         correct=with_stats,
+        in_place=in_place,
     )
     peaks, sums = row_sums(operands)
     log_sum = jnp.log1p(sums.rest)

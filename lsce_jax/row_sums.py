@@ -126,9 +126,9 @@ def _cotangents(operands: Operands, peaks: Peaks, given: dict[int, Array], names
         results: tuple[ByName] = jax.vjp(given_sums, {name: getattr(operands, name) for name in names})[1](given)
         return results[0]
 
-    # XLA for CPUs would write a narrow gradient out in float32 to write into it.
-    is_narrow = operands.logits.dtype.itemsize < peaks.peak.dtype.itemsize
-    if names != ["logits"] or is_narrow or not cpu.has_index(operands):
+    # XLA for CPUs would write a narrow gradient out in float32 to write into it, and any gradient to memory of its own.
+    needs_memory = operands.in_place or operands.logits.dtype.itemsize < peaks.peak.dtype.itemsize
+    if names != ["logits"] or needs_memory or not cpu.has_index(operands):
         return by_comparison()
     results: ByName = jax.lax.platform_dependent(
         cpu=lambda: {"logits": cpu.logit_cotangents(operands, peaks, given)}, default=by_comparison

@@ -33,6 +33,7 @@ class Operands:
     prior_entropy: bool = field(metadata=_STATIC)  # whether to compute other_entropy
     largest: bool = field(metadata=_STATIC)  # whether to compute largest_gap and largest_mass
     correct: bool = field(metadata=_STATIC)  # whether to compute correct
+    in_place: bool = field(metadata=_STATIC)  # whether the gradient is to take the memory of the logits
 
 
 CLASS_VECTORS = ("class_mask", "prior", "class_weight")

@@ -323,6 +323,17 @@ def test_temporary_memory_is_that_of_a_block() -> None:
     assert temporary(reference_loss) > 4 * 4096 * 1024
 
 
+@pytest.mark.parametrize("num_classes", [10, 50, 1000, 1009])
+def test_temporary_memory_of_many_rows(num_classes: int) -> None:
+    """A few numbers for each row, beside the arrays of a block."""
+    num_rows = 2**16
+    logits = jax.ShapeDtypeStruct((num_rows, num_classes), jnp.float32)
+    labels = jax.ShapeDtypeStruct((num_rows,), jnp.int32)
+    for step in (jax.value_and_grad(partial(fused_loss, reduction="mean")), fused_loss):
+        temporary = jax.jit(step).lower(logits, labels).compile().memory_analysis().temp_size_in_bytes
+        assert temporary < 4.5 * 4 * cpu._BLOCK_SIZE + 460 * num_rows
+
+
 def test_what_accelerators_are_given() -> None:
     """No gather, for which the TPU compiler would write out the logits in float32, and no loop over blocks."""
     logits, labels = jax.ShapeDtypeStruct((4096, 1024), jnp.bfloat16), jax.ShapeDtypeStruct((4096,), jnp.int32)
