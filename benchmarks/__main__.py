@@ -270,15 +270,18 @@ def _libtpu_requirement() -> str:
 
 def _keep(figures: report.Figures, json_file: Path | None, write: bool, console: Console) -> None:
     """Write the figures to a file, and to the docs."""
-    # Read back as JSON, so that the pages are made from what a test reads.
     text = json.dumps(figures, indent=1) + "\n"
-    blocks = report.page_blocks(json.loads(text)) if write else {}
-    record = [DOCS / "figures" / f"{next(iter(blocks))}.json"] if blocks else []
-    for path in [*record, *([json_file] if json_file else [])]:
+    record = report.record_path(DOCS / "figures", figures)
+    for path in [*([record] if write else []), *([json_file] if json_file else [])]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
-    for block, tables in blocks.items():
+    if not write:
+        return
+    # From the files, as a test reads them; those of other machines stay on the page.
+    of_command = sorted(record.parent.glob("*.json"))
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in of_command]
+    for block, tables in report.page_blocks(records).items():
         write_block(DOCS / PAGES[block], f"benchmarks {block}", tables)
         console.print(f"wrote {DOCS / PAGES[block]}", soft_wrap=True, highlight=False)
 

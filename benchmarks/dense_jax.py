@@ -1,6 +1,7 @@
 """Loss and gradient in JAX, under jit on the CPU."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,22 +26,32 @@ def integer_labels(logits: Logits, labels: Labels, smoothing: Scalar) -> Scalar:
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def ours(implementation: str) -> Callable[[Logits, Labels, Scalar], Scalar]:
-    """Return the loss of this project."""
+def ours(implementation: str, **options: Any) -> Callable[[Logits, Labels | Logits, Scalar], Scalar]:
+    """Return the loss of this project, of labels or of soft labels."""
 
-    def loss(logits: Logits, labels: Labels, smoothing: Scalar) -> Scalar:
+    def loss(logits: Logits, labels: Labels | Logits, smoothing: Scalar) -> Scalar:
         return lsce_jax.label_smoothed_cross_entropy(
-            logits, labels, smoothing=smoothing, reduction="mean", implementation=implementation
+            logits, labels, smoothing=smoothing, reduction="mean", implementation=implementation, **options
         )
 
     return loss
 
+
+def with_statistics(logits: Logits, labels: Labels, smoothing: Scalar) -> tuple[Scalar, lsce_jax.LossStats]:
+    """Return the loss of this project and its statistics."""
+    return lsce_jax.label_smoothed_cross_entropy_with_stats(logits, labels, smoothing=smoothing, reduction="mean")
+
+
+# Each label is by far the largest logit of its row, as at the end of training: losses are small.
+TRAINED = "lsce fused, trained logits"
 
 # The first two are what the others are compared with.
 LOSSES = {
     "Optax one-hot, smoothed": one_hot,
     "Optax integer, unsmoothed": integer_labels,
     "lsce fused": ours("fused"),
+    TRAINED: ours("fused"),
+    "lsce fused, with statistics": with_statistics,
     "lsce reference": ours("reference"),
 }
 FLOORS = {
@@ -51,19 +62,22 @@ FLOORS = {
 
 def measure(shape: Shape, schedule: Schedule) -> list[Row]:
     """Return time, and temporary memory as the compiler gives it, of each loss with its gradient and of each floor."""
-    functions = {name: jax.value_and_grad(loss) for name, loss in LOSSES.items()} | FLOORS
+    functions = {
+        name: jax.value_and_grad(loss, has_aux=loss is with_statistics) for name, loss in LOSSES.items()
+    } | FLOORS
     with jax.default_device(jax.devices("cpu")[0]):
         keys = jax.random.split(jax.random.key(0))
         logits = jax.random.normal(keys[0], shape.sizes, jnp.float32)
         labels = jax.random.randint(keys[1], shape[:1], 0, shape.classes)
         # The smoothing is an argument, so that no compiler can compute anything beforehand.
         arguments = (logits, labels, jnp.float32(0.1))
+        trained = (logits.at[jnp.arange(labels.size), labels].add(20.0), *arguments[1:])
         compiled = {name: jax.jit(function).lower(*arguments).compile() for name, function in functions.items()}
         cases = [
             Case(
                 name,
                 run=lambda *given, function=function: jax.block_until_ready(function(*given)),
-                arguments=lambda: arguments,
+                arguments=lambda name=name: trained if name == TRAINED else arguments,
                 is_floor=name in FLOORS,
             )
             for name, function in compiled.items()

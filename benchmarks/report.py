@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -67,6 +68,9 @@ class Table(NamedTuple):
 def describe_machine() -> dict[str, Any]:
     """Return what the figures depend on."""
     versions = {}
+    with suppress(OSError, subprocess.CalledProcessError):
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=9", "HEAD"]
+        versions["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     for library in LIBRARIES:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[library] = importlib.metadata.version(library)
@@ -237,22 +241,39 @@ def print_table(table: Table, console: Console) -> None:
 # --- Tables of a page -----------------------------------------------------------------------------------------------
 
 
-def page_blocks(figures: Figures) -> dict[str, str]:
-    """Return the Markdown of what one command measured, for each of its blocks: "dense", "linear" and so on."""
-    machine = figures["machine"]
-    blocks = {
-        **{name: [_dense_page(group) for group in _grouped(figures.get(name, ()))] for name in ("dense", "small")},
-        "linear": list(tables({"linear": figures.get("linear", ())})),
-        "scaling": list(tables({"scaling": figures.get("scaling", ())})),
-    }
+def page_blocks(records: Sequence[Figures]) -> dict[str, str]:
+    """Return the Markdown of what one command measured, for each of its blocks: "dense", "linear" and so on.
+
+    Args:
+        records: the figures of each machine.
+    """
+    blocks: dict[str, list[str]] = {}
+    for figures in records:
+        machine = figures["machine"]
+        for name, of_page in _page_tables(figures).items():
+            # Times are those of a machine; what a compiler says is not.
+            heading = [] if "tpu" in name else [f"#### {machine['cpu']}"]
+            source = fill(f"`{_command(name)}`: {_as_text(machine)}.", 120)
+            blocks[name] = [*blocks.get(name, []), *heading, source, *map(markdown, of_page)]
+    return {name: "\n\n".join(parts) for name, parts in blocks.items()}
+
+
+def _page_tables(figures: Figures) -> dict[str, list[Table]]:
+    """Return the tables of each block that the figures are for."""
     if "tpu" in figures:
         *dense, linear = tables(figures)
-        blocks |= {"tpu": dense, "tpu linear": [linear]}
-    return {
-        name: "\n\n".join([fill(f"`{_command(name)}`: {_as_text(machine)}.", 120), *map(markdown, of_page)])
-        for name, of_page in blocks.items()
-        if of_page
-    }
+        return {"tpu": dense, "tpu linear": [linear]}
+    (name,) = {"dense", "small", "linear", "scaling"} & figures.keys()
+    if name in {"dense", "small"}:
+        return {name: [_dense_page(group) for group in _grouped(figures[name])]}
+    return {name: list(tables(figures))}
+
+
+def record_path(folder: Path, figures: Figures) -> Path:
+    """Return where the figures of a command are kept: those that depend on the CPU by its name."""
+    (block, *_) = _page_tables(figures)
+    words = re.findall(r"[a-z0-9]+", figures["machine"]["cpu"].lower().replace("(r)", ""))
+    return folder / "tpu.json" if block == "tpu" else folder / block / f"{'-'.join(words)}.json"
 
 
 def _command(block: str) -> str:

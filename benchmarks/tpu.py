@@ -55,11 +55,16 @@ def integer_labels_float32(logits: Logits, labels: Labels, smoothing: Scalar) ->
     return integer_labels(logits.astype(jnp.float32), labels, smoothing)
 
 
+SOFT = "lsce fused, bfloat16 soft labels"
+
 LOSSES = {
     "Optax one-hot, smoothed": one_hot,
     "Optax integer, unsmoothed": integer_labels,
     "Optax integer, cast to float32": integer_labels_float32,
     "lsce fused": ours("fused"),
+    "lsce fused, softcap": ours("fused", softcap=30.0),
+    "lsce fused, max_sup": ours("fused", convention="max_sup"),
+    SOFT: ours("fused"),
     "lsce reference": ours("reference"),
 }
 LINEAR_LOSSES = {
@@ -71,8 +76,9 @@ def measure() -> list[Cost]:
     """Compile each loss with its gradient for each topology; bfloat16 logits."""
     costs = []
     for topology in TOPOLOGIES:
-        arguments = _arguments(topology, (SHAPE.sizes, jnp.bfloat16), (SHAPE[:1], jnp.int32), ((), jnp.float32))
         for name, loss in LOSSES.items():
+            labels = (SHAPE.sizes, jnp.bfloat16) if name == SOFT else (SHAPE[:1], jnp.int32)
+            arguments = _arguments(topology, (SHAPE.sizes, jnp.bfloat16), labels, ((), jnp.float32))
             compiled = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
             costs.append(
                 Cost(

@@ -339,22 +339,42 @@ def test_writing_a_page(monkeypatch, tmp_path):
     assert run("dense", "--quick", "--calls", 1, "--framework", "torch", "--write").exit_code == 0
     page = (tmp_path / PAGES["dense"]).read_text(encoding="utf-8")
     assert page.startswith(
-        "before\n<!-- benchmarks dense: begin -->\n`.venv/bin/python -m benchmarks dense --write`: date "
+        f"before\n<!-- benchmarks dense: begin -->\n#### {report.describe_machine()['cpu']}\n\n"
+        "`.venv/bin/python -m benchmarks dense --write`: date "
     )
     assert page.endswith("after")
     assert "| lsce fused |" in page
     assert page.count("old") == 2  # the blocks of other commands
-    assert json.loads((tmp_path / "figures" / "dense.json").read_text())["dense"][0]["framework"] == "torch"
+    (record,) = (tmp_path / "figures" / "dense").glob("*.json")
+    assert json.loads(record.read_text())["dense"][0]["framework"] == "torch"
+    # Figures of another machine stay.
+    other = json.loads(record.read_text())
+    other["machine"]["cpu"] = "Another CPU"
+    record.with_name("another-cpu.json").write_text(json.dumps(other), encoding="utf-8")
+    assert run("dense", "--quick", "--calls", 1, "--framework", "torch", "--write").exit_code == 0
+    assert (tmp_path / PAGES["dense"]).read_text(encoding="utf-8").count("| lsce fused |") == 2 * page.count(
+        "| lsce fused |"
+    )
     (tmp_path / PAGES["dense"]).write_text("no comments", encoding="utf-8")
     result = run("dense", "--quick", "--calls", 1, "--framework", "torch", "--write")
     assert "each of these lines once" in str(result.exception)
 
 
+def records():
+    """Return the records in docs/figures: for each command those of all machines."""
+    folders = [DOCS / "figures", *sorted((DOCS / "figures").glob("*/"))]
+    return [
+        [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))] for folder in folders
+    ]
+
+
 def record_blocks():
-    """Return the tables of each record in docs/figures, by block."""
-    records = sorted((DOCS / "figures").glob("*.json"))
-    figures = [json.loads(record.read_text(encoding="utf-8")) for record in records]
-    return [pytest.param(block, text, id=block) for of in figures for block, text in report.page_blocks(of).items()]
+    """Return the tables of each block."""
+    return [
+        pytest.param(block, text, id=block)
+        for of_command in records()
+        for block, text in report.page_blocks(of_command).items()
+    ]
 
 
 @pytest.mark.parametrize(("block", "tables"), record_blocks())
@@ -365,3 +385,17 @@ def test_the_page_has_the_tables_of_the_record(block, tables):
 
 def test_every_block_has_a_record():
     assert sorted(parameters.id for parameters in record_blocks()) == sorted(PAGES)
+
+
+def test_readme_has_the_range_of_the_records():
+    """The time of the fused loss at 1024 x 32768, relative to the first, over all machines."""
+    ratios = {"torch": [], "jax": []}
+    for figures in (figures for of_command in records() for figures in of_command):
+        for table in figures.get("dense", ()):
+            if table["shape"] == [1024, 32768] and "allocator" not in table:
+                times = {row["name"]: row["median_ms"] for row in table["rows"]}
+                ratios[table["framework"]].append(times["lsce fused"] / next(iter(times.values())))
+    assert all(len(of) > 1 for of in ratios.values())
+    ranges = {name: f"{min(of):.2f} to {max(of):.2f}" for name, of in ratios.items()}
+    text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    assert f"| {ranges['torch']} in torch, {ranges['jax']} in JAX |" in text
