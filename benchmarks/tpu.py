@@ -55,7 +55,7 @@ def integer_labels_float32(logits: Logits, labels: Labels, smoothing: Scalar) ->
     return integer_labels(logits.astype(jnp.float32), labels, smoothing)
 
 
-SOFT = "lsce fused, bfloat16 soft labels"
+SOFT = "lsce fused, soft labels"
 
 LOSSES = {
     "Optax one-hot, smoothed": one_hot,
@@ -133,7 +133,11 @@ def linear_chunk_bytes() -> int:
 def unrolled() -> Iterator[None]:
     """Trace each round of a loop for itself: the compiler's count takes a loop for one round."""
 
-    def fori_loop(lower: int, upper: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+    as_it_is = jax.lax.fori_loop
+
+    def fori_loop(lower: int, upper: int | jax.Array, body: Callable[[Any, Any], Any], carry: Any) -> Any:
+        if not isinstance(upper, int):
+            return as_it_is(lower, upper, body, carry)  # the data decide how many rounds it has
         for i in range(lower, upper):
             carry = body(jnp.int32(i), carry)
         return carry
