@@ -132,7 +132,6 @@ def linear_chunk_bytes() -> int:
 @contextmanager
 def unrolled() -> Iterator[None]:
     """Trace each round of a loop for itself: the compiler's count takes a loop for one round."""
-
     as_it_is = jax.lax.fori_loop
 
     def fori_loop(lower: int, upper: int | jax.Array, body: Callable[[Any, Any], Any], carry: Any) -> Any:
