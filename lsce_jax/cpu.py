@@ -6,7 +6,8 @@ Three things make the difference there:
   written out, as large as the logits. So groups of consecutive classes are summed without any, and of each row only the
   groups of the label and of the largest logit are summed again with them, where that changes the result.
 - Everything else goes through blocks of rows, whose intermediate arrays stay in the cache.
-- The gradient is computed as if no class were the label, and at the label corrected.
+- The gradient at the label is computed for itself and written over that of the others. To correct what is there would
+  not be accurate where the target of the others is larger.
 """
 
 import math
@@ -17,10 +18,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lsce_jax.inputs import at_labels, compute_dtype, is_sharded
-from lsce_jax.sums import CLASS_VECTORS, Operands, Peaks, Sums, class_factor, sums, sums_at
+from lsce_jax.sums import CLASS_VECTORS, Operands, Peaks, Sums, sums, sums_at
 
 # Logits in a block of rows: 1 MiB in float32, so that the few arrays of a block fit into the cache.
 _BLOCK_SIZE = 2**18
@@ -30,15 +31,12 @@ _FEW_CLASSES, _FEW_IN_A_GROUP, _MANY_CLASSES = 16, 64, 128
 # summed again at a time.
 _NUM_GROUPS, _SMALLEST_GROUP, _WINDOW_SIZE = 16, 32, 2**14
 
-# Where these are among the sums.
-_LABEL_GAP, _OTHER_GAPS = Sums._fields.index("label_gap"), Sums._fields.index("other_gaps")
-
 Rows = dict[str, Any]  # arrays over the rows, by name
 
 
 def row_sums(operands: Operands) -> tuple[Peaks, Sums]:
     """Return what `sums.sums` returns."""
-    if not has_index(operands):
+    if not has_index(operands) or not operands.labels.size:
         return sums(operands)
     *batch_shape, num_classes = operands.logits.shape
     num_rows = math.prod(batch_shape)
@@ -70,26 +68,30 @@ def has_index(operands: Operands) -> bool:
 def logit_cotangents(
     operands: Operands, peaks: Peaks, given: dict[int, Float[Array, "*batch"]]
 ) -> Float[Array, "*batch K"]:
-    """Return the cotangents of the logits, for those of some sums, which are given by their place in `Sums`."""
+    """Return the cotangents of the logits, for those of some sums, which are given by their place."""
 
-    def sums_of(logits: Array) -> dict[int, Array]:
-        results = jax.tree.leaves(sums_at(replace(operands, logits=logits), peaks, None, differentiable=True))
-        return {i: results[i] for i in given}
+    def pulled_back(operands: Operands, is_label: Bool[Array, "*batch 1"] | None) -> Array:
+        def given_sums(logits: Array) -> dict[int, Array]:
+            of_logits = sums_at(replace(operands, logits=logits), peaks, is_label, differentiable=True)
+            results = jax.tree.leaves(of_logits)
+            return {i: results[i] for i in given}
 
-    (of_others,) = jax.vjp(sums_of, operands.logits)[1](given)
-    # The gap of the label goes into its own sum, and not into that of the others.
-    zero, labels = jnp.zeros_like(peaks.peak), operands.labels
-    factor = class_factor(operands.prior, operands.class_weight)
-    of_gap = given.get(_LABEL_GAP, zero)
-    of_gap -= given.get(_OTHER_GAPS, zero) * (1 if factor is None else at_labels(factor, labels))
-    places = tuple(jnp.indices(labels.shape, sparse=True))
-    if operands.softcap is not None:
-        cap = operands.softcap
-        of_gap *= 1 - jnp.tanh(operands.logits[(*places, labels)] / cap) ** 2
-    for counts in (operands.counted, None if operands.class_mask is None else at_labels(operands.class_mask, labels)):
-        of_gap = of_gap if counts is None else jnp.where(counts, of_gap, 0)
-    result: Array = of_others.at[(*places, labels)].add(-of_gap, mode="promise_in_bounds", unique_indices=True)
-    return result
+        cotangents: tuple[Array] = jax.vjp(given_sums, operands.logits)[1](given)
+        return cotangents[0]
+
+    labels = operands.labels[..., None]
+    own: dict[str, Any] = {
+        name: at_labels(vector, labels) for name in CLASS_VECTORS if (vector := getattr(operands, name)) is not None
+    }
+    own["logits"] = jnp.take_along_axis(operands.logits, labels, axis=-1, mode="promise_in_bounds")
+    return jnp.put_along_axis(
+        pulled_back(operands, None),
+        labels,
+        pulled_back(replace(operands, **own), jnp.ones_like(labels, bool)),
+        axis=-1,
+        inplace=False,
+        mode="promise_in_bounds",
+    )
 
 
 def _is_plain(operands: Operands) -> bool:
@@ -224,7 +226,7 @@ def _in_groups(group_size: int, operands: Operands) -> tuple[Peaks, Sums]:
         "masses": masses,
         "gaps": gaps,
     }
-    block_rows = min(max(1, _WINDOW_SIZE // group_size), max(1, num_rows))
+    block_rows = min(max(1, _WINDOW_SIZE // group_size), num_rows)
     num_blocks = jnp.where(jnp.any(needs_exact), -(-num_rows // block_rows), 0)
     of_block = partial(_without_own, logits, group_size)
     rest, other_gaps, correct = _updated(results, of_block, block_rows, rows, num_blocks)
