@@ -252,7 +252,7 @@ def page_blocks(records: Sequence[Figures]) -> dict[str, str]:
         machine = figures["machine"]
         for name, of_page in _page_tables(figures).items():
             # Times are those of a machine; what a compiler says is not.
-            heading = [] if "tpu" in name else [f"#### {machine['cpu']}"]
+            heading = [] if "tpu" in name else [f"### {machine['cpu']}"]
             source = fill(f"`{_command(name)}`: {_as_text(machine)}.", 120)
             blocks[name] = [*blocks.get(name, []), *heading, source, *map(markdown, of_page)]
     return {name: "\n\n".join(parts) for name, parts in blocks.items()}

@@ -339,7 +339,7 @@ def test_writing_a_page(monkeypatch, tmp_path):
     assert run("dense", "--quick", "--calls", 1, "--framework", "torch", "--write").exit_code == 0
     page = (tmp_path / PAGES["dense"]).read_text(encoding="utf-8")
     assert page.startswith(
-        f"before\n<!-- benchmarks dense: begin -->\n#### {report.describe_machine()['cpu']}\n\n"
+        f"before\n<!-- benchmarks dense: begin -->\n### {report.describe_machine()['cpu']}\n\n"
         "`.venv/bin/python -m benchmarks dense --write`: date "
     )
     assert page.endswith("after")
