@@ -275,6 +275,18 @@ def test_ways_of_the_cpu(kinds: str, dtype: str, num_classes: int, monkeypatch: 
     assert np.all((np.abs(ours[2] - theirs[2]) <= 32 * roundoff * scale) | (np.isnan(ours[2]) & np.isnan(theirs[2])))
 
 
+def test_a_label_far_below_all_others() -> None:
+    """Its gap does not enter the loss, and must not round away those that do: where no other row needs more care."""
+    logits = np.random.default_rng(0).normal(size=(4, 200)).astype(np.float32)
+    labels = np.array([0, 57, 198, 199])
+    logits[np.arange(4), labels] = -1e6
+    losses, expected = (
+        loss(given, labels, smoothing=1.0, convention="non_target")
+        for loss, given in ((fused_loss, logits), (reference_loss, logits.astype(np.float64)))
+    )
+    assert_relatively_close(losses, expected, 32 * 2.0**-24)
+
+
 def assert_relatively_close(ours: Any, theirs: Any, bound: float) -> None:
     ours, theirs = (np.asarray(values, np.float64) for values in (ours, theirs))
     with np.errstate(invalid="ignore"):
