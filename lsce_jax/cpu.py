@@ -30,6 +30,8 @@ _FEW_CLASSES, _FEW_IN_A_GROUP, _MANY_CLASSES = 16, 64, 128
 # About how many groups a row is divided into, of about how many classes at least, and how many logits of groups are
 # summed again at a time.
 _NUM_GROUPS, _SMALLEST_GROUP, _WINDOW_SIZE = 16, 32, 2**14
+# Whether XLA fuses sums of exponentials, which JAX 0.10.0 wrote out.
+_FUSES_SUMS = jax.__version_info__ >= (0, 10, 2)
 
 Rows = dict[str, Any]  # arrays over the rows, by name
 
@@ -53,7 +55,7 @@ def row_sums(operands: Operands) -> tuple[Peaks, Sums]:
         group_size = num_classes if num_classes <= _FEW_IN_A_GROUP else _group_size(num_classes)
         of_block = partial(_in_groups, group_size)
         # XLA would write out a part of the classes, and the logits in another dtype.
-        if num_classes % group_size == 0 and operands.logits.dtype == jnp.float32:
+        if _FUSES_SUMS and num_classes % group_size == 0 and operands.logits.dtype == jnp.float32:
             block_rows = num_rows
     results = _in_blocks(lambda block: of_block(replace(operands, **block)), block_rows, rows)
     peaks, of_rows = jax.tree.map(lambda values: values.reshape(batch_shape), results)
