@@ -110,8 +110,10 @@ def _transpose_of_slopes(cotangents: Sequence[Any], *arguments: Any, structure: 
     operands, peaks, tangents = jax.tree.unflatten(
         structure, [None if linear else argument for linear, argument in zip(is_linear, arguments, strict=True)]
     )
-    results = _cotangents(operands, peaks, given, list(tangents)) if given else {}
-    of_leaf = iter([results.get(name) for name in sorted(tangents)])
+    # A tangent that is known, such as an array of zeros, has no cotangent.
+    names = [name for name in sorted(tangents) if tangents[name] is None]
+    results = _cotangents(operands, peaks, given, names) if given else {}
+    of_leaf = iter([results.get(name) for name in names])
     return [next(of_leaf) if linear else None for linear in is_linear]
 
 
