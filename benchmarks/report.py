@@ -270,7 +270,7 @@ def _page_tables(figures: Figures) -> dict[str, list[Table]]:
 
 
 def record_path(folder: Path, figures: Figures) -> Path:
-    """Return where the figures of a command are kept: those that depend on the CPU by its name."""
+    """Return the file that keeps the figures of a command. Times have one file for each CPU."""
     (block, *_) = _page_tables(figures)
     words = re.findall(r"[a-z0-9]+", figures["machine"]["cpu"].lower().replace("(r)", ""))
     return folder / "tpu.json" if block == "tpu" else folder / block / f"{'-'.join(words)}.json"

@@ -98,8 +98,8 @@ def row_losses(
 
 
 def _is_of_a_row(primitive: Primitive, *_: object, **__: object) -> bool:
-    """Whether the backward pass keeps a result: those of sums and maxima have one number for each row."""
-    return primitive.name.startswith("reduce_")
+    """Whether the backward pass keeps a result: sums and maxima have one number for each row."""
+    return primitive.name in {"reduce_sum", "reduce_max"}
 
 
 def _smoothed_losses(

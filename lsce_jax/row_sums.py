@@ -68,7 +68,7 @@ def _slopes(operands: Operands, peaks: Peaks, tangents: ByName) -> Sums:
 
 
 def _at_peaks(operands: Operands, peaks: Peaks, by_name: ByName) -> Sums:
-    """Return sums with the right derivatives by the operands that are given by name."""
+    """Return the sums for other values of some operands; only their derivatives by these are right."""
     return sums_at(replace(operands, **by_name), peaks, is_label(operands), differentiable=True)
 
 

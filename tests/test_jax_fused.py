@@ -276,7 +276,10 @@ def test_ways_of_the_cpu(kinds: str, dtype: str, num_classes: int, monkeypatch: 
 
 
 def test_a_label_far_below_all_others() -> None:
-    """Its gap does not enter the loss, and must not round away those that do: where no other row needs more care."""
+    """The loss has none of the label's gap here, which is far larger than the other gaps and must not round them away.
+
+    All rows are of this kind. Another kind may have the sums computed with more care, for every row.
+    """
     logits = np.random.default_rng(0).normal(size=(4, 200)).astype(np.float32)
     labels = np.array([0, 57, 198, 199])
     logits[np.arange(4), labels] = -1e6
