@@ -422,3 +422,13 @@ def test_rows_that_count_come_first_on_one_device(name: str, monkeypatch: pytest
         assert_close(outcome(loss, HIDDEN, WEIGHT, BIAS, **options), theirs)
     _, stats = linear_label_smoothed_cross_entropy_with_stats(HIDDEN, WEIGHT, LABELS, chunk_size=3, **options)
     assert np.array_equal(stats.valid, options["where"] & (options.get("ignore_index") != LABELS))
+
+
+def test_the_gradient_takes_the_memory_of_a_chunk() -> None:
+    """One array as large as the logits of a chunk, not one more for their gradient."""
+    rows, classes = 2048, 16384
+    shapes = ((rows, 16), jnp.float32), ((16, classes), jnp.float32), ((rows,), jnp.int32)
+    loss = partial(linear_label_smoothed_cross_entropy, reduction="mean", chunk_size=512)
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    compiled = step.lower(*(jax.ShapeDtypeStruct(*shape) for shape in shapes)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * 4 * 512 * classes
