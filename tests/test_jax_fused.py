@@ -153,6 +153,21 @@ def test_other_operands_are_differentiated(name: str) -> None:
         assert_close((results[0],), (results[1],), 8 * EPSILON)
 
 
+@pytest.mark.parametrize("name", ["logits", "class_weight", "prior"])
+def test_transposed_by_one_tangent_of_several(name: str) -> None:
+    """The other tangents are arrays of zeros; what is transposed must not be taken for one of them."""
+    values = {"logits": jnp.asarray(LOGITS), "class_weight": jnp.asarray(WEIGHT), "prior": jnp.asarray(PRIOR)}
+
+    def slope(tangent: Any, loss: Callable[..., Any]) -> Any:
+        tangents = jax.tree.map(jnp.zeros_like, values) | {name: tangent}
+        return jax.jvp(lambda by_name: loss(labels=LABELS, **by_name).sum(), (values,), (tangents,))[1]
+
+    ours, theirs = (
+        jax.linear_transpose(partial(slope, loss=loss), values[name])(1.0)[0] for loss in (fused_loss, reference_loss)
+    )
+    assert_close((np.asarray(ours),), (np.asarray(theirs),), 8 * EPSILON)
+
+
 def test_bad_label_leaves_the_derivative_by_smoothing_alone() -> None:
     labels = np.array([0, 5, 2, 2, 1, 3])
     for loss in (fused_loss, reference_loss):
