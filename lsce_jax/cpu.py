@@ -154,8 +154,7 @@ def _directly(operands: Operands) -> tuple[Peaks, Sums]:
 
 def _in_columns(operands: Operands) -> tuple[Peaks, Sums]:
     """Return the plain sums of rows of few logits, of all rows class by class."""
-    # The barrier is for logits that are a product, as in `_directly`.
-    logits = _computed(operands.logits.astype(compute_dtype(operands.logits)))
+    logits = operands.logits.astype(compute_dtype(operands.logits))
     labels = operands.labels
     columns = [logits[:, i] for i in range(logits.shape[1])]
     peak = _in_pairs(jnp.maximum, columns)
@@ -188,14 +187,14 @@ def _in_groups(group_size: int, operands: Operands) -> tuple[Peaks, Sums]:
     num_rows, num_classes = operands.logits.shape
     num_groups = num_classes // group_size
     whole = num_groups * group_size
-    # The barrier is for logits that are a product, as in `_directly`.
-    logits = _computed(operands.logits.astype(compute_dtype(operands.logits)))
+    logits = operands.logits.astype(compute_dtype(operands.logits))
     labels = operands.labels
 
     def by_group(reduce: Callable[..., Array], of_logits: Callable[[Array, Array], Array], peak: Array) -> Array:
         groups = logits[:, :whole].reshape(num_rows, num_groups, group_size)
+        results: Array = reduce(of_logits(groups, peak[:, None, None]), axis=-1)
         # The barrier keeps XLA from summing all groups a second time, in place of adding up their sums.
-        results = _computed(reduce(of_logits(groups, peak[:, None, None]), axis=-1))
+        results = jax.lax.optimization_barrier(results)  # type: ignore[no-untyped-call]
         if whole == num_classes:
             return results
         last = reduce(of_logits(logits[:, whole:], peak[:, None]), axis=-1)
@@ -246,12 +245,6 @@ def _plain_sums(operands: Operands, *values: Float[Array, " rows"]) -> tuple[Pea
     peak, rest, label_gap, other_gaps, correct = values
     peaks = Peaks(peak, peak, num_largest=None, correct=correct if operands.correct else None)
     return peaks, Sums(rest, label_gap, other_gaps, None, None, None, None, None)
-
-
-def _computed(array: Array) -> Array:
-    """Return an array that XLA computes for itself, not as a part of what uses it."""
-    computed: Array = jax.lax.optimization_barrier(array)  # type: ignore[no-untyped-call]
-    return computed
 
 
 def _in_pairs(combine: Callable[[Array, Array], Array], parts: list[Array]) -> Array:
