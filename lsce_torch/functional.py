@@ -6,6 +6,7 @@ One function takes every option: options are plain Python values, so an unused o
 import math
 from dataclasses import fields, replace
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any, Unpack
 
 import torch
@@ -157,20 +158,21 @@ def _checked_options(keywords: DenseLossKeywords) -> LossOptions:
     if torch.compiler.is_compiling() or not is_number(keywords["smoothing"]):
         return LossOptions.of(keywords)
     check_denominator(keywords["denominator"])
-    # Only whether these two are there matters to the options.
-    given = [name for name in ("prior", "denominator") if keywords[name] is not None]
     try:
-        return _options_of(*given, **{name: keywords[name] for name in _PLAIN})  # type: ignore[literal-required]
+        # Only whether these two are there matters to the options.
+        return _options_of(keywords["prior"] is None, keywords["denominator"] is None, *_plain_of(keywords))
     except TypeError:  # of the check, which raises it again, or since a value has no hash
         return LossOptions.of(keywords)
 
 
 _PLAIN = tuple(field.name for field in fields(LossOptions))
+_plain_of = itemgetter(*_PLAIN)
 
 
 @lru_cache(maxsize=1024, typed=True)
-def _options_of(*given: str, **plain: Any) -> LossOptions:
-    return LossOptions.of({"prior": None, "denominator": None} | dict.fromkeys(given, 1.0) | plain)
+def _options_of(without_prior: bool, without_denominator: bool, *plain: Any) -> LossOptions:
+    given = {"prior": None if without_prior else 1.0, "denominator": None if without_denominator else 1.0}
+    return LossOptions.of(given | dict(zip(_PLAIN, plain, strict=True)))
 
 
 def mean_divisor(

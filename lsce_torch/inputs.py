@@ -7,6 +7,7 @@ not count and those whose label is bad. So no implementation handles axes, ignor
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,7 +26,6 @@ from lsce_spec import (
     check_prior_values,
     check_smoothing_dtype,
     check_smoothing_values,
-    is_floating,
     is_number,
 )
 from lsce_torch.errors import error
@@ -116,9 +116,7 @@ def prepare(
     check_tensor("labels", labels)
     if labels.device != logits.device:
         raise error("labels_device", logits=logits.device, labels=labels.device)
-    check_logits(tuple(logits.shape), dtype_name(logits))
-    axis = check_axis(keywords.get("axis", -1), tuple(logits.shape))
-    check_labels(tuple(labels.shape), dtype_name(labels), tuple(logits.shape), axis)
+    axis = _checked_axis(logits, labels, keywords.get("axis", -1))
     dtype = compute_dtype(logits)
 
     if axis != logits.ndim - 1:
@@ -137,7 +135,7 @@ def prepare(
         where = _as_tensor("where", where, logits.device)
         check_batch_operand("where", tuple(where.shape), dtype_name(where), batch_shape)
 
-    if is_floating(dtype_name(labels)):
+    if labels.is_floating_point():
         if options.ignore_index is not None:
             raise error("ignore_index_soft", given=options.ignore_index)
         soft = labels.movedim(axis, -1)
@@ -154,6 +152,34 @@ def prepare(
     if options.bad_labels == "raise" and batch.bad is not None:
         _raise_bad_label(labels, batch.bad, class_mask is not None, num_classes)
     return batch
+
+
+def _checked_axis(logits: Tensor, labels: Tensor, axis: object) -> int:
+    """Check shapes and dtypes, and return the axis counted from the front.
+
+    To check them takes longer than an operation, so what was good is kept.
+    """
+    described = logits.shape, logits.dtype, labels.shape, labels.dtype, axis
+    if _is_traced():
+        return _check_shapes(*described)
+    try:
+        return _check_shapes_once(*described)
+    except TypeError:  # of a check, which raises it again, or since an axis or a symbolic size has no hash
+        return _check_shapes(*described)
+
+
+def _check_shapes(
+    logits: torch.Size, logits_dtype: torch.dtype, labels: torch.Size, labels_dtype: torch.dtype, axis: object
+) -> int:
+    """Raise unless shapes and dtypes fit, and return the axis counted from the front."""
+    logits_shape = tuple(logits)
+    check_logits(logits_shape, name_of(logits_dtype))
+    from_front = check_axis(axis, logits_shape)
+    check_labels(tuple(labels), name_of(labels_dtype), logits_shape, from_front)
+    return from_front
+
+
+_check_shapes_once = lru_cache(maxsize=1024, typed=True)(_check_shapes)
 
 
 def _row_smoothing(
@@ -179,7 +205,7 @@ def extremes(tensor: Tensor) -> list[float]:
 
     To read values on an accelerator would wait for it; compiled and vmapped functions have none.
     """
-    if tensor.device.type != "cpu" or not tensor.numel() or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call,attr-defined]
+    if tensor.device.type != "cpu" or not tensor.numel() or _is_traced():
         return []
     try:
         least, largest = torch.aminmax(tensor.detach() if tensor.requires_grad else tensor)
@@ -187,6 +213,12 @@ def extremes(tensor: Tensor) -> list[float]:
         return values if all(map(is_number, values)) else []  # the others are symbols
     except RuntimeError:  # within vmap, or a tensor without data
         return []
+
+
+def _is_traced() -> bool:
+    """Whether sizes and values may be symbols."""
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[no-untyped-call,attr-defined]
+    return tracing or torch.compiler.is_compiling()
 
 
 def _class_indices(
@@ -217,7 +249,12 @@ def at_labels(vector: Shaped[Tensor, " K"], labels: Int[Tensor, "*batch"]) -> Sh
 
 def dtype_name(tensor: Tensor) -> str:
     """Return the dtype's name as both frameworks spell it, such as "float32"."""
-    return _DTYPE_NAMES.get(tensor.dtype) or str(tensor.dtype).removeprefix("torch.")
+    return name_of(tensor.dtype)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return the name as both frameworks spell it, such as "float32"."""
+    return _DTYPE_NAMES.get(dtype) or str(dtype).removeprefix("torch.")
 
 
 def check_tensor(name: str, value: object) -> None:

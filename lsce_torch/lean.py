@@ -8,11 +8,11 @@ whose terms have one sign, so that nothing cancels. `log_softmax` is off by abou
 below 1 would feel. So either the entropy of the target, below which no loss can be, is large enough, or the losses
 themselves are.
 
-A few logits take torch's own operations, whose derivatives run in C++: starting operations is all the time they take.
-More of them take blocks of rows. The gradient of a sum or mean is computed with the loss, from the same softmax, and
-kept until `backward`, unless it is large or narrow: then `backward` computes the softmax again, and nothing as large as
-the logits is kept. In a block of few classes, or of images, the rows lie side by side and not the classes, so that the
-processor takes many rows at a time.
+The fewest logits take torch's own operations, whose derivatives run in C++: starting operations is all the time they
+take. Otherwise the gradient of a sum or mean is computed with the loss, from the same softmax, and kept until
+`backward`, unless it is large or narrow: then `backward` computes the softmax again, and nothing as large as the logits
+is kept. Many logits take blocks of rows. In a block of few classes, or of images, the rows lie side by side and not the
+classes, so that the processor takes many rows at a time.
 """
 
 import math
@@ -36,8 +36,10 @@ from lsce_torch.threads import in_threads
 
 # Tests compute plain smoothing by the sweeps as well.
 _ENABLED = True
-# Up to this many logits, starting operations takes much of the time.
-_SMALL = 2**18
+# Up to this many logits, starting operations takes most of the time; those of torch's own derivatives start in C++.
+_FEWEST = 2**14
+# Up to this many, it takes much of the time.
+_FEW = 2**18
 # Up to this many classes the sums of `softmax` and `log_softmax`, which are sequential, are accurate enough.
 _SEQUENTIAL = 2**11
 # With fewer classes than this, the rows of a block lie side by side.
@@ -64,44 +66,58 @@ class _Plan(NamedTuple):
     mass: float  # sum of the target
     scale: float | None  # factor of the sum of the losses, or None for the losses
     least: float  # the least loss that is accurate; 0 if any that this target can have is
+    dtype: torch.dtype  # of the computation
 
 
 def loss(batch: Batch, options: LossOptions, divisor: float | Tensor) -> Float[Tensor, "..."] | None:
     """Return the loss, reduced as asked, or None if this is not the way to compute it."""
-    plan = _make_plan(batch, options, divisor) if _is_plain(batch, options) else None
+    if not _is_plain(batch, options):
+        return None
+    if isinstance(divisor, Tensor):
+        divisor = 0.0 if divisor.requires_grad or not has_memory(divisor) else divisor.item()
+    logits, num_classes = batch.logits, batch.logits.shape[-1]
+    plan = _make_plan(options.convention, options.smoothing, options.reduction, num_classes, batch.dtype, divisor)
     if plan is None:
         return None
     if batch.counted is not None and bool(batch.counted.all()):
         batch = replace(batch, counted=None)
-    unusual = batch.counted is not None or batch.overwritten is not None
-    if batch.logits.numel() <= _SMALL and batch.logits.shape[-1] <= _SEQUENTIAL and not unusual:
-        return _composite(batch, plan)
-    if _layout(batch.logits) is None:
-        return None
+    size = logits.numel()
+    few = size <= _FEW and num_classes <= _SEQUENTIAL and batch.overwritten is None
+    # A row that does not count may hold anything, of which torch's own derivatives make NaN.
+    if few and size <= _FEWEST and batch.counted is None:
+        result, _ = _of_few(logits, batch.labels, None, plan)
+        return result
+    differentiated = logits.requires_grad and torch.is_grad_enabled()
     # A narrow gradient would be rounded before it is scaled, and a large one would take memory early.
-    pays = batch.logits.dtype == batch.dtype and plan.scale is not None and batch.logits.numel() <= _LARGEST_KEPT
-    with_gradient = pays and batch.logits.requires_grad and torch.is_grad_enabled() and batch.overwritten is None
-    rows, gradient = _rows_and_gradient(batch.logits, batch.labels, batch.counted, plan, with_gradient=with_gradient)
-    if not _are_accurate(rows, batch.counted, plan):
-        return None
-    arguments = batch.logits, rows, batch.labels, batch.counted, plan, gradient, batch.overwritten
-    result: Tensor = _PlainLosses.apply(*arguments)  # type: ignore[no-untyped-call]
-    return result
+    pays = logits.dtype == batch.dtype and plan.scale is not None and size <= _LARGEST_KEPT
+    with_gradient = differentiated and pays and batch.overwritten is None
+    compute = _of_few if few and (with_gradient or not differentiated) else _of_many
+    result, gradient = compute(logits.detach(), batch.labels, batch.counted, plan, with_gradient=with_gradient)
+    if result is None or not differentiated:
+        return result
+    loss: Tensor = _PlainLoss.apply(logits, result, gradient, batch, plan, compute)  # type: ignore[no-untyped-call]
+    return loss
 
 
-def _make_plan(batch: Batch, options: LossOptions, divisor: float | Tensor) -> _Plan | None:
+@lru_cache(256)
+def _make_plan(
+    convention: Convention,
+    smoothing: float,
+    reduction: str,
+    num_classes: int,
+    dtype: torch.dtype,
+    divisor: float,
+) -> _Plan | None:
     """Return what is the same for all rows, or None if the target or the divisor is unusual."""
-    if isinstance(divisor, Tensor):
-        divisor = 0.0 if divisor.requires_grad or not has_memory(divisor) else divisor.item()
-    on, off, entropy = _weights(options.convention, options.smoothing, batch.logits.shape[-1])
+    on, off = smoothing_weights(convention, smoothing, num_classes)
     # A factor of 0 makes NaN of an infinite -log p, as one does that is rounded to 0.
-    smallest = torch.finfo(batch.dtype).tiny
+    smallest = torch.finfo(dtype).tiny
     if not divisor or not on - off >= smallest or not (off == 0 or off >= smallest):
         return None
-    mass = on + off * (batch.logits.shape[-1] - 1)
+    mass = on + off * (num_classes - 1)
+    entropy = -sum(number * value * math.log(value) for value, number in ((on, 1), (off, num_classes - 1)) if value > 0)
     least = _ACCURATE * mass
-    scale = None if options.reduction == "none" else 1 / divisor
-    return _Plan(on, off, mass, scale, 0.0 if entropy >= least else least)
+    return _Plan(on, off, mass, None if reduction == "none" else 1 / divisor, 0.0 if entropy >= least else least, dtype)
 
 
 def _is_plain(batch: Batch, options: LossOptions) -> bool:
@@ -111,8 +127,9 @@ def _is_plain(batch: Batch, options: LossOptions) -> bool:
         return False
     if options.z_loss or options.softcap is not None or options.subtract_entropy or options.convention.at_max:
         return False
-    tensors = (batch.prior, batch.class_weight, batch.class_mask)
-    if batch.soft or not isinstance(batch.smoothing, float) or any(tensor is not None for tensor in tensors):
+    if batch.soft or not isinstance(batch.smoothing, float):
+        return False
+    if batch.prior is not None or batch.class_weight is not None or batch.class_mask is not None:
         return False
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
@@ -127,14 +144,6 @@ def _any(bad: Bool[Tensor, "*batch"] | None) -> bool:
         return True
 
 
-@lru_cache(256)
-def _weights(convention: Convention, smoothing: float, num_classes: int) -> tuple[float, float, float]:
-    """Return `on`, `off` and the entropy of the target."""
-    on, off = smoothing_weights(convention, smoothing, num_classes)
-    values = ((on, 1), (off, num_classes - 1))
-    return on, off, -sum(number * value * math.log(value) for value, number in values if value > 0)
-
-
 def _are_accurate(losses: Tensor, counted: Tensor | None, plan: _Plan, factor: float = 1.0) -> bool:
     """Whether all losses that count, times a factor, are large enough; not if one is NaN."""
     if not plan.least:
@@ -144,75 +153,107 @@ def _are_accurate(losses: Tensor, counted: Tensor | None, plan: _Plan, factor: f
     return bool(torch.amin(losses.detach()).item() >= plan.least * factor)
 
 
-def _composite(batch: Batch, plan: _Plan) -> Float[Tensor, "..."] | None:
-    """Return the loss by torch's own operations, or None if it is not accurate."""
-    logits, labels, num_classes = batch.logits, batch.labels, batch.logits.shape[-1]
-    if logits.ndim != 2:
-        logits, labels = logits.reshape(-1, num_classes), labels.reshape(-1)
-    log_p = torch.log_softmax(logits, dim=-1, dtype=batch.dtype)
+def _of_few(
+    logits: Float[Tensor, "*batch K"],
+    labels: Int[Tensor, "*batch"],
+    counted: Bool[Tensor, "*batch"] | None,
+    plan: _Plan,
+    *,
+    with_gradient: bool = False,
+) -> tuple[Float[Tensor, "..."] | None, Float[Tensor, "*batch K"] | None]:
+    """Return the loss, reduced as asked, by torch's own operations, or None if it is not accurate; and its gradient."""
+    log_p = torch.log_softmax(logits, dim=-1, dtype=plan.dtype)
     scale = 1 if plan.scale is None else plan.scale
-    # As a weight of the classes the factor takes no operation of its own, forward or backward.
-    factor = log_p.new_full((num_classes,), (plan.on - plan.off) * scale)
-    by_row = plan.scale is None or plan.least > 0
-    losses = F.nll_loss(log_p, labels, factor, reduction="none" if by_row else "sum")
-    if not _are_accurate(losses, None, plan, scale):
-        return None
-    if plan.scale is None:
-        return (losses - plan.off * log_p.sum(dim=-1) if plan.off else losses).reshape(batch.batch_shape)
-    total = losses.sum() if by_row else losses
-    return total.sub(log_p.sum(), alpha=plan.off * scale) if plan.off else total
+    by_row = counted is not None or plan.scale is None
+    # As a weight of the classes the factor takes no operation of its own.
+    factor = log_p.new_full(log_p.shape[-1:], (plan.on - plan.off) * scale)
+    reduction = "none" if by_row or plan.least else "sum"
+    if log_p.ndim == 2:
+        losses = F.nll_loss(log_p, labels, factor, reduction=reduction)
+    else:
+        losses = F.nll_loss(log_p.reshape(-1, log_p.shape[-1]), labels.reshape(-1), factor, reduction=reduction)
+        losses = losses.view(labels.shape) if by_row else losses
+    if not _are_accurate(losses, counted, plan, scale):
+        return None, None
+    if not by_row and plan.least:
+        losses = losses.sum()
+    if plan.off:
+        losses.sub_(log_p.sum(dim=-1) if by_row else log_p.sum(), alpha=plan.off * scale)
+    if counted is not None:
+        losses.masked_fill_(~counted, 0)
+    gradient = None
+    if with_gradient:
+        gradient = log_p.exp_()
+        _make_gradient(gradient, None, labels, counted, -1, scale, plan)
+    return losses.sum() if by_row and plan.scale is not None else losses, gradient
 
 
-class _PlainLosses(torch.autograd.Function):
-    """The losses of rows, or their sum times `scale`.
+def _of_many(
+    logits: Float[Tensor, "*batch K"],
+    labels: Int[Tensor, "*batch"],
+    counted: Bool[Tensor, "*batch"] | None,
+    plan: _Plan,
+    *,
+    with_gradient: bool,
+) -> tuple[Float[Tensor, "..."] | None, Float[Tensor, "*batch K"] | None]:
+    """Return the same from blocks of rows, None also if the rows do not lie in blocks."""
+    layout = _layout(logits)
+    if layout is None:
+        return None, None
+    rows = torch.empty(labels.shape, dtype=plan.dtype)
+    gradient = in_large_pages(torch.empty_like(logits)) if with_gradient else None
+    with torch.no_grad():
+        whole = _Block(logits, labels, counted, rows, gradient)
+        in_threads(partial(_fill_both if with_gradient else _fill_rows, plan), _blocks(layout, whole))
+    if not _are_accurate(rows, counted, plan):
+        return None, None
+    if counted is not None:
+        rows.masked_fill_(~counted, 0)
+    return rows if plan.scale is None else rows.sum().mul_(plan.scale), gradient
+
+
+class _PlainLoss(torch.autograd.Function):
+    """The loss, which is computed already, with its gradient.
 
     No transform of torch.func comes here, so `forward` takes the context: torch takes less time to call it.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        logits: Tensor,
-        rows: Tensor,
-        labels: Tensor,
-        counted: Tensor | None,
-        plan: _Plan,
-        gradient: Tensor | None,
-        overwritten: Any,
+        ctx: Any, logits: Tensor, loss: Tensor, gradient: Tensor | None, batch: Batch, plan: _Plan, compute: Any
     ) -> Tensor:
-        """Reduce the losses of the rows, which are computed already, as is the gradient of their sum, or None."""
-        ctx.plan, ctx.gradient, ctx.with_loss, ctx.overwritten = plan, gradient, gradient is not None, overwritten
-        ctx.save_for_backward(logits, labels, counted)
+        """Return the loss, and keep what `backward` needs."""
+        ctx.plan, ctx.overwritten, ctx.gradient = plan, batch.overwritten, gradient
+        ctx.compute_again = None if gradient is None else compute
+        ctx.save_for_backward(logits, batch.labels, batch.counted)
         ctx.set_materialize_grads(False)
-        if counted is not None:
-            rows = rows.masked_fill(~counted, 0)
-        return rows.clone() if plan.scale is None else rows.sum().mul_(plan.scale)
+        return loss.detach()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradient with respect to the logits."""
-        if upstream is None:
-            return (None,) * 7
-        plain = not torch.is_grad_enabled() and has_memory(upstream)
+        return (None if upstream is None else _backward(ctx, upstream), *(None,) * 5)
+
+
+def _backward(ctx: Any, upstream: Float[Tensor, "*#batch"]) -> Float[Tensor, "*batch K"]:
+    logits, labels, counted = ctx.saved_tensors
+    if torch.is_grad_enabled() or not has_memory(upstream, logits):
+        if ctx.overwritten is not None:
+            raise error("inplace_transformed")
+        return _differentiable_gradient(logits, labels, counted, upstream, ctx.plan)
+    if ctx.compute_again is not None:
+        # Taken out, so that nothing else holds it. A second `backward` computes it again.
         gradient: Tensor | None
-        if plain and ctx.gradient is not None:
-            # Taken out, so that nothing else holds it. A second `backward` computes it again.
-            gradient, ctx.gradient = ctx.gradient, None
-        else:
-            logits, labels, counted = ctx.saved_tensors
-            if not plain or not has_memory(logits):
-                if ctx.overwritten is not None:
-                    raise error("inplace_transformed")
-                return (_differentiable_gradient(logits, labels, counted, upstream, ctx.plan), *(None,) * 6)
-            if not ctx.with_loss:
-                target = in_large_pages(torch.empty_like(logits)) if ctx.overwritten is None else logits.detach()
-                _write_gradient(target, logits, labels, counted, upstream, ctx.plan)
-                forbid_use(ctx.overwritten or ())
-                return (target, *(None,) * 6)
-            _, gradient = _rows_and_gradient(logits, labels, counted, ctx.plan, with_gradient=True)
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            _, gradient = ctx.compute_again(logits, labels, counted, ctx.plan, with_gradient=True)
         assert gradient is not None
         factor = upstream.item()
-        return (gradient if factor == 1 else gradient.mul_(factor), *(None,) * 6)
+        return gradient if factor == 1 else gradient.mul_(factor)
+    target = in_large_pages(torch.empty_like(logits)) if ctx.overwritten is None else logits.detach()
+    _write_gradient(target, logits, labels, counted, upstream, ctx.plan)
+    forbid_use(ctx.overwritten or ())
+    return target
 
 
 def _differentiable_gradient(
@@ -308,25 +349,6 @@ def _mapped(block: _Block, wide: Callable[[Tensor], Tensor], narrow: Callable[[T
         None if gradient is None else wide(gradient),
         dim,
     )
-
-
-def _rows_and_gradient(
-    logits: Float[Tensor, "*batch K"],
-    labels: Int[Tensor, "*batch"],
-    counted: Bool[Tensor, "*batch"] | None,
-    plan: _Plan,
-    *,
-    with_gradient: bool,
-) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch K"] | None]:
-    """Return the losses of all rows and, if asked for, the gradient of their scaled sum."""
-    layout, logits = _layout(logits), logits.detach()
-    assert layout is not None
-    rows = torch.empty(labels.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
-    gradient = in_large_pages(torch.empty_like(logits)) if with_gradient else None
-    with torch.no_grad():
-        whole = _Block(logits, labels, counted, rows, gradient)
-        in_threads(partial(_fill_both if with_gradient else _fill_rows, plan), _blocks(layout, whole))
-    return rows, gradient
 
 
 def _write_gradient(
@@ -434,23 +456,39 @@ def _finish_gradient(
     plan: _Plan, block: _Block, work: Tensor, total: Tensor | None, upstream: float | Float[Tensor, "..."]
 ) -> None:
     """Make the gradient of the softmax in `work`, and write it to the block."""
-    slope = upstream * plan.mass if total is None else upstream * plan.mass / total
-    constant = upstream * plan.off
-    place = block.labels.unsqueeze(block.dim)
-    at_label = work.gather(block.dim, place).mul_(slope).sub_(upstream * plan.on)
-    if isinstance(slope, Tensor):
-        work.mul_(slope)
-        if plan.off:
-            work.sub_(constant)
-    else:
-        # A constant plus a multiple, in one pass.
-        torch.add(torch.full((), -float(constant), dtype=work.dtype), work, alpha=slope, out=work)
-    work.scatter_(block.dim, place, at_label)
-    if block.counted is not None:
-        work.masked_fill_(~block.counted.unsqueeze(block.dim), 0)
+    _make_gradient(work, total, block.labels, block.counted, block.dim, upstream, plan)
     if work is not block.gradient:
         assert block.gradient is not None
         block.gradient.copy_(work)
+
+
+def _make_gradient(
+    p: Float[Tensor, "..."],
+    total: Float[Tensor, "..."] | None,
+    labels: Int[Tensor, "..."],
+    counted: Bool[Tensor, "..."] | None,
+    dim: int,
+    upstream: float | Float[Tensor, "..."],
+    plan: _Plan,
+) -> None:
+    """Turn a softmax, to be divided by its sums unless they are None, into the gradient with respect to the logits.
+
+    `upstream` is that of the loss of each row, or the same for all.
+    """
+    constant, at_label = -upstream * plan.off, upstream * (plan.off - plan.on)
+    slope = upstream * plan.mass if total is None else upstream * plan.mass / total
+    if isinstance(slope, Tensor):
+        p.mul_(slope)
+        if plan.off:
+            p.add_(constant)
+    else:
+        # A constant plus a multiple, in one pass.
+        torch.add(torch.full((), float(constant), dtype=p.dtype), p, alpha=slope, out=p)
+    place = labels.unsqueeze(dim)
+    at_label = at_label if isinstance(at_label, Tensor) else torch.full((), at_label, dtype=p.dtype)
+    p.scatter_add_(dim, place, at_label.expand(place.shape))
+    if counted is not None:
+        p.masked_fill_(~counted.unsqueeze(dim), 0)
 
 
 def _like(block: _Block, work: Tensor | None) -> Tensor:

@@ -42,14 +42,14 @@ def tensors_to_overwrite(given: Tensor) -> tuple[weakref.ref[Tensor], ...]:
 
 def has_memory(*tensors: Tensor) -> bool:
     """Whether all are plain tensors with data: none belongs to a transform or a batch of gradients or has a tangent."""
-    if any(map(is_wrapper, tensors)):
-        return False
     try:
         for tensor in tensors:
+            if is_wrapper(tensor) or forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+                return False
             tensor.data_ptr()
     except RuntimeError:
         return False
-    return all(forward_ad.unpack_dual(tensor).tangent is None for tensor in tensors)  # type: ignore[no-untyped-call]
+    return True
 
 
 def is_wrapper(value: object) -> bool:

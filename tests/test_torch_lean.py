@@ -13,13 +13,14 @@ from torch.autograd.graph import saved_tensors_hooks
 from lsce_torch import label_smoothed_cross_entropy, lean
 
 WAYS: dict[str, dict[str, int]] = {
-    "operations": {"_SMALL": 2**30},
-    "gradient with the loss": {"_SMALL": 0, "_BLOCK_SIZE": 64},
-    "gradient after the loss": {"_SMALL": 0, "_BLOCK_SIZE": 64, "_LARGEST_KEPT": 0},
-    "rows side by side": {"_SMALL": 0, "_BLOCK_SIZE": 64, "_FEW_CLASSES": 1000},
-    "many classes": {"_SMALL": 0, "_BLOCK_SIZE": 64, "_SEQUENTIAL": 0},
-    "many classes, after the loss": {"_SMALL": 0, "_BLOCK_SIZE": 64, "_SEQUENTIAL": 0, "_LARGEST_KEPT": 0},
-    "classes side by side": {"_SMALL": 0, "_BLOCK_SIZE": 64, "_FEW_CLASSES": 0, "_LARGEST_KEPT": 0},
+    "operations": {"_FEW": 2**30, "_FEWEST": 2**30},
+    "few, gradient with the loss": {"_FEW": 2**30, "_FEWEST": 0},
+    "gradient with the loss": {"_FEW": 0, "_BLOCK_SIZE": 64},
+    "gradient after the loss": {"_FEW": 0, "_BLOCK_SIZE": 64, "_LARGEST_KEPT": 0},
+    "rows side by side": {"_FEW": 0, "_BLOCK_SIZE": 64, "_FEW_CLASSES": 1000},
+    "many classes": {"_FEW": 0, "_BLOCK_SIZE": 64, "_SEQUENTIAL": 0},
+    "many classes, after the loss": {"_FEW": 0, "_BLOCK_SIZE": 64, "_SEQUENTIAL": 0, "_LARGEST_KEPT": 0},
+    "classes side by side": {"_FEW": 0, "_BLOCK_SIZE": 64, "_FEW_CLASSES": 0, "_LARGEST_KEPT": 0},
 }
 
 
@@ -244,14 +245,16 @@ def kept() -> Iterator[list[torch.Tensor]]:
 
 
 def test_what_is_kept(kept: list[torch.Tensor], way: str) -> None:
-    """Only a few logits keep more than logits, labels and, for a sum, the gradient."""
+    """Only the fewest logits keep more than logits, labels and, for a sum, the gradient."""
     leaf = LOGITS.clone().requires_grad_()
     loss = label_smoothed_cross_entropy(leaf, LABELS, smoothing=0.3)
     assert is_lean(loss)
     large = [tensor for tensor in kept if tensor.shape == leaf.shape]
     assert all(tensor is leaf for tensor in large) == (way != "operations")
     gradient = getattr(loss.grad_fn, "gradient", None)
-    assert (gradient is not None) == (way in {"gradient with the loss", "rows side by side", "many classes"})
+    assert (gradient is not None) == (
+        way in {"few, gradient with the loss", "gradient with the loss", "rows side by side", "many classes"}
+    )
     with torch.no_grad():
         assert getattr(label_smoothed_cross_entropy(leaf, LABELS).grad_fn, "gradient", None) is None
 
@@ -278,7 +281,7 @@ def test_options_with_a_part_of_their_own_take_another_way(options: dict[str, An
 
 def test_many_small_groups_of_rows_take_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """A block for each would take longer; so would logits in no order of the dimensions."""
-    monkeypatch.setattr(lean, "_SMALL", 0)
+    monkeypatch.setattr(lean, "_FEW", 0)
     logits = torch.randn(2000, 5, 4, requires_grad=True)
     labels = torch.zeros(2000, 4, dtype=torch.int64)
     assert not is_lean(label_smoothed_cross_entropy(logits, labels, axis=1))

@@ -53,11 +53,11 @@ dense = partial(label_smoothed_cross_entropy, labels=LABELS, smoothing=SMOOTHING
 linear = partial(linear_label_smoothed_cross_entropy, weight=WEIGHT, labels=LABELS, smoothing=SMOOTHING, chunk_size=1)
 
 
-def in_blocks(reduction: str) -> Function:
-    """Return the loss as it is computed for more logits."""
+def as_of_more(limit: str, reduction: str) -> Function:
+    """Return the loss as it is computed for more logits, beyond the limit of that name."""
 
     def loss(logits: torch.Tensor) -> torch.Tensor:
-        with mock.patch.object(lean, "_SMALL", 0):
+        with mock.patch.object(lean, limit, 0):
             return dense(logits, reduction=reduction)
 
     return loss
@@ -66,8 +66,9 @@ def in_blocks(reduction: str) -> Function:
 LOSSES: dict[str, tuple[Function, Function]] = {
     "fused": (partial(dense, implementation="fused"), plain_losses),
     "fused, mean": (partial(dense, implementation="fused", reduction="mean"), lambda z: plain_losses(z).mean()),
-    "fused, in blocks": (in_blocks("none"), plain_losses),
-    "fused, in blocks, mean": (in_blocks("mean"), lambda z: plain_losses(z).mean()),
+    "fused, few, mean": (as_of_more("_FEWEST", "mean"), lambda z: plain_losses(z).mean()),
+    "fused, in blocks": (as_of_more("_FEW", "none"), plain_losses),
+    "fused, in blocks, mean": (as_of_more("_FEW", "mean"), lambda z: plain_losses(z).mean()),
     "fused, capped": (partial(dense, implementation="fused", where=COUNTED, z_loss=0.1, softcap=3.0), plain_capped),
     "reference": (partial(dense, implementation="reference"), plain_losses),
     "linear, sum": (partial(linear, reduction="sum"), plain_total),

@@ -63,11 +63,12 @@ def test_against_oracle(framework: str, name: str, dtype: str, parity_ledger: Re
     assert comparison.agrees, comparison
 
 
-# Plain smoothing has three ways in torch; sizes and other options decide. Each must hold wherever it could be taken.
+# Plain smoothing has several ways in torch; sizes and other options decide. Each must hold wherever it could be taken.
 WAYS: dict[str, dict[str, int]] = {
-    "operations": {"_SMALL": 2**30},
-    "blocks": {"_SMALL": 0, "_BLOCK_SIZE": 64},
-    "blocks of many classes": {"_SMALL": 0, "_BLOCK_SIZE": 64, "_SEQUENTIAL": 0},
+    "operations": {"_FEW": 2**30, "_FEWEST": 2**30},
+    "few, gradient with the loss": {"_FEW": 2**30, "_FEWEST": 0},
+    "blocks": {"_FEW": 0, "_BLOCK_SIZE": 64},
+    "blocks of many classes": {"_FEW": 0, "_BLOCK_SIZE": 64, "_SEQUENTIAL": 0},
     "sweeps": {"_ENABLED": False},
 }
 
