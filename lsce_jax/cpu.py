@@ -25,6 +25,9 @@ from lsce_jax.sums import CLASS_VECTORS, Operands, Peaks, Sums, sums, sums_at
 
 # Logits in a block of rows: 1 MiB in float32, so that the few arrays of a block fit into the cache.
 _BLOCK_SIZE = 2**18
+# Up to this many logits, of up to this many rows, starting operations takes most of the time: the plain formulas have
+# the fewest.
+_FEW_LOGITS, _FEW_ROWS = 2**15, 2**9
 # Up to how many classes are taken one by one, up to how many as one group, and from how many on in several.
 _FEW_CLASSES, _FEW_IN_A_GROUP, _MANY_CLASSES = 16, 64, 128
 # About how many groups a row is divided into, of about how many classes at least, and how many logits of groups are
@@ -49,9 +52,11 @@ def row_sums(operands: Operands) -> tuple[Peaks, Sums]:
         if array is not None
     }
     block_rows, of_block = max(1, _BLOCK_SIZE // num_classes), _directly
-    if _is_plain(operands) and num_classes <= _FEW_CLASSES:
+    are_few = num_rows <= _FEW_ROWS and num_rows * num_classes <= _FEW_LOGITS
+    in_parts = _is_plain(operands) and not are_few
+    if in_parts and num_classes <= _FEW_CLASSES:
         block_rows, of_block = num_rows, _in_columns
-    elif _is_plain(operands) and not _FEW_IN_A_GROUP < num_classes < _MANY_CLASSES:
+    elif in_parts and not _FEW_IN_A_GROUP < num_classes < _MANY_CLASSES:
         group_size = num_classes if num_classes <= _FEW_IN_A_GROUP else _group_size(num_classes)
         of_block = partial(_in_groups, group_size)
         # XLA would write out a part of the classes, and the logits in another dtype.

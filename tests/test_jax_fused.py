@@ -66,19 +66,26 @@ each_call = pytest.mark.parametrize(("labels", "options"), CALLS.values(), ids=C
 
 
 @contextmanager
-def blocks_of(size: int) -> Iterator[None]:
-    """Change the number of logits in a block, and compile the sums again before and after."""
+def changed(constant: str, value: int) -> Iterator[None]:
+    """Change a constant of cpu.py, and compile the sums again before and after."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "_BLOCK_SIZE", size)
+        patch.setattr(cpu, constant, value)
         row_sums.clear_cache()
         yield
     row_sums.clear_cache()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_as_many() -> Iterator[None]:
+    """Take few logits as many."""
+    with changed("_FEW_LOGITS", 0):
+        yield
+
+
 @pytest.fixture
 def small_blocks() -> Iterator[None]:
     """Blocks of four rows of five classes, so that the last block overlaps the one before it."""
-    with blocks_of(20):
+    with changed("_BLOCK_SIZE", 20):
         yield
 
 
@@ -233,7 +240,7 @@ def test_blocks_do_not_matter(num_rows: int, dtype: str) -> None:
     where = generator.random((2, num_rows)) < 0.7
     (whole,) = outcomes(fused_loss, [(logits, labels)], where=where, class_mask=MASK)
     for block_size in (1, 20, 35):
-        with blocks_of(block_size):
+        with changed("_BLOCK_SIZE", block_size):
             (divided,) = outcomes(fused_loss, [(logits, labels)], where=where, class_mask=MASK)
         assert_close(divided, whole, 2.0**-52 if dtype == "float64" else 2.0**-23)
 
@@ -260,7 +267,8 @@ def rows_of_every_kind(num_classes: int, dtype: str) -> tuple[Any, Any]:
 @pytest.mark.parametrize("num_classes", [2, 16, 17, 64, 65, 127, 128, 131, 200, 1009, 1024])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("kinds", ["every kind", "random alone"])
-def test_ways_of_the_cpu(kinds: str, dtype: str, num_classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("few", [False, True], ids=["many", "few"])
+def test_ways_of_the_cpu(few: bool, kinds: str, dtype: str, num_classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses relative to the loss, gradients, what is correct; and a row of NaN that is left out."""
     monkeypatch.setattr(cpu, "_WINDOW_SIZE", 70)  # more than one block of windows, the last of which overlaps
     logits, labels = rows_of_every_kind(num_classes, dtype)
@@ -278,10 +286,14 @@ def test_ways_of_the_cpu(kinds: str, dtype: str, num_classes: int, monkeypatch: 
         (_, (losses, stats)), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(logits)
         return (np.asarray(losses), stats, np.asarray(gradient))
 
-    ours, theirs = (
-        evaluate(partial(label_smoothed_cross_entropy_with_stats, implementation=implementation), given)
-        for implementation, given in (("fused", jnp.asarray(logits)), ("reference", jnp.asarray(logits, np.float64)))
-    )
+    with changed("_FEW_LOGITS", 2**15 if few else 0):
+        ours, theirs = (
+            evaluate(partial(label_smoothed_cross_entropy_with_stats, implementation=implementation), given)
+            for implementation, given in (
+                ("fused", jnp.asarray(logits)),
+                ("reference", jnp.asarray(logits, np.float64)),
+            )
+        )
     roundoff = 2.0**-24 if dtype == "float32" else 2.0**-53
     for one, other in ((ours[0], theirs[0]), (ours[1].nll, theirs[1].nll)):
         assert_relatively_close(one, other, 32 * roundoff)
