@@ -160,7 +160,7 @@ def _checked_axis(logits: Tensor, labels: Tensor, axis: object) -> int:
     To check them takes longer than an operation, so what was good is kept.
     """
     described = logits.shape, logits.dtype, labels.shape, labels.dtype, axis
-    if _is_traced():
+    if _is_tracing():
         return _check_shapes(*described)
     try:
         return _check_shapes_once(*described)
@@ -205,7 +205,7 @@ def extremes(tensor: Tensor) -> list[float]:
 
     To read values on an accelerator would wait for it; compiled and vmapped functions have none.
     """
-    if tensor.device.type != "cpu" or not tensor.numel() or _is_traced():
+    if tensor.device.type != "cpu" or not tensor.numel() or _is_tracing():
         return []
     try:
         least, largest = torch.aminmax(tensor.detach() if tensor.requires_grad else tensor)
@@ -213,12 +213,6 @@ def extremes(tensor: Tensor) -> list[float]:
         return values if all(map(is_number, values)) else []  # the others are symbols
     except RuntimeError:  # within vmap, or a tensor without data
         return []
-
-
-def _is_traced() -> bool:
-    """Whether sizes and values may be symbols."""
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[no-untyped-call,attr-defined]
-    return tracing or torch.compiler.is_compiling()
 
 
 def _class_indices(
@@ -298,6 +292,12 @@ def check_prior(prior: Tensor, class_mask: Tensor | None) -> None:
         check_prior_values(prior.double().tolist(), mask, torch.finfo(prior.dtype).eps / 2)
     except RuntimeError:  # within vmap, or a tensor without data
         return
+
+
+def _is_tracing() -> bool:
+    """Whether sizes and values may be symbols."""
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[no-untyped-call,attr-defined]
+    return tracing or torch.compiler.is_compiling()
 
 
 def _raise_bad_label(labels: Tensor, bad: Tensor, masked: bool, num_classes: int) -> None:

@@ -88,9 +88,9 @@ def loss(batch: Batch, options: LossOptions, divisor: float | Tensor) -> Float[T
         result, _ = _of_few(logits, batch.labels, None, plan)
         return result
     differentiated = logits.requires_grad and torch.is_grad_enabled()
-    # A narrow gradient would be rounded before it is scaled, and a large one would take memory early.
-    pays = logits.dtype == batch.dtype and plan.scale is not None and size <= _LARGEST_KEPT
-    with_gradient = differentiated and pays and batch.overwritten is None
+    # In blocks a narrow gradient would be rounded before it is scaled, and a large one would take memory early.
+    pays = few or (logits.dtype == batch.dtype and size <= _LARGEST_KEPT)
+    with_gradient = differentiated and pays and plan.scale is not None and batch.overwritten is None
     compute = _of_few if few and (with_gradient or not differentiated) else _of_many
     result, gradient = compute(logits.detach(), batch.labels, batch.counted, plan, with_gradient=with_gradient)
     if result is None or not differentiated:
@@ -161,7 +161,10 @@ def _of_few(
     *,
     with_gradient: bool = False,
 ) -> tuple[Float[Tensor, "..."] | None, Float[Tensor, "*batch K"] | None]:
-    """Return the loss, reduced as asked, by torch's own operations, or None if it is not accurate; and its gradient."""
+    """Return the loss, reduced as asked, by torch's own operations, or None if it is not accurate; and its gradient.
+
+    The gradient is in the dtype of the computation.
+    """
     log_p = torch.log_softmax(logits, dim=-1, dtype=plan.dtype)
     scale = 1 if plan.scale is None else plan.scale
     by_row = counted is not None or plan.scale is None
@@ -249,7 +252,8 @@ def _backward(ctx: Any, upstream: Float[Tensor, "*#batch"]) -> Float[Tensor, "*b
             _, gradient = ctx.compute_again(logits, labels, counted, ctx.plan, with_gradient=True)
         assert gradient is not None
         factor = upstream.item()
-        return gradient if factor == 1 else gradient.mul_(factor)
+        gradient = gradient if factor == 1 else gradient.mul_(factor)
+        return gradient if gradient.dtype == logits.dtype else gradient.to(logits.dtype)
     target = in_large_pages(torch.empty_like(logits)) if ctx.overwritten is None else logits.detach()
     _write_gradient(target, logits, labels, counted, upstream, ctx.plan)
     forbid_use(ctx.overwritten or ())
