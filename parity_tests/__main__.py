@@ -7,6 +7,7 @@ import typer
 
 from parity_tests.commands.common import CANNOT_RUN
 from parity_tests.commands.compare import compare
+from parity_tests.commands.devices import devices
 from parity_tests.commands.fingerprint import fingerprint
 from parity_tests.commands.hunt import hunt
 from parity_tests.commands.matrix import matrix
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.command()(adapters)
 app.command()(compare)
+app.command()(devices)
 app.command()(fingerprint)
 app.command()(hunt)
 app.command()(matrix)

@@ -20,7 +20,8 @@ from lsce_jax import (
     label_smoothed_cross_entropy_with_stats,
     smoothing_weights,
 )
-from parity_tests.truth.bounds import Arithmetic, error_bound, tree_depth
+from parity_tests.truth.arithmetic import Arithmetic, tree_depth
+from parity_tests.truth.bounds import error_bound
 from parity_tests.truth.cases import Case
 from parity_tests.truth.oracle import solve
 

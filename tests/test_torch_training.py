@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
 from lsce_torch import LabelSmoothedCrossEntropyLoss, label_smoothed_cross_entropy_with_stats
-from parity_tests.truth.bounds import Arithmetic, error_bound
+from parity_tests.truth.arithmetic import Arithmetic
+from parity_tests.truth.bounds import error_bound
 from parity_tests.truth.cases import Case
 from parity_tests.truth.oracle import solve
 

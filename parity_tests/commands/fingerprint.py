@@ -19,7 +19,7 @@ from parity_tests.commands.common import (
 )
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.losses.adapters import UnavailableError
-from parity_tests.studies.fingerprint import BACKENDS, Fingerprint, take_fingerprint
+from parity_tests.studies.fingerprint import BACKENDS, Fingerprint, measured_row, rows_that_fit, take_fingerprint
 
 
 def fingerprint(
@@ -29,6 +29,8 @@ def fingerprint(
     json_file: JsonOption = None,
 ) -> None:
     """Measure the arithmetic of a device, and compare it with the assumptions of the bounds.
+
+    Also says which rows of the table of devices (docs/devices.md) the measurements fit, and prints a row of their own.
 
     Exit code 0: all measurements are within the assumptions, 1: one is not, 2: no such framework or device here.
     """
@@ -47,6 +49,8 @@ def fingerprint(
         announce(f"measuring {name} on {device}")
         taken.append(take_fingerprint(backend))
         console.print(_table(taken[-1]))
+        for line in _rows(taken[-1]):
+            console.print(line, markup=False, highlight=False)
     if not taken:
         cannot_run("; ".join(missing.values()))
     for name, reason in missing.items():
@@ -59,8 +63,23 @@ def fingerprint(
     exit_with(all(each.within for each in taken))
 
 
+def _rows(taken: Fingerprint) -> list[str]:
+    """Return lines that say which rows of the table of devices the measurements fit, and what their own row is."""
+    row = measured_row(taken)
+    if row is None:
+        return ["no row: a probe that it needs has failed", ""]
+    fitting = rows_that_fit(row)
+    return [
+        f"rows that fit, the tightest first: {', '.join(fitting)}" if fitting else "no row of the table fits",
+        "a row for parity_tests/truth/devices.py, each error rounded up:",
+        row.as_code(),
+        "",
+    ]
+
+
 def _table(taken: Fingerprint) -> Table:
-    table = Table(title=f"{taken.framework} on {taken.device}", box=box.SIMPLE, title_justify="left")
+    name = taken.device if taken.model == taken.device else f"{taken.device}, as {taken.model}"
+    table = Table(title=f"{taken.framework} on {name}", box=box.SIMPLE, title_justify="left")
     for column in ("dtype", "probe", "measured", "what the\nbounds\nassume", "verdict"):
         table.add_column(column, no_wrap=column == "probe")
     before = None

@@ -10,9 +10,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from parity_tests.truth.bounds import NARROW, Arithmetic
+from parity_tests.truth.arithmetic import NARROW, Arithmetic
 from parity_tests.truth.cases import Case, LinearCase, features
 from parity_tests.truth.comparison import AnyResult, make_result
+from parity_tests.truth.devices import Device, device_of_kind
 from parity_tests.truth.precision import as_dtype, compute_dtype
 
 
@@ -81,7 +82,6 @@ class FrameworkAdapter:
     """
 
     framework: str
-    accuracy: Arithmetic
 
     def __init__(
         self,
@@ -101,7 +101,20 @@ class FrameworkAdapter:
         self.loss: Callable[..., Any] = loss if implementation is None else partial(loss, implementation=implementation)
         self.device, self.supports, self.linear, self.implementation = device, supports, linear, implementation
         self.name = name or f"{self.framework} {implementation or ''}".rstrip()
-        self.arithmetic = replace(self.accuracy, narrow=narrow)
+        self.arithmetic = replace(self.device_model.arithmetic, narrow=narrow)
+
+    @property
+    def device_model(self) -> Device:
+        """What is known of the arithmetic of the device."""
+        return device_of_kind(self.framework, self.device, self._device_kind())
+
+    def _device_kind(self) -> str:
+        """Return the device's name, as the framework says it.
+
+        Raises:
+            UnavailableError: the device is not there.
+        """
+        raise NotImplementedError
 
     def _load_package(self) -> Any:
         """Return the package; not loaded for another function, which may not need all that the package does."""
@@ -125,16 +138,23 @@ class JaxAdapter(FrameworkAdapter):
     """
 
     framework = "jax"
-    # XLA's expansions of exp, log1p and tanh for CPUs, measured up to 1.9, 3.2 and 3.6.
-    accuracy = Arithmetic(exp=3.0, log1p=4.0, tanh=5.0)
 
     def __init__(self, loss: Callable[..., Any] | None = None, jit: bool = True, **options: Any) -> None:
         """Load JAX."""
-        jax = _load("jax")
+        _load("jax")
         super().__init__(loss, **options)
         self.jit = jit
+
+    def _device_kind(self) -> str:
+        kind: str = self._jax_device.device_kind
+        return kind
+
+    @property
+    def _jax_device(self) -> Any:
+        import jax
+
         try:
-            self._jax_device = jax.devices(self.device)[0]
+            return jax.devices(self.device)[0]
         except RuntimeError as error:
             raise UnavailableError(f"JAX finds no {self.device} device on this machine: {error}") from error
 
@@ -198,17 +218,20 @@ class TorchAdapter(FrameworkAdapter):
     """
 
     framework = "torch"
-    # SLEEF and libm, measured up to 1.2; exp within softmax up to 2.6.
-    accuracy = Arithmetic(exp=3.0, log1p=2.0, tanh=2.0)
 
     def __init__(self, loss: Callable[..., Any] | None = None, compiled: bool = False, **options: Any) -> None:
         """Load torch."""
-        torch = _load("torch")
+        _load("torch")
         super().__init__(loss, **options)
         if compiled:
             self.loss = _compiled_anew(self.loss)
+
+    def _device_kind(self) -> str:
+        import torch
+
         if self.device == "tpu" or (self.device == "cuda" and not torch.cuda.is_available()):
             raise UnavailableError(f"torch finds no {self.device} device on this machine")
+        return torch.cuda.get_device_name() if self.device == "cuda" else self.device
 
     def _load_package(self) -> Any:
         import lsce_torch

@@ -10,7 +10,7 @@ from lsce_spec import IMPLEMENTATIONS, LINEAR_IMPLEMENTATIONS
 from parity_tests.faults.linear import BANK, LINEAR_FAULTS, wrong_result
 from parity_tests.losses import peers
 from parity_tests.losses.adapters import Adapter, JaxAdapter, TorchAdapter
-from parity_tests.truth.bounds import NARROW, Arithmetic
+from parity_tests.truth.arithmetic import NARROW, Arithmetic
 from parity_tests.truth.cases import Case, LinearCase
 from parity_tests.truth.comparison import AnyResult, make_result
 from parity_tests.truth.oracle import solve

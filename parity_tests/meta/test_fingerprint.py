@@ -19,10 +19,14 @@ from parity_tests.studies.fingerprint import (
     Finding,
     TorchBackend,
     depth_of_sum,
+    measured_row,
+    rows_that_fit,
     subnormal_numbers,
     take_fingerprint,
 )
-from parity_tests.truth.bounds import Arithmetic
+from parity_tests.truth import devices
+from parity_tests.truth.arithmetic import any_order
+from parity_tests.truth.devices import device_named
 from parity_tests.truth.precision import DTYPES, FORMATS
 
 Operation = Callable[..., Array]
@@ -46,6 +50,7 @@ def rounded_function(name: str) -> Operation:
 
 SOUND: dict[str, Operation] = {
     **{name: rounded_function(name) for name in ("exp", "log", "log1p", "tanh")},
+    "divide": np.divide,
     "sum": in_float32(lambda values: values.sum(-1)),
     "matmul": in_float32(np.matmul),
     "multiply": np.multiply,
@@ -56,7 +61,7 @@ SOUND: dict[str, Operation] = {
 class Device:
     """NumPy as a device, with some operations replaced."""
 
-    framework, device, arithmetic = "numpy", "cpu", Arithmetic()
+    framework, device, model = "jax", "cpu", device_named("jax", "cpu")
 
     def __init__(self, **replaced: Operation) -> None:
         """Replace operations."""
@@ -124,13 +129,15 @@ def three_passes(a: Array, b: Array) -> Array:
 ])  # fmt: skip
 def test_narrow_operands(matmul: Operation, measured: str) -> None:
     found = findings(Device(matmul=matmul), ("float32",))
-    operand, product = found["float32", "matmul: bits of an operand"], found["float32", "matmul: error of a product"]
-    assert operand.measured == measured
-    assert exceeding(found) == {(each.dtype, each.probe) for each in (operand, product)}
+    bits = {("float32", f"matmul: bits of {what}") for what in ("an operand", "a vector")}
+    assert {found[key].measured for key in bits} == {measured}
+    assert exceeding(found) == bits | {("float32", "matmul: error of a product")}
 
 
 def narrow_sums(a: Array, b: Array) -> Array:
     """Round every partial sum to the dtype of the operands."""
+    if a.ndim == 1 or b.ndim == 1:
+        return narrow_sums(np.atleast_2d(a), b if b.ndim == 2 else b[:, None]).reshape(-1)
     total = np.zeros((a.shape[0], b.shape[1]), a.dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         for k in range(a.shape[1]):
@@ -316,6 +323,71 @@ def test_an_operation_that_is_missing() -> None:
     assert ("float16", "sum: repeated") in found
 
 
+# ---- Rows of the table of devices
+
+
+def off_by(function: str, units: float) -> Operation:
+    """Return a function that is off by so many units of the roundoff, and flushes."""
+    return lambda values: flushed(
+        (SOUND[function](values.astype(np.float64)) * (1 + units * FORMATS[values.dtype.name].roundoff)).astype(
+            values.dtype
+        )
+    )
+
+
+def like_tpu(**units: float) -> Device:
+    """A device with the errors of a TPU v6e, but where stated otherwise."""
+    errors = {"exp": 128.0, "log": 4.0, "log1p": 4000.0, "tanh": 2.0, **units}
+    return Device(
+        **{name: off_by(name, error) for name, error in errors.items()},
+        multiply=lambda a, b: flushed(flushed(a) * flushed(b)),
+        matmul=lambda a, b: one_pass(8)(a, b) if a.dtype == np.float32 and a.ndim == b.ndim else SOUND["matmul"](a, b),
+        sum=sequential,
+    )
+
+
+def row_of(backend: Device) -> devices.Device:
+    row = measured_row(take_fingerprint(backend, ("float32",)))
+    assert row is not None
+    return row
+
+
+def test_a_device_fits_the_row_of_its_arithmetic() -> None:
+    row = row_of(like_tpu())
+    assert (row.arithmetic.matmul_bits, row.flushes, row.arithmetic.depth) == (8, True, any_order)
+    assert 128 <= row.arithmetic.exp <= 129
+    assert rows_that_fit(row)[0] == "tpu-v6e"
+    assert {"cpu", "gpu-h100"}.isdisjoint(rows_that_fit(row))
+    assert rows_that_fit(row_of(like_tpu(tanh=100.0)))[0] == "tpu-v5p"
+    assert rows_that_fit(row_of(like_tpu(exp=225.0)))[0] == "tpu-v4"
+    assert rows_that_fit(row_of(like_tpu(exp=250.0))) == []
+    assert rows_that_fit(row_of(Device()))[0] == "gpu-a100"  # on a CPU, JAX flushes
+
+
+def test_a_vector_may_keep_more_bits_than_a_matrix() -> None:
+    found = findings(like_tpu(), ("float32",))
+    assert found["float32", "matmul: bits of an operand"].measured == "8 (bfloat16)"
+    assert found["float32", "matmul: bits of a vector"].measured == "24"
+
+
+def test_there_is_no_row_without_the_probes_that_it_needs() -> None:
+    def missing(*operands: Array) -> Array:
+        raise NotImplementedError
+
+    assert measured_row(take_fingerprint(Device(exp=missing), ("float32",))) is None
+    assert measured_row(take_fingerprint(Device(exp=lambda values: values * np.nan), ("float32",))) is None
+    assert measured_row(take_fingerprint(Device(), ("bfloat16",))) is None
+
+
+def test_quotients_that_are_not_rounded_correctly() -> None:
+    def by_reciprocal(a: Array, b: Array) -> Array:
+        return a * (a.dtype.type(1) / b)
+
+    found = findings(Device(divide=by_reciprocal), ("float32",))
+    assert exceeding(found) == {("float32", "division: error")}
+    assert 1 < found["float32", "division: error"].value < 3
+
+
 # ---- Command line
 
 
@@ -338,6 +410,8 @@ def test_command_within(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     (taken,) = content["fingerprints"]
     assert {each["dtype"] for each in taken["findings"]} == set(DTYPES)
     assert content["missing"] == {"jax": "no cpu here"}
+    assert "rows that fit, the tightest first: " in outcome.output
+    assert "Device('cpu', 'cpu', ('jax',)" in outcome.output.replace("\n", "")
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from parity_tests.studies.bundle import (
 from parity_tests.studies.replays import replay
 from parity_tests.studies.survey import make_cases
 from parity_tests.truth import oracle
-from parity_tests.truth.bounds import Arithmetic
+from parity_tests.truth.arithmetic import Arithmetic
 from parity_tests.truth.cases import Case, make_case
 from parity_tests.truth.linear_cases import make_linear_case
 from parity_tests.truth.oracle import Exact

@@ -14,7 +14,7 @@ from parity_tests.losses.registry import ENTRIES, Entry, FaultyAdapter
 from parity_tests.meta.running import invoke
 from parity_tests.studies.survey import Member, survey
 from parity_tests.studies.verdicts import Outcome
-from parity_tests.truth.bounds import Arithmetic
+from parity_tests.truth.arithmetic import Arithmetic
 from parity_tests.truth.cases import make_case
 from parity_tests.truth.comparison import Result, against_each_other
 from parity_tests.truth.oracle import solve

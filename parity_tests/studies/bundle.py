@@ -36,7 +36,7 @@ from safetensors.numpy import load, save
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.losses.adapters import Adapter, LossError
 from parity_tests.studies.verdicts import examine
-from parity_tests.truth.bounds import NARROW, Arithmetic, tree_depth
+from parity_tests.truth.arithmetic import DEPTHS, ERRORS, NARROW, Arithmetic, name_of_depth
 from parity_tests.truth.cases import Case, LinearCase
 from parity_tests.truth.comparison import AnyResult, make_result
 from parity_tests.truth.linear_cases import with_logits
@@ -49,7 +49,6 @@ AGAIN = "Record the bundle again."
 
 _LAYER = ("hidden", "weight", "bias")
 _CASE_ARRAYS = ("logits", "labels", "smoothing", "where", "class_weight", "class_mask", "prior", "upstream")
-_ACCURACIES = ("exp", "log1p", "tanh")
 
 Arrays = dict[str, NDArray[Any]]
 Key = tuple[str, str]
@@ -124,8 +123,8 @@ def record(adapters: Sequence[Adapter], cases: Iterable[Case]) -> Bundle:
     """
     recorded = {}
     for adapter in adapters:
-        if adapter.arithmetic.depth is not tree_depth:
-            raise BundleError(f"{adapter.name} sums in an order of its own; only the depth tree_depth can be recorded.")
+        if name_of_depth(adapter.arithmetic) is None:
+            raise BundleError(f"{adapter.name} has a depth of its own; only those of DEPTHS can be recorded.")
         recorded[adapter.name] = RecordedAdapter(adapter.name, adapter.framework, adapter.device, adapter.arithmetic)
     records = []
     for case in cases:
@@ -271,11 +270,18 @@ def _take_apart(bundle: Bundle) -> tuple[dict[str, Any], Arrays]:
 
 def _arithmetic_to_json(arithmetic: Arithmetic, linear: bool) -> dict[str, Any]:
     narrow = {"narrow": sorted(arithmetic.narrow)} if linear else {}
-    return {each: getattr(arithmetic, each) for each in _ACCURACIES} | narrow
+    numbers = {name: getattr(arithmetic, name) for name in (*ERRORS, "matmul_bits")}
+    return numbers | {"depth": name_of_depth(arithmetic)} | narrow
 
 
 def _arithmetic_from_json(entry: dict[str, Any]) -> Arithmetic:
-    return Arithmetic(**{**entry, "narrow": frozenset(entry.get("narrow", NARROW))})
+    # Bundles of before 2026-11-26 have one error for log and log1p, and one depth.
+    others = {
+        "log": entry.get("log", entry["log1p"]),
+        "depth": DEPTHS[entry.get("depth", "blocks")],
+        "narrow": frozenset(entry.get("narrow", NARROW)),
+    }
+    return Arithmetic(**{**entry, **others})
 
 
 def _stored(array: NDArray[Any]) -> NDArray[Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from parity_tests.faults.dense import FAULTS
 from parity_tests.faults.linear import BANK, OF_LAYER, PREFIX, wrong_result
-from parity_tests.truth.bounds import Arithmetic
+from parity_tests.truth.arithmetic import Arithmetic
 from parity_tests.truth.cases import CONVENTIONS, Case
 from parity_tests.truth.comparison import AnyResult, Parts, bounds_of, within
 from parity_tests.truth.oracle import Truth, solve

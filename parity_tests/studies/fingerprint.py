@@ -8,6 +8,7 @@ that no conversion on the host rounds or flushes them.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from fractions import Fraction
 from importlib import import_module
 from itertools import permutations, product
@@ -19,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity_tests.losses.adapters import JaxAdapter, TorchAdapter
-from parity_tests.truth.bounds import Arithmetic
+from parity_tests.truth.arithmetic import DEPTHS, ERRORS, Arithmetic
+from parity_tests.truth.devices import DEVICES, Device
 from parity_tests.truth.precision import DTYPES, FORMATS, FloatArray, as_dtype, compute_dtype, round_to
 
 Array = NDArray[Any]
@@ -29,6 +31,8 @@ SIDE = 64
 # XLA for CPUs sums blocks of 32 terms in sequence. With these lengths blocks, or blocks of blocks, are full or begun.
 LENGTHS = (33, 128, 1024, 2047)
 REPETITIONS = 10
+HOW_MANY = ("alone", "in a batch")
+SOURCE = "lsce-parity fingerprint"
 
 
 class Backend(Protocol):
@@ -36,19 +40,19 @@ class Backend(Protocol):
 
     Args:
         framework, device: their names.
-        arithmetic: the assumptions of the bounds.
+        model: the assumptions of the bounds.
     """
 
     framework: str
     device: str
-    arithmetic: Arithmetic
+    model: Device
 
     def __call__(self, operation: str, *operands: Array) -> Array:
         """Return the result of one of `OPERATIONS`, in the dtype of the operands."""
         ...
 
 
-OPERATIONS = ("exp", "log", "log1p", "tanh", "matmul", "multiply", "multiply_subtract", "sum")
+OPERATIONS = ("exp", "log", "log1p", "tanh", "divide", "matmul", "multiply", "multiply_subtract", "sum")
 # Operations that frameworks lack by that name: a b - c, and the sum over the last dimension.
 COMPOSED: dict[str, Callable[..., Any]] = {
     "multiply_subtract": lambda a, b, c: a * b - c,
@@ -67,7 +71,7 @@ class JaxBackend:
 
     def __init__(self, device: str) -> None:
         """Load JAX."""
-        self.device, self.arithmetic = device, JaxAdapter(device=device).arithmetic
+        self.device, self.model = device, JaxAdapter(device=device).device_model
         self._jax = jax = import_module("jax")
         self._place = jax.devices(device)[0]
         self._operations = {name: jax.jit(COMPOSED.get(name) or getattr(jax.numpy, name)) for name in OPERATIONS}
@@ -89,7 +93,7 @@ class TorchBackend:
 
     def __init__(self, device: str) -> None:
         """Load torch."""
-        self.device, self.arithmetic = device, TorchAdapter(device=device).arithmetic
+        self.device, self.model = device, TorchAdapter(device=device).device_model
         self._torch = torch = import_module("torch")
         self._operations = {name: COMPOSED.get(name) or getattr(torch, name) for name in OPERATIONS}
 
@@ -137,11 +141,13 @@ class Fingerprint:
 
     Args:
         framework, device: their names.
+        model: the name of the row whose assumptions hold here.
         findings: in the order of the dtypes and probes.
     """
 
     framework: str
     device: str
+    model: str
     findings: tuple[Finding, ...]
 
     @property
@@ -171,21 +177,32 @@ def odd_numbers(bits: int) -> FloatArray:
 KNOWN_BITS = {17: "two bfloat16", 16: "two bfloat16", 11: "TF32", 8: "bfloat16"}
 
 
-def matmul_operand_bits(backend: Backend, dtype: str) -> list[Finding]:
-    """Find how many bits of its operands a product keeps.
+def _assumed_bits(backend: Backend, dtype: str) -> int:
+    """Return how many bits of an operand the bounds assume that a matrix product keeps."""
+    return bits_of(dtype) if dtype == "float64" else min(bits_of(dtype), backend.model.arithmetic.matmul_bits)
 
-    A diagonal of numbers of b bits, multiplied with the identity from either side, must come back.
+
+def matmul_operand_bits(backend: Backend, dtype: str) -> list[Finding]:
+    """Find how many bits of its operands a product of two matrices keeps, and one of a matrix and a vector.
+
+    A diagonal of numbers of b bits, multiplied with the identity from either side, must come back; a vector of such
+    numbers likewise. Some devices have a way of their own for vectors, in full precision.
     """
-    wanted, kept = bits_of(dtype), 1
     identity = as_dtype(np.eye(SIDE), dtype)
-    for bits in range(2, wanted + 1):
-        diagonal = as_dtype(np.diag(odd_numbers(bits)), dtype)
-        results = (backend("matmul", diagonal, identity), backend("matmul", identity, diagonal))
-        if not all(np.array_equal(result, diagonal) for result in results):
-            break
-        kept = bits
-    known = f" ({KNOWN_BITS[kept]})" if kept in KNOWN_BITS and kept < wanted else ""
-    return [Finding(dtype, "matmul: bits of an operand", kept, f"{kept}{known}", f"{wanted}", kept >= wanted)]
+
+    def keeps(bits: int, of_vector: bool) -> bool:
+        numbers = odd_numbers(bits)
+        given = as_dtype(numbers if of_vector else np.diag(numbers), dtype)
+        results = (backend("matmul", given, identity), backend("matmul", identity, given))
+        return all(np.array_equal(result, given) for result in results)
+
+    wanted, findings = _assumed_bits(backend, dtype), []
+    for of_vector, what in ((False, "an operand"), (True, "a vector")):
+        lost = (bits for bits in range(2, bits_of(dtype) + 1) if not keeps(bits, of_vector))
+        kept = next(lost, bits_of(dtype) + 1) - 1
+        known = f" ({KNOWN_BITS[kept]})" if kept in KNOWN_BITS and kept < bits_of(dtype) else ""
+        findings.append(Finding(dtype, f"matmul: bits of {what}", kept, f"{kept}{known}", f"{wanted}", kept >= wanted))
+    return findings
 
 
 def matmul_product_error(backend: Backend, dtype: str) -> list[Finding]:
@@ -196,8 +213,10 @@ def matmul_product_error(backend: Backend, dtype: str) -> list[Finding]:
     exact = [Fraction(a) * Fraction(b) for a, b in zip(numbers, numbers[::-1], strict=True)]
     pairs = zip(results, exact, strict=True)
     errors = [float(abs(Fraction(result) - e) / e) if np.isfinite(result) else math.inf for result, e in pairs]
-    worst = max(errors) / FORMATS[dtype].roundoff
-    return [Finding(dtype, "matmul: error of a product", worst, f"{worst:.2f} u", "1 u", worst <= 1)]
+    worst, bits = max(errors) / FORMATS[dtype].roundoff, _assumed_bits(backend, dtype)
+    # Both factors rounded to fewer bits, where the device does that.
+    limit = 1 + (((1 + 2.0**-bits) ** 2 - 1) / FORMATS[dtype].roundoff if bits < bits_of(dtype) else 0)
+    return [Finding(dtype, "matmul: error of a product", worst, f"{worst:.2f} u", f"{limit:g} u", worst <= limit)]
 
 
 def matmul_sum_bits(backend: Backend, dtype: str) -> list[Finding]:
@@ -238,12 +257,25 @@ def function_errors(backend: Backend, dtype: str) -> list[Finding]:
         "log1p": 10 ** generator.uniform(-12, 6, 2000),
         "tanh": np.concatenate([generator.normal(size=1500) * 3, small]),
     }
-    findings = []
-    for function, values in arguments.items():
-        worst = function_error(backend, dtype, function, round_to(values, dtype))
-        limit = getattr(backend.arithmetic, "log1p" if function == "log" else function)
-        findings.append(Finding(dtype, f"{function}: error", worst, f"{worst:.2f} u", f"{limit:g} u", worst <= limit))
-    return findings
+    worst = {name: function_error(backend, dtype, name, round_to(values, dtype)) for name, values in arguments.items()}
+    worst["division"] = division_error(backend, dtype)
+    limits = {name: getattr(backend.model.arithmetic, name) for name in worst}
+    return [
+        Finding(dtype, f"{name}: error", error, f"{error:.2f} u", f"{limits[name]:g} u", error <= limits[name])
+        for name, error in worst.items()
+    ]
+
+
+def division_error(backend: Backend, dtype: str) -> float:
+    """Return the largest relative error of a quotient in units of the roundoff."""
+    generator = np.random.default_rng(1)
+    above, below = (as_dtype(round_to(10 ** generator.uniform(-3, 3, 2000), dtype), dtype) for _ in range(2))
+    results = backend("divide", above, below)
+    if not np.all(np.isfinite(results.astype(np.float64))):
+        return math.inf
+    triples = zip(above.tolist(), below.tolist(), results.tolist(), strict=True)
+    errors = (abs(Fraction(result) * Fraction(b) / Fraction(a) - 1) for a, b, result in triples)
+    return float(max(errors)) / FORMATS[dtype].roundoff
 
 
 def function_error(backend: Backend, dtype: str, function: str, values: FloatArray) -> float:
@@ -321,9 +353,9 @@ def depth_of_sum(backend: Backend, dtype: str, length: int, alone: bool) -> int:
 def depths_of_sums(backend: Backend, dtype: str) -> list[Finding]:
     """Find the longest chains of additions in sums."""
     findings = []
-    for length, alone in product(LENGTHS, (True, False)):
-        depth, limit = depth_of_sum(backend, dtype, length, alone), backend.arithmetic.depth(length)
-        probe = f"sum of {length} {'alone' if alone else 'in a batch'}: depth"
+    for length, (alone, how) in product(LENGTHS, zip((True, False), HOW_MANY, strict=True)):
+        depth, limit = depth_of_sum(backend, dtype, length, alone), backend.model.arithmetic.depth(length)
+        probe = f"sum of {length} {how}: depth"
         findings.append(Finding(dtype, probe, depth, f"{depth}", f"{limit}", depth <= limit))
     return findings
 
@@ -380,4 +412,51 @@ def take_fingerprint(backend: Backend, dtypes: Sequence[str] = DTYPES) -> Finger
                 message = (str(error).strip() or "no message").splitlines()[0]
                 name, measured = probe.__name__.replace("_", " "), f"{type(error).__name__}: {message}"
                 findings.append(Finding(dtype, name, math.nan, measured, "it works", within=False))
-    return Fingerprint(backend.framework, backend.device, tuple(findings))
+    return Fingerprint(backend.framework, backend.device, backend.model.name, tuple(findings))
+
+
+# ---- Rows of the table of devices
+
+
+def measured_row(taken: Fingerprint) -> Device | None:
+    """Return the row that a fingerprint measured; None if a probe failed that it needs.
+
+    A worst error of some thousand arguments is a little below the worst of all, so errors are rounded up.
+    """
+    found = {(each.dtype, each.probe): each.value for each in taken.findings}
+    computing = [dtype for dtype in DTYPES if (dtype, "exp: error") in found]
+    try:
+        errors = {name: max(found[dtype, f"{name}: error"] for dtype in computing) for name in ERRORS}
+        bits = int(found["float32", "matmul: bits of an operand"])
+        flushes = bool(found["float32", "subnormal operands"] or found["float32", "subnormal results"])
+        depths = {
+            length: max(found[dtype, f"sum of {length} {how}: depth"] for dtype in computing for how in HOW_MANY)
+            for length in LENGTHS
+        }
+    except (KeyError, ValueError):
+        return None
+    enough = (depth for depth in DEPTHS.values() if all(depths[length] <= depth(length) for length in LENGTHS))
+    depth = next(enough, None)
+    if depth is None or not all(map(math.isfinite, errors.values())):
+        return None
+    rounded: dict[str, Any] = {name: max(1.0, math.ceil(2 * error) / 2) for name, error in errors.items()}
+    arithmetic = Arithmetic(**rounded, matmul_bits=bits, depth=depth)
+    today = datetime.now(UTC).date().isoformat()
+    kinds = (taken.model.lower(),)
+    return Device(taken.model, taken.device, (taken.framework,), kinds, arithmetic, flushes, SOURCE, today)
+
+
+def rows_that_fit(measured: Device) -> list[str]:
+    """Return the names of the rows that what was measured is within, the tightest first."""
+    ours = measured.arithmetic
+
+    def fits(row: Device) -> bool:
+        theirs = row.arithmetic
+        errors = all(getattr(ours, name) <= getattr(theirs, name) for name in ERRORS)
+        depths = all(ours.depth(length) <= theirs.depth(length) for length in LENGTHS)
+        flushes = row.flushes is None or row.flushes == measured.flushes
+        return errors and depths and flushes and ours.matmul_bits >= theirs.matmul_bits
+
+    rows = [row for row in DEVICES if measured.frameworks[0] in row.frameworks and fits(row)]
+    rows.sort(key=lambda row: sum(math.log(getattr(row.arithmetic, name)) for name in ERRORS))
+    return [row.name for row in rows]

@@ -26,7 +26,8 @@ from parity_tests.losses.adapters import Adapter
 from parity_tests.studies.drawn_cases import Generator, draw_case, draw_linear_case, vary_layer, vary_options, vary_rows
 from parity_tests.studies.simpler_cases import shrink
 from parity_tests.studies.verdicts import Outcome, examine
-from parity_tests.truth.bounds import Arithmetic, last_rounding
+from parity_tests.truth.arithmetic import Arithmetic
+from parity_tests.truth.bounds import last_rounding
 from parity_tests.truth.cases import Case, LinearCase, features
 from parity_tests.truth.comparison import AnyResult, bounds_of, error_over_bound
 from parity_tests.truth.oracle import Truth, solve

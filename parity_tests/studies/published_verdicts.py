@@ -9,7 +9,8 @@ import numpy as np
 from parity_tests.faults.dense import evaluate
 from parity_tests.studies.published_comparisons import PeerTest, Setting, Tolerance, result_of
 from parity_tests.studies.published_tests import PEER_TESTS
-from parity_tests.truth.bounds import Arithmetic, Bound, error_bound
+from parity_tests.truth.arithmetic import Arithmetic
+from parity_tests.truth.bounds import Bound, error_bound
 from parity_tests.truth.comparison import Result
 from parity_tests.truth.oracle import Truth, solve
 from parity_tests.truth.precision import FloatArray

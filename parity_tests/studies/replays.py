@@ -17,7 +17,7 @@ from parity_tests.losses.adapters import Adapter, UnavailableError
 from parity_tests.losses.registry import ENTRIES, make_adapter, match_names
 from parity_tests.studies.bundle import AGAIN, Bundle, BundleError, Record, case_to_arrays, differing, truth_to_arrays
 from parity_tests.studies.verdicts import Difference, Outcome, compare_outcomes, examine
-from parity_tests.truth.bounds import Arithmetic
+from parity_tests.truth.arithmetic import Arithmetic
 from parity_tests.truth.comparison import Result, against_each_other
 from parity_tests.truth.linear_cases import all_case_names, make_any_case
 from parity_tests.truth.oracle import WIDE, Truth, solve

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from parity_tests.faults.dense import evaluate
 from parity_tests.losses.adapters import JaxAdapter, TorchAdapter
 from parity_tests.suite.peer_bounds import peer_bound
-from parity_tests.truth.bounds import Arithmetic, Bound, error_bound
+from parity_tests.truth.arithmetic import Arithmetic
+from parity_tests.truth.bounds import Bound, error_bound
 from parity_tests.truth.cases import Case
 from parity_tests.truth.comparison import Result, error_over_bound, exactly
 from parity_tests.truth.oracle import Exact, Truth, solve

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from parity_tests.truth.bounds import Arithmetic, Bound
+from parity_tests.truth.arithmetic import Arithmetic
+from parity_tests.truth.bounds import Bound
 from parity_tests.truth.cases import Case
 from parity_tests.truth.oracle import Truth
 from parity_tests.truth.precision import FORMATS, FloatArray

@@ -29,7 +29,8 @@ from parity_tests.suite.drop_in import (
 from parity_tests.suite.optax_peer import gradient_step, loose_types, our_loss, run_jax, run_optax
 from parity_tests.suite.peer_bounds import leaf_bounds, peer_bound
 from parity_tests.suite.torch_peer import MODULES, SHAPES, arguments, run_torch, torch_settings
-from parity_tests.truth.bounds import Arithmetic, error_bound
+from parity_tests.truth.arithmetic import Arithmetic
+from parity_tests.truth.bounds import error_bound
 from parity_tests.truth.cases import Case
 from parity_tests.truth.oracle import solve
 from parity_tests.truth.precision import round_to

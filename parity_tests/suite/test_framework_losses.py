@@ -10,7 +10,8 @@ import torch
 import lsce_jax
 import lsce_torch
 from parity_tests.losses.adapters import JaxAdapter, TorchAdapter
-from parity_tests.truth.bounds import Arithmetic, error_bound
+from parity_tests.truth.arithmetic import Arithmetic
+from parity_tests.truth.bounds import error_bound
 from parity_tests.truth.cases import make_case
 from parity_tests.truth.comparison import against_oracle
 from parity_tests.truth.oracle import solve

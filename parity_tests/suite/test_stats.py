@@ -18,7 +18,8 @@ from lsce_spec import IMPLEMENTATIONS
 from parity_tests.losses.adapters import JaxAdapter, TorchAdapter, operands_of, to_torch
 from parity_tests.suite.jax_results import STATISTICS_DTYPES, Statistics, statistics_of
 from parity_tests.suite.jax_results import statistics as jax_statistics
-from parity_tests.truth.bounds import Arithmetic, error_bound
+from parity_tests.truth.arithmetic import Arithmetic
+from parity_tests.truth.bounds import error_bound
 from parity_tests.truth.cases import Case, case_names, make_case
 from parity_tests.truth.oracle import solve
 from parity_tests.truth.precision import FORMATS, compute_dtype

@@ -1,7 +1,9 @@
 """Bounds of the rounding error of a correct implementation, for each element, computed from the data.
 
-First-order bounds. u is the unit roundoff of the compute precision, h the depth of a sum over the classes, c_e, c_l and
-c_t the errors of exp, log1p and tanh in units of u. With d_k = max z - z_k, p = softmax, s = sum exp(-d), L = log s:
+First-order bounds. u is the unit roundoff of the compute precision, h the depth of a sum over the classes. c_e, c_l,
+c_t and c_d are the errors of exp, log1p, tanh and of a quotient in units of u; a quotient that is rounded correctly has
+c_d = 1 and is one of the roundings that are counted below, and the code adds c_d - 1. With d_k = max z - z_k,
+p = softmax, s = sum exp(-d), L = log s:
 
 - A gap d_k is one rounded difference: its error is u d_k plus the error of the softcap. So exp(-d_k) has the relative
   error e_k = c_e u + (error of d_k). The largest term is exactly 1 and left out of the sum: the rest s - 1 has the
@@ -15,50 +17,16 @@ Terms for z_loss, softcap and entropy are derived at their lines. After Blanchar
 computing the log-sum-exp and softmax functions", IMA J. Numer. Anal. 41 (2021), for the shifted form.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from parity_tests.truth.arithmetic import Arithmetic
 from parity_tests.truth.cases import Case
 from parity_tests.truth.oracle import Truth
 from parity_tests.truth.precision import FORMATS, FloatArray, compute_dtype
-
-
-def tree_depth(length: int) -> int:
-    """Return the depth of a blocked sum: 32 terms in sequence, then 32 such sums, and so on.
-
-    XLA for CPUs sums one row so, up to 63 deep at 2047 terms; torch adds blocks in pairs and is shallower. The tests
-    and `lsce-parity fingerprint` measure that the sums of every framework stay within it.
-    """
-    return max(0, min(length - 1, 32 * int(np.ceil(np.log2(max(length, 1)) / 5))))
-
-
-NARROW = frozenset({"logits", "products", "products of rows", "hidden", "bias"})
-
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """How accurate a device's elementary operations are, in units of the roundoff. The tests measure each.
-
-    Args:
-        exp: error of exp, and of expm1 near 0.
-        log1p: error of log1p, and of log.
-        tanh: error of tanh.
-        depth: longest chain of additions in a sum of that many terms.
-        narrow: what a linear layer in bfloat16 or float16 stores in that dtype on the way: "logits", with the bias and
-            the gradient that the bias sums; "products", the weight's gradient of a chunk, or "products of rows" where
-            the losses are not reduced; "hidden", its gradient before the factor of a sum or mean; "bias", its gradient
-            before it comes in the dtype of the bias.
-    """
-
-    exp: float = 3.0
-    log1p: float = 4.0
-    tanh: float = 5.0
-    depth: Callable[[int], int] = tree_depth
-    narrow: frozenset[str] = NARROW
 
 
 @dataclass(frozen=True)
@@ -181,7 +149,7 @@ def _errors(case: Case, truth: Truth, arithmetic: Arithmetic, terms: _Terms) -> 
     """Return the errors on the way to log-sum-exp."""
     u, logits, log_sum = terms.u, terms.logits, terms.log_sum
     # c tanh(z / c): the division is damped by tanh's own conditioning, which is at most 1; then c_t, and the product.
-    cap_error = 0.0 if case.options.get("softcap") is None else u * (arithmetic.tanh + 2)
+    cap_error = 0.0 if case.options.get("softcap") is None else u * (arithmetic.tanh + arithmetic.division + 1)
     of_peak = np.where(np.isfinite(terms.peak), cap_error * np.abs(terms.peak), 0.0)
     of_logits = np.where(np.isfinite(logits), cap_error * np.abs(logits), 0.0)
     of_gap = u * terms.finite_gap + of_logits + of_peak[:, None]
@@ -196,9 +164,10 @@ def _errors(case: Case, truth: Truth, arithmetic: Arithmetic, terms: _Terms) -> 
 def _row_bound(case: Case, truth: Truth, arithmetic: Arithmetic, terms: _Terms, errors: _Errors) -> FloatArray:
     """Return [N]: the bound of each row's loss."""
     u, h, z_loss, lse = terms.u, terms.h, case.options.get("z_loss", 0.0), terms.lse
+    division = arithmetic.division - 1
     products = np.sum(terms.wq * terms.finite_gap, axis=-1)
-    row = np.sum(terms.wq * errors.gap, axis=-1) + u * (h + 6) * products
-    row += terms.mass * errors.log_sum + u * (h + 5) * terms.mass * terms.log_sum
+    row = np.sum(terms.wq * errors.gap, axis=-1) + u * (h + 6 + division) * products
+    row += terms.mass * errors.log_sum + u * (h + 5 + division) * terms.mass * terms.log_sum
     magnitude = products + terms.mass * terms.log_sum
     if z_loss:
         # (peak + L)^2: the sum rounds once, the square and the product once each.
@@ -209,7 +178,7 @@ def _row_bound(case: Case, truth: Truth, arithmetic: Arithmetic, terms: _Terms, 
         q = truth.target
         log_q = np.log(np.where(q > 0, q, 1.0))
         entropy = np.sum(np.abs(q * log_q), axis=-1)
-        row += u * ((h + arithmetic.log1p + 2) * entropy + 3 * np.sum(q * np.abs(log_q + 1), axis=-1))
+        row += u * ((h + arithmetic.log + 2) * entropy + (3 + division) * np.sum(q * np.abs(log_q + 1), axis=-1))
         magnitude += entropy
     row += 3 * u * magnitude + case.num_classes * terms.tiny
     return np.where(terms.live, row, 0.0)
@@ -224,17 +193,19 @@ def _gradient_bound(case: Case, truth: Truth, arithmetic: Arithmetic, terms: _Te
     """Return [N, K]: the bound of the gradient of each row's loss, before the factor of the reduction."""
     u, h, p, lse, signed_wq = terms.u, terms.h, truth.probabilities, terms.lse, terms.signed_wq
     z_loss, softcap = case.options.get("z_loss", 0.0), case.options.get("softcap")
+    division = arithmetic.division - 1
     # Relative error of p_k beyond that of its own gap, then absolute errors of S p_k and of the z-loss term.
-    of_p = errors.gap + np.sum(p * errors.gap, axis=-1, keepdims=True) + u * (h + 2 * arithmetic.exp + 6)
-    gradient: FloatArray = _coefficient(case, terms) * p * (of_p + u * (h + 8)) + 7 * u * terms.wq
+    of_p = errors.gap + np.sum(p * errors.gap, axis=-1, keepdims=True) + u * (h + 2 * arithmetic.exp + 6 + division)
+    gradient: FloatArray = _coefficient(case, terms) * p * (of_p + u * (h + 8 + division))
+    gradient += (7 + division) * u * terms.wq
     if z_loss:
         gradient += (2 * z_loss * (errors.lse + 2 * u * np.abs(lse)))[:, None] * p
     unscaled = np.abs((np.sum(signed_wq, axis=-1) + 2 * z_loss * lse)[:, None] * p - signed_wq)
-    gradient += 4 * u * unscaled
+    gradient += (4 + division) * u * unscaled
     if softcap is not None:
         # 1 - tanh^2 is formed from a tanh that is off by c_t u: an absolute error, however small the derivative.
         slope = 1 - np.tanh(terms.raw / softcap) ** 2
-        slope_error = u * (2 * arithmetic.tanh + 6)
+        slope_error = u * (2 * arithmetic.tanh + 2 * arithmetic.division + 4)
         # Where tanh rounds to 1 the slope is nothing but error, and so are both factors where p and q are equal.
         gradient = gradient * (slope + slope_error) + unscaled * slope_error
     return gradient
@@ -249,7 +220,7 @@ def _reduced(case: Case, truth: Truth, row: FloatArray, arithmetic: Arithmetic) 
     finite = np.where(np.isfinite(truth.row_loss), np.abs(truth.row_loss), 0.0)
     depth = arithmetic.depth(row.size)
     # The denominator is a sum of class weights, of the same depth, and the division rounds.
-    relative = u * depth if reduction == "sum" else u * (2 * depth + 3)
+    relative = u * depth if reduction == "sum" else u * (2 * depth + 2 + arithmetic.division)
     total = np.sum(row) + relative * np.sum(finite)
     if reduction == "sum":
         return np.asarray(total)

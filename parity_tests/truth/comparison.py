@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from parity_tests.truth.bounds import Arithmetic, error_bound
+from parity_tests.truth.arithmetic import Arithmetic
+from parity_tests.truth.bounds import error_bound
 from parity_tests.truth.cases import Case, LinearCase, describe_inputs
 from parity_tests.truth.linear_bounds import linear_bound
 from parity_tests.truth.oracle import Exact, LinearTruth, Truth

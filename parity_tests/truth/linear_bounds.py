@@ -4,6 +4,8 @@ u is the roundoff of the compute precision, v the roundoff of the dtype of hidde
 
 - A logit is a sum of D products and the bias: error u (D + 1) sum |h W| + u |b|. Where the layer stores logits and bias
   in the dtype of hidden, v |z| + v |b| more.
+- Where a matrix product keeps b significant bits of each operand, and the operands have more, a product of two numbers
+  is off by another ((1 + 2^-b)^2 - 1) of its size, in each of the three matrix products.
 - An error of up to t_k of each logit z_k is not taken to first order, since errors of bfloat16 logits are too large.
   The largest p_k is reached where z_k is t_k too large and all others t_j too small, so p_k rises by at most
   p_k [(e^t_k - 1) (1 - p_k) + sum_j p_j (1 - e^-t_j)] / [p_k e^t_k + sum_j p_j e^-t_j], the sums over j != k, and falls
@@ -24,7 +26,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from parity_tests.truth.bounds import Arithmetic, error_bound
+from parity_tests.truth.arithmetic import Arithmetic
+from parity_tests.truth.bounds import error_bound
 from parity_tests.truth.cases import Case, LinearCase
 from parity_tests.truth.oracle import LinearTruth, Truth
 from parity_tests.truth.precision import FORMATS, FloatArray, compute_dtype
@@ -55,6 +58,7 @@ class _Layer:
         size: [N, K], size of the gradient with respect to the logits.
         exact_error: [N, K], the error of that gradient.
         error: the error after that gradient is rounded for the matrix products.
+        cut: relative error of a product of two numbers of which a matrix product keeps some bits only.
     """
 
     case: LinearCase
@@ -65,6 +69,7 @@ class _Layer:
     size: FloatArray
     exact_error: FloatArray
     error: FloatArray
+    cut: float
 
     @property
     def u(self) -> float:
@@ -95,7 +100,8 @@ def _linear_bound(case: LinearCase, truth: LinearTruth, arithmetic: Arithmetic) 
     allowed = np.ones(case.num_classes, bool) if case.class_mask is None else case.class_mask
     used = allowed & live[:, None]
     logits = np.where(used, case.rows().logits, 0.0)
-    of_logits = _logit_error(case, hidden, weight, logits, "logits" in narrow)
+    cut = _cut(case.dtype, arithmetic.matmul_bits)
+    of_logits = _logit_error(case, hidden, weight, logits, "logits" in narrow, cut)
     change = _change(case, truth, logits, np.where(used, of_logits, 0.0))
 
     # The bound of a gradient that is stored in the compute dtype; rounding it for the products comes after.
@@ -104,7 +110,7 @@ def _linear_bound(case: LinearCase, truth: LinearTruth, arithmetic: Arithmetic) 
     size = np.abs(truth.gradient.high)
     exact_error = base.gradient + factor * change.gradient
     error = _stored(compute, exact_error, size, case.dtype, np.maximum(factor, 1))
-    layer = _Layer(case, truth, narrow, hidden, weight, size, exact_error, error)
+    layer = _Layer(case, truth, narrow, hidden, weight, size, exact_error, error, cut)
     bound = {
         "loss": base.loss + _reduced(case, truth, change.loss),
         "hidden": _hidden_bound(layer),
@@ -116,7 +122,8 @@ def _linear_bound(case: LinearCase, truth: LinearTruth, arithmetic: Arithmetic) 
 def _hidden_bound(layer: _Layer) -> FloatArray:
     u, error, weight, dtype = layer.u, layer.error, layer.weight, layer.case.dtype
     value, num_classes = np.abs(layer.truth.hidden.high), weight.shape[1]
-    bound: FloatArray = error @ weight.T + u * num_classes * ((layer.size + error) @ weight.T) + 2 * u * value
+    relative = u * num_classes + layer.cut
+    bound: FloatArray = error @ weight.T + relative * ((layer.size + error) @ weight.T) + 2 * u * value
     if not layer.by_row and "hidden" in layer.narrow:
         bound = layer.stored(bound, value, dtype, layer.factor)
     return layer.stored(bound, value, dtype)
@@ -125,7 +132,7 @@ def _hidden_bound(layer: _Layer) -> FloatArray:
 def _weight_bound(layer: _Layer) -> FloatArray:
     u, error, hidden, dtype = layer.u, layer.error, layer.hidden, layer.case.dtype
     value, num_rows, products = np.abs(layer.truth.weight.high), len(hidden), hidden.T @ (layer.size + error)
-    bound: FloatArray = hidden.T @ error + u * (num_rows + 1) * products + 2 * u * value
+    bound: FloatArray = hidden.T @ error + (u * (num_rows + 1) + layer.cut) * products + 2 * u * value
     of_product = "products of rows" if layer.by_row else "products"
     if dtype != compute_dtype(dtype) and of_product in layer.narrow:
         fmt, times = FORMATS[dtype], np.max(layer.factor, initial=1.0)
@@ -153,14 +160,20 @@ def _stored(
     return np.where((value == 0) & (error == 0), 0.0, error + rounding)
 
 
+def _cut(dtype: str, bits: int) -> float:
+    """Return the relative error of a product whose factors are rounded to so many bits. Of float64 all are kept."""
+    kept = 2.0**-bits
+    return 0.0 if dtype == "float64" or FORMATS[dtype].roundoff >= kept else (1 + kept) ** 2 - 1
+
+
 def _logit_error(
-    case: LinearCase, hidden: FloatArray, weight: FloatArray, logits: FloatArray, narrow: bool
+    case: LinearCase, hidden: FloatArray, weight: FloatArray, logits: FloatArray, narrow: bool, cut: float
 ) -> FloatArray:
     """Return the error of the logits; `hidden` and `weight` are absolute values."""
     compute = compute_dtype(case.dtype)
     u, tiny = FORMATS[compute].roundoff, FORMATS[compute].smallest_normal
     terms, num_features = hidden @ weight, hidden.shape[1]
-    error: FloatArray = u * num_features * terms + num_features * tiny
+    error: FloatArray = (u * num_features + cut) * terms + num_features * tiny
     if case.bias is not None:
         bias = np.abs(case.bias)
         error = error + u * (terms + bias)
