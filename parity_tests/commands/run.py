@@ -35,7 +35,7 @@ from parity_tests.studies.verdicts import Difference, Outcome
 from parity_tests.truth.precision import DTYPES
 
 # torch.compile takes seconds for each combination of options, and so does JAX for each linear case.
-SLOW = frozenset(name for name in ENTRIES if name.endswith(("-compiled", "-linear-reference")))
+SLOW = frozenset(name for name in ENTRIES if name.endswith(("-compiled", "-linear-reference", "-interpreted")))
 SHOWN = 20
 
 

@@ -34,9 +34,9 @@ class Evidence:
         adapter: name of the adapter; it starts with its framework, as in "jax-fused".
         device: "cpu", "cuda" or "tpu".
         dtype: of the logits.
-        kind: ran on that device ("executed"), values recorded on another machine agreed with it ("replayed"), a
-            kernel ran in its framework's interpreter ("interpreted"), the device's compiler accepted it ("compiled"),
-            or none of these ("not run").
+        kind: ran on that device ("executed"), values recorded on another machine agreed with it ("replayed"), the
+            program for that device ran in an interpreter ("interpreted"), the device's compiler accepted it
+            ("compiled"), or none of these ("not run").
         detail: a detail for the table, such as the name of the card.
 
     Raises:

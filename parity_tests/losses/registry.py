@@ -10,6 +10,7 @@ from lsce_spec import IMPLEMENTATIONS, LINEAR_IMPLEMENTATIONS
 from parity_tests.faults.linear import BANK, LINEAR_FAULTS, wrong_result
 from parity_tests.losses import peers
 from parity_tests.losses.adapters import Adapter, JaxAdapter, TorchAdapter
+from parity_tests.losses.interpreted import InterpretedAdapter
 from parity_tests.truth.arithmetic import NARROW, Arithmetic
 from parity_tests.truth.cases import Case, LinearCase
 from parity_tests.truth.comparison import AnyResult, make_result
@@ -22,6 +23,7 @@ JAX_NARROW = {
     "chunked": frozenset({"products of rows"}),
     "reference": frozenset({"products", "products of rows", "hidden"}),
 }
+PLATFORMS = ("tpu", "cuda")  # for which programs are made that an interpreter runs
 TORCH_NARROW = {"chunked": frozenset({"logits", "hidden"}), "reference": NARROW}
 
 
@@ -109,7 +111,20 @@ def _ours() -> list[Entry]:
             Entry(jax, "jax", "ours", of_jax, twin=torch),
             Entry(torch, "torch", "ours", of_torch, twin=jax),
         ]
-    return entries
+    return entries + [
+        _interpreted(entry, platform) for entry in entries if _has_program(entry) for platform in PLATFORMS
+    ]
+
+
+def _has_program(entry: Entry) -> bool:
+    return entry.framework == "jax" and not entry.name.endswith("-eager")
+
+
+def _interpreted(entry: Entry, platform: str) -> Entry:
+    """Return the adapter of the same loss as JAX makes it for another platform, run by an interpreter."""
+    assert isinstance(entry.make, partial)
+    name = f"{entry.name}-{platform}-interpreted"
+    return Entry(name, "jax", "ours", partial(InterpretedAdapter, platform, **{**entry.make.keywords, "name": name}))
 
 
 def _peers() -> list[Entry]:
