@@ -36,7 +36,7 @@ from safetensors.numpy import load, save
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.losses.adapters import Adapter, LossError
 from parity_tests.studies.verdicts import examine
-from parity_tests.truth.arithmetic import DEPTHS, ERRORS, NARROW, Arithmetic, name_of_depth
+from parity_tests.truth.arithmetic import DEPTHS, ERRORS, FULL, NARROW, Arithmetic, name_of_depth
 from parity_tests.truth.cases import Case, LinearCase
 from parity_tests.truth.comparison import AnyResult, make_result
 from parity_tests.truth.linear_cases import with_logits
@@ -268,20 +268,22 @@ def _take_apart(bundle: Bundle) -> tuple[dict[str, Any], Arrays]:
     return {"format": FORMATS[linear], "environment": bundle.environment, "adapters": adapters, "cases": cases}, arrays
 
 
+# What a bundle does not say of an arithmetic, nor that log is as accurate as log1p: no bundle did before 2026-11-26.
+_USUAL = {"division": 1.0, "matmul_bits": FULL, "depth": "blocks"}
+
+
 def _arithmetic_to_json(arithmetic: Arithmetic, linear: bool) -> dict[str, Any]:
     narrow = {"narrow": sorted(arithmetic.narrow)} if linear else {}
-    numbers = {name: getattr(arithmetic, name) for name in (*ERRORS, "matmul_bits")}
-    return numbers | {"depth": name_of_depth(arithmetic)} | narrow
+    given = {name: getattr(arithmetic, name) for name in (*ERRORS, "matmul_bits")} | {
+        "depth": name_of_depth(arithmetic)
+    }
+    usual = {**_USUAL, "log": arithmetic.log1p}
+    return {name: value for name, value in given.items() if name not in usual or value != usual[name]} | narrow
 
 
 def _arithmetic_from_json(entry: dict[str, Any]) -> Arithmetic:
-    # Bundles of before 2026-11-26 have one error for log and log1p, and one depth.
-    others = {
-        "log": entry.get("log", entry["log1p"]),
-        "depth": DEPTHS[entry.get("depth", "blocks")],
-        "narrow": frozenset(entry.get("narrow", NARROW)),
-    }
-    return Arithmetic(**{**entry, **others})
+    given = {**_USUAL, "log": entry["log1p"], "narrow": NARROW, **entry}
+    return Arithmetic(**{**given, "depth": DEPTHS[given["depth"]], "narrow": frozenset(given["narrow"])})
 
 
 def _stored(array: NDArray[Any]) -> NDArray[Any]:
