@@ -150,9 +150,9 @@ def arithmetic_of(name: str) -> Arithmetic:
     return loosest_of(device.arithmetic for device in rows)
 
 
-def loosest_of(arithmetics: Iterable[Arithmetic]) -> Arithmetic:
+def loosest_of(rows: Iterable[Arithmetic]) -> Arithmetic:
     """Return the largest of each error, the fewest bits, and the deepest sums."""
-    them = list(arithmetics)
+    them = list(rows)
     errors = {name: max(getattr(each, name) for each in them) for name in ERRORS}
     bits = min(each.matmul_bits for each in them)
     depth = any_order if any(each.depth is any_order for each in them) else tree_depth
