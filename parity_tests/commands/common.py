@@ -19,6 +19,7 @@ from rich.text import Text
 
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.evidence.ledger import DEVICES
+from parity_tests.evidence.pages import write_block
 from parity_tests.losses.adapters import Adapter
 from parity_tests.studies.replays import adapters_here
 from parity_tests.studies.survey import Survey
@@ -150,6 +151,17 @@ def make_table(*headings: str, **options: Any) -> Table:
     for heading in headings:
         table.add_column(heading.removeprefix(">"), justify="right" if heading.startswith(">") else "left")
     return table
+
+
+def write_table(page: Path | None, command: str, text: str, console: Console) -> None:
+    """Write a table into a page between the comments of a command, if a page is given; exit with 2 if it cannot be."""
+    if page is None:
+        return
+    try:
+        write_block(page, command, text)
+    except (OSError, ValueError) as error:
+        cannot_run(f"{page} cannot be updated: {error}")
+    console.print(f"wrote {page}", soft_wrap=True, highlight=False)
 
 
 def describe(worst: Worst) -> str:

@@ -4,11 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import box
-from rich.table import Table
 
-from parity_tests.commands.common import PlainConsole, cannot_run
-from parity_tests.evidence.pages import write_block
+from parity_tests.commands.common import PlainConsole, make_table, write_table
 from parity_tests.truth.arithmetic import ERRORS, name_of_depth
 from parity_tests.truth.devices import DEVICES
 
@@ -29,20 +26,13 @@ def devices(
     of a device makes the bounds for the losses that run on it.
     """
     console = PlainConsole()
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in COLUMNS:
-        table.add_column(column, no_wrap=column == "device")
+    table = make_table(*COLUMNS, padding=(0, 1, 0, 0))
     for row in _rows():
         table.add_row(*row)
     console.print(table)
     for line in _sources():
         console.print(line, highlight=False)
-    if markdown is not None:
-        try:
-            write_block(markdown, COMMAND, device_table())
-        except (OSError, ValueError) as error:
-            cannot_run(f"{markdown} cannot be updated: {error}")
-        console.print(f"wrote {markdown}", soft_wrap=True, highlight=False)
+    write_table(markdown, COMMAND, device_table(), console)
 
 
 def device_table() -> str:
@@ -53,11 +43,11 @@ def device_table() -> str:
 
 
 def _rows() -> list[list[str]]:
-    flushes = {None: "?", True: "flushed", False: "kept"}
+    flushes = {None: "?", True: "to 0", False: "kept"}
     return [
         [
             device.name,
-            ", ".join(device.frameworks),
+            device.frameworks[0] if len(device.frameworks) == 1 else "both",
             *(f"{getattr(device.arithmetic, name):g}" for name in ERRORS),
             f"{device.arithmetic.matmul_bits}",
             flushes[device.flushes],

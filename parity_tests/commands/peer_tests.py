@@ -8,8 +8,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from parity_tests.commands.common import PlainConsole, cannot_run, exit_with, track
-from parity_tests.evidence.pages import write_block
+from parity_tests.commands.common import PlainConsole, exit_with, track, write_table
 from parity_tests.faults.dense import FAULTS
 from parity_tests.studies.published_comparisons import (
     Compare,
@@ -55,12 +54,7 @@ def peer_tests(
     names = [f"{number} {peer.name}" for number, peer in enumerate(PEER_TESTS, 1)]
     console.print(f"{', '.join(names)}, B computed bounds", highlight=False)
     console.print("✓ caught, ✗ survives, — no visible effect, ~ close", highlight=False)
-    if markdown is not None:
-        try:
-            write_block(markdown, COMMAND, generated_markdown())
-        except (OSError, ValueError) as error:
-            cannot_run(f"{markdown} cannot be updated: {error}")
-        console.print(f"wrote {markdown}", soft_wrap=True, highlight=False)
+    write_table(markdown, COMMAND, generated_markdown(), console)
     accepted = [fault for fault in shown_faults() if bounds_symbol(fault) != SYMBOLS["caught"]]
     for fault in accepted:
         console.print(f"the bounds accept {fault}, which one of these tests rejects", highlight=False)

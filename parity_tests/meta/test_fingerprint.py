@@ -26,7 +26,7 @@ from parity_tests.studies.fingerprint import (
 )
 from parity_tests.truth import devices
 from parity_tests.truth.arithmetic import any_order
-from parity_tests.truth.devices import device_named
+from parity_tests.truth.devices import device_of_kind
 from parity_tests.truth.precision import DTYPES, FORMATS
 
 Operation = Callable[..., Array]
@@ -61,7 +61,7 @@ SOUND: dict[str, Operation] = {
 class Device:
     """NumPy as a device, with some operations replaced."""
 
-    framework, device, model = "jax", "cpu", device_named("jax", "cpu")
+    framework, device, model = "jax", "cpu", device_of_kind("jax", "cpu", "cpu")
 
     def __init__(self, **replaced: Operation) -> None:
         """Replace operations."""

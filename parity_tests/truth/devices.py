@@ -105,19 +105,6 @@ DEVICES: tuple[Device, ...] = (
 )
 
 
-def device_named(framework: str, name: str) -> Device:
-    """Return the row of a device's name.
-
-    Raises:
-        ValueError: the table has none.
-    """
-    for device in _of(framework):
-        if device.name == name:
-            return device
-    names = ", ".join(device.name for device in _of(framework))
-    raise ValueError(f"there is no device {name!r} for {framework}; the devices are {names}")
-
-
 def device_of_kind(framework: str, family: str, kind: str) -> Device:
     """Return the row of a device that is there.
 
