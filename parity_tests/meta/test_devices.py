@@ -13,7 +13,7 @@ from parity_tests.losses.adapters import JaxAdapter, TorchAdapter
 from parity_tests.losses.registry import FaultyAdapter
 from parity_tests.meta.running import invoke
 from parity_tests.studies.bundle import read_bundle, record, write_bundle
-from parity_tests.truth import devices
+from parity_tests.truth import devices, linear_bounds
 from parity_tests.truth.arithmetic import ERRORS, FULL, Arithmetic, any_order, tree_depth
 from parity_tests.truth.bounds import error_bound
 from parity_tests.truth.cases import Case, make_case
@@ -113,6 +113,35 @@ def test_bounds_grow_with_each_error_that_the_loss_feels(name: str) -> None:
     grown = {error: bounds(arithmetic) / bounds(least) for error, arithmetic in changed.items()}
     assert {error for error, ratio in grown.items() if np.any(ratio > 1)} == felt
     assert all(np.all(ratio >= 1) for ratio in grown.values())
+
+
+def test_an_inaccurate_quotient_adds_to_each_part_that_has_one() -> None:
+    """To the target, in the loss twice and in the gradient once; to p twice; and to the factor of the reduction."""
+    case = replace(make_case("classes_127", "float32"), options={"reduction": "none"})
+    truth, more, u = solve(case), 50.0, 2.0**-24
+    few, many = (error_bound(case, truth, Arithmetic(division=division)) for division in (1.0, 1.0 + more))
+    logits, p, q = case.rows().logits, truth.probabilities, truth.target
+    gap = logits.max(axis=-1, keepdims=True) - logits
+    log_sum = np.log(np.exp(-gap).sum(axis=-1))
+    np.testing.assert_allclose(many.loss - few.loss, more * u * ((q * gap).sum(axis=-1) + log_sum), rtol=1e-6)
+    factor = np.abs(truth.factor)[:, None]
+    np.testing.assert_allclose(many.gradient - few.gradient, factor * more * u * (2 * p + q + np.abs(p - q)), rtol=1e-6)
+
+
+def test_narrow_operands_add_to_each_matrix_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also to those of the gradients alone, where the logits are exact."""
+    of_logits = linear_bounds._logit_error
+    monkeypatch.setattr(linear_bounds, "_logit_error", lambda *given: of_logits(*given[:-1], 0.0))
+    case = make_linear_case("linear_none", "float32")
+    truth = solve(case)
+    full, cut = (linear_bound(case, truth, Arithmetic(matmul_bits=bits)) for bits in (FULL, 8))
+    gradient = np.abs(truth.gradient.high)
+    assert np.array_equal(cut["loss"], full["loss"])
+    for part, products in (
+        ("hidden", gradient @ np.abs(case.multiplied_weight).T),
+        ("weight", np.abs(case.hidden_rows).T @ gradient),
+    ):
+        np.testing.assert_allclose(cut[part] - full[part], 2.0**-7 * products, rtol=4e-3)
 
 
 def test_bounds_of_a_layer_feel_the_bits_of_matrix_products() -> None:
