@@ -128,6 +128,26 @@ def test_an_inaccurate_quotient_adds_to_each_part_that_has_one() -> None:
     np.testing.assert_allclose(many.gradient - few.gradient, factor * more * u * (2 * p + q + np.abs(p - q)), rtol=1e-6)
 
 
+def test_an_inaccurate_quotient_adds_to_the_mean_and_to_the_slope_of_a_softcap() -> None:
+    """Where the softcap is flat, nothing is left of its slope but twice the error of tanh, which takes the quotient."""
+    more, u = 50.0, 2.0**-24
+    few, many = (Arithmetic(division=division) for division in (1.0, 1.0 + more))
+    case = replace(make_case("classes_127", "float32"), options={"reduction": "none"}, upstream=None)
+    mean = replace(case, options={"reduction": "mean"})
+    truth = solve(case)
+    by_row = error_bound(case, truth, many).loss - error_bound(case, truth, few).loss
+    of_mean = error_bound(mean, solve(mean), many).loss - error_bound(mean, solve(mean), few).loss
+    np.testing.assert_allclose(of_mean, np.mean(by_row + u * more * truth.row_loss), rtol=1e-6)
+
+    flat = replace(case, options={"reduction": "none", "softcap": 0.05})
+    truth = solve(flat)
+    grown = error_bound(flat, truth, many).gradient - error_bound(flat, truth, few).gradient
+    saturated = np.abs(flat.rows().logits) > 10 * 0.05
+    expected = 2 * u * more * np.abs(truth.probabilities - truth.target)
+    assert saturated.sum() > 100
+    np.testing.assert_allclose(grown[saturated], expected[saturated], rtol=1e-2)
+
+
 def test_narrow_operands_add_to_each_matrix_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also to those of the gradients alone, where the logits are exact."""
     of_logits = linear_bounds._logit_error
