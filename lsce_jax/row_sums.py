@@ -175,19 +175,29 @@ def _types(function: Callable[..., Any], *operands: Any, structure: Any) -> list
     return types
 
 
-def _define(name: str, function: Callable[..., Any]) -> Primitive:
+_formulas: dict[tuple[str, str | None], Callable[..., list[Array]]] = {}  # by primitive and platform; None is any other
+
+
+def formula(name: str, platform: str) -> Callable[..., list[Array]]:
+    """Return what a primitive computes on a platform, as a function of its operands and parameters."""
+    return _formulas.get((name, platform)) or _formulas[name, None]
+
+
+def _define(name: str, function: Callable[..., Any], **on_platform: Callable[..., Any]) -> Primitive:
+    """Return a primitive that computes a function, or on some platforms others with the same result."""
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_impl(_on_leaves(function))  # type: ignore[no-untyped-call]
     primitive.def_abstract_eval(partial(_types, function))  # type: ignore[no-untyped-call]
     batching.primitive_batchers[primitive] = partial(_under_vmap, primitive, function)
-    mlir.register_lowering(primitive, mlir.lower_fun(_on_leaves(function)))
+    for platform, lowered in ((None, function), *on_platform.items()):
+        _formulas[name, platform] = _on_leaves(lowered)
+        mlir.register_lowering(primitive, mlir.lower_fun(_formulas[name, platform]), platform=platform)
     return primitive
 
 
-_row_sums_p = _define("lsce_row_sums", sums)
+_row_sums_p = _define("lsce_row_sums", sums, cpu=cpu.row_sums)
 _row_slopes_p = _define("lsce_row_slopes", _slopes)
 ad.primitive_jvps[_row_sums_p] = _derivative
 ad.primitive_jvps[_row_slopes_p] = _derivative_of_slopes
 ad.primitive_transposes[_row_slopes_p] = _transpose_of_slopes
-mlir.register_lowering(_row_sums_p, mlir.lower_fun(_on_leaves(cpu.row_sums)), platform="cpu")

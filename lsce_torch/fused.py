@@ -9,7 +9,7 @@ and the gradient, (S + 2 z_loss (m + L)) p - w q, comes from the logits in a sec
 Plain smoothing on the CPU takes `lean.py` instead where it can.
 
 `_RowLosses` makes them differentiable, with a rule for vmap (the new dimension becomes one of rows) and forward mode.
-Second derivatives, forward mode and torch.compile use `plain.py`: the same sums and gradients in plain operations,
+Second derivatives, forward mode, torch.compile and TPUs use `plain.py`: the same sums and gradients in plain operations,
 which torch differentiates and the compiler fuses.
 
 Soft labels take the same way, with a weight for each row. A `class_weight` or `prior` that requires a gradient takes
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lsce_spec import LossOptions
 from lsce_torch import reference, saved
+from lsce_torch.device import takes_plain_operations
 from lsce_torch.errors import error
 from lsce_torch.inputs import Batch, at_labels
 from lsce_torch.memory import in_large_pages
@@ -46,7 +47,7 @@ def row_losses(
         return reference.row_losses(batch, options, with_stats)
     operands, entropy = make_operands(batch, options, with_stats)
     losses: Tensor
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or takes_plain_operations(batch.logits):
         sums, first = plain_sums(batch.logits, operands)
         losses = losses_of(operands, sums)[0]
     else:
@@ -82,6 +83,8 @@ def why_reference(batch: Batch, options: LossOptions, with_stats: bool) -> str |
     """Return why only the reference can compute this call, or None."""
     if batch.logits.device.type == "jax":
         return "the logits are JAX's, through torchax, which cannot write into what it is given"
+    if batch.overwritten is not None and takes_plain_operations(batch.logits):
+        return "a TPU's compiler decides what is written where"
     if not torch.compiler.is_compiling() and any(map(is_wrapper, vars(batch).values())):
         return "one of the tensors stands for others, and its results cannot be written into plain tensors"
     for name in ("class_weight", "prior"):

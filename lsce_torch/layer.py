@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lsce_torch.device import is_on_cpu
 from lsce_torch.inputs import compute_dtype
 from lsce_torch.memory import in_large_pages
 from lsce_torch.sums import ROWS, Operands, losses_of, num_sums, unstacked
@@ -224,7 +225,7 @@ def _add_product(
         return
     for start in range(0, total.shape[0], _TILE):
         part = slice(start, start + _TILE)
-        if total.device.type == "cpu":
+        if is_on_cpu(total):
             tile, wide = of_logits[:, part].T.to(total.dtype), hidden.to(total.dtype)
             torch.addmm(total[part], tile, wide, beta=old, out=total[part])
         else:

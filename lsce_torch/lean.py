@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lsce_spec import Convention, LossOptions, smoothing_weights
+from lsce_torch.device import is_on_cpu
 from lsce_torch.errors import error
 from lsce_torch.inputs import Batch
 from lsce_torch.memory import in_large_pages
@@ -123,7 +124,7 @@ def _make_plan(
 def _is_plain(batch: Batch, options: LossOptions) -> bool:
     """Whether the call has plain logits on the CPU, good labels, and no option with a part of its own in the loss."""
     logits = batch.logits
-    if not _ENABLED or logits.device.type != "cpu" or not logits.numel():
+    if not _ENABLED or not is_on_cpu(logits) or not logits.numel():
         return False
     if options.z_loss or options.softcap is not None or options.subtract_entropy or options.convention.at_max:
         return False

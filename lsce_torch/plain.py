@@ -83,7 +83,8 @@ def _sums(
         other_gap = factor * torch.where((factor == 0) & torch.isinf(other_gap), 0, other_gap)
     largest_mass = largest_gap = None
     if classes.share is not None:
-        largest_mass, largest_gap = torch.sum(classes.share, dim=-1), torch.sum(classes.share * gap, dim=-1)
+        shared_gap = torch.where(classes.share == 0, 0, gap)
+        largest_mass, largest_gap = torch.sum(classes.share, dim=-1), torch.sum(classes.share * shared_gap, dim=-1)
     return Sums(
         peak=peak,
         log_sum=torch.log1p(rest),

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lsce_torch.device import is_on_cpu
 from lsce_torch.inputs import compute_dtype
 from lsce_torch.sums import Operands, Sums, num_sums, target_mass, unstacked
 from lsce_torch.threads import in_threads
@@ -171,15 +172,17 @@ def _run(kernel: Callable[[Block, Tensor], None], whole: Block, *, in_gradient: 
 def _fill_sums(block: Block, work: Float[Tensor, "*rows K"], *, softcap: float | None) -> None:
     """Compute the sums of a block."""
     sums = _fill_gaps(block, work, softcap)
-    on_cpu = work.device.type == "cpu"
     _exponentials(work, work, is_shifted=True)
-    scale = torch.amax(work, dim=-1) if on_cpu else torch.ones_like(sums.peak)
+    # A quotient by 1 would not do elsewhere: a device without exact quotients need not return what it divides.
+    scale = torch.amax(work, dim=-1) if is_on_cpu(work) else None
+    total = torch.sum(work, dim=-1)
 
     def rest() -> Tensor:
         # Of terms between 0 and 1, frac sets those to 0 that are 1.
-        return torch.sum(work.div_(scale[..., None]).frac_(), dim=-1)
+        terms = work if scale is None else work.div_(scale[..., None])
+        return torch.sum(terms.frac_(), dim=-1)
 
-    _fill_log_sum(sums, torch.sum(work, dim=-1).div_(scale), rest)
+    _fill_log_sum(sums, total if scale is None else total.div_(scale), rest)
 
 
 def _fill_both(block: Block, work: Float[Tensor, "*rows K"], *, z_loss: float) -> None:
@@ -283,7 +286,7 @@ def _exponentials(
     z: Float[Tensor, "*rows K"], work: Float[Tensor, "*rows K"], *, is_shifted: bool = False
 ) -> Float[Tensor, "*rows K"]:
     """Write exp(z - max z) times a factor for each row to `work`. `is_shifted` says that max z is 0."""
-    if work.device.type == "cpu":
+    if is_on_cpu(work):
         return torch.softmax(z, dim=-1, out=work)
     if not is_shifted:
         torch.sub(z, torch.amax(z, dim=-1, keepdim=True), out=work)
@@ -296,7 +299,7 @@ def _fill_log_sum(sums: Sums, total: Float[Tensor, "*rows"], rest: Callable[[], 
     Without its largest term, which is 1, a sum below 2 keeps the relative accuracy of small losses.
     """
     total_less_1, is_small = total - 1, total < 2
-    if total.device.type != "cpu" or _any(is_small):
+    if not is_on_cpu(total) or _any(is_small):
         total_less_1 = torch.where(is_small, rest(), total_less_1)
     torch.log1p(total_less_1, out=sums.log_sum)
 
@@ -355,7 +358,7 @@ def _blocks(whole: Block) -> Iterator[Block]:
     """
     logits = whole.logits
     batch_shape, num_classes = logits.shape[:-1], logits.shape[-1]
-    if logits.numel() <= _BLOCK_SIZE or logits.device.type != "cpu" or logits.ndim == 1:
+    if logits.numel() <= _BLOCK_SIZE or not is_on_cpu(logits) or logits.ndim == 1:
         yield whole
         return
     whole = _mapped(whole, lambda t: t.expand(logits.shape), lambda t: t.expand(batch_shape), lambda t: t)

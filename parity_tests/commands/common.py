@@ -20,10 +20,12 @@ from rich.text import Text
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.evidence.ledger import DEVICES
 from parity_tests.evidence.pages import write_block
-from parity_tests.losses.adapters import Adapter
+from parity_tests.losses.adapters import Adapter, UnavailableError
+from parity_tests.losses.simulated import CannotSimulateError, simulate
 from parity_tests.studies.replays import adapters_here
 from parity_tests.studies.survey import Survey
 from parity_tests.truth.comparison import Comparison, Worst
+from parity_tests.truth.devices import arithmetic_of
 from parity_tests.truth.linear_cases import all_case_names, default_case_names
 from parity_tests.truth.precision import DTYPES
 
@@ -45,6 +47,15 @@ SecondOption = Annotated[
     list[str] | None, typer.Option("--b", metavar="KEY=VALUE", help="Argument for the second; may be repeated.")
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or tpu.")]
+
+DeviceModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device-model",
+        metavar="NAME",
+        help="Simulate the arithmetic of this device on the CPU: a name that `lsce-parity devices` shows.",
+    ),
+]
 
 Item = TypeVar("Item")
 
@@ -84,22 +95,63 @@ def check_device(given: str) -> None:
         cannot_run(f"there is no device {given!r} here; the devices are {', '.join(DEVICES)}")
 
 
-def find_adapters(names: Sequence[str] | None, device: str, asked: bool = True) -> tuple[list[Adapter], dict[str, str]]:
+def find_adapters(
+    names: Sequence[str] | None, device: str, asked: bool = True, device_model: str | None = None
+) -> tuple[list[Adapter], dict[str, str]]:
     """Return the adapters that run on this machine, and for each other the reason why it does not.
 
     Args:
         names: names, with * and ?; None for all of ours that need no compiler.
         device: the device.
         asked: whether the user named the adapters. If so, each must run here; if not, one is enough.
+        device_model: the device to simulate, or None.
     """
     check_device(device)
+    check_device_model(device_model, device)
     try:
-        adapters, missing = adapters_here(names, device)
+        found, missing = adapters_here(names, device)
     except ValueError as error:
         cannot_run(str(error))
+    adapters = []
+    for each in found:
+        try:
+            adapters.append(on_model(each, device_model))
+        except UnavailableError as error:
+            missing[each.name] = str(error)
     if missing and ((names and asked) or not adapters):
         cannot_run("; ".join(dict.fromkeys(missing.values())))
     return adapters, missing
+
+
+def on_model(adapter: Adapter, device_model: str | None) -> Adapter:
+    """Return the adapter on the simulated arithmetic of a device; as it is if none is named.
+
+    Raises:
+        UnavailableError: the adapter has no program that can be simulated.
+    """
+    if device_model is None:
+        return adapter
+    try:
+        return simulate(adapter, device_model)
+    except CannotSimulateError as error:
+        raise UnavailableError(str(error)) from error
+
+
+def check_device_model(device_model: str | None, device: str) -> None:
+    """Exit with 2 if there is no such device to simulate, or if another is to run on."""
+    if device_model is None:
+        return
+    try:
+        arithmetic_of(device_model)
+    except ValueError as error:
+        cannot_run(str(error))
+    if device != "cpu":
+        cannot_run(f"--device-model simulates on the CPU: leave out --device {device}")
+
+
+def dtypes_on(device_model: str | None) -> tuple[str, ...]:
+    """Return the dtypes to try on a simulated device, or on the CPU: TPUs have no float64."""
+    return DTYPES[1:] if device_model is not None and device_model.startswith("tpu") else DTYPES
 
 
 def print_missing(missing: Mapping[str, str], console: Console) -> None:

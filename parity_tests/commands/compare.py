@@ -1,6 +1,6 @@
 """`lsce-parity compare A B`."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +11,7 @@ from rich.text import Text
 from lsce_spec import check_smoothing, find_convention
 from parity_tests.commands.common import (
     CANNOT_RUN,
+    DeviceModelOption,
     DeviceOption,
     DtypeOption,
     FirstOption,
@@ -20,9 +21,11 @@ from parity_tests.commands.common import (
     SecondOption,
     cannot_run,
     check_device,
+    check_device_model,
     check_dtypes,
     describe,
     exit_with,
+    on_model,
     survey_as_json,
     write_json,
     write_page,
@@ -79,6 +82,7 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
     ] = False,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
+    device_model: DeviceModelOption = None,
     json_file: JsonOption = None,
     report: ReportOption = None,
 ) -> None:
@@ -93,6 +97,7 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
         lsce-parity compare torch:torch.nn:CrossEntropyLoss jax:my.losses:smooth_ce --a label_smoothing=0.1
         lsce-parity compare jax:my.losses:smooth_ce oracle --convention non_target
         lsce-parity compare torch:my.losses:fused_linear oracle --linear
+        lsce-parity compare torch:my.losses:smooth_ce jax:my.losses:smooth_ce --device-model tpu-v5e
     """
     console = PlainConsole()
     told = (smoothing, convention, reduction, z_loss, softcap, subtract_entropy or None)
@@ -110,6 +115,7 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
     )
     _check(question)
     check_device(device)
+    check_device_model(device_model, device)
     dtypes = check_dtypes(dtype, ("float32",))
     probes = [case for case in plain_cases(question, dtypes[0]) if case.name.startswith("plain")]
     adapters = [
@@ -122,6 +128,10 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
             "and the options that define the reference"
         )
     sides = _with_reductions(adapters, probes, ignore_index, console)
+    try:
+        sides = [replace(side, adapter=on_model(side.adapter, device_model)) for side in sides]
+    except UnavailableError as error:
+        cannot_run(str(error))
     pair = compare_sides(sides[0], sides[1], question, dtypes)
     _print(pair, console)
     _write(pair, question, json_file, report, console)

@@ -11,13 +11,16 @@ from rich.console import Console
 from rich.text import Text
 
 from parity_tests.commands.common import (
+    DeviceModelOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
     PlainConsole,
     announce,
     cannot_run,
+    check_device_model,
     check_dtypes,
+    dtypes_on,
     exit_with,
     find_adapters,
     make_table,
@@ -32,7 +35,6 @@ from parity_tests.studies.bundle import BundleError, read_bundle, record, write_
 from parity_tests.studies.hunt import Find, describe, parts_of, share_of
 from parity_tests.studies.hunt import hunt as search
 from parity_tests.truth.cases import Case
-from parity_tests.truth.precision import DTYPES
 
 SECONDS = 20.0
 # Under `jit` only: without it JAX compiles every operation for each shape, and torch.compile takes seconds a case.
@@ -61,6 +63,7 @@ def hunt(
         typer.Option("--save", metavar="DIR", file_okay=False, help="Bundle to add the cases found to; see replay."),
     ] = None,
     device: DeviceOption = "cpu",
+    device_model: DeviceModelOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Search for inputs with the largest errors relative to the bounds, of the loss and of each gradient.
@@ -71,12 +74,15 @@ def hunt(
         lsce-parity hunt --adapter jax-fused --dtype float32 --seconds 60
 
         lsce-parity hunt --examples 500 --save worst-cases
+
+        lsce-parity hunt --adapter jax-fused --dtype bfloat16 --device-model tpu-v5e
     """
     console = PlainConsole()
-    dtypes = check_dtypes(dtype, DTYPES)
+    check_device_model(device_model, device)
+    dtypes = check_dtypes(dtype, dtypes_on(device_model))
     if seconds is None and examples is None:
         seconds = SECONDS
-    adapters, missing = find_adapters(adapter or DEFAULT, device, asked=bool(adapter))
+    adapters, missing = find_adapters(adapter or DEFAULT, device, bool(adapter), device_model)
     for name, reason in missing.items():
         announce(f"not here: {name} ({reason})")
     known = _known(save)
@@ -92,6 +98,7 @@ def hunt(
     content = {
         "command": "hunt",
         "agrees": all(find.agrees for find in finds),
+        "device_model": device_model,
         "budget": {"seconds": seconds, "examples": examples, "seed": seed},
         "finds": [asdict(find) for find in finds],
         "environment": describe_environment(),

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from parity_tests.commands.common import (
+    DeviceModelOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -16,10 +17,13 @@ from parity_tests.commands.common import (
     announce,
     cannot_run,
     check_device,
+    check_device_model,
     check_dtypes,
     describe,
+    dtypes_on,
     exit_with,
     make_table,
+    on_model,
     print_missing,
     select_cases,
     survey_as_json,
@@ -32,7 +36,6 @@ from parity_tests.losses.adapters import UnavailableError
 from parity_tests.losses.registry import ENTRIES, make_adapter, match_names
 from parity_tests.studies.survey import Member, Survey, examine_each, make_cases
 from parity_tests.studies.verdicts import Difference, Outcome
-from parity_tests.truth.precision import DTYPES
 
 # torch.compile takes seconds for each combination of options, and so does JAX for each linear case.
 SLOW = frozenset(name for name in ENTRIES if name.endswith(("-compiled", "-linear-reference", "-interpreted")))
@@ -48,20 +51,26 @@ def run(
     case: Annotated[list[str] | None, typer.Option("--case", help="Name with * and ?; may be repeated.")] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
+    device_model: DeviceModelOption = None,
     json_file: JsonOption = None,
     report: ReportOption = None,
 ) -> None:
     """Compare adapters with the truth and with each other, in every case and dtype.
 
+    With --device-model each is computed operation by operation with errors as large as the device's may be, and held
+    against the bounds of that device; see docs/devices.md.
+
     Exit code 0: all of ours are within their bounds, 1: one is not, 2: a named adapter does not run here. The
     frameworks' own losses and those of other libraries are shown for comparison; their errors are no failure.
     """
     console = PlainConsole()
-    dtypes = check_dtypes(dtype, DTYPES)
+    check_device_model(device_model, device)
+    dtypes = check_dtypes(dtype, dtypes_on(device_model))
     names = select_cases(case)
-    members, missing = find_members(adapter, device)
+    members, missing = find_members(adapter, device, device_model)
     cases = make_cases(names, dtypes)
-    announce(f"running {', '.join(members)} in {len(names)} cases in {', '.join(dtypes)}")
+    where = f" on the simulated arithmetic of {device_model}" if device_model else ""
+    announce(f"running {', '.join(members)} in {len(names)} cases in {', '.join(dtypes)}{where}")
     found = Survey(members, [], [])
     for outcomes, differences in track(examine_each(members, cases), len(cases), "cases"):
         found.outcomes.extend(outcomes)
@@ -69,7 +78,7 @@ def run(
     print_survey(found, console)
     print_missing(missing, console)
     environment = describe_environment()
-    content = {"command": "run", "survey": survey_as_json(found), "missing": missing, "environment": environment}
+    content = {"command": "run", "device_model": device_model, "survey": survey_as_json(found), "missing": missing, "environment": environment}
     write_json(json_file, content, console)
     write_page(report, found, console, title="lsce parity", evidence=found.evidence(), environment=environment)
     if not found.called:
@@ -78,7 +87,9 @@ def run(
     exit_with(found.agrees)
 
 
-def find_members(patterns: list[str] | None, device: str) -> tuple[dict[str, Member], dict[str, str]]:
+def find_members(
+    patterns: list[str] | None, device: str, device_model: str | None = None
+) -> tuple[dict[str, Member], dict[str, str]]:
     """Return the chosen adapters, and for each that does not run here the reason.
 
     An adapter named in full must run here. By default at least one of ours must.
@@ -88,7 +99,7 @@ def find_members(patterns: list[str] | None, device: str) -> tuple[dict[str, Mem
     for name in match_names(patterns) if patterns else [name for name in ENTRIES if name not in SLOW]:
         entry = ENTRIES.get(name)
         try:
-            made = make_adapter(name, device)
+            made = on_model(make_adapter(name, device), device_model)
         except ValueError as error:
             cannot_run(str(error))
         except UnavailableError as error:

@@ -12,9 +12,9 @@ from typing import Literal
 
 from parity_tests.evidence.environment import installed_versions
 
-Kind = Literal["executed", "replayed", "interpreted", "compiled", "not run"]
+Kind = Literal["executed", "replayed", "interpreted", "simulated", "compiled", "not run"]
 # From the strongest to the weakest.
-KINDS: tuple[Kind, ...] = ("executed", "replayed", "interpreted", "compiled", "not run")
+KINDS: tuple[Kind, ...] = ("executed", "replayed", "interpreted", "simulated", "compiled", "not run")
 
 # In the order of the tables. The same as `adapters.DEVICES` and `precision.DTYPES`, whose modules load NumPy.
 DEVICES = ("cpu", "cuda", "tpu")
@@ -35,8 +35,9 @@ class Evidence:
         device: "cpu", "cuda" or "tpu".
         dtype: of the logits.
         kind: ran on that device ("executed"), values recorded on another machine agreed with it ("replayed"), the
-            program for that device ran in an interpreter ("interpreted"), the device's compiler accepted it
-            ("compiled"), or none of these ("not run").
+            program for that device ran in an interpreter ("interpreted"), or with the errors that the device's
+            arithmetic may have ("simulated"), the device's compiler accepted it ("compiled"), or none of these
+            ("not run").
         detail: a detail for the table, such as the name of the card.
 
     Raises:

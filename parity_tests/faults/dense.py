@@ -1,11 +1,11 @@
 """Wrong losses, to prove that the bounds reject them.
 
 `evaluate` is one more implementation of the loss, in NumPy, with a switch for each fault. Without a fault it is within
-every bound, so a mutant is rejected for its fault alone. Transcendental functions are evaluated in float64 and
-rounded; everything else happens in the compute dtype. Results are rounded to the dtypes that the packages return.
+every bound, so a mutant is rejected for its fault alone. Transcendental functions and quotients are those of the
+device, rounded correctly if none is given; everything else happens in the compute dtype. Results are rounded to the
+dtypes that the packages return.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from parity_tests.truth.cases import Case
 from parity_tests.truth.comparison import Result
 from parity_tests.truth.precision import FloatArray, compute_dtype, round_to
+from parity_tests.truth.simulation import EXACT, Simulation
 
 # Name -> what is wrong. The names are the switches of `evaluate`.
 FAULTS = {
@@ -62,11 +63,11 @@ FAULTS = {
 }
 
 
-def evaluate(case: Case, fault: str | None = None) -> Result:
-    """Return loss and gradient of a case, wrong in the way that `fault` names."""
+def evaluate(case: Case, fault: str | None = None, arithmetic: Simulation = EXACT) -> Result:
+    """Return loss and gradient of a case, wrong in the way that `fault` names, on a device of that arithmetic."""
     assert fault is None or fault in FAULTS, fault
     with np.errstate(all="ignore"):
-        return _evaluate(case, fault)
+        return _evaluate(case, fault, arithmetic)
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class _Inputs:
     Args:
         case: the call.
         fault: what is wrong.
+        arithmetic: of the device.
         dtype: the compute dtype.
         labels: [N], 0 where a row does not count or its label is no class; or [N, K].
         bad: [N], rows that count and whose label is no class.
@@ -88,6 +90,7 @@ class _Inputs:
 
     case: Case
     fault: str | None
+    arithmetic: Simulation
     dtype: np.dtype[Any]
     labels: NDArray[Any]
     bad: NDArray[np.bool_]
@@ -132,8 +135,8 @@ class _Softmax(NamedTuple):
         return np.asarray(self.peak[:, 0] + self.log_sum)
 
 
-def _evaluate(case: Case, fault: str | None) -> Result:
-    inputs = _inputs(case, fault)
+def _evaluate(case: Case, fault: str | None, arithmetic: Simulation) -> Result:
+    inputs = _inputs(case, fault, arithmetic)
     softmax = _softmax(inputs)
     target, gradient_target = _targets(inputs)
     losses = _row_losses(inputs, softmax, target)
@@ -148,7 +151,7 @@ def _evaluate(case: Case, fault: str | None) -> Result:
     )
 
 
-def _inputs(case: Case, fault: str | None) -> _Inputs:
+def _inputs(case: Case, fault: str | None, arithmetic: Simulation) -> _Inputs:
     dtype = np.dtype(compute_dtype(case.dtype))
     rows, num_classes = case.rows(), case.num_classes
     allowed = np.ones(num_classes, bool) if case.class_mask is None else case.class_mask
@@ -167,21 +170,20 @@ def _inputs(case: Case, fault: str | None) -> _Inputs:
     return _Inputs(
         case=case,
         fault=fault,
+        arithmetic=arithmetic,
         dtype=dtype,
         labels=labels,
         bad=bad,
         allowed=allowed,
         raw=raw,
         softcap=softcap,
-        logits=raw if softcap is None else dtype.type(softcap) * _apply(np.tanh, raw / dtype.type(softcap)),
+        logits=raw if softcap is None else _capped(raw, dtype.type(softcap), arithmetic),
         weight=np.ones(num_classes, dtype) if case.class_weight is None else case.class_weight.astype(dtype),
     )
 
 
-def _apply(function: Callable[..., Any], values: NDArray[Any]) -> NDArray[Any]:
-    """Evaluate in float64 and round to the dtype of the values."""
-    result: NDArray[Any] = function(values.astype(np.float64)).astype(values.dtype)
-    return result
+def _capped(raw: NDArray[Any], softcap: Any, arithmetic: Simulation) -> NDArray[Any]:
+    return np.asarray(softcap * arithmetic.apply("tanh", arithmetic.divide(raw, softcap)))
 
 
 # --- The target -----------------------------------------------------------------------------------------------------
@@ -296,24 +298,19 @@ def _softmax(inputs: _Inputs) -> _Softmax:
     logits, allowed, fault = inputs.logits, inputs.allowed, inputs.fault
     peak = np.max(np.where(allowed, logits, -np.inf), axis=-1, keepdims=True, initial=-np.inf).astype(inputs.dtype)
     gap = np.where(allowed, peak - logits, 0).astype(inputs.dtype)
-    exponential = np.where(allowed, _apply(np.exp, -gap), 0)
+    exponential = np.where(allowed, inputs.arithmetic.apply("exp", -gap), 0)
     if fault == "infinity_to_nan":
         exponential = np.where(np.isinf(gap), np.nan, exponential)
-    log_sum, total = _log_sum(exponential, gap, logits, allowed, fault)
-    p = exponential / total[:, None]
+    log_sum, total = _log_sum(inputs, exponential, gap)
+    p = inputs.arithmetic.divide(exponential, total[:, None])
     if fault == "stale_lse":
-        log_sum, p = np.roll(log_sum, 1), exponential / np.roll(total, 1)[:, None]
+        log_sum, p = np.roll(log_sum, 1), inputs.arithmetic.divide(exponential, np.roll(total, 1)[:, None])
     return _Softmax(peak, gap, log_sum, p)
 
 
-def _log_sum(
-    exponential: NDArray[Any],
-    gap: NDArray[Any],
-    logits: NDArray[Any],
-    allowed: NDArray[np.bool_],
-    fault: str | None,
-) -> tuple[NDArray[Any], NDArray[Any]]:
+def _log_sum(inputs: _Inputs, exponential: NDArray[Any], gap: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return log sum exp(z - m), and the sum."""
+    logits, allowed, fault, arithmetic = inputs.logits, inputs.allowed, inputs.fault, inputs.arithmetic
     num_rows, num_classes = exponential.shape
     if num_rows == 0:
         return np.zeros(0, exponential.dtype), np.ones(0, exponential.dtype)
@@ -325,14 +322,16 @@ def _log_sum(
         peak = gap + logits
         padding = np.exp(-np.max(np.where(allowed, peak, -np.inf), axis=-1, keepdims=True)) * (-num_classes % 128)
         others = np.concatenate([others, padding.astype(others.dtype)], axis=-1)
-    rest = others.sum(-1)
+    rest = arithmetic.sum(others, [1])
     if fault == "bfloat16_sum":
         rest = round_to(rest, "bfloat16").astype(rest.dtype)
     if fault == "maximum_kept":
         direct = np.where(allowed, np.exp(logits), 0).sum(-1)
         peak = np.max(np.where(allowed, logits, -np.inf), axis=-1)
         return np.log(direct) - peak, (1 + rest) * (direct / direct)
-    return _apply(np.log if fault == "log_for_log1p" else np.log1p, rest + (fault == "log_for_log1p")), 1 + rest
+    if fault == "log_for_log1p":
+        return arithmetic.apply("log", rest + 1), 1 + rest
+    return arithmetic.apply("log1p", rest), 1 + rest
 
 
 # --- Loss and gradient ----------------------------------------------------------------------------------------------
@@ -345,7 +344,7 @@ def _row_losses(inputs: _Inputs, softmax: _Softmax, target: NDArray[Any]) -> NDA
     terms = np.where((wq == 0) & np.isinf(softmax.gap), 0, wq * softmax.gap)
     losses = terms.sum(-1) + wq.sum(-1) * softmax.log_sum + inputs.z_loss * softmax.lse**2
     if (options.get("subtract_entropy") or fault == "entropy_subtracted") and fault != "entropy_kept":
-        log_q = _apply(np.log, np.where(target > 0, target, 1))
+        log_q = inputs.arithmetic.apply("log", np.where(target > 0, target, 1).astype(dtype))
         losses = losses + (target * log_q).sum(-1) * dtype.type(1 + 1e-4 * (fault == "entropy_slightly_off"))
     leak = softmax.gap.mean(-1) * rows.smoothing + 1 if fault == "ignored_rows_leak" else 0
     return np.where(inputs.bad, np.nan, np.where(rows.counted, losses, leak)).astype(dtype)

@@ -8,6 +8,7 @@ from parity_tests.faults.dense import FAULTS, evaluate
 from parity_tests.truth.cases import Case, LinearCase
 from parity_tests.truth.comparison import AnyResult, LinearResult
 from parity_tests.truth.precision import FloatArray, compute_dtype, round_to
+from parity_tests.truth.simulation import EXACT, Simulation
 
 PREFIX = "linear_"
 # Faults that the loss alone can have, which are tried in a linear layer too.
@@ -42,12 +43,20 @@ LINEAR_FAULTS = {PREFIX + name: text for name, text in ({name: FAULTS[name] for 
 BANK = FAULTS | LINEAR_FAULTS
 
 
-def wrong_result(case: Case, fault: str | None = None) -> AnyResult:
-    """Return what a loss with that fault of the bank gives for a case; the sound result without one."""
-    return evaluate_linear(case, fault) if isinstance(case, LinearCase) else evaluate(case, fault)
+def wrong_result(case: Case, fault: str | None = None, arithmetic: Simulation = EXACT) -> AnyResult:
+    """Return what a loss with that fault of the bank gives for a case; the sound result without one.
+
+    Args:
+        case: the case.
+        fault: the fault.
+        arithmetic: of the device; in a linear layer that of the loss alone.
+    """
+    if isinstance(case, LinearCase):
+        return evaluate_linear(case, fault, arithmetic)
+    return evaluate(case, fault, arithmetic)
 
 
-def evaluate_linear(case: LinearCase, fault: str | None = None) -> LinearResult:
+def evaluate_linear(case: LinearCase, fault: str | None = None, arithmetic: Simulation = EXACT) -> LinearResult:
     """Return loss and gradients of a case in NumPy, wrong in the way that `fault` names, sound without one.
 
     The loss is that of `parity_tests.faults.dense` in the compute dtype, with any of its faults; the products
@@ -55,17 +64,17 @@ def evaluate_linear(case: LinearCase, fault: str | None = None) -> LinearResult:
     """
     assert fault is None or fault in BANK, fault
     with np.errstate(all="ignore"):
-        return _evaluate_linear(case, None if fault is None else fault.removeprefix(PREFIX))
+        return _evaluate_linear(case, None if fault is None else fault.removeprefix(PREFIX), arithmetic)
 
 
-def _evaluate_linear(case: LinearCase, fault: str | None) -> LinearResult:
+def _evaluate_linear(case: LinearCase, fault: str | None, arithmetic: Simulation) -> LinearResult:
     compute, counted = compute_dtype(case.dtype), case.rows().counted
     weight = case.multiplied_weight
     hidden = np.where(counted[:, None], case.hidden_rows, 0.0)
     times_bias = {"bias_not_added": 0, "bias_in_each_feature": 2}.get(str(fault), 1)
     logits = hidden @ weight + (0 if case.bias is None else times_bias * case.bias)
     case_of_loss = replace(case, dtype=compute, logits=round_to(logits, compute).reshape(case.logits.shape))
-    result = evaluate(case_of_loss, fault if fault in FAULTS else None)
+    result = evaluate(case_of_loss, fault if fault in FAULTS else None, arithmetic)
     loss, gradient = result.loss, result.gradient
     chunk_size = case.chunk_size or max(1, len(hidden))
     chunks = [slice(start, start + chunk_size) for start in range(0, len(hidden), chunk_size)]

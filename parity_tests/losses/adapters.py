@@ -223,6 +223,7 @@ class TorchAdapter(FrameworkAdapter):
         """Load torch."""
         _load("torch")
         super().__init__(loss, **options)
+        self.compiled = compiled
         if compiled:
             self.loss = _compiled_anew(self.loss)
 

@@ -164,6 +164,6 @@ def take_mean(adapter: Any, ignore_index: int | None) -> None:
 
     def mean(*inputs: Any, labels: Any, **settings: Any) -> Any:
         losses = rows(*inputs, labels=labels)
-        return losses.mean() if ignore_index is None else losses.sum() / int((labels != ignore_index).sum())
+        return losses.mean() if ignore_index is None else losses.sum() / (labels != ignore_index).sum()
 
     adapter.loss = mean

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from parity_tests.evidence.ledger import Evidence
+from parity_tests.evidence.ledger import Evidence, Kind
 from parity_tests.losses.adapters import Adapter
+from parity_tests.losses.simulated import simulated_device
 from parity_tests.studies.verdicts import Difference, Outcome, compare_outcomes, examine
 from parity_tests.truth.cases import Case
 from parity_tests.truth.linear_cases import make_any_case
@@ -86,13 +87,15 @@ class Survey:
         return Closeness(sum(own < peer for own, peer in pairs), sum(own == peer for own, peer in pairs), len(pairs))
 
     def evidence(self) -> list[Evidence]:
-        """Return the evidence: each adapter and dtype whose outcomes all agree was executed."""
+        """Return the evidence: each adapter and dtype whose outcomes all agree was executed, or simulated."""
         found = []
         for name, member in self.members.items():
             for dtype in dict.fromkeys(outcome.dtype for outcome in self.outcomes):
                 outcomes = [outcome for outcome in self.of(name) if outcome.dtype == dtype]
                 if outcomes and all(outcome.status == "agree" for outcome in outcomes):
-                    found.append(Evidence(name, member.adapter.device, dtype, "executed"))
+                    model = simulated_device(member.adapter)
+                    kind: Kind = "executed" if model is None else "simulated"
+                    found.append(Evidence(name, member.adapter.device, dtype, kind, model or ""))
         return found
 
 

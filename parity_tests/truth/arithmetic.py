@@ -6,13 +6,17 @@ from dataclasses import dataclass
 import numpy as np
 
 
+# Terms that are added in sequence.
+BLOCK = 32
+
+
 def tree_depth(length: int) -> int:
     """Return the depth of a blocked sum: 32 terms in sequence, then 32 such sums, and so on.
 
     XLA for CPUs sums one row so, up to 63 deep at 2047 terms; torch adds blocks in pairs and is shallower. The tests
     and `lsce-parity fingerprint` measure that the sums of every framework stay within it.
     """
-    return max(0, min(length - 1, 32 * int(np.ceil(np.log2(max(length, 1)) / 5))))
+    return max(0, min(length - 1, BLOCK * int(np.ceil(np.log2(max(length, 1)) / np.log2(BLOCK)))))
 
 
 def any_order(length: int) -> int:

@@ -102,16 +102,28 @@ def _error_bound(case: Case, truth: Truth, arithmetic: Arithmetic) -> Bound:
     errors = _errors(case, truth, arithmetic, terms)
     row = _row_bound(case, truth, arithmetic, terms, errors)
     gradient = _gradient_bound(case, truth, arithmetic, terms, errors)
+    second_order = 1 + 2 * terms.u * _largest_error(case, arithmetic)
     factor = np.abs(truth.factor)[:, None]
-    gradient = factor * gradient
+    gradient = second_order * factor * gradient
     weight_depth = arithmetic.depth(len(truth.counted)) + 2
     gradient += terms.u * weight_depth * np.abs(truth.gradient.high) if case.class_weight is not None else 0.0
     # Products may be flushed to zero once or twice on the way, and exp before it is multiplied.
     coefficient = _coefficient(case, terms)
     flushed = (2 + factor * (1 + coefficient)) * terms.tiny
     gradient = np.where(terms.allowed & terms.live[:, None], gradient + flushed, 0.0)
-    gradient = gradient + last_rounding(truth.gradient.high, case.dtype)
-    return Bound(loss=_reduced(case, truth, row, arithmetic), gradient=gradient)
+    gradient = gradient + last_rounding(truth.gradient.high, case.dtype, gradient)
+    return Bound(loss=_reduced(case, truth, second_order * row, arithmetic), gradient=gradient)
+
+
+def _largest_error(case: Case, arithmetic: Arithmetic) -> float:
+    """Return the largest error of an operation of the loss.
+
+    First-order bounds leave out products of two errors, which show where exp is 100 u off.
+    """
+    names = ["exp", "log1p", "division"]
+    names += ["tanh"] if case.options.get("softcap") is not None else []
+    names += ["log"] if case.options.get("subtract_entropy") else []
+    return max(getattr(arithmetic, name) for name in names)
 
 
 def _terms(case: Case, truth: Truth, arithmetic: Arithmetic) -> _Terms:
@@ -170,8 +182,9 @@ def _row_bound(case: Case, truth: Truth, arithmetic: Arithmetic, terms: _Terms, 
     row += terms.mass * errors.log_sum + u * (h + 5 + division) * terms.mass * terms.log_sum
     magnitude = products + terms.mass * terms.log_sum
     if z_loss:
-        # (peak + L)^2: the sum rounds once, the square and the product once each.
-        row += z_loss * (2 * np.abs(lse) * errors.lse + 3 * u * lse**2)
+        # (peak + L)^2: the sum rounds once, the square and the product once each. Where peak and L cancel, the square
+        # of the error is most of it.
+        row += z_loss * (2 * np.abs(lse) * errors.lse + errors.lse**2 + 3 * u * lse**2)
         magnitude += z_loss * lse**2
     if case.options.get("subtract_entropy"):
         # q log q with q off by 3 u: the logarithm's error, the product, the sum, and the change of q log q itself.
@@ -232,10 +245,16 @@ def _largest_upstream(case: Case) -> float:
     return float(np.max(np.abs(case.rows().upstream), initial=0.0)) or 1.0
 
 
-def last_rounding(values: FloatArray, dtype: str) -> FloatArray:
-    """Return half a unit in the last place of a narrow result; 0 where the result is stored in the compute dtype."""
+def last_rounding(values: FloatArray, dtype: str, error: FloatArray | float = 0.0) -> FloatArray:
+    """Return half a unit in the last place of a narrow result; 0 where the result is stored in the compute dtype.
+
+    Args:
+        values: the true result.
+        dtype: what it is stored in.
+        error: of the result before it is rounded. Where the result is 0, rounding at most doubles the error.
+    """
     if dtype == compute_dtype(dtype):
         return np.zeros_like(values)
     fmt = FORMATS[dtype]
-    half = np.maximum(fmt.roundoff * np.abs(values), fmt.smallest / 2)
-    return np.where(values == 0, 0.0, half)
+    half = np.maximum(fmt.roundoff * (np.abs(values) + error), fmt.smallest / 2)
+    return np.where(values == 0, np.minimum(half, error), half)

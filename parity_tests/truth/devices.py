@@ -130,11 +130,25 @@ def arithmetic_of(name: str) -> Arithmetic:
     Raises:
         ValueError: the table has no such device.
     """
+    return loosest_of(device.arithmetic for device in _called(name))
+
+
+def device_of_name(name: str, framework: str) -> Device:
+    """Return the row of a device through a framework; for "numpy", which no device has, that of JAX.
+
+    Raises:
+        ValueError: the table has no such device.
+    """
+    rows = {each: device for device in _called(name) for each in device.frameworks}
+    return rows.get(framework, rows["jax"])
+
+
+def _called(name: str) -> list[Device]:
     rows = [device for device in DEVICES if device.name == name]
     if not rows:
         names = ", ".join(dict.fromkeys(device.name for device in DEVICES))
         raise ValueError(f"there is no device {name!r}; the devices are {names}")
-    return loosest_of(device.arithmetic for device in rows)
+    return rows
 
 
 def loosest_of(rows: Iterable[Arithmetic]) -> Arithmetic:
