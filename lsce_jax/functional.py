@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from lsce_jax import fused, reference
+from lsce_jax.accurate import divide
 from lsce_jax.inputs import Batch, as_array, at_labels, extremes, prepare
 from lsce_jax.keywords import DenseLossKeywords
 from lsce_jax.stats import LossStats
@@ -172,7 +173,7 @@ def reduce_losses(
         return total
     if isinstance(divisor, float):
         return total / divisor
-    return jnp.where(divisor != 0, total / jnp.where(divisor != 0, divisor, 1), 0)
+    return jnp.where(divisor != 0, divide(total, jnp.where(divisor != 0, divisor, 1)), 0)
 
 
 def _mean_denominator(batch: Batch) -> int | Float[Array, ""]:

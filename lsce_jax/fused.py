@@ -24,6 +24,7 @@ from jax.extend.core import Primitive
 from jaxtyping import Array, Float
 
 from lsce_jax import reference
+from lsce_jax.accurate import log1p
 from lsce_jax.inputs import Batch, at_labels
 from lsce_jax.row_sums import row_sums
 from lsce_jax.stats import LossStats, make_stats
@@ -85,7 +86,7 @@ def row_losses(
         in_place=in_place,
     )
     peaks, sums = row_sums(operands)
-    log_sum = jnp.log1p(sums.rest)
+    log_sum = log1p(sums.rest)
     lse = peaks.peak + log_sum
     smoothed = _smoothed_losses(batch, options, targets or make_targets(batch, options), sums, log_sum)
     losses = smoothed + options.z_loss * lse**2 if options.z_loss else smoothed

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.scipy.special import entr
 from jaxtyping import Array, Bool, Float
 
+from lsce_jax.accurate import log1p
 from lsce_jax.inputs import Batch, as_last_axis
 from lsce_jax.stats import LossStats, make_stats
 from lsce_spec import LossOptions, smoothing_weights
@@ -203,7 +204,7 @@ def _log_sum_exp(
     terms = jnp.exp(-gap) - is_peak
     if allowed is not None:
         is_peak, terms = jnp.where(allowed, is_peak, 0), jnp.where(allowed, terms, 0)
-    log_sum = jnp.log1p(jnp.sum(terms, axis=-1) + (jnp.sum(is_peak, axis=-1) - 1))
+    log_sum = log1p(jnp.sum(terms, axis=-1) + (jnp.sum(is_peak, axis=-1) - 1))
     return jnp.squeeze(peak, axis=-1), gap, log_sum
 
 

@@ -20,10 +20,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 from jaxtyping import Array
 
 from lsce_jax import cpu
+from lsce_jax.primitives import define
 from lsce_jax.sums import CLASS_VECTORS, Operands, Peaks, Sums, is_label, sums, sums_at
 
 ByName = dict[str, Any]  # values for the operands with these names
@@ -170,29 +171,11 @@ def _is_class_vector(structure: Any) -> list[bool]:
     return [getattr(path[-1], "name", getattr(path[-1], "key", None)) in CLASS_VECTORS for path, _ in with_paths]
 
 
-def _types(function: Callable[..., Any], *operands: Any, structure: Any) -> list[Any]:
-    types: list[Any] = jax.make_jaxpr(partial(_on_leaves(function), structure=structure))(*operands).out_avals
-    return types
-
-
-_formulas: dict[tuple[str, str | None], Callable[..., list[Array]]] = {}  # by primitive and platform; None is any other
-
-
-def formula(name: str, platform: str) -> Callable[..., list[Array]]:
-    """Return what a primitive computes on a platform, as a function of its operands and parameters."""
-    return _formulas.get((name, platform)) or _formulas[name, None]
-
-
 def _define(name: str, function: Callable[..., Any], **on_platform: Callable[..., Any]) -> Primitive:
-    """Return a primitive that computes a function, or on some platforms others with the same result."""
-    primitive = Primitive(name)
-    primitive.multiple_results = True
-    primitive.def_impl(_on_leaves(function))  # type: ignore[no-untyped-call]
-    primitive.def_abstract_eval(partial(_types, function))  # type: ignore[no-untyped-call]
+    """Return a primitive that computes a function of the leaves of its arguments."""
+    of_leaves = {platform: _on_leaves(each) for platform, each in on_platform.items()}
+    primitive = define(name, _on_leaves(function), multiple_results=True, **of_leaves)
     batching.primitive_batchers[primitive] = partial(_under_vmap, primitive, function)
-    for platform, lowered in ((None, function), *on_platform.items()):
-        _formulas[name, platform] = _on_leaves(lowered)
-        mlir.register_lowering(primitive, mlir.lower_fun(_formulas[name, platform]), platform=platform)
     return primitive
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from lsce_spec import LossOptions, check_denominator, check_denominator_array, check_denominator_values, is_number
 from lsce_spec.keywords import takes
 from lsce_torch import fused, lean, reference
+from lsce_torch.accurate import divide
 from lsce_torch.inputs import Batch, at_labels, dtype_name, extremes, prepare
 from lsce_torch.keywords import DenseLossKeywords
 from lsce_torch.overwrite import check_inplace, tensors_to_overwrite
@@ -209,7 +210,7 @@ def reduce_losses(
         return total
     if not isinstance(divisor, Tensor):
         return total / divisor
-    return torch.where(divisor != 0, total / torch.where(divisor != 0, divisor, 1), 0)
+    return torch.where(divisor != 0, divide(total, torch.where(divisor != 0, divisor, 1)), 0)
 
 
 def _mean_denominator(batch: Batch) -> int | Float[Tensor, ""]:

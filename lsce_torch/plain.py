@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lsce_torch.accurate import log1p
 from lsce_torch.inputs import compute_dtype
 from lsce_torch.sums import Operands, Sums, target_gradients, target_mass, target_slopes
 
@@ -87,7 +88,7 @@ def _sums(
         largest_mass, largest_gap = torch.sum(classes.share, dim=-1), torch.sum(classes.share * shared_gap, dim=-1)
     return Sums(
         peak=peak,
-        log_sum=torch.log1p(rest),
+        log_sum=log1p(rest),
         label_gap=label_gap,
         other_gaps=torch.sum(other_gap, dim=-1),
         largest=largest,

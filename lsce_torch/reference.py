@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lsce_spec import LossOptions, smoothing_weights
+from lsce_torch.accurate import log1p
 from lsce_torch.inputs import Batch
 from lsce_torch.stats import LossStats, make_stats
 
@@ -195,7 +196,7 @@ def _log_sum_exp(
     terms = torch.exp(-gap) - is_peak
     if allowed is not None:
         is_peak, terms = torch.where(allowed, is_peak, 0), torch.where(allowed, terms, 0)
-    log_sum = torch.log1p(torch.sum(terms, dim=-1) + (torch.sum(is_peak, dim=-1) - 1))
+    log_sum = log1p(torch.sum(terms, dim=-1) + (torch.sum(is_peak, dim=-1) - 1))
     return peak.squeeze(-1), gap, log_sum
 
 

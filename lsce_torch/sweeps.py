@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lsce_torch.device import is_on_cpu
+from lsce_torch.accurate import log1p
+from lsce_torch.device import is_on_cpu, takes_plain_operations
 from lsce_torch.inputs import compute_dtype
 from lsce_torch.sums import Operands, Sums, num_sums, target_mass, unstacked
 from lsce_torch.threads import in_threads
@@ -301,7 +302,10 @@ def _fill_log_sum(sums: Sums, total: Float[Tensor, "*rows"], rest: Callable[[], 
     total_less_1, is_small = total - 1, total < 2
     if not is_on_cpu(total) or _any(is_small):
         total_less_1 = torch.where(is_small, rest(), total_less_1)
-    torch.log1p(total_less_1, out=sums.log_sum)
+    if takes_plain_operations(total):
+        sums.log_sum.copy_(log1p(total_less_1))
+    else:
+        torch.log1p(total_less_1, out=sums.log_sum)
 
 
 def _any(rows: Bool[Tensor, "*rows"]) -> bool:

@@ -17,6 +17,10 @@ from parity_tests.truth.devices import Device, device_of_kind
 from parity_tests.truth.precision import as_dtype, compute_dtype
 
 
+# Error of the packages' own log1p: 2.2 at most, which parity_tests/meta/test_simulation.py measures.
+OWN_LOG1P = 4.0
+
+
 class UnavailableError(Exception):
     """A framework, library or device is not on this machine; the message says what to do."""
 
@@ -95,13 +99,25 @@ class FrameworkAdapter:
         narrow: frozenset[str] = NARROW,
     ) -> None:
         """Choose the function."""
+        self.is_ours = loss is None
         if loss is None:
             package = self._load_package()
             loss = package.linear_label_smoothed_cross_entropy if linear else package.label_smoothed_cross_entropy
         self.loss: Callable[..., Any] = loss if implementation is None else partial(loss, implementation=implementation)
         self.device, self.supports, self.linear, self.implementation = device, supports, linear, implementation
         self.name = name or f"{self.framework} {implementation or ''}".rstrip()
-        self.arithmetic = replace(self.device_model.arithmetic, narrow=narrow)
+        self.arithmetic = self.arithmetic_on(self.device_model, narrow)
+
+    def take(self, loss: Callable[..., Any]) -> None:
+        """Call another function than that of the package."""
+        self.loss, self.is_ours = loss, False
+        self.arithmetic = self.arithmetic_on(self.device_model)
+
+    def arithmetic_on(self, device: Device, narrow: frozenset[str] | None = None) -> Arithmetic:
+        """Return the arithmetic of the loss on a device: `lsce_jax` and `lsce_torch` compute log1p on TPUs themselves."""
+        arithmetic = replace(device.arithmetic, narrow=self.arithmetic.narrow if narrow is None else narrow)
+        own = self.is_ours and device.family == "tpu"
+        return replace(arithmetic, log1p=min(arithmetic.log1p, OWN_LOG1P)) if own else arithmetic
 
     @property
     def device_model(self) -> Device:

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from parity_tests.faults.linear import wrong_result
-from parity_tests.losses.adapters import Adapter, JaxAdapter, TorchAdapter
+from parity_tests.losses.adapters import Adapter, FrameworkAdapter, JaxAdapter, TorchAdapter
 from parity_tests.losses.interpreted import InterpretedAdapter
 from parity_tests.losses.peers import PeerAdapter
 from parity_tests.losses.registry import FaultyAdapter, OracleAdapter
@@ -68,7 +68,10 @@ class SimulatedAdapter:
         self.adapter, self.device_model = adapter, device
         self.name, self.framework, self.device = adapter.name, adapter.framework, device.family
         self.linear = getattr(adapter, "linear", False)
-        self.arithmetic = replace(device.arithmetic, narrow=adapter.arithmetic.narrow)
+        if isinstance(adapter, FrameworkAdapter):
+            self.arithmetic = adapter.arithmetic_on(device)
+        else:
+            self.arithmetic = replace(device.arithmetic, narrow=adapter.arithmetic.narrow)
 
     def unsupported(self, case: Case) -> str | None:
         """Return why the device or the loss cannot handle a case, or None."""

@@ -56,7 +56,7 @@ _CALLS = {
     "custom_vjp_call": "call_jaxpr",
 }
 _UNCHANGED = ("optimization_barrier", "stop_gradient", "copy")
-_OF_LSCE = ("lsce_row_sums", "lsce_row_slopes")
+_OF_LSCE = ("lsce_divide", "lsce_log1p", "lsce_row_slopes", "lsce_row_sums")
 
 
 class SimulatedDevice:
@@ -104,7 +104,7 @@ class SimulatedDevice:
             return operands
         if name in _OF_LSCE:
             kinds = tuple((operand.shape, operand.dtype) for operand in operands)
-            return self.call(_lowered(name, self.platform, params["structure"], kinds), operands)
+            return self.call(_lowered(name, self.platform, tuple(params.items()), kinds), operands)
         if name in _CONTROL:
             return _CONTROL[name](self, params, operands)
         result = self._computed(name, params, operands)
@@ -242,12 +242,12 @@ def _kept_bits(bits: int, precision: Any) -> int:
 
 
 @lru_cache(maxsize=256)
-def _lowered(name: str, platform: str, structure: Any, kinds: tuple[Any, ...]) -> Any:
+def _lowered(name: str, platform: str, params: tuple[Any, ...], kinds: tuple[Any, ...]) -> Any:
     """Return the program that a primitive of lsce_jax stands for on a platform, for operands of these kinds."""
-    from lsce_jax.row_sums import formula
+    from lsce_jax.primitives import formula
 
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in kinds]
-    return jax.make_jaxpr(partial(formula(name, platform), structure=structure))(*shapes)
+    return jax.make_jaxpr(partial(formula(name, platform), **dict(params)))(*shapes)
 
 
 def _platform_index(device: SimulatedDevice, params: dict[str, Any], _: Values) -> Values:

@@ -100,7 +100,8 @@ def load_adapter(
     def call(*inputs: Any, labels: Any, **settings: Any) -> Any:
         return loss(*inputs, labels)
 
-    adapter.name, adapter.loss = specification, call
+    adapter.name = specification
+    adapter.take(call)
     return adapter
 
 
