@@ -114,10 +114,17 @@ class FrameworkAdapter:
         self.arithmetic = self.arithmetic_on(self.device_model)
 
     def arithmetic_on(self, device: Device, narrow: frozenset[str] | None = None) -> Arithmetic:
-        """Return the arithmetic of the loss on a device: `lsce_jax` and `lsce_torch` compute log1p on TPUs themselves."""
+        """Return what the bounds may assume of the loss on a device.
+
+        On a TPU, whose logarithm is rough, `lsce_jax` and `lsce_torch` compute log1p themselves, and their gradients do
+        not depend on it. Others take the logarithm for both.
+        """
         arithmetic = replace(device.arithmetic, narrow=self.arithmetic.narrow if narrow is None else narrow)
-        own = self.is_ours and device.family == "tpu"
-        return replace(arithmetic, log1p=min(arithmetic.log1p, OWN_LOG1P)) if own else arithmetic
+        if device.family != "tpu":
+            return arithmetic
+        if self.is_ours:
+            return replace(arithmetic, log1p=min(arithmetic.log1p, OWN_LOG1P))
+        return replace(arithmetic, exp_of_log=True)
 
     @property
     def device_model(self) -> Device:

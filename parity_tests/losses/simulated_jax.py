@@ -73,8 +73,8 @@ class SimulatedDevice:
 
     def run(self, program: ClosedJaxpr, operands: Sequence[Any]) -> Values:
         """Return the results of a program."""
-        given = [self.simulation.flush(np.asarray(operand)) for operand in operands]
         with np.errstate(all="ignore"):
+            given = [self.simulation.flush(np.asarray(operand)) for operand in operands]
             return self._run(program.jaxpr, program.consts, given)
 
     def _run(self, program: Jaxpr, constants: Sequence[Any], operands: Sequence[Any]) -> Values:
@@ -217,7 +217,7 @@ def _dot_general(
     bits = _kept_bits(simulation.arithmetic.matmul_bits, precision)
     product = simulation.matmul(left, np.swapaxes(right, -1, -2), preferred_element_type, bits)
     batch = [first.shape[axis] for axis in batch_first]
-    return product.reshape(*batch, *rows, *columns)
+    return product.reshape((*batch, *rows, *columns))
 
 
 def _as_matrices(

@@ -188,7 +188,7 @@ def _matmul(simulation: Simulation, first: Tensor, other: Tensor) -> Tensor:
     as_rows = left if left.ndim > 1 else left[None]
     as_columns = right if right.ndim > 1 else right[:, None]
     product = simulation.matmul(as_rows, as_columns)
-    return to_torch(product.reshape(*left.shape[:-1], *right.shape[-1:] if right.ndim > 1 else ()))
+    return to_torch(product.reshape((*left.shape[:-1], *(right.shape[-1:] if right.ndim > 1 else ()))))
 
 
 def _add_product(

@@ -45,6 +45,8 @@ class Arithmetic:
         division: error of a quotient; 1 if it is rounded correctly.
         matmul_bits: significant bits that a matrix product keeps of a float32 operand, with default settings.
         depth: longest chain of additions in a sum of that many terms.
+        exp_of_log: whether the loss may compute the probabilities of its gradient as exp(log_softmax), which have the
+            error of the logarithm too.
         narrow: what a linear layer in bfloat16 or float16 stores in that dtype on the way: "logits", with the bias and
             the gradient that the bias sums; "products", the weight's gradient of a chunk, or "products of rows" where
             the losses are not reduced; "hidden", its gradient before the factor of a sum or mean; "bias", its gradient
@@ -58,6 +60,7 @@ class Arithmetic:
     division: float = 1.0
     matmul_bits: int = FULL
     depth: Callable[[int], int] = tree_depth
+    exp_of_log: bool = False
     narrow: frozenset[str] = NARROW
 
 

@@ -209,6 +209,8 @@ def _gradient_bound(case: Case, truth: Truth, arithmetic: Arithmetic, terms: _Te
     division = arithmetic.division - 1
     # Relative error of p_k beyond that of its own gap, then absolute errors of S p_k and of the z-loss term.
     of_p = errors.gap + np.sum(p * errors.gap, axis=-1, keepdims=True) + u * (h + 2 * arithmetic.exp + 6 + division)
+    if arithmetic.exp_of_log:
+        of_p = of_p + errors.log_sum[:, None] + u * (terms.finite_gap + terms.log_sum[:, None])
     gradient: FloatArray = _coefficient(case, terms) * p * (of_p + u * (h + 8 + division))
     gradient += (7 + division) * u * terms.wq
     if z_loss:

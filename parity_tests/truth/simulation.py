@@ -25,8 +25,8 @@ Floating = NDArray[Any]
 
 # How the errors of a run are chosen, each as large as the device's arithmetic allows; and the order of its sums.
 PATTERNS = {
-    "up": "every error is upwards; sums in order",
-    "down": "every error is downwards; sums in reverse order",
+    "up": "every result is too large in size; sums in order",
+    "down": "every result is too small in size; sums in reverse order",
     "random": "the signs are random; sums in random order",
     "smooth": "errors change slowly with the operand; sums of every eighth term at a time",
 }
