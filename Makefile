@@ -4,14 +4,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # What did not run on the CPU, or is claimed in the README and was not executed, fails the tests.
 EVIDENCE := --parity-require=cpu --parity-claims=docs/ledger.json
+# The longer half of the tests marked as devices.
+SIMULATED := jax and test_simulated
 # With parity_tests, the testpaths of pyproject.toml.
 REST := tests examples lsce_spec lsce_jax lsce_torch README.md docs
-SELECTED ?= not slow
+SELECTED ?= not slow and not devices
 # Make 3.81, which macOS has, would mix the two.
 WHOLE_OUTPUT := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 PIP := pip install --quiet --disable-pip-version-check
 
-.PHONY: install demo test test-slow test-parity test-rest test-oldest lint wheel clean
+.PHONY: install demo test test-slow test-devices test-parity test-rest test-simulated test-interpreted test-oldest lint wheel \
+  clean
 
 install: $(VENV)/installed
 
@@ -31,6 +34,17 @@ test: install
 test-slow: install
 	$(MAKE) --jobs=2 $(WHOLE_OUTPUT) test-parity test-rest SELECTED=slow EVIDENCE=
 
+# The tests marked as devices: losses on the arithmetic of devices that are not here, and programs that are made for
+# them. No device is needed.
+test-devices: install
+	$(MAKE) --jobs=2 $(WHOLE_OUTPUT) test-simulated test-interpreted
+
+test-simulated: install
+	$(BIN)/python -m pytest -m devices -k "$(SIMULATED)" parity_tests
+
+test-interpreted: install
+	$(BIN)/python -m pytest -m devices -k "not ($(SIMULATED))" parity_tests
+
 test-parity: install
 	$(BIN)/python -m pytest -m "$(SELECTED)" $(EVIDENCE) parity_tests
 
@@ -41,6 +55,7 @@ test-rest: install
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 	$(MAKE) test-slow VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+	$(MAKE) test-devices VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 # Style, complexity, types, which package imports which (pyproject.toml), dependencies, spelling.
 lint: install

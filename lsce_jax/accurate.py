@@ -31,12 +31,14 @@ _SERIES = tuple(2 / (2 * power + 1) for power in range(1, 8))
 
 def log1p(x: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
     """Return log(1 + x), on TPUs for x >= 0 only."""
-    return _log1p(x)
+    result: Array = _log1p(x)
+    return result
 
 
 def divide(numerator: Float[Array, "*rows"], denominator: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
     """Return the quotient of two arrays of the same shape and dtype."""
-    return _divide(numerator, denominator)
+    result: Array = _divide(numerator, denominator)
+    return result
 
 
 def _log1p_of_basic_operations(x: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
@@ -55,10 +57,12 @@ def _log1p_of_basic_operations(x: Float[Array, "*rows"]) -> Float[Array, "*rows"
     half_square, k = 0.5 * f * f, exponent.astype(jnp.float32)
     result = k * _LOG_2_HIGH + (f - (half_square - (s * (half_square + series) + k * _LOG_2_LOW)))
     # inf and NaN as they are.
-    return jnp.where(x <= jnp.finfo(jnp.float32).max, result, x)
+    return jnp.where(jnp.isinf(x) | jnp.isnan(x), x, result)
 
 
-def _quotient_of_products(numerator: Float[Array, "*rows"], denominator: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+def _quotient_of_products(
+    numerator: Float[Array, "*rows"], denominator: Float[Array, "*rows"]
+) -> Float[Array, "*rows"]:
     rough = 1 / denominator
     reciprocal = rough * (2 - denominator * rough)
     quotient = numerator * reciprocal
@@ -86,10 +90,10 @@ def _divide(numerator: Array, denominator: Array) -> Array:
     return result
 
 
-batching.defvectorized(_log1p_p)
-batching.defbroadcasting(_divide_p)
-ad.defjvp(_log1p_p, lambda tangent, x: _divide(tangent, 1 + x))
-ad.defjvp(
+batching.defvectorized(_log1p_p)  # type: ignore[no-untyped-call]
+batching.defbroadcasting(_divide_p)  # type: ignore[no-untyped-call]
+ad.defjvp(_log1p_p, lambda tangent, x: _divide(tangent, 1 + x))  # type: ignore[no-untyped-call]
+ad.defjvp(  # type: ignore[no-untyped-call]
     _divide_p,
     lambda tangent, _, denominator: _divide(tangent, denominator),
     lambda tangent, numerator, denominator: -_divide(_divide(numerator, denominator) * tangent, denominator),

@@ -32,7 +32,7 @@ def log1p(x: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
     if not takes_plain_operations(x) or x.dtype != torch.float32:
         return own
     # The derivatives are those of the device's own, 1 / (1 + x) and so on. inf and NaN stay as they are.
-    correction = _of_basic_operations(x.detach()) - own.detach()
+    correction = _log1p_of_basic_operations(x.detach()) - own.detach()
     return own + torch.where(torch.isfinite(correction), correction, 0)
 
 
@@ -45,7 +45,7 @@ def divide(numerator: Float[Tensor, "*rows"], denominator: Float[Tensor, "*rows"
     return torch.where(torch.isfinite(reciprocal), numerator * reciprocal, numerator / denominator)
 
 
-def _of_basic_operations(x: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
+def _log1p_of_basic_operations(x: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:
     bits = (1 + x).view(torch.int32)
     exponent = torch.where(x <= 1, 0, (bits >> 23) - 127)
     fraction = ((bits & 0x7FFFFF) | 0x3F800000).view(torch.float32)

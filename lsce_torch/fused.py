@@ -9,8 +9,8 @@ and the gradient, (S + 2 z_loss (m + L)) p - w q, comes from the logits in a sec
 Plain smoothing on the CPU takes `lean.py` instead where it can.
 
 `_RowLosses` makes them differentiable, with a rule for vmap (the new dimension becomes one of rows) and forward mode.
-Second derivatives, forward mode, torch.compile and TPUs use `plain.py`: the same sums and gradients in plain operations,
-which torch differentiates and the compiler fuses.
+Second derivatives, forward mode, torch.compile and TPUs use `plain.py`: the same sums and gradients in plain
+operations, which torch differentiates and the compiler fuses.
 
 Soft labels take the same way, with a weight for each row. A `class_weight` or `prior` that requires a gradient takes
 the reference, as do the rarer combinations that `why_reference` lists.

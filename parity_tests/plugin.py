@@ -17,6 +17,7 @@ import sys
 from collections import Counter
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -339,7 +340,8 @@ class Keeper:
         if self._ledger is None:
             return []
         try:
-            write(self._ledger, [Session(session_versions(), frozenset(self._evidence()))])
+            today = date.today().isoformat()
+            write(self._ledger, [Session(session_versions(), frozenset(self._evidence()), today)])
         except OSError as error:
             return [f"--parity-ledger: {error}"]
         return []

@@ -55,8 +55,8 @@ def files(package: str) -> set[str]:
     return {path.name for path in (ROOT / package).iterdir() if path.suffix}
 
 
-# XLA manages memory, threads, saved arrays and fusion for JAX. In torch each has a file, and so have the operators that
-# torch.compile leaves alone.
+# XLA manages memory, threads, saved arrays and fusion for JAX, and knows its platform. In torch each has a file, and so
+# have the operators that torch.compile leaves alone.
 TORCH_FILES = {
     "plain.py",
     "lean.py",
@@ -66,9 +66,10 @@ TORCH_FILES = {
     "overwrite.py",
     "saved.py",
     "compiled.py",
+    "device.py",
 }
 # What JAX is told of the sums, and what XLA for CPUs needs in place of them.
-JAX_FILES = {"row_sums.py", "cpu.py"}
+JAX_FILES = {"row_sums.py", "cpu.py", "primitives.py"}
 
 
 def test_files() -> None:
@@ -112,6 +113,7 @@ OWN_WAYS = {
     "sums.py": {"Operands", "Sums"},
     "chunked.py": {"losses", "preferred_rows"},
     "layer.py": {"Layer"},
+    "accurate.py": {"log1p", "divide"},
 }
 
 

@@ -17,7 +17,14 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from lsce_spec import Convention
-from lsce_torch import label_smoothed_cross_entropy, label_smoothed_cross_entropy_with_stats, lean, memory, sweeps
+from lsce_torch import (
+    device,
+    label_smoothed_cross_entropy,
+    label_smoothed_cross_entropy_with_stats,
+    lean,
+    memory,
+    sweeps,
+)
 
 LOGITS = torch.from_numpy(np.random.default_rng(0).normal(size=(6, 5)))
 LABELS = torch.tensor([0, 4, 2, 2, 1, 3])
@@ -453,6 +460,31 @@ def test_logits_changed_before_backward_are_noticed() -> None:
         logits.add_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+
+
+@pytest.mark.parametrize("convention", ["uniform", "non_target", "max_sup"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_plain_operations_keep_infinite_logits_apart(
+    monkeypatch: pytest.MonkeyPatch, convention: str, smoothing: float
+) -> None:
+    """As a TPU and torch.compile take them."""
+    monkeypatch.setattr(device, "device_type", lambda tensor: "tpu")
+    options = {"convention": convention, "smoothing": smoothing, "reduction": "none"}
+    logits = torch.tensor([[0.0, -torch.inf, 1.0], [2.0, -1.0, -torch.inf]], dtype=torch.float64)
+    results = []
+    for loss in (fused_loss, reference_loss):
+        leaf = logits.clone().requires_grad_()
+        losses = loss(leaf, torch.tensor([0, 1]), **options)
+        torch.where(losses.isfinite(), losses, 0).sum().backward()
+        results.append((losses.detach(), leaf.grad))
+    torch.testing.assert_close(*results, rtol=1e-14, atol=1e-14)
+    assert bool(results[0][0].isfinite().all()) == (smoothing == 0)
+
+
+def test_inplace_is_refused_on_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "device_type", lambda tensor: "tpu")
+    with pytest.raises(ValueError, match=r"a TPU's compiler decides.*Pass inplace_backward=False"):
+        inplace_loss(LOGITS.clone().requires_grad_(), LABELS)
 
 
 def test_inplace_is_refused() -> None:

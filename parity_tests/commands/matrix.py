@@ -9,7 +9,7 @@ from parity_tests.commands.common import cannot_run, exit_with
 from parity_tests.evidence import ledger
 from parity_tests.evidence.pages import replace_block
 
-COMMAND = "lsce-parity matrix"
+COMMAND, DETAILS_COMMAND = "lsce-parity matrix", "lsce-parity matrix --devices"
 
 
 def matrix(
@@ -22,27 +22,36 @@ def matrix(
     readme: Annotated[
         Path, typer.Option(metavar="FILE", help="Page with the two comments that the matrix stands between.")
     ] = Path("README.md"),
+    devices: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Page with the comments for the evidence of every device.")
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; exit code 1 if the page is out of date.")
     ] = False,
 ) -> None:
     """Write the support matrix into a page, from the ledger that `pytest --parity-ledger=FILE` writes.
 
-    Exit code 0: written, or up to date; 1: the page is out of date; 2: a file is missing or malformed.
+    With --devices the evidence for each generation of devices is written into another page.
+
+    Exit code 0: written, or up to date; 1: a page is out of date; 2: a file is missing or malformed.
     """
     if check and add:
         cannot_run("--check writes nothing, and --add does; give one of them")
     try:
-        page = readme.read_text(encoding="utf-8")
         sessions = ledger.merge(session for file in (ledger_file, *(add or ())) for session in ledger.read(file))
-        updated = replace_block(page, COMMAND, ledger.matrix(sessions))
+        pages = {readme: (COMMAND, ledger.matrix(sessions))}
+        if devices is not None:
+            pages[devices] = (DETAILS_COMMAND, ledger.details(sessions))
+        old = {path: path.read_text(encoding="utf-8") for path in pages}
+        new = {path: replace_block(old[path], command, text) for path, (command, text) in pages.items()}
         if check:
-            if updated != page:
-                typer.echo(f"{readme} is not what {ledger_file} gives; run this without --check", err=True)
-            exit_with(updated == page)
+            for path in (path for path in pages if new[path] != old[path]):
+                typer.echo(f"{path} is not what {ledger_file} gives; run this without --check", err=True)
+            exit_with(new == old)
         if add:
             ledger.write(ledger_file, sessions)
-        readme.write_text(updated, encoding="utf-8")
+        for path, text in new.items():
+            path.write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:
         cannot_run(str(error))
-    typer.echo(f"wrote {readme}")
+    typer.echo(f"wrote {', '.join(map(str, new))}")

@@ -50,7 +50,7 @@ def power(
     """
     console = PlainConsole()
     try:
-        device = None if device_model is None else arithmetic_of(device_model)
+        device = None if device_model is None else arithmetic_of(device_model, own=True)
     except ValueError as error:
         cannot_run(str(error))
     dtypes = check_dtypes(dtype, DTYPES)

@@ -78,7 +78,13 @@ def run(
     print_survey(found, console)
     print_missing(missing, console)
     environment = describe_environment()
-    content = {"command": "run", "device_model": device_model, "survey": survey_as_json(found), "missing": missing, "environment": environment}
+    content = {
+        "command": "run",
+        "device_model": device_model,
+        "survey": survey_as_json(found),
+        "missing": missing,
+        "environment": environment,
+    }
     write_json(json_file, content, console)
     write_page(report, found, console, title="lsce parity", evidence=found.evidence(), environment=environment)
     if not found.called:

@@ -79,10 +79,12 @@ class Session:
     Args:
         versions: versions of Python and packages, by name.
         evidence: the evidence.
+        date: when it was found, the last day of several; as in 2026-11-26. Empty if it is not known.
     """
 
     versions: Mapping[str, str]
     evidence: frozenset[Evidence]
+    date: str = ""
 
 
 def framework_of(adapter: str) -> str:
@@ -105,8 +107,9 @@ def merge(sessions: Iterable[Session]) -> list[Session]:
     merged: dict[frozenset[tuple[str, str]], Session] = {}
     for session in sessions:
         versions = frozenset(session.versions.items())
-        known = merged[versions].evidence if versions in merged else frozenset()
-        merged[versions] = Session(session.versions, known | session.evidence)
+        known = merged.get(versions, Session(session.versions, frozenset()))
+        date = max(known.date, session.date)
+        merged[versions] = Session(session.versions, known.evidence | session.evidence, date)
     return list(merged.values())
 
 
@@ -140,7 +143,11 @@ def read(path: Path) -> list[Session]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return [
-            Session(dict(each["versions"]), frozenset(Evidence(**entry) for entry in each["evidence"]))
+            Session(
+                dict(each["versions"]),
+                frozenset(Evidence(**entry) for entry in each["evidence"]),
+                str(each.get("date", "")),
+            )
             for each in content["sessions"]
         ]
     except (KeyError, TypeError, ValueError) as error:
@@ -154,7 +161,8 @@ def write(path: Path, sessions: Iterable[Session]) -> None:
     blocks = []
     for session in sessions:
         entries = ",\n".join(f"    {json.dumps(asdict(entry))}" for entry in sorted(session.evidence))
-        blocks.append(f'  {{\n   "versions": {json.dumps(session.versions)},\n   "evidence": [\n{entries}\n   ]\n  }}')
+        head = f'"date": {json.dumps(session.date)},\n   "versions": {json.dumps(session.versions)}'
+        blocks.append(f'  {{\n   {head},\n   "evidence": [\n{entries}\n   ]\n  }}')
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text('{\n "sessions": [\n' + ",\n".join(blocks) + "\n ]\n}\n", encoding="utf-8")
 
@@ -180,16 +188,17 @@ def table(cells: Mapping[Key, str]) -> list[str]:
 def matrix(sessions: Sequence[Session]) -> str:
     """Return the support matrix in Markdown, and the versions that it was found with.
 
-    Adapters of a framework with equal cells share a row, and so do dtypes. A combination of adapter and dtype that the
-    ledger lacks is shown as not run.
+    A cell has every kind of evidence, the strongest first; "executed" has no need of others. Adapters of a framework
+    with equal cells share a row, and so do dtypes. A combination of adapter and dtype that the ledger lacks is shown as
+    not run.
     """
-    found = strongest(entry for session in sessions for entry in session.evidence)
+    found = by_kind(entry for session in sessions for entry in session.evidence)
     dtypes = in_order((dtype for _, _, dtype in found), DTYPES)
     rows: dict[tuple[str, str, tuple[str, ...]], list[str]] = {}
     for adapter in sorted({adapter for adapter, _, _ in found}):
         dtypes_of: dict[tuple[str, ...], list[str]] = {}
         for dtype in dtypes:
-            cells = tuple(_cell(*found.get((adapter, device, dtype), ("not run", []))) for device in DEVICES)
+            cells = tuple(_cell(found.get((adapter, device, dtype), {})) for device in DEVICES)
             dtypes_of.setdefault(cells, []).append(dtype)
         for cells, equal in dtypes_of.items():
             rows.setdefault((framework_of(adapter), ", ".join(equal), cells), []).append(f"`{adapter}`")
@@ -198,8 +207,54 @@ def matrix(sessions: Sequence[Session]) -> str:
     return "\n".join([*lines, "", *_versions(sessions)])
 
 
-def _cell(kind: Kind, details: list[str]) -> str:
-    text = f"{kind} ({', '.join(details)})" if details else kind
+def details(sessions: Sequence[Session]) -> str:
+    """Return a table in Markdown of all evidence: for each kind and device, which adapters in which dtypes.
+
+    Devices for which the evidence is the same share a row.
+    """
+    adapters_on: dict[tuple[Kind, str, str], dict[str, set[str]]] = {}
+    for entry in sorted(entry for session in sessions for entry in session.evidence):
+        if entry.kind == "not run":
+            continue
+        of_device = adapters_on.setdefault((entry.kind, entry.device, entry.detail), {})
+        of_device.setdefault(entry.adapter, set()).add(entry.dtype)
+    rows: dict[tuple[str, str, str, str], list[str]] = {}
+    for kind, device, detail in sorted(
+        adapters_on, key=lambda key: (KINDS.index(key[0]), DEVICES.index(key[1]), key[2])
+    ):
+        with_dtypes: dict[tuple[str, str], list[str]] = {}
+        for adapter, dtypes in adapters_on[kind, device, detail].items():
+            key = framework_of(adapter), ", ".join(in_order(dtypes, DTYPES))
+            with_dtypes.setdefault(key, []).append(f"`{adapter}`")
+        for (_, dtypes_text), names in with_dtypes.items():
+            rows.setdefault((kind, device, ", ".join(names), dtypes_text), []).append(detail or device)
+    lines = ["| evidence | for | adapters | dtypes |", "|---|---|---|---|"]
+    lines += [
+        f"| {kind} | {_on_a_line(', '.join(named))} | {names} | {dtypes_text} |"
+        for (kind, _, names, dtypes_text), named in rows.items()
+    ]
+    return "\n".join([*lines, "", *_versions(sessions)])
+
+
+def by_kind(evidence: Iterable[Evidence]) -> dict[Key, dict[Kind, list[str]]]:
+    """Return the details of each kind of evidence, the strongest first, for each adapter, device and dtype."""
+    found: dict[Key, dict[Kind, list[str]]] = {}
+    for entry in sorted(evidence, key=lambda entry: (KINDS.index(entry.kind), entry)):
+        of_kind = found.setdefault(entry.key, {}).setdefault(entry.kind, [])
+        if entry.detail and entry.detail not in of_kind:
+            of_kind.append(entry.detail)
+    return found
+
+
+def _cell(kinds: Mapping[Kind, Sequence[str]]) -> str:
+    """Return the kinds, and the names of the cards that it was executed on; other devices are in `details`."""
+    if "executed" in kinds:
+        names = kinds["executed"]
+        return _on_a_line(f"executed ({', '.join(names)})" if names else "executed")
+    return ", ".join(kind for kind in kinds if kind != "not run") or "not run"
+
+
+def _on_a_line(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
 
@@ -217,5 +272,6 @@ def _versions(sessions: Sequence[Session]) -> list[str]:
                 if own:
                     versions = ", ".join(f"{name} {text}" for name, text in session.versions.items())
                     part = "" if len(own) == total else f", {len(own)} of {total} combinations of adapter and dtype"
-                    lines.append(f"- {kind} ({device.upper()}) with {versions}{part}")
+                    date = f", {session.date}," if session.date else ""
+                    lines.append(f"- {kind} ({device.upper()}){date} with {versions}{part}")
     return lines

@@ -13,12 +13,8 @@ from numpy.typing import NDArray
 from parity_tests.truth.arithmetic import NARROW, Arithmetic
 from parity_tests.truth.cases import Case, LinearCase, features
 from parity_tests.truth.comparison import AnyResult, make_result
-from parity_tests.truth.devices import Device, device_of_kind
+from parity_tests.truth.devices import Device, device_of_kind, of_own_losses
 from parity_tests.truth.precision import as_dtype, compute_dtype
-
-
-# Error of the packages' own log1p: 2.2 at most, which parity_tests/meta/test_simulation.py measures.
-OWN_LOG1P = 4.0
 
 
 class UnavailableError(Exception):
@@ -116,15 +112,12 @@ class FrameworkAdapter:
     def arithmetic_on(self, device: Device, narrow: frozenset[str] | None = None) -> Arithmetic:
         """Return what the bounds may assume of the loss on a device.
 
-        On a TPU, whose logarithm is rough, `lsce_jax` and `lsce_torch` compute log1p themselves, and their gradients do
-        not depend on it. Others take the logarithm for both.
+        Losses of others may take the logarithm for their gradient too, which shows where it is as rough as on a TPU.
         """
         arithmetic = replace(device.arithmetic, narrow=self.arithmetic.narrow if narrow is None else narrow)
-        if device.family != "tpu":
-            return arithmetic
         if self.is_ours:
-            return replace(arithmetic, log1p=min(arithmetic.log1p, OWN_LOG1P))
-        return replace(arithmetic, exp_of_log=True)
+            return of_own_losses(arithmetic, device.family)
+        return replace(arithmetic, exp_of_log=device.family == "tpu")
 
     @property
     def device_model(self) -> Device:

@@ -14,6 +14,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from numpy.typing import NDArray
 
+from lsce_jax.primitives import formula
 from parity_tests.truth.arithmetic import FULL
 from parity_tests.truth.simulation import Simulation
 
@@ -43,7 +44,6 @@ _ROUNDED: dict[str, Callable[..., Any]] = {
     "sub": np.subtract,
     "xor": np.bitwise_xor,
 }
-_ELEMENTARY = ("exp", "exp2", "expm1", "log", "log1p", "tanh")
 # Primitives that call a program, by the name of the parameter that holds it.
 _CALLS = {
     "jit": "jaxpr",
@@ -81,7 +81,9 @@ class SimulatedDevice:
         values: dict[Any, Any] = {}
 
         def read(atom: Any) -> Any:
-            return np.asarray(atom.val, atom.aval.dtype) if isinstance(atom, Literal) else values[atom]
+            if isinstance(atom, Literal):
+                return np.asarray(atom.val, getattr(atom.aval, "dtype", None))
+            return values[atom]
 
         values.update(zip(program.constvars, map(_as_numpy, constants), strict=True))
         values.update(zip(program.invars, operands, strict=True))
@@ -119,19 +121,8 @@ class SimulatedDevice:
             return self.simulation.flush(np.asarray(_ROUNDED[name](*operands)))
         if name in _MOVES:
             return _MOVES[name](*operands, **params)
-        if not operands or not _is_floating(operands):
-            return None
-        simulation, first = self.simulation, operands[0]
-        if name in _ELEMENTARY:
-            return simulation.apply(name, first, highest=_is_highest(params.get("accuracy")))
-        if name == "logistic":
-            return simulation.logistic(first)
-        if name == "div":
-            return simulation.divide(*operands)
-        if name == "reduce_sum":
-            return simulation.sum(first, params["axes"])
-        if name == "dot_general":
-            return _dot_general(simulation, *operands, **params)
+        if name in _ARITHMETIC and operands and _is_floating(operands):
+            return _ARITHMETIC[name](self.simulation, *operands, **params)
         return None
 
 
@@ -139,7 +130,9 @@ class SimulatedDevice:
 
 
 def _as_numpy(value: Any) -> Any:
-    return value if jax.dtypes.issubdtype(getattr(value, "dtype", np.float32), jax.dtypes.extended) else np.asarray(value)
+    return (
+        value if jax.numpy.issubdtype(getattr(value, "dtype", np.float32), jax.dtypes.extended) else np.asarray(value)
+    )
 
 
 def _is_floating(operands: Values) -> bool:
@@ -195,10 +188,6 @@ _MOVES: dict[str, Callable[..., Any]] = {
 # --- Arithmetic -------------------------------------------------------------------------------------------------------
 
 
-def _is_highest(accuracy: Any) -> bool:
-    return accuracy == jax.lax.AccuracyMode.HIGHEST
-
-
 def _dot_general(
     simulation: Simulation,
     first: NDArray[Any],
@@ -238,15 +227,29 @@ def _kept_bits(bits: int, precision: Any) -> int:
     return FULL if passes == jax.lax.Precision.HIGHEST else bits
 
 
+def _elementary(name: str) -> Callable[..., NDArray[Any]]:
+    def apply(simulation: Simulation, values: NDArray[Any], *, accuracy: Any = None) -> NDArray[Any]:
+        return simulation.apply(name, values, highest=bool(accuracy == jax.lax.AccuracyMode.HIGHEST))
+
+    return apply
+
+
+_ARITHMETIC: dict[str, Callable[..., Any]] = {
+    **{name: _elementary(name) for name in ("exp", "exp2", "expm1", "log", "log1p", "tanh")},
+    "div": lambda simulation, first, second: simulation.divide(first, second),
+    "dot_general": _dot_general,
+    "logistic": lambda simulation, values, **_: simulation.logistic(values),
+    "reduce_sum": lambda simulation, values, *, axes, **_: simulation.sum(values, axes),
+}
+
+
 # --- Programs within programs -----------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=256)
 def _lowered(name: str, platform: str, params: tuple[Any, ...], kinds: tuple[Any, ...]) -> Any:
     """Return the program that a primitive of lsce_jax stands for on a platform, for operands of these kinds."""
-    from lsce_jax.primitives import formula
-
-    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in kinds]
+    shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in kinds]  # type: ignore[no-untyped-call]
     return jax.make_jaxpr(partial(formula(name, platform), **dict(params)))(*shapes)
 
 

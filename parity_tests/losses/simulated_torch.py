@@ -20,8 +20,6 @@ from lsce_torch import device
 from parity_tests.losses.adapters import to_torch
 from parity_tests.truth.simulation import Simulation
 
-Given = dict[str, Any]  # the arguments of an operation, by name
-
 # Functions of one operand that `Simulation.apply` has.
 _ELEMENTARY = frozenset({"exp", "exp2", "expm1", "log", "log10", "log1p", "log2", "tanh"})
 # Kernels of which torch has a decomposition. Its operations come back here.
@@ -62,16 +60,16 @@ def on_device(device_type: str, simulation: Simulation) -> Iterator[None]:
         device_type: "cpu", "cuda" or "tpu".
         simulation: the arithmetic.
     """
-    with mock.patch.object(device, "device_type", lambda tensor: device_type), _SimulationMode(simulation):
+    with mock.patch.object(device, "device_type", return_value=device_type), _SimulationMode(simulation):
         yield
 
 
-class _SimulationMode(TorchDispatchMode):
+class _SimulationMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Replaces the arithmetic of torch's operations."""
 
     def __init__(self, simulation: Simulation) -> None:
         """Keep the arithmetic."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.simulation = simulation
 
     def __torch_dispatch__(
@@ -85,11 +83,10 @@ class _SimulationMode(TorchDispatchMode):
         if name in _MADE_OF_OTHERS and operation in decomposition_table:
             with self:
                 return decomposition_table[operation](*args, **kwargs)
-        given = dict(zip((each.name for each in operation._schema.arguments), args, strict=False)) | kwargs
         with np.errstate(all="ignore"):
-            computed = _computed(name, given, self.simulation)
+            computed = _computed(self.simulation, name, args, kwargs)
         if computed is not None:
-            return _stored(computed, given["self"] if in_place else given.get("out"))
+            return _stored(computed, args[0] if in_place else kwargs.get("out"))
         result = operation(*args, **kwargs)
         if isinstance(result, Tensor) and (in_place or not _is_view(operation)):
             _flush(result, self.simulation)
@@ -117,15 +114,14 @@ def _stored(result: Tensor, into: Tensor | None) -> Tensor:
 # --- Arithmetic -------------------------------------------------------------------------------------------------------
 
 
-def _computed(name: str, given: Given, simulation: Simulation) -> Tensor | None:
+def _computed(simulation: Simulation, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return the result of an operation on the device; None for one that rounds as IEEE 754 says."""
-    compute = _OPERATIONS.get(name)
-    floating = all(value.is_floating_point() for value in given.values() if isinstance(value, Tensor))
-    if not floating or (compute is None and name not in _ELEMENTARY):
+    given = {key: value for key, value in kwargs.items() if key != "out"}
+    if not all(each.is_floating_point() for each in (*args, *given.values()) if isinstance(each, Tensor)):
         return None
-    if compute is None:
-        return to_torch(simulation.apply(name, _to_numpy(given["self"])))
-    return compute(simulation, **{_RENAMED.get(name, name): value for name, value in given.items() if name != "out"})
+    if name in _ELEMENTARY:
+        return to_torch(simulation.apply(name, _to_numpy(args[0])))
+    return _OPERATIONS[name](simulation, *args, **given) if name in _OPERATIONS else None
 
 
 def _to_numpy(tensor: Tensor) -> Any:
@@ -135,10 +131,7 @@ def _to_numpy(tensor: Tensor) -> Any:
     return tensor.numpy()
 
 
-_RENAMED = {"self": "first"}
-
-
-def _divide(simulation: Simulation, first: Tensor, other: Any, rounding_mode: str | None = None) -> Tensor | None:
+def _divide(simulation: Simulation, first: Tensor, other: Any, rounding_mode: str | None = None) -> Any:
     if rounding_mode is not None:
         return None
     dtype = torch.result_type(first, other)
@@ -146,15 +139,15 @@ def _divide(simulation: Simulation, first: Tensor, other: Any, rounding_mode: st
     return to_torch(simulation.divide(_to_numpy(numerator), _to_numpy(denominator)))
 
 
-def _reciprocal(simulation: Simulation, first: Tensor) -> Tensor | None:
+def _reciprocal(simulation: Simulation, first: Tensor) -> Any:
     return _divide(simulation, torch.ones((), dtype=first.dtype), first)
 
 
-def _sigmoid(simulation: Simulation, first: Tensor) -> Tensor:
+def _sigmoid(simulation: Simulation, first: Tensor) -> Any:
     return to_torch(simulation.logistic(_to_numpy(first)))
 
 
-def _entropy(simulation: Simulation, first: Tensor) -> Tensor:
+def _entropy(simulation: Simulation, first: Tensor) -> Any:
     """Return -x log x: 0 at 0, -inf below."""
     values = _to_numpy(first)
     terms = -values * simulation.apply("log", np.where(values > 0, values, values.dtype.type(1)))
@@ -168,7 +161,7 @@ def _sum(
     keepdim: bool = False,
     *,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Any:
     values = _to_numpy(first if dtype is None else first.to(dtype))
     axes = [] if dim is None else [dim] if isinstance(dim, int) else list(dim)
     axes = [axis % max(first.ndim, 1) for axis in axes] or list(range(first.ndim))
@@ -178,13 +171,13 @@ def _sum(
     return total
 
 
-def _mean(simulation: Simulation, first: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+def _mean(simulation: Simulation, first: Tensor, *args: Any, **kwargs: Any) -> Any:
     total = _sum(simulation, first, *args, **kwargs)
     return _divide(simulation, total, torch.tensor(first.numel() / max(total.numel(), 1), dtype=total.dtype))
 
 
-def _matmul(simulation: Simulation, first: Tensor, other: Tensor) -> Tensor:
-    left, right = _to_numpy(first), _to_numpy(other)
+def _matmul(simulation: Simulation, first: Tensor, second: Tensor) -> Any:
+    left, right = _to_numpy(first), _to_numpy(second)
     as_rows = left if left.ndim > 1 else left[None]
     as_columns = right if right.ndim > 1 else right[:, None]
     product = simulation.matmul(as_rows, as_columns)
@@ -192,24 +185,22 @@ def _matmul(simulation: Simulation, first: Tensor, other: Tensor) -> Tensor:
 
 
 def _add_product(
-    simulation: Simulation, first: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
-) -> Tensor:
-    product = _matmul(simulation, mat1, mat2) * alpha
-    return product.expand_as(product) if beta == 0 else product + beta * first
+    simulation: Simulation, added: Tensor, first: Tensor, second: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Any:
+    product = _matmul(simulation, first, second) * alpha
+    return product if beta == 0 else product + beta * added
 
 
-_OPERATIONS: dict[str, Callable[..., Tensor | None]] = {
+_OPERATIONS: dict[str, Callable[..., Any]] = {
     "addmm": _add_product,
-    "addmv": lambda simulation, first, mat, vec, **factors: _add_product(simulation, first, mat, vec, **factors),
-    "baddbmm": lambda simulation, first, batch1, batch2, **factors: _add_product(
-        simulation, first, batch1, batch2, **factors
-    ),
-    "bmm": lambda simulation, first, mat2: _matmul(simulation, first, mat2),
+    "addmv": _add_product,
+    "baddbmm": _add_product,
+    "bmm": _matmul,
     "div": _divide,
-    "dot": lambda simulation, first, tensor: _matmul(simulation, first, tensor),
+    "dot": _matmul,
     "mean": _mean,
-    "mm": lambda simulation, first, mat2: _matmul(simulation, first, mat2),
-    "mv": lambda simulation, first, vec: _matmul(simulation, first, vec),
+    "mm": _matmul,
+    "mv": _matmul,
     "reciprocal": _reciprocal,
     "sigmoid": _sigmoid,
     "special_entr": _entropy,

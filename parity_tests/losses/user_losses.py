@@ -165,6 +165,9 @@ def take_mean(adapter: Any, ignore_index: int | None) -> None:
 
     def mean(*inputs: Any, labels: Any, **settings: Any) -> Any:
         losses = rows(*inputs, labels=labels)
-        return losses.mean() if ignore_index is None else losses.sum() / (labels != ignore_index).sum()
+        if ignore_index is None:
+            return losses.mean()
+        counted = (labels != ignore_index).sum()
+        return losses.sum() / (counted.astype if hasattr(counted, "astype") else counted.to)(losses.dtype)
 
     adapter.loss = mean

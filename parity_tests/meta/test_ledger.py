@@ -76,6 +76,7 @@ def test_the_strongest_evidence_counts(weaker: int) -> None:
     [],
     [session()],
     [session(*executed("jax-a"), *COMPILED, python="3.11", jax="0.10")],
+    [Session({"jax": "0.10"}, frozenset(executed("jax-a")), "2026-11-26")],
     [session(*executed("jax-a"), jax="0.11"), session(Evidence("ü\n", "cpu", '"', "replayed", "|"), jax="0.10")],
 ])  # fmt: skip
 def test_files_hold_everything(tmp_path: Path, sessions: list[Session]) -> None:
@@ -121,7 +122,7 @@ def test_terminal_table() -> None:
 def test_matrix_puts_equal_dtypes_and_adapters_together() -> None:
     assert rows([session(*executed("jax-fused", "jax-reference", "torch-fused"), *COMPILED, jax="0.10")]) == [
         "| `jax-fused` | float32 | executed | not run | not run |",
-        "| `jax-fused` | bfloat16 | executed | not run | compiled (v5e, v6e) |",
+        "| `jax-fused` | bfloat16 | executed | not run | compiled |",
         "| `jax-reference` | float32, bfloat16 | executed | not run | not run |",
         "| `torch-fused` | float32, bfloat16 | executed | not run | not run |",
         "",
@@ -131,6 +132,40 @@ def test_matrix_puts_equal_dtypes_and_adapters_together() -> None:
     assert rows([session(*executed("jax-reference", "jax-fused"))])[0] == (
         "| `jax-fused`, `jax-reference` | float32, bfloat16 | executed | not run | not run |"
     )
+
+
+def test_matrix_shows_every_kind_but_beside_an_execution() -> None:
+    both = [Evidence("jax-a", "tpu", "float32", kind, "v5e") for kind in ("simulated", "interpreted")]
+    assert rows([session(*both)])[0] == "| `jax-a` | float32 | not run | not run | interpreted, simulated |"
+    ran = Evidence("jax-a", "tpu", "float32", "executed", "TPU v5e")
+    assert rows([session(ran, *both)])[0] == "| `jax-a` | float32 | not run | not run | executed (TPU v5e) |"
+
+
+def test_details_have_a_row_for_equal_evidence() -> None:
+    def simulated(adapter: str, *details: str, dtypes: tuple[str, ...] = ("float32",)) -> list[Evidence]:
+        return [Evidence(adapter, "tpu", dtype, "simulated", each) for dtype in dtypes for each in details]
+
+    found = [
+        *simulated("jax-a", "tpu-v4", "tpu-v5e"),
+        *simulated("jax-b", "tpu-v4", "tpu-v5e"),
+        *simulated("torch-a", "tpu-v4", dtypes=("bfloat16", "float32")),
+        Evidence("jax-a", "cuda", "float32", "interpreted"),
+        Evidence("jax-a", "cuda", "float32", "not run"),
+    ]
+    assert ledger.details([Session({"jax": "0.10"}, frozenset(found), "2026-11-26")]).splitlines()[2:] == [
+        "| interpreted | cuda | `jax-a` | float32 |",
+        "| simulated | tpu-v4, tpu-v5e | `jax-a`, `jax-b` | float32 |",
+        "| simulated | tpu-v4 | `torch-a` | float32, bfloat16 |",
+        "",
+        "- interpreted (CUDA), 2026-11-26, with jax 0.10",
+        "- simulated (TPU), 2026-11-26, with jax 0.10",
+    ]
+
+
+def test_merged_sessions_have_the_last_date() -> None:
+    dated = [Session({"jax": "1"}, frozenset(executed("jax-a")), date) for date in ("2026-11-26", "2026-10-01", "")]
+    for order in (dated, dated[::-1]):
+        assert [each.date for each in ledger.merge(order)] == ["2026-11-26"]
 
 
 def test_matrix_shows_gaps() -> None:
@@ -179,6 +214,15 @@ def test_the_page_around_the_matrix_stays(files: dict[str, Path]) -> None:
     assert page.endswith(f"- executed (CPU) with jax 0.10\n{END}\n\nAfter.\n")
     assert matrix(files).exit_code == 0
     assert files["readme"].read_text(encoding="utf-8") == page
+
+
+def test_the_evidence_of_every_device_has_a_page_of_its_own(files: dict[str, Path]) -> None:
+    page = files["readme"].parent / "devices.md"
+    page.write_text("<!-- lsce-parity matrix --devices: begin -->\n<!-- lsce-parity matrix --devices: end -->\n")
+    assert matrix(files, "--check", "--devices", str(page)).exit_code == 1
+    assert matrix(files, "--devices", str(page)).exit_code == 0
+    assert "| executed | cpu | `jax-fused` | float32, bfloat16 |" in page.read_text(encoding="utf-8")
+    assert matrix(files, "--check", "--devices", str(page)).exit_code == 0
 
 
 def test_check(files: dict[str, Path]) -> None:
@@ -237,5 +281,5 @@ def test_comments_that_do_not_pair(page: str) -> None:
 
 def test_the_readme_says_what_the_ledger_says() -> None:
     claims = {"ledger": ROOT / "docs" / "ledger.json", "readme": ROOT / "README.md"}
-    result = matrix(claims, "--check")
+    result = matrix(claims, "--check", "--devices", str(ROOT / "docs" / "devices.md"))
     assert result.exit_code == 0, result.output

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lsce_jax import accurate as of_jax
 from lsce_torch import accurate as of_torch
-from parity_tests.losses.adapters import OWN_LOG1P, JaxAdapter, TorchAdapter
+from parity_tests.losses.adapters import JaxAdapter, TorchAdapter
 from parity_tests.losses.registry import FaultyAdapter, make_adapter
 from parity_tests.losses.simulated import (
     CannotSimulateError,
@@ -30,7 +30,7 @@ from parity_tests.meta.running import invoke
 from parity_tests.truth.arithmetic import Arithmetic, any_order, tree_depth
 from parity_tests.truth.cases import make_case
 from parity_tests.truth.comparison import Result, against_oracle
-from parity_tests.truth.devices import DEVICES, Device, device_of_name
+from parity_tests.truth.devices import DEVICES, OWN_LOG1P, Device, device_of_name
 from parity_tests.truth.oracle import solve
 from parity_tests.truth.simulation import EXACT, PATTERNS, Simulation
 
@@ -95,7 +95,12 @@ def test_equal_operands_have_equal_errors() -> None:
 def test_functions_at_their_fixed_points_are_exact() -> None:
     for pattern in PATTERNS:
         on, zero, one = simulation(pattern), np.zeros(1, np.float32), np.ones(1, np.float32)
-        assert (on.apply("exp", zero), on.apply("log1p", zero), on.apply("tanh", zero), on.apply("log", one)) == (1, 0, 0, 0)
+        assert (on.apply("exp", zero), on.apply("log1p", zero), on.apply("tanh", zero), on.apply("log", one)) == (
+            1,
+            0,
+            0,
+            0,
+        )
 
 
 def test_infinities_and_nan_are_what_they_are() -> None:
@@ -103,7 +108,9 @@ def test_infinities_and_nan_are_what_they_are() -> None:
     for pattern in PATTERNS:
         with np.errstate(invalid="ignore"):
             np.testing.assert_array_equal(simulation(pattern).apply("exp", values), np.float32([np.inf, 0, np.nan]))
-            np.testing.assert_array_equal(simulation(pattern).divide(np.float32([1] * 3), values), np.float32([0, 0, np.nan]))
+            np.testing.assert_array_equal(
+                simulation(pattern).divide(np.float32([1] * 3), values), np.float32([0, 0, np.nan])
+            )
 
 
 def test_the_most_accurate_version_is_within_its_own_limit() -> None:
@@ -134,7 +141,9 @@ def test_subnormal_numbers_are_flushed_where_the_device_does() -> None:
 def test_sums_are_as_deep_as_the_device_may_make_them() -> None:
     """1 and many terms of half its spacing: one after another none of them counts."""
     terms = np.float32([1] + [U] * 4096)
-    deep, in_blocks = (simulation(arithmetic=Arithmetic(depth=depth)).sum(terms, [0]) for depth in (any_order, tree_depth))
+    deep, in_blocks = (
+        simulation(arithmetic=Arithmetic(depth=depth)).sum(terms, [0]) for depth in (any_order, tree_depth)
+    )
     assert deep == 1
     assert deep < in_blocks < 1 + 4096 * U
     assert simulation("down", Arithmetic(depth=any_order)).sum(terms, [0]) == np.float32(1 + 4096 * U)
@@ -148,7 +157,9 @@ def test_a_sum_has_every_term_once(pattern: str | None, shape: tuple[int, ...]) 
         np.testing.assert_array_equal(simulation(pattern).sum(values, axes), values.sum(tuple(axes)))
 
 
-@pytest.mark.parametrize(("bits", "kept"), [(8, 1 + 2**-7), (11, 1 + 2**-7 + 2**-10), (24, 1 + 2**-7 + 2**-10 + 2**-13)])
+@pytest.mark.parametrize(
+    ("bits", "kept"), [(8, 1 + 2**-7), (11, 1 + 2**-7 + 2**-10), (24, 1 + 2**-7 + 2**-10 + 2**-13)]
+)
 def test_products_keep_as_many_bits_of_their_operands_as_the_device(bits: int, kept: float) -> None:
     value = np.float32([[1 + 2**-7 + 2**-10 + 2**-13]])
     assert simulation(arithmetic=Arithmetic(matmul_bits=bits)).matmul(value, np.float32([[1]])) == kept
@@ -172,7 +183,9 @@ def looped(x: Any) -> Any:
 
 
 def chosen(x: Any) -> Any:
-    return jax.lax.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, x), jax.lax.switch(2, [jnp.cos, jnp.sin, jnp.abs], x)
+    return jax.lax.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, x), jax.lax.switch(
+        2, [jnp.cos, jnp.sin, jnp.abs], x
+    )
 
 
 def products(x: Any) -> Any:
@@ -183,11 +196,19 @@ def products(x: Any) -> Any:
 def moved(x: Any) -> Any:
     labels = jnp.array([2, 0, 1, 1])
     taken = jnp.take_along_axis(x, labels[:, None], axis=1)
-    return taken, jnp.argmax(x, axis=1), jnp.where(x > 0, x, -x), x.astype(jnp.int32), jnp.sort(x), jnp.asarray(x).at[0].add(1.0), -x[::2]
+    return (
+        taken,
+        jnp.argmax(x, axis=1),
+        jnp.where(x > 0, x, -x),
+        x.astype(jnp.int32),
+        jnp.sort(x),
+        jnp.asarray(x).at[0].add(1.0),
+        -x[::2],
+    )
 
 
 def softmaxes(x: Any) -> Any:
-    return jax.nn.log_softmax(x), jax.nn.sigmoid(x), jnp.logaddexp(x, -x), jax.grad(lambda x: jax.nn.logsumexp(x))(x)
+    return jax.nn.log_softmax(x), jax.nn.sigmoid(x), jnp.logaddexp(x, -x), jax.grad(jax.nn.logsumexp)(x)
 
 
 @pytest.mark.parametrize("function", [scanned, looped, chosen, products, moved, softmaxes])
@@ -211,7 +232,9 @@ def test_products_of_jax_keep_more_bits_if_asked() -> None:
     value = np.float32([[1 + 2**-7 + 2**-10 + 2**-22]])
     kept = {}
     for precision in ("default", "high", "highest"):
-        program = jax.make_jaxpr(lambda x, precision=precision: jnp.matmul(x, jnp.ones((1, 1)), precision=precision))(value)
+        program = jax.make_jaxpr(lambda x, precision=precision: jnp.matmul(x, jnp.ones((1, 1)), precision=precision))(
+            value
+        )
         kept[precision] = SimulatedDevice("tpu", simulation()).run(program, [value])[0].item() - 1
     assert kept == {"default": 2**-7, "high": 2**-7 + 2**-10, "highest": 2**-7 + 2**-10 + 2**-22}
 
@@ -244,7 +267,14 @@ def kernels(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def matrices(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     batch = torch.stack([x, 2 * x])
-    return F.linear(x, x), F.linear(x, x, x[:, 0]), batch @ batch.mT, x @ x[0], x[0] @ x[1], torch.baddbmm(batch @ batch.mT, batch, batch.mT)
+    return (
+        F.linear(x, x),
+        F.linear(x, x, x[:, 0]),
+        batch @ batch.mT,
+        x @ x[0],
+        x[0] @ x[1],
+        torch.baddbmm(batch @ batch.mT, batch, batch.mT),
+    )
 
 
 @pytest.mark.parametrize("function", [in_place, kernels, matrices])
@@ -342,8 +372,13 @@ def test_log1p_of_special_values(name: str) -> None:
 
 def test_derivatives_of_the_primitives_are_those_of_the_functions() -> None:
     x, b = jnp.array([0.25, 3.0]), jnp.array([2.0, -0.5])
-    ours: Callable[..., Any] = lambda x, b: (of_jax.log1p(x) * of_jax.divide(x, b)).sum()
-    theirs: Callable[..., Any] = lambda x, b: (jnp.log1p(x) * (x / b)).sum()
+
+    def ours(x: Any, b: Any) -> Any:
+        return (of_jax.log1p(x) * of_jax.divide(x, b)).sum()
+
+    def theirs(x: Any, b: Any) -> Any:
+        return (jnp.log1p(x) * (x / b)).sum()
+
     for transform in (jax.grad, jax.hessian, jax.jacfwd):
         for ours_of, theirs_of in zip(
             *(jax.tree.leaves(transform(each, argnums=(0, 1))(x, b)) for each in (ours, theirs)), strict=True
@@ -357,7 +392,9 @@ def test_derivatives_of_the_primitives_are_those_of_the_functions() -> None:
 
 
 @pytest.mark.parametrize("device", ["tpu-v5e", "gpu-h100"])
-@pytest.mark.parametrize("name", ["jax-fused", "torch-fused", "jax-optax-integer", "torch-cross-entropy", "numpy", "oracle"])
+@pytest.mark.parametrize(
+    "name", ["jax-fused", "torch-fused", "jax-optax-integer", "torch-cross-entropy", "numpy", "oracle"]
+)
 def test_losses_are_within_the_bounds_of_the_device(name: str, device: str) -> None:
     case = make_case("smoothing_0_uniform", "float32")
     adapter = simulate(make_adapter(name), device)
@@ -449,7 +486,9 @@ def test_commands_say_what_cannot_be_simulated(command: str) -> None:
 
 
 def test_hunt_simulates_a_device() -> None:
-    found = invoke("hunt", "--adapter", "jax-fused", "--dtype", "bfloat16", "--examples", "5", "--device-model", "tpu-v6e")
+    found = invoke(
+        "hunt", "--adapter", "jax-fused", "--dtype", "bfloat16", "--examples", "5", "--device-model", "tpu-v6e"
+    )
     assert (found.exit_code, "AGREE" in found.output) == (0, True)
 
 

@@ -122,6 +122,7 @@ KIND_MEANINGS = {
     "executed": "ran on that device, and every result was within its bounds",
     "replayed": "held against values that were recorded on another machine",
     "interpreted": "a kernel ran in its framework's interpreter, not on that device",
+    "simulated": "ran operation by operation with the errors that the device's arithmetic may have, within the bounds",
     "compiled": "the device's compiler accepted it; nothing ran",
     "not run": "none of these",
 }

@@ -31,7 +31,7 @@ def cases(names: list[str], adapters: list[str]) -> list[Any]:
             adapter,
             name,
             dtype,
-            marks=() if name in FAST and platform == "tpu" and dtype == "float32" else pytest.mark.slow,
+            marks=() if name in FAST and platform == "tpu" and dtype == "float32" else pytest.mark.devices,
         )
         for platform in PLATFORMS
         for adapter in adapters

@@ -35,7 +35,7 @@ def cases(names: list[str], kind: str, implementations: tuple[str, ...]) -> list
             f"{framework}{kind}-{implementation}",
             name,
             dtype,
-            marks=() if name in FAST and dtype in ("float32", "bfloat16") else pytest.mark.slow,
+            marks=() if name in FAST and dtype in ("float32", "bfloat16") else pytest.mark.devices,
         )
         for framework in FRAMEWORKS
         for implementation in implementations

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-
 # Terms that are added in sequence.
 BLOCK = 32
 

@@ -123,7 +123,7 @@ def _largest_error(case: Case, arithmetic: Arithmetic) -> float:
     names = ["exp", "log1p", "division"]
     names += ["tanh"] if case.options.get("softcap") is not None else []
     names += ["log"] if case.options.get("subtract_entropy") else []
-    return max(getattr(arithmetic, name) for name in names)
+    return max(float(getattr(arithmetic, name)) for name in names)
 
 
 def _terms(case: Case, truth: Truth, arithmetic: Arithmetic) -> _Terms:

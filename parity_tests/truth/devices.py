@@ -4,11 +4,13 @@
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from parity_tests.truth.arithmetic import ERRORS, FULL, Arithmetic, any_order, tree_depth
 
 BFLOAT16, TF32 = 8, 11  # significant bits
+# Error of the packages' own log1p: 2.2 at most, which parity_tests/meta/test_simulation.py measures.
+OWN_LOG1P = 4.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ _JAX = "jax docs/accuracy.md"
 # torch.set_float32_matmul_precision, whose default is "highest".
 _CUDA = "CUDA C++ Programming Guide, standard functions, tables 17 and 18"
 _XLA_GPU = _published(exp=2.0, log=1.5, log1p=1.5, tanh=5.5, reciprocal=1.0, matmul_bits=TF32)
-_TORCH_GPU = _published(exp=2.5, log=1.5, log1p=1.5, tanh=2.5, reciprocal=0.5, matmul_bits=FULL)
+# Quotients are rounded correctly, but those by a Python number are products with its reciprocal
+# (aten/src/ATen/native/cuda/BinaryDivTrueKernel.cu).
+_TORCH_GPU = replace(_published(2.5, 1.5, 1.5, 2.5, reciprocal=0.5, matmul_bits=FULL), division=2.0)
 
 
 def _gpu(name: str, *kinds: str, of_jax: str) -> tuple[Device, Device]:
@@ -124,13 +128,26 @@ def device_of_kind(framework: str, family: str, kind: str) -> Device:
     return Device(kind, family, (framework,), (kind.lower(),), loosest, None, f"the largest errors of {family}", "")
 
 
-def arithmetic_of(name: str) -> Arithmetic:
+def arithmetic_of(name: str, *, own: bool = False) -> Arithmetic:
     """Return the arithmetic of a device through any framework: the largest of each error.
+
+    Args:
+        name: of the device.
+        own: whether for the losses of the packages; see `of_own_losses`.
 
     Raises:
         ValueError: the table has no such device.
     """
-    return loosest_of(device.arithmetic for device in _called(name))
+    rows = _called(name)
+    return loosest_of(of_own_losses(row.arithmetic, row.family) if own else row.arithmetic for row in rows)
+
+
+def of_own_losses(arithmetic: Arithmetic, family: str) -> Arithmetic:
+    """Return what the losses of `lsce_jax` and `lsce_torch` make of the arithmetic of a device.
+
+    On a TPU, whose logarithm is rough, they compute log1p themselves.
+    """
+    return replace(arithmetic, log1p=min(arithmetic.log1p, OWN_LOG1P)) if family == "tpu" else arithmetic
 
 
 def device_of_name(name: str, framework: str) -> Device:

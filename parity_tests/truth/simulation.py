@@ -6,8 +6,8 @@ made of these. Numbers below the smallest normal one become 0 where the device f
 device may make them. Matrix products are added one term after another, and those of float32 keep as many bits of their
 operands as the device.
 
-The errors are functions of the operand, as they are on a device: equal operands have equal errors. exp(0) is 1 on all of
-them.
+The errors are functions of the operand, as they are on a device: equal operands have equal errors. exp(0) is 1 on
+every device.
 """
 
 import math
