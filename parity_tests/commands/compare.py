@@ -25,6 +25,7 @@ from parity_tests.commands.common import (
     check_dtypes,
     describe,
     exit_with,
+    make_table,
     on_model,
     survey_as_json,
     write_json,
@@ -41,7 +42,8 @@ from parity_tests.losses.user_losses import (
     take_mean,
 )
 from parity_tests.report.words import values_text
-from parity_tests.studies.pairs import NUM_CLASSES, SHOWN, Pair, Question, Side, compare_sides, plain_cases
+from parity_tests.studies.pairs import NUM_CLASSES, SHOWN, Pair, Question, Side, compare_sides, is_edge, plain_cases
+from parity_tests.studies.precision_effects import OBSERVED, Effects, find_effects
 from parity_tests.truth.cases import Case
 
 SideArgument = Annotated[
@@ -83,6 +85,10 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
     device_model: DeviceModelOption = None,
+    explain_precision: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Say whether the arithmetic of this device explains how the two differ."),
+    ] = None,
     json_file: JsonOption = None,
     report: ReportOption = None,
 ) -> None:
@@ -98,6 +104,7 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
         lsce-parity compare jax:my.losses:smooth_ce oracle --convention non_target
         lsce-parity compare torch:my.losses:fused_linear oracle --linear
         lsce-parity compare torch:my.losses:smooth_ce jax:my.losses:smooth_ce --device-model tpu-v5e
+        lsce-parity compare jax:my.losses:head torch:my.losses:head --linear --explain-precision tpu-v5e
     """
     console = PlainConsole()
     told = (smoothing, convention, reduction, z_loss, softcap, subtract_entropy or None)
@@ -116,6 +123,7 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
     _check(question)
     check_device(device)
     check_device_model(device_model, device)
+    check_device_model(explain_precision, "cpu")
     dtypes = check_dtypes(dtype, ("float32",))
     probes = [case for case in plain_cases(question, dtypes[0]) if case.name.startswith("plain")]
     adapters = [
@@ -129,12 +137,19 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
         )
     sides = _with_reductions(adapters, probes, ignore_index, console)
     try:
+        for side in sides:
+            on_model(side.adapter, explain_precision)
         sides = [replace(side, adapter=on_model(side.adapter, device_model)) for side in sides]
     except UnavailableError as error:
         cannot_run(str(error))
     pair = compare_sides(sides[0], sides[1], question, dtypes)
     _print(pair, console)
-    _write(pair, question, json_file, report, console)
+    effects = None
+    if explain_precision is not None:
+        ordinary = [case for case in pair.cases if not is_edge(case)]
+        effects = find_effects(adapters, ordinary, explain_precision)
+        _print_effects(effects, console)
+    _write(pair, question, effects, json_file, report, console)
     if pair.silent:
         raise typer.Exit(code=CANNOT_RUN)
     exit_with(pair.agrees)
@@ -201,6 +216,27 @@ def _print(pair: Pair, console: Console) -> None:
     console.print(f"\n{verdict} in {len(pair.survey.outcomes) // 2} cases. {right}", highlight=False)
 
 
+def _print_effects(effects: Effects, console: Console) -> None:
+    parts = list(effects.changes[OBSERVED])
+    table = make_table("source", *(f">{part}" for part in parts))
+    for source, changes in effects.changes.items():
+        table.add_row(source, *(f"{changes[part]:.1e}" for part in parts))
+    console.print(
+        f"\nWhat the arithmetic of {effects.device} changes in one loss, as a share of the largest element, in the "
+        "worst case:\n"
+    )
+    console.print(table)
+    share = f"{_share(effects.ratio)} of what it may change in two losses"
+    if effects.case is None:
+        console.print("\nNothing to explain: no case has two results.")
+    elif effects.explained:
+        console.print(f"\nEXPLAINED by the arithmetic of {effects.device}: at most {share}.", highlight=False)
+    else:
+        console.print(
+            f"\nNOT EXPLAINED by the arithmetic of {effects.device}: {share} ({effects.case}).", highlight=False
+        )
+
+
 def _print_differences(pair: Pair, console: Console) -> None:
     differing = [each for each in pair.survey.differences if not each.agrees]
     if not differing:
@@ -222,7 +258,14 @@ def _share(value: float) -> str:
     return f"{value:.2g}"
 
 
-def _write(pair: Pair, question: Question, json_file: Path | None, report: Path | None, console: Console) -> None:
+def _write(
+    pair: Pair,
+    question: Question,
+    effects: Effects | None,
+    json_file: Path | None,
+    report: Path | None,
+    console: Console,
+) -> None:
     content = {
         "command": "compare",
         "agrees": pair.agrees,
@@ -235,6 +278,7 @@ def _write(pair: Pair, question: Question, json_file: Path | None, report: Path 
             for each in pair.readings
         ],
         "notes": pair.notes(),
+        "precision": None if effects is None else {**asdict(effects), "explained": effects.explained},
         "survey": survey_as_json(pair.judged),
         "environment": describe_environment(),
     }

@@ -259,8 +259,11 @@ def _on_a_line(text: str) -> str:
 
 
 def _versions(sessions: Sequence[Session]) -> list[str]:
-    """Return a line for each session, kind and device with the session's share of the evidence."""
-    lines = []
+    """Return a line for each session: the kinds and devices of its evidence, its date and versions.
+
+    Where other sessions have more evidence of a kind for a device, the line says how much this one has.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
     for kind in KINDS[:-1]:
         for device in DEVICES:
             keys = [
@@ -271,7 +274,11 @@ def _versions(sessions: Sequence[Session]) -> list[str]:
             for session, own in zip(sessions, keys, strict=True):
                 if own:
                     versions = ", ".join(f"{name} {text}" for name, text in session.versions.items())
+                    date = f" {session.date}," if session.date else ""
                     part = "" if len(own) == total else f", {len(own)} of {total} combinations of adapter and dtype"
-                    date = f", {session.date}," if session.date else ""
-                    lines.append(f"- {kind} ({device.upper()}){date} with {versions}{part}")
-    return lines
+                    of_session = found.setdefault(f"{date} with {versions}{part}", {})
+                    of_session.setdefault(kind, []).append(device.upper())
+    return [
+        f"- {', '.join(kind + ' (' + ', '.join(devices) + ')' for kind, devices in kinds.items())}:{of_session}"
+        for of_session, kinds in found.items()
+    ]

@@ -126,8 +126,7 @@ def test_matrix_puts_equal_dtypes_and_adapters_together() -> None:
         "| `jax-reference` | float32, bfloat16 | executed | not run | not run |",
         "| `torch-fused` | float32, bfloat16 | executed | not run | not run |",
         "",
-        "- executed (CPU) with jax 0.10",
-        "- compiled (TPU) with jax 0.10",
+        "- executed (CPU), compiled (TPU): with jax 0.10",
     ]
     assert rows([session(*executed("jax-reference", "jax-fused"))])[0] == (
         "| `jax-fused`, `jax-reference` | float32, bfloat16 | executed | not run | not run |"
@@ -157,8 +156,7 @@ def test_details_have_a_row_for_equal_evidence() -> None:
         "| simulated | tpu-v4, tpu-v5e | `jax-a`, `jax-b` | float32 |",
         "| simulated | tpu-v4 | `torch-a` | float32, bfloat16 |",
         "",
-        "- interpreted (CUDA), 2026-11-26, with jax 0.10",
-        "- simulated (TPU), 2026-11-26, with jax 0.10",
+        "- interpreted (CUDA), simulated (TPU): 2026-11-26, with jax 0.10",
     ]
 
 
@@ -176,8 +174,8 @@ def test_matrix_shows_gaps() -> None:
 def test_matrix_says_how_much_a_session_found() -> None:
     first, second = session(*executed("jax-a"), jax="0.11"), session(executed("jax-a")[0], jax="0.10")
     assert rows([first, second])[-2:] == [
-        "- executed (CPU) with jax 0.11",
-        "- executed (CPU) with jax 0.10, 1 of 2 combinations of adapter and dtype",
+        "- executed (CPU): with jax 0.11",
+        "- executed (CPU): with jax 0.10, 1 of 2 combinations of adapter and dtype",
     ]
 
 
@@ -211,7 +209,7 @@ def matrix(files: dict[str, Path], *options: str) -> CommandResult:
 def test_the_page_around_the_matrix_stays(files: dict[str, Path]) -> None:
     page = files["readme"].read_text(encoding="utf-8")
     assert page.startswith(f"Before.\n\n{BEGIN}\n| adapter |")
-    assert page.endswith(f"- executed (CPU) with jax 0.10\n{END}\n\nAfter.\n")
+    assert page.endswith(f"- executed (CPU): with jax 0.10\n{END}\n\nAfter.\n")
     assert matrix(files).exit_code == 0
     assert files["readme"].read_text(encoding="utf-8") == page
 

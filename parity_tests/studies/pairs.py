@@ -122,7 +122,8 @@ def _inputs(
     yield "minus infinity", infinite, kept
 
 
-def _is_edge(case: Case) -> bool:
+def is_edge(case: Case) -> bool:
+    """Return whether many losses do not handle a case of `plain_cases`."""
     return case.name.partition(",")[0] in EDGES
 
 
@@ -192,6 +193,7 @@ class Pair:
         known: whether one of the losses is the definition, or the user chose it.
         readings: the diagnosis of each loss.
         survey: comparisons of both with the truth, and with each other.
+        cases: what both were compared in.
     """
 
     definition: Candidate
@@ -199,6 +201,7 @@ class Pair:
     known: bool
     readings: tuple[SideReading, SideReading]
     survey: Survey
+    cases: list[Case]
 
     @property
     def agrees(self) -> bool:
@@ -295,8 +298,9 @@ def compare_sides(first: Side, second: Side, question: Question, dtypes: Sequenc
         found = _definition(diagnosed)
         definition, known = found or expected, found is not None
     readings = [_read(side.adapter.name, found, definition) for side, found in zip(sides, diagnosed, strict=True)]
-    judged = _judge(sides, [definition.apply(case) for case in cases], attempts, scaled=not known)
-    return Pair(definition, question.chosen, known, (readings[0], readings[1]), judged)
+    cases = [definition.apply(case) for case in cases]
+    judged = _judge(sides, cases, attempts, scaled=not known)
+    return Pair(definition, question.chosen, known, (readings[0], readings[1]), judged, cases)
 
 
 def _named_cases(dtype: str) -> list[Case]:
@@ -319,7 +323,7 @@ def _diagnose(
 
     def explain(results: list[AnyResult | str], ordinary: bool) -> list[Explanation]:
         given = [
-            None if isinstance(result, str) or (ordinary and _is_edge(case)) else result
+            None if isinstance(result, str) or (ordinary and is_edge(case)) else result
             for case, result in zip(cases, results, strict=True)
         ]
         return diagnosis.explain(given, expected) if any(given) else []
