@@ -13,7 +13,7 @@ SELECTED ?= not slow and not devices
 WHOLE_OUTPUT := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 PIP := pip install --quiet --disable-pip-version-check
 
-.PHONY: install demo test test-slow test-devices test-parity test-rest test-simulated test-interpreted test-oldest lint wheel \
+.PHONY: install install-devices demo test test-slow test-devices test-parity test-rest test-simulated test-interpreted test-oldest lint wheel \
   clean
 
 install: $(VENV)/installed
@@ -21,6 +21,13 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/$(PIP) --editable '.[all]' $(addprefix --constraint ,$(CONSTRAINTS))
+	touch $@
+
+# Compilers for what is not here, beside the rest.
+install-devices: $(VENV)/installed-devices
+
+$(VENV)/installed-devices: $(VENV)/installed
+	$(BIN)/$(PIP) --editable '.[all,devices]' $(addprefix --constraint ,$(CONSTRAINTS))
 	touch $@
 
 demo: install
@@ -35,14 +42,14 @@ test-slow: install
 	$(MAKE) --jobs=2 $(WHOLE_OUTPUT) test-parity test-rest SELECTED=slow EVIDENCE=
 
 # The tests marked as devices: losses on the arithmetic of devices that are not here, and programs that are made for
-# them. No device is needed.
-test-devices: install
+# them, in an interpreter and by IREE. No device is needed.
+test-devices: install-devices
 	$(MAKE) --jobs=2 $(WHOLE_OUTPUT) test-simulated test-interpreted
 
-test-simulated: install
+test-simulated: install-devices
 	$(BIN)/python -m pytest -m devices -k "$(SIMULATED)" parity_tests
 
-test-interpreted: install
+test-interpreted: install-devices
 	$(BIN)/python -m pytest -m devices -k "not ($(SIMULATED))" parity_tests
 
 test-parity: install

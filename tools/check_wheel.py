@@ -123,6 +123,10 @@ CHECKS = {
         ("python", "-m", "examples.torch_digits", "--epochs", "1"),
         ("lsce-parity", "compare", *PORT),
     ), files=("examples",)),
+    "devices": Check((
+        ("lsce-parity", "run", "--adapter", "jax-fused-tpu-iree-cpu", "--case", "uniform_mean", "--dtype", "float32"),
+        cannot_import("torch"),
+    )),
     "bench": Check((("python", "-m", "benchmarks", "dense", "--quick"),), files=("benchmarks",)),
     "bench-tpu": Check((("python", "-m", "benchmarks", "tpu"),), files=("benchmarks",)),
     "dev": Check((

@@ -33,12 +33,12 @@ from parity_tests.commands.common import (
 )
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.losses.adapters import UnavailableError
-from parity_tests.losses.registry import ENTRIES, make_adapter, match_names
+from parity_tests.losses.registry import ELSEWHERE, ENTRIES, make_adapter, match_names
 from parity_tests.studies.survey import Member, Survey, examine_each, make_cases
 from parity_tests.studies.verdicts import Difference, Outcome
 
 # torch.compile takes seconds for each combination of options, and so does JAX for each linear case.
-SLOW = frozenset(name for name in ENTRIES if name.endswith(("-compiled", "-linear-reference", "-interpreted")))
+SLOW = frozenset(name for name in ENTRIES if name.endswith(("-compiled", "-linear-reference", *ELSEWHERE)))
 SHOWN = 20
 
 

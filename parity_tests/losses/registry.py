@@ -11,6 +11,7 @@ from parity_tests.faults.linear import BANK, LINEAR_FAULTS, wrong_result
 from parity_tests.losses import peers
 from parity_tests.losses.adapters import Adapter, JaxAdapter, TorchAdapter
 from parity_tests.losses.interpreted import InterpretedAdapter
+from parity_tests.losses.iree import TARGETS, IreeAdapter
 from parity_tests.truth.arithmetic import NARROW, Arithmetic
 from parity_tests.truth.cases import Case, LinearCase
 from parity_tests.truth.comparison import AnyResult, make_result
@@ -23,6 +24,9 @@ JAX_NARROW = {
     "chunked": frozenset({"products of rows"}),
     "reference": frozenset({"products", "products of rows", "hidden"}),
 }
+INTERPRETED = "interpreted"
+# Endings of the names of adapters that run a program for another platform, seconds for each case.
+ELSEWHERE = (f"-{INTERPRETED}", *(f"-{ending}" for ending in TARGETS))
 PLATFORMS = ("tpu", "cuda")  # for which programs are made that an interpreter runs
 TORCH_NARROW = {"chunked": frozenset({"logits", "hidden"}), "reference": NARROW}
 
@@ -111,20 +115,24 @@ def _ours() -> list[Entry]:
             Entry(jax, "jax", "ours", of_jax, twin=torch),
             Entry(torch, "torch", "ours", of_torch, twin=jax),
         ]
-    return entries + [
-        _interpreted(entry, platform) for entry in entries if _has_program(entry) for platform in PLATFORMS
-    ]
+    programs = [entry for entry in entries if _has_program(entry)]
+    return entries + [made for entry in programs for platform in PLATFORMS for made in _interpreted(entry, platform)]
 
 
 def _has_program(entry: Entry) -> bool:
     return entry.framework == "jax" and not entry.name.endswith("-eager")
 
 
-def _interpreted(entry: Entry, platform: str) -> Entry:
-    """Return the adapter of the same loss as JAX makes it for another platform, run by an interpreter."""
+def _interpreted(entry: Entry, platform: str) -> list[Entry]:
+    """Return adapters of the same loss as JAX makes it for another platform, run by an interpreter and by IREE."""
     assert isinstance(entry.make, partial)
-    name = f"{entry.name}-{platform}-interpreted"
-    return Entry(name, "jax", "ours", partial(InterpretedAdapter, platform, **{**entry.make.keywords, "name": name}))
+    executors: dict[str, Callable[..., Adapter]] = {INTERPRETED: partial(InterpretedAdapter, platform)}
+    executors |= {ending: partial(IreeAdapter, platform, target) for ending, target in TARGETS.items()}
+    entries = []
+    for ending, make in executors.items():
+        name = f"{entry.name}-{platform}-{ending}"
+        entries.append(Entry(name, "jax", "ours", partial(make, **{**entry.make.keywords, "name": name})))
+    return entries
 
 
 def _peers() -> list[Entry]:

@@ -125,7 +125,7 @@ def _program_of(adapter: Adapter) -> Callable[[Case], Program]:
     if isinstance(adapter, FaultyAdapter):
         return partial(_numpy_program, adapter)
     if isinstance(adapter, InterpretedAdapter):
-        raise CannotSimulateError(f"{adapter.name} runs in StableHLO's interpreter; simulate the adapter without it")
+        raise CannotSimulateError(f"{adapter.name} runs what JAX has lowered already; simulate jax-fused or the like")
     if isinstance(adapter, JaxAdapter):
         return partial(_jax_program, adapter)
     if isinstance(adapter, TorchAdapter) and not adapter.compiled:

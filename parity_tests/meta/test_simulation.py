@@ -435,7 +435,7 @@ def test_results_are_those_of_each_pattern() -> None:
 
 
 def test_what_cannot_be_simulated_says_why() -> None:
-    with pytest.raises(CannotSimulateError, match="runs in StableHLO's interpreter"):
+    with pytest.raises(CannotSimulateError, match="runs what JAX has lowered already"):
         simulate(make_adapter("jax-fused-tpu-interpreted"), "tpu-v5e")
     with pytest.raises(CannotSimulateError, match="it is compiled"):
         simulate(make_adapter("torch-fused-compiled"), "gpu-h100")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from parity_tests.evidence.ledger import Evidence
 from parity_tests.losses.adapters import Adapter, UnavailableError
-from parity_tests.losses.registry import ENTRIES, make_adapter, match_names
+from parity_tests.losses.registry import ELSEWHERE, ENTRIES, make_adapter, match_names
 from parity_tests.studies.bundle import AGAIN, Bundle, BundleError, Record, case_to_arrays, differing, truth_to_arrays
 from parity_tests.studies.verdicts import Difference, Outcome, compare_outcomes, examine
 from parity_tests.truth.arithmetic import Arithmetic
@@ -156,7 +156,7 @@ def adapters_here(names: Sequence[str] | None, device: str) -> tuple[list[Adapte
         ValueError: there is no adapter of that name.
     """
     if not names:
-        slow = ("-compiled", "-interpreted")
+        slow = ("-compiled", *ELSEWHERE)
         names = [entry.name for entry in ENTRIES.values() if entry.kind == "ours" and not entry.name.endswith(slow)]
     found, missing = [], {}
     for name in match_names(names):
