@@ -8,6 +8,7 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Literal
 
 from parity_tests.evidence.environment import installed_versions
@@ -278,7 +279,8 @@ def _versions(sessions: Sequence[Session]) -> list[str]:
                     part = "" if len(own) == total else f", {len(own)} of {total} combinations of adapter and dtype"
                     of_session = found.setdefault(f"{date} with {versions}{part}", {})
                     of_session.setdefault(kind, []).append(device.upper())
-    return [
-        f"- {', '.join(kind + ' (' + ', '.join(devices) + ')' for kind, devices in kinds.items())}:{of_session}"
-        for of_session, kinds in found.items()
-    ]
+    lines = []
+    for of_session, kinds in found.items():
+        named = ", ".join(f"{kind} ({', '.join(devices)})" for kind, devices in kinds.items())
+        lines += wrap(f"- {named}:{of_session}", 120, subsequent_indent="  ", break_on_hyphens=False)
+    return lines
