@@ -4,8 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # What did not run on the CPU, or is claimed in the README and was not executed, fails the tests.
 EVIDENCE := --parity-require=cpu --parity-claims=docs/ledger.json
-# The longer half of the tests marked as devices.
-SIMULATED := jax and test_simulated
+# One half of the tests marked as devices.
+SIMULATED := test_simulated
 # With parity_tests, the testpaths of pyproject.toml.
 REST := tests examples lsce_spec lsce_jax lsce_torch README.md docs
 SELECTED ?= not slow and not devices
