@@ -277,8 +277,8 @@ def _versions(sessions: Sequence[Session]) -> list[str]:
                     versions = ", ".join(f"{name} {text}" for name, text in session.versions.items())
                     date = f" {session.date}," if session.date else ""
                     part = "" if len(own) == total else f", {len(own)} of {total} combinations of adapter and dtype"
-                    of_session = found.setdefault(f"{date} with {versions}{part}", {})
-                    of_session.setdefault(kind, []).append(device.upper())
+                    kinds_of = found.setdefault(f"{date} with {versions}{part}", {})
+                    kinds_of.setdefault(kind, []).append(device.upper())
     lines = []
     for of_session, kinds in found.items():
         named = ", ".join(f"{kind} ({', '.join(devices)})" for kind, devices in kinds.items())

@@ -108,7 +108,7 @@ class SimulatedDevice:
             kinds = tuple((operand.shape, operand.dtype) for operand in operands)
             return self.call(_lowered(name, self.platform, tuple(params.items()), kinds), operands)
         if name in _CONTROL:
-            return _CONTROL[name](self, params, operands)
+            return _CONTROL[name](self, equation, operands)
         result = self._computed(name, params, operands)
         if result is None:
             return _by_primitive(equation, operands)
@@ -253,21 +253,21 @@ def _lowered(name: str, platform: str, params: tuple[Any, ...], kinds: tuple[Any
     return jax.make_jaxpr(partial(formula(name, platform), **dict(params)))(*shapes)
 
 
-def _platform_index(device: SimulatedDevice, params: dict[str, Any], _: Values) -> Values:
-    platforms: tuple[Any, ...] = params["platforms"]
-    for index, names in enumerate(platforms):
+def _platform_index(device: SimulatedDevice, equation: Any, _: Values) -> Values:
+    for index, names in enumerate(equation.params["platforms"]):
         if names is None or device.platform in names:
             return [np.asarray(index, np.int32)]
     raise NotImplementedError(f"the program has no branch for {device.platform}")
 
 
-def _cond(device: SimulatedDevice, params: dict[str, Any], operands: Values) -> Values:
-    branches = params["branches"]
+def _cond(device: SimulatedDevice, equation: Any, operands: Values) -> Values:
+    branches = equation.params["branches"]
     index = min(max(int(operands[0]), 0), len(branches) - 1)
     return device.call(branches[index], operands[1:])
 
 
-def _while(device: SimulatedDevice, params: dict[str, Any], operands: Values) -> Values:
+def _while(device: SimulatedDevice, equation: Any, operands: Values) -> Values:
+    params = equation.params
     of_condition, of_body = params["cond_nconsts"], params["body_nconsts"]
     condition, body = operands[:of_condition], operands[of_condition : of_condition + of_body]
     carried = operands[of_condition + of_body :]
@@ -276,24 +276,34 @@ def _while(device: SimulatedDevice, params: dict[str, Any], operands: Values) ->
     return carried
 
 
-def _scan(device: SimulatedDevice, params: dict[str, Any], operands: Values) -> Values:
-    split = params["num_consts"], params["num_consts"] + params["num_carry"]
-    constants, carried, scanned = operands[: split[0]], operands[split[0] : split[1]], operands[split[1] :]
-    steps = range(params["length"])
-    stacked = []
-    for step in reversed(steps) if params["reverse"] else steps:
-        results = device.call(params["jaxpr"], [*constants, *carried, *(values[step] for values in scanned)])
-        carried = results[: params["num_carry"]]
-        stacked.append(results[params["num_carry"] :])
-    if params["reverse"]:
-        stacked.reverse()
-    if not stacked:
-        kinds = params["jaxpr"].out_avals[params["num_carry"] :]
-        return [*carried, *(np.zeros((0, *kind.shape), kind.dtype) for kind in kinds)]
-    return [*carried, *(np.stack(parts) for parts in zip(*stacked, strict=True))]
+def _scan(device: SimulatedDevice, equation: Any, operands: Values) -> Values:
+    program, length, reverse = (equation.params[name] for name in ("jaxpr", "length", "reverse"))
+    body = getattr(program, "jaxpr", program)
+    # What is scanned or stacked has one dimension more outside. JAX 0.12 has no numbers of them.
+    num_scanned = sum(_is_stacked(*pair) for pair in zip(equation.invars, body.invars, strict=True))
+    num_stacked = sum(_is_stacked(*pair) for pair in zip(equation.outvars, body.outvars, strict=True))
+    num_carried = len(body.outvars) - num_stacked
+    num_constants = len(body.invars) - num_scanned - num_carried
+    constants, rest = operands[:num_constants], operands[num_constants:]
+    carried, scanned = rest[:num_carried], rest[num_carried:]
+    steps = []
+    for step in reversed(range(length)) if reverse else range(length):
+        results = device.call(program, [*constants, *carried, *(values[step] for values in scanned)])
+        carried = results[:num_carried]
+        steps.append(results[num_carried:])
+    if reverse:
+        steps.reverse()
+    if not steps:
+        kinds = [variable.aval for variable in equation.outvars[num_carried:]]
+        return [*carried, *(np.zeros(kind.shape, kind.dtype) for kind in kinds)]
+    return [*carried, *(np.stack(parts) for parts in zip(*steps, strict=True))]
 
 
-_CONTROL: dict[str, Callable[[SimulatedDevice, dict[str, Any], Values], Values]] = {
+def _is_stacked(outside: Any, inside: Any) -> bool:
+    return bool(len(outside.aval.shape) == len(inside.aval.shape) + 1)
+
+
+_CONTROL: dict[str, Callable[[SimulatedDevice, Any, Values], Values]] = {
     "cond": _cond,
     "platform_index": _platform_index,
     "scan": _scan,

@@ -178,6 +178,15 @@ def scanned(x: Any) -> Any:
     return total, steps, jax.lax.scan(lambda carry, row: (carry + row, carry), jnp.zeros(3), x, reverse=True)[1]
 
 
+def scanned_with_constants(x: Any) -> Any:
+    scale = jnp.asarray(x)[0] * 2
+
+    def body(carry: Any, row: Any) -> Any:
+        return carry * scale + row, (carry, row.sum())
+
+    return jax.lax.scan(body, jnp.ones(3), x), jax.lax.scan(body, jnp.ones(3), x[:0]), jax.lax.scan(body, scale, x[:1])
+
+
 def looped(x: Any) -> Any:
     return jax.lax.while_loop(lambda carry: carry[0] < 3, lambda carry: (carry[0] + 1, carry[1] * x), (0, x))
 
@@ -211,7 +220,7 @@ def softmaxes(x: Any) -> Any:
     return jax.nn.log_softmax(x), jax.nn.sigmoid(x), jnp.logaddexp(x, -x), jax.grad(jax.nn.logsumexp)(x)
 
 
-@pytest.mark.parametrize("function", [scanned, looped, chosen, products, moved, softmaxes])
+@pytest.mark.parametrize("function", [scanned, scanned_with_constants, looped, chosen, products, moved, softmaxes])
 def test_a_program_without_errors_computes_what_jax_does(function: Callable[..., Any]) -> None:
     x = np.random.default_rng(1).normal(size=(4, 3)).astype(np.float32)
     found = SimulatedDevice("tpu", EXACT).run(jax.make_jaxpr(function)(x), [x])
