@@ -15,7 +15,7 @@ from parity_tests.meta.running import invoke
 from parity_tests.studies.bundle import read_bundle, record, write_bundle
 from parity_tests.truth import devices, linear_bounds
 from parity_tests.truth.arithmetic import ERRORS, FULL, Arithmetic, any_order, tree_depth
-from parity_tests.truth.bounds import error_bound
+from parity_tests.truth.bounds import error_bound, last_rounding
 from parity_tests.truth.cases import Case, make_case
 from parity_tests.truth.devices import DEVICES, OWN_LOG1P, Device, arithmetic_of, device_of_kind
 from parity_tests.truth.linear_bounds import linear_bound
@@ -201,3 +201,31 @@ def test_the_command_writes_the_page(tmp_path: Path) -> None:
     assert outcome.exit_code == 0, outcome.output
     assert page.read_bytes() == PAGE.read_bytes()
     assert invoke("devices", "--markdown", str(tmp_path / "missing.md")).exit_code == 2
+
+
+# --- Errors that first-order bounds leave out -------------------------------------------------------------------------
+
+
+def test_products_of_errors_are_in_the_bounds() -> None:
+    """A bound of first order would grow by the same for each unit of exp."""
+    case: Case = replace(make_case("classes_127", "float32"), options={"reduction": "none"})
+    truth = solve(case)
+    none, some, more = (error_bound(case, truth, Arithmetic(exp=exp)) for exp in (100, 1e4 + 100, 2e4 + 100))
+    for first, second, third in zip(*(each.parts.values() for each in (none, some, more)), strict=True):
+        assert np.all((third - second)[first > 0] > 1.001 * (second - first)[first > 0])
+
+
+def test_a_z_loss_whose_parts_cancel_has_the_square_of_their_error() -> None:
+    """The largest logit and log-sum-exp relative to it add up to 0, and so does all of first order."""
+    logits = np.full((1, 8), np.float64(np.float32(-np.log(8))))
+    plain = Case("cancelling", "float32", logits, np.array([3]), {"reduction": "none"})
+    squared = replace(plain, options={"reduction": "none", "z_loss": 1.0})
+    rough = Arithmetic(log1p=1e4)
+    without, with_z_loss = (error_bound(case, solve(case), rough).loss.item() for case in (plain, squared))
+    error_of_lse = 2.0**-24 * 1e4 * np.log(8)
+    assert with_z_loss - without >= error_of_lse**2
+
+
+@pytest.mark.parametrize(("error", "rounding"), [(0.0, 0.0), (1e-9, 1e-9), (1e-7, 2.0**-25)])
+def test_rounding_a_zero_at_most_doubles_its_error(error: float, rounding: float) -> None:
+    assert last_rounding(np.zeros(1), "float16", np.array([error])) == rounding
