@@ -131,6 +131,7 @@ def test_subnormal_numbers_are_flushed_where_the_device_does() -> None:
     np.testing.assert_array_equal(simulation().flush(tiny), np.float32([0, 0, 1e-37]))
     np.testing.assert_array_equal(simulation(flushes=False).flush(tiny), tiny)
     assert simulation().apply("exp", np.float32([-90.0])) == 0
+    assert simulation().sum(np.float32([2e-38, -1.5e-38]), [0]) == 0
     half = np.asarray([1e-7], np.float16)
     assert simulation().flush(half) == half
 
@@ -314,6 +315,16 @@ def test_operations_of_torch_have_the_errors(function: Any, exact: Any, limit: f
         found = function(x).numpy()
     largest = np.max(np.abs(error(found, exact(x.double().numpy()))))
     assert limit / 30 < largest <= limit
+
+
+@pytest.mark.parametrize(("flushes", "kept"), [(True, 0), (False, 2)])
+def test_operations_of_torch_flush_subnormal_numbers_where_the_device_does(flushes: bool, kept: int) -> None:
+    with on_device("tpu", simulation(None, flushes=flushes)):
+        product = torch.tensor([1e-20]) * 1e-19
+        in_place = torch.tensor([1e-20]).mul_(1e-19)
+        view = torch.tensor([1.0])[:]
+    assert ((product != 0) + (in_place != 0).int()).item() == kept
+    assert view == 1
 
 
 def test_backward_has_the_errors_too() -> None:
