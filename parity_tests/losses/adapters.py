@@ -147,6 +147,7 @@ class JaxAdapter(FrameworkAdapter):
     Args:
         loss: as in `FrameworkAdapter`.
         jit: whether to compile it.
+        compiler_options: of XLA, by the names of its flags, such as {"xla_disable_hlo_passes": "fusion"}.
         options: as in `FrameworkAdapter`.
 
     Raises:
@@ -155,11 +156,17 @@ class JaxAdapter(FrameworkAdapter):
 
     framework = "jax"
 
-    def __init__(self, loss: Callable[..., Any] | None = None, jit: bool = True, **options: Any) -> None:
+    def __init__(
+        self,
+        loss: Callable[..., Any] | None = None,
+        jit: bool = True,
+        compiler_options: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
         """Load JAX."""
         _load("jax")
         super().__init__(loss, **options)
-        self.jit = jit
+        self.jit, self.compiler_options = jit, compiler_options
 
     def _device_kind(self) -> str:
         kind: str = self._jax_device.device_kind
@@ -185,7 +192,8 @@ class JaxAdapter(FrameworkAdapter):
 
         with self.settings(case.dtype):
             step, operands = self.step(case)
-            return self.result(case, (jax.jit(step) if self.jit else step)(*operands))
+            compiled = jax.jit(step, compiler_options=self.compiler_options) if self.jit else step
+            return self.result(case, compiled(*operands))
 
     @contextmanager
     def settings(self, dtype: str) -> Iterator[None]:

@@ -130,7 +130,8 @@ def _program_of(adapter: Adapter) -> Callable[[Case], Program]:
         return partial(_jax_program, adapter)
     if isinstance(adapter, TorchAdapter) and not adapter.compiled:
         return partial(_torch_program, adapter)
-    raise CannotSimulateError(f"{adapter.name} has no operations that can be replaced one by one: it is compiled, or elsewhere")
+    reason = "it is compiled, or runs in a process of its own"
+    raise CannotSimulateError(f"{adapter.name} has no operations that can be replaced one by one: {reason}")
 
 
 def _numpy_program(adapter: FaultyAdapter, case: Case) -> Program:
