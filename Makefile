@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # What did not run on the CPU, or is claimed in the README and was not executed, fails the tests.
 EVIDENCE := --parity-require=cpu --parity-claims=docs/ledger.json
 # One half of the tests marked as devices.
-SIMULATED := test_simulated
+SIMULATED := test_simulated or test_xla_passes
 # With parity_tests, the testpaths of pyproject.toml.
 REST := tests examples lsce_spec lsce_jax lsce_torch README.md docs
 SELECTED ?= not slow and not devices

@@ -47,7 +47,7 @@ def assert_agrees(platform: str, name: str, case: Case, ledger: Recorder) -> Non
     if adapter.unsupported(case):
         assert case.name in REFUSED or case.dtype == "float64" or "-vm" in name, adapter.unsupported(case)
         return
-    ledger.record(name.partition(f"-{platform}-")[0], platform, case.dtype, "interpreted", "IREE")
+    ledger.record(name.partition(f"-{platform}-")[0], platform, case.dtype, "interpreted", f"{platform} by IREE")
     comparison = against_oracle(case, solve(case), adapter(case), adapter.arithmetic)
     assert comparison.agrees, comparison
 
