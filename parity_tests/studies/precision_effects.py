@@ -50,7 +50,7 @@ class Effects:
 
 
 def sources(device: Device) -> dict[str, Arithmetic]:
-    """Return arithmetic with one source of the device's errors each, by what the source is, and with all of them."""
+    """Return by name, for each source of the device's errors, arithmetic with these errors alone; last, with all."""
     row = device.arithmetic
     errors = {name: getattr(row, name) for name in ("exp", "log", "log1p", "tanh", "division")}
     return {
