@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import jax
 import pytest
 
-from lsce_jax import label_smoothed_cross_entropy
 from lsce_spec import IMPLEMENTATIONS, LINEAR_IMPLEMENTATIONS
 from parity_tests.losses.interpreted import InterpretedAdapter
 from parity_tests.losses.registry import make_adapter
 from parity_tests.plugin import Recorder
+from parity_tests.suite.wrong_losses import WRONG_LOSSES
 from parity_tests.truth.arithmetic import any_order
 from parity_tests.truth.cases import Case, case_names, make_case
 from parity_tests.truth.comparison import against_oracle
@@ -64,21 +63,8 @@ def test_linear(platform: str, adapter: str, name: str, dtype: str, parity_ledge
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_wrong_loss_is_rejected(dtype: str) -> None:
     """Another convention, and a gradient that is not that of the loss."""
-
-    @jax.custom_jvp
-    def doubled(losses: Any) -> Any:
-        return losses
-
-    doubled.defjvp(lambda primals, tangents: (primals[0], 2 * tangents[0]))
-
-    def wrong_gradient(*operands: Any, **options: Any) -> Any:
-        return doubled(label_smoothed_cross_entropy(*operands, **options))
-
-    def wrong_convention(*operands: Any, **options: Any) -> Any:
-        return label_smoothed_cross_entropy(*operands, **{**options, "convention": "non_target"})
-
     case = make_case("uniform_mean", dtype)
-    for loss in (wrong_convention, wrong_gradient):
+    for loss in WRONG_LOSSES:
         interpreted = InterpretedAdapter("tpu", loss=loss, name="wrong")
         comparison = against_oracle(case, solve(case), interpreted(case), interpreted.arithmetic)
         assert not comparison.agrees

@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import jax
 import pytest
 
-from lsce_jax import label_smoothed_cross_entropy
 from parity_tests.losses.iree import TARGETS, IreeAdapter
 from parity_tests.losses.registry import make_adapter
 from parity_tests.plugin import Recorder
+from parity_tests.suite.wrong_losses import WRONG_LOSSES
 from parity_tests.truth.cases import Case, case_names, make_case
 from parity_tests.truth.comparison import against_oracle
 from parity_tests.truth.linear_cases import linear_case_names, make_linear_case
@@ -70,20 +69,7 @@ def test_linear(platform: str, adapter: str, name: str, dtype: str, parity_ledge
 @pytest.mark.parametrize("target", TARGETS.values())
 def test_a_wrong_loss_is_rejected(target: str) -> None:
     """Another convention, and a gradient that is not that of the loss."""
-
-    @jax.custom_jvp
-    def doubled(losses: Any) -> Any:
-        return losses
-
-    doubled.defjvp(lambda primals, tangents: (primals[0], 2 * tangents[0]))
-
-    def wrong_gradient(*operands: Any, **options: Any) -> Any:
-        return doubled(label_smoothed_cross_entropy(*operands, **options))
-
-    def wrong_convention(*operands: Any, **options: Any) -> Any:
-        return label_smoothed_cross_entropy(*operands, **{**options, "convention": "non_target"})
-
     case = make_case("uniform_mean", "float32")
-    for loss in (wrong_convention, wrong_gradient):
+    for loss in WRONG_LOSSES:
         adapter = IreeAdapter("tpu", target, loss=loss, name="wrong")
         assert not against_oracle(case, solve(case), adapter(case), adapter.arithmetic).agrees

@@ -1,12 +1,14 @@
 """XLA with passes of its compiler switched off, one by one: what they change must stay within the bounds."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import pytest
 
-from lsce_jax import label_smoothed_cross_entropy
 from parity_tests.losses.adapters import JaxAdapter
+from parity_tests.suite.wrong_losses import WRONG_LOSSES
 from parity_tests.truth.arithmetic import any_order
 from parity_tests.truth.cases import make_case
 from parity_tests.truth.comparison import against_oracle
@@ -61,10 +63,8 @@ def test_a_pass_that_is_switched_off_changes_the_program(disabled: str) -> None:
     assert texts[0] != texts[1]
 
 
-def test_a_wrong_loss_is_rejected() -> None:
-    def wrong(*operands: object, **options: object) -> jax.Array:
-        return label_smoothed_cross_entropy(*operands, **{**options, "convention": "non_target"})  # type: ignore[arg-type]
-
+@pytest.mark.parametrize("wrong", WRONG_LOSSES)
+def test_a_wrong_loss_is_rejected(wrong: Callable[..., Any]) -> None:
     case = make_case("uniform_mean", "float32")
     made = JaxAdapter(wrong, compiler_options={"xla_disable_hlo_passes": "fusion"})
     assert not against_oracle(case, solve(case), made(case), made.arithmetic).agrees
