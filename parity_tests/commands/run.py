@@ -131,7 +131,7 @@ def print_survey(found: Survey, console: Console) -> None:
         worst = max(with_result, key=_share, default=None)
         shares = [max((getattr(o.comparison, part) for o in with_result), default=0.0) for part in ("loss", "gradient")]
         table.add_row(
-            Text(name, style="" if member.ours else "dim"),
+            Text(name, style="" if member.ours else "dim", overflow="fold"),  # names differ in their last letters
             str(len(outcomes)),
             *(str(status[key] or "") for key in ("agree", "disagree", "failed")),
             *(f"{share:.2f}" if share < 1000 else f"{share:.0e}" for share in shares),
