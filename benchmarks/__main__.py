@@ -3,6 +3,7 @@
     python -m benchmarks dense
     python -m benchmarks dense --framework jax --shape 1024x32768
     python -m benchmarks dense --sizes small
+    python -m benchmarks dense --device cuda
     python -m benchmarks linear
     python -m benchmarks linear --scaling
     python -m benchmarks tpu
@@ -13,7 +14,8 @@ measured, so that each can be measured without the other.
 
 torch is measured twice, with the default allocator of the C library and with one that keeps its pages. The first gives
 large pieces of memory back to the system, whose page faults may take most of the time of a loss. Many programs run with
-an allocator that does not, such as jemalloc, and there the ratios are others.
+an allocator that does not, such as jemalloc, and there the ratios are others. On other devices torch has an allocator
+of its own, and is measured once.
 """
 
 import importlib.metadata
@@ -37,6 +39,7 @@ from rich.console import Console
 
 from benchmarks import report
 from benchmarks.timing import LinearShape, Row, Schedule, Shape
+from parity_tests.evidence.cards import AbsentError, find_device
 from parity_tests.evidence.pages import write_block
 
 SHAPES = {
@@ -96,6 +99,8 @@ AllocatorOption = Annotated[
     typer.Option(help="Of torch's memory: the default, one that keeps its pages, or that of this process as it is."),
 ]
 
+DeviceOption = Annotated[Literal["cpu", "cuda", "tpu"], typer.Option(help="Where to measure; not torch on a TPU.")]
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 # Which page has which block of tables.
@@ -122,13 +127,15 @@ def dense(  # noqa: PLR0913, PLR0917 - a command line has its options as argumen
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Add torch.compile, which needs a C++ compiler.")
     ] = False,
+    device: DeviceOption = "cpu",
     allocator: AllocatorOption = "both",
     quick: Annotated[bool, typer.Option("--quick", help="A small shape and one round, to see that it runs.")] = False,
     json_file: JsonOption = None,
     write: WriteOption = False,
 ) -> None:
-    """Time and memory of loss and gradient, and of the peers, on the CPU."""
-    console, machine = Console(), report.describe_machine()
+    """Time and memory of loss and gradient, and of the peers."""
+    console = Console()
+    frameworks, machine = _find_frameworks(framework, device, console)
     report.print_machine(machine, console)
     console.print("÷: whose median is 1. A floor only writes a fresh array, as large as a gradient.\n")
     shapes = shape or ([QUICK_SHAPE] if quick else SHAPES[sizes])
@@ -140,18 +147,18 @@ def dense(  # noqa: PLR0913, PLR0917 - a command line has its options as argumen
         rows = measured(size, Schedule(rounds, calls * MORE_CALLS if few else calls))
         results.append({"framework": name, "shape": size.sizes, "rows": [_figures(r) for r in rows]})
 
-    if framework != "torch":
+    if "jax" in frameworks:
         from benchmarks import dense_jax  # noqa: PLC0415
 
         for size in shapes:
             if size.pixels == 1:  # Optax has the classes last
-                measure("jax", size, dense_jax.measure)
-    if framework != "jax" and allocator in {"default", "both", "here"}:
+                measure("jax", size, partial(dense_jax.measure, device=device))
+    if "torch" in frameworks and (device != "cpu" or allocator in {"default", "both", "here"}):
         from benchmarks import dense_torch  # noqa: PLC0415
 
         for size in shapes:
-            measure("torch", size, partial(dense_torch.measure, with_compiled=compiled))
-    if framework != "jax" and allocator in {"kept", "both"}:
+            measure("torch", size, partial(dense_torch.measure, with_compiled=compiled, device=device))
+    if "torch" in frameworks and device == "cpu" and allocator in {"kept", "both"}:
         given = [part for size in shapes for part in ("--shape", "x".join(map(str, size.sizes)))]
         given += ["--rounds", str(rounds), "--calls", str(calls), *(["--compiled"] if compiled else [])]
         results += _with_kept_pages("dense", [*given, *(["--quick"] if quick else [])])
@@ -159,6 +166,24 @@ def dense(  # noqa: PLR0913, PLR0917 - a command line has its options as argumen
     for table in report.tables(figures):
         report.print_table(table, console)
     _keep(figures, json_file, write, console)
+
+
+def _find_frameworks(asked: str, device: str, console: Console) -> tuple[list[str], dict[str, Any]]:
+    """Return the frameworks to measure, and the machine with its card; exit with 1 if no framework finds the device."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else JAX takes most of a card from torch
+    found, machine = [], report.describe_machine()
+    for name in ("jax", "torch") if asked == "both" else (asked,):
+        try:
+            card = find_device(name, device)
+        except AbsentError as error:
+            console.print(f"not measured: {error}", markup=False, highlight=False)
+            continue
+        found.append(name)
+        if card:
+            machine["device"] = f"{device}: {card}"
+    if not found:
+        raise typer.Exit(code=1)
+    return found, machine
 
 
 def _with_kept_pages(command: str, arguments: Sequence[str]) -> list[dict[str, Any]]:
@@ -180,7 +205,7 @@ def _with_kept_pages(command: str, arguments: Sequence[str]) -> list[dict[str, A
 
 
 @app.command()
-def linear(
+def linear(  # noqa: PLR0913, PLR0917 - as above
     framework: Annotated[Literal["jax", "torch", "both"], typer.Option(help="What to measure.")] = "both",
     shape: Annotated[
         list[LinearShape] | None,
@@ -189,6 +214,7 @@ def linear(
     rounds: Annotated[int, typer.Option(min=1, help="How often each loss has its turn.")] = 5,
     calls: Annotated[int, typer.Option(min=1, help="Calls that count in a turn.")] = 1,
     allocator: AllocatorOption = "both",
+    device: DeviceOption = "cpu",
     scaling: Annotated[
         bool, typer.Option("--scaling", help="Of ours alone: time and memory for more and more rows.")
     ] = False,
@@ -196,19 +222,20 @@ def linear(
     json_file: JsonOption = None,
     write: WriteOption = False,
 ) -> None:
-    """Time and memory of the last linear layer with loss and gradients, and of the peers, on the CPU."""
+    """Time and memory of the last linear layer with loss and gradients, and of the peers."""
     if scaling and shape:
         raise typer.BadParameter("has shapes of its own: leave '--shape' out.", param_hint="'--scaling'")
-    console, machine = Console(), report.describe_machine()
+    console = Console()
+    frameworks, machine = _find_frameworks(framework, device, console)
     report.print_machine(machine, console)
     console.print()
     schedule = Schedule(1 if quick else rounds, calls)
     modules: dict[str, ModuleType] = {}
-    if framework != "torch":
+    if "jax" in frameworks:
         from benchmarks import linear_jax  # noqa: PLC0415
 
         modules["jax"] = linear_jax
-    if framework != "jax" and allocator != "kept":
+    if "torch" in frameworks and (device != "cpu" or allocator != "kept"):
         from benchmarks import linear_torch  # noqa: PLC0415
 
         modules["torch"] = linear_torch
@@ -216,15 +243,15 @@ def linear(
     if scaling:
         shapes = QUICK_SCALING_SHAPES if quick else SCALING_SHAPES
         for name, module in modules.items():
-            rows = module.measure_scaling(shapes, schedule)
+            rows = module.measure_scaling(shapes, schedule, device)
             results.append({"framework": name, "shapes": shapes, "rows": [_figures(row) for row in rows]})
     else:
         sizes = shape or ([QUICK_LINEAR_SHAPE] if quick else LINEAR_SHAPES)
         for name, size in product(modules, sizes):
-            rows = modules[name].measure(size, schedule)
+            rows = modules[name].measure(size, schedule, device)
             of_rows = [_figures(row) for row in rows]
             results.append({"framework": name, "shape": size, "rows": of_rows})
-        if framework != "jax" and allocator in {"kept", "both"}:
+        if "torch" in frameworks and device == "cpu" and allocator in {"kept", "both"}:
             given = [part for size in sizes for part in ("--shape", "x".join(map(str, size)))]
             results += _with_kept_pages("linear", [*given, "--rounds", str(schedule.rounds), "--calls", str(calls)])
     figures = {"machine": machine, "scaling" if scaling else "linear": results}

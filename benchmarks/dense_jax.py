@@ -1,4 +1,4 @@
-"""Loss and gradient in JAX, under jit on the CPU."""
+"""Loss and gradient in JAX, under jit."""
 
 from collections.abc import Callable
 from typing import Any
@@ -60,12 +60,12 @@ FLOORS = {
 }
 
 
-def measure(shape: Shape, schedule: Schedule) -> list[Row]:
+def measure(shape: Shape, schedule: Schedule, device: str = "cpu") -> list[Row]:
     """Return time, and temporary memory as the compiler gives it, of each loss with its gradient and of each floor."""
     functions = {
         name: jax.value_and_grad(loss, has_aux=loss is with_statistics) for name, loss in LOSSES.items()
     } | FLOORS
-    with jax.default_device(jax.devices("cpu")[0]):
+    with jax.default_device(jax.devices(device)[0]):
         keys = jax.random.split(jax.random.key(0))
         logits = jax.random.normal(keys[0], shape.sizes, jnp.float32)
         labels = jax.random.randint(keys[1], shape[:1], 0, shape.classes)

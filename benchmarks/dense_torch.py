@@ -1,4 +1,4 @@
-"""Loss and gradient in torch, eager on the CPU, and if asked through torch.compile."""
+"""Loss and gradient in torch, eager, and if asked through torch.compile."""
 
 import json
 import os
@@ -28,28 +28,29 @@ FUSED = partial(lsce_torch.label_smoothed_cross_entropy, **OPTIONS)
 CONFIDENCE = 30.0
 
 
-def measure(shape: Shape, schedule: Schedule, with_compiled: bool) -> list[Row]:
+def measure(shape: Shape, schedule: Schedule, with_compiled: bool, device: str = "cpu") -> list[Row]:
     """Return time and peak memory of each loss with its gradient, and of the floor."""
-    cases = make_cases(shape, with_compiled)
+    cases = make_cases(shape, with_compiled, device)
     memory = []
     for case in cases:
         case.run(*case.arguments())  # compiles, and starts threads
-        memory.append(peak_bytes(case))
+        memory.append(peak_bytes(case, device))
     timed = time_in_turns(cases, schedule)
     return make_rows(cases, timed, memory)
 
 
-def make_cases(shape: Shape, with_compiled: bool) -> list[Case]:
+def make_cases(shape: Shape, with_compiled: bool, device: str = "cpu") -> list[Case]:
     """Return what to time; the first two are what the others are compared with."""
     generator = torch.Generator().manual_seed(0)
     of_rows = (shape.rows, *shape.sizes[2:])
-    labels = torch.randint(shape.classes, of_rows, generator=generator)
-    logits = torch.randn(shape.sizes, generator=generator).requires_grad_()
+    labels = torch.randint(shape.classes, of_rows, generator=generator).to(device)
+    logits = torch.randn(shape.sizes, generator=generator).to(device).requires_grad_()
     place = labels.unsqueeze(1)
-    trained = logits.detach().scatter_add(1, place, torch.full(place.shape, CONFIDENCE)).requires_grad_()
+    more = torch.full(place.shape, CONFIDENCE, device=device)
+    trained = logits.detach().scatter_add(1, place, more).requires_grad_()
 
     def loss(name: str, function: LossFunction, arguments: Callable[[], tuple[Any, ...]]) -> Case:
-        return Case(name, partial(loss_and_gradient, function), arguments)
+        return Case(name, finished(partial(loss_and_gradient, function), device), arguments)
 
     def plain() -> tuple[Logits, Labels]:
         return logits, labels
@@ -79,7 +80,21 @@ def make_cases(shape: Shape, with_compiled: bool) -> list[Case]:
             loss("lsce fused, compiled", torch.compile(FUSED, dynamic=False, fullgraph=True), plain),
         ]
     # In pages as the system gives them; lsce fused asks for large ones, which cost less, for its gradient.
-    return [*cases, Case("floor: write a tensor", lambda z, _: torch.empty_like(z).fill_(1), plain, True)]
+    write = finished(lambda z, _: torch.empty_like(z).fill_(1), device)
+    return [*cases, Case("floor: write a tensor", write, plain, True)]
+
+
+def finished(run: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """Return a function that returns when the device has computed everything."""
+    if device == "cpu":
+        return run
+
+    def call(*arguments: Any) -> Any:
+        result = run(*arguments)
+        torch.cuda.synchronize()
+        return result
+
+    return call
 
 
 def loss_and_gradient(function: LossFunction, logits: Logits, labels: Labels) -> tuple[Any, Logits]:
@@ -92,8 +107,21 @@ def loss_and_gradient(function: LossFunction, logits: Logits, labels: Labels) ->
     return output, torch.autograd.grad(loss, logits)[0]
 
 
-def peak_bytes(case: Case) -> int:
-    """Return how much a call has allocated at most at a time, beyond its arguments.
+def peak_bytes(case: Case, device: str = "cpu") -> int:
+    """Return how much a call has allocated at most at a time, beyond its arguments."""
+    return _peak_on_cpu(case) if device == "cpu" else _peak_on_cuda(case)
+
+
+def _peak_on_cuda(case: Case) -> int:
+    arguments = case.arguments()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    case.run(*arguments)
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _peak_on_cpu(case: Case) -> int:
+    """Return the same on the CPU.
 
     The profiler reports every allocation and release of torch's CPU allocator in order, those within an operation and
     within compiled code included, which a TorchDispatchMode does not see. The greatest running total is the peak.

@@ -1,4 +1,4 @@
-"""The last linear layer, loss and gradients in JAX, under jit on the CPU."""
+"""The last linear layer, loss and gradients in JAX, under jit."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -59,22 +59,22 @@ LOSSES = {
 FLOORS = {"floor: three matrix products": products}
 
 
-def measure(shape: LinearShape, schedule: Schedule) -> list[Row]:
+def measure(shape: LinearShape, schedule: Schedule, device: str = "cpu") -> list[Row]:
     """Return time, and temporary memory as the compiler gives it, of each loss with its gradients and of the floor."""
-    arguments = make_arguments(shape)
+    arguments = make_arguments(shape, device)
     functions = {name: with_gradients(loss) for name, loss in LOSSES.items()} | FLOORS
     return _measure([(name, function, arguments) for name, function in functions.items()], schedule)
 
 
-def measure_scaling(shapes: Sequence[LinearShape], schedule: Schedule) -> list[Row]:
+def measure_scaling(shapes: Sequence[LinearShape], schedule: Schedule, device: str = "cpu") -> list[Row]:
     """Return the same of the linear loss, for each shape."""
     function = with_gradients(LOSSES["lsce linear"])
-    return _measure([(str(shape.rows), function, make_arguments(shape)) for shape in shapes], schedule)
+    return _measure([(str(shape.rows), function, make_arguments(shape, device)) for shape in shapes], schedule)
 
 
-def make_arguments(shape: LinearShape) -> tuple[Hidden, Weight, Labels, Scalar]:
+def make_arguments(shape: LinearShape, device: str = "cpu") -> tuple[Hidden, Weight, Labels, Scalar]:
     """Return what a loss is given; logits of variance 1."""
-    with jax.default_device(jax.devices("cpu")[0]):
+    with jax.default_device(jax.devices(device)[0]):
         keys = jax.random.split(jax.random.key(0), 3)
         hidden = jax.random.normal(keys[0], (shape.rows, shape.features), jnp.float32)
         weight = jax.random.normal(keys[1], (shape.features, shape.classes), jnp.float32) / shape.features**0.5

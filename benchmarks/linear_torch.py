@@ -1,4 +1,4 @@
-"""The last linear layer, loss and gradients in torch, eager on the CPU."""
+"""The last linear layer, loss and gradients in torch, eager."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -45,32 +45,34 @@ LOSSES |= {
 }
 
 
-def measure(shape: LinearShape, schedule: Schedule) -> list[Row]:
+def measure(shape: LinearShape, schedule: Schedule, device: str = "cpu") -> list[Row]:
     """Return time and peak memory of each loss with its gradients, and of the floor."""
-    return _measure(make_cases(shape), schedule)
+    return _measure(make_cases(shape, device), schedule, device)
 
 
-def measure_scaling(shapes: Sequence[LinearShape], schedule: Schedule) -> list[Row]:
+def measure_scaling(shapes: Sequence[LinearShape], schedule: Schedule, device: str = "cpu") -> list[Row]:
     """Return time of the linear loss with its gradients for each shape, and peak memory beyond the gradients."""
-    cases = [_loss_case(str(shape.rows), LOSSES["lsce linear"], make_arguments(shape)) for shape in shapes]
-    rows = _measure(cases, schedule)
+    linear = LOSSES["lsce linear"]
+    cases = [_loss_case(str(shape.rows), linear, make_arguments(shape, device), device) for shape in shapes]
+    rows = _measure(cases, schedule, device)
     return [row._replace(memory=row.memory - shape.gradient_bytes) for row, shape in zip(rows, shapes, strict=True)]
 
 
-def make_cases(shape: LinearShape) -> list[Case]:
+def make_cases(shape: LinearShape, device: str = "cpu") -> list[Case]:
     """Return what to time."""
-    arguments = make_arguments(shape)
-    losses = [_loss_case(name, function, arguments) for name, function in LOSSES.items()]
-    return [*losses, Case("floor: three matrix products", products, lambda: arguments, True)]
+    arguments = make_arguments(shape, device)
+    losses = [_loss_case(name, function, arguments, device) for name, function in LOSSES.items()]
+    floor = dense_torch.finished(products, device)
+    return [*losses, Case("floor: three matrix products", floor, lambda: arguments, True)]
 
 
-def make_arguments(shape: LinearShape) -> tuple[Hidden, Weight, Labels]:
+def make_arguments(shape: LinearShape, device: str = "cpu") -> tuple[Hidden, Weight, Labels]:
     """Return what a loss is given; logits of variance 1."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(shape.rows, shape.features, generator=generator)
     weight = torch.randn(shape.classes, shape.features, generator=generator) / shape.features**0.5
     labels = torch.randint(shape.classes, (shape.rows,), generator=generator)
-    return hidden.requires_grad_(), weight.requires_grad_(), labels
+    return hidden.to(device).requires_grad_(), weight.to(device).requires_grad_(), labels.to(device)
 
 
 def loss_and_gradients(
@@ -96,14 +98,14 @@ def products(hidden: Hidden, weight: Weight, labels: Labels) -> tuple[Hidden, We
     return of_hidden, of_weight
 
 
-def _loss_case(name: str, function: LossFunction, arguments: tuple[Hidden, Weight, Labels]) -> Case:
-    return Case(name, partial(loss_and_gradients, function), lambda: arguments)
+def _loss_case(name: str, function: LossFunction, arguments: tuple[Hidden, Weight, Labels], device: str) -> Case:
+    return Case(name, dense_torch.finished(partial(loss_and_gradients, function), device), lambda: arguments)
 
 
-def _measure(cases: Sequence[Case], schedule: Schedule) -> list[Row]:
+def _measure(cases: Sequence[Case], schedule: Schedule, device: str) -> list[Row]:
     memory = []
     for case in cases:
         case.run(*case.arguments())  # starts threads
-        memory.append(dense_torch.peak_bytes(case))
+        memory.append(dense_torch.peak_bytes(case, device))
     timed = time_in_turns(cases, schedule)
     return make_rows(cases, timed, memory)

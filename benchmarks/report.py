@@ -179,7 +179,7 @@ def scaling_table(framework: str, shapes: Sequence[LinearShape], rows: Sequence[
         )
         for shape, row in zip(shapes, rows, strict=True)
     ]
-    title = f"lsce linear, {TITLES[framework]} on the CPU, float32, N x {features} x {classes}"
+    title = f"lsce linear, {TITLES[framework]}, float32, N x {features} x {classes}"
     headings = ("N", "median, ms", "least, ms", "µs for a row", LINEAR_MEMORY[framework], "logits MB")
     return Table(title, headings, cells, SCALING_LEGENDS[framework])
 
@@ -252,8 +252,8 @@ def page_blocks(records: Sequence[Figures]) -> dict[str, str]:
         machine = figures["machine"]
         for name, of_page in _page_tables(figures).items():
             # Times are those of a machine; what a compiler says is not.
-            heading = [] if "tpu" in name else [f"### {machine['cpu']}"]
-            source = fill(f"`{_command(name)}`: {_as_text(machine)}.", 120)
+            heading = [] if "tpu" in name else [f"### {_place(machine)}"]
+            source = fill(f"`{_command(name, machine)}`: {_as_text(machine)}.", 120)
             blocks[name] = [*blocks.get(name, []), *heading, source, *map(markdown, of_page)]
     return {name: "\n\n".join(parts) for name, parts in blocks.items()}
 
@@ -270,15 +270,22 @@ def _page_tables(figures: Figures) -> dict[str, list[Table]]:
 
 
 def record_path(folder: Path, figures: Figures) -> Path:
-    """Return the file that keeps the figures of a command. Times have one file for each CPU."""
+    """Return the file that keeps the figures of a command. Times have one file for each CPU or card."""
     (block, *_) = _page_tables(figures)
-    words = re.findall(r"[a-z0-9]+", figures["machine"]["cpu"].lower().replace("(r)", ""))
+    words = re.findall(r"[a-z0-9]+", _place(figures["machine"]).lower().replace("(r)", ""))
     return folder / "tpu.json" if block == "tpu" else folder / block / f"{'-'.join(words)}.json"
 
 
-def _command(block: str) -> str:
+def _place(machine: dict[str, Any]) -> str:
+    """Return the name of the card, or of the CPU, that was measured."""
+    card: str = machine["device"].partition(": ")[2] if "device" in machine else machine["cpu"]
+    return card
+
+
+def _command(block: str, machine: dict[str, Any]) -> str:
     options = {"small": "dense --sizes small", "scaling": "linear --scaling", "tpu linear": "tpu"}
-    return f".venv/bin/python -m benchmarks {options.get(block, block)} --write"
+    device = f" --device {machine['device'].partition(':')[0]}" if "device" in machine else ""
+    return f".venv/bin/python -m benchmarks {options.get(block, block)}{device} --write"
 
 
 def _grouped(results: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:

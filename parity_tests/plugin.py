@@ -12,17 +12,16 @@ only, prints nothing unless it is used, and imports a framework only if a test o
 """
 
 import argparse
-import importlib
 import sys
 from collections import Counter
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from parity_tests.evidence.cards import AbsentError, find_device, load_framework
 from parity_tests.evidence.ledger import (
     DEVICES,
     DTYPES,
@@ -47,41 +46,6 @@ _KEEPER = pytest.StashKey["Keeper"]()
 # --- Devices and frameworks of this machine -------------------------------------------------------------------------
 
 
-class AbsentError(Exception):
-    """A framework or a device is not on this machine."""
-
-
-def find_device(framework: str, device: str) -> str:
-    """Return the name of the card that a framework finds; empty for the CPU.
-
-    Raises:
-        AbsentError: the framework is not installed, or finds no such device.
-    """
-    module = _load(framework)
-    card = ""
-    if framework == "jax":
-        try:
-            card = module.devices(device)[0].device_kind
-        except RuntimeError as error:
-            cause = str(error).partition("\n")[0]
-            raise AbsentError(f"jax finds no {device} device: {cause}") from error
-    elif device == "cuda" and module.cuda.is_available():
-        card = module.cuda.get_device_name()
-    elif device != "cpu":
-        raise AbsentError(f"torch finds no {device} device")
-    return "" if device == "cpu" else card
-
-
-def _load(framework: str) -> Any:
-    try:
-        return importlib.import_module(framework)
-    except ModuleNotFoundError as error:
-        # A broken installation is no reason to skip.
-        if error.name != framework:
-            raise
-        raise AbsentError(f"{framework} is not installed") from error
-
-
 @dataclass(frozen=True)
 class _Obstacle:
     """Why a test cannot be run, and the devices and frameworks that it therefore lacks."""
@@ -94,7 +58,7 @@ def _find_obstacle(devices: list[str], frameworks: list[str]) -> _Obstacle | Non
     """Return the obstacle, or None: each framework must find each device; without a framework, any may find it."""
     for framework in frameworks:
         try:
-            _load(framework)
+            load_framework(framework)
         except AbsentError as error:
             return _Obstacle(str(error), [framework, *devices])
     for device in devices:

@@ -16,9 +16,11 @@ from rich.console import Console
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
+from benchmarks import __main__ as main
 from benchmarks import dense_jax, dense_torch, linear_jax, linear_torch, report, tpu
 from benchmarks.__main__ import DOCS, PAGES, QUICK_LINEAR_SHAPE, QUICK_SCALING_SHAPES, QUICK_SHAPE, app
 from benchmarks.timing import Case, LinearShape, Schedule, Shape, time_in_turns
+from parity_tests.evidence.cards import AbsentError
 from parity_tests.evidence.pages import replace_block
 
 
@@ -275,6 +277,48 @@ def test_tpu_without_its_compiler(monkeypatch):
     result = run("tpu")
     assert result.exit_code == 1
     assert "pip install 'libtpu==" in result.stderr
+
+
+@pytest.mark.parametrize("what", ["dense", "linear"])
+def test_no_framework_finds_the_device(what, monkeypatch):
+    monkeypatch.setattr(main, "find_device", no_card)
+    result = run(what, "--device", "cuda")
+    assert result.exit_code == 1
+    assert "not measured: jax finds no cuda device" in result.stdout
+
+
+def no_card(framework, device):
+    raise AbsentError(f"{framework} finds no {device} device")
+
+
+@pytest.mark.parametrize(("what", "module"), [("dense", dense_jax), ("linear", linear_jax)])
+def test_what_finds_the_device_is_measured_there(what, module, monkeypatch, tmp_path):
+    monkeypatch.setattr(main, "find_device", lambda name, device: "TPU v0" if name == "jax" else no_card(name, device))
+    measure, places = module.measure, []
+
+    def measured(*arguments, device):
+        places.append(device)
+        return measure(*arguments)
+
+    monkeypatch.setattr(module, "measure", lambda size, schedule, device: measured(size, schedule, device=device))
+    result = run(what, "--quick", "--device", "tpu", "--json", tmp_path / "figures.json")
+    assert result.exit_code == 0, result.output
+    assert "not measured: torch finds no tpu device" in result.stdout
+    assert places == ["tpu"]
+    figures = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
+    assert [table["framework"] for table in figures[what]] == ["jax"]
+    assert report.record_path(DOCS, figures) == DOCS / what / "tpu-v0.json"
+    page = report.page_blocks([figures])[what]
+    assert page.startswith("### TPU v0\n")
+    assert f"benchmarks {what} --device tpu --write`" in page
+
+
+def test_a_run_on_a_card_ends_when_the_card_is_through(monkeypatch):
+    log = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    run_there = dense_torch.finished(lambda value: log.append(value) or value, "cuda")
+    assert run_there("result") == "result"
+    assert log == ["result", "wait"]
 
 
 def test_each_round_of_an_unrolled_loop_counts():

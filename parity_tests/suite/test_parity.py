@@ -16,9 +16,10 @@ from lsce_jax import cpu
 from lsce_jax.row_sums import row_sums
 from lsce_spec import IMPLEMENTATIONS
 from lsce_torch import lean
+from parity_tests.evidence.cards import find_device
 from parity_tests.losses.adapters import Adapter
 from parity_tests.losses.registry import make_adapter
-from parity_tests.plugin import Recorder, find_device
+from parity_tests.plugin import Recorder
 from parity_tests.studies.verdicts import examine
 from parity_tests.suite import jax_results
 from parity_tests.truth.cases import case_names, make_case
