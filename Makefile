@@ -13,8 +13,8 @@ SELECTED ?= not slow and not devices
 WHOLE_OUTPUT := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 PIP := pip install --quiet --disable-pip-version-check
 
-.PHONY: install install-devices demo test test-slow test-devices test-parity test-rest test-simulated test-interpreted test-oldest lint wheel \
-  clean
+.PHONY: install install-devices demo test test-slow test-devices test-parity test-rest test-simulated test-interpreted \
+  test-cuda test-tpu test-oldest lint wheel clean
 
 install: $(VENV)/installed
 
@@ -57,6 +57,15 @@ test-parity: install
 
 test-rest: install
 	$(BIN)/python -m pytest -m "$(SELECTED)" $(REST)
+
+# On a machine with the device: runs everything there, and writes a kit that others can check (docs/devices.md).
+# JAX_EXTRA=cuda12 is for older drivers.
+test-cuda: JAX_EXTRA ?= cuda13
+test-tpu: JAX_EXTRA ?= tpu
+
+test-cuda test-tpu: test-%: install
+	$(BIN)/$(PIP) 'jax[$(JAX_EXTRA)]'
+	$(BIN)/python -m parity_tests kit out/kit-$* --device $* --force
 
 # All tests with the lowest versions that pyproject.toml admits.
 test-oldest:

@@ -23,27 +23,10 @@ from parity_tests.commands.hunt import DEFAULT as ADAPTERS
 from parity_tests.commands.replay import print_replay
 from parity_tests.studies.bundle import MANIFEST, BundleError, read_bundle, write_bundle
 from parity_tests.studies.bundle import record as record_cases
+from parity_tests.studies.kit import FEW_CASES
 from parity_tests.studies.replays import replay as replay_bundle
 from parity_tests.studies.survey import make_cases
 from parity_tests.truth.precision import DTYPES
-
-# The cases that tell most losses apart. JAX takes a third of a second to compile one for an adapter and dtype.
-CASES = (
-    "uniform_mean",
-    "large_offset",
-    "dominant",
-    "at_optimum",
-    "ties_max_sup",
-    "minus_infinity",
-    "minus_infinity_unsmoothed",
-    "class_mask_near_one",
-    "ignored",
-    "where_soft",
-    "bad_labels",
-    "everything",
-    "axis_in_the_middle",
-    "no_rows",
-)
 
 
 def record(
@@ -55,7 +38,9 @@ def record(
     ] = None,
     case: Annotated[
         list[str] | None,
-        typer.Option("--case", help=f"Name with * and ?; may be repeated; '*' is all. [default: {', '.join(CASES)}]"),
+        typer.Option(
+            "--case", help=f"Name with * and ?; may be repeated; '*' is all. [default: {', '.join(FEW_CASES)}]"
+        ),
     ] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
@@ -75,7 +60,7 @@ def record(
     console = PlainConsole()
     _check_free(folder, force)
     dtypes = check_dtypes(dtype, DTYPES)
-    names = select_cases(case or CASES)
+    names = select_cases(case or FEW_CASES)
     adapters, missing = find_adapters(adapter or ADAPTERS, device, asked=bool(adapter))
     cases = make_cases(names, dtypes)
     if not adapter:  # default adapters that can handle none of the cases are left out

@@ -22,7 +22,7 @@ still written in format 1, and both are read.
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -115,8 +115,17 @@ class Bundle:
         return [each.case for each in self.records]
 
 
-def record(adapters: Sequence[Adapter], cases: Iterable[Case]) -> Bundle:
+def record(
+    adapters: Sequence[Adapter],
+    cases: Iterable[Case],
+    takes: Callable[[Adapter, Case], bool] = lambda adapter, case: True,
+) -> Bundle:
     """Run every adapter on every case. An exception of an adapter is recorded as its failure.
+
+    Args:
+        adapters: the adapters.
+        cases: the cases.
+        takes: returns whether an adapter is called in a case.
 
     Raises:
         BundleError: the bounds of an adapter cannot be recorded.
@@ -130,7 +139,7 @@ def record(adapters: Sequence[Adapter], cases: Iterable[Case]) -> Bundle:
     for case in cases:
         truth = solve(case)
         records.append(Record(case, truth))
-        for adapter in adapters:
+        for adapter in (each for each in adapters if takes(each, case)):
             outcome = examine(adapter, case, truth)
             if outcome.result is not None:
                 recorded[adapter.name].results[_key(case)] = outcome.result
