@@ -180,7 +180,7 @@ def _record(folder: Path, adapters: Sequence[Adapter], names: Sequence[str], dty
     announce(f"running {len(adapters)} adapters in {len(cases)} cases in {dtype}")
     try:
         with writing(part):
-            write_bundle(part, record(adapters, track(cases, len(cases), "cases"), takes))
+            write_bundle(part, record(adapters, track(cases, len(cases), "cases"), takes), compact=True)
             return lines_of(read_bundle(part))
     except BundleError as error:
         cannot_run(str(error))

@@ -98,6 +98,32 @@ def test_a_linear_adapter_changes_nothing_of_a_dense_bundle(tmp_path: Path) -> N
     assert set(manifest["adapters"]["torch-linear-chunked"]["arithmetic"]) == {"exp", "log1p", "tanh"}
 
 
+@pytest.mark.parametrize(
+    "names", [["ties", "everything", "no_rows", "wide"], ["linear_sum", "linear_master_weight_mean"]]
+)
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_a_compact_bundle_reads_as_any_other(names: list[str], dtype: str, tmp_path: Path) -> None:
+    names = [name for name in names if name != "wide" or dtype == "bfloat16"]
+    adapters = [make_adapter(name) for name in ("torch-fused", "torch-linear-chunked", "mutant:other_off")]
+    written = record(adapters, make_cases(names, [dtype]))
+    sizes, bundles = [], []
+    for compact in (False, True):
+        folder = tmp_path / str(compact)
+        write_bundle(folder, written, compact=compact)
+        sizes.append((folder / ARRAYS).stat().st_size)
+        bundles.append(read_bundle(folder))
+    assert sizes[1] < (0.75 if dtype == "float64" else 0.5) * sizes[0]
+    for whole, compact in zip(bundles[0].records, bundles[1].records, strict=True):
+        assert not differing(case_to_arrays(whole.case)[1], case_to_arrays(compact.case)[1])
+        assert not differing(truth_to_arrays(whole.truth), truth_to_arrays(compact.truth))
+        for name, adapter in bundles[0].adapters.items():
+            key, other = (whole.case.name, dtype), bundles[1].adapters[name]
+            assert (key in adapter.results) == (key in other.results)
+            if key in adapter.results:
+                assert adapter.results[key].dtypes == other.results[key].dtypes
+                assert not differing(adapter.results[key].parts, other.results[key].parts)
+
+
 # Any changed bit is found.
 
 
@@ -188,8 +214,8 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any], dict[str, Any]], Non
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda manifest, arrays: manifest.update(format=3), "format 3, this lsce reads formats 1 and 2. Install a newer"),
-    (lambda manifest, arrays: manifest.update(format=0), "format 0, this lsce reads formats 1 and 2. Record"),
+    (lambda manifest, arrays: manifest.update(format=4), "format 4, this lsce reads formats 1, 2, 3. Install a newer"),
+    (lambda manifest, arrays: manifest.update(format=0), "format 0, this lsce reads formats 1, 2, 3. Record"),
     (lambda manifest, arrays: manifest.pop("format"), "format None, this lsce reads"),
     (lambda manifest, arrays: arrays.pop("cases/0/labels"), "cases/0/labels in one of them only"),
     (lambda manifest, arrays: arrays.update(more=np.zeros(1)), "more in one of them only"),

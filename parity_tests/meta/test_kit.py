@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 from typer.testing import Result as CommandResult
@@ -20,11 +21,13 @@ from parity_tests.evidence.ledger import Evidence
 from parity_tests.losses.adapters import LossError
 from parity_tests.meta.bundles import flip
 from parity_tests.studies import kit as study
+from parity_tests.studies import replays
 from parity_tests.studies.bundle import ARRAYS, MANIFEST, Bundle, read_bundle, write_bundle
 from parity_tests.studies.kit import FEW_CASES, REPORT, KitError, evidence_of, read_kit, write_kit
 from parity_tests.truth import oracle
 from parity_tests.truth.arithmetic import Arithmetic
-from parity_tests.truth.linear_cases import all_case_names
+from parity_tests.truth.cases import Case
+from parity_tests.truth.linear_cases import all_case_names, make_any_case
 
 FEW = ("uniform_mean", "dominant", "no_rows")
 # The mutant belongs to no framework: its part of a kit is quick.
@@ -233,7 +236,7 @@ def change_report(kit: Path, **changes: Any) -> None:
 def of_another_kit(kit: Path) -> None:
     part = kit / "bundle-float32"
     bundle = read_bundle(part)
-    write_bundle(part, replace(bundle, environment=bundle.environment | {"python": "3.12.0"}))
+    write_bundle(part, replace(bundle, environment=bundle.environment | {"python": "3.12.0"}), compact=True)
 
 
 @pytest.mark.parametrize(
@@ -266,10 +269,21 @@ def test_another_version(kit: Path, page: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_truth_that_is_not_ours(kit: Path, page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another definition the same results are wrong."""
     monkeypatch.setattr(oracle, "find_convention", lambda name: NON_TARGET)
     done = add(kit, page)
+    assert "float32: not added: torch-fused, wrong in " in done.stdout
+    assert executed(page) == set()
+
+
+def test_a_case_that_is_not_ours(kit: Path, page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(name: str, dtype: str) -> Case:
+        return replace(make_any_case(name, dtype), smoothing=0.25)
+
+    monkeypatch.setattr(replays, "make_any_case", other)
+    done = add(kit, page)
     assert done.exit_code == 2
-    assert "stale: the definition now gives another truth" in done.stderr
+    assert "stale: this checkout makes case 'uniform_mean' in float32 with other smoothing" in done.stderr
     assert executed(page) == set()
 
 
@@ -279,7 +293,7 @@ def rewrite(kit: Path, dtype: str, change: Callable[[Bundle], None]) -> None:
     part = study.bundle_folder(kit, dtype)
     bundle = read_bundle(part)
     change(bundle)
-    write_bundle(part, bundle)
+    write_bundle(part, bundle, compact=True)
     own = ("command", "format", "bundles", "sha256")
     write_kit(kit, {name: value for name, value in said.items() if name not in own}, said["bundles"])
 
@@ -287,7 +301,7 @@ def rewrite(kit: Path, dtype: str, change: Callable[[Bundle], None]) -> None:
 def off_by_little(bundle: Bundle) -> None:
     results = bundle.adapters["torch-fused"].results
     key = ("uniform_mean", "float32")
-    parts = {name: part * (1 + 2.0**-18) for name, part in results[key].parts.items()}
+    parts = {name: np.float64(np.float32(part * (1 + 2.0**-18))) for name, part in results[key].parts.items()}
     results[key] = type(results[key])(parts["loss"], parts["gradient"], *results[key].dtypes.values())
 
 

@@ -16,7 +16,8 @@ The numbers of an adapter's `Arithmetic` are recorded; its `depth` is a function
 
 Format 1 has cases of the dense loss only. Format 2 adds linear cases, with hidden, weight and bias in place of the
 logits, and for each adapter the intermediate results that it stores in a narrow dtype. A bundle without linear cases is
-still written in format 1, and both are read.
+still written in format 1. Format 3 is compact: it has no truths, which are computed again as it is read, and results in
+their own dtypes in place of float64. All are read.
 """
 
 import hashlib
@@ -41,9 +42,10 @@ from parity_tests.truth.cases import Case, LinearCase
 from parity_tests.truth.comparison import AnyResult, make_result
 from parity_tests.truth.linear_cases import with_logits
 from parity_tests.truth.oracle import Exact, LinearTruth, Truth, solve
-from parity_tests.truth.precision import as_dtype, compute_dtype
+from parity_tests.truth.precision import DTYPES, as_dtype, compute_dtype
 
-FORMATS = (1, 2)
+FORMATS = (1, 2, 3)
+COMPACT = 3
 MANIFEST, ARRAYS = "manifest.json", "arrays.safetensors"
 AGAIN = "Record the bundle again."
 
@@ -225,8 +227,13 @@ def _is_floating(array: NDArray[Any]) -> bool:
 # Writing.
 
 
-def write_bundle(folder: Path, bundle: Bundle) -> None:
+def write_bundle(folder: Path, bundle: Bundle, *, compact: bool = False) -> None:
     """Write a bundle to a folder, replacing one that is there.
+
+    Args:
+        folder: the folder.
+        bundle: the bundle.
+        compact: whether to leave out the truths: a third of the size, and more to compute for the reader.
 
     Raises:
         BundleError: there is no case, two are of the same name and dtype, or one has an option that is not plain.
@@ -236,6 +243,9 @@ def write_bundle(folder: Path, bundle: Bundle) -> None:
     if not bundle.records:
         raise BundleError("there is no case to record.")
     manifest, arrays = _take_apart(bundle)
+    if compact:
+        manifest["format"] = COMPACT
+        arrays = _without_truths(manifest["cases"], arrays)
     stored = {name: _stored(array) for name, array in arrays.items()}
     data = save(stored)
     manifest["arrays"] = {
@@ -275,6 +285,18 @@ def _take_apart(bundle: Bundle) -> tuple[dict[str, Any], Arrays]:
         for name, adapter in bundle.adapters.items()
     }
     return {"format": FORMATS[linear], "environment": bundle.environment, "adapters": adapters, "cases": cases}, arrays
+
+
+def _without_truths(cases: Sequence[dict[str, Any]], arrays: Arrays) -> Arrays:
+    """Return the arrays without truths, and those of results in the dtypes that they came in."""
+    kept = {name: array for name, array in arrays.items() if not name.startswith("truths/")}
+    for i, entry in enumerate(cases):
+        for name, dtypes in entry["results"].items():
+            for part, dtype in dtypes.items():
+                path = f"results/{i}/{name}/{part.removesuffix('_dtype')}"
+                if dtype in DTYPES:
+                    kept[path] = as_dtype(kept[path], dtype)
+    return kept
 
 
 # What a bundle does not say of an arithmetic, nor that log is as accurate as log1p: no bundle did before 2026-11-26.
@@ -342,7 +364,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise BundleError(f"{path} is damaged: {error}. Copy it again, or record the bundle again.") from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
-    known = f"this lsce reads formats {' and '.join(map(str, FORMATS))}"
+    known = f"this lsce reads formats {', '.join(map(str, FORMATS))}"
     if isinstance(found, int) and found > max(FORMATS):
         raise BundleError(f"{folder} has format {found}, {known}. Install a newer lsce.")
     if not isinstance(manifest, dict) or found not in FORMATS:
@@ -393,10 +415,12 @@ def _put_together(manifest: dict[str, Any], arrays: Arrays) -> Bundle:
     records = []
     for i, entry in enumerate(manifest["cases"]):
         case = case_from_arrays(entry, folders[f"cases/{i}"])
-        records.append(Record(case, _truth_from_arrays(folders[f"truths/{i}"])))
+        truth = solve(case) if manifest["format"] == COMPACT else _truth_from_arrays(folders[f"truths/{i}"])
+        records.append(Record(case, truth))
         for name, dtypes in entry["results"].items():
             given = {part.removesuffix("_dtype"): dtype for part, dtype in dtypes.items()}
-            adapters[name].results[_key(case)] = make_result(folders[f"results/{i}/{name}"], given)
+            parts = {part: array.astype(np.float64) for part, array in folders[f"results/{i}/{name}"].items()}
+            adapters[name].results[_key(case)] = make_result(parts, given)
         for name, reason in entry["failures"].items():
             adapters[name].failures[_key(case)] = reason
     return Bundle(records, adapters, manifest["environment"])

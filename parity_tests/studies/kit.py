@@ -5,7 +5,7 @@ beside it, one for each dtype. So nobody has to believe what `kit.json` says: `e
 takes the bounds from the table of devices as it is today, and compares every recorded result anew.
 
 Refused, with the reason: a kit that was edited or damaged (SHA-256 of `kit.json`, of each bundle and of its arrays), of
-another version of lsce, with truths that are no longer ours, or without all cases.
+another version of lsce, with cases that this checkout makes otherwise, or without all cases.
 """
 
 import hashlib
@@ -209,7 +209,7 @@ def evidence_of(kit: dict[str, Any], bundles: Sequence[Bundle]) -> Iterator[tupl
     An adapter was executed in a dtype if all its results there agree.
 
     Raises:
-        KitError: a bundle lacks cases, or its truths are not those of today.
+        KitError: a bundle lacks cases, or has another case than this checkout makes of that name.
     """
     device, cards = kit["device"], kit["cards"]
     for bundle in bundles:
