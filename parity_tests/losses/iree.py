@@ -88,11 +88,8 @@ def _why_not(case: Case, target: str) -> str | None:
     """Return why IREE 3.13 cannot handle a case, or None."""
     if target == "vmvx" and case.dtype in ("float64", "float16"):
         return f"is in {case.dtype}, which IREE's interpreter does not have"
-    if target == "vulkan-spirv" and case.dtype == "float64":
-        return "is in float64, for which SPIR-V has no exp"
-    reduction = case.options.get("reduction", "none")
-    if target == "vulkan-spirv" and isinstance(case, LinearCase) and case.where is not None and reduction == "none":
-        return "leaves rows out of a linear layer without a reduction, for which IREE returns a buffer with no memory"
+    if target == "vulkan-spirv" and (reason := _why_not_on_vulkan(case)):
+        return reason
     if case.dtype == "float64" and "softcap" in case.options:
         return "has a softcap in float64, and IREE links no tanh for it"
     if case.axis not in (0, -1) and case.dtype in ("bfloat16", "float16"):
@@ -102,6 +99,14 @@ def _why_not(case: Case, target: str) -> str | None:
     if is_outside and any(vector is not None for vector in vectors):
         # StableHLO clamps indices of a gather.
         return "has labels that are no class, at which IREE reads outside of a vector over the classes"
+    return None
+
+
+def _why_not_on_vulkan(case: Case) -> str | None:
+    if case.dtype == "float64":
+        return "is in float64, for which SPIR-V has no exp"
+    if isinstance(case, LinearCase) and case.where is not None and case.options.get("reduction", "none") == "none":
+        return "leaves rows out of a linear layer without a reduction, for which IREE returns a buffer with no memory"
     return None
 
 

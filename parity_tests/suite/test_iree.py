@@ -112,8 +112,7 @@ COMPILED = [
     (card, name, dtype)
     for card, dtypes in {"gfx942": DTYPES, "gfx90a": ("bfloat16",), "sm_80": DTYPES, "sm_89": ("bfloat16",)}.items()
     for dtype in dtypes
-    for name in ("uniform_none", *FEW, "linear_many_chunks")
-    if name != "no_rows"  # its program does nothing
+    for name in ("uniform_none", "everything", "class_mask_max_sup", "soft_clamp", "linear_many_chunks")
 ]
 
 
