@@ -1,7 +1,7 @@
 """torch.compile's kernels of a loss for NVIDIA cards that are not here: made by Inductor, compiled by Triton, not run.
 
 Inductor writes its kernels from the shapes of tensors and the properties of the card alone, and Triton makes machine
-code of them without a card. Only torch refuses: it has no CUDA here. So `kernels_of` puts a made-up card into torch,
+code of them without a card. Only torch refuses: it has no CUDA here. So `pretend` puts a made-up card into torch,
 through names that are private in places. That changes the process for good, and `measure` starts one of its own:
 
     python -m parity_tests.losses.inductor <<< '{"card": "gpu-h100", "requests": [...]}'
@@ -126,7 +126,7 @@ def measure(card: str, requests: list[Request]) -> list[Compiled]:
     """
     if any(importlib.util.find_spec(name) is None for name in ("torch", "triton")):
         raise UnavailableError(
-            "torch or triton is not installed. Run: pip install 'lsce[devices]', or make install-devices"
+            "torch or triton is not installed. Run: pip install 'lsce[torch,devices]', or make install-devices"
         )
     given = json.dumps({"card": card, "requests": [asdict(request) for request in requests]})
     command = [sys.executable, "-m", "parity_tests.losses.inductor"]

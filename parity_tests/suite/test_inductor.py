@@ -16,8 +16,8 @@ from parity_tests.truth.precision import DTYPES
 pytestmark = pytest.mark.devices
 ROWS, CLASSES = 8192, 32768
 PLAIN = {"smoothing": 0.1}
-# Each option for itself, in bfloat16: keyword arguments, tensors, and the most that a GPU may be asked for: kernels, and
-# moves of the logits. Without options one for the maximum, one for the sums, and two for the gradient.
+# Each option for itself, in bfloat16: keyword arguments, tensors, and the most that a GPU may be asked for: kernels,
+# and moves of the logits. Without options one for the maximum, one for the sums, and two for the gradient.
 # max_sup keeps a byte for each logit. Soft labels are as large as the logits, and are read three times.
 OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...], int, float]] = {
     "plain": ({}, (), 3, 4),
