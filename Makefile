@@ -28,6 +28,8 @@ install-devices: $(VENV)/installed-devices
 
 $(VENV)/installed-devices: $(VENV)/installed
 	$(BIN)/$(PIP) --editable '.[all,devices]' $(addprefix --constraint ,$(CONSTRAINTS))
+	@$(BIN)/python -c "from parity_tests.losses.iree import IreeAdapter; IreeAdapter('tpu', 'vulkan-spirv')" 2>/dev/null \
+	  || echo "Tests on a software GPU will be skipped. They need: apt-get install libvulkan1 mesa-vulkan-drivers"
 	touch $@
 
 demo: install

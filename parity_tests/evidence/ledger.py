@@ -19,6 +19,8 @@ KINDS: tuple[Kind, ...] = ("executed", "replayed", "interpreted", "simulated", "
 
 # In the order of the tables. The same as `adapters.DEVICES` and `precision.DTYPES`, whose modules load NumPy.
 DEVICES = ("cpu", "cuda", "tpu")
+# With those for which losses are only compiled: no test runs there, and the support matrix has no column for them.
+FAMILIES = (*DEVICES, "rocm")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 # A ledger keeps the versions of these packages.
@@ -33,7 +35,7 @@ class Evidence:
 
     Args:
         adapter: name of the adapter; it starts with its framework, as in "jax-fused".
-        device: "cpu", "cuda" or "tpu".
+        device: "cpu", "cuda", "tpu", or "rocm", for which losses are only compiled.
         dtype: of the logits.
         kind: ran on that device ("executed"), values recorded on another machine agreed with it ("replayed"), the
             program for that device ran in an interpreter ("interpreted"), or with the errors that the device's
@@ -42,7 +44,7 @@ class Evidence:
         detail: a detail for the table, such as the name of the card.
 
     Raises:
-        ValueError: a field is empty or not a string, or there is no such device or kind.
+        ValueError: a field is empty or not a string, there is no such device or kind, or the device has no such kind.
     """
 
     adapter: str
@@ -57,8 +59,10 @@ class Evidence:
             raise ValueError(f"evidence consists of texts, got {astuple(self)}")
         if not (self.adapter and self.dtype):
             raise ValueError(f"evidence names an adapter and a dtype, got {astuple(self)}")
-        if self.device not in DEVICES:
-            raise ValueError(f"there is no device {self.device!r}; the devices are {', '.join(DEVICES)}")
+        if self.device not in FAMILIES:
+            raise ValueError(f"there is no device {self.device!r}; the devices are {', '.join(FAMILIES)}")
+        if self.device not in DEVICES and self.kind != "compiled":
+            raise ValueError(f"for {self.device} losses are only compiled, got {self.kind!r}")
         if self.kind not in KINDS:
             raise ValueError(f"there is no kind of evidence {self.kind!r}; the kinds are {', '.join(KINDS)}")
 
@@ -179,7 +183,7 @@ def in_order(names: Iterable[str], order: Sequence[str]) -> list[str]:
 def table(cells: Mapping[Key, str]) -> list[str]:
     """Return lines for a terminal: a row for each adapter and device, a column for each dtype."""
     dtypes = in_order((dtype for _, _, dtype in cells), DTYPES)
-    pairs = sorted({key[:2] for key in cells}, key=lambda pair: (pair[0], DEVICES.index(pair[1])))
+    pairs = sorted({key[:2] for key in cells}, key=lambda pair: (pair[0], FAMILIES.index(pair[1])))
     rows = [["adapter", "device", *dtypes]]
     rows += [[*pair, *(cells.get((*pair, dtype), "not run") for dtype in dtypes)] for pair in pairs]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -221,7 +225,7 @@ def details(sessions: Sequence[Session]) -> str:
         of_device.setdefault(entry.adapter, set()).add(entry.dtype)
     rows: dict[tuple[str, str, str, str], list[str]] = {}
     for kind, device, detail in sorted(
-        adapters_on, key=lambda key: (KINDS.index(key[0]), DEVICES.index(key[1]), key[2])
+        adapters_on, key=lambda key: (KINDS.index(key[0]), FAMILIES.index(key[1]), key[2])
     ):
         with_dtypes: dict[tuple[str, str], list[str]] = {}
         for adapter, dtypes in adapters_on[kind, device, detail].items():
@@ -266,7 +270,7 @@ def _versions(sessions: Sequence[Session]) -> list[str]:
     """
     found: dict[str, dict[str, list[str]]] = {}
     for kind in KINDS[:-1]:
-        for device in DEVICES:
+        for device in FAMILIES:
             keys = [
                 {entry.key for entry in session.evidence if (entry.kind, entry.device) == (kind, device)}
                 for session in sessions

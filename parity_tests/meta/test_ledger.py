@@ -42,6 +42,7 @@ def test_names_are_those_of_the_other_modules() -> None:
     (("jax-a", "cpu", "", "executed"), "names an adapter and a dtype"),
     (("jax-a", "cpu", float, "executed"), "consists of texts"),
     (("jax-a", "cpu", "float32", "executed", None), "consists of texts"),
+    (("jax-a", "rocm", "float32", "executed"), "for rocm losses are only compiled, got 'executed'"),
 ])  # fmt: skip
 def test_wrong_evidence(fields: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -158,6 +159,18 @@ def test_details_have_a_row_for_equal_evidence() -> None:
         "",
         "- interpreted (CUDA), simulated (TPU): 2026-11-26, with jax 0.10",
     ]
+
+
+def test_what_is_only_compiled_is_a_detail_and_no_column() -> None:
+    found = [
+        session(*executed("jax-a", dtypes=("float32",)), Evidence("jax-a", "rocm", "float32", "compiled", "gfx942"))
+    ]
+    assert ledger.matrix(found).splitlines()[:3] == [
+        "| adapter | dtypes | CPU | CUDA | TPU |",
+        "|---|---|---|---|---|",
+        "| `jax-a` | float32 | executed | not run | not run |",
+    ]
+    assert "| compiled | gfx942 | `jax-a` | float32 |" in ledger.details(found).splitlines()
 
 
 def test_merged_sessions_have_the_last_date() -> None:

@@ -1,0 +1,95 @@
+"""torch.compile's kernels for NVIDIA cards, compiled without a card: machine code, and bytes that it moves."""
+
+import importlib.util
+from functools import cache
+from typing import Any
+
+import pytest
+
+from parity_tests.losses.adapters import UnavailableError
+from parity_tests.losses.inductor import CARDS, Compiled, Request, measure
+from parity_tests.plugin import Recorder
+from parity_tests.truth.devices import DEVICES
+from parity_tests.truth.precision import DTYPES
+
+# Triton is installed by `make install-devices`.
+pytestmark = pytest.mark.devices
+ROWS, CLASSES = 8192, 32768
+PLAIN = {"smoothing": 0.1}
+# Each option for itself, in bfloat16: keyword arguments, tensors, and the most that a GPU may be asked for: kernels,
+# and moves of the logits. Without options one for the maximum, one for the sums, and two for the gradient.
+# max_sup keeps a byte for each logit. Soft labels are as large as the logits, and are read three times.
+OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...], int, float]] = {
+    "plain": ({}, (), 3, 4),
+    "sum": ({"reduction": "sum"}, (), 3, 4),
+    "non_target": ({"convention": "non_target"}, (), 3, 4),
+    "z_loss": ({"z_loss": 1e-4}, (), 3, 4),
+    "softcap": ({"softcap": 30.0}, (), 3, 4),
+    "max_sup": ({"convention": "max_sup"}, (), 3, 6.5),
+    "ignore_index": ({"ignore_index": 5}, (), 3, 4),
+    "where": ({}, ("where",), 3, 4),
+    "class_mask": ({}, ("class_mask",), 5, 4),
+    "class_weight": ({}, ("class_weight",), 7, 4),
+    "prior": ({}, ("prior",), 5, 4),
+    "soft labels": ({}, ("soft labels",), 3, 7),
+}
+# What rows, classes and single numbers add, in multiples of the logits.
+SMALL = 0.01
+IN_EACH_DTYPE = [f"plain, {dtype}" for dtype in DTYPES]
+# Every option on one card; on the others the text of the kernels is hardly another.
+RUNS = {
+    "gpu-a100": [*IN_EACH_DTYPE, "max_sup", "class_mask", "one-hot"],
+    "gpu-h100": [*IN_EACH_DTYPE, *OPTIONS, "one-hot"],
+    "gpu-b200": [*IN_EACH_DTYPE, "max_sup", "class_mask", "one-hot"],
+}
+RUN = ("card", "name")
+
+
+def request_of(name: str) -> Request:
+    if name == "one-hot":
+        return Request("one-hot", "bfloat16", ROWS, CLASSES, PLAIN)
+    option, _, dtype = name.partition(", ")
+    options, operands, _, _ = OPTIONS[option]
+    return Request("lsce", dtype or "bfloat16", ROWS, CLASSES, {**PLAIN, **options}, operands)
+
+
+@cache
+def compiled(card: str) -> dict[str, Compiled]:
+    """Return everything that is compiled for a card, in one process."""
+    return dict(zip(RUNS[card], measure(card, [request_of(name) for name in RUNS[card]]), strict=True))
+
+
+def exceeds(found: Compiled, option: str) -> bool:
+    _, _, launches, moved = OPTIONS[option]
+    return found.launches > launches or found.moved > moved + SMALL
+
+
+@pytest.mark.parametrize(RUN, [(card, name) for card, names in RUNS.items() for name in names if name != "one-hot"])
+def test_kernels(card: str, name: str, parity_ledger: Recorder) -> None:
+    """They are machine code that spills no registers, and no more of them, and of the logits, than an option needs."""
+    found, (option, _, dtype) = compiled(card)[name], name.partition(", ")
+    print(f"{card}, {name}: {found.as_text()}")
+    assert found.kernels
+    assert not any(kernel.spilled for kernel in found.kernels)
+    assert not exceeds(found, option), found
+    parity_ledger.record("torch-fused-compiled", "cuda", dtype or "bfloat16", "compiled", card)
+
+
+@pytest.mark.parametrize("card", RUNS)
+def test_a_wasteful_loss_exceeds_the_limits(card: str) -> None:
+    found = compiled(card)["one-hot"]
+    print(f"{card}, one-hot: {found.as_text()}")
+    assert exceeds(found, "plain")
+
+
+def test_each_card_is_one_of_the_table_of_devices() -> None:
+    assert set(RUNS) == set(CARDS)
+    assert set(CARDS) == {device.name for device in DEVICES if device.family == "cuda"}
+
+
+@pytest.mark.parametrize("missing", ["torch", "triton"])
+def test_without_triton_the_error_says_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else found(name))
+    with pytest.raises(UnavailableError, match="make install-devices"):
+        measure("gpu-h100", [])
