@@ -27,7 +27,8 @@ from torch.nn import functional as F
 
 from lsce_spec import ChunkOptions, LossOptions
 from lsce_torch import compiled, fused, saved
-from lsce_torch.inputs import Batch
+from lsce_torch.device import takes_plain_operations
+from lsce_torch.inputs import Batch, tensor_of
 from lsce_torch.layer import Layer, Settings, layer_gradients, losses_and_gradients, scaled
 from lsce_torch.overwrite import has_memory
 from lsce_torch.plain import plain_gradients, plain_slopes, tangent_of
@@ -87,7 +88,7 @@ def _losses_of_all(
     if not settings.total:
         result = result.reshape(batch.batch_shape)
     if entropy is not None:
-        entropy = torch.as_tensor(entropy, dtype=batch.dtype, device=layer.hidden.device).expand(batch.batch_shape)
+        entropy = tensor_of(entropy, batch.dtype, layer.hidden.device).expand(batch.batch_shape)
         if batch.counted is not None:
             entropy = torch.where(batch.counted, entropy, 0)
         result = result - (entropy.sum() if settings.total else entropy)
@@ -117,7 +118,7 @@ def _rows_that_count(batch: Batch, layer: Layer) -> Int[Tensor, " n"] | None:
     """Return the indices of the rows that count, if these are not all and it is possible to take only them."""
     if batch.counted is None or torch.compiler.is_compiling():
         return None
-    if batch.counted.is_meta or isinstance(batch.counted, FakeTensor):
+    if batch.counted.is_meta or isinstance(batch.counted, FakeTensor) or takes_plain_operations(layer.hidden):
         return None
     tensors = [t for t in (batch.counted, batch.labels, batch.smoothing, layer.hidden) if isinstance(t, Tensor)]
     if not has_memory(*tensors) or (batch.counted.is_cuda and torch.cuda.is_current_stream_capturing()):

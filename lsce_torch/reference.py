@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lsce_spec import LossOptions, smoothing_weights
 from lsce_torch.accurate import log1p
-from lsce_torch.inputs import Batch
+from lsce_torch.inputs import Batch, tensor_of
 from lsce_torch.stats import LossStats, make_stats
 
 
@@ -208,6 +208,4 @@ def _constant(logits: Float[Tensor, "*batch K"], allowed: Bool[Tensor, " K"] | N
 
 def as_tensor(value: float | Tensor, batch: Batch) -> Tensor:
     """Return a number as a tensor in the compute dtype."""
-    if isinstance(value, Tensor):
-        return value
-    return torch.full((), value, dtype=batch.dtype, device=batch.logits.device)
+    return tensor_of(value, batch.dtype, batch.logits.device)
