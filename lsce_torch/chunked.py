@@ -62,14 +62,16 @@ def losses(
     return (scattered(some) if chunks.recompute else some), stats
 
 
-def preferred_rows(num_features: int) -> int:
+def preferred_rows(num_features: int, *, on_tpu: bool = False) -> int:
     """Return how many rows a chunk should have.
 
     A chunk of n rows reads the weight twice and reads and writes its gradient: 4 D K numbers for 6 n D K operations.
     With n = 3/4 D the logits take three quarters of the memory of the weight's gradient, and on a CPU the time to read
-    the weight hardly shows. Accelerators do more operations per byte and need as many rows, but not more than 4096.
+    the weight hardly shows. Accelerators do more operations per byte and need as many rows, but not more than 4096. On a
+    TPU the compiler keeps two copies of the sum of the weight's gradients, in float32, if there is more than one chunk.
+    With n = 2 D narrow logits take as much memory as one of them.
     """
-    return min(max(3 * num_features // 4, 256), 4096)
+    return min(max(2 * num_features if on_tpu else 3 * num_features // 4, 256), 4096)
 
 
 def _losses_of_all(
@@ -79,7 +81,8 @@ def _losses_of_all(
     operands, entropy = fused.make_operands(batch, options, with_stats)
     in_batch = {name: getattr(operands, name) for name in ROWS}
     operands = operands._replace(**{name: _flat(value, batch.batch_shape) for name, value in in_batch.items()})
-    chunk_size = chunks.rows_at_most(preferred_rows(layer.hidden.shape[1]), layer.weight.shape[0])
+    preferred = preferred_rows(layer.hidden.shape[1], on_tpu=takes_plain_operations(layer.hidden))
+    chunk_size = chunks.rows_at_most(preferred, layer.weight.shape[0])
     settings = Settings(chunk_size, not chunks.recompute, chunks.gradient_filter, _needs(layer, chunks))
     if torch.compiler.is_compiling():
         result, stacked, first = compiled.chunked_losses(layer, operands, settings)
