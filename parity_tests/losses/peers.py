@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from parity_tests.losses.adapters import Adapter, JaxAdapter, LossError, TorchAdapter, UnavailableError
+from parity_tests.losses.torchax import load_interop
 from parity_tests.truth.cases import Case
 from parity_tests.truth.comparison import AnyResult
 
@@ -347,15 +348,7 @@ def _keras_loss(
 
 def torchax_module(device: str = "cpu") -> Adapter:
     """Return our torch module, run on JAX by torchax, as on a TPU."""
-    try:
-        interop = _library("torchax.interop", "'lsce[jax,torch]' torchax")
-    except UnavailableError:
-        raise
-    except Exception as error:
-        raise UnavailableError(
-            f"torchax cannot be imported ({error}). torchax 0.0.13 works with torch 2.12, builds of 0.0.14 with torch "
-            "2.13. Run: pip install 'torch<2.13', or pip install --pre --upgrade torchax"
-        ) from error
+    interop = load_interop()
     make_module = importlib.import_module("lsce_torch").LabelSmoothedCrossEntropyLoss
     moveaxis = importlib.import_module("jax.numpy").moveaxis
 
