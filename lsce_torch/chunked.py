@@ -67,8 +67,9 @@ def preferred_rows(num_features: int, *, on_tpu: bool = False) -> int:
 
     A chunk of n rows reads the weight twice and reads and writes its gradient: 4 D K numbers for 6 n D K operations.
     With n = 3/4 D the logits take three quarters of the memory of the weight's gradient, and on a CPU the time to read
-    the weight hardly shows. Accelerators do more operations per byte and need as many rows, but not more than 4096. On
-    TPUs the compiler keeps two copies of the sum of the weight's gradients, in float32, if there is more than one chunk.
+    the weight hardly shows. Accelerators do more operations per byte and need as many rows, but not more than 4096.
+
+    If there is more than one chunk, a TPU's compiler keeps two copies of the sum of the weight's gradients, in float32.
     With n = 2 D narrow logits take as much memory as one of them.
     """
     return min(max(2 * num_features if on_tpu else 3 * num_features // 4, 256), 4096)

@@ -9,6 +9,7 @@ from typing import Any
 
 from parity_tests.losses.adapters import JaxAdapter, UnavailableError
 from parity_tests.truth.arithmetic import NARROW
+from parity_tests.truth.cases import Case, LinearCase
 
 
 class TorchaxAdapter(JaxAdapter):
@@ -30,6 +31,12 @@ class TorchaxAdapter(JaxAdapter):
 
     def _load_package(self) -> Any:
         return importlib.import_module("lsce_torch")
+
+    def unsupported(self, case: Case) -> str | None:
+        """Return why the loss or torchax cannot handle a case, or None."""
+        if isinstance(case, LinearCase) and case.bias is not None and case.dtype in ("bfloat16", "float16"):
+            return f"has a bias, whose gradient torchax adds up in {case.dtype}"
+        return super().unsupported(case)
 
     def _call(self, *leaves: Any, **options: Any) -> Any:
         if self.linear:

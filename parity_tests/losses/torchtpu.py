@@ -8,6 +8,7 @@ import atexit
 import os
 import pickle
 import subprocess
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -101,6 +102,23 @@ class TorchTpuAdapter:
 
     def _ask(self, case: Case, **more: str) -> Any:
         return _process(self.python).ask({"loss": self.loss, "options": self.options, "case": case, **more})
+
+
+def traffic(shape: Sequence[int], generation: str) -> dict[str, float]:
+    """Return what libtpu says of loss and gradients in bfloat16, as TorchTPU makes them for a generation of TPUs.
+
+    Args:
+        shape: N and K of the logits, or N, D and K of a linear layer.
+        generation: "v4", "v5e", "v5p", "v6e" or "v7x".
+
+    Returns:
+        See `TorchTpuAdapter.compile`.
+
+    Raises:
+        UnavailableError: the environment of TorchTPU is not there.
+    """
+    figures: dict[str, float] = _process(find_python()).ask({"shape": list(shape), "generation": generation})
+    return figures
 
 
 def find_python() -> str:

@@ -13,13 +13,16 @@ import importlib.metadata
 import os
 import pathlib
 import pickle
+import re
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+import lsce_torch
 from parity_tests.losses.adapters import TorchAdapter, operands_of, to_torch
 from parity_tests.losses.interpreted import evaluate
 from parity_tests.truth.cases import Case
@@ -37,6 +40,10 @@ TOPOLOGIES = {
 _GUARDS, _NUM_GUARDS, _OF_TPU = "_ZN3c104impl26device_guard_impl_registryE", 22, 20
 # What crosses the boundary of StableHLO's interpreter.
 _CARRIERS = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+# A matrix product in the text of a module: its indentation, name, operation with the shape, that shape, and the dtype.
+_NARROW_PRODUCT = re.compile(r"^( *)%(\w+) = (stablehlo\.dot_general .* -> (tensor<[\dx]*))(bf16|f16)>", re.MULTILINE)
+
+_ROUNDED_ONCE = r"\1%wide\2 = \3f32>\n\1%\2 = stablehlo.convert %wide\2 : (\4f32>) -> \4\5>"
 
 
 class _OneDevice(torch._C._acc.DeviceGuard):  # type: ignore[misc, name-defined, unused-ignore]
@@ -66,21 +73,32 @@ class Tracer:
         self.compiler = importlib.import_module("torch_tpu._internal.compile.tpu_torch_compile")
         self.mode = importlib.import_module("torch_tpu._internal.execution_mode")
 
+    def trace(self, function: Callable[..., list[torch.Tensor]], *placeholders: tuple[Any, torch.dtype, bool]) -> str:
+        """Return a function of tensors as StableHLO, from their shapes, dtypes and whether they need a gradient."""
+        with (
+            self.mode.set_eager_mode(self.mode.EagerMode._INTERNAL_COMPILE_FX_GRAPH),
+            torch.autograd.set_multithreading_enabled(False),
+        ):
+            operands = [self.compiler.placeholder(list(shape), *others) for shape, *others in placeholders]
+            text: str = self.compiler.serialize_mlir_text(self.compiler.build_mlir(function(*operands), operands))
+            return text
+
     def program(self, adapter: TorchAdapter, case: Case) -> tuple[str, list[NDArray[Any]], dict[str, torch.dtype]]:
         """Return the loss and the gradients of a case as StableHLO, its operands, and the dtypes of its results."""
         arrays, options = operands_of(case, adapter.implementation)
         given = {name: to_torch(array) for name, array in arrays.items()}
         carried = {name: _carried(tensor) for name, tensor in given.items()}
-        with (
-            self.mode.set_eager_mode(self.mode.EagerMode._INTERNAL_COMPILE_FX_GRAPH),
-            torch.autograd.set_multithreading_enabled(False),
-        ):
-            placeholders = {n: self.compiler.placeholder(list(t.shape), t.dtype, False) for n, t in carried.items()}
-            operands = {name: _restored(each, given[name].dtype) for name, each in placeholders.items()}
+        dtypes = {}
+
+        def step(*placeholders: torch.Tensor) -> list[torch.Tensor]:
+            named = zip(given.items(), placeholders, strict=True)
+            operands = {name: _restored(each, tensor.dtype) for (name, tensor), each in named}
             parts = adapter.parts(case, operands, options)
-            results = [parts[name].to(torch.float32) for name in sorted(parts)]
-            text = self.compiler.serialize_mlir_text(self.compiler.build_mlir(results, list(placeholders.values())))
-        return text, [each.numpy() for each in carried.values()], {name: parts[name].dtype for name in sorted(parts)}
+            dtypes.update({name: parts[name].dtype for name in sorted(parts)})
+            return [parts[name].to(torch.float32) for name in dtypes]
+
+        text = self.trace(step, *((each.shape, each.dtype, False) for each in carried.values()))
+        return text, [each.numpy() for each in carried.values()], dtypes
 
 
 def _carried(tensor: torch.Tensor) -> torch.Tensor:
@@ -100,13 +118,19 @@ def _restored(placeholder: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def interpreted(tracer: Tracer, adapter: TorchAdapter, case: Case) -> AnyResult:
     """Return loss and gradients of a case, from StableHLO's reference interpreter."""
     text, operands, dtypes = tracer.program(adapter, case)
-    results = evaluate(without_deprecated(text), operands)
-    parts = {name: torch.from_numpy(part).to(dtype) for part, (name, dtype) in zip(results, dtypes.items(), strict=True)}
+    results = evaluate(for_the_interpreter(text), operands)
+    parts = {
+        name: torch.from_numpy(part).to(dtype) for part, (name, dtype) in zip(results, dtypes.items(), strict=True)
+    }
     return adapter.result(case, parts)
 
 
-def without_deprecated(text: str) -> str:
-    """Return a module without the operations that StableHLO has replaced, such as `dot`, which its interpreter lacks."""
+def for_the_interpreter(text: str) -> str:
+    """Return a module that StableHLO's interpreter takes, and whose matrix products are added in float32.
+
+    It lacks what StableHLO has replaced, such as `dot`. It would add products of narrow numbers in their own dtype, and
+    round each sum; a TPU adds them in float32, and rounds the result.
+    """
     from jax._src.interpreters import mlir
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import stablehlo
@@ -117,7 +141,7 @@ def without_deprecated(text: str) -> str:
         module = ir.Module.parse(text)
         passes = "stablehlo-legalize-deprecated-ops{fail-on-unused=false}"
         PassManager.parse(f"builtin.module(func.func({passes}))").run(module.operation)
-        return str(module)
+    return _NARROW_PRODUCT.sub(_ROUNDED_ONCE, str(module))
 
 
 def compiled(tracer: Tracer, adapter: TorchAdapter, case: Case, generation: str) -> dict[str, float]:
@@ -126,15 +150,32 @@ def compiled(tracer: Tracer, adapter: TorchAdapter, case: Case, generation: str)
     return compile_for(generation, text)
 
 
+def traffic(tracer: Tracer, generation: str, shape: Sequence[int]) -> dict[str, float]:
+    """Return what libtpu says of loss and gradients in bfloat16 of N x K logits, or of a linear layer, N x D x K."""
+    rows, *features, classes = shape
+    loss: Callable[..., torch.Tensor] = lsce_torch.label_smoothed_cross_entropy
+    shapes: list[tuple[int, ...]] = [(rows, classes)]
+    if features:
+        loss, shapes = lsce_torch.linear_label_smoothed_cross_entropy, [(rows, *features), (classes, *features)]
+
+    def step(*operands: torch.Tensor) -> list[torch.Tensor]:
+        value = loss(*operands, smoothing=0.1)
+        return [value, *torch.autograd.grad(value, operands[:-1])]
+
+    labels = (rows,), torch.int64, False
+    return compile_for(generation, tracer.trace(step, *((each, torch.bfloat16, True) for each in shapes), labels))
+
+
 def compile_for(generation: str, text: str) -> dict[str, float]:
-    """Return the bytes that a compiled StableHLO module accesses, and those that it holds beside operands and results."""
+    """Return the bytes that a compiled StableHLO module accesses, and what it holds beside operands and results."""
     from jax._src import compiler
     from jax._src.interpreters import mlir
-    from jax._src.lib import _jax
     from jax.experimental import topologies
     from jaxlib.mlir import ir
 
-    device = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation]).devices[0]
+    # What only some versions of JAX have, private as it is.
+    _jax: Any = importlib.import_module("jax._src.lib")._jax
+    device: Any = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation]).devices[0]
     assignment = np.array([[device.id]])
     options = compiler.get_compile_options(1, 1, device_assignment=assignment, backend=device.client)
     with mlir.make_ir_context():
@@ -157,6 +198,8 @@ def adapter_of(loss: str | None, options: dict[str, Any]) -> TorchAdapter:
 
 def answer(tracer: Tracer, request: dict[str, Any]) -> Any:
     """Return what a request asks for."""
+    if "shape" in request:
+        return traffic(tracer, request["generation"], request["shape"])
     adapter = adapter_of(request["loss"], request["options"])
     if "generation" in request:
         return compiled(tracer, adapter, request["case"], request["generation"])
