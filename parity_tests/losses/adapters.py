@@ -307,8 +307,8 @@ def _tpu_kind() -> str:
         importlib.import_module("torch_tpu")
     except ModuleNotFoundError as error:
         raise UnavailableError(
-            "torch reaches a TPU through torch_tpu, which is not installed. On the machine of the TPU, with Python "
-            "3.13 or newer, run: pip install torch-tpu"
+            "torch finds no tpu device on this machine: it reaches one through torch_tpu, which is not installed. "
+            "There, with Python 3.13 or newer, run: pip install torch-tpu"
         ) from error
     tpu: Any = getattr(importlib.import_module("torch"), "tpu", None)
     with warnings.catch_warnings():

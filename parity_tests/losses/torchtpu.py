@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -146,60 +147,68 @@ def _why_not(case: Case) -> str | None:
 
 
 class _Process:
-    """A process of `torchtpu_worker`, started again if it has ended."""
+    """A process of `torchtpu_worker`, which starts with the first request, and again if it has ended."""
 
     def __init__(self, python: str) -> None:
-        """Start it."""
+        """Choose the Python that runs it."""
         self.python = python
-        self._start()
-        atexit.register(self.stop)
+        self._running: subprocess.Popen[bytes] | None = None
+        self._versions: dict[str, str] = {}
+        atexit.register(self._stop)
 
-    def _start(self) -> None:
+    @property
+    def versions(self) -> dict[str, str]:
+        """What the process says of itself when it starts."""
+        self.ask(None)
+        return self._versions
+
+    def ask(self, request: dict[str, Any] | None) -> Any:
+        """Return the answer to a request; None asks for nothing, but starts the process.
+
+        Raises:
+            LossError: there is none, with the exception of the process as the message.
+        """
+        started = self._running or self._start()
+        assert started.stdin is not None
+        assert started.stdout is not None
+        try:
+            if started is not self._running:
+                self._running = started
+                _, self._versions = pickle.load(started.stdout)
+            if request is None:
+                return None
+            pickle.dump(request, started.stdin)
+            started.stdin.flush()
+            succeeded, outcome = pickle.load(started.stdout)
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
+            code = started.wait()
+            self._stop()
+            raise LossError(f"the process of TorchTPU ended with exit code {code}") from error
+        if not succeeded:
+            raise LossError(outcome)
+        return outcome
+
+    def _start(self) -> subprocess.Popen[bytes]:
         paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        self.process = subprocess.Popen(
+        return subprocess.Popen(
             [self.python, "-m", "parity_tests.losses.torchtpu_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)},
         )
-        self.versions: dict[str, str] = self._answer()
 
-    def ask(self, request: dict[str, Any]) -> Any:
-        """Return the answer to a request.
-
-        Raises:
-            LossError: there is none, with the exception of the process as the message.
-        """
-        if self.process.poll() is not None:
-            self.stop()
-            self._start()
-        assert self.process.stdin is not None
-        pickle.dump(request, self.process.stdin)
-        self.process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> Any:
-        assert self.process.stdout is not None
-        try:
-            succeeded, outcome = pickle.load(self.process.stdout)
-        except EOFError as error:
-            raise LossError(f"the process of TorchTPU ended with exit code {self.process.wait()}") from error
-        if not succeeded:
-            raise LossError(outcome)
-        return outcome
-
-    def stop(self) -> None:
-        """End it, with its pipes."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.kill()
-        self.process.wait()
-        self.process.stdout.close()
-        try:
-            self.process.stdin.close()
-        except BrokenPipeError:  # of a request that was never read
+    def _stop(self) -> None:
+        """End the process, and close its pipes."""
+        stopped, self._running = self._running, None
+        if stopped is None:
             return
+        stopped.kill()
+        stopped.wait()
+        for pipe in (stopped.stdin, stopped.stdout):
+            assert pipe is not None
+            with suppress(BrokenPipeError):  # of a request that was never read
+                pipe.close()
 
 
 @lru_cache(maxsize=1)
