@@ -12,7 +12,8 @@ SELECTED ?= not slow and not devices
 # Make 3.81, which macOS has, would mix the two.
 WHOLE_OUTPUT := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 # TorchTPU needs Python 3.13 or 3.14 and pins its torch, so it has an environment of its own, where there is such a Python.
-PYTHON_TORCHTPU ?= $(firstword $(foreach name,python3.13 python3.14,$(shell command -v $(name))))
+PYTHON_TORCHTPU ?= $(firstword $(foreach name,python3.13 python3.14,$(shell $(name) -c $(PRINT_PATH) 2>/dev/null)))
+PRINT_PATH := 'import sys; print(sys.executable)'
 VENV_TORCHTPU ?= .venv-torchtpu
 export LSCE_TORCHTPU_PYTHON ?= $(abspath $(VENV_TORCHTPU))/bin/python
 PIP := pip install --quiet --disable-pip-version-check

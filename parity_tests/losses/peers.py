@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from parity_tests.losses.adapters import Adapter, JaxAdapter, LossError, TorchAdapter, UnavailableError
-from parity_tests.losses.torchax import load_interop
+from parity_tests.losses.torchax import default_promotion, load_interop
 from parity_tests.truth.cases import Case
 from parity_tests.truth.comparison import AnyResult
 
@@ -72,15 +72,8 @@ class PeerAdapter:
         case = replace(case, options=options, where=where, smoothing=smoothing)
         if self.framework != "jax":
             return self.adapter(case)
-        with _default_promotion():
+        with default_promotion():
             return self.adapter(case)
-
-
-@contextmanager
-def _default_promotion() -> Iterator[None]:
-    jax = importlib.import_module("jax")
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 class WorkerAdapter:

@@ -5,11 +5,14 @@ torchax has torch's operations in JAX, and `call_torch` lets JAX trace, differen
 
 import importlib
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from parity_tests.losses.adapters import JaxAdapter, UnavailableError
 from parity_tests.truth.arithmetic import NARROW
 from parity_tests.truth.cases import Case, LinearCase
+from parity_tests.truth.comparison import AnyResult
 
 
 class TorchaxAdapter(JaxAdapter):
@@ -38,6 +41,11 @@ class TorchaxAdapter(JaxAdapter):
             return f"has a bias, whose gradient torchax adds up in {case.dtype}"
         return super().unsupported(case)
 
+    def __call__(self, case: Case) -> AnyResult:
+        """Return loss and gradients of a case."""
+        with default_promotion():
+            return super().__call__(case)
+
     def _call(self, *leaves: Any, **options: Any) -> Any:
         if self.linear:
             hidden, weight = leaves
@@ -46,6 +54,14 @@ class TorchaxAdapter(JaxAdapter):
             # torch's int64 is JAX's int32, which holds every label.
             warnings.filterwarnings("ignore", "Explicitly requested dtype", UserWarning)
             return self.interop.call_torch(self.torch_loss, *leaves, **options)
+
+
+@contextmanager
+def default_promotion() -> Iterator[None]:
+    """Let JAX promote dtypes and ranks, as others rely on, even if the user has forbidden that."""
+    jax = importlib.import_module("jax")
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
 
 
 def load_interop() -> Any:
