@@ -11,10 +11,15 @@ REST := tests examples lsce_spec lsce_jax lsce_torch README.md docs
 SELECTED ?= not slow and not devices
 # Make 3.81, which macOS has, would mix the two.
 WHOLE_OUTPUT := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
+# TorchTPU needs Python 3.13 or 3.14 and pins its torch, so it has an environment of its own, where there is such a Python.
+PYTHON_TORCHTPU ?= $(firstword $(foreach name,python3.13 python3.14,$(shell $(name) -c $(PRINT_PATH) 2>/dev/null)))
+PRINT_PATH := 'import sys; print(sys.executable)'
+VENV_TORCHTPU ?= .venv-torchtpu
+export LSCE_TORCHTPU_PYTHON ?= $(abspath $(VENV_TORCHTPU))/bin/python
 PIP := pip install --quiet --disable-pip-version-check
 
-.PHONY: install install-devices demo test test-slow test-devices test-parity test-rest test-simulated test-interpreted \
-  test-cuda test-tpu test-oldest lint wheel clean
+.PHONY: install install-devices install-torchtpu demo test test-slow test-devices test-parity test-rest test-simulated \
+  test-interpreted test-cuda test-tpu test-oldest lint wheel clean
 
 install: $(VENV)/installed
 
@@ -24,12 +29,22 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 # Compilers for what is not here, beside the rest.
-install-devices: $(VENV)/installed-devices
+install-devices: $(VENV)/installed-devices install-torchtpu
 
 $(VENV)/installed-devices: $(VENV)/installed
 	$(BIN)/$(PIP) --editable '.[all,devices]' $(addprefix --constraint ,$(CONSTRAINTS))
 	@$(BIN)/python -c "from parity_tests.losses.iree import IreeAdapter; IreeAdapter('tpu', 'vulkan-spirv')" 2>/dev/null \
 	  || echo "Tests on a software GPU will be skipped. They need: apt-get install libvulkan1 mesa-vulkan-drivers"
+	touch $@
+
+install-torchtpu: $(if $(PYTHON_TORCHTPU),$(VENV_TORCHTPU)/installed)
+ifeq ($(PYTHON_TORCHTPU),)
+	@echo "TorchTPU is not installed, and its tests will be skipped: no python3.13 or python3.14; PYTHON_TORCHTPU names one"
+endif
+
+$(VENV_TORCHTPU)/installed: constraints-torchtpu.txt
+	$(PYTHON_TORCHTPU) -m venv $(VENV_TORCHTPU)
+	$(VENV_TORCHTPU)/bin/$(PIP) --requirement constraints-torchtpu.txt
 	touch $@
 
 demo: install
@@ -92,4 +107,4 @@ wheel: install
 	$(BIN)/python -m tools.check_wheel dist $(EXTRAS)
 
 clean:
-	rm -rf $(VENV) .venv-oldest out dist
+	rm -rf $(VENV) $(VENV_TORCHTPU) .venv-oldest out dist

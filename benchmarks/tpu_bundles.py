@@ -15,7 +15,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from benchmarks.tpu import LOSSES, SHAPE, TOPOLOGIES, compile_loss
+from benchmarks.tpu import LOSSES, TOPOLOGIES, compile_loss
 
 NAME = "lsce fused"
 ACCURACIES = {

@@ -1,4 +1,4 @@
-r"""log1p and quotients of one number per row, accurate on every device.
+r"""log1p and quotients of one number per row, accurate on every device, and the entropy that every device has.
 
 A TPU's own log1p is off by up to 4034 units in the last place, and its quotient by 198 (JAX's docs/accuracy.md). Small
 losses would lose all but three digits. Where the logits are, that cannot be helped without time; for a number per row
@@ -43,6 +43,18 @@ def divide(numerator: Float[Tensor, "*rows"], denominator: Float[Tensor, "*rows"
     rough = 1 / denominator
     reciprocal = rough * (2 - denominator * rough)
     return torch.where(torch.isfinite(reciprocal), numerator * reciprocal, numerator / denominator)
+
+
+def entr(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Return -x log x: 0 at 0, -inf below. TorchTPU does not have torch.special.entr.
+
+    Its slope at 0 is infinite, on TPUs that of the smallest number: subnormal numbers are 0 there.
+    """
+    if not takes_plain_operations(x):
+        own: Tensor = torch.special.entr(x)
+        return own
+    terms = -x * torch.log(torch.clamp(x, min=torch.finfo(x.dtype).tiny))
+    return torch.where(x < 0, -torch.inf, terms)
 
 
 def _log1p_of_basic_operations(x: Float[Tensor, "*rows"]) -> Float[Tensor, "*rows"]:

@@ -27,7 +27,8 @@ from torch.nn import functional as F
 
 from lsce_spec import ChunkOptions, LossOptions
 from lsce_torch import compiled, fused, saved
-from lsce_torch.inputs import Batch
+from lsce_torch.device import takes_plain_operations
+from lsce_torch.inputs import Batch, tensor_of
 from lsce_torch.layer import Layer, Settings, layer_gradients, losses_and_gradients, scaled
 from lsce_torch.overwrite import has_memory
 from lsce_torch.plain import plain_gradients, plain_slopes, tangent_of
@@ -61,14 +62,17 @@ def losses(
     return (scattered(some) if chunks.recompute else some), stats
 
 
-def preferred_rows(num_features: int) -> int:
+def preferred_rows(num_features: int, *, on_tpu: bool = False) -> int:
     """Return how many rows a chunk should have.
 
     A chunk of n rows reads the weight twice and reads and writes its gradient: 4 D K numbers for 6 n D K operations.
     With n = 3/4 D the logits take three quarters of the memory of the weight's gradient, and on a CPU the time to read
     the weight hardly shows. Accelerators do more operations per byte and need as many rows, but not more than 4096.
+
+    If there is more than one chunk, a TPU's compiler keeps two copies of the sum of the weight's gradients, in float32.
+    With n = 2 D narrow logits take as much memory as one of them.
     """
-    return min(max(3 * num_features // 4, 256), 4096)
+    return min(max(2 * num_features if on_tpu else 3 * num_features // 4, 256), 4096)
 
 
 def _losses_of_all(
@@ -78,7 +82,8 @@ def _losses_of_all(
     operands, entropy = fused.make_operands(batch, options, with_stats)
     in_batch = {name: getattr(operands, name) for name in ROWS}
     operands = operands._replace(**{name: _flat(value, batch.batch_shape) for name, value in in_batch.items()})
-    chunk_size = chunks.rows_at_most(preferred_rows(layer.hidden.shape[1]), layer.weight.shape[0])
+    preferred = preferred_rows(layer.hidden.shape[1], on_tpu=takes_plain_operations(layer.hidden))
+    chunk_size = chunks.rows_at_most(preferred, layer.weight.shape[0])
     settings = Settings(chunk_size, not chunks.recompute, chunks.gradient_filter, _needs(layer, chunks))
     if torch.compiler.is_compiling():
         result, stacked, first = compiled.chunked_losses(layer, operands, settings)
@@ -87,7 +92,7 @@ def _losses_of_all(
     if not settings.total:
         result = result.reshape(batch.batch_shape)
     if entropy is not None:
-        entropy = torch.as_tensor(entropy, dtype=batch.dtype, device=layer.hidden.device).expand(batch.batch_shape)
+        entropy = tensor_of(entropy, batch.dtype, layer.hidden.device).expand(batch.batch_shape)
         if batch.counted is not None:
             entropy = torch.where(batch.counted, entropy, 0)
         result = result - (entropy.sum() if settings.total else entropy)
@@ -117,7 +122,7 @@ def _rows_that_count(batch: Batch, layer: Layer) -> Int[Tensor, " n"] | None:
     """Return the indices of the rows that count, if these are not all and it is possible to take only them."""
     if batch.counted is None or torch.compiler.is_compiling():
         return None
-    if batch.counted.is_meta or isinstance(batch.counted, FakeTensor):
+    if batch.counted.is_meta or isinstance(batch.counted, FakeTensor) or takes_plain_operations(layer.hidden):
         return None
     tensors = [t for t in (batch.counted, batch.labels, batch.smoothing, layer.hidden) if isinstance(t, Tensor)]
     if not has_memory(*tensors) or (batch.counted.is_cuda and torch.cuda.is_current_stream_capturing()):

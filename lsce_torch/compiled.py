@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lsce_torch import saved
-from lsce_torch.inputs import compute_dtype
+from lsce_torch.inputs import compute_dtype, tensor_of
 from lsce_torch.layer import Layer, Settings, layer_gradients, losses_and_gradients
-from lsce_torch.sums import Operands, num_sums, target_gradients, target_slopes, unstacked
+from lsce_torch.sums import TARGETS, Operands, num_sums, target_gradients, target_slopes, unstacked
 
 _ARGUMENTS = (Layer, Operands, Settings)
 _SCHEMA = (
@@ -26,12 +26,10 @@ def chunked_losses(layer: Layer, operands: Operands, settings: Settings) -> tupl
     """Return the losses or their sum, the `Sums`, and the first largest logits' indices."""
     dtype, device = compute_dtype(layer.hidden), layer.hidden.device
 
-    def as_tensor(value: Any) -> Any:
-        return (
-            value if value is None or isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)
-        )
-
-    tensors = {name: as_tensor(getattr(operands, name)) for name in ("on", "off", "other_mass", "at_max")}
+    targets = {name: getattr(operands, name) for name in TARGETS}
+    tensors: dict[str, Any] = {
+        name: None if value is None else tensor_of(value, dtype, device) for name, value in targets.items()
+    }
     results = torch.ops.lsce.chunked_losses(*layer, *operands._replace(**tensors), *settings)
     return results[0], results[1], results[2] if operands.with_stats else None
 

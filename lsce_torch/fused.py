@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lsce_spec import LossOptions
 from lsce_torch import reference, saved
+from lsce_torch.accurate import entr
 from lsce_torch.device import takes_plain_operations
 from lsce_torch.errors import error
 from lsce_torch.inputs import Batch, at_labels
@@ -162,7 +163,7 @@ def _index_target(batch: Batch, options: LossOptions) -> _Target:
         entropy = _entr(on) + num_others * _entr(off)
         if batch.prior is not None:
             # The slope of entr is infinite at 0. Where the prior is 0, the target is 0 for any smoothing.
-            terms = torch.special.entr(torch.where(batch.prior == 0, 1, batch.prior))
+            terms = entr(torch.where(batch.prior == 0, 1, batch.prior))
             entropy = entropy + off * _sum_of_others(terms, batch)
     if batch.class_weight is not None:
         on = on * at_labels(batch.class_weight, batch.labels)
@@ -181,8 +182,7 @@ def _per_row(value: float | Tensor) -> float | Tensor:
 
 def _entr(value: float | Tensor) -> float | Tensor:
     if isinstance(value, Tensor):
-        entropy: Tensor = torch.special.entr(value)
-        return entropy
+        return entr(value)
     return -value * math.log(value) if value else 0.0
 
 

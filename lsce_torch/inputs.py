@@ -251,6 +251,15 @@ def name_of(dtype: torch.dtype) -> str:
     return _DTYPE_NAMES.get(dtype) or str(dtype).removeprefix("torch.")
 
 
+def tensor_of(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor as it is, and a number as a scalar tensor that is filled where it is needed.
+
+    `torch.as_tensor` would copy the number from the host. An accelerator is waited for at a copy, and neither CUDA
+    graphs nor tracers can record one.
+    """
+    return value if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=device)
+
+
 def check_tensor(name: str, value: object) -> None:
     """Raise unless the argument of that name is a tensor."""
     if not isinstance(value, Tensor):
@@ -261,6 +270,8 @@ def check_tensor(name: str, value: object) -> None:
 
 def _as_tensor(name: str, value: object, device: torch.device) -> Tensor:
     try:
+        if isinstance(value, bool | int | float):
+            return torch.full((), value, device=device)  # see `tensor_of`
         return torch.as_tensor(value, device=device)
     except (TypeError, ValueError, RuntimeError) as problem:
         given = type(value).__name__

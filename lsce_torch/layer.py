@@ -2,6 +2,10 @@ r"""The linear layer before the loss: sums and gradients, some rows at a time, s
 
 The gradient with respect to a chunk's logits z = h W^T + b gives those with respect to h, W and b by two matrix
 products. The sweeps of the fused loss write it over the logits.
+
+A TPU's compiler copies a tensor to write to a part of it. So there a chunk gets memory of its own, the weight's
+gradient is added as a whole, and the negligible classes of `gradient_filter` become 0 instead of being taken out: how
+many they are would be a value to wait for.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lsce_torch.device import is_on_cpu
-from lsce_torch.inputs import compute_dtype
+from lsce_torch.device import is_on_cpu, takes_plain_operations
+from lsce_torch.inputs import compute_dtype, tensor_of
 from lsce_torch.memory import in_large_pages
 from lsce_torch.sums import ROWS, Operands, losses_of, num_sums, unstacked
 from lsce_torch.sweeps import logits_gradient, sweep, sweep_with_gradient
@@ -117,16 +121,17 @@ def _chunks(layer: Layer, operands: Operands, settings: Settings) -> Iterator[tu
     num_rows = layer.hidden.shape[0]
     # As few chunks as possible, all of about the same size.
     step = -(-num_rows // -(-num_rows // settings.chunk_size))
-    buffer = in_large_pages(layer.weight.new_empty((step, layer.weight.shape[0])))
+    is_plain = takes_plain_operations(layer.hidden)
+    buffer = None if is_plain else in_large_pages(layer.weight.new_empty((step, layer.weight.shape[0])))
     for start in range(0, num_rows, step):
         part = slice(start, start + step)
         hidden = layer.hidden[part]
-        logits = buffer[: hidden.shape[0]]
+        out = None if buffer is None else buffer[: hidden.shape[0]]
         with _without_autocast(hidden):
             if layer.bias is None:
-                torch.mm(hidden, layer.weight.T, out=logits)
+                logits = torch.mm(hidden, layer.weight.T, out=out)
             else:
-                torch.addmm(layer.bias, hidden, layer.weight.T, out=logits)
+                logits = torch.addmm(layer.bias, hidden, layer.weight.T, out=out)
         rows = {name: getattr(operands, name) for name in ROWS}
         rows = {name: v[part] if isinstance(v, Tensor) and v.ndim else v for name, v in rows.items()}
         yield part, logits, operands._replace(**rows)
@@ -183,21 +188,29 @@ class _Gradients:
         assert self.factor is not None
         assert self.sum_of_weights is not None
         assert self.off_hidden is not None
-        off = torch.as_tensor(rows.off, dtype=self.dtype, device=hidden.device).expand(hidden.shape[0])
+        off = tensor_of(rows.off, self.dtype, hidden.device).expand(hidden.shape[0])
         for excluded in (rows.bad, None if rows.counted is None else ~rows.counted):
             if excluded is not None:
                 off = off.masked_fill(excluded, 0)
         rest = of_logits.add_(off[:, None] * self.factor.to(of_logits.dtype))
         is_small = torch.linalg.vector_norm(rest, torch.inf, dim=0) <= self.threshold  # False for NaN
-        large = (~is_small).nonzero().squeeze(-1)
-        rest = rest[:, large]
+        large, weight = None, self.layer.weight
+        if takes_plain_operations(rest):
+            rest = torch.where(is_small, 0, rest)
+        else:
+            large = (~is_small).nonzero().squeeze(-1)
+            rest, weight = rest[:, large], weight[large]
         if "hidden" in self.sums:
-            product = torch.mm(rest, self.layer.weight[large]).to(self.dtype)
+            product = torch.mm(rest, weight).to(self.dtype)
             self.sums["hidden"][part] = product.addcmul_(off[:, None], self.sum_of_weights, value=-1)
         if "weight" in self.sums:
             if part.start == 0:
                 self.sums["weight"].zero_()
-            self.sums["weight"].index_add_(0, large, torch.mm(rest.T, hidden).to(self.dtype))
+            product = torch.mm(rest.T, hidden).to(self.dtype)
+            if large is None:
+                self.sums["weight"].add_(product)
+            else:
+                self.sums["weight"].index_add_(0, large, product)
             self.off_hidden.add_(off @ hidden.to(self.dtype))
 
     def finish(self) -> dict[str, Tensor]:
@@ -223,8 +236,9 @@ def _add_product(
     if total.dtype == hidden.dtype:
         torch.addmm(total, of_logits.T, hidden, beta=old, out=total)
         return
-    for start in range(0, total.shape[0], _TILE):
-        part = slice(start, start + _TILE)
+    step = total.shape[0] if takes_plain_operations(total) else _TILE
+    for start in range(0, total.shape[0], step):
+        part = slice(start, start + step)
         if is_on_cpu(total):
             tile, wide = of_logits[:, part].T.to(total.dtype), hidden.to(total.dtype)
             torch.addmm(total[part], tile, wide, beta=old, out=total[part])

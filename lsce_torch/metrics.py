@@ -21,9 +21,10 @@ from lsce_spec import (
     check_class_num,
     check_denominator,
     check_denominator_array,
+    is_number,
 )
 from lsce_torch.errors import error
-from lsce_torch.inputs import at_labels, dtype_name, prepare
+from lsce_torch.inputs import at_labels, dtype_name, prepare, tensor_of
 from lsce_torch.stats import LossStats
 
 try:
@@ -367,6 +368,8 @@ def _rows(stats: LossStats, mask: Bool[Tensor, "..."] | None) -> Bool[Tensor, "*
 def _denominator(denominator: float | Float[Tensor, ""], device: torch.device) -> Float[Tensor, ""]:
     """Return the caller's denominator, a number or a scalar tensor, as a tensor."""
     check_denominator(denominator)
+    if is_number(denominator):
+        return tensor_of(float(denominator), torch.float64, device)
     tensor = torch.as_tensor(
         denominator, device=device, dtype=None if isinstance(denominator, Tensor) else torch.float64
     )

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lsce_torch.accurate import log1p
-from lsce_torch.inputs import compute_dtype
+from lsce_torch.inputs import compute_dtype, tensor_of
 from lsce_torch.sums import Operands, Sums, target_gradients, target_mass, target_slopes
 
 
@@ -23,6 +23,7 @@ class _Classes(NamedTuple):
     gap: Float[Tensor, "*batch K"]  # m - z after the softcap, 0 outside the mask
     is_peak: Float[Tensor, "*batch K"]  # 1 where the gap is 0, else 0
     is_label: Bool[Tensor, "*batch K"] | None  # None for soft labels
+    num_largest: Float[Tensor, "*batch 1"] | None  # with `at_max`: how many logits are the largest
     is_largest: Float[Tensor, "*batch K"] | None  # with `at_max`: at the largest logits 1 divided by their number
     share: Float[Tensor, "*batch K"] | None  # that times w
     cap_slope: Float[Tensor, "*batch K"] | None  # derivative of the softcap
@@ -49,14 +50,15 @@ def _classes(logits: Float[Tensor, "*batch K"], operands: Operands) -> tuple[Ten
     is_peak = (constants[1] == peak).to(gap.dtype)
     if allowed is not None:
         gap, is_peak = torch.where(allowed, gap, 0), torch.where(allowed, is_peak, 0)
-    is_label = is_largest = share = None
+    is_label = num_largest = is_largest = share = None
     if operands.labels is not None:
         is_label = torch.arange(gap.shape[-1], device=gap.device) == operands.labels[..., None]
     if operands.at_max is not None:
         at_largest = constants[0] == largest
-        is_largest = at_largest / torch.sum(at_largest, dim=-1, keepdim=True, dtype=gap.dtype)
+        num_largest = torch.sum(at_largest, dim=-1, keepdim=True, dtype=gap.dtype)
+        is_largest = at_largest / num_largest
         share = is_largest if operands.factor is None else is_largest * operands.factor
-    classes = _Classes(gap, is_peak, is_label, is_largest, share, cap_slope, constants[0])
+    classes = _Classes(gap, is_peak, is_label, num_largest, is_largest, share, cap_slope, constants[0])
     return peak.squeeze(-1), largest.squeeze(-1), classes
 
 
@@ -65,6 +67,16 @@ def plain_sums(logits: Float[Tensor, "*batch K"], operands: Operands) -> tuple[S
     peak, largest, classes = _classes(logits, operands)
     first = torch.argmax(classes.constants, dim=-1) if operands.with_stats else None
     return _sums(peak, largest, classes, operands), first
+
+
+def plain_sums_and_slopes(
+    logits: Float[Tensor, "*batch K"], operands: Operands
+) -> tuple[Sums, Int[Tensor, "*batch"] | None, Float[Tensor, "*batch K"]]:
+    """Return what `plain_sums` returns, and the derivatives of each row's loss with respect to the logits."""
+    peak, largest, classes = _classes(logits, operands)
+    first = torch.argmax(classes.constants, dim=-1) if operands.with_stats else None
+    sums = _sums(peak, largest, classes, operands)
+    return sums, first, _logit_slopes(classes, sums, operands)
 
 
 def _sums(
@@ -92,6 +104,7 @@ def _sums(
         label_gap=label_gap,
         other_gaps=torch.sum(other_gap, dim=-1),
         largest=largest,
+        num_largest=None if classes.num_largest is None else classes.num_largest.squeeze(-1),
         largest_mass=largest_mass,
         largest_gap=largest_gap,
     )
@@ -171,6 +184,4 @@ def tangent_of(slopes: Mapping[str, Tensor], tangents: Mapping[str, Tensor]) -> 
 
 def _column(value: float | Tensor | None, like: Float[Tensor, "*batch K"]) -> Float[Tensor, "*#batch 1"]:
     """Return numbers of rows, or one for all, with one column; 0 for None."""
-    if not isinstance(value, Tensor):
-        value = torch.full((), value or 0.0, dtype=like.dtype, device=like.device)
-    return value[..., None]
+    return tensor_of(0.0 if value is None else value, like.dtype, like.device)[..., None]

@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lsce_spec import LossOptions, smoothing_weights
-from lsce_torch.accurate import log1p
-from lsce_torch.inputs import Batch
+from lsce_torch.accurate import entr, log1p
+from lsce_torch.inputs import Batch, tensor_of
 from lsce_torch.stats import LossStats, make_stats
 
 
@@ -125,8 +125,7 @@ def entropy_terms(target: Float[Tensor, "*batch K"], batch: Batch) -> Float[Tens
     if batch.prior is not None:
         # Where the prior is 0 the target is 0 for any smoothing. The slope of -q log q is infinite there.
         target = torch.where((target == 0) & (batch.prior == 0), 1, target)
-    terms: Tensor = torch.special.entr(target)
-    return terms
+    return entr(target)
 
 
 def _smoothed(
@@ -208,6 +207,4 @@ def _constant(logits: Float[Tensor, "*batch K"], allowed: Bool[Tensor, " K"] | N
 
 def as_tensor(value: float | Tensor, batch: Batch) -> Tensor:
     """Return a number as a tensor in the compute dtype."""
-    if isinstance(value, Tensor):
-        return value
-    return torch.full((), value, dtype=batch.dtype, device=batch.logits.device)
+    return tensor_of(value, batch.dtype, batch.logits.device)

@@ -61,6 +61,12 @@ def unstacked(stacked: Float[Tensor, "sums ..."]) -> Sums:
     return Sums(*stacked.unbind())
 
 
+def stacked_of(operands: Operands, sums: Sums) -> Float[Tensor, "sums ..."]:
+    """Return in one tensor the sums that the sweeps compute."""
+    present = [of_rows for of_rows in sums[: num_sums(operands)] if of_rows is not None]
+    return torch.stack(present)
+
+
 def target_mass(operands: Operands, sums: Sums) -> float | Tensor:
     """Return the sum of the weighted target."""
     mass = operands.on + operands.off * operands.other_mass

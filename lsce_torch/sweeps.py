@@ -2,7 +2,7 @@
 
 On the CPU a sweep takes blocks of rows that fit in the cache, and runs several operations in place on each. On whole
 arrays each operation would read and write memory, which takes longer than the arithmetic. Each kernel below computes
-one `Block`, whose tensors it takes by name.
+one `Block`, whose tensors it takes by name. On a TPU a sweep is `plain.py`, which the compiler fuses.
 
 For exponentials the CPU uses `torch.softmax`, which is faster than `torch.exp`. Its sum is not accurate enough, since
 it adds thousands of terms in sequence, so the kernels add up its results themselves.
@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lsce_torch.accurate import log1p
 from lsce_torch.device import is_on_cpu, takes_plain_operations
-from lsce_torch.inputs import compute_dtype
-from lsce_torch.sums import Operands, Sums, num_sums, target_mass, unstacked
+from lsce_torch.inputs import compute_dtype, tensor_of
+from lsce_torch.plain import plain_slopes, plain_sums, plain_sums_and_slopes
+from lsce_torch.sums import Operands, Sums, num_sums, stacked_of, target_mass, unstacked
 from lsce_torch.threads import in_threads
 
 # Elements of a block: 4 MiB in float32.
@@ -57,6 +57,9 @@ _WIDE = ("logits", "gradient", "excluded", "factor")
 
 def sweep(logits: Float[Tensor, "*batch K"], operands: Operands) -> tuple[Tensor, Tensor | None]:
     """Return the `Sums`, stacked, and, for statistics, the index of the first largest logit of each row."""
+    if takes_plain_operations(logits):
+        sums, first = plain_sums(logits, operands)
+        return stacked_of(operands, sums), first
     whole = _block_of_sums(logits, operands)
     _run(partial(_fill_sums, softcap=operands.softcap), whole)
     return _without_uncounted(whole)
@@ -68,13 +71,17 @@ def sweep_with_gradient(logits: Float[Tensor, "*batch K"], operands: Operands) -
     Both come from each block while it is in the cache. A softcap or a target at the largest logit takes a second array
     of the block's size, so there the gradient has a sweep of its own.
     """
+    if takes_plain_operations(logits):
+        sums, first, gradient = plain_sums_and_slopes(logits, operands)
+        logits.copy_(gradient)
+        return stacked_of(operands, sums), first
     if operands.softcap is not None or operands.at_max is not None:
         stacked, first = sweep(logits, operands)
         logits_gradient(logits, operands, stacked, torch.ones_like(stacked[0]), logits)
         return stacked, first
     whole = _block_of_sums(logits, operands)
     on, off, mass = (
-        torch.as_tensor(value, dtype=whole.stacked.dtype, device=logits.device)
+        tensor_of(value, whole.stacked.dtype, logits.device)
         for value in (operands.on, operands.off, operands.on + operands.off * operands.other_mass)
     )
     whole = whole._replace(gradient=logits, bad=operands.bad, on=on, off=off, mass=mass)
@@ -98,6 +105,9 @@ def logits_gradient(
         upstream: gradient with respect to the losses.
         gradient: memory to write to, such as the logits.
     """
+    if takes_plain_operations(logits):
+        gradient.copy_(plain_slopes(logits, operands, ["logits"])["logits"] * upstream[..., None])
+        return
     sums = unstacked(stacked)
     if operands.counted is not None:
         upstream = upstream.masked_fill(~operands.counted, 0)
@@ -302,10 +312,7 @@ def _fill_log_sum(sums: Sums, total: Float[Tensor, "*rows"], rest: Callable[[], 
     total_less_1, is_small = total - 1, total < 2
     if not is_on_cpu(total) or _any(is_small):
         total_less_1 = torch.where(is_small, rest(), total_less_1)
-    if takes_plain_operations(total):
-        sums.log_sum.copy_(log1p(total_less_1))
-    else:
-        torch.log1p(total_less_1, out=sums.log_sum)
+    torch.log1p(total_less_1, out=sums.log_sum)
 
 
 def _any(rows: Bool[Tensor, "*rows"]) -> bool:

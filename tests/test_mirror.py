@@ -100,6 +100,7 @@ ONLY_IN_TORCH = {
         "check_tensor",
         "dtype_name",
         "name_of",
+        "tensor_of",
     },
     "functional.py": {"_checked_options", "_options_of"},
     "linear.py": {"_is_transformed"},

@@ -24,6 +24,8 @@ def find_device(framework: str, device: str) -> str:
             raise AbsentError(f"jax finds no {device} device: {cause}") from error
     elif device == "cuda" and module.cuda.is_available():
         card = module.cuda.get_device_name()
+    elif device == "tpu" and hasattr(module, "tpu") and module.tpu.is_available():  # which torch_tpu brings
+        card = module.tpu.get_device_name()
     elif device != "cpu":
         raise AbsentError(f"torch finds no {device} device")
     return "" if device == "cpu" else card

@@ -1,6 +1,7 @@
 """Adapters call a framework's loss and return loss and gradients as NumPy arrays. Making one loads its framework."""
 
 import importlib
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -254,7 +255,9 @@ class TorchAdapter(FrameworkAdapter):
     def _device_kind(self) -> str:
         import torch
 
-        if self.device == "tpu" or (self.device == "cuda" and not torch.cuda.is_available()):
+        if self.device == "tpu":
+            return _tpu_kind()
+        if self.device == "cuda" and not torch.cuda.is_available():
             raise UnavailableError(f"torch finds no {self.device} device on this machine")
         return torch.cuda.get_device_name() if self.device == "cuda" else self.device
 
@@ -265,10 +268,14 @@ class TorchAdapter(FrameworkAdapter):
 
     def __call__(self, case: Case) -> AnyResult:
         """Return loss and gradients of a case."""
-        import torch
-
         arrays, options = operands_of(case, self.implementation)
         operands = {name: to_torch(value).to(self.device) for name, value in arrays.items()}
+        return self.result(case, self.parts(case, operands, options))
+
+    def parts(self, case: Case, operands: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+        """Return the loss and the gradients, by name, as tensors: the weight's with the features last."""
+        import torch
+
         upstream = operands.pop("upstream")
         leaves = {name: operands.pop(name) for name in LEAVES if name in operands}
         if "weight" in leaves:  # JAX has the features first
@@ -283,12 +290,33 @@ class TorchAdapter(FrameworkAdapter):
         for name, leaf in leaves.items():
             if leaf.grad is None:
                 raise LossError(f"no gradient reaches {'the logits' if name == 'logits' else name}")
-        parts = {"loss": loss.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+        return {"loss": loss.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+
+    def result(self, case: Case, parts: dict[str, Any]) -> AnyResult:
+        """Return what `parts` returned as NumPy arrays."""
         dtypes = {name: str(part.dtype).removeprefix("torch.") for name, part in parts.items()}
-        widened = {name: part.double().cpu().numpy() for name, part in parts.items()}
+        widened = {name: part.cpu().double().numpy() for name, part in parts.items()}
         if "weight" in widened:
             widened["weight"] = widened["weight"].T
         return _result(case, widened, dtypes)
+
+
+def _tpu_kind() -> str:
+    """Return the name of the TPU that torch reaches through TorchTPU, such as "TPU v6e"."""
+    try:
+        importlib.import_module("torch_tpu")
+    except ModuleNotFoundError as error:
+        raise UnavailableError(
+            "torch finds no tpu device on this machine: it reaches one through torch_tpu, which is not installed. "
+            "There, with Python 3.13 or newer, run: pip install torch-tpu"
+        ) from error
+    tpu: Any = getattr(importlib.import_module("torch"), "tpu", None)
+    with warnings.catch_warnings():
+        # What torch_tpu says of its devices is experimental, and it warns of that.
+        warnings.simplefilter("ignore")
+        if tpu is None or not tpu.is_available():
+            raise UnavailableError("torch finds no tpu device on this machine; torch_tpu is installed")
+        return str(tpu.get_device_name())
 
 
 def _compiled_anew(loss: Callable[..., Any]) -> Callable[..., Any]:

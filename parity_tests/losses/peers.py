@@ -13,10 +13,9 @@ import multiprocessing
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from parity_tests.losses.adapters import Adapter, JaxAdapter, LossError, TorchAdapter, UnavailableError
+from parity_tests.losses.torchax import default_promotion, load_interop
 from parity_tests.truth.cases import Case
 from parity_tests.truth.comparison import AnyResult
 
@@ -71,15 +71,8 @@ class PeerAdapter:
         case = replace(case, options=options, where=where, smoothing=smoothing)
         if self.framework != "jax":
             return self.adapter(case)
-        with _default_promotion():
+        with default_promotion():
             return self.adapter(case)
-
-
-@contextmanager
-def _default_promotion() -> Iterator[None]:
-    jax = importlib.import_module("jax")
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
 
 
 class WorkerAdapter:
@@ -347,15 +340,7 @@ def _keras_loss(
 
 def torchax_module(device: str = "cpu") -> Adapter:
     """Return our torch module, run on JAX by torchax, as on a TPU."""
-    try:
-        interop = _library("torchax.interop", "'lsce[jax,torch]' torchax")
-    except UnavailableError:
-        raise
-    except Exception as error:
-        raise UnavailableError(
-            f"torchax cannot be imported ({error}). torchax 0.0.13 works with torch 2.12, builds of 0.0.14 with torch "
-            "2.13. Run: pip install 'torch<2.13', or pip install --pre --upgrade torchax"
-        ) from error
+    interop = load_interop()
     make_module = importlib.import_module("lsce_torch").LabelSmoothedCrossEntropyLoss
     moveaxis = importlib.import_module("jax.numpy").moveaxis
 

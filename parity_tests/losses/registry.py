@@ -12,6 +12,8 @@ from parity_tests.losses import peers
 from parity_tests.losses.adapters import Adapter, JaxAdapter, TorchAdapter
 from parity_tests.losses.interpreted import InterpretedAdapter
 from parity_tests.losses.iree import TARGETS, IreeAdapter
+from parity_tests.losses.torchax import TorchaxAdapter
+from parity_tests.losses.torchtpu import TorchTpuAdapter
 from parity_tests.truth.arithmetic import NARROW, Arithmetic
 from parity_tests.truth.cases import Case, LinearCase
 from parity_tests.truth.comparison import AnyResult, make_result
@@ -116,7 +118,9 @@ def _ours() -> list[Entry]:
             Entry(torch, "torch", "ours", of_torch, twin=jax),
         ]
     programs = [entry for entry in entries if _has_program(entry)]
-    return entries + [made for entry in programs for platform in PLATFORMS for made in _interpreted(entry, platform)]
+    interpreted = [made for entry in programs for platform in PLATFORMS for made in _interpreted(entry, platform)]
+    eager = [entry for entry in entries if entry.framework == "torch" and not entry.name.endswith("-compiled")]
+    return entries + interpreted + [_on_tpu(entry) for entry in eager] + [_on_torchax(entry) for entry in eager]
 
 
 def _has_program(entry: Entry) -> bool:
@@ -133,6 +137,20 @@ def _interpreted(entry: Entry, platform: str) -> list[Entry]:
         name = f"{entry.name}-{platform}-{ending}"
         entries.append(Entry(name, "jax", "ours", partial(make, **{**entry.make.keywords, "name": name})))
     return entries
+
+
+def _on_tpu(entry: Entry) -> Entry:
+    """Return an adapter of the same loss as TorchTPU makes it for a TPU, run by an interpreter."""
+    assert isinstance(entry.make, partial)
+    name = f"{entry.name}-tpu-{INTERPRETED}"
+    return Entry(name, "torch", "ours", partial(TorchTpuAdapter, **{**entry.make.keywords, "name": name}))
+
+
+def _on_torchax(entry: Entry) -> Entry:
+    """Return an adapter of the same loss of tensors that JAX computes, through torchax."""
+    assert isinstance(entry.make, partial)
+    name = f"{entry.name}-torchax"
+    return Entry(name, "torch", "ours", partial(TorchaxAdapter, **{**entry.make.keywords, "name": name}))
 
 
 def _peers() -> list[Entry]:
