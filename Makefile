@@ -39,18 +39,18 @@ test: install
 
 # The tests marked as slow, which `make test` leaves out.
 test-slow: install
-	$(MAKE) --jobs=2 $(WHOLE_OUTPUT) test-parity test-rest SELECTED=slow EVIDENCE=
+	$(MAKE) --jobs=2 $(WHOLE_OUTPUT) test-parity test-rest SELECTED="slow and not devices" EVIDENCE=
 
 # The tests marked as devices: losses on the arithmetic of devices that are not here, and programs that are made for
-# them, in an interpreter and by IREE. No device is needed.
+# them, in an interpreter, by IREE and by the compilers of TPUs. No device is needed.
 test-devices: install-devices
 	$(MAKE) --jobs=2 $(WHOLE_OUTPUT) test-simulated test-interpreted
 
 test-simulated: install-devices
-	$(BIN)/python -m pytest -m devices -k "$(SIMULATED)" parity_tests
+	$(BIN)/python -m pytest -m "devices and not slow" -k "$(SIMULATED)" parity_tests
 
 test-interpreted: install-devices
-	$(BIN)/python -m pytest -m devices -k "not ($(SIMULATED))" parity_tests
+	$(BIN)/python -m pytest -m "devices and not slow" -k "not ($(SIMULATED))" parity_tests
 
 test-parity: install
 	$(BIN)/python -m pytest -m "$(SELECTED)" $(EVIDENCE) parity_tests

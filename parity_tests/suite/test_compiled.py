@@ -1,0 +1,264 @@
+"""Losses of `lsce_jax`, compiled for TPUs by their own compiler: every implementation, option and dtype.
+
+A program depends on the options of a case, and on the shapes and dtypes of its arrays, but not on values. So one case
+of each combination of options is compiled for every TPU, in bfloat16, by the fast implementations. A few cases, which
+have every option between them, are compiled in the other dtypes as well, by the reference, and with statistics. All
+other programs are marked as slow. That a program compiles shows that the compiler accepts it; what it costs is held
+below.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lsce_jax import (
+    label_smoothed_cross_entropy,
+    label_smoothed_cross_entropy_with_stats,
+    linear_label_smoothed_cross_entropy,
+)
+from lsce_spec import IMPLEMENTATIONS, LINEAR_IMPLEMENTATIONS
+from parity_tests.losses.adapters import JaxAdapter, UnavailableError
+from parity_tests.losses.compiled import TOPOLOGIES, Compiler, Figures, NotCompiledError, StatisticsAdapter
+from parity_tests.losses.registry import make_adapter
+from parity_tests.plugin import Recorder
+from parity_tests.truth.cases import Case, case_names, features
+from parity_tests.truth.devices import DEVICES
+from parity_tests.truth.linear_cases import LinearCase, linear_case_names, make_any_case
+
+pytestmark = [
+    pytest.mark.devices,
+    pytest.mark.skipif(sys.platform != "linux", reason="libtpu, the compiler for TPUs, is made for Linux only"),
+]
+DTYPES = ("bfloat16", "float32", "float16")  # TPUs have no float64
+DENSE = [f"jax-{implementation}" for implementation in IMPLEMENTATIONS]
+LINEAR = [f"jax-linear-{implementation}" for implementation in LINEAR_IMPLEMENTATIONS]
+# These have every option between them.
+FEW = {"everything", "class_mask_max_sup", "soft_clamp", "linear_everything", "linear_max_sup"}
+
+
+def combination(name: str) -> tuple[Any, ...]:
+    """Return the options of a case as far as they change more than the last step of a loss, its reduction."""
+    case = make_any_case(name, "bfloat16")
+    # Terms of the loss vanish without smoothing, and with all of it.
+    end = case.smoothing if isinstance(case.smoothing, float) and case.smoothing in (0.0, 1.0) else None
+    return features(case), end, getattr(case, "weight_dtype", None)
+
+
+def programs(names: list[str], adapters: list[str]) -> list[Any]:
+    """Return the parameters of every program; those that add nothing to others are slow together."""
+    first = {combination(name): name for name in reversed(names)}
+    fast = {(adapters[0], name, DTYPES[0]) for name in first.values()}
+    fast |= {(adapter, name, dtype) for adapter in adapters for name in FEW for dtype in DTYPES}
+    return [
+        pytest.param(device, *program, marks=() if program in fast else pytest.mark.slow)
+        for device in TOPOLOGIES
+        for program in [(adapter, name, dtype) for adapter in adapters for name in names for dtype in DTYPES]
+    ]
+
+
+def result_bytes(case: Case) -> int:
+    """Return what loss and gradients take."""
+    parts = {"loss": case.batch_shape if case.options.get("reduction", "none") == "none" else ()}
+    if isinstance(case, LinearCase):
+        operands = {"hidden": case.hidden, "weight": case.weight, "bias": case.bias}
+        parts |= {name: operand.shape for name, operand in operands.items() if operand is not None}
+    else:
+        parts["gradient"] = case.logits.shape
+    return sum(int(np.prod(shape)) * jnp.dtype(case.result_dtypes[name]).itemsize for name, shape in parts.items())
+
+
+@lru_cache
+def compiled(device: str, adapter: str, name: str, dtype: str) -> Figures:
+    return Compiler(device).compile(partial(make_adapter, adapter), make_any_case(name, dtype))
+
+
+@pytest.mark.parametrize(
+    ("device", "adapter", "name", "dtype"), programs(case_names(), DENSE) + programs(linear_case_names(), LINEAR)
+)
+def test_loss_and_gradients_compile(device: str, adapter: str, name: str, dtype: str, parity_ledger: Recorder) -> None:
+    parity_ledger.record(adapter, "tpu", dtype, "compiled", device)
+    assert compiled(device, adapter, name, dtype).output_bytes >= result_bytes(make_any_case(name, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("adapter", DENSE + LINEAR)
+@pytest.mark.parametrize("device", TOPOLOGIES)
+def test_statistics_compile(device: str, adapter: str, dtype: str, parity_ledger: Recorder) -> None:
+    parity_ledger.record(adapter, "tpu", dtype, "compiled", device)
+    name = "linear_everything" if adapter in LINEAR else "everything"
+    implementation = adapter.rpartition("-")[2]
+    make = partial(StatisticsAdapter, linear=adapter in LINEAR, implementation=implementation, name=adapter)
+    figures = Compiler(device).compile(make, make_any_case(name, dtype))
+    assert figures.output_bytes > compiled(device, adapter, name, dtype).output_bytes
+
+
+def test_every_tpu_of_the_table_has_its_compiler() -> None:
+    assert list(TOPOLOGIES) == [device.name for device in DEVICES if device.family == "tpu"]
+
+
+def test_the_few_cases_have_every_option() -> None:
+    for names in (case_names(), linear_case_names()):
+        some = frozenset[str]().union(*(features(make_any_case(name, "float32")) for name in FEW & set(names)))
+        every = frozenset[str]().union(*(features(make_any_case(name, "float32")) for name in names))
+        # Shapes of operands and kinds of labels, which the first case of each combination has.
+        assert every - some <= {"axis", "no batch", "narrow labels", "bad labels", "prior", "clamp convention"}
+
+
+# --- Memory and traffic ---------------------------------------------------------------------------------------------
+
+# Below some 67 MB the compiler copies logits into the memory of the core, and counts that as traffic.
+ROWS, CLASSES = 8192, 32768
+LOGITS, LABELS = ((ROWS, CLASSES), "bfloat16"), ((ROWS,), "int32")
+LOGITS_BYTES = 2 * ROWS * CLASSES
+# What a loss may keep or move beside whole logits: 64 numbers in float32 for each row, which has 32768 logits.
+ROWS_BYTES = 64 * 4 * ROWS
+MASK = np.arange(CLASSES) % 8 > 0
+
+
+def slow_but(*devices: str) -> list[Any]:
+    """Return all TPUs, of which the others are marked as slow."""
+    return [pytest.param(name, marks=() if name in devices else pytest.mark.slow) for name in TOPOLOGIES]
+
+
+def ours(logits: Any, labels: Any, **options: Any) -> Any:
+    return jax.value_and_grad(label_smoothed_cross_entropy)(logits, labels, reduction="mean", **options)
+
+
+def with_statistics(logits: Any, labels: Any) -> Any:
+    loss = jax.value_and_grad(label_smoothed_cross_entropy_with_stats, has_aux=True)
+    return loss(logits, labels, reduction="mean")
+
+
+def of_one_hot_targets(logits: Any, labels: Any) -> Any:
+    """Return Optax's smoothed loss, which reads the logits once more."""
+
+    def loss(logits: Any) -> Any:
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, CLASSES), 0.1)
+        return optax.softmax_cross_entropy(logits, targets).mean()
+
+    return jax.value_and_grad(loss)(logits)
+
+
+def of_gathered_logits(logits: Any, labels: Any) -> Any:
+    """Return a loss that takes the labels' logits from float32 logits, which the compiler therefore writes out."""
+
+    def loss(logits: Any) -> Any:
+        logits = logits.astype(jnp.float32)
+        at_label = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+        return (jax.nn.logsumexp(logits, axis=-1) - 0.9 * at_label - 0.1 * logits.mean(axis=-1)).mean()
+
+    return jax.value_and_grad(loss)(logits)
+
+
+def assert_lean(figures: Figures, sweeps: int = 4) -> None:
+    """Hold memory and traffic: nothing as large as the logits is kept, which are read and written `sweeps` times."""
+    assert figures.output_bytes >= LOGITS_BYTES
+    assert figures.temp_bytes <= ROWS_BYTES
+    assert figures.accessed_bytes is not None
+    assert 2 * LOGITS_BYTES <= figures.accessed_bytes <= sweeps * LOGITS_BYTES + ROWS_BYTES
+
+
+@pytest.mark.parametrize("loss", [ours, with_statistics])
+@pytest.mark.parametrize("device", TOPOLOGIES)
+def test_nothing_as_large_as_the_logits_is_kept(device: str, loss: Callable[..., Any]) -> None:
+    """The largest logit, the sums and the gradient: three reads and one write."""
+    assert_lean(Compiler(device).compile_function(loss, LOGITS, LABELS))
+
+
+# How often whole logits are read and written. Soft labels are as large, and read twice. Gathers of the classes' weights
+# and mask count a little more.
+OTHERS: dict[str, tuple[dict[str, Any], int]] = {
+    "softcap": ({"softcap": 30.0}, 4),
+    "max_sup": ({"convention": "max_sup"}, 4),
+    "soft labels": ({}, 6),
+    "class mask": ({"class_mask": MASK, "softcap": 30.0}, 5),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("device", TOPOLOGIES)
+def test_nor_with_other_options(device: str, name: str) -> None:
+    options, sweeps = OTHERS[name]
+    labels = LOGITS if name == "soft labels" else LABELS
+    assert_lean(Compiler(device).compile_function(partial(ours, **options), LOGITS, labels), sweeps)
+
+
+@pytest.mark.parametrize("loss", [of_one_hot_targets, of_gathered_logits])
+@pytest.mark.parametrize("device", TOPOLOGIES)
+def test_wasteful_losses_are_rejected(device: str, loss: Callable[..., Any]) -> None:
+    figures = Compiler(device).compile_function(loss, LOGITS, LABELS)
+    with pytest.raises(AssertionError):
+        assert_lean(figures)
+
+
+# Of one chunk, of all rows, and of the gradient with respect to the weight, in float32.
+FEATURES, CHUNK = 256, 2048
+CHUNK_BYTES, ALL_BYTES, WEIGHT_BYTES = 4 * CHUNK * CLASSES, 4 * ROWS * CLASSES, 4 * FEATURES * CLASSES
+LAYER = (((ROWS, FEATURES), "bfloat16"), ((FEATURES, CLASSES), "bfloat16"), LABELS)
+
+
+def of_layer(hidden: Any, weight: Any, labels: Any, **options: Any) -> Any:
+    loss = jax.value_and_grad(linear_label_smoothed_cross_entropy, argnums=(0, 1))
+    return loss(hidden, weight, labels, reduction="mean", **options)
+
+
+def assert_in_chunks(figures: Figures) -> None:
+    """Hold memory: the gradients in float32, and of the logits those of a chunk, at most thrice."""
+    assert figures.temp_bytes <= WEIGHT_BYTES + 4 * ROWS * FEATURES + 3 * CHUNK_BYTES < ALL_BYTES
+
+
+@pytest.mark.parametrize("device", slow_but("tpu-v5e"))
+def test_the_linear_loss_keeps_the_logits_of_a_chunk(device: str) -> None:
+    compiler = Compiler(device)
+    assert_in_chunks(compiler.compile_function(partial(of_layer, chunk_size=CHUNK), *LAYER))
+    with pytest.raises(AssertionError):
+        assert_in_chunks(compiler.compile_function(partial(of_layer, implementation="reference"), *LAYER))
+
+
+# --- What a compiler refuses ----------------------------------------------------------------------------------------
+
+
+def broken(logits: Any, labels: Any, **options: Any) -> Any:
+    raise ValueError("no such option")
+
+
+def ends_the_process(logits: Any, labels: Any) -> Any:
+    os._exit(1)
+
+
+def test_a_program_that_does_not_fit_the_device_is_refused() -> None:
+    shape = (2**18, 2**18)
+    with pytest.raises(
+        NotCompiledError, match=r"not compiled for tpu-v5e: ours: .*RESOURCE_EXHAUSTED.*exceeds available HBM"
+    ):
+        Compiler("tpu-v5e").compile_function(ours, (shape, "bfloat16"), (shape[:1], "int32"))
+
+
+def test_an_adapter_that_does_not_compile_is_named() -> None:
+    make = partial(JaxAdapter, broken, name="jax-broken")
+    reason = "not compiled for tpu-v6e: jax-broken, everything in float32: ValueError: no such option"
+    with pytest.raises(NotCompiledError, match=reason):
+        Compiler("tpu-v6e").compile(make, make_any_case("everything", "float32"))
+
+
+def test_a_compiler_that_ends_its_process_is_started_again() -> None:
+    compiler = Compiler("tpu-v5e")
+    small = ((8, 128), "float32"), ((8,), "int32")
+    with pytest.raises(NotCompiledError, match="not compiled for tpu-v5e: the process of the compiler ended"):
+        compiler.compile_function(ends_the_process, *small)
+    assert compiler.compile_function(ours, *small).output_bytes >= 4 * 8 * 128
+
+
+def test_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(UnavailableError, match=r"pip install 'lsce\[devices\]'"):
+        Compiler("tpu-v5e")
