@@ -38,6 +38,7 @@ from rich.console import Console
 from benchmarks import report
 from benchmarks.timing import LinearShape, Row, Schedule, Shape
 from parity_tests.evidence.pages import write_block
+from parity_tests.losses.compiled import TPU_ENVIRONMENT
 
 SHAPES = {
     "large": (Shape(1024, 32768), Shape(2048, 50257), Shape(8192, 1000), Shape(128, 1000)),
@@ -57,16 +58,6 @@ KEPT_PAGES = {
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
     "MALLOC_TOP_PAD_": str(5 * 2**29),
-}
-
-# What lets the TPU compiler do without a TPU, and beside another program that uses it.
-TPU_ENVIRONMENT = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
 }
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)

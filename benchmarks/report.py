@@ -185,9 +185,10 @@ def scaling_table(framework: str, shapes: Sequence[LinearShape], rows: Sequence[
 
 
 def tpu_tables(costs: Sequence[dict[str, Any]], shape: Shape) -> Iterator[Table]:
-    """Yield memory and traffic, a table for each topology."""
+    """Yield memory and traffic, a table for each topology; topologies with the same figures share one."""
+    topologies: dict[tuple[tuple[str, ...], ...], list[str]] = {}
     for topology in dict.fromkeys(cost["topology"] for cost in costs):
-        cells = [
+        cells = tuple(
             (
                 cost["name"],
                 cost["loss_dtype"],
@@ -197,8 +198,10 @@ def tpu_tables(costs: Sequence[dict[str, Any]], shape: Shape) -> Iterator[Table]
             )
             for cost in costs
             if cost["topology"] == topology
-        ]
-        title = f"JAX compiled for one core of {topology}, bfloat16, {_times(shape.sizes)}"
+        )
+        topologies.setdefault(cells, []).append(topology)
+    for cells, names in topologies.items():
+        title = f"JAX compiled for one core of {', '.join(names)}, bfloat16, {_times(shape.sizes)}"
         headings = ("loss and gradient", "loss in", "temp MB", "accessed MB", "÷ read + write")
         yield Table(
             title, headings, cells, "read + write: of the logits and the gradient once each. Compiled, not run."

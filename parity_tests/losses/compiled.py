@@ -32,6 +32,7 @@ TPU_ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
 }
+ENVIRONMENTS = {"tpu": TPU_ENVIRONMENT, "gpu": {"JAX_PLATFORMS": "cpu"}}
 # The smallest topology of each TPU in `parity_tests.truth.devices`.
 TOPOLOGIES = {
     "tpu-v4": "v4:2x2x1",
@@ -39,6 +40,88 @@ TOPOLOGIES = {
     "tpu-v5p": "v5p:2x2x1",
     "tpu-v6e": "v6e:2x2",
     "tpu-v7x": "tpu7x:2x2x1",
+}
+
+
+class Card(NamedTuple):
+    """What XLA asks of a GPU. All have 64 KiB registers, 2048 threads and 1024 threads in a block for each core."""
+
+    name: str
+    capability: int
+    extension: str
+    cores: int
+    units_of_core: int
+    shared_of_core: int
+    shared_of_block: int
+    cache: int
+    memory: int
+    bandwidth: int  # bytes a second
+    gigahertz: float
+
+    def as_text(self) -> str:
+        """Return the text of XLA's `GpuTargetConfigProto`."""
+        return f"""
+            platform_name: "CUDA"
+            device_description_str: "{self.name}"
+            dnn_version_info {{ major: 9 minor: 7 }}
+            gpu_device_info {{
+              cuda_compute_capability {{ major: {self.capability} feature_extension: {self.extension} }}
+              core_count: {self.cores}
+              fpus_per_core: {self.units_of_core}
+              shared_memory_per_block: 49152
+              shared_memory_per_block_optin: {self.shared_of_block}
+              shared_memory_per_core: {self.shared_of_core}
+              registers_per_block_limit: 65536
+              registers_per_core_limit: 65536
+              threads_per_warp: 32
+              threads_per_block_limit: 1024
+              threads_per_core_limit: 2048
+              thread_dim_limit_x: 1024
+              thread_dim_limit_y: 1024
+              thread_dim_limit_z: 64
+              block_dim_limit_x: 2147483647
+              block_dim_limit_y: 65535
+              block_dim_limit_z: 65535
+              l2_cache_size: {self.cache}
+              device_memory_size: {self.memory}
+              memory_bandwidth: {self.bandwidth}
+              clock_rate_ghz: {self.gigahertz}
+              runtime_version: "12.8.0"
+            }}
+        """
+
+
+# The numbers of the cards, as XLA's descriptions have them (xla/backends/gpu/target_config/specs, 2026-11-26).
+CARDS = {
+    "gpu-a100": Card(
+        "NVIDIA A100-SXM4-80GB", 8, "NONE", 108, 64, 167936, 166912, 41943040, 85100068864, 2039040000000, 1.41
+    ),
+    "gpu-h100": Card(
+        "NVIDIA H100 80GB HBM3",
+        9,
+        "ACCELERATED_FEATURES",
+        132,
+        128,
+        233472,
+        232448,
+        52428800,
+        84942979072,
+        3352320000000,
+        1.98,
+    ),
+    "gpu-b200": Card(
+        "NVIDIA B200",
+        10,
+        "ACCELERATED_FEATURES",
+        148,
+        128,
+        233472,
+        232448,
+        132644864,
+        191514411008,
+        7672320000000,
+        1.965,
+    ),
 }
 
 
@@ -89,25 +172,28 @@ class Compiler:
     that uses it needs `if __name__ == "__main__":`.
 
     Args:
-        device: name of the device, one of `TOPOLOGIES`.
+        device: name of the device, one of `TOPOLOGIES` and `CARDS`.
 
     Raises:
         ValueError: there is no compiler for such a device.
         UnavailableError: the compiler is not installed.
 
     Example:
-        >>> Compiler("tpu-v9")
+        >>> Compiler("tpu-v9")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        ValueError: there is no compiler for tpu-v9; there are those for tpu-v4, tpu-v5e, tpu-v5p, tpu-v6e, tpu-v7x
+        ValueError: there is no compiler for tpu-v9; there are those for tpu-v4, ..., gpu-a100, gpu-h100, gpu-b200
     """
 
     def __init__(self, device: str) -> None:
         """Check that the compiler is there."""
-        if device not in TOPOLOGIES:
-            raise ValueError(f"there is no compiler for {device}; there are those for {', '.join(TOPOLOGIES)}")
-        if not _is_installed("libtpu"):
+        if device not in (*TOPOLOGIES, *CARDS):
+            names = ", ".join((*TOPOLOGIES, *CARDS))
+            raise ValueError(f"there is no compiler for {device}; there are those for {names}")
+        if device in TOPOLOGIES and not _is_installed("libtpu"):
             raise UnavailableError("the TPU compiler is not installed. Run: pip install 'lsce[devices]'")
+        if device in CARDS and not has_cuda_plugin():
+            raise UnavailableError("JAX's plugin for CUDA is not installed. Run: pip install 'jax[cuda12-local]'")
         self.device = device
 
     def compile(self, make: Callable[[], JaxAdapter], case: Case) -> Figures:
@@ -135,6 +221,11 @@ class Compiler:
         return _in_process(_compile_function, self.device, function, arguments)
 
 
+def has_cuda_plugin() -> bool:
+    """Return whether JAX's plugin for CUDA is installed, which has XLA's compiler for GPUs."""
+    return any(_is_installed(f"jax_plugins.xla_cuda{version}") for version in (12, 13))
+
+
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
@@ -152,7 +243,7 @@ def _in_process(answer: Callable[..., Answer | str], device: str, *arguments: An
     family = device.partition("-")[0]
     if family not in _PROCESSES:
         spawn = multiprocessing.get_context("spawn")
-        _PROCESSES[family] = ProcessPoolExecutor(1, spawn, initializer=_set, initargs=(TPU_ENVIRONMENT,))
+        _PROCESSES[family] = ProcessPoolExecutor(1, spawn, initializer=_set, initargs=(ENVIRONMENTS[family],))
     try:
         answered = _PROCESSES[family].submit(answer, device, *arguments).result()
     except BrokenProcessPool as error:
@@ -165,6 +256,8 @@ def _in_process(answer: Callable[..., Answer | str], device: str, *arguments: An
 
 def _set(environment: Mapping[str, str]) -> None:
     os.environ.update(environment)
+    # The main module of the program is imported before, and may have imported JAX.
+    importlib.import_module("jax").config.update("jax_platforms", environment["JAX_PLATFORMS"])
 
 
 # What follows runs in such a process. An exception is returned as a text: not every one of a compiler can be sent.
@@ -212,4 +305,7 @@ def core_of(device: str) -> Any:
     """Return JAX's description of one core of a device, for a process with the environment of its compiler."""
     from jax.experimental import topologies
 
+    if device in CARDS:
+        target = CARDS[device].as_text()
+        return topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target).devices[0]
     return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[device]).devices[0]
