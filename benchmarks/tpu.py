@@ -1,7 +1,7 @@
 """What the TPU compiler says that loss and gradient cost, without a TPU.
 
-Needs libtpu, and `parity_tests.losses.compiled.TPU_ENVIRONMENT` set before the import. Without a cast Optax's loss of integer
-labels is one in bfloat16; cast to float32, as accurate as the others, it costs more.
+Needs libtpu, and `parity_tests.losses.compiled.TPU_ENVIRONMENT` set before the import. Without a cast Optax's loss of
+integer labels is one in bfloat16; cast to float32, as accurate as the others, it costs more.
 """
 
 from collections.abc import Callable, Iterator

@@ -193,7 +193,7 @@ class Compiler:
         if device in TOPOLOGIES and not _is_installed("libtpu"):
             raise UnavailableError("the TPU compiler is not installed. Run: pip install 'lsce[devices]'")
         if device in CARDS and not has_cuda_plugin():
-            raise UnavailableError("JAX's plugin for CUDA is not installed. Run: pip install 'jax[cuda12-local]'")
+            raise UnavailableError("JAX's plugin for CUDA is not installed; see make test-devices-cuda")
         self.device = device
 
     def compile(self, make: Callable[[], JaxAdapter], case: Case) -> Figures:
