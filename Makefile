@@ -13,8 +13,8 @@ SELECTED ?= not slow and not devices
 WHOLE_OUTPUT := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 PIP := pip install --quiet --disable-pip-version-check
 
-.PHONY: install install-devices demo test test-slow test-devices test-parity test-rest test-simulated test-interpreted test-oldest lint wheel \
-  clean
+.PHONY: install install-devices demo test test-slow test-devices test-parity test-rest test-simulated test-interpreted \
+  test-devices-cuda test-oldest lint wheel clean
 
 install: $(VENV)/installed
 
@@ -51,6 +51,16 @@ test-simulated: install-devices
 
 test-interpreted: install-devices
 	$(BIN)/python -m pytest -m "devices and not slow" -k "not ($(SIMULATED))" parity_tests
+
+# Programs compiled for GPUs, by XLA. JAX's plugin for CUDA takes 480 MB, and complains in each program that finds no
+# GPU: so it has a folder of its own.
+test-devices-cuda: $(VENV)/cuda
+	PYTHONPATH=$(VENV)/cuda $(BIN)/python -m pytest -m "devices and not slow" -k gpu parity_tests/suite/test_compiled.py
+
+$(VENV)/cuda: $(VENV)/installed
+	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
+	  $(BIN)/$(PIP) --no-deps --upgrade --target $@ jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version
+	touch $@
 
 test-parity: install
 	$(BIN)/python -m pytest -m "$(SELECTED)" $(EVIDENCE) parity_tests

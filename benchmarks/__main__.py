@@ -6,6 +6,7 @@
     python -m benchmarks linear
     python -m benchmarks linear --scaling
     python -m benchmarks tpu
+    python -m benchmarks gpu
     python -m benchmarks dense --write
 
 `--write` keeps the figures in docs/figures and writes the tables into the pages. A framework is imported where it is
@@ -38,7 +39,7 @@ from rich.console import Console
 from benchmarks import report
 from benchmarks.timing import LinearShape, Row, Schedule, Shape
 from parity_tests.evidence.pages import write_block
-from parity_tests.losses.compiled import TPU_ENVIRONMENT
+from parity_tests.losses.compiled import ENVIRONMENTS, has_cuda_plugin
 
 SHAPES = {
     "large": (Shape(1024, 32768), Shape(2048, 50257), Shape(8192, 1000), Shape(128, 1000)),
@@ -234,7 +235,7 @@ def tpu(json_file: JsonOption = None, write: WriteOption = False) -> None:
     if importlib.util.find_spec("libtpu") is None:
         typer.echo(f"The TPU compiler is not installed. Run: pip install {_libtpu_requirement()!r}", err=True)
         raise typer.Exit(code=1)
-    os.environ.update(TPU_ENVIRONMENT)
+    os.environ.update(ENVIRONMENTS["tpu"])
     from benchmarks import tpu as compiled  # noqa: PLC0415 - JAX must find the environment set
 
     console, machine = Console(), report.describe_machine()
@@ -251,6 +252,21 @@ def tpu(json_file: JsonOption = None, write: WriteOption = False) -> None:
     for table in report.tables(figures):
         report.print_table(table, console)
     _keep(figures, json_file, write, console)
+
+
+@app.command()
+def gpu() -> None:
+    """The memory that loss and gradient would need on GPUs that are not there, by XLA's compiler."""
+    if not has_cuda_plugin():
+        typer.echo("JAX's plugin for CUDA is not installed; see make test-devices-cuda.", err=True)
+        raise typer.Exit(code=1)
+    os.environ.update(ENVIRONMENTS["gpu"])
+    from benchmarks import tpu as compiled  # noqa: PLC0415 - JAX must find the environment set
+
+    console = Console()
+    report.print_machine(report.describe_machine(), console)
+    console.print()
+    report.print_table(report.gpu_table(compiled.measure_memory(), compiled.SHAPE), console)
 
 
 def _libtpu_requirement() -> str:

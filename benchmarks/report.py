@@ -208,6 +208,15 @@ def tpu_tables(costs: Sequence[dict[str, Any]], shape: Shape) -> Iterator[Table]
         )
 
 
+def gpu_table(memory: dict[str, dict[str, int]], shape: Shape) -> Table:
+    """Return the temporary memory of each loss, a column for each card."""
+    cells = [(name, *map(_mb, of_cards.values())) for name, of_cards in memory.items()]
+    title = f"JAX compiled for GPUs, bfloat16, {_times(shape.sizes)}"
+    headings = ("loss and gradient, temp MB", *next(iter(memory.values())))
+    legend = f"In float32 the logits take {_mb(shape.logits_bytes)} MB. Compiled, not run."
+    return Table(title, headings, cells, legend)
+
+
 def linear_tpu_table(costs: Sequence[dict[str, Any]], shape: LinearShape, chunk_bytes: int) -> Table:
     """Return memory, traffic and operations, and how large the arrays are that temporary memory is made of."""
     products = shape.rows * shape.features * shape.classes

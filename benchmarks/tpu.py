@@ -1,7 +1,8 @@
-"""What the TPU compiler says that loss and gradient cost, without a TPU.
+"""What the compilers of TPUs and GPUs say that loss and gradient cost, without a device.
 
-Needs libtpu, and `parity_tests.losses.compiled.TPU_ENVIRONMENT` set before the import. Without a cast Optax's loss of
-integer labels is one in bfloat16; cast to float32, as accurate as the others, it costs more.
+Needs libtpu or JAX's plugin for CUDA, and one of `parity_tests.losses.compiled.ENVIRONMENTS` set before the import.
+Without a cast Optax's loss of integer labels is one in bfloat16; cast to float32, as accurate as the others, it costs
+more.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from benchmarks.linear_jax import with_gradients
 from benchmarks.timing import LinearShape, Shape
 from lsce_jax.chunked import preferred_rows
 from lsce_spec import ChunkOptions
-from parity_tests.losses.compiled import TOPOLOGIES, core_of
+from parity_tests.losses.compiled import CARDS, TOPOLOGIES, core_of
 
 SHAPE = Shape(8192, 32768)
 LINEAR_SHAPE = LinearShape(8192, 2048, 131072)
@@ -76,9 +77,7 @@ def measure() -> list[Cost]:
     costs = []
     for device, topology in TOPOLOGIES.items():
         for name, loss in LOSSES.items():
-            labels = (SHAPE.sizes, jnp.bfloat16) if name == SOFT else (SHAPE[:1], jnp.int32)
-            arguments = _arguments(device, (SHAPE.sizes, jnp.bfloat16), labels, ((), jnp.float32))
-            compiled = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
+            compiled = _compile(jax.value_and_grad(loss), _loss_arguments(device, name))
             costs.append(
                 Cost(
                     topology=topology,
@@ -90,6 +89,19 @@ def measure() -> list[Cost]:
                 )
             )
     return costs
+
+
+def measure_memory() -> dict[str, dict[str, int]]:
+    """Return the temporary memory of each loss with its gradient on each GPU; bfloat16 logits."""
+    return {
+        name: {
+            device: _compile(jax.value_and_grad(loss), _loss_arguments(device, name))
+            .memory_analysis()
+            .temp_size_in_bytes
+            for device in CARDS
+        }
+        for name, loss in LOSSES.items()
+    }
 
 
 def measure_linear() -> list[LinearCost]:
@@ -150,6 +162,11 @@ def unrolled() -> Iterator[None]:
 
 def _compile(function: Callable[..., Any], arguments: list[jax.ShapeDtypeStruct]) -> jax.stages.Compiled:
     return jax.jit(function).lower(*arguments).compile()
+
+
+def _loss_arguments(device: str, name: str) -> list[jax.ShapeDtypeStruct]:
+    labels = (SHAPE.sizes, jnp.bfloat16) if name == SOFT else (SHAPE[:1], jnp.int32)
+    return _arguments(device, (SHAPE.sizes, jnp.bfloat16), labels, ((), jnp.float32))
 
 
 def _arguments(device: str, *described: tuple[tuple[int, ...], Any]) -> list[jax.ShapeDtypeStruct]:
