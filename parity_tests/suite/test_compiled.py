@@ -284,7 +284,7 @@ def ends_the_process(logits: Any, labels: Any) -> Any:
 def test_a_program_that_does_not_fit_the_device_is_refused() -> None:
     shape = (2**18, 2**18)
     with pytest.raises(
-        NotCompiledError, match=r"not compiled for tpu-v5e: ours: .*RESOURCE_EXHAUSTED.*exceeds available HBM"
+        NotCompiledError, match=r"not compiled for tpu-v5e: ours: .*RESOURCE_EXHAUSTED.*Ran out of memory"
     ):
         Compiler("tpu-v5e").compile_function(ours, (shape, "bfloat16"), (shape[:1], "int32"))
 
