@@ -22,7 +22,7 @@ DEVICES = ("cpu", "cuda", "tpu")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 # A ledger keeps the versions of these packages.
-PACKAGES = ("jax", "flax", "optax", "torch", "numpy")
+PACKAGES = ("jax", "flax", "optax", "torch", "numpy", "libtpu")
 
 Key = tuple[str, str, str]
 
