@@ -18,8 +18,8 @@ VENV_TORCHTPU ?= .venv-torchtpu
 export LSCE_TORCHTPU_PYTHON ?= $(abspath $(VENV_TORCHTPU))/bin/python
 PIP := pip install --quiet --disable-pip-version-check
 
-.PHONY: install install-devices install-torchtpu demo test test-slow test-devices test-parity test-rest test-simulated \
-  test-interpreted test-cuda test-tpu test-oldest lint wheel clean
+.PHONY: install install-devices install-torchtpu demo test test-slow test-devices test-devices-slow test-devices-cuda \
+  test-parity test-rest test-simulated test-interpreted test-cuda test-tpu test-oldest lint wheel clean
 
 install: $(VENV)/installed
 
@@ -56,18 +56,32 @@ test: install
 
 # The tests marked as slow, which `make test` leaves out.
 test-slow: install
-	$(MAKE) --jobs=2 $(WHOLE_OUTPUT) test-parity test-rest SELECTED=slow EVIDENCE=
+	$(MAKE) --jobs=2 $(WHOLE_OUTPUT) test-parity test-rest SELECTED="slow and not devices" EVIDENCE=
 
 # The tests marked as devices: losses on the arithmetic of devices that are not here, and programs that are made for
-# them, in an interpreter and by IREE. No device is needed.
+# them, in an interpreter, by IREE and by the compilers of TPUs. No device is needed.
 test-devices: install-devices
 	$(MAKE) --jobs=2 $(WHOLE_OUTPUT) test-simulated test-interpreted
 
 test-simulated: install-devices
-	$(BIN)/python -m pytest -m devices -k "$(SIMULATED)" parity_tests
+	$(BIN)/python -m pytest -m "devices and not slow" -k "$(SIMULATED)" parity_tests
 
 test-interpreted: install-devices
-	$(BIN)/python -m pytest -m devices -k "not ($(SIMULATED))" parity_tests
+	$(BIN)/python -m pytest -m "devices and not slow" -k "not ($(SIMULATED))" parity_tests
+
+# More of the same, which takes long: every case in every dtype, by the compilers of TPUs.
+test-devices-slow: install-devices
+	$(BIN)/python -m pytest -m "devices and slow" parity_tests
+
+# Programs compiled for GPUs, by XLA. JAX's plugin for CUDA takes 480 MB, and complains in each program that finds no
+# GPU: so it has a folder of its own.
+test-devices-cuda: $(VENV)/cuda
+	PYTHONPATH=$(VENV)/cuda $(BIN)/python -m pytest -m "devices and not slow" -k gpu parity_tests/suite/test_compiled.py
+
+$(VENV)/cuda: $(VENV)/installed
+	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
+	  $(BIN)/$(PIP) --no-deps --upgrade --target $@ jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version
+	touch $@
 
 test-parity: install
 	$(BIN)/python -m pytest -m "$(SELECTED)" $(EVIDENCE) parity_tests

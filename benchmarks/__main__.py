@@ -7,6 +7,7 @@
     python -m benchmarks linear
     python -m benchmarks linear --scaling
     python -m benchmarks tpu
+    python -m benchmarks gpu
     python -m benchmarks dense --write
 
 `--write` keeps the figures in docs/figures and writes the tables into the pages. A framework is imported where it is
@@ -41,6 +42,7 @@ from benchmarks import report
 from benchmarks.timing import LinearShape, Row, Schedule, Shape
 from parity_tests.evidence.cards import AbsentError, find_device
 from parity_tests.evidence.pages import write_block
+from parity_tests.losses.compiled import ENVIRONMENTS, has_cuda_plugin
 
 SHAPES = {
     "large": (Shape(1024, 32768), Shape(2048, 50257), Shape(8192, 1000), Shape(128, 1000)),
@@ -60,16 +62,6 @@ KEPT_PAGES = {
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
     "MALLOC_TOP_PAD_": str(5 * 2**29),
-}
-
-# What lets the TPU compiler do without a TPU, and beside another program that uses it.
-TPU_ENVIRONMENT = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
 }
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
@@ -270,7 +262,7 @@ def tpu(json_file: JsonOption = None, write: WriteOption = False) -> None:
     if importlib.util.find_spec("libtpu") is None:
         typer.echo(f"The TPU compiler is not installed. Run: pip install {_libtpu_requirement()!r}", err=True)
         raise typer.Exit(code=1)
-    os.environ.update(TPU_ENVIRONMENT)
+    os.environ.update(ENVIRONMENTS["tpu"])
     from benchmarks import tpu as compiled  # noqa: PLC0415 - JAX must find the environment set
 
     console, machine = Console(), report.describe_machine()
@@ -287,6 +279,21 @@ def tpu(json_file: JsonOption = None, write: WriteOption = False) -> None:
     for table in report.tables(figures):
         report.print_table(table, console)
     _keep(figures, json_file, write, console)
+
+
+@app.command()
+def gpu() -> None:
+    """The memory that loss and gradient would need on GPUs that are not there, by XLA's compiler."""
+    if not has_cuda_plugin():
+        typer.echo("JAX's plugin for CUDA is not installed; see make test-devices-cuda.", err=True)
+        raise typer.Exit(code=1)
+    os.environ.update(ENVIRONMENTS["gpu"])
+    from benchmarks import tpu as compiled  # noqa: PLC0415 - JAX must find the environment set
+
+    console = Console()
+    report.print_machine(report.describe_machine(), console)
+    console.print()
+    report.print_table(report.gpu_table(compiled.measure_memory(), compiled.SHAPE), console)
 
 
 def _libtpu_requirement() -> str:

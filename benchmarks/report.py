@@ -185,9 +185,10 @@ def scaling_table(framework: str, shapes: Sequence[LinearShape], rows: Sequence[
 
 
 def tpu_tables(costs: Sequence[dict[str, Any]], shape: Shape) -> Iterator[Table]:
-    """Yield memory and traffic, a table for each topology."""
+    """Yield memory and traffic, a table for each topology; topologies with the same figures share one."""
+    topologies: dict[tuple[tuple[str, ...], ...], list[str]] = {}
     for topology in dict.fromkeys(cost["topology"] for cost in costs):
-        cells = [
+        cells = tuple(
             (
                 cost["name"],
                 cost["loss_dtype"],
@@ -197,12 +198,23 @@ def tpu_tables(costs: Sequence[dict[str, Any]], shape: Shape) -> Iterator[Table]
             )
             for cost in costs
             if cost["topology"] == topology
-        ]
-        title = f"JAX compiled for one core of {topology}, bfloat16, {_times(shape.sizes)}"
+        )
+        topologies.setdefault(cells, []).append(topology)
+    for cells, names in topologies.items():
+        title = f"JAX compiled for one core of {', '.join(names)}, bfloat16, {_times(shape.sizes)}"
         headings = ("loss and gradient", "loss in", "temp MB", "accessed MB", "÷ read + write")
         yield Table(
             title, headings, cells, "read + write: of the logits and the gradient once each. Compiled, not run."
         )
+
+
+def gpu_table(memory: dict[str, dict[str, int]], shape: Shape) -> Table:
+    """Return the temporary memory of each loss, a column for each card."""
+    cells = [(name, *map(_mb, of_cards.values())) for name, of_cards in memory.items()]
+    title = f"JAX compiled for GPUs, bfloat16, {_times(shape.sizes)}"
+    headings = ("loss and gradient, temp MB", *next(iter(memory.values())))
+    legend = f"In float32 the logits take {_mb(shape.logits_bytes)} MB. Compiled, not run."
+    return Table(title, headings, cells, legend)
 
 
 def linear_tpu_table(costs: Sequence[dict[str, Any]], shape: LinearShape, chunk_bytes: int) -> Table:

@@ -1,7 +1,8 @@
-"""What the TPU compiler says that loss and gradient cost, without a TPU.
+"""What the compilers of TPUs and GPUs say that loss and gradient cost, without a device.
 
-Needs libtpu, and `benchmarks.__main__.TPU_ENVIRONMENT` set before the import. Without a cast Optax's loss of integer
-labels is one in bfloat16; cast to float32, as accurate as the others, it costs more.
+Needs libtpu or JAX's plugin for CUDA, and one of `parity_tests.losses.compiled.ENVIRONMENTS` set before the import.
+Without a cast Optax's loss of integer labels is one in bfloat16; cast to float32, as accurate as the others, it costs
+more.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +13,6 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from benchmarks.dense_jax import Labels, Logits, Scalar, integer_labels, one_hot, ours
@@ -21,11 +21,11 @@ from benchmarks.linear_jax import with_gradients
 from benchmarks.timing import LinearShape, Shape
 from lsce_jax.chunked import preferred_rows
 from lsce_spec import ChunkOptions
+from parity_tests.losses.compiled import CARDS, TOPOLOGIES, core_of
 
 SHAPE = Shape(8192, 32768)
-TOPOLOGIES = ("v5e:2x2", "v6e:2x2")
 LINEAR_SHAPE = LinearShape(8192, 2048, 131072)
-LINEAR_TOPOLOGY = "v6e:2x2"
+LINEAR_DEVICE = "tpu-v6e"
 
 
 class Cost(NamedTuple):
@@ -75,11 +75,9 @@ LINEAR_LOSSES = {
 def measure() -> list[Cost]:
     """Compile each loss with its gradient for each topology; bfloat16 logits."""
     costs = []
-    for topology in TOPOLOGIES:
+    for device, topology in TOPOLOGIES.items():
         for name, loss in LOSSES.items():
-            labels = (SHAPE.sizes, jnp.bfloat16) if name == SOFT else (SHAPE[:1], jnp.int32)
-            arguments = _arguments(topology, (SHAPE.sizes, jnp.bfloat16), labels, ((), jnp.float32))
-            compiled = jax.jit(jax.value_and_grad(loss)).lower(*arguments).compile()
+            compiled = _compile(jax.value_and_grad(loss), _loss_arguments(device, name))
             costs.append(
                 Cost(
                     topology=topology,
@@ -93,11 +91,24 @@ def measure() -> list[Cost]:
     return costs
 
 
+def measure_memory() -> dict[str, dict[str, int]]:
+    """Return the temporary memory of each loss with its gradient on each GPU; bfloat16 logits."""
+    return {
+        name: {
+            device: _compile(jax.value_and_grad(loss), _loss_arguments(device, name))
+            .memory_analysis()
+            .temp_size_in_bytes
+            for device in CARDS
+        }
+        for name, loss in LOSSES.items()
+    }
+
+
 def measure_linear() -> list[LinearCost]:
     """Compile each loss of hidden and weight with its gradients; both bfloat16."""
     rows, features, classes = LINEAR_SHAPE
     arguments = _arguments(
-        LINEAR_TOPOLOGY,
+        LINEAR_DEVICE,
         ((rows, features), jnp.bfloat16),
         ((features, classes), jnp.bfloat16),
         ((rows,), jnp.int32),
@@ -112,7 +123,7 @@ def measure_linear() -> list[LinearCost]:
                 counted = _compile(with_gradients(loss), arguments).cost_analysis()
         costs.append(
             LinearCost(
-                topology=LINEAR_TOPOLOGY,
+                topology=TOPOLOGIES[LINEAR_DEVICE],
                 name=name,
                 loss_dtype=compiled.out_info[0].dtype.name,
                 temp_bytes=compiled.memory_analysis().temp_size_in_bytes,
@@ -153,7 +164,11 @@ def _compile(function: Callable[..., Any], arguments: list[jax.ShapeDtypeStruct]
     return jax.jit(function).lower(*arguments).compile()
 
 
-def _arguments(topology: str, *described: tuple[tuple[int, ...], Any]) -> list[jax.ShapeDtypeStruct]:
-    core = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-    sharding = SingleDeviceSharding(core)
+def _loss_arguments(device: str, name: str) -> list[jax.ShapeDtypeStruct]:
+    labels = (SHAPE.sizes, jnp.bfloat16) if name == SOFT else (SHAPE[:1], jnp.int32)
+    return _arguments(device, (SHAPE.sizes, jnp.bfloat16), labels, ((), jnp.float32))
+
+
+def _arguments(device: str, *described: tuple[tuple[int, ...], Any]) -> list[jax.ShapeDtypeStruct]:
+    sharding = SingleDeviceSharding(core_of(device))
     return [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in described]

@@ -335,7 +335,7 @@ def test_each_round_of_an_unrolled_loop_counts():
 def test_table_of_the_linear_loss_on_tpus():
     output = io.StringIO()
     costs = [
-        tpu.LinearCost(tpu.LINEAR_TOPOLOGY, name, "float32", 3 * 10**9, 3e10, 1.5e13)._asdict()
+        tpu.LinearCost(tpu.LINEAR_DEVICE, name, "float32", 3 * 10**9, 3e10, 1.5e13)._asdict()
         for name in tpu.LINEAR_LOSSES
     ]
     table = report.linear_tpu_table(costs, tpu.LINEAR_SHAPE, tpu.linear_chunk_bytes())

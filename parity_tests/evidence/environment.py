@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-LIBRARIES = ("lsce", "numpy", "jax", "jaxlib", "flax", "optax", "torch", "keras", "timm", "torchax")
+LIBRARIES = ("lsce", "numpy", "jax", "jaxlib", "flax", "optax", "torch", "keras", "timm", "torchax", "libtpu")
 
 
 def describe_environment() -> dict[str, Any]:

@@ -24,7 +24,7 @@ FAMILIES = (*DEVICES, "rocm")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 # A ledger keeps the versions of these packages.
-PACKAGES = ("jax", "flax", "optax", "torch", "numpy")
+PACKAGES = ("jax", "flax", "optax", "torch", "numpy", "libtpu")
 
 Key = tuple[str, str, str]
 

@@ -213,16 +213,20 @@ class JaxAdapter(FrameworkAdapter):
         upstream = operands.pop("upstream")
         leaves = {name: operands.pop(name) for name in LEAVES if name in operands}
 
-        def total(leaves: dict[str, Any], operands: dict[str, Any], upstream: Any) -> tuple[Any, Any]:
-            loss = _call(self.loss, leaves, {**operands, **options})
-            _check_shape(case, loss)
-            return (loss * upstream).sum(), loss
+        def total(leaves: dict[str, Any], operands: dict[str, Any], upstream: Any) -> tuple[Any, dict[str, Any]]:
+            returned = self.parts_of(_call(self.loss, leaves, {**operands, **options}))
+            _check_shape(case, returned["loss"])
+            return (returned["loss"] * upstream).sum(), returned
 
         def parts(*operands: Any) -> dict[str, Any]:
-            gradients, loss = jax.grad(total, has_aux=True)(*operands)
-            return {"loss": loss, **gradients}
+            gradients, returned = jax.grad(total, has_aux=True)(*operands)
+            return {**returned, **gradients}
 
         return parts, (leaves, operands, upstream)
+
+    def parts_of(self, returned: Any) -> dict[str, Any]:
+        """Return what the function of the loss returned by name, with the loss as "loss"."""
+        return {"loss": returned}
 
     def result(self, case: Case, parts: dict[str, Any]) -> AnyResult:
         """Return as NumPy arrays what the function of `step` returned."""

@@ -1,0 +1,316 @@
+"""Losses of `lsce_jax`, compiled for TPUs and GPUs by their own compilers: every implementation, option and dtype.
+
+A program depends on the options of a case, and on the shapes and dtypes of its arrays, but not on values. So one case
+of each combination of options is compiled for every device, in bfloat16, by the fast implementations. A few cases,
+which have every option between them, are compiled in the other dtypes as well, by the reference, and with statistics.
+All other programs are marked as slow. That a program compiles shows that the compiler accepts it; what it costs is held
+below.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lsce_jax import (
+    label_smoothed_cross_entropy,
+    label_smoothed_cross_entropy_with_stats,
+    linear_label_smoothed_cross_entropy,
+)
+from lsce_spec import IMPLEMENTATIONS, LINEAR_IMPLEMENTATIONS
+from parity_tests.losses.adapters import JaxAdapter, UnavailableError
+from parity_tests.losses.compiled import (
+    CARDS,
+    TOPOLOGIES,
+    Compiler,
+    Figures,
+    NotCompiledError,
+    StatisticsAdapter,
+    has_cuda_plugin,
+)
+from parity_tests.losses.registry import make_adapter
+from parity_tests.plugin import Recorder
+from parity_tests.truth.cases import Case, case_names, features
+from parity_tests.truth.devices import DEVICES
+from parity_tests.truth.linear_cases import LinearCase, linear_case_names, make_any_case
+
+pytestmark = pytest.mark.devices
+NEEDED = {
+    "tpu": pytest.mark.skipif(sys.platform != "linux", reason="libtpu, the compiler for TPUs, is made for Linux only"),
+    "gpu": pytest.mark.skipif(
+        not has_cuda_plugin(), reason="JAX's plugin for CUDA is not installed; make test-devices-cuda installs it"
+    ),
+}
+FAMILIES = {"tpu": "tpu", "gpu": "cuda"}  # as evidence has them
+DTYPES = {"tpu": ("bfloat16", "float32", "float16"), "gpu": ("bfloat16", "float32", "float16", "float64")}
+DENSE = [f"jax-{implementation}" for implementation in IMPLEMENTATIONS]
+LINEAR = [f"jax-linear-{implementation}" for implementation in LINEAR_IMPLEMENTATIONS]
+EVERY_DEVICE = (*TOPOLOGIES, *CARDS)
+# These have every option between them.
+FEW = {"everything", "class_mask_max_sup", "soft_clamp", "linear_everything", "linear_max_sup"}
+
+
+def combination(name: str) -> tuple[Any, ...]:
+    """Return the options of a case as far as they change more than the last step of a loss, its reduction."""
+    case = make_any_case(name, "bfloat16")
+    # Terms of the loss vanish without smoothing, and with all of it.
+    end = case.smoothing if isinstance(case.smoothing, float) and case.smoothing in (0.0, 1.0) else None
+    return features(case), end, getattr(case, "weight_dtype", None)
+
+
+def on(device: str, *program: Any, slow: bool = False) -> Any:
+    """Return the parameters of a test that needs the compiler of a device."""
+    return pytest.param(device, *program, marks=[NEEDED[device[:3]], *([pytest.mark.slow] if slow else [])])
+
+
+def programs(names: list[str], adapters: list[str]) -> list[Any]:
+    """Return the parameters of every program; those that add nothing to others are slow together."""
+    first = {combination(name): name for name in reversed(names)}
+    quick = {(adapters[0], name, "bfloat16") for name in first.values()}
+    return [
+        on(device, adapter, name, dtype, slow=name not in FEW and (adapter, name, dtype) not in quick)
+        for device in EVERY_DEVICE
+        for adapter in adapters
+        for name in names
+        for dtype in DTYPES[device[:3]]
+    ]
+
+
+def result_bytes(case: Case) -> int:
+    """Return what loss and gradients take."""
+    parts = {"loss": case.batch_shape if case.options.get("reduction", "none") == "none" else ()}
+    if isinstance(case, LinearCase):
+        operands = {"hidden": case.hidden, "weight": case.weight, "bias": case.bias}
+        parts |= {name: operand.shape for name, operand in operands.items() if operand is not None}
+    else:
+        parts["gradient"] = case.logits.shape
+    return sum(int(np.prod(shape)) * jnp.dtype(case.result_dtypes[name]).itemsize for name, shape in parts.items())
+
+
+@lru_cache
+def compiled(device: str, adapter: str, name: str, dtype: str) -> Figures:
+    return Compiler(device).compile(partial(make_adapter, adapter), make_any_case(name, dtype))
+
+
+@pytest.mark.parametrize(
+    ("device", "adapter", "name", "dtype"), programs(case_names(), DENSE) + programs(linear_case_names(), LINEAR)
+)
+def test_loss_and_gradients_compile(device: str, adapter: str, name: str, dtype: str, parity_ledger: Recorder) -> None:
+    parity_ledger.record(adapter, FAMILIES[device[:3]], dtype, "compiled", device)
+    assert compiled(device, adapter, name, dtype).output_bytes >= result_bytes(make_any_case(name, dtype))
+
+
+@pytest.mark.parametrize("adapter", DENSE + LINEAR)
+@pytest.mark.parametrize(
+    ("device", "dtype"), [on(device, dtype) for device in EVERY_DEVICE for dtype in DTYPES[device[:3]]]
+)
+def test_statistics_compile(device: str, adapter: str, dtype: str, parity_ledger: Recorder) -> None:
+    parity_ledger.record(adapter, FAMILIES[device[:3]], dtype, "compiled", device)
+    name = "linear_everything" if adapter in LINEAR else "everything"
+    implementation = adapter.rpartition("-")[2]
+    make = partial(StatisticsAdapter, linear=adapter in LINEAR, implementation=implementation, name=adapter)
+    figures = Compiler(device).compile(make, make_any_case(name, dtype))
+    assert figures.output_bytes > compiled(device, adapter, name, dtype).output_bytes
+
+
+def test_every_device_of_the_table_has_its_compiler() -> None:
+    assert set(EVERY_DEVICE) == {device.name for device in DEVICES} - {"cpu"}
+
+
+def test_the_few_cases_have_every_option() -> None:
+    for names in (case_names(), linear_case_names()):
+        some = frozenset[str]().union(*(features(make_any_case(name, "float32")) for name in FEW & set(names)))
+        every = frozenset[str]().union(*(features(make_any_case(name, "float32")) for name in names))
+        # Shapes of operands and kinds of labels, which the first case of each combination has.
+        assert every - some <= {"axis", "no batch", "narrow labels", "bad labels", "prior", "clamp convention"}
+
+
+# --- Memory and traffic ---------------------------------------------------------------------------------------------
+
+# Below some 67 MB the compiler copies logits into the memory of the core, and counts that as traffic.
+ROWS, CLASSES = 8192, 32768
+LOGITS, LABELS = ((ROWS, CLASSES), "bfloat16"), ((ROWS,), "int32")
+LOGITS_BYTES = 2 * ROWS * CLASSES
+# What a loss may keep or move beside whole logits. On TPUs: 64 numbers in float32 for each row, which has 32768 logits.
+# On GPUs the row is summed in parts of 256 logits: 8 sums in float32 for each part.
+ROWS_BYTES = {"tpu": 64 * 4 * ROWS, "gpu": 8 * 4 * (CLASSES // 256) * ROWS}
+MASK = np.arange(CLASSES) % 8 > 0
+
+
+def ours(logits: Any, labels: Any, **options: Any) -> Any:
+    return jax.value_and_grad(label_smoothed_cross_entropy)(logits, labels, reduction="mean", **options)
+
+
+def with_statistics(logits: Any, labels: Any) -> Any:
+    loss = jax.value_and_grad(label_smoothed_cross_entropy_with_stats, has_aux=True)
+    return loss(logits, labels, reduction="mean")
+
+
+def of_one_hot_targets(logits: Any, labels: Any) -> Any:
+    """Return Optax's smoothed loss, which reads the logits once more."""
+
+    def loss(logits: Any) -> Any:
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, CLASSES), 0.1)
+        return optax.softmax_cross_entropy(logits, targets).mean()
+
+    return jax.value_and_grad(loss)(logits)
+
+
+def of_gathered_logits(logits: Any, labels: Any) -> Any:
+    """Return a loss that takes the labels' logits from float32 logits, which the compiler therefore writes out."""
+
+    def loss(logits: Any) -> Any:
+        logits = logits.astype(jnp.float32)
+        at_label = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+        return (jax.nn.logsumexp(logits, axis=-1) - 0.9 * at_label - 0.1 * logits.mean(axis=-1)).mean()
+
+    return jax.value_and_grad(loss)(logits)
+
+
+def assert_lean(device: str, figures: Figures, sweeps: int = 4) -> None:
+    """Hold memory and traffic: nothing as large as the logits is kept, which are read and written `sweeps` times."""
+    beside = ROWS_BYTES[device[:3]]
+    assert figures.output_bytes >= LOGITS_BYTES
+    assert figures.temp_bytes <= beside
+    if device in TOPOLOGIES:  # the compiler for GPUs does not count it
+        assert figures.accessed_bytes is not None
+        assert 2 * LOGITS_BYTES <= figures.accessed_bytes <= sweeps * LOGITS_BYTES + beside
+
+
+@pytest.mark.parametrize("loss", [ours, with_statistics])
+@pytest.mark.parametrize("device", [on(device) for device in EVERY_DEVICE if device != "gpu-b200"])
+def test_nothing_as_large_as_the_logits_is_kept(device: str, loss: Callable[..., Any]) -> None:
+    """On TPUs, three reads and one write: the largest logit, the sums, and the gradient."""
+    assert_lean(device, Compiler(device).compile_function(loss, LOGITS, LABELS))
+
+
+@pytest.mark.xfail(strict=True, reason="for a B200 XLA writes out float32 logits, whose traffic it takes to be cheap")
+@pytest.mark.parametrize("device", [on("gpu-b200")])
+def test_float32_logits_are_kept(device: str) -> None:
+    assert_lean(device, Compiler(device).compile_function(ours, LOGITS, LABELS))
+
+
+# How often whole logits are read and written. Soft labels are as large, and read twice. Gathers of the classes' weights
+# and mask count a little more.
+OTHERS: dict[str, tuple[dict[str, Any], int]] = {
+    "softcap": ({"softcap": 30.0}, 4),
+    "max_sup": ({"convention": "max_sup"}, 4),
+    "soft labels": ({}, 6),
+    "class mask": ({"class_mask": MASK, "softcap": 30.0}, 5),
+    "class mask, ignored rows": ({"class_mask": MASK, "ignore_index": 0}, 5),
+    "class mask, ignored rows, softcap": ({"class_mask": MASK, "ignore_index": 0, "softcap": 30.0}, 5),
+}
+
+
+def assert_lean_with(device: str, name: str) -> None:
+    options, sweeps = OTHERS[name]
+    labels = LOGITS if name == "soft labels" else LABELS
+    assert_lean(device, Compiler(device).compile_function(partial(ours, **options), LOGITS, labels), sweeps)
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        on(device, name, slow=True)
+        for device in TOPOLOGIES
+        for name in OTHERS
+        if not (device == "tpu-v7x" and "ignored" in name)
+    ],
+)
+def test_nor_with_other_options(device: str, name: str) -> None:
+    assert_lean_with(device, name)
+
+
+@pytest.mark.xfail(strict=True, reason="for a v7x logits are read twice more, or a byte is kept for each")
+@pytest.mark.parametrize(("device", "name"), [on("tpu-v7x", name, slow=True) for name in OTHERS if "ignored" in name])
+def test_masked_logits_of_ignored_rows(device: str, name: str) -> None:
+    assert_lean_with(device, name)
+
+
+@pytest.mark.parametrize(
+    ("device", "loss"),
+    [on(device, of_one_hot_targets) for device in TOPOLOGIES]
+    + [on(device, of_gathered_logits) for device in EVERY_DEVICE],
+)
+def test_wasteful_losses_are_rejected(device: str, loss: Callable[..., Any]) -> None:
+    figures = Compiler(device).compile_function(loss, LOGITS, LABELS)
+    with pytest.raises(AssertionError):
+        assert_lean(device, figures)
+
+
+# Of one chunk, of all rows, and of the gradient with respect to the weight, in float32.
+FEATURES, CHUNK = 256, 2048
+CHUNK_BYTES, ALL_BYTES, WEIGHT_BYTES = 4 * CHUNK * CLASSES, 4 * ROWS * CLASSES, 4 * FEATURES * CLASSES
+LAYER = (((ROWS, FEATURES), "bfloat16"), ((FEATURES, CLASSES), "bfloat16"), LABELS)
+
+
+def of_layer(hidden: Any, weight: Any, labels: Any, **options: Any) -> Any:
+    loss = jax.value_and_grad(linear_label_smoothed_cross_entropy, argnums=(0, 1))
+    return loss(hidden, weight, labels, reduction="mean", **options)
+
+
+def assert_in_chunks(figures: Figures) -> None:
+    """Hold memory: the gradients in float32, and of the logits those of a chunk, at most thrice."""
+    assert figures.temp_bytes <= WEIGHT_BYTES + 4 * ROWS * FEATURES + 3 * CHUNK_BYTES < ALL_BYTES
+
+
+@pytest.mark.parametrize("device", [on(device, slow=device != "tpu-v5e") for device in TOPOLOGIES])
+def test_the_linear_loss_keeps_the_logits_of_a_chunk(device: str) -> None:
+    compiler = Compiler(device)
+    assert_in_chunks(compiler.compile_function(partial(of_layer, chunk_size=CHUNK), *LAYER))
+    with pytest.raises(AssertionError):
+        assert_in_chunks(compiler.compile_function(partial(of_layer, implementation="reference"), *LAYER))
+
+
+# --- What a compiler refuses ----------------------------------------------------------------------------------------
+
+
+def broken(logits: Any, labels: Any, **options: Any) -> Any:
+    raise ValueError("no such option")
+
+
+def ends_the_process(logits: Any, labels: Any) -> Any:
+    os._exit(1)
+
+
+@NEEDED["tpu"]
+def test_a_program_that_does_not_fit_the_device_is_refused() -> None:
+    shape = (2**18, 2**18)
+    with pytest.raises(
+        NotCompiledError, match=r"not compiled for tpu-v5e: ours: .*RESOURCE_EXHAUSTED.*Ran out of memory"
+    ):
+        Compiler("tpu-v5e").compile_function(ours, (shape, "bfloat16"), (shape[:1], "int32"))
+
+
+@NEEDED["tpu"]
+def test_an_adapter_that_does_not_compile_is_named() -> None:
+    make = partial(JaxAdapter, broken, name="jax-broken")
+    reason = "not compiled for tpu-v6e: jax-broken, everything in float32: ValueError: no such option"
+    with pytest.raises(NotCompiledError, match=reason):
+        Compiler("tpu-v6e").compile(make, make_any_case("everything", "float32"))
+
+
+@NEEDED["tpu"]
+def test_a_compiler_that_ends_its_process_is_started_again() -> None:
+    compiler = Compiler("tpu-v5e")
+    small = ((8, 128), "float32"), ((8,), "int32")
+    with pytest.raises(NotCompiledError, match="not compiled for tpu-v5e: the process of the compiler ended"):
+        compiler.compile_function(ends_the_process, *small)
+    assert compiler.compile_function(ours, *small).output_bytes >= 4 * 8 * 128
+
+
+@pytest.mark.parametrize(
+    ("device", "module", "remedy"),
+    [("tpu-v5e", "libtpu", r"'lsce\[devices\]'"), ("gpu-h100", "jax_plugins", "make test-devices-cuda")],
+)
+def test_without_the_compiler(device: str, module: str, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UnavailableError, match=remedy):
+        Compiler(device)
