@@ -11,15 +11,15 @@ REST := tests examples lsce_spec lsce_jax lsce_torch README.md docs
 SELECTED ?= not slow and not devices
 # Make 3.81, which macOS has, would mix the two.
 WHOLE_OUTPUT := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
-# TorchTPU needs Python 3.13 or 3.14 and pins its torch, so it has an environment of its own, where there is such a Python.
+# TorchTPU needs Python 3.13 or 3.14 and pins its torch. So it has an environment of its own, if there is such a Python.
 PYTHON_TORCHTPU ?= $(firstword $(foreach name,python3.13 python3.14,$(shell $(name) -c $(PRINT_PATH) 2>/dev/null)))
 PRINT_PATH := 'import sys; print(sys.executable)'
 VENV_TORCHTPU ?= .venv-torchtpu
 export LSCE_TORCHTPU_PYTHON ?= $(abspath $(VENV_TORCHTPU))/bin/python
 PIP := pip install --quiet --disable-pip-version-check
 
-.PHONY: install install-devices install-torchtpu demo test test-slow test-devices test-devices-slow test-devices-cuda \
-  test-parity test-rest test-simulated test-interpreted test-cuda test-tpu test-oldest lint wheel clean
+.PHONY: install install-devices install-torchtpu demo test test-slow test-devices test-devices-slow test-devices-cuda
+.PHONY: test-parity test-rest test-simulated test-interpreted test-cuda test-tpu test-oldest lint wheel clean
 
 install: $(VENV)/installed
 

@@ -7,6 +7,7 @@
     python -m benchmarks linear
     python -m benchmarks linear --scaling
     python -m benchmarks tpu
+    python -m benchmarks tpu-exp
     python -m benchmarks gpu
     python -m benchmarks dense --write
 
@@ -259,9 +260,7 @@ def _figures(row: Row) -> dict[str, Any]:
 @app.command()
 def tpu(json_file: JsonOption = None, write: WriteOption = False) -> None:
     """What loss and gradient would cost on TPUs that are not there, by their compiler."""
-    if importlib.util.find_spec("libtpu") is None:
-        typer.echo(f"The TPU compiler is not installed. Run: pip install {_libtpu_requirement()!r}", err=True)
-        raise typer.Exit(code=1)
+    _check_libtpu()
     os.environ.update(ENVIRONMENTS["tpu"])
     from benchmarks import tpu as compiled  # noqa: PLC0415 - JAX must find the environment set
 
@@ -279,6 +278,29 @@ def tpu(json_file: JsonOption = None, write: WriteOption = False) -> None:
     for table in report.tables(figures):
         report.print_table(table, console)
     _keep(figures, json_file, write, console)
+
+
+@app.command()
+def tpu_exp() -> None:
+    """What an accurate exp would cost on TPUs that are not there: instruction bundles, by their compiler."""
+    _check_libtpu()
+    console = Console()
+    report.print_machine(report.describe_machine(), console)
+    console.print()
+    with tempfile.TemporaryDirectory() as folder:
+        dump = Path(folder)
+        flags = {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"}
+        os.environ.update(ENVIRONMENTS["tpu"] | flags)
+        from benchmarks import tpu_bundles  # noqa: PLC0415 - JAX must find the environment set
+
+        costs = [cost._asdict() for cost in tpu_bundles.measure(dump)]
+    report.print_table(report.bundle_table(costs), console)
+
+
+def _check_libtpu() -> None:
+    if importlib.util.find_spec("libtpu") is None:
+        typer.echo(f"The TPU compiler is not installed. Run: pip install {_libtpu_requirement()!r}", err=True)
+        raise typer.Exit(code=1)
 
 
 @app.command()

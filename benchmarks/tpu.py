@@ -76,8 +76,8 @@ def measure() -> list[Cost]:
     """Compile each loss with its gradient for each topology; bfloat16 logits."""
     costs = []
     for device, topology in TOPOLOGIES.items():
-        for name, loss in LOSSES.items():
-            compiled = _compile(jax.value_and_grad(loss), _loss_arguments(device, name))
+        for name in LOSSES:
+            compiled = compile_loss(device, name)
             costs.append(
                 Cost(
                     topology=topology,
@@ -91,16 +91,18 @@ def measure() -> list[Cost]:
     return costs
 
 
+def compile_loss(device: str, name: str) -> Any:
+    """Compile one of `LOSSES` with its gradient for a device; bfloat16 logits."""
+    labels = (SHAPE.sizes, jnp.bfloat16) if name == SOFT else (SHAPE[:1], jnp.int32)
+    arguments = _arguments(device, (SHAPE.sizes, jnp.bfloat16), labels, ((), jnp.float32))
+    return _compile(jax.value_and_grad(LOSSES[name]), arguments)
+
+
 def measure_memory() -> dict[str, dict[str, int]]:
     """Return the temporary memory of each loss with its gradient on each GPU; bfloat16 logits."""
     return {
-        name: {
-            device: _compile(jax.value_and_grad(loss), _loss_arguments(device, name))
-            .memory_analysis()
-            .temp_size_in_bytes
-            for device in CARDS
-        }
-        for name, loss in LOSSES.items()
+        name: {device: compile_loss(device, name).memory_analysis().temp_size_in_bytes for device in CARDS}
+        for name in LOSSES
     }
 
 
@@ -162,11 +164,6 @@ def unrolled() -> Iterator[None]:
 
 def _compile(function: Callable[..., Any], arguments: list[jax.ShapeDtypeStruct]) -> jax.stages.Compiled:
     return jax.jit(function).lower(*arguments).compile()
-
-
-def _loss_arguments(device: str, name: str) -> list[jax.ShapeDtypeStruct]:
-    labels = (SHAPE.sizes, jnp.bfloat16) if name == SOFT else (SHAPE[:1], jnp.int32)
-    return _arguments(device, (SHAPE.sizes, jnp.bfloat16), labels, ((), jnp.float32))
 
 
 def _arguments(device: str, *described: tuple[tuple[int, ...], Any]) -> list[jax.ShapeDtypeStruct]:

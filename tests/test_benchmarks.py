@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as main
-from benchmarks import dense_jax, dense_torch, linear_jax, linear_torch, report, tpu
+from benchmarks import dense_jax, dense_torch, linear_jax, linear_torch, report, tpu, tpu_bundles
 from benchmarks.__main__ import DOCS, PAGES, QUICK_LINEAR_SHAPE, QUICK_SCALING_SHAPES, QUICK_SHAPE, app
 from benchmarks.timing import Case, LinearShape, Schedule, Shape, time_in_turns
 from parity_tests.evidence.cards import AbsentError
@@ -272,9 +272,10 @@ def test_scaling_has_shapes_of_its_own():
     assert "'--scaling': has shapes of its own" in result.stderr
 
 
-def test_tpu_without_its_compiler(monkeypatch):
+@pytest.mark.parametrize("command", ["tpu", "tpu-exp"])
+def test_tpu_without_its_compiler(command, monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
-    result = run("tpu")
+    result = run(command)
     assert result.exit_code == 1
     assert "pip install 'libtpu==" in result.stderr
 
@@ -343,6 +344,45 @@ def test_table_of_the_linear_loss_on_tpus():
     for name in tpu.LINEAR_LOSSES:
         assert re.search(rf"^{name} +3000 +30000 +6.8 *$", output.getvalue(), re.MULTILINE)
     assert "the weight's gradient takes 1074 MB, " in output.getvalue()
+
+
+# As libtpu writes it: two bundles outside of loops, two in a loop of 10 rounds, of which one in a loop of 3 within.
+SCHEDULE = """\
+// some words { about it }
+     0   :  { %1 = vlaneseq }
+   0x1 LB: > { %2 = vlaneseq ;; %3 = sld [smem:0] }
+   0x2 LB: > > { %4 = vlaneseq }
+   0x3   : > > { %5 = scmp.ge.s32.totalorder %4, 3 /* loop exit test */ } /* End region 2 */
+   0x4   : > { %6 = scmp.ge.s32.totalorder %3, 10 /* loop exit test */ } /* End region 1 */
+   0x5   :  {} /* End region 0 */
+"""
+
+
+def test_bundles_of_loops_count_for_each_round(tmp_path):
+    path = tmp_path / "fusion-final_bundles.txt"
+    path.write_text(SCHEDULE, encoding="utf-8")
+    assert tpu_bundles.count_bundles(path) == 2 + 10 * 2 + 10 * 3 * 2
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (", 3 /* loop exit test */", "", "a loop whose number of rounds is not known"),
+        ("%2 = vlaneseq", "%5 = scmp.ge.s32.totalorder %4, 3 /* loop exit test */", "two loops side by side"),
+        (" { ", " ", "has no bundles"),
+    ],
+)
+def test_a_schedule_of_another_form_is_an_error(old, new, message, tmp_path):
+    path = tmp_path / "fusion-final_bundles.txt"
+    path.write_text(SCHEDULE.replace("{}", "").replace(old, new), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        tpu_bundles.count_bundles(path)
+
+
+def test_table_of_bundles():
+    counts = {"exp as it is": 2_000_000, "accuracy=HIGHEST": 5_000_000}
+    costs = [{"topology": "v5e:2x2", "name": name, "bundles": count} for name, count in counts.items()]
+    assert report.bundle_table(costs).rows == [("v5e:2x2", "2.00", "5.00", "2.50")]
 
 
 @pytest.mark.parametrize("name", tpu.LINEAR_LOSSES)
