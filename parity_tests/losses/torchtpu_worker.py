@@ -46,15 +46,16 @@ _NARROW_PRODUCT = re.compile(r"^( *)%(\w+) = (stablehlo\.dot_general .* -> (tens
 _ROUNDED_ONCE = r"\1%wide\2 = \3f32>\n\1%\2 = stablehlo.convert %wide\2 : (\4f32>) -> \4\5>"
 
 
-class _OneDevice(torch._C._acc.DeviceGuard):  # type: ignore[misc, name-defined, unused-ignore]
-    """torch's own guard for devices that are made in Python: it says that there is one."""
+def _one_device() -> Any:
+    """Return torch's own guard for devices that are made in Python: it says that there is one."""
+    guard: Any = torch._C._acc.DeviceGuard  # type: ignore[attr-defined, unused-ignore]
 
-    def type_(self) -> Any:
-        """Return the type of device that TorchTPU takes."""
-        return torch._C._autograd.DeviceType.PrivateUse1  # type: ignore[attr-defined, unused-ignore]
+    class OneDevice(guard):  # type: ignore[misc]
+        def type_(self) -> Any:
+            """Return the type of device that TorchTPU takes."""
+            return torch._C._autograd.DeviceType.PrivateUse1  # type: ignore[attr-defined, unused-ignore]
 
-
-_ONE_DEVICE = _OneDevice()  # torch keeps a pointer to it
+    return OneDevice()
 
 
 class Tracer:
@@ -62,7 +63,8 @@ class Tracer:
 
     def __init__(self) -> None:
         """Load TorchTPU, and let autograd believe in one device."""
-        torch._C._acc.register_python_privateuseone_device_guard(_ONE_DEVICE)  # type: ignore[attr-defined, unused-ignore]
+        self.guard = _one_device()  # torch keeps a pointer to it
+        torch._C._acc.register_python_privateuseone_device_guard(self.guard)  # type: ignore[attr-defined, unused-ignore]
         library = ctypes.CDLL(str(pathlib.Path(torch.__file__).parent / "lib" / "libc10.so"))
         guards = (ctypes.c_void_p * _NUM_GUARDS).in_dll(library, _GUARDS)
         one_device = guards[_OF_TPU]
