@@ -59,9 +59,9 @@ test-slow: install
 	$(MAKE) --jobs=2 $(WHOLE_OUTPUT) test-parity test-rest SELECTED="slow and not devices" EVIDENCE=
 
 # The tests marked as devices: losses on the arithmetic of devices that are not here, and programs that are made for
-# them, in an interpreter, by IREE and by the compilers of TPUs. No device is needed.
+# them, in an interpreter, by IREE and by the compilers of TPUs and GPUs. No device is needed.
 test-devices: install-devices
-	$(MAKE) --jobs=2 $(WHOLE_OUTPUT) test-simulated test-interpreted
+	$(MAKE) --jobs=2 $(WHOLE_OUTPUT) test-simulated test-interpreted $(if $(filter Linux,$(shell uname)),test-devices-cuda)
 
 test-simulated: install-devices
 	$(BIN)/python -m pytest -m "devices and not slow" -k "$(SIMULATED)" parity_tests
