@@ -18,8 +18,8 @@ VENV_TORCHTPU ?= .venv-torchtpu
 export LSCE_TORCHTPU_PYTHON ?= $(abspath $(VENV_TORCHTPU))/bin/python
 PIP := pip install --quiet --disable-pip-version-check
 
-.PHONY: install install-devices install-torchtpu demo test test-slow test-devices test-devices-slow test-devices-cuda
-.PHONY: test-parity test-rest test-simulated test-interpreted test-cuda test-tpu test-oldest lint wheel clean
+.PHONY: install install-devices install-torchtpu demo test test-slow test-devices test-devices-slow
+.PHONY: test-parity test-rest test-simulated test-interpreted test-compiled test-cuda test-tpu test-oldest lint wheel clean
 
 install: $(VENV)/installed
 
@@ -61,27 +61,35 @@ test-slow: install
 # The tests marked as devices: losses on the arithmetic of devices that are not here, and programs that are made for
 # them, in an interpreter, by IREE and by the compilers of TPUs and GPUs. No device is needed.
 test-devices: install-devices
-	$(MAKE) --jobs=2 $(WHOLE_OUTPUT) test-simulated test-interpreted $(if $(filter Linux,$(shell uname)),test-devices-cuda)
+	$(MAKE) --jobs=2 $(WHOLE_OUTPUT) test-simulated test-interpreted $(if $(filter Linux,$(shell uname)),test-compiled)
 
 test-simulated: install-devices
 	$(BIN)/python -m pytest -m "devices and not slow" -k "$(SIMULATED)" parity_tests
 
 test-interpreted: install-devices
-	$(BIN)/python -m pytest -m "devices and not slow" -k "not ($(SIMULATED))" parity_tests
+	$(BIN)/python -m pytest -m "devices and not slow" -k "not ($(SIMULATED) or test_compiled)" parity_tests
 
-# More of the same, which takes long: every case in every dtype, by the compilers of TPUs.
-test-devices-slow: install-devices
-	$(BIN)/python -m pytest -m "devices and slow" parity_tests
+# Programs compiled for TPUs and GPUs. libtpu and JAX's plugin for CUDA, 1.2 GB, have a folder of their own: they look for
+# a device in each program that uses JAX. Where it finds none, the plugin prints a traceback, and libtpu leaves a timer
+# that may end the process.
+COMPILERS := $(abspath $(VENV))/compilers
+WITH_COMPILERS := PYTHONPATH=$(COMPILERS)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-# Programs compiled for GPUs, by XLA. JAX's plugin for CUDA takes 480 MB, and complains in each program that finds no
-# GPU: so it has a folder of its own.
-test-devices-cuda: $(VENV)/cuda
-	PYTHONPATH=$(VENV)/cuda $(BIN)/python -m pytest -m "devices and not slow" -k gpu parity_tests/suite/test_compiled.py
+test-compiled: $(COMPILERS)/installed
+	$(WITH_COMPILERS) $(BIN)/python -m pytest -m "devices and not slow" parity_tests/suite/test_compiled.py
 
-$(VENV)/cuda: $(VENV)/installed
-	version=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && \
-	  $(BIN)/$(PIP) --no-deps --upgrade --target $@ jax-cuda12-plugin==$$version jax-cuda12-pjrt==$$version
+# More of the same, which takes long: every case in every dtype.
+test-devices-slow: install-devices $(COMPILERS)/installed
+	$(WITH_COMPILERS) $(BIN)/python -m pytest -m "devices and slow" parity_tests
+
+# The versions that the installed JAX was made with.
+$(COMPILERS)/installed: $(VENV)/installed
+	$(BIN)/$(PIP) --no-deps --upgrade --target $(COMPILERS) $$($(BIN)/python -c "$(REQUIRED)")
 	touch $@
+
+REQUIRED := from importlib.metadata import requires, version; \
+  print(*(line.partition(';')[0].strip() for line in requires('jax') if line.startswith('libtpu')), \
+  *('jax-cuda12-%s==%s' % (part, version('jax')) for part in ('plugin', 'pjrt')))
 
 test-parity: install
 	$(BIN)/python -m pytest -m "$(SELECTED)" $(EVIDENCE) parity_tests

@@ -299,7 +299,8 @@ def tpu_exp() -> None:
 
 def _check_libtpu() -> None:
     if importlib.util.find_spec("libtpu") is None:
-        typer.echo(f"The TPU compiler is not installed. Run: pip install {_libtpu_requirement()!r}", err=True)
+        install = f"pip install {_libtpu_requirement()!r}"
+        typer.echo(f"The TPU compiler is not installed. Run: make test-compiled, or {install}", err=True)
         raise typer.Exit(code=1)
 
 
@@ -307,7 +308,7 @@ def _check_libtpu() -> None:
 def gpu() -> None:
     """The memory that loss and gradient would need on GPUs that are not there, by XLA's compiler."""
     if not has_cuda_plugin():
-        typer.echo("JAX's plugin for CUDA is not installed; see make test-devices-cuda.", err=True)
+        typer.echo("JAX's plugin for CUDA is not installed; see make test-compiled.", err=True)
         raise typer.Exit(code=1)
     os.environ.update(ENVIRONMENTS["gpu"])
     from benchmarks import tpu as compiled  # noqa: PLC0415 - JAX must find the environment set

@@ -270,7 +270,7 @@ def check_tensor(name: str, value: object) -> None:
 
 def _as_tensor(name: str, value: object, device: torch.device) -> Tensor:
     try:
-        if isinstance(value, bool | int | float):
+        if isinstance(value, (bool, int, float)):  # torch.compile of torch 2.9 does not know the union of them
             return torch.full((), value, device=device)  # see `tensor_of`
         return torch.as_tensor(value, device=device)
     except (TypeError, ValueError, RuntimeError) as problem:

@@ -33,6 +33,7 @@ TPU_ENVIRONMENT = {
     "TPU_WORKER_ID": "0",
 }
 ENVIRONMENTS = {"tpu": TPU_ENVIRONMENT, "gpu": {"JAX_PLATFORMS": "cpu"}}
+REMEDY = "make test-compiled installs it"
 # The smallest topology of each TPU in `parity_tests.truth.devices`.
 TOPOLOGIES = {
     "tpu-v4": "v4:2x2x1",
@@ -190,10 +191,10 @@ class Compiler:
         if device not in (*TOPOLOGIES, *CARDS):
             names = ", ".join((*TOPOLOGIES, *CARDS))
             raise ValueError(f"there is no compiler for {device}; there are those for {names}")
-        if device in TOPOLOGIES and not _is_installed("libtpu"):
-            raise UnavailableError("the TPU compiler is not installed. Run: pip install 'lsce[devices]'")
+        if device in TOPOLOGIES and not has_libtpu():
+            raise UnavailableError(f"libtpu is not installed; {REMEDY}")
         if device in CARDS and not has_cuda_plugin():
-            raise UnavailableError("JAX's plugin for CUDA is not installed; see make test-devices-cuda")
+            raise UnavailableError(f"JAX's plugin for CUDA is not installed; {REMEDY}")
         self.device = device
 
     def compile(self, make: Callable[[], JaxAdapter], case: Case) -> Figures:
@@ -219,6 +220,11 @@ class Compiler:
             NotCompiledError: the compiler did not accept the program.
         """
         return _in_process(_compile_function, self.device, function, arguments)
+
+
+def has_libtpu() -> bool:
+    """Return whether libtpu is installed, which has the compiler for TPUs."""
+    return _is_installed("libtpu")
 
 
 def has_cuda_plugin() -> bool:

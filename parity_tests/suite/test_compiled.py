@@ -28,12 +28,14 @@ from lsce_spec import IMPLEMENTATIONS, LINEAR_IMPLEMENTATIONS
 from parity_tests.losses.adapters import JaxAdapter, UnavailableError
 from parity_tests.losses.compiled import (
     CARDS,
+    REMEDY,
     TOPOLOGIES,
     Compiler,
     Figures,
     NotCompiledError,
     StatisticsAdapter,
     has_cuda_plugin,
+    has_libtpu,
 )
 from parity_tests.losses.registry import make_adapter
 from parity_tests.plugin import Recorder
@@ -43,10 +45,8 @@ from parity_tests.truth.linear_cases import LinearCase, linear_case_names, make_
 
 pytestmark = pytest.mark.devices
 NEEDED = {
-    "tpu": pytest.mark.skipif(sys.platform != "linux", reason="libtpu, the compiler for TPUs, is made for Linux only"),
-    "gpu": pytest.mark.skipif(
-        not has_cuda_plugin(), reason="JAX's plugin for CUDA is not installed; make test-devices-cuda installs it"
-    ),
+    "tpu": pytest.mark.skipif(not has_libtpu(), reason=f"libtpu is not installed; {REMEDY}"),
+    "gpu": pytest.mark.skipif(not has_cuda_plugin(), reason=f"JAX's plugin for CUDA is not installed; {REMEDY}"),
 }
 FAMILIES = {"tpu": "tpu", "gpu": "cuda"}  # as evidence has them
 DTYPES = {"tpu": ("bfloat16", "float32", "float16"), "gpu": ("bfloat16", "float32", "float16", "float64")}
@@ -307,10 +307,10 @@ def test_a_compiler_that_ends_its_process_is_started_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "module", "remedy"),
-    [("tpu-v5e", "libtpu", r"'lsce\[devices\]'"), ("gpu-h100", "jax_plugins", "make test-devices-cuda")],
+    ("device", "module", "missing"),
+    [("tpu-v5e", "libtpu", "libtpu"), ("gpu-h100", "jax_plugins", "JAX's plugin for CUDA")],
 )
-def test_without_the_compiler(device: str, module: str, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_compiler(device: str, module: str, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UnavailableError, match=remedy):
+    with pytest.raises(UnavailableError, match=f"{missing} is not installed; make test-compiled"):
         Compiler(device)

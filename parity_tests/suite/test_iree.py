@@ -28,6 +28,7 @@ FEW_LINEAR = ("linear_everything", "linear_many_chunks")
 
 # What IREE 3.13 cannot do; see IreeAdapter.unsupported.
 REFUSED = {
+    "linear_batch_of_sequences",
     "axis_in_the_middle",
     "class_weight",
     "linear_class_weight",
