@@ -211,14 +211,18 @@ def test_a_kit_is_added(kit: Path, page: Path) -> None:
     assert add(kit / REPORT, page).exit_code == 0  # the file stands for its folder
 
 
-def test_the_card_is_named(kit: Path) -> None:
+@pytest.mark.parametrize(
+    ("device", "framework", "card"),
+    [("cuda", "torch", "NVIDIA H100 80GB HBM3"), ("tpu", "jax", "TPU v5 lite")],  # torchax reaches a TPU through JAX
+)
+def test_the_card_is_named(device: str, framework: str, card: str, kit: Path) -> None:
     said, bundles = read_kit(kit)
-    on_card = said | {"device": "cuda", "cards": {"torch": "NVIDIA H100 80GB HBM3"}}
+    on_card = said | {"device": device, "cards": {framework: card}}
     for bundle in bundles:
         for adapter in bundle.adapters.values():
-            adapter.device = "cuda"
+            adapter.device, adapter.framework = device, framework
     for _, session, _ in evidence_of(on_card, bundles):
-        assert {(entry.device, entry.detail) for entry in session.evidence} == {("cuda", "NVIDIA H100 80GB HBM3")}
+        assert {(entry.device, entry.detail) for entry in session.evidence} == {(device, card)}
 
 
 def test_a_case_that_is_missing(original: Path, page: Path) -> None:

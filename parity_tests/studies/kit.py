@@ -225,7 +225,7 @@ def evidence_of(kit: dict[str, Any], bundles: Sequence[Bundle]) -> Iterator[tupl
             raise KitError(str(error)) from error
         lines = _lines((case, examine(adapter, case, truth)) for case, truth in truths for adapter in ours)
         evidence = frozenset(
-            Evidence(line.adapter, device, line.dtype, "executed", cards[ENTRIES[line.adapter].framework])
+            Evidence(line.adapter, device, line.dtype, "executed", cards[bundle.adapters[line.adapter].framework])
             for line in lines
             if line.is_right
         )
