@@ -60,23 +60,20 @@ class IreeAdapter(InterpretedAdapter):
     def __init__(self, platform: str, target: str, **options: Any) -> None:
         """Load IREE."""
         super().__init__(platform, **options)
-        _load("iree.compiler")
-        _load("iree.runtime")
+        require()
         if target == "vulkan-spirv":
             _lavapipe()
         self.target = target
 
     def unsupported(self, case: Case) -> str | None:
         """Return why IREE cannot handle a case, or None."""
-        return super().unsupported(case) or _why_not(case, self.target)
+        return super().unsupported(case) or why_not(case, self.target)
 
     def evaluate(self, module: str, operands: list[NDArray[Any]]) -> list[NDArray[Any]]:
         """Return the results of a StableHLO module."""
         if self.target == "vulkan-spirv":
             return _on_lavapipe(_for_lavapipe(module), operands)
-        context, name = _loaded(_compiled(module, self.target), _config())
-        results = context.modules[name]["main"](*operands)
-        return [np.asarray(result) for result in (results if isinstance(results, list | tuple) else [results])]
+        return evaluate(module, operands, self.target)
 
     def compile_for(self, card: str, case: Case) -> bytes:
         """Return the program of a case as code of one of the `CARDS`, in IREE's container: ELF for AMD's, else PTX."""
@@ -84,7 +81,24 @@ class IreeAdapter(InterpretedAdapter):
         return _compile(self.module(case)[0], flag, target_backends=[target])
 
 
-def _why_not(case: Case, target: str) -> str | None:
+def require() -> None:
+    """Load IREE.
+
+    Raises:
+        UnavailableError: it is not there.
+    """
+    _load("iree.compiler")
+    _load("iree.runtime")
+
+
+def evaluate(module: str, operands: list[NDArray[Any]], target: str) -> list[NDArray[Any]]:
+    """Return the results of a StableHLO module, compiled for "llvm-cpu" or "vmvx"."""
+    context, name = _loaded(_compiled(module, target), _config())
+    results = context.modules[name]["main"](*operands)
+    return [np.asarray(result) for result in (results if isinstance(results, list | tuple) else [results])]
+
+
+def why_not(case: Case, target: str) -> str | None:
     """Return why IREE 3.13 cannot handle a case, or None."""
     if target == "vmvx" and case.dtype in ("float64", "float16"):
         return f"is in {case.dtype}, which IREE's interpreter does not have"

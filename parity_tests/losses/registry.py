@@ -120,7 +120,8 @@ def _ours() -> list[Entry]:
     programs = [entry for entry in entries if _has_program(entry)]
     interpreted = [made for entry in programs for platform in PLATFORMS for made in _interpreted(entry, platform)]
     eager = [entry for entry in entries if entry.framework == "torch" and not entry.name.endswith("-compiled")]
-    return entries + interpreted + [_on_tpu(entry) for entry in eager] + [_on_torchax(entry) for entry in eager]
+    on_tpu = [_on_tpu(entry, *by) for entry in eager for by in ((INTERPRETED, None), ("iree-cpu", TARGETS["iree-cpu"]))]
+    return entries + interpreted + on_tpu + [_on_torchax(entry) for entry in eager]
 
 
 def _has_program(entry: Entry) -> bool:
@@ -139,11 +140,12 @@ def _interpreted(entry: Entry, platform: str) -> list[Entry]:
     return entries
 
 
-def _on_tpu(entry: Entry) -> Entry:
-    """Return an adapter of the same loss as TorchTPU makes it for a TPU, run by an interpreter."""
+def _on_tpu(entry: Entry, ending: str, target: str | None) -> Entry:
+    """Return an adapter of the same loss as TorchTPU makes it for a TPU, run by an interpreter or by IREE."""
     assert isinstance(entry.make, partial)
-    name = f"{entry.name}-tpu-{INTERPRETED}"
-    return Entry(name, "torch", "ours", partial(TorchTpuAdapter, **{**entry.make.keywords, "name": name}))
+    name = f"{entry.name}-tpu-{ending}"
+    options = {**entry.make.keywords, "name": name, "target": target}
+    return Entry(name, "torch", "ours", partial(TorchTpuAdapter, **options))
 
 
 def _on_torchax(entry: Entry) -> Entry:

@@ -5,6 +5,7 @@ it has an environment of its own: `make install-torchtpu`. A process there makes
 """
 
 import atexit
+import importlib
 import os
 import pickle
 import subprocess
@@ -15,7 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from parity_tests.losses.adapters import LossError, UnavailableError, missing_features
+from parity_tests.losses import iree
+from parity_tests.losses.adapters import LossError, TorchAdapter, UnavailableError, missing_features
 from parity_tests.truth.arithmetic import NARROW, any_order
 from parity_tests.truth.cases import Case, LinearCase
 from parity_tests.truth.comparison import AnyResult
@@ -41,9 +43,10 @@ _ENVIRONMENT = {
 
 
 class TorchTpuAdapter:
-    """A loss of torch whose program TorchTPU makes for a TPU, and StableHLO's interpreter runs.
+    """A loss of torch whose program TorchTPU makes for a TPU, and StableHLO's interpreter or IREE runs.
 
     Args:
+        target: "llvm-cpu" or "vmvx", for which IREE compiles it; None for the interpreter.
         loss: a function of the signature of `lsce_torch.label_smoothed_cross_entropy`, as "module:function"; None for
             the package's own.
         implementation: as in `FrameworkAdapter`.
@@ -53,7 +56,7 @@ class TorchTpuAdapter:
         device: "cpu", where the interpreter runs.
 
     Raises:
-        UnavailableError: the environment of TorchTPU is not there.
+        UnavailableError: the environment of TorchTPU, or IREE, is not there.
     """
 
     framework = "torch"
@@ -62,6 +65,7 @@ class TorchTpuAdapter:
         self,
         loss: str | None = None,
         *,
+        target: str | None = None,
         implementation: str | None = None,
         name: str = "torch-tpu",
         linear: bool = False,
@@ -71,21 +75,34 @@ class TorchTpuAdapter:
         """Find the environment; its process starts with the first case."""
         if device != "cpu":
             raise UnavailableError(f"{name} is interpreted on the CPU only, not on {device}")
-        self.python = find_python()
+        self.python, self.target = find_python(), target
+        if target is not None:
+            iree.require()
         self.loss, self.linear, self.name, self.device = loss, linear, name, device
-        self.options = {"implementation": implementation, "linear": linear}
+        self.options: dict[str, Any] = {"implementation": implementation, "linear": linear}
         # The interpreter rounds the host's exp, log1p and tanh, and adds one term after another.
         arithmetic = device_of_kind("jax", "cpu", "cpu").arithmetic
         self.arithmetic = replace(arithmetic, depth=any_order, narrow=narrow)
 
     def unsupported(self, case: Case) -> str | None:
         """Return why TorchTPU or the interpreter cannot handle a case, or None."""
-        return missing_features(case, None, self.linear) or _why_not(case)
+        by_iree = None if self.target is None else iree.why_not(case, self.target)
+        return missing_features(case, None, self.linear) or _why_not(case) or by_iree
 
     def __call__(self, case: Case) -> AnyResult:
         """Return loss and gradients of a case."""
+        if self.target is not None:
+            return self._by_iree(case, self.target)
         result: AnyResult = self._ask(case)
         return result
+
+    def _by_iree(self, case: Case, target: str) -> AnyResult:
+        """Return what IREE gives. It drops a rounding that a widening follows, so results are rounded here."""
+        torch: Any = importlib.import_module("torch")
+        module, operands, dtypes = self._ask(case, program=True)
+        results = zip(iree.evaluate(module, operands, target), dtypes.items(), strict=True)
+        parts = {name: torch.from_numpy(part.copy()).to(getattr(torch, dtype)) for part, (name, dtype) in results}
+        return TorchAdapter(**self.options).result(case, parts)
 
     def compile(self, case: Case, generation: str) -> dict[str, float]:
         """Return what libtpu says of the program of a case, compiled for "v4", "v5e", "v5p", "v6e" or "v7x".
@@ -101,7 +118,7 @@ class TorchTpuAdapter:
         """The versions of torch, torch-tpu, libtpu and jax in the environment."""
         return _process(self.python).versions
 
-    def _ask(self, case: Case, **more: str) -> Any:
+    def _ask(self, case: Case, **more: str | bool) -> Any:
         return _process(self.python).ask({"loss": self.loss, "options": self.options, "case": case, **more})
 
 

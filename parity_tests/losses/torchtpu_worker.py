@@ -203,6 +203,10 @@ def answer(tracer: Tracer, request: dict[str, Any]) -> Any:
     if "shape" in request:
         return traffic(tracer, request["generation"], request["shape"])
     adapter = adapter_of(request["loss"], request["options"])
+    if "program" in request:
+        text, operands, dtypes = tracer.program(adapter, request["case"])
+        names = {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()}
+        return for_the_interpreter(text), operands, names
     if "generation" in request:
         return compiled(tracer, adapter, request["case"], request["generation"])
     return interpreted(tracer, adapter, request["case"])

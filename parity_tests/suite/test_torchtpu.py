@@ -74,6 +74,21 @@ def test_linear(adapter: str, name: str, dtype: str, parity_ledger: Recorder) ->
     assert_agrees(adapter, make_linear_case(name, dtype), parity_ledger)
 
 
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize(
+    ("adapter", "name"), [*(("torch-fused", name) for name in FEW), *(("torch-linear-chunked", n) for n in FEW_LINEAR)]
+)
+def test_by_iree(adapter: str, name: str, dtype: str, parity_ledger: Recorder) -> None:
+    case = (make_linear_case if adapter in LINEAR else make_case)(name, dtype)
+    by_iree = make_adapter(f"{adapter}-tpu-iree-cpu")
+    if reason := by_iree.unsupported(case):
+        assert "IREE reads outside" in reason
+        return
+    parity_ledger.record(adapter, "tpu", dtype, "interpreted", "tpu by TorchTPU and IREE")
+    comparison = against_oracle(case, solve(case), by_iree(case), by_iree.arithmetic)
+    assert comparison.agrees, comparison
+
+
 def test_rows_of_minus_infinity() -> None:
     """Their loss is NaN. TorchTPU starts its largest value at the least finite number, which must not show."""
     case = make_case("uniform_none", "float32")
@@ -99,8 +114,10 @@ def test_a_wrong_linear_loss_is_rejected(loss: str) -> None:
 
 def assert_rejected(case: Case, loss: str) -> None:
     linear = isinstance(case, LinearCase)
-    adapter = TorchTpuAdapter(f"{wrong_torch_losses.__name__}:{loss}", name="wrong", linear=linear)
-    assert not against_oracle(case, solve(case), adapter(case), adapter.arithmetic).agrees
+    for target in (None, "llvm-cpu"):
+        name = f"{wrong_torch_losses.__name__}:{loss}"
+        adapter = TorchTpuAdapter(name, name="wrong", linear=linear, target=target)
+        assert not against_oracle(case, solve(case), adapter(case), adapter.arithmetic).agrees
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
