@@ -95,6 +95,25 @@ def check_device(given: str) -> None:
         cannot_run(f"there is no device {given!r} here; the devices are {', '.join(DEVICES)}")
 
 
+def check_free(folder: Path, what: str, marker: str, force: bool) -> None:
+    """Exit with 2 if a folder cannot be written to: it must be new or empty, or hold what may be written over.
+
+    Args:
+        folder: the folder.
+        what: what is to be written, as in "bundle".
+        marker: the file by which one is known.
+        force: whether one that is there may be written over.
+    """
+    if folder.exists() and not folder.is_dir():
+        cannot_run(f"{folder} is a file; name a folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / marker).is_file():
+        cannot_run(f"{folder} is not empty and holds no {what}; name another folder")
+    if not force:
+        cannot_run(f"{folder} holds a {what}; name another folder, or pass --force to write over it")
+
+
 def find_adapters(
     names: Sequence[str] | None, device: str, asked: bool = True, device_model: str | None = None
 ) -> tuple[list[Adapter], dict[str, str]]:

@@ -22,6 +22,7 @@ from parity_tests.commands.common import (
     cannot_run,
     check_device,
     check_dtypes,
+    check_free,
     exit_with,
     find_adapters,
     jsonable,
@@ -87,7 +88,7 @@ def kit(
     check_device(device)
     dtypes = check_dtypes(dtype, DTYPES[1:] if device == "tpu" else DTYPES)
     names = select_cases(case or (FEW_CASES if quick else all_case_names()))
-    _check_free(folder, force)
+    check_free(folder, "kit", REPORT, force)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     # JAX would take most of a card from torch. The benchmarks come first: a TPU serves one process at a time.
@@ -122,17 +123,6 @@ def kit(
     console.print(f"wrote {folder}: {REPORT} and a bundle for each dtype", soft_wrap=True, highlight=False)
     console.print(f"\n{content['verdict']}", soft_wrap=True, highlight=False)
     exit_with(_agrees(lines, fingerprints))
-
-
-def _check_free(folder: Path, force: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        cannot_run(f"{folder} is a file; name a folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if not (folder / REPORT).is_file():
-        cannot_run(f"{folder} is not empty and holds no kit; name another folder")
-    if not force:
-        cannot_run(f"{folder} holds a kit; name another folder, or pass --force to write over it")
 
 
 def run_benchmarks(device: str, quick: bool) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from parity_tests.commands.common import (
     announce,
     cannot_run,
     check_dtypes,
+    check_free,
     exit_with,
     find_adapters,
     print_missing,
@@ -58,7 +59,7 @@ def record(
         lsce-parity record layers --case "linear_*"
     """
     console = PlainConsole()
-    _check_free(folder, force)
+    check_free(folder, "bundle", MANIFEST, force)
     dtypes = check_dtypes(dtype, DTYPES)
     names = select_cases(case or FEW_CASES)
     adapters, missing = find_adapters(adapter or ADAPTERS, device, asked=bool(adapter))
@@ -77,14 +78,3 @@ def record(
     print_missing(missing, console)
     console.print(f"wrote {folder}: {len(cases)} cases", soft_wrap=True, highlight=False)
     exit_with(found.agrees)
-
-
-def _check_free(folder: Path, force: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        cannot_run(f"{folder} is a file; name a folder")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if not (folder / MANIFEST).is_file():
-        cannot_run(f"{folder} is not empty and holds no bundle; name another folder")
-    if not force:
-        cannot_run(f"{folder} holds a bundle; name another folder, or pass --force to write over it")

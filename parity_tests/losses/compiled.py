@@ -45,7 +45,11 @@ TOPOLOGIES = {
 
 
 class Card(NamedTuple):
-    """What XLA asks of a GPU. All have 64 KiB registers, 2048 threads and 1024 threads in a block for each core."""
+    """What XLA, Inductor and Triton ask of a GPU.
+
+    The minor number of each capability is 0. All have 64 KiB registers, 2048 threads and 1024 threads in a block for
+    each core.
+    """
 
     name: str
     capability: int

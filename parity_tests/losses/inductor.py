@@ -27,32 +27,7 @@ from typing import Any
 from unittest import mock
 
 from parity_tests.losses.adapters import UnavailableError
-
-
-@dataclass(frozen=True)
-class Card:
-    """What Inductor and Triton ask about a card.
-
-    Args:
-        capability: its compute capability.
-        processors: how many streaming multiprocessors it has.
-        shared: the largest shared memory of a block, in bytes.
-        memory: in GiB.
-    """
-
-    capability: tuple[int, int]
-    processors: int
-    shared: int
-    memory: int
-
-
-# By the names of parity_tests.truth.devices. From NVIDIA's data sheets and the CUDA programming guide, compute
-# capabilities.
-CARDS = {
-    "gpu-a100": Card((8, 0), 108, 166912, 80),
-    "gpu-h100": Card((9, 0), 132, 232448, 80),
-    "gpu-b200": Card((10, 0), 148, 232448, 180),
-}
+from parity_tests.losses.compiled import CARDS, Card
 
 
 @dataclass(frozen=True)
@@ -363,21 +338,21 @@ def pretend(name: str) -> None:
     card = CARDS[name]
     properties = SimpleNamespace(
         name=name,
-        major=card.capability[0],
-        minor=card.capability[1],
-        multi_processor_count=card.processors,
-        total_memory=card.memory * 2**30,
+        major=card.capability,
+        minor=0,
+        multi_processor_count=card.cores,
+        total_memory=card.memory,
         warp_size=32,
         regs_per_multiprocessor=65536,
         max_threads_per_multi_processor=2048,
         max_threads_per_block=1024,
         shared_memory_per_block=49152,
-        shared_memory_per_block_optin=card.shared,
-        shared_memory_per_multiprocessor=card.shared + 1024,
+        shared_memory_per_block_optin=card.shared_of_block,
+        shared_memory_per_multiprocessor=card.shared_of_core,
     )
     found: dict[str, Any] = {
         "get_device_properties": lambda *_, **__: properties,
-        "get_device_capability": lambda *_, **__: card.capability,
+        "get_device_capability": lambda *_, **__: (card.capability, 0),
         "get_device_name": lambda *_: name,
         # Only while a graph is lowered, see `_lowered`. Elsewhere torch would use CUDA tensors that are not fake.
         "is_available": lambda: False,
@@ -408,8 +383,7 @@ def pretend(name: str) -> None:
 
 
 def _target(card: Card) -> Any:
-    major, minor = card.capability
-    return _load("triton.backends.compiler").GPUTarget("cuda", 10 * major + minor, 32)
+    return _load("triton.backends.compiler").GPUTarget("cuda", 10 * card.capability, 32)
 
 
 def _main() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from parity_tests.losses import iree
 from parity_tests.losses.adapters import LossError, TorchAdapter, UnavailableError, missing_features
+from parity_tests.losses.compiled import TPU_ENVIRONMENT
 from parity_tests.truth.arithmetic import NARROW, any_order
 from parity_tests.truth.cases import Case, LinearCase
 from parity_tests.truth.comparison import AnyResult
@@ -27,15 +28,9 @@ _ROOT = Path(__file__).parents[2]
 # The environment's Python; by default that of `make install-torchtpu`.
 PYTHON = "LSCE_TORCHTPU_PYTHON"
 _ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
+    **TPU_ENVIRONMENT,
     "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
-    # libtpu, which looks for the TPU of this machine, is told of one.
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
     "TPU_LOG_DIR": "disabled",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "PYTHONWARNINGS": "ignore",
     "PYTHONDONTWRITEBYTECODE": "1",

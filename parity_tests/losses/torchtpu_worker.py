@@ -24,18 +24,11 @@ from numpy.typing import NDArray
 
 import lsce_torch
 from parity_tests.losses.adapters import TorchAdapter, operands_of, to_torch
+from parity_tests.losses.compiled import TOPOLOGIES
 from parity_tests.losses.interpreted import evaluate
 from parity_tests.truth.cases import Case
 from parity_tests.truth.comparison import AnyResult
 
-# What libtpu calls a small slice of each generation.
-TOPOLOGIES = {
-    "v4": "v4:2x2x1",
-    "v5e": "v5e:2x2",
-    "v5p": "v5p:2x2x1",
-    "v6e": "v6e:2x2",
-    "v7x": "tpu7x:2x2x1",
-}
 # c10::impl::device_guard_impl_registry: for each type of device, the object that says which device is current.
 _GUARDS, _NUM_GUARDS, _OF_TPU = "_ZN3c104impl26device_guard_impl_registryE", 22, 20
 # What crosses the boundary of StableHLO's interpreter.
@@ -177,7 +170,7 @@ def compile_for(generation: str, text: str) -> dict[str, float]:
 
     # What only some versions of JAX have, private as it is.
     _jax: Any = importlib.import_module("jax._src.lib")._jax
-    device: Any = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[generation]).devices[0]
+    device: Any = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[f"tpu-{generation}"]).devices[0]
     assignment = np.array([[device.id]])
     options = compiler.get_compile_options(1, 1, device_assignment=assignment, backend=device.client)
     with mlir.make_ir_context():

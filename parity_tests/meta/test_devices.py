@@ -132,10 +132,10 @@ def test_an_inaccurate_quotient_adds_to_each_part_that_has_one() -> None:
     gap = logits.max(axis=-1, keepdims=True) - logits
     log_sum = np.log(np.exp(-gap).sum(axis=-1))
     of_loss = more * u * ((q * gap).sum(axis=-1) + log_sum)
-    np.testing.assert_allclose(of_many["loss"] - of_few["loss"], of_loss, rtol=1e-6)
+    np.testing.assert_allclose(of_many["loss"] - of_few["loss"], of_loss, rtol=1e-12)
     factor = np.abs(truth.factor)[:, None]
     of_gradient = factor * more * u * (2 * p + q + np.abs(p - q))
-    np.testing.assert_allclose(of_many["gradient"] - of_few["gradient"], of_gradient, rtol=1e-6)
+    np.testing.assert_allclose(of_many["gradient"] - of_few["gradient"], of_gradient, rtol=1e-12)
 
 
 def test_an_inaccurate_quotient_adds_to_the_mean_and_to_the_slope_of_a_softcap() -> None:
@@ -147,7 +147,7 @@ def test_an_inaccurate_quotient_adds_to_the_mean_and_to_the_slope_of_a_softcap()
     truth = solve(case)
     by_row = error_bound(case, truth, many).loss - error_bound(case, truth, few).loss
     of_mean = error_bound(mean, solve(mean), many).loss - error_bound(mean, solve(mean), few).loss
-    np.testing.assert_allclose(of_mean, np.mean(by_row + u * more * truth.row_loss), rtol=1e-6)
+    np.testing.assert_allclose(of_mean, np.mean(by_row + u * more * truth.row_loss), rtol=1e-12)
 
     flat = replace(case, options={"reduction": "none", "softcap": 0.05})
     truth = solve(flat)

@@ -248,7 +248,7 @@ def _check_whole(bundle: Bundle) -> None:
 
 
 def _with_bounds_of_today(adapter: RecordedAdapter, card: str) -> RecordedAdapter:
-    """Return an adapter whose bounds are those that the table of devices gives for its card."""
+    """Return the adapter with the bounds of its card, from the table of devices as it is today."""
     device = device_of_kind(adapter.framework, adapter.device, card)
     arithmetic = replace(of_own_losses(device.arithmetic, device.family), narrow=adapter.arithmetic.narrow)
     return replace(adapter, arithmetic=arithmetic)

@@ -71,7 +71,7 @@ def on(device: str, *program: Any, slow: bool = False) -> Any:
 
 
 def programs(names: list[str], adapters: list[str]) -> list[Any]:
-    """Return the parameters of every program; those that add nothing to others are slow together."""
+    """Return the parameters of every program. Marked as slow are those whose options and dtype others have too."""
     first = {combination(name): name for name in reversed(names)}
     quick = {(adapters[0], name, "bfloat16") for name in first.values()}
     return [

@@ -70,7 +70,7 @@ def exceeds(found: Compiled, option: str) -> bool:
 
 @pytest.mark.parametrize(RUN, [(card, name) for card, names in RUNS.items() for name in names if name != "one-hot"])
 def test_kernels(card: str, name: str, parity_ledger: Recorder) -> None:
-    """They are machine code that spills no registers, and no more of them, and of the logits, than an option needs."""
+    """Each kernel is machine code and spills no registers. Kernels and moves are within the limits of the option."""
     found, (option, _, dtype) = compiled(card)[name], name.partition(", ")
     print(f"{card}, {name}: {found.as_text()}")
     assert found.kernels
