@@ -18,7 +18,7 @@ from lsce_jax.stats import LossStats
 from lsce_spec import LossOptions, check_denominator_array, check_denominator_values
 from lsce_spec.keywords import takes
 
-_ROW_LOSSES = {"fused": fused.row_losses, "reference": reference.row_losses}
+_ROW_LOSSES = {None: fused.row_losses, "fused": fused.row_losses, "reference": reference.row_losses}
 
 
 @takes(DenseLossKeywords)

@@ -120,7 +120,7 @@ def _evaluate(
     shape = (*layer.hidden.shape[:-1], num_classes)
     logits = jax.ShapeDtypeStruct(shape, layer.hidden.dtype)  # type: ignore[no-untyped-call]
     batch, divisor = mean_divisor(prepare(logits, labels, options, keywords), options, keywords["denominator"])
-    if options.implementation == "chunked" and 0 not in batch.batch_shape:
+    if options.implementation != "reference" and 0 not in batch.batch_shape:
         losses, stats = chunked.losses(batch, layer, options, chunks, with_stats)
     else:
         losses, stats = reference.row_losses(replace(batch, logits=_all_logits(layer, batch)), options, with_stats)

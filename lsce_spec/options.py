@@ -20,7 +20,7 @@ class LossOptions:
     """The options of a call other than its arrays. See `label_smoothed_cross_entropy` for the meaning of each.
 
     Without arguments it is plain cross-entropy, row by row. `smoothing` is a number, or an array that the framework
-    package checks further.
+    package checks further. Without an `implementation` the package chooses one.
     """
 
     smoothing: Any = 0.0
@@ -31,7 +31,7 @@ class LossOptions:
     subtract_entropy: bool = False
     bad_labels: str = BAD_LABELS[0]
     reduction: str = REDUCTIONS[0]
-    implementation: str = IMPLEMENTATIONS[0]
+    implementation: str | None = None
 
     @staticmethod
     def of(keywords: Mapping[str, Any], implementations: tuple[str, ...] = IMPLEMENTATIONS) -> "LossOptions":
@@ -39,7 +39,7 @@ class LossOptions:
 
         Args:
             keywords: the arguments, which may lack `denominator`.
-            implementations: the known ones, the default first.
+            implementations: the names of those that the caller may choose.
 
         Raises:
             ValueError: a value out of its range, or two options that exclude each other.
@@ -58,8 +58,9 @@ class LossOptions:
         if keywords.get("denominator") is not None and keywords["reduction"] != "mean":
             raise error("denominator", reduction=repr(keywords["reduction"]))
         check_denominator(keywords.get("denominator"))
-        implementation = implementations[0] if keywords["implementation"] is None else keywords["implementation"]
-        _check_choice("implementation", implementation, implementations)
+        implementation = keywords["implementation"]
+        if implementation is not None:
+            _check_choice("implementation", implementation, implementations)
         return LossOptions(
             smoothing=float(smoothing) if is_number(smoothing) else smoothing,
             convention=convention,

@@ -22,7 +22,7 @@ from lsce_torch.keywords import DenseLossKeywords
 from lsce_torch.overwrite import check_inplace, tensors_to_overwrite
 from lsce_torch.stats import LossStats
 
-_ROW_LOSSES = {"fused": fused.row_losses, "reference": reference.row_losses}
+_ROW_LOSSES = {None: fused.row_losses, "fused": fused.row_losses, "reference": reference.row_losses}
 
 
 @takes(DenseLossKeywords)
@@ -146,7 +146,7 @@ def _evaluate(
     if keywords["inplace_backward"]:
         batch = replace(batch, overwritten=tensors_to_overwrite(logits))
     batch, divisor = mean_divisor(batch, options, keywords["denominator"])
-    if options.implementation == "fused" and not with_stats:
+    if options.implementation != "reference" and not with_stats:
         loss = lean.loss(batch, options, divisor)
         if loss is not None:
             return loss, None

@@ -123,7 +123,7 @@ def _evaluate(
     chunkable = fused.why_reference(batch, options, with_stats) is None and not any(map(is_wrapper, layer))
     # The operator that torch.compile takes has neither forward mode nor a rule for vmap.
     chunkable = chunkable and not (torch.compiler.is_compiling() and _is_transformed())
-    if options.implementation == "chunked" and batch.labels.numel() and chunkable:
+    if options.implementation != "reference" and batch.labels.numel() and chunkable:
         losses, stats = chunked.losses(batch, layer, options, chunks, with_stats)
     else:
         losses, stats = reference.row_losses(replace(batch, logits=_all_logits(layer, batch)), options, with_stats)
