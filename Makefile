@@ -19,7 +19,8 @@ export LSCE_TORCHTPU_PYTHON ?= $(abspath $(VENV_TORCHTPU))/bin/python
 PIP := pip install --quiet --disable-pip-version-check
 
 .PHONY: install install-devices install-torchtpu demo test test-slow test-devices test-devices-slow
-.PHONY: test-parity test-rest test-simulated test-interpreted test-compiled test-cuda test-tpu test-oldest lint wheel clean
+.PHONY: test-parity test-rest test-simulated test-interpreted test-triton test-compiled test-cuda test-tpu test-oldest
+.PHONY: lint wheel clean
 
 install: $(VENV)/installed
 
@@ -61,13 +62,18 @@ test-slow: install
 # The tests marked as devices: losses on the arithmetic of devices that are not here, and programs that are made for
 # them, in an interpreter, by IREE and by the compilers of TPUs and GPUs. No device is needed.
 test-devices: install-devices
-	$(MAKE) --jobs=2 $(WHOLE_OUTPUT) test-simulated test-interpreted $(if $(filter Linux,$(shell uname)),test-compiled)
+	$(MAKE) --jobs=2 $(WHOLE_OUTPUT) test-simulated test-interpreted \
+	  $(if $(filter Linux,$(shell uname)),test-triton test-compiled)
 
 test-simulated: install-devices
 	$(BIN)/python -m pytest -m "devices and not slow" -k "$(SIMULATED)" parity_tests
 
 test-interpreted: install-devices
-	$(BIN)/python -m pytest -m "devices and not slow" -k "not ($(SIMULATED) or test_compiled)" parity_tests
+	$(BIN)/python -m pytest -m "devices and not slow" -k "not ($(SIMULATED) or test_compiled or test_triton)" parity_tests
+
+# Kernels in Triton's interpreter, which Triton chooses for all kernels of a process.
+test-triton: install-devices
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "devices and not slow" parity_tests/suite/test_triton.py
 
 # Programs compiled for TPUs and GPUs. libtpu and JAX's plugin for CUDA, 1.2 GB, have a folder of their own: they look for
 # a device in each program that uses JAX. Where it finds none, the plugin prints a traceback, and libtpu leaves a timer
@@ -76,7 +82,7 @@ COMPILERS := $(abspath $(VENV))/compilers
 WITH_COMPILERS := PYTHONPATH=$(COMPILERS)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 test-compiled: $(COMPILERS)/installed
-	$(WITH_COMPILERS) $(BIN)/python -m pytest -m "devices and not slow" parity_tests/suite/test_compiled.py
+	$(WITH_COMPILERS) $(BIN)/python -m pytest -m "devices and not slow" -k test_compiled parity_tests/suite
 
 # More of the same, which takes long: every case in every dtype.
 test-devices-slow: install-devices $(COMPILERS)/installed

@@ -15,6 +15,9 @@ jax.config.update("jax_num_cpu_devices", 2)
 # The collector would walk through the many small objects of JAX so often that it takes a fifth of the time.
 gc.set_threshold(100_000, 20, 100)
 
+# It loads Triton, which not every machine has, and holds no examples.
+collect_ignore = ["lsce_torch/kernels/gpu.py"]
+
 pytest_collect_file = Sybil([PythonCodeBlockParser()], patterns=["*.md"]).pytest()
 
 

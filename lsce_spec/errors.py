@@ -80,6 +80,10 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         ValueError,
         "unknown implementation {given}. Choose None (the best one available) or one of: {known}.",
     ),
+    "kernel": (
+        ValueError,
+        "implementation={name} cannot compute this call: {reason}. Leave out the implementation, or choose {instead}.",
+    ),
     "bad_labels": (
         ValueError,
         "unknown bad_labels {given}. Choose one of: 'nan', 'raise'.",

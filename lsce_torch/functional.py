@@ -17,12 +17,18 @@ from lsce_spec import LossOptions, check_denominator, check_denominator_array, c
 from lsce_spec.keywords import takes
 from lsce_torch import fused, lean, reference
 from lsce_torch.accurate import divide
-from lsce_torch.inputs import Batch, at_labels, dtype_name, extremes, prepare
+from lsce_torch.inputs import Batch, at_labels, canonical, check, dtype_name, extremes
+from lsce_torch.kernels import IMPLEMENTATIONS, NAME, whole
 from lsce_torch.keywords import DenseLossKeywords
 from lsce_torch.overwrite import check_inplace, tensors_to_overwrite
 from lsce_torch.stats import LossStats
 
-_ROW_LOSSES = {None: fused.row_losses, "fused": fused.row_losses, "reference": reference.row_losses}
+_ROW_LOSSES = {
+    None: fused.row_losses,
+    NAME: fused.row_losses,
+    "fused": fused.row_losses,
+    "reference": reference.row_losses,
+}
 
 
 @takes(DenseLossKeywords)
@@ -142,11 +148,17 @@ def _evaluate(
     """Return the loss, and the statistics if asked for. See `label_smoothed_cross_entropy`."""
     options = _checked_options(keywords)
     check_inplace(keywords)
-    batch = prepare(logits, labels, options, keywords)
+    given = check(logits, labels, options, keywords)
+    if not with_stats:
+        inplace_backward = keywords["inplace_backward"]
+        loss = whole.loss(given, options, keywords["denominator"], logits, inplace_backward=inplace_backward)
+        if loss is not None:
+            return loss, None
+    batch = canonical(given, options)
     if keywords["inplace_backward"]:
         batch = replace(batch, overwritten=tensors_to_overwrite(logits))
     batch, divisor = mean_divisor(batch, options, keywords["denominator"])
-    if options.implementation != "reference" and not with_stats:
+    if options.implementation in {None, "fused"} and not with_stats:
         loss = lean.loss(batch, options, divisor)
         if loss is not None:
             return loss, None
@@ -157,13 +169,13 @@ def _evaluate(
 def _checked_options(keywords: DenseLossKeywords) -> LossOptions:
     """Return the options of a call. To check them takes longer than an operation, so those of plain values are kept."""
     if torch.compiler.is_compiling() or not is_number(keywords["smoothing"]):
-        return LossOptions.of(keywords)
+        return LossOptions.of(keywords, IMPLEMENTATIONS)
     check_denominator(keywords["denominator"])
     try:
         # Only whether these two are there matters to the options.
         return _options_of(keywords["prior"] is None, keywords["denominator"] is None, *_plain_of(keywords))
     except TypeError:  # of the check, which raises it again, or since a value has no hash
-        return LossOptions.of(keywords)
+        return LossOptions.of(keywords, IMPLEMENTATIONS)
 
 
 _PLAIN = tuple(field.name for field in fields(LossOptions))
@@ -173,7 +185,7 @@ _plain_of = itemgetter(*_PLAIN)
 @lru_cache(maxsize=1024, typed=True)
 def _options_of(without_prior: bool, without_denominator: bool, *plain: Any) -> LossOptions:
     given = {"prior": None if without_prior else 1.0, "denominator": None if without_denominator else 1.0}
-    return LossOptions.of(given | dict(zip(_PLAIN, plain, strict=True)))
+    return LossOptions.of(given | dict(zip(_PLAIN, plain, strict=True)), IMPLEMENTATIONS)
 
 
 def mean_divisor(

@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lsce_spec import LossOptions
-from lsce_torch import reference, saved
+from lsce_torch import kernels, reference, saved
 from lsce_torch.accurate import entr
 from lsce_torch.device import takes_plain_operations
 from lsce_torch.errors import error
@@ -42,6 +42,7 @@ def row_losses(
 ) -> tuple[Float[Tensor, "*batch"], LossStats | None]:
     """Return the loss of each row, 0 for rows that do not count and NaN for bad labels, and the statistics if asked."""
     reason = why_reference(batch, options, with_stats)
+    kernels.check_choice(options.implementation, batch.logits, reason, "fused")
     if reason is not None:
         if batch.overwritten is not None:
             raise error("inplace_needs_reference", reason=reason)
@@ -132,6 +133,7 @@ def make_operands(
         z_loss=options.z_loss,
         softcap=options.softcap,
         with_stats=with_stats,
+        kernels=kernels.may_compute(options.implementation, batch.logits),
     ), target.entropy
 
 
@@ -209,9 +211,7 @@ class _RowLosses(torch.autograd.Function):
     def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the losses, their `Sums`, stacked, and the index of the first largest logit."""
         (logits, _), operands = saved.grouped(arguments, _Logits, Operands)
-        stacked, first = sweep(logits, operands)
-        losses, _, _ = losses_of(operands, unstacked(stacked))
-        return losses, stacked, first
+        return sweep(logits, operands)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:

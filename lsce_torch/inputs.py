@@ -1,7 +1,8 @@
 """Check the tensors of a call and bring them into one form, which every implementation takes.
 
 In a `Batch` the class dimension comes last, every label indexes safely, and two boolean tensors mark the rows that do
-not count and those whose label is bad. So no implementation handles axes, ignored labels or bad labels itself.
+not count and those whose label is bad. So no implementation handles axes, ignored labels or bad labels itself. Only the
+kernels for GPUs take labels as they are given, checked by `check`, since each operation on them is one to start.
 """
 
 import weakref
@@ -28,6 +29,7 @@ from lsce_spec import (
     check_smoothing_values,
     is_number,
 )
+from lsce_torch.device import is_on_cpu
 from lsce_torch.errors import error
 
 # Making a name of a dtype takes as long as an operation.
@@ -93,13 +95,41 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def prepare(
+def prepare(logits: Tensor, labels: Tensor, options: LossOptions, keywords: Mapping[str, Any]) -> Batch:
+    """Return the tensors of a call in canonical form. See `check` and `canonical` for arguments and errors."""
+    return canonical(check(logits, labels, options, keywords), options)
+
+
+@dataclass
+class Given:
+    """The tensors of one call, checked, classes last. `canonical` makes a `Batch` of them.
+
+    Args:
+        logits: as the caller passed them, with the class dimension moved to the end.
+        labels: class indices as the caller passed them, or the probabilities of soft labels.
+        smoothing: a number, or one number per row in the compute dtype.
+        where: booleans that broadcast to the losses, or None.
+        prior: see `Batch`.
+        class_weight: see `Batch`.
+        class_mask: see `Batch`.
+    """
+
+    logits: Float[Tensor, "*batch K"]
+    labels: Int[Tensor, "*batch"] | Float[Tensor, "*batch K"]
+    smoothing: float | Float[Tensor, "*batch 1"]
+    where: Bool[Tensor, "*#batch"] | None
+    prior: Float[Tensor, " K"] | None
+    class_weight: Float[Tensor, " K"] | None
+    class_mask: Bool[Tensor, " K"] | None
+
+
+def check(
     logits: Tensor,
     labels: Tensor,
     options: LossOptions,
     keywords: Mapping[str, Any],
-) -> Batch:
-    """Check the tensors of a call and return them in canonical form.
+) -> Given:
+    """Check the tensors of a call. Values are left to `canonical`, but for those of the prior.
 
     Args:
         logits: as the caller passed them.
@@ -110,7 +140,6 @@ def prepare(
     Raises:
         TypeError: wrong type or dtype.
         ValueError: wrong shape, or a prior that is not a distribution.
-        IndexError: a label that is not a class, with bad_labels="raise".
     """
     check_tensor("logits", logits)
     check_tensor("labels", labels)
@@ -121,7 +150,7 @@ def prepare(
 
     if axis != logits.ndim - 1:
         logits = logits.movedim(axis, -1)
-    batch_shape, num_classes = tuple(logits.shape[:-1]), logits.shape[-1]
+    batch_shape = tuple(logits.shape[:-1])
     class_weight = _class_vector("class_weight", keywords, logits, dtype)
     class_mask = _class_vector("class_mask", keywords, logits, None)
     prior = _class_vector("prior", keywords, logits, dtype)
@@ -134,23 +163,33 @@ def prepare(
     if where is not None:
         where = _as_tensor("where", where, logits.device)
         check_batch_operand("where", tuple(where.shape), dtype_name(where), batch_shape)
-
     if labels.is_floating_point():
         if options.ignore_index is not None:
             raise error("ignore_index_soft", given=options.ignore_index)
-        soft = labels.movedim(axis, -1)
-        batch = Batch(logits, soft, smoothing, None, None, prior, class_weight, class_mask)
-    else:
-        labels, bad = _class_indices(labels, num_classes, class_mask)
+        labels = labels.movedim(axis, -1)
+    return Given(logits, labels, smoothing, where, prior, class_weight, class_mask)
+
+
+def canonical(given: Given, options: LossOptions) -> Batch:
+    """Return the checked tensors of a call in canonical form.
+
+    Raises:
+        ValueError: a smoothing outside of [0, 1].
+        IndexError: a label that is not a class, with bad_labels="raise".
+    """
+    labels, bad = given.labels, None
+    class_labels, vectors = labels, (given.prior, given.class_weight, given.class_mask)
+    if not labels.is_floating_point():
+        labels, bad = _class_indices(labels, given.logits.shape[-1], given.class_mask)
         class_labels = labels if bad is None else labels.masked_fill(bad, 0)
-        batch = Batch(logits, class_labels, smoothing, None, bad, prior, class_weight, class_mask)
-    if where is not None:
-        batch = batch.counting_only(where)
+    batch = Batch(given.logits, class_labels, given.smoothing, None, bad, *vectors)
+    if given.where is not None:
+        batch = batch.counting_only(given.where)
     if options.ignore_index is not None:
         batch = batch.counting_only(labels != options.ignore_index)
     _check_smoothing_of_rows(batch)
     if options.bad_labels == "raise" and batch.bad is not None:
-        _raise_bad_label(labels, batch.bad, class_mask is not None, num_classes)
+        _raise_bad_label(labels, batch.bad, given.class_mask is not None, given.logits.shape[-1])
     return batch
 
 
@@ -205,7 +244,7 @@ def extremes(tensor: Tensor) -> list[float]:
 
     To read values on an accelerator would wait for it; compiled and vmapped functions have none.
     """
-    if tensor.device.type != "cpu" or not tensor.numel() or _is_tracing():
+    if not is_on_cpu(tensor) or not tensor.numel() or _is_tracing():
         return []
     try:
         least, largest = torch.aminmax(tensor.detach() if tensor.requires_grad else tensor)
@@ -296,7 +335,7 @@ def check_prior(prior: Tensor, class_mask: Tensor | None) -> None:
     """
     prior = _as_tensor("prior", prior, torch.device("cpu") if not isinstance(prior, Tensor) else prior.device)
     check_class_vector("prior", tuple(prior.shape), dtype_name(prior), prior.numel())
-    if torch.compiler.is_compiling() or prior.device.type != "cpu":
+    if torch.compiler.is_compiling() or not is_on_cpu(prior):
         return
     try:
         mask = None if class_mask is None else class_mask.tolist()

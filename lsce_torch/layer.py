@@ -19,7 +19,7 @@ from torch import Tensor
 from lsce_torch.device import is_on_cpu, takes_plain_operations
 from lsce_torch.inputs import compute_dtype, tensor_of
 from lsce_torch.memory import in_large_pages
-from lsce_torch.sums import ROWS, Operands, losses_of, num_sums, unstacked
+from lsce_torch.sums import ROWS, Operands, num_sums
 from lsce_torch.sweeps import logits_gradient, sweep, sweep_with_gradient
 
 # Classes of a part of the weight's gradient, if the product has a narrower dtype than the sum.
@@ -71,10 +71,9 @@ def losses_and_gradients(
     gradients = _Gradients(multiplied, operands, settings)
     with_gradients = any(settings.needs)
     for part, logits, rows in _chunks(multiplied, operands, settings):
-        stacked[:, part], first_of_rows = (sweep_with_gradient if with_gradients else sweep)(logits, rows)
+        losses[part], stacked[:, part], first_of_rows = (sweep_with_gradient if with_gradients else sweep)(logits, rows)
         if first is not None and first_of_rows is not None:
             first[part] = first_of_rows
-        losses[part] = losses_of(rows, unstacked(stacked[:, part]))[0]
         if with_gradients:
             gradients.add(part, logits, rows)
     return (losses.sum() if settings.total else losses), stacked, first, gradients.finish()

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from lsce_spec import LINEAR_IMPLEMENTATIONS, ChunkOptions, LossOptions, check_layer
+from lsce_spec import ChunkOptions, LossOptions, check_layer
 from lsce_spec.keywords import takes
-from lsce_torch import chunked, fused, reference
+from lsce_torch import chunked, fused, kernels, reference
 from lsce_torch.errors import error
 from lsce_torch.functional import mean_divisor, reduce_losses
 from lsce_torch.inputs import Batch, check_tensor, dtype_name, prepare
@@ -113,21 +113,30 @@ def _evaluate(
     hidden: Tensor, weight: Tensor, labels: Tensor, keywords: LinearLossKeywords, *, with_stats: bool
 ) -> tuple[Float[Tensor, "..."], LossStats | None]:
     """Return the loss, and the statistics if asked for. See `linear_label_smoothed_cross_entropy`."""
-    options = LossOptions.of(keywords, LINEAR_IMPLEMENTATIONS)
+    options = LossOptions.of(keywords, kernels.LINEAR_IMPLEMENTATIONS)
     chunks = ChunkOptions.of(keywords, options)
     layer, num_classes = _prepare_layer(hidden, weight, labels, keywords["bias"])
     if labels.is_floating_point():
         raise error("linear_soft_labels", given=dtype_name(labels))
     logits = layer.hidden.new_zeros(1).expand(*layer.hidden.shape[:-1], num_classes)
     batch, divisor = mean_divisor(prepare(logits, labels, options, keywords), options, keywords["denominator"])
-    chunkable = fused.why_reference(batch, options, with_stats) is None and not any(map(is_wrapper, layer))
-    # The operator that torch.compile takes has neither forward mode nor a rule for vmap.
-    chunkable = chunkable and not (torch.compiler.is_compiling() and _is_transformed())
-    if options.implementation != "reference" and batch.labels.numel() and chunkable:
+    reason = _why_reference(batch, layer, options, with_stats)
+    if not torch.compiler.is_compiling():  # where an operator that is not looked into takes the kernels
+        kernels.check_choice(options.implementation, batch.logits, reason, "chunked")
+    if options.implementation != "reference" and batch.labels.numel() and reason is None:
         losses, stats = chunked.losses(batch, layer, options, chunks, with_stats)
     else:
         losses, stats = reference.row_losses(replace(batch, logits=_all_logits(layer, batch)), options, with_stats)
     return reduce_losses(losses, options, divisor), stats
+
+
+def _why_reference(batch: Batch, layer: Layer, options: LossOptions, with_stats: bool) -> str | None:
+    """Return why only the reference can compute this call, or None."""
+    if any(map(is_wrapper, layer)):
+        return "one of the tensors stands for others"
+    if torch.compiler.is_compiling() and _is_transformed():
+        return "the operator that torch.compile takes has neither forward mode nor a rule for vmap"
+    return fused.why_reference(batch, options, with_stats)
 
 
 def _is_transformed() -> bool:

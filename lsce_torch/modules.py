@@ -8,7 +8,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lsce_spec import (
-    LINEAR_IMPLEMENTATIONS,
     ChunkOptions,
     Convention,
     LossOptions,
@@ -18,6 +17,7 @@ from lsce_spec import (
     find_convention,
 )
 from lsce_spec.keywords import parameters_of, takes
+from lsce_torch import kernels
 from lsce_torch.errors import error
 from lsce_torch.functional import label_smoothed_cross_entropy
 from lsce_torch.inputs import check_prior
@@ -99,7 +99,7 @@ class LabelSmoothedCrossEntropyLoss(_LossModule, nn.CrossEntropyLoss):
             raise error("weight_type", given=repr(weight))
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         own = {"smoothing": label_smoothing, "ignore_index": ignore_index, "reduction": self.reduction}
-        LossOptions.of({**own, **options})
+        LossOptions.of({**own, **options}, kernels.IMPLEMENTATIONS)
         check_inplace(options)
         self._keep(options)
 
@@ -170,7 +170,7 @@ class LinearLabelSmoothedCrossEntropyLoss(_LossModule):
     def __init__(self, smoothing: float = 0.1, **options: Unpack[LinearModuleKeywords]) -> None:
         """Check the options and keep them; see the class."""
         super().__init__()
-        ChunkOptions.of(options, LossOptions.of({"smoothing": smoothing, **options}, LINEAR_IMPLEMENTATIONS))
+        ChunkOptions.of(options, LossOptions.of({"smoothing": smoothing, **options}, kernels.LINEAR_IMPLEMENTATIONS))
         self.smoothing = smoothing
         self._keep(options)
 

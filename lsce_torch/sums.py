@@ -28,6 +28,7 @@ class Operands(NamedTuple):
     z_loss: float
     softcap: float | None
     with_stats: bool
+    kernels: bool  # whether the kernels for GPUs may compute it
 
 
 # The operands with one value per row that are differentiable.

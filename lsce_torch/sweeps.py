@@ -18,8 +18,9 @@ from torch import Tensor
 
 from lsce_torch.device import is_on_cpu, takes_plain_operations
 from lsce_torch.inputs import compute_dtype, tensor_of
+from lsce_torch.kernels import launch, reason_against
 from lsce_torch.plain import plain_slopes, plain_sums, plain_sums_and_slopes
-from lsce_torch.sums import Operands, Sums, num_sums, stacked_of, target_mass, unstacked
+from lsce_torch.sums import Operands, Sums, losses_of, num_sums, stacked_of, target_mass, unstacked
 from lsce_torch.threads import in_threads
 
 # Elements of a block: 4 MiB in float32.
@@ -55,17 +56,27 @@ class Block(NamedTuple):
 _WIDE = ("logits", "gradient", "excluded", "factor")
 
 
-def sweep(logits: Float[Tensor, "*batch K"], operands: Operands) -> tuple[Tensor, Tensor | None]:
-    """Return the `Sums`, stacked, and, for statistics, the index of the first largest logit of each row."""
+def sweep(logits: Float[Tensor, "*batch K"], operands: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the losses, the `Sums`, stacked, and, for statistics, the index of the first largest logit of each row."""
     if takes_plain_operations(logits):
         sums, first = plain_sums(logits, operands)
-        return stacked_of(operands, sums), first
+        return _with_losses(operands, stacked_of(operands, sums), first)
+    if _takes_kernels(logits, operands):
+        return launch.sums(logits, operands)
     whole = _block_of_sums(logits, operands)
     _run(partial(_fill_sums, softcap=operands.softcap), whole)
-    return _without_uncounted(whole)
+    return _with_losses(operands, *_without_uncounted(whole))
 
 
-def sweep_with_gradient(logits: Float[Tensor, "*batch K"], operands: Operands) -> tuple[Tensor, Tensor | None]:
+def _takes_kernels(logits: Tensor, operands: Operands) -> bool:
+    return operands.kernels and reason_against(logits) is None
+
+
+def _with_losses(operands: Operands, stacked: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    return losses_of(operands, unstacked(stacked))[0], stacked, first
+
+
+def sweep_with_gradient(logits: Float[Tensor, "*batch K"], operands: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return what `sweep` returns, and overwrite the logits by the gradient of the sum of the losses.
 
     Both come from each block while it is in the cache. A softcap or a target at the largest logit takes a second array
@@ -74,11 +85,13 @@ def sweep_with_gradient(logits: Float[Tensor, "*batch K"], operands: Operands) -
     if takes_plain_operations(logits):
         sums, first, gradient = plain_sums_and_slopes(logits, operands)
         logits.copy_(gradient)
-        return stacked_of(operands, sums), first
+        return _with_losses(operands, stacked_of(operands, sums), first)
+    if _takes_kernels(logits, operands):
+        return launch.sums(logits, operands, with_gradient=True)
     if operands.softcap is not None or operands.at_max is not None:
-        stacked, first = sweep(logits, operands)
-        logits_gradient(logits, operands, stacked, torch.ones_like(stacked[0]), logits)
-        return stacked, first
+        losses, stacked, first = sweep(logits, operands)
+        logits_gradient(logits, operands, stacked, torch.ones_like(losses), logits)
+        return losses, stacked, first
     whole = _block_of_sums(logits, operands)
     on, off, mass = (
         tensor_of(value, whole.stacked.dtype, logits.device)
@@ -86,7 +99,7 @@ def sweep_with_gradient(logits: Float[Tensor, "*batch K"], operands: Operands) -
     )
     whole = whole._replace(gradient=logits, bad=operands.bad, on=on, off=off, mass=mass)
     _run(partial(_fill_both, z_loss=operands.z_loss), whole, in_gradient=logits.dtype == whole.stacked.dtype)
-    return _without_uncounted(whole)
+    return _with_losses(operands, *_without_uncounted(whole))
 
 
 def logits_gradient(
@@ -107,6 +120,9 @@ def logits_gradient(
     """
     if takes_plain_operations(logits):
         gradient.copy_(plain_slopes(logits, operands, ["logits"])["logits"] * upstream[..., None])
+        return
+    if _takes_kernels(logits, operands):
+        launch.logits_gradient(logits, operands, stacked, upstream, gradient)
         return
     sums = unstacked(stacked)
     if operands.counted is not None:

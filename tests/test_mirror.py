@@ -89,21 +89,24 @@ ONLY_IN_JAX = {
     "modules.py": {"LossConstant"},
     "metrics.py": {"_sum_of_fractions", "_count", "_pair", "_add", "_two_sum"},
 }
-# torch: scalars, types, values that are not at hand; checks that are kept, since calls are eager; options in
-# the places that nn.CrossEntropyLoss and inplace_backward need.
+# torch: scalars, types, values that are not at hand; labels as they are given, for the kernels; checks that are kept,
+# since calls are eager; options in the places that nn.CrossEntropyLoss and inplace_backward need.
 ONLY_IN_TORCH = {
     "inputs.py": {
         "_as_tensor",
         "_check_shapes",
         "_checked_axis",
         "_is_tracing",
+        "Given",
+        "canonical",
+        "check",
         "check_tensor",
         "dtype_name",
         "name_of",
         "tensor_of",
     },
     "functional.py": {"_checked_options", "_options_of"},
-    "linear.py": {"_is_transformed"},
+    "linear.py": {"_is_transformed", "_why_reference"},
     "reference.py": {"as_tensor"},
     "keywords.py": {"_Counted", "_Terms", "_Reduction", "_Memory"},
 }

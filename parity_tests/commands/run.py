@@ -38,7 +38,7 @@ from parity_tests.studies.survey import Member, Survey, examine_each, make_cases
 from parity_tests.studies.verdicts import Difference, Outcome
 
 # torch.compile takes seconds for each combination of options, and so does JAX for each linear case.
-SLOW = frozenset(name for name in ENTRIES if name.endswith(("-compiled", "-linear-reference", *ELSEWHERE)))
+SLOW = frozenset(name for name in ENTRIES if name.endswith(("-compiled", "-linear-reference", "-triton", *ELSEWHERE)))
 SHOWN = 20
 
 

@@ -14,6 +14,7 @@ from parity_tests.losses.interpreted import InterpretedAdapter
 from parity_tests.losses.iree import TARGETS, IreeAdapter
 from parity_tests.losses.torchax import TorchaxAdapter
 from parity_tests.losses.torchtpu import TorchTpuAdapter
+from parity_tests.losses.triton_kernels import TritonAdapter
 from parity_tests.truth.arithmetic import NARROW, Arithmetic
 from parity_tests.truth.cases import Case, LinearCase
 from parity_tests.truth.comparison import AnyResult, make_result
@@ -121,7 +122,17 @@ def _ours() -> list[Entry]:
     interpreted = [made for entry in programs for platform in PLATFORMS for made in _interpreted(entry, platform)]
     eager = [entry for entry in entries if entry.framework == "torch" and not entry.name.endswith("-compiled")]
     on_tpu = [_on_tpu(entry, *by) for entry in eager for by in ((INTERPRETED, None), ("iree-cpu", TARGETS["iree-cpu"]))]
-    return entries + interpreted + on_tpu + [_on_torchax(entry) for entry in eager]
+    return entries + interpreted + on_tpu + [_on_torchax(entry) for entry in eager] + _kernels()
+
+
+def _kernels() -> list[Entry]:
+    """Return the adapters of the kernels for GPUs, which on a CPU need Triton's interpreter."""
+    dense, linear = "torch-triton", "torch-linear-triton"
+    of_linear = partial(TritonAdapter, name=linear, linear=True, narrow=TORCH_NARROW["chunked"])
+    return [
+        Entry(dense, "torch", "ours", partial(TritonAdapter, name=dense), twin="jax-fused"),
+        Entry(linear, "torch", "ours", of_linear, twin="jax-linear-chunked"),
+    ]
 
 
 def _has_program(entry: Entry) -> bool:

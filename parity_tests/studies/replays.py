@@ -156,7 +156,7 @@ def adapters_here(names: Sequence[str] | None, device: str) -> tuple[list[Adapte
         ValueError: there is no adapter of that name.
     """
     if not names:
-        slow = ("-compiled", *ELSEWHERE)
+        slow = ("-compiled", "-triton", *ELSEWHERE)
         names = [entry.name for entry in ENTRIES.values() if entry.kind == "ours" and not entry.name.endswith(slow)]
     found, missing = [], {}
     for name in match_names(names):

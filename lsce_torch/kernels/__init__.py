@@ -1,0 +1,93 @@
+"""The kernels for GPUs, and what chooses between them and `fused.py`.
+
+They are written in Triton (`gpu.py`) and started by `launch.py`: behind the sweeps of the fused loss, where every
+transform of torch finds them, and by `whole.py`, which computes a whole loss in as few launches as possible.
+
+Without an `implementation` they compute what is on a CUDA device, NVIDIA's or AMD's, and not in torch.compile, whose
+own kernels read and write the logits as often. With TRITON_INTERPRET=1 in the environment, implementation="triton" runs
+them on a CPU, in Triton's interpreter.
+"""
+
+import importlib.util
+import logging
+import os
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+import lsce_spec
+from lsce_torch.device import device_type
+from lsce_torch.errors import error
+
+NAME = "triton"
+# What a caller may choose.
+IMPLEMENTATIONS = (*lsce_spec.IMPLEMENTATIONS, NAME)
+LINEAR_IMPLEMENTATIONS = (*lsce_spec.LINEAR_IMPLEMENTATIONS, NAME)
+# The kernels are compiled in the tests for this compute capability and newer ones.
+_LEAST_CAPABILITY = (8, 0)
+
+_logger = logging.getLogger("lsce_torch")
+
+
+def may_compute(implementation: str | None, tensor: Tensor) -> bool:
+    """Return whether the kernels are asked for, or left to choose for a tensor of a GPU."""
+    return implementation == NAME or (implementation is None and device_type(tensor) == "cuda")
+
+
+def reason_against(logits: Tensor) -> str | None:
+    """Return why the kernels cannot compute anything of these logits, or None."""
+    if isinstance(logits, FakeTensor) or logits.is_meta:
+        return "the logits hold no values"
+    if not _is_installed():
+        return "Triton is not installed"
+    if is_interpreted():
+        return None
+    if not logits.is_cuda:
+        return (
+            f"the logits are on the device {str(logits.device)!r}. Move them to a CUDA device, or, to run the kernels "
+            "on a CPU, set TRITON_INTERPRET=1 in the environment before Triton is loaded"
+        )
+    if torch.version.hip is None and torch.cuda.get_device_capability(logits.device) < _LEAST_CAPABILITY:
+        return f"{torch.cuda.get_device_name(logits.device)} is older than the GPUs that they are compiled for"
+    return None
+
+
+def check_choice(implementation: str | None, logits: Tensor, reason_for_reference: str | None, instead: str) -> None:
+    """Raise if the kernels are asked for and cannot compute a call; log what is chosen.
+
+    Args:
+        implementation: as the caller gave it.
+        logits: of the call.
+        reason_for_reference: why only the reference can compute it, or None.
+        instead: name of the implementation without kernels.
+
+    Raises:
+        ValueError: the kernels are asked for and cannot compute it.
+    """
+    if torch.compiler.is_compiling():
+        if implementation == NAME:
+            raise error(
+                "kernel", name=repr(NAME), reason="torch.compile makes kernels of its own", instead=repr(instead)
+            )
+        return
+    if not may_compute(implementation, logits):
+        return
+    reason = reason_for_reference or reason_against(logits)
+    if reason is not None and implementation == NAME:
+        raise error("kernel", name=repr(NAME), reason=reason, instead=repr(instead))
+    if _logger.isEnabledFor(logging.DEBUG):
+        chosen = NAME if reason is None else f"not {NAME}: {reason}"
+        _logger.debug("implementation of logits of shape %s: %s", tuple(logits.shape), chosen)
+
+
+@cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def is_interpreted() -> bool:
+    """Return whether Triton runs its kernels on the CPU, as it has found the environment when it was loaded."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"

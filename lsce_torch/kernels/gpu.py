@@ -1,0 +1,653 @@
+"""The kernels of the loss for GPUs, in Triton. `launch.py` starts them; this file is loaded by it alone.
+
+A program computes some rows. Up to `RESIDENT` classes it reads them once and keeps them. More classes it reads block by
+block, and each lane of a block has sums of its own, relative to the largest logit that it has seen. With e =
+exp(-|z - m|), and s the sum of exp(z - m) over the lane's logits without one that is m,
+
+    s <- (s + 1) e   if z > m, which m becomes,   else s + e
+
+takes one exponential for each logit, and keeps small losses accurate: the 1 is never added. At the end the lanes are
+added up relative to the largest logit of all, of which exactly one is left out.
+
+Lanes begin at -1e30 and not at -inf, whose difference to itself is NaN. A row without a logit above that is computed
+again, from its largest logit.
+
+Vectors of 128 bits are loaded where rows begin at multiples of 16 bytes. Otherwise the blocks of a row do, and only its
+first and last block are masked.
+
+The arithmetic is that of float32, of float64 for float64 logits. log1p and tanh are made of operations that IEEE 754
+defines and of exp: Triton has no tanh that its interpreter knows, and the log of a GPU is off by 1e-7 near 1.
+"""
+
+import triton
+import triton.language as tl
+
+FLOAT32, FLOAT64 = tl.float32, tl.float64
+_LOW = tl.constexpr(-1e30)
+_INF = tl.constexpr(float("inf"))
+_ALL = tl.constexpr(tl.PropagateNan.ALL)
+_LOG_2 = tl.constexpr(0.6931471805599453)
+_MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
+# Below this a product with a target counts as 0; some devices flush smaller numbers to 0.
+_TINY = tl.constexpr(1.1754943508222875e-38)
+
+
+# --- Numbers ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _of_rows(given, row, there, DTYPE: tl.constexpr):
+    """A number for each row, from memory, or the one for all."""
+    given = tl.core.to_tensor(given)  # a number is still Python's in the interpreter
+    if given.dtype.is_ptr():
+        value = tl.load(given + row, mask=there, other=0).to(DTYPE)
+    else:
+        value = tl.full(row.shape, 0, DTYPE) + given
+    return value
+
+
+@triton.jit
+def _of_all(given, DTYPE: tl.constexpr):
+    """A number for all rows, given or in memory."""
+    given = tl.core.to_tensor(given)
+    if given.dtype.is_ptr():
+        value = tl.load(given).to(DTYPE)
+    else:
+        value = given
+    return value
+
+
+@triton.jit
+def _quotient(x, y):
+    """x / y, rounded once; Triton's own is off by more in float32."""
+    if x.dtype == tl.float64:
+        result = x / y
+    else:
+        result = tl.div_rn(x, y)
+    return result
+
+
+@triton.jit
+def _exp_minus(size, PTX: tl.constexpr):
+    """exp(-size) for size >= 0. In PTX results below the smallest normal number are 0, which saves 3 instructions."""
+    if PTX and size.dtype == tl.float32:
+        power = size * _MINUS_LOG2_E
+        result = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [power], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        result = tl.exp(-size)
+    return result
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for x >= 0, from 1 + x = 2^k (1 + f) and log(1 + f) = 2 artanh(f / (2 + f))."""
+    if x.dtype == tl.float64:
+        whole = 1.0 + x
+        rounded = whole - 1.0
+        result = tl.where(rounded == 0, x, tl.log(whole) * (x / tl.where(rounded == 0, 1.0, rounded)))
+    else:
+        bits = (1.0 + x).to(tl.int32, bitcast=True)
+        is_small = x < 0.5
+        # Of f between -1/4 and 1/2: half a power of two is added to the bits.
+        exponent = tl.where(is_small, 0, ((bits + 0x400000) >> 23) - 127)
+        fraction = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
+        f = tl.where(is_small, x, fraction - 1.0)
+        s = f / (2.0 + f)
+        z = s * s
+        series = z * (2.0 / 3 + z * (2.0 / 5 + z * (2.0 / 7 + z * (2.0 / 9 + z * (2.0 / 11)))))
+        # f - f s is 2 s.
+        result = exponent.to(tl.float32) * _LOG_2 + (f - s * (f - series))
+        result = tl.where(x < _INF, result, x)
+    return result
+
+
+@triton.jit
+def _tanh(x):
+    """tanh: near 0 by a polynomial of Cephes (tanhf.c, Moshier 1992), in float64 by its continued fraction."""
+    size = tl.abs(x)
+    z = size * size
+    if x.dtype == tl.float64:
+        near = size / (1 + z / (3 + z / (5 + z / (7 + z / (9 + z / (11 + z / (13 + z / 15)))))))
+    else:
+        series = -5.37397155531e-2 + z * (2.06390887954e-2 + z * -5.70498872745e-3)
+        near = size + size * z * (-3.33332819422e-1 + z * (1.33314422036e-1 + z * series))
+    far = 1 - 2 / (tl.exp(2 * size) + 1)
+    result = tl.where(size < 0.625, near, far)
+    return tl.where(x < 0, -result, result)
+
+
+@triton.jit
+def _capped(raw, softcap):
+    if softcap is None:
+        result = raw
+    else:
+        result = softcap * _tanh(_quotient(raw, softcap + tl.zeros_like(raw)))
+    return result
+
+
+@triton.jit
+def _product(target, gap):
+    """target * gap, where 0 * inf counts as 0."""
+    return tl.where((tl.abs(target) < _TINY) & (gap == _INF), 0.0, target * gap)
+
+
+# --- Rows and blocks of classes ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _rows_of(num_rows, num_classes, inner, row_stride, NUM_ROWS: tl.constexpr, program):
+    """Which rows a program computes, which of them are there, and where each begins."""
+    lane = tl.arange(0, NUM_ROWS)
+    if inner is None:
+        row = program * NUM_ROWS + lane
+        there = row < num_rows
+        start = row * row_stride
+    else:  # that many rows lie side by side, as the pixels of an image
+        programs = tl.cdiv(inner, NUM_ROWS)
+        group = program // programs
+        within = (program % programs) * NUM_ROWS + lane
+        there = within < inner
+        row = group * inner + within
+        start = group * inner * num_classes + within
+    return row, there, start
+
+
+@triton.jit
+def _labels_of(row, there, labels, counted, bad, class_mask, mask_stride, ignore_index, num_classes):
+    """The label of each row, or -1; whether the row counts; and whether it counts, but its label is not a class."""
+    counts = there
+    is_bad = row < 0
+    label = tl.full(row.shape, -1, tl.int32)
+    if labels is not None:
+        given = tl.load(labels + row, mask=there, other=0).to(tl.int64)
+        if ignore_index is not None:
+            counts = counts & (given != ignore_index)
+        is_bad = (given < 0) | (given >= num_classes)
+        label = tl.where(is_bad, 0, given).to(tl.int32)
+        if class_mask is not None:
+            is_bad = is_bad | (tl.load(class_mask + row * mask_stride + label, mask=there, other=1) == 0)
+    if counted is not None:
+        counts = counts & (tl.load(counted + row, mask=there, other=0) != 0)
+    if bad is not None:
+        is_bad = is_bad | (tl.load(bad + row, mask=there, other=0) != 0)
+    return label, counts, is_bad & counts
+
+
+@triton.jit
+def _first_block(program, row_stride, start, ALIGN: tl.constexpr):
+    """Where the first block of a row begins, and by how many classes that is before the row."""
+    if ALIGN > 1:
+        begin = program * row_stride
+        aligned = begin // ALIGN * ALIGN
+        base, head = start * 0 + aligned, (begin - aligned).to(tl.int32)
+    else:
+        base, head = start, 0
+    return base, head
+
+
+@triton.jit
+def _whole_blocks(head, num_classes, BLOCK: tl.constexpr):
+    """The begin of the first block that lies within the row, the end of the last, and the end of the row."""
+    begin = tl.where(head > 0, BLOCK, 0)
+    span = num_classes + head
+    return begin, tl.maximum(span // BLOCK * BLOCK, begin), span
+
+
+@triton.jit
+def _places(start, col, inner):
+    if inner is None:
+        at = start[:, None] + col
+    else:
+        at = start[:, None] + col.to(tl.int64) * inner
+    return at
+
+
+@triton.jit
+def _block(classes, row, reads, base, head, at, DTYPE: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    """The classes of a block, their logits, which of them take part, and their factors of `off`.
+
+    WHOLE says that the block lies within a row that counts.
+    """
+    logits, class_mask, mask_stride, factor, factor_stride, num_classes, inner = classes
+    lane = tl.arange(0, BLOCK)[None, :]
+    col = at - head + lane
+    if WHOLE:
+        valid = tl.full([row.shape[0], BLOCK], True, tl.int1)
+    else:
+        valid = (col >= 0) & (col < num_classes) & reads[:, None]
+    raw = tl.load(logits + _places(base, at + lane, inner), mask=valid, other=0).to(DTYPE)
+    if class_mask is not None:
+        part = tl.load(class_mask + (row * mask_stride)[:, None] + col, mask=valid, other=0)
+        valid = valid & (part != 0)
+    if factor is None:
+        weight = tl.full([row.shape[0], BLOCK], 1, DTYPE)
+        if not WHOLE or class_mask is not None:
+            weight = tl.where(valid, weight, 0.0)
+    else:
+        weight = tl.load(factor + (row * factor_stride)[:, None] + col, mask=valid, other=0).to(DTYPE)
+    return col, raw, valid, weight
+
+
+# --- Sums -------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _lean_step(lanes, raw, count, GAPS: tl.constexpr, PTX: tl.constexpr):
+    """Add a block of logits to the lanes, with the label's gap. `count` is how many blocks were before."""
+    peaks, rests, gaps = lanes
+    z = tl.maximum(raw, _LOW, propagate_nan=_ALL)
+    e = _exp_minus(tl.abs(z - peaks), PTX)
+    rests = tl.where(z > peaks, rests * e + e, rests + e)
+    above = tl.maximum(peaks, z)
+    if GAPS:
+        gaps = gaps + count * (above - peaks) + (above - raw)
+    return above, rests, gaps
+
+
+@triton.jit
+def _step(lanes, tops, block, label, softcap, APART: tl.constexpr, GAPS: tl.constexpr, TOP: tl.constexpr):
+    """Add a block of logits to the lanes. With APART the label's gap is left out."""
+    peaks, rests, gaps, masses = lanes
+    largest, numbers, top_masses, firsts = tops
+    col, raw, valid, weight = block
+    x = tl.where(valid, _capped(raw, softcap), -_INF)
+    z = tl.maximum(x, _LOW, propagate_nan=_ALL)
+    e = tl.where(valid, tl.exp(-tl.abs(z - peaks)), 0.0)
+    rests = tl.where(z > peaks, rests * e + e, rests + e)
+    above = tl.maximum(peaks, z)
+    if GAPS:
+        if APART:
+            of_gap = tl.where(col == label[:, None], 0.0, weight)
+        else:
+            of_gap = weight
+        gaps = gaps + masses * (above - peaks) + tl.where(of_gap == 0, 0.0, of_gap * (above - x))
+        masses = masses + of_gap
+    if TOP:
+        raw = tl.where(valid, raw, -_INF)
+        is_above = raw > largest
+        equal = tl.where(valid & (raw == largest), 1.0, 0.0)
+        firsts = tl.where(is_above, col, firsts)
+        numbers = tl.where(is_above, 1.0, numbers + equal)
+        top_masses = tl.where(is_above, weight, top_masses + equal * weight)
+        largest = tl.maximum(largest, raw)
+    return (above, rests, gaps, masses), (largest, numbers, top_masses, firsts)
+
+
+@triton.jit
+def _sums_of_block(block, label, softcap, APART: tl.constexpr):
+    """The sums of rows that are one block each."""
+    col, raw, valid, weight = block
+    raw = tl.where(valid, raw, -_INF)
+    x = tl.where(valid, _capped(raw, softcap), -_INF)
+    largest = tl.max(raw, 1)
+    is_largest = valid & (raw == largest[:, None])
+    peak = tl.max(x, 1)
+    gap = peak[:, None] - x
+    is_peak = valid & (x == peak[:, None])
+    terms = tl.where(valid & (is_peak == 0), tl.exp(-gap), 0.0)
+    rest = tl.sum(terms, 1) + (tl.sum(tl.where(is_peak, 1.0, 0.0), 1) - 1)
+    is_label = col == label[:, None]
+    # A compiler may compute a softcap twice, and not the same: at the largest logit the gap is 0.
+    label_gap = tl.sum(tl.where(is_label & valid & (is_largest == 0), gap, 0.0), 1)
+    if APART:
+        weight = tl.where(is_label, 0.0, weight)
+    gaps = tl.sum(tl.where(weight == 0, 0.0, weight * gap), 1)
+    number = tl.sum(tl.where(is_largest, 1.0, 0.0), 1)
+    top_mass = tl.sum(tl.where(is_largest, block[3], 0.0), 1) / number
+    first = tl.min(tl.where(is_largest, col, 2147483647), 1)
+    return peak, rest, label_gap, gaps, (largest, number, top_mass, first)
+
+
+@triton.jit
+def _sums_of_stream(
+    classes, row, reads, start, base, head, label, softcap,
+    NUM_ROWS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
+    APART: tl.constexpr, GAPS: tl.constexpr, TOP: tl.constexpr, LEAN: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """The sums of rows of any length, which are read once, block by block."""
+    lane = tl.arange(0, BLOCK)[None, :]
+    zeros = tl.zeros([NUM_ROWS, BLOCK], DTYPE)
+    tops = (zeros - _INF, zeros, zeros, tl.zeros([NUM_ROWS, BLOCK], tl.int32))
+    begin, end, span = _whole_blocks(head, classes[5], BLOCK)
+    if LEAN:
+        lean = (zeros + _LOW, zeros, zeros)
+        count = 0.0
+        for at in tl.range(begin, end, BLOCK):
+            raw = _block(classes, row, reads, base, head, at, DTYPE, True, BLOCK)[1]
+            lean = _lean_step(lean, raw, count, GAPS, PTX)
+            count += 1.0
+        lanes = (lean[0], lean[1], lean[2], zeros + count)
+    else:
+        lanes = (zeros + _LOW, zeros, zeros, zeros)
+        for at in tl.range(begin, end, BLOCK):
+            block = _block(classes, row, reads, base, head, at, DTYPE, NUM_ROWS == 1, BLOCK)
+            lanes, tops = _step(lanes, tops, block, label, softcap, APART, GAPS, TOP)
+    # The first block if it begins before the row, and the last if it ends after it.
+    for edge in tl.static_range(2):
+        if tl.where(edge == 0, begin, span - end) > 0:
+            at = tl.where(edge == 0, 0, end)
+            block = _block(classes, row, reads, base, head, at, DTYPE, False, BLOCK)
+            lanes, tops = _step(lanes, tops, block, label, softcap, APART, GAPS, TOP)
+
+    peaks, rests, gaps, masses = lanes
+    largest, numbers, top_masses, firsts = tops
+    peak = tl.max(peaks, 1)
+    scale = tl.exp(peaks - peak[:, None])
+    rest = tl.sum(rests * scale + tl.where(lane == tl.argmax(peaks, 1)[:, None], 0.0, scale), 1)
+    gap = tl.sum(gaps + masses * (peak[:, None] - peaks), 1)
+    top = tl.max(largest, 1)
+    is_top = largest == top[:, None]
+    number = tl.sum(tl.where(is_top, numbers, 0.0), 1)
+    top_mass = tl.sum(tl.where(is_top, top_masses, 0.0), 1) / number
+    first = tl.min(tl.where(is_top & (numbers > 0), firsts, 2147483647), 1)
+    return peak, rest, gap, (top, number, top_mass, first)
+
+
+@triton.jit
+def _sums_of_low_rows(
+    classes, row, reads, start, label, softcap,
+    NUM_ROWS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr, APART: tl.constexpr,
+):  # fmt: skip
+    """The largest logit, the rest and the gaps of rows whose logits are all -inf or below what the lanes begin with."""
+    peak = tl.full([NUM_ROWS], 0, DTYPE) - _INF
+    rest = tl.full([NUM_ROWS], -1, DTYPE)
+    gaps = tl.zeros([NUM_ROWS], DTYPE)
+    for at in range(0, classes[5], BLOCK):
+        col, raw, valid, weight = _block(classes, row, reads, start, 0, at, DTYPE, False, BLOCK)
+        peak = tl.maximum(peak, tl.max(tl.where(valid, _capped(raw, softcap), -_INF), 1))
+    for at in range(0, classes[5], BLOCK):
+        col, raw, valid, weight = _block(classes, row, reads, start, 0, at, DTYPE, False, BLOCK)
+        gap = peak[:, None] - _capped(raw, softcap)
+        rest += tl.sum(tl.where(valid, tl.exp(-gap), 0.0), 1)
+        if APART:
+            weight = tl.where(col == label[:, None], 0.0, weight)
+        gaps += tl.sum(tl.where(weight == 0, 0.0, weight * gap), 1)
+    return peak, rest, gaps
+
+
+# --- Losses and gradients ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _slopes_of(upstream, is_bad, sums, targets, z_loss):
+    """The mass of the target, the slope of p, those of `off` and `at_max`, and the gradient at the label."""
+    peak, log_sum, label_gap, number, top_mass = sums
+    on, off, other_mass, at_max = targets
+    mass = on + off * other_mass + at_max * top_mass
+    p_slope = upstream * mass
+    if z_loss is not None:
+        p_slope += upstream * (2 * z_loss * (peak + log_sum))
+    p_slope = tl.where(is_bad, float("nan"), p_slope)
+    # Not exp of the sum, which rounds away digits of `log_sum` beside a large gap.
+    at_label = p_slope * (tl.exp(-label_gap) * tl.exp(-log_sum)) - upstream * on
+    return mass, (p_slope * tl.exp(-log_sum), upstream * off, upstream * at_max / number, at_label)
+
+
+@triton.jit
+def _write_gradient(
+    gradient, classes, row, there, counts, base, head, at, block, label, peak, largest, slopes, softcap,
+    AT_MAX: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of a block: p_slope p - off_slope w, at_label at the label, - max_slope w at the largest."""
+    col, raw, valid, weight = block
+    p_slope, off_slope, max_slope, at_label = slopes
+    x = _capped(raw, softcap)
+    slope = p_slope[:, None] * tl.exp(x - peak[:, None]) - off_slope[:, None] * weight
+    slope = tl.where(col == label[:, None], at_label[:, None], slope)
+    if AT_MAX:
+        slope = tl.where(raw == largest[:, None], slope - max_slope[:, None] * weight, slope)
+    if softcap is not None:
+        tanh = _quotient(x, softcap + tl.zeros_like(x))
+        slope = slope * (1 - tanh * tanh)
+    slope = tl.where(valid & counts[:, None], slope, 0.0).to(gradient.dtype.element_ty)
+    places = gradient + _places(base, at + tl.arange(0, BLOCK)[None, :], classes[6])
+    if WHOLE:
+        tl.store(places, slope)
+    else:
+        tl.store(places, slope, mask=there[:, None] & (col >= 0) & (col < classes[5]))
+
+
+@triton.jit(do_not_specialize=["num_rows", "sums_step", "ignore_index"])
+def forward(
+    logits, labels, counted, bad, class_mask, factor, on, off, other_mass, at_max, z_loss, softcap,
+    losses, sums, first, gradient, scale,
+    num_rows, num_classes, inner, row_stride, sums_step, mask_stride, factor_stride, ignore_index,
+    DTYPE: tl.constexpr, NUM_ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, APART: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
+    """Losses and sums of rows, and the gradient of `scale` times the sum of the losses.
+
+    Args:
+        logits, labels, counted, bad, class_mask, factor, on, off, other_mass, at_max, z_loss, softcap: see `Operands`;
+            None for what the loss does not have, as `off` and `other_mass` where `off` is 0.
+        losses: to write.
+        sums: to write, the fields of `Sums` one after the other: with APART all of them, otherwise the first three.
+        first: index of the first largest logit, to write, or None.
+        gradient: to write, may be the logits; or None.
+        scale: what the sum of the losses is multiplied by; None for 1.
+        num_rows: number of rows.
+        num_classes: number of classes.
+        inner: how many rows lie side by side, or None.
+        row_stride: step from a row to the next.
+        mask_stride: the same of the class mask, 0 if all rows have the same.
+        factor_stride: the same of the factors.
+        sums_step: step from one of the sums to the next.
+        ignore_index: label of rows that do not count, or None.
+        DTYPE: of the computation.
+        NUM_ROWS: rows of a program.
+        BLOCK: classes of a block.
+        ALIGN: the number of logits that a block's begin is a multiple of. 0 if a block has all classes of its rows.
+        APART: whether the sum of the gaps leaves the label's out.
+        PTX: whether the kernel is compiled for NVIDIA's GPUs.
+    """
+    AT_MAX: tl.constexpr = at_max is not None
+    program = tl.program_id(0).to(tl.int64)
+    sums_step = program * 0 + sums_step  # in 64 bits
+    row, there, start = _rows_of(num_rows, num_classes, inner, row_stride, NUM_ROWS, program)
+    label, counts, is_bad = _labels_of(
+        row, there, labels, counted, bad, class_mask, mask_stride, ignore_index, num_classes
+    )
+    classes = (logits, class_mask, mask_stride, factor, factor_stride, num_classes, inner)
+    if softcap is not None:
+        softcap = _of_all(softcap, DTYPE)
+    base, head = _first_block(program, row_stride, start, ALIGN)
+    if ALIGN == 0:
+        block = _block(classes, row, counts, start, 0, 0, DTYPE, False, BLOCK)
+        peak, rest, label_gap, gaps, tops = _sums_of_block(block, label, softcap, APART)
+    else:
+        GAPS: tl.constexpr = off is not None or APART
+        TOP: tl.constexpr = first is not None or softcap is not None or AT_MAX
+        PLAIN: tl.constexpr = class_mask is None and factor is None and softcap is None
+        peak, rest, gaps, tops = _sums_of_stream(
+            classes, row, counts, start, base, head, label, softcap,
+            NUM_ROWS, BLOCK, DTYPE, APART, GAPS, TOP, PLAIN and NUM_ROWS == 1 and not (APART or TOP), PTX,
+        )  # fmt: skip
+        if tl.min(tl.where(counts, peak, 0.0), 0) <= _LOW:
+            low_peak, low_rest, low_gaps = _sums_of_low_rows(
+                classes, row, counts, start, label, softcap, NUM_ROWS, BLOCK, DTYPE, APART
+            )
+            is_low = peak <= _LOW
+            peak = tl.where(is_low, low_peak, peak)
+            rest = tl.where(is_low, low_rest, rest)
+            gaps = tl.where(is_low, low_gaps, gaps)
+        label_gap = tl.zeros([NUM_ROWS], DTYPE)
+        if labels is not None:
+            place = start + label if inner is None else start + label.to(tl.int64) * inner
+            at_label = tl.load(logits + place, mask=counts, other=0).to(DTYPE)
+            label_gap = peak - _capped(at_label, softcap)
+            if softcap is not None:
+                # A compiler may compute a softcap twice, and not the same: at the largest logit the gap is 0.
+                label_gap = tl.where(at_label == tops[0], 0.0, label_gap)
+    largest, number, top_mass, index = tops
+    log_sum = tl.where(tl.abs(peak) == _INF, float("nan"), _log1p(rest))
+
+    nothing = tl.zeros([NUM_ROWS], DTYPE)
+    on = _of_rows(on, row, there, DTYPE)
+    if off is None:
+        targets = (on, nothing, nothing, nothing)
+    else:
+        targets = (on, _of_rows(off, row, there, DTYPE), _of_rows(other_mass, row, there, DTYPE), nothing)
+    if AT_MAX:
+        targets = (on, targets[1], targets[2], _of_rows(at_max, row, there, DTYPE))
+    else:
+        number, top_mass = nothing + 1, nothing
+    upstream = nothing + 1
+    if scale is not None:
+        upstream = upstream * _of_all(scale, DTYPE)
+    if z_loss is not None:
+        z_loss = _of_all(z_loss, DTYPE)
+    mass, slopes = _slopes_of(upstream, is_bad, (peak, log_sum, label_gap, number, top_mass), targets, z_loss)
+    loss = mass * log_sum + _product(targets[1], gaps)
+    if APART or off is None:
+        loss += _product(on, label_gap)
+    else:
+        loss += _product(on - targets[1], label_gap)
+    if z_loss is not None:
+        loss += z_loss * (peak + log_sum) * (peak + log_sum)
+    loss = tl.where(is_bad, float("nan"), loss)
+    tl.store(losses + row, tl.where(counts, loss, 0.0), mask=there)
+    # A row that does not count may hold a NaN, which must not reach any result, not even multiplied by 0.
+    tl.store(sums + row, tl.where(counts, peak, 0.0), mask=there)
+    tl.store(sums + sums_step + row, tl.where(counts, log_sum, 0.0), mask=there)
+    tl.store(sums + 2 * sums_step + row, tl.where(counts, label_gap, 0.0), mask=there)
+    if APART:
+        tl.store(sums + 3 * sums_step + row, tl.where(counts, gaps, 0.0), mask=there)
+        tl.store(sums + 4 * sums_step + row, tl.where(counts, largest, 0.0), mask=there)
+    if AT_MAX:
+        tl.store(sums + 5 * sums_step + row, tl.where(counts, number, 0.0), mask=there)
+        tl.store(sums + 6 * sums_step + row, tl.where(counts, top_mass, 0.0), mask=there)
+    if first is not None:
+        tl.store(first + row, tl.where(counts & (index < num_classes), index, 0).to(tl.int64), mask=there)
+    if gradient is not None:
+        if ALIGN == 0:
+            _write_gradient(
+                gradient, classes, row, there, counts, start, 0, 0, block, label, peak, largest, slopes, softcap,
+                AT_MAX, False, BLOCK,
+            )  # fmt: skip
+        else:
+            # The gradient may be over the logits, of which every thread has to have read the label's.
+            tl.debug_barrier()
+            begin, end, span = _whole_blocks(head, num_classes, BLOCK)
+            for at in tl.range(begin, end, BLOCK):
+                block = _block(classes, row, counts, base, head, at, DTYPE, NUM_ROWS == 1, BLOCK)
+                _write_gradient(
+                    gradient, classes, row, there, counts, base, head, at, block, label, peak, largest, slopes, softcap,
+                    AT_MAX, NUM_ROWS == 1, BLOCK,
+                )  # fmt: skip
+            for edge in tl.static_range(2):
+                if tl.where(edge == 0, begin, span - end) > 0:
+                    at = tl.where(edge == 0, 0, end)
+                    block = _block(classes, row, counts, base, head, at, DTYPE, False, BLOCK)
+                    _write_gradient(
+                        gradient, classes, row, there, counts, base, head, at, block, label, peak, largest, slopes,
+                        softcap, AT_MAX, False, BLOCK,
+                    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_rows", "sums_step", "ignore_index", "num_blocks"])
+def backward(
+    logits, labels, counted, bad, class_mask, factor, on, off, other_mass, at_max, z_loss, softcap,
+    sums, upstream, scale, gradient,
+    num_rows, num_classes, inner, row_stride, sums_step, mask_stride, factor_stride, ignore_index, num_blocks,
+    DTYPE: tl.constexpr, NUM_ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+    BY_ROW: tl.constexpr, IS_WRITTEN: tl.constexpr,
+):  # fmt: skip
+    """The gradient from the sums: a block of classes of some rows in a program.
+
+    Args:
+        upstream: gradient with respect to the losses; with BY_ROW one for each row, otherwise one for all.
+        num_blocks: blocks of a row.
+        BY_ROW: see `upstream`.
+        IS_WRITTEN: whether `gradient` holds that for an upstream of 1 already.
+        logits, labels, counted, bad, class_mask, factor, on, off, other_mass, at_max, z_loss, softcap: see `forward`.
+        sums, scale, gradient, num_rows, num_classes, inner, row_stride, sums_step, mask_stride, factor_stride: see
+            `forward`.
+        ignore_index, DTYPE, NUM_ROWS, BLOCK, ALIGN: see `forward`.
+    """
+    AT_MAX: tl.constexpr = at_max is not None
+    if IS_WRITTEN:
+        if tl.load(upstream) == 1:
+            return
+    program = tl.program_id(0).to(tl.int64) // num_blocks
+    sums_step = program * 0 + sums_step  # in 64 bits
+    at = (tl.program_id(0) % num_blocks) * BLOCK
+    row, there, start = _rows_of(num_rows, num_classes, inner, row_stride, NUM_ROWS, program)
+    label, counts, is_bad = _labels_of(
+        row, there, labels, counted, bad, class_mask, mask_stride, ignore_index, num_classes
+    )
+    classes = (logits, class_mask, mask_stride, factor, factor_stride, num_classes, inner)
+    nothing = tl.zeros([NUM_ROWS], DTYPE)
+    on = _of_rows(on, row, there, DTYPE)
+    if off is None:
+        targets = (on, nothing, nothing, nothing)
+    else:
+        targets = (on, _of_rows(off, row, there, DTYPE), _of_rows(other_mass, row, there, DTYPE), nothing)
+    number, top_mass, largest = nothing + 1, nothing, nothing
+    if AT_MAX:
+        targets = (on, targets[1], targets[2], _of_rows(at_max, row, there, DTYPE))
+        largest = tl.load(sums + 4 * sums_step + row, mask=there, other=0)
+        number = tl.load(sums + 5 * sums_step + row, mask=there, other=1)
+        top_mass = tl.load(sums + 6 * sums_step + row, mask=there, other=0)
+    peak = tl.load(sums + row, mask=there, other=0)
+    log_sum = tl.load(sums + sums_step + row, mask=there, other=0)
+    label_gap = tl.load(sums + 2 * sums_step + row, mask=there, other=0)
+    if BY_ROW:
+        factor_of_row = tl.load(upstream + row, mask=there, other=0).to(DTYPE)
+    else:
+        factor_of_row = nothing + tl.load(upstream).to(DTYPE)
+    if scale is not None:
+        factor_of_row = factor_of_row * _of_all(scale, DTYPE)
+    if z_loss is not None:
+        z_loss = _of_all(z_loss, DTYPE)
+    if softcap is not None:
+        softcap = _of_all(softcap, DTYPE)
+    _, slopes = _slopes_of(factor_of_row, is_bad, (peak, log_sum, label_gap, number, top_mass), targets, z_loss)
+    base, head = _first_block(program, row_stride, start, ALIGN)
+    if NUM_ROWS == 1 and ALIGN > 0:
+        is_whole = (at >= head) & (at + BLOCK <= num_classes + head) & (tl.max(counts.to(tl.int32), 0) > 0)
+        if is_whole:
+            block = _block(classes, row, counts, base, head, at, DTYPE, True, BLOCK)
+            _write_gradient(
+                gradient, classes, row, there, counts, base, head, at, block, label, peak, largest, slopes, softcap,
+                AT_MAX, True, BLOCK,
+            )  # fmt: skip
+            return
+    block = _block(classes, row, counts, base, head, at, DTYPE, False, BLOCK)
+    _write_gradient(
+        gradient, classes, row, there, counts, base, head, at, block, label, peak, largest, slopes, softcap,
+        AT_MAX, False, BLOCK,
+    )  # fmt: skip
+
+
+# --- Sums over the rows -----------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def total(losses, scale, result, num_rows, BLOCK: tl.constexpr):
+    """The sum of the losses, times the scale unless it is None."""
+    lane = tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], losses.dtype.element_ty)
+    for at in range(0, num_rows, BLOCK):
+        sums += tl.load(losses + at + lane, mask=at + lane < num_rows, other=0)
+    whole = tl.sum(sums, 0)
+    if scale is not None:
+        whole = whole * _of_all(scale, losses.dtype.element_ty)
+    tl.store(result, whole)
+
+
+@triton.jit(do_not_specialize=["num_rows", "ignore_index"])
+def reciprocal(labels, counted, result, num_rows, ignore_index, BLOCK: tl.constexpr):
+    """1 over the number of rows that count, 0 if none does."""
+    lane = tl.arange(0, BLOCK)
+    number = tl.zeros([BLOCK], tl.int32)
+    for at in range(0, num_rows, BLOCK):
+        counts = at + lane < num_rows
+        if ignore_index is not None:
+            counts = counts & (tl.load(labels + at + lane, mask=counts, other=0).to(tl.int64) != ignore_index)
+        if counted is not None:
+            counts = counts & (tl.load(counted + at + lane, mask=counts, other=0) != 0)
+        number += counts.to(tl.int32)
+    whole = tl.sum(number, 0).to(result.dtype.element_ty)
+    tl.store(result, tl.where(whole == 0, 0.0, _quotient(whole * 0 + 1, tl.maximum(whole, 1))))

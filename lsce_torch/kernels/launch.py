@@ -1,0 +1,343 @@
+"""Start the kernels of `gpu.py`: how the logits lie in memory, how many classes a program takes, and its arguments."""
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lsce_torch.inputs import compute_dtype
+from lsce_torch.kernels import is_interpreted
+from lsce_torch.sums import Operands, num_sums
+
+# Up to this many bytes of logits a program keeps its rows, and reads them once.
+_RESIDENT_BYTES = 2**14
+# Up to this many classes it does so if rows do not begin at multiples of 16: masked blocks are not read in vectors.
+_UNALIGNED_RESIDENT = 1024
+# Rows that lie side by side, and the classes of their blocks.
+_SIDE_BY_SIDE, _BLOCK_SIDE_BY_SIDE = 32, 64
+# Logits of a program with several rows.
+_TILE = 2048
+# Threads that run together in Triton's count, also on AMD's GPUs, and those of a program with a long row.
+_WARP, _WARPS = 32, 8
+# One program adds up the rows, so many at once.
+_MOST_ROWS, _ROWS_AT_ONCE = 2**16, 2048
+
+
+class Layout(NamedTuple):
+    """How rows of logits lie in memory.
+
+    Args:
+        num_rows: number of rows.
+        num_classes: number of classes.
+        inner: how many rows lie side by side, class by class; None if the classes of a row do.
+        row_stride: step from a row to the next; unused for rows side by side.
+    """
+
+    num_rows: int
+    num_classes: int
+    inner: int | None
+    row_stride: int
+
+
+def layout_of(logits: Float[Tensor, "*batch K"]) -> Layout | None:
+    """Return the layout, or None if the rows lie in another way than the kernels know."""
+    shape, num_classes = logits.shape[:-1], logits.shape[-1]
+    num_rows = math.prod(shape)
+    if logits.is_contiguous():
+        return Layout(num_rows, num_classes, None, num_classes)
+    for place in range(logits.ndim - 2, -1, -1):
+        if logits.movedim(-1, place).is_contiguous():
+            return Layout(num_rows, num_classes, math.prod(shape[place:]), num_classes)
+    if logits.stride(-1) != 1:
+        return None
+    try:
+        row_stride = logits.view(num_rows, num_classes).stride(0)
+    except RuntimeError:  # the rows are not one step apart
+        return None
+    return Layout(num_rows, num_classes, None, row_stride) if row_stride >= num_classes else None
+
+
+class _Plan(NamedTuple):
+    """How the work is divided; see `gpu.forward`."""
+
+    rows: int
+    block: int
+    align: int
+    num_warps: int
+
+
+@lru_cache(maxsize=1024)
+def _make_plan(layout: Layout, itemsize: int) -> _Plan:
+    num_classes, inner = layout.num_classes, layout.inner
+    is_aligned = layout.row_stride % 16 == 0
+    # Logits of a thread; more of them would not stay in its registers.
+    of_thread = 4 if itemsize == 8 else 16 if is_aligned or inner is not None else 8
+    whole = max(16, 1 << (num_classes - 1).bit_length())
+    if inner is not None:
+        rows, block = (
+            (_TILE // whole, whole) if num_classes <= _BLOCK_SIDE_BY_SIDE else (_SIDE_BY_SIDE, _BLOCK_SIDE_BY_SIDE)
+        )
+        return _Plan(rows, block, 0 if block == whole else 1, rows * block // (_WARP * of_thread))
+    if num_classes <= _UNALIGNED_RESIDENT or (is_aligned and whole * itemsize <= _RESIDENT_BYTES):
+        rows = max(1, _TILE // whole)
+        return _Plan(rows, whole, 0, max(4, rows * whole // (_WARP * 16)))
+    return _Plan(1, _WARPS * _WARP * of_thread, 1 if is_aligned else 16, _WARPS)
+
+
+def sums(
+    logits: Float[Tensor, "*batch K"], operands: Operands, *, with_gradient: bool = False
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "sums ..."], Int[Tensor, "*batch"] | None]:
+    """Return the losses, the `Sums`, stacked, and for statistics the index of the first largest logit.
+
+    Args:
+        logits: of the rows.
+        operands: of the rows.
+        with_gradient: whether to overwrite the logits by the gradient of the sum of the losses.
+    """
+    shape, dtype, device = logits.shape[:-1], compute_dtype(logits), logits.device
+    losses = torch.empty(shape, dtype=dtype, device=device)
+    stacked = torch.empty((num_sums(operands), *shape), dtype=dtype, device=device)
+    first = torch.empty(shape, dtype=torch.int64, device=device) if operands.with_stats else None
+    with _in_known_layout(logits, written=logits if with_gradient else None) as (laid, _):
+        forward(laid, operands, losses, stacked, first, laid if with_gradient else None)
+    return losses, stacked, first
+
+
+def logits_gradient(
+    logits: Float[Tensor, "*batch K"],
+    operands: Operands,
+    stacked: Float[Tensor, "sums ..."],
+    upstream: Float[Tensor, "*batch"],
+    gradient: Float[Tensor, "*batch K"],
+) -> None:
+    """Write the gradient with respect to the logits; see `sweeps.logits_gradient`."""
+    with _in_known_layout(logits, written=gradient) as (laid, written):
+        backward(laid, operands, stacked, upstream, written)
+
+
+@contextmanager
+def _in_known_layout(logits: Tensor, written: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Give the logits, and what is to be written, in one layout that the kernels know."""
+    if layout_of(logits) is not None and (written is None or written.stride() == logits.stride()):
+        yield logits, logits if written is None else written
+        return
+    laid = logits.contiguous()
+    scratch = laid if written is None or written is logits else torch.empty_like(laid)
+    yield laid, scratch
+    if written is not None:
+        written.copy_(scratch)
+
+
+def forward(
+    logits: Float[Tensor, "*batch K"],
+    operands: Operands,
+    losses: Float[Tensor, "*batch"],
+    stacked: Float[Tensor, "sums ..."],
+    first: Int[Tensor, "*batch"] | None,
+    gradient: Float[Tensor, "*batch K"] | None,
+    *,
+    scale: float | Float[Tensor, ""] | None = None,
+    ignore_index: int | None = None,
+    apart: bool = True,
+) -> None:
+    """Write the losses and the sums. See `gpu.forward` for the arguments; `stacked` are the sums."""
+    layout = _known_layout(logits)
+    if not layout.num_rows:
+        return
+    plan = _make_plan(layout, logits.element_size())
+    _start(
+        "forward",
+        logits,
+        _num_programs(layout, plan),
+        plan,
+        **_arguments(logits, operands, layout, ignore_index),
+        losses=losses,
+        sums=stacked,
+        sums_step=stacked.stride(0),
+        first=first,
+        gradient=gradient,
+        scale=_constant(scale, logits),
+        APART=apart,
+        PTX=not is_interpreted() and torch.version.hip is None,
+    )
+
+
+def backward(
+    logits: Float[Tensor, "*batch K"],
+    operands: Operands,
+    stacked: Float[Tensor, "sums ..."],
+    upstream: Float[Tensor, "*#batch"],
+    gradient: Float[Tensor, "*batch K"],
+    *,
+    scale: float | Float[Tensor, ""] | None = None,
+    ignore_index: int | None = None,
+    is_written: bool = False,
+) -> None:
+    """Write the gradient, which may be over the logits. See `gpu.backward` for the arguments."""
+    layout = _known_layout(logits)
+    if not layout.num_rows:
+        return
+    if not stacked[0].is_contiguous():
+        stacked = stacked.contiguous()
+    plan = _make_plan(layout, logits.element_size())
+    num_blocks = -(-(layout.num_classes + max(plan.align - 1, 0)) // plan.block)
+    by_row = any(upstream.stride()) or upstream.numel() > 1
+    _start(
+        "backward",
+        logits,
+        _num_programs(layout, plan) * num_blocks,
+        plan,
+        **_arguments(logits, operands, layout, ignore_index),
+        sums=stacked,
+        sums_step=stacked.stride(0),
+        upstream=upstream.expand(logits.shape[:-1]).contiguous() if by_row else upstream,
+        scale=_constant(scale, logits),
+        gradient=gradient,
+        num_blocks=num_blocks,
+        BY_ROW=by_row,
+        IS_WRITTEN=is_written,
+    )
+
+
+def _known_layout(logits: Tensor) -> Layout:
+    layout = layout_of(logits)
+    assert layout is not None
+    return layout
+
+
+def _num_programs(layout: Layout, plan: _Plan) -> int:
+    if layout.inner is None:
+        return -(-layout.num_rows // plan.rows)
+    return layout.num_rows // layout.inner * -(-layout.inner // plan.rows)
+
+
+def _arguments(logits: Tensor, operands: Operands, layout: Layout, ignore_index: int | None) -> dict[str, Any]:
+    """Return what both kernels take of the operands."""
+    shape = logits.shape[:-1]
+    is_nothing = isinstance(operands.off, float) and not operands.off
+    class_mask, mask_stride = _over_classes(operands.class_mask, logits)
+    factor, factor_stride = _over_classes(operands.factor, logits)
+    rows = {name: getattr(operands, name) for name in ("labels", "counted", "bad", "on", "off", "other_mass", "at_max")}
+    if is_nothing:
+        rows |= {"off": None, "other_mass": None}
+    return {
+        **{name: _of_rows(value, shape, logits) for name, value in rows.items()},
+        "logits": logits,
+        "class_mask": class_mask,
+        "factor": factor,
+        "z_loss": _constant(operands.z_loss or None, logits),
+        "softcap": _constant(operands.softcap, logits),
+        "num_rows": layout.num_rows,
+        "num_classes": layout.num_classes,
+        "inner": layout.inner,
+        "row_stride": layout.row_stride,
+        "mask_stride": mask_stride,
+        "factor_stride": factor_stride,
+        "ignore_index": ignore_index,
+    }
+
+
+def _of_rows(value: Any, shape: tuple[int, ...], logits: Tensor) -> Any:
+    """Return a tensor with one value for each row, contiguous; a number as it is, which a kernel takes as float32."""
+    if isinstance(value, Tensor):
+        return value.detach().expand(shape).contiguous()
+    if value is None or logits.dtype != torch.float64:
+        return value
+    return torch.full(shape, value, dtype=torch.float64, device=logits.device)
+
+
+def _over_classes(vector: Tensor | None, logits: Tensor) -> tuple[Tensor | None, int]:
+    """Return a vector over the classes, or one for each row, contiguous, and the step to the next row's."""
+    if vector is None:
+        return None, 0
+    vector = vector.detach()
+    if vector.numel() == logits.shape[-1]:
+        return vector.reshape(-1).contiguous(), 0
+    return vector.expand(logits.shape).contiguous(), logits.shape[-1]
+
+
+def _constant(value: float | Tensor | None, logits: Tensor) -> float | Tensor | None:
+    """Return a number of all rows, for float64 in memory."""
+    if value is None or isinstance(value, Tensor) or logits.dtype != torch.float64:
+        return value
+    return torch.full((), value, dtype=torch.float64, device=logits.device)
+
+
+def can_add_up(num_rows: int) -> bool:
+    """Return whether `total` and `reciprocal` take that many rows: one program adds them up."""
+    return 0 < num_rows <= _MOST_ROWS
+
+
+def total(losses: Float[Tensor, "*batch"], scale: float | Float[Tensor, ""] | None) -> Float[Tensor, ""]:
+    """Return the sum of the losses times the scale."""
+    result = losses.new_empty(())
+    _start_one("total", losses, losses=losses, scale=_constant(scale, losses), result=result, num_rows=losses.numel())
+    return result
+
+
+def reciprocal(
+    labels: Int[Tensor, "*batch"], where: Tensor | None, ignore_index: int | None, dtype: torch.dtype
+) -> Float[Tensor, ""]:
+    """Return 1 over the number of rows that count, 0 if none does."""
+    result = torch.empty((), dtype=dtype, device=labels.device)
+    _start_one(
+        "reciprocal",
+        labels,
+        labels=labels.contiguous(),
+        counted=None if where is None else where.expand(labels.shape).contiguous(),
+        result=result,
+        num_rows=labels.numel(),
+        ignore_index=ignore_index,
+    )
+    return result
+
+
+# --- Triton -----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _kernels() -> Any:
+    """Return the module with the kernels, which loads Triton."""
+    from lsce_torch.kernels import gpu  # noqa: PLC0415
+
+    return gpu
+
+
+def _start(name: str, logits: Tensor, num_programs: int, plan: _Plan, /, **arguments: Any) -> None:
+    gpu = _kernels()
+    _run(
+        getattr(gpu, name),
+        num_programs,
+        logits,
+        **arguments,
+        DTYPE=gpu.FLOAT64 if logits.dtype == torch.float64 else gpu.FLOAT32,
+        NUM_ROWS=plan.rows,
+        BLOCK=plan.block,
+        ALIGN=plan.align,
+        num_warps=plan.num_warps,
+        enable_fp_fusion=True,
+    )
+
+
+def _start_one(name: str, tensor: Tensor, /, **arguments: Any) -> None:
+    _run(
+        getattr(_kernels(), name), 1, tensor, **arguments, BLOCK=_ROWS_AT_ONCE, num_warps=_WARPS, enable_fp_fusion=True
+    )
+
+
+def _run(kernel: Any, num_programs: int, tensor: Tensor, /, **arguments: Any) -> None:
+    """Start a kernel on the device of a tensor, in its current stream."""
+    if tensor.is_cuda:
+        with torch.cuda.device(tensor.device):
+            kernel[(num_programs,)](**arguments)
+        return
+    with warnings.catch_warnings():
+        # The interpreter's arithmetic is NumPy's, which warns of each NaN.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        kernel[(num_programs,)](**arguments)

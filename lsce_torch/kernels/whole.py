@@ -1,0 +1,198 @@
+"""A whole loss by the kernels: labels as they are given, the reduction, and the gradient with the loss.
+
+For the usual losses each operation on the rows costs a launch, as much time as a kernel needs for millions of logits.
+So one kernel takes the labels as they are, a second adds the losses up, and if labels are ignored, one before them
+counts the others.
+
+Where the sum or mean will be differentiated, the first kernel writes the gradient as well, as if the upstream gradient
+were 1: it reads the logits once, or again from the cache. The kernel of `backward` then looks at the upstream gradient,
+and leaves the gradient as it is if that is 1. Otherwise it computes the gradient from the logits again, since a narrow
+gradient would be rounded twice. In float16 it would also lose what a loss scale is there to keep, so that it is only
+computed in `backward`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lsce_spec import LossOptions, is_number, smoothing_weights
+from lsce_torch.errors import error
+from lsce_torch.inputs import Given, canonical, compute_dtype
+from lsce_torch.kernels import check_choice, launch, may_compute, reason_against
+from lsce_torch.overwrite import forbid_use, has_memory, is_wrapper, tensors_to_overwrite
+from lsce_torch.plain import plain_gradients
+from lsce_torch.sums import Operands
+
+
+@dataclass
+class _Call:
+    """What a call has besides its logits.
+
+    Args:
+        given: the tensors.
+        options: the options.
+        operands: of the kernels, whose labels are as they were given.
+        scale: factor of the sum of the losses; None for the losses of single rows.
+        apart: see `gpu.forward`.
+        overwritten: see `Batch`.
+    """
+
+    given: Given
+    options: LossOptions
+    operands: Operands
+    scale: float | Float[Tensor, ""] | None
+    apart: bool
+    overwritten: Any
+
+
+def loss(
+    given: Given, options: LossOptions, denominator: float | Tensor | None, logits: Tensor, *, inplace_backward: bool
+) -> Float[Tensor, "..."] | None:
+    """Return the loss, reduced as asked, or None if this is not the way to compute it.
+
+    Args:
+        given: the checked tensors of the call.
+        options: of the call.
+        denominator: of the call.
+        logits: as the caller passed them.
+        inplace_backward: of the call.
+    """
+    if not may_compute(options.implementation, given.logits):
+        return None
+    if not _is_usual(given, options, denominator) or not _has_usual_tensors(given):
+        return None
+    check_choice(options.implementation, logits, None, "fused")
+    num_rows, num_classes = given.labels.numel(), given.logits.shape[-1]
+    overwritten = tensors_to_overwrite(logits) if inplace_backward else None
+    on, off = (float(value) for value in smoothing_weights(options.convention, options.smoothing, num_classes))
+    operands = Operands(
+        labels=given.labels,
+        counted=None if given.where is None else given.where.expand(given.labels.shape),
+        bad=None,
+        class_mask=None,
+        factor=None,
+        on=on,
+        off=off,
+        other_mass=float(num_classes - 1),
+        at_max=None,
+        z_loss=options.z_loss,
+        softcap=options.softcap,
+        with_stats=False,
+        kernels=True,
+    )
+    scale: float | Tensor | None = None
+    if (
+        options.reduction == "mean"
+        and denominator is None
+        and (given.where is not None or options.ignore_index is not None)
+    ):
+        scale = launch.reciprocal(given.labels, given.where, options.ignore_index, compute_dtype(given.logits))
+    elif options.reduction != "none":
+        scale = 1.0 if options.reduction == "sum" else 1 / (num_rows if denominator is None else denominator)
+    call = _Call(given, options, operands, scale, not on >= off >= 0, overwritten)
+    result: Tensor = _WholeLoss.apply(given.logits, call)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _is_usual(given: Given, options: LossOptions, denominator: float | Tensor | None) -> bool:
+    """Whether a call has plain values, and no option that takes operations of its own."""
+    if given.labels.is_floating_point() or given.labels.dtype == torch.uint64 or not is_number(given.smoothing):
+        return False
+    if not (given.prior is None and given.class_weight is None and given.class_mask is None):
+        return False
+    if options.subtract_entropy or options.convention.at_max is not None or options.bad_labels != "nan":
+        return False
+    return not isinstance(denominator, Tensor) and denominator != 0 and launch.can_add_up(given.labels.numel())
+
+
+def _has_usual_tensors(given: Given) -> bool:
+    """Whether the tensors are plain, and lie as the kernels take them."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    tensors = [tensor for tensor in (given.logits, given.labels, given.where) if tensor is not None]
+    if reason_against(given.logits) is not None or any(map(is_wrapper, tensors)) or not has_memory(*tensors):
+        return False
+    return launch.layout_of(given.logits) is not None
+
+
+class _WholeLoss(torch.autograd.Function):
+    """The loss, reduced as asked.
+
+    No transform of torch.func comes here, so `forward` takes the context: torch takes less time to call it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, call: _Call) -> Tensor:
+        """Return the loss."""
+        dtype, device, shape = compute_dtype(logits), logits.device, logits.shape[:-1]
+        losses = torch.empty(shape, dtype=dtype, device=device)
+        stacked = torch.empty((5 if call.apart else 3, *shape), dtype=dtype, device=device)
+        gradient = None
+        if call.scale is not None and ctx.needs_input_grad[0] and call.overwritten is None:
+            gradient = None if logits.dtype == torch.float16 else _memory_like(logits)
+        launch.forward(
+            logits.detach(),
+            call.operands,
+            losses,
+            stacked,
+            None,
+            gradient,
+            scale=call.scale,
+            ignore_index=call.options.ignore_index,
+            apart=call.apart,
+        )
+        ctx.call, ctx.gradient = call, gradient
+        ctx.save_for_backward(logits, stacked)
+        ctx.set_materialize_grads(False)
+        return losses if call.scale is None else launch.total(losses, call.scale)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, None]:
+        """Return the gradient with respect to the logits."""
+        return None if upstream is None else _backward(ctx, upstream), None
+
+
+def _backward(ctx: Any, upstream: Float[Tensor, "*#batch"]) -> Float[Tensor, "*batch K"]:
+    logits, stacked = ctx.saved_tensors
+    call: _Call = ctx.call
+    if torch.is_grad_enabled() or not has_memory(upstream, logits):
+        if call.overwritten is not None:
+            raise error("inplace_transformed")
+        return _differentiable_gradient(logits, call, upstream)
+    # Taken out, so that nothing else holds it. A second `backward` computes it again.
+    gradient: Tensor | None
+    gradient, ctx.gradient = ctx.gradient, None
+    is_written = gradient is not None
+    if gradient is None:
+        gradient = _memory_like(logits) if call.overwritten is None else logits.detach()
+    launch.backward(
+        logits.detach(),
+        call.operands,
+        stacked,
+        upstream,
+        gradient,
+        scale=call.scale,
+        ignore_index=call.options.ignore_index,
+        is_written=is_written,
+    )
+    forbid_use(call.overwritten or ())
+    return gradient
+
+
+def _differentiable_gradient(
+    logits: Float[Tensor, "*batch K"], call: _Call, upstream: Float[Tensor, "*#batch"]
+) -> Float[Tensor, "*batch K"]:
+    batch = canonical(call.given, call.options)
+    operands = call.operands._replace(labels=batch.labels, counted=batch.counted, bad=batch.bad)
+    rows = (upstream if call.scale is None else upstream * call.scale).expand(logits.shape[:-1])
+    gradient = plain_gradients(logits, operands, ["logits"], rows)["logits"]
+    assert gradient is not None
+    return gradient.to(logits.dtype)
+
+
+def _memory_like(logits: Tensor) -> Tensor:
+    """Return memory of the same strides: the kernels write where they read."""
+    return torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device=logits.device)

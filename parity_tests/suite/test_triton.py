@@ -1,0 +1,359 @@
+"""The Triton kernels of `lsce_torch`, run by Triton's interpreter on the CPU: every case, against the truth.
+
+`make test-triton` sets TRITON_INTERPRET=1, which Triton reads when it is loaded. The interpreter computes with NumPy,
+in float32 where the kernels do; of a GPU's own arithmetic it shows nothing.
+"""
+
+import importlib.util
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lsce_torch import (
+    label_smoothed_cross_entropy,
+    label_smoothed_cross_entropy_with_stats,
+    linear_label_smoothed_cross_entropy,
+)
+from lsce_torch.kernels import launch
+from parity_tests.losses.registry import make_adapter
+from parity_tests.losses.triton_kernels import INTERPRET, interpret, on_pretended_gpu
+from parity_tests.plugin import Recorder
+from parity_tests.truth.cases import Case, case_names, make_case
+from parity_tests.truth.comparison import Comparison, against_oracle
+from parity_tests.truth.linear_cases import linear_case_names, make_linear_case
+from parity_tests.truth.oracle import solve
+from parity_tests.truth.precision import DTYPES, round_to
+
+pytestmark = [
+    pytest.mark.devices,
+    pytest.mark.skipif(os.environ.get(INTERPRET) != "1", reason="make test-triton runs it"),
+]
+REFERENCE_ONLY = {"soft_max_sup"}
+
+
+def compared(case: Case, adapter: str = "torch-triton") -> Comparison:
+    interpreted = make_adapter(adapter)
+    return against_oracle(case, solve(case), interpreted(case), interpreted.arithmetic)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [name for name in case_names() if name not in REFERENCE_ONLY])
+def test_dense(name: str, dtype: str, parity_ledger: Recorder) -> None:
+    parity_ledger.record("torch-triton", "cuda", dtype, "interpreted")
+    comparison = compared(make_case(name, dtype))
+    assert comparison.agrees, comparison
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", linear_case_names())
+def test_linear(name: str, dtype: str, parity_ledger: Recorder) -> None:
+    parity_ledger.record("torch-linear-triton", "cuda", dtype, "interpreted")
+    comparison = compared(make_linear_case(name, dtype), "torch-linear-triton")
+    assert comparison.agrees, comparison
+
+
+# --- Sizes, layouts and values that the named cases do not have -------------------------------------------------------
+
+
+def case_of(num_rows: int, num_classes: int, dtype: str) -> Case:
+    """Return a mean over rows of normal logits."""
+    random = np.random.default_rng(num_classes)
+    logits = round_to(3 * random.normal(size=(num_rows, num_classes)), dtype)
+    return Case("normal", dtype, logits, random.integers(num_classes, size=num_rows), {"reduction": "mean"})
+
+
+# Resident and streamed, with rows that begin at multiples of 16 and others, and one more or less than a block.
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("num_classes", [1, 2, 3, 1024, 1025, 2047, 2048, 4096, 4099, 8192, 8208, 12288, 20011])
+def test_sizes(num_classes: int, dtype: str) -> None:
+    comparison = compared(case_of(3, num_classes, dtype))
+    assert comparison.agrees, comparison
+
+
+@pytest.mark.parametrize("num_classes", [21, 64, 65, 200])
+def test_rows_side_by_side(num_classes: int) -> None:
+    case = case_of(2 * 5 * 7, num_classes, "float32")
+    logits, labels = case.logits.reshape(2, 5, 7, num_classes), case.labels.reshape(2, 5, 7)
+    comparison = compared(replace(case, logits=np.moveaxis(logits, -1, 1), labels=labels, axis=1))
+    assert comparison.agrees, comparison
+
+
+LOWEST = float(np.finfo(np.float32).min)
+
+
+@pytest.mark.parametrize("num_classes", [40, 8200, 9001])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {0: -np.inf, 1: -np.inf},
+        dict.fromkeys(range(40), LOWEST),
+        {0: 1e38, 1: -1e38},
+        dict.fromkeys(range(20), -1e35) | dict.fromkeys(range(20, 40), -1e36),
+    ],
+    ids=["minus infinity", "lowest", "huge", "very low"],
+)
+def test_values(num_classes: int, values: dict[int, float]) -> None:
+    case = case_of(3, num_classes, "float32")
+    logits = case.logits.copy()
+    if len(values) == 40:
+        logits[1] = LOWEST
+    for k, value in values.items():
+        logits[1, k] = value
+    labels = np.array([5, 3, 7])
+    comparison = compared(replace(case, logits=round_to(logits, "float32"), labels=labels, smoothing=0.0))
+    assert comparison.agrees, comparison
+
+
+@pytest.mark.parametrize("num_classes", [40, 8200])
+def test_rows_without_a_loss(num_classes: int) -> None:
+    """All -inf, one NaN, one inf: NaN in loss and gradient of the row, and only there."""
+    logits = torch.zeros(5, num_classes)
+    logits[0], logits[1, 3], logits[2, 4] = -torch.inf, torch.nan, torch.inf
+    leaf = logits.requires_grad_()
+    losses = label_smoothed_cross_entropy(
+        leaf, torch.zeros(5, dtype=torch.int64), reduction="none", implementation="triton"
+    )
+    (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+    assert losses.isnan().tolist() == [True, True, True, False, False]
+    assert gradient.isnan().all(-1).tolist() == [True, True, True, False, False]
+    assert not gradient[3:].isnan().any()
+
+
+# --- What torch does to a loss ----------------------------------------------------------------------------------------
+
+LOGITS = torch.from_numpy(np.random.default_rng(0).normal(size=(6, 5)))
+LABELS = torch.tensor([0, 4, 2, -100, 1, 3])
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {"ignore_index": -100},
+    "capped": {"ignore_index": -100, "z_loss": 0.1, "softcap": 2.0, "reduction": "sum"},
+    "weighted": {"where": LABELS >= 0, "class_weight": torch.linspace(0.5, 2, 5), "class_mask": torch.arange(5) != 7},
+    "max_sup": {"ignore_index": -100, "convention": "max_sup", "reduction": "none"},
+    "per row": {"ignore_index": -100, "smoothing": torch.linspace(0, 1, 6)},
+}
+
+
+def loss(logits: torch.Tensor, labels: torch.Tensor = LABELS, implementation: str = "triton", **options: Any) -> Any:
+    return label_smoothed_cross_entropy(logits, labels, implementation=implementation, **options)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_gradcheck(options: dict[str, Any]) -> None:
+    """Reverse and forward mode, batched, to second order, against finite differences."""
+    leaf = LOGITS.clone().requires_grad_()
+    both = {"check_batched_grad": True, "fast_mode": True}
+    assert torch.autograd.gradcheck(lambda z: loss(z, **options), leaf, check_forward_ad=True, **both)
+    assert torch.autograd.gradgradcheck(lambda z: loss(z, **options), leaf, check_fwd_over_rev=True, **both)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_transforms(options: dict[str, Any]) -> None:
+    """torch.func, held against autograd: the same kernels, and the same arithmetic."""
+    leaf = LOGITS.clone().requires_grad_()
+    upstream = torch.linspace(1, 2, 6) if options.get("reduction") == "none" else torch.ones(())
+
+    def total(z: torch.Tensor) -> Any:
+        return (loss(z, **options) * upstream).sum()
+
+    (expected,) = torch.autograd.grad(total(leaf), leaf)
+    with on_pretended_gpu(interpret) as started:
+        gradient = torch.func.grad(total)(LOGITS)
+        assert [each.name for each in started] == ["forward"]  # the gradient may be differentiated again
+    torch.testing.assert_close(gradient, expected, rtol=2**-48, atol=2**-50)
+    stacked = torch.stack([LOGITS, 2 * LOGITS])
+    each = torch.stack([torch.func.grad(total)(one) for one in stacked])
+    torch.testing.assert_close(torch.vmap(torch.func.grad(total))(stacked), each, rtol=2**-48, atol=2**-50)
+
+
+def test_the_gradient_with_the_loss() -> None:
+    """Written in the forward pass, it is the one that `backward` computes, to the last bit; a second time as well."""
+    for num_classes in (40, 9001):
+        leaf = torch.randn(3, num_classes, requires_grad=True)
+        labels = torch.tensor([0, 1, -100])
+        result = loss(leaf, labels, ignore_index=-100)
+        (at_once,) = torch.autograd.grad(result, leaf, retain_graph=True)
+        (again,) = torch.autograd.grad(result, leaf, retain_graph=True)
+        (twice,) = torch.autograd.grad(2 * result, leaf)
+        assert torch.equal(at_once, again)
+        assert torch.equal(2 * at_once, twice)
+
+
+@pytest.mark.parametrize("num_classes", [40, 9001])
+def test_in_place(num_classes: int) -> None:
+    logits = torch.randn(3, num_classes)
+    (expected,) = torch.autograd.grad(loss(leaf := logits.clone().requires_grad_(), torch.tensor([0, 1, 2])), leaf)
+    inner = torch.nn.Parameter(logits.clone()) * 1.0
+    memory = inner.data_ptr()
+    (gradient,) = torch.autograd.grad(loss(inner, torch.tensor([0, 1, 2]), inplace_backward=True), inner)
+    assert gradient.data_ptr() == memory
+    assert torch.equal(gradient, expected)
+
+
+def test_slices_of_wider_logits() -> None:
+    """A vocabulary that is padded: the gradient lies where the logits do, and the padding gets none."""
+    wide = torch.randn(4, 48, requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss(wide[:, :37], torch.arange(4)), wide)
+    (expected,) = torch.autograd.grad(
+        loss(alone := wide[:, :37].detach().clone().requires_grad_(), torch.arange(4)), alone
+    )
+    assert torch.equal(gradient[:, :37], expected)
+    assert not gradient[:, 37:].any()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: torch.randn(3, 8, 2)[:, :5].movedim(1, -1), lambda: torch.randn(5).expand(6, 5)]
+)
+def test_other_layouts(make: Any) -> None:
+    logits = make()
+    labels = torch.zeros(logits.shape[:-1], dtype=torch.int64)
+    same, leaf = (each.detach().requires_grad_() for each in (logits.contiguous(), logits))
+    assert torch.equal(*(torch.autograd.grad(loss(each, labels), each)[0] for each in (same, leaf)))
+
+
+def test_no_rows() -> None:
+    leaf = torch.zeros(0, 5, requires_grad=True)
+    result = loss(leaf, torch.zeros(0, dtype=torch.int64))
+    result.backward()
+    assert result == 0
+    assert leaf.grad.shape == (0, 5)
+
+
+def test_statistics() -> None:
+    _, ours = label_smoothed_cross_entropy_with_stats(LOGITS, LABELS, ignore_index=-100, implementation="triton")
+    _, theirs = label_smoothed_cross_entropy_with_stats(LOGITS, LABELS, ignore_index=-100, implementation="reference")
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=2**-48, atol=2**-50)
+
+
+# --- How many operations a GPU gets -----------------------------------------------------------------------------------
+
+
+class Started(torch.utils._python_dispatch.TorchDispatchMode):
+    """The names of torch's operations that start a kernel of a GPU, or wait for one."""
+
+    VIEWS = (
+        *("alias", "as_strided", "detach", "expand", "movedim", "permute", "reshape", "select", "slice", "squeeze"),
+        *("t", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view"),
+        *("empty", "empty_like", "empty_strided", "new_empty"),
+    )
+
+    def __init__(self) -> None:
+        """Start with none."""
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = operation._schema.name.removeprefix("aten::")
+        if name not in self.VIEWS:
+            self.names.append(name)
+        return operation(*args, **(kwargs or {}))
+
+
+def started(call: Any) -> tuple[list[str], list[str]]:
+    """Return the kernels and torch's operations that a call starts, its gradient included."""
+    with on_pretended_gpu(interpret) as launches, Started() as operations:
+        call().backward()
+    return [each.name for each in launches], operations.names
+
+
+@pytest.mark.parametrize(
+    ("options", "kernels", "operations"),
+    [
+        ({}, ["forward", "total", "backward"], 1),  # the upstream gradient
+        ({"ignore_index": -100}, ["reciprocal", "forward", "total", "backward"], 1),
+        ({"where": torch.ones(64, dtype=torch.bool)}, ["reciprocal", "forward", "total", "backward"], 1),
+        ({"z_loss": 0.1, "softcap": 3.0, "reduction": "sum"}, ["forward", "total", "backward"], 1),
+        ({"smoothing": 0.0, "denominator": 3.0}, ["forward", "total", "backward"], 1),
+        ({"class_mask": torch.ones(200, dtype=torch.bool)}, ["forward", "backward"], 38),
+        ({"class_weight": torch.ones(200), "convention": "max_sup"}, ["forward", "backward"], 32),
+    ],
+)
+def test_launches(options: dict[str, Any], kernels: list[str], operations: int) -> None:
+    leaf, labels = torch.randn(64, 200, requires_grad=True), torch.zeros(64, dtype=torch.int64)
+    names, others = started(lambda: label_smoothed_cross_entropy(leaf, labels, **options))
+    assert names == kernels
+    assert len(others) <= operations, others
+    # Nothing waits for the device, or copies a number to it.
+    assert not {"_local_scalar_dense", "nonzero", "lift_fresh", "equal", "is_nonzero"} & set(others)
+
+
+def test_kernels_of_the_linear_loss() -> None:
+    """One kernel for each chunk, from the logits to their gradient in place."""
+    hidden, weight = torch.randn(12, 8, requires_grad=True), torch.randn(40, 8, requires_grad=True)
+    labels = torch.arange(12)
+    names, _ = started(lambda: linear_label_smoothed_cross_entropy(hidden, weight, labels, chunk_size=4))
+    assert names == ["forward"] * 3
+
+
+# --- Kernels that are wrong are rejected ------------------------------------------------------------------------------
+
+MUTANTS = {
+    "the largest logit is counted twice": (
+        "rests * e + e, rests + e)\n    above = tl.maximum(peaks, z)\n    if GAPS:\n        gaps = gaps + count",
+        "rests * e, rests + e)\n    above = tl.maximum(peaks, z)\n    if GAPS:\n        gaps = gaps + count",
+    ),
+    "gaps are not moved": ("gaps + count * (above - peaks) + (above - raw)", "gaps + (above - raw)"),
+    "masked gaps are not moved": ("gaps + masses * (above - peaks) +", "gaps +"),
+    "the log of a rounded sum": ("_log1p(rest))", "tl.log(1 + rest))"),
+    "lanes are not put in relation": ("rests * scale + tl.where", "rests + tl.where"),
+    "no lane is left out": ("tl.where(lane == tl.argmax(peaks, 1)[:, None], 0.0, scale)", "scale"),
+    "resident: the largest logit is counted": (
+        "+ (tl.sum(tl.where(is_peak, 1.0, 0.0), 1) - 1)",
+        "+ tl.sum(tl.where(is_peak, 1.0, 0.0), 1)",
+    ),
+    "the edge of a row": ("(col >= 0) & (col < num_classes) & reads", "(col >= 0) & (col < num_classes - 1) & reads"),
+    "the mask of another class": (
+        "class_mask + (row * mask_stride)[:, None] + col",
+        "class_mask + (row * mask_stride)[:, None] + (col + 1) % num_classes",
+    ),
+    "the label's gradient": ("upstream * on\n", "upstream * on * 1.001\n"),
+    "the z-loss's slope": ("(2 * z_loss *", "(z_loss *"),
+    "the softcap's slope": ("(1 - tanh * tanh)", "(1 - tanh)"),
+    "ignored rows": ("counts & (given != ignore_index)", "counts"),
+    "bad labels": ('tl.where(is_bad, float("nan"), loss)', "loss"),
+    "the share of the largest": ("upstream * at_max / number", "upstream * at_max"),
+    "the scale of the sum": ("whole = whole * _of_all(scale", "whole = whole + 0 * _of_all(scale"),
+    "the number of rows": ("number += counts", "number += 1 + 0 * counts"),
+    "what is written already": ("if tl.load(upstream) == 1:", "if tl.load(upstream) != 0:"),
+}
+NAMED = ("uniform_mean", "dominant", "everything", "bad_labels", "ties_max_sup", "z_loss", "softcap", "ignored")
+
+
+def confident(case: Case) -> Case:
+    """Return a case whose labels have the largest logits by far, without smoothing: its losses are small."""
+    logits = case.logits.copy()
+    logits[np.arange(len(logits)), case.labels] = round_to(np.array([15.0, 20.0, 30.0]), case.dtype)
+    return replace(case, logits=logits, smoothing=0.0)
+
+
+def some_cases() -> list[Case]:
+    streamed = case_of(3, 9001, "float32")
+    masked = replace(streamed, class_mask=np.arange(9001) % 7 != streamed.labels.min() % 7 - 1)
+    scaled = replace(streamed, upstream=np.array(2.0))
+    return [*(make_case(name, "float32") for name in NAMED), streamed, masked, scaled, confident(streamed)]
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_wrong_kernels_are_rejected(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = MUTANTS[name]
+    text = Path(launch.__file__).with_name("gpu.py").read_text()
+    assert text.count(old) == 1
+    path = tmp_path / "mutant.py"
+    path.write_text(text.replace(old, new))
+    spec = importlib.util.spec_from_file_location("mutant", path)
+    assert spec
+    assert spec.loader
+    mutant = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "mutant", mutant)
+    spec.loader.exec_module(mutant)
+    monkeypatch.setattr(launch, "_kernels", lambda: mutant)
+    assert not all(compared(case).agrees for case in some_cases())
+
+
+def test_right_kernels_are_not() -> None:
+    assert all(compared(case).agrees for case in some_cases())
