@@ -71,9 +71,10 @@ test-simulated: install-devices
 test-interpreted: install-devices
 	$(BIN)/python -m pytest -m "devices and not slow" -k "not ($(SIMULATED) or test_compiled or test_triton)" parity_tests
 
-# Kernels in Triton's interpreter, which Triton chooses for all kernels of a process.
+# Triton's kernels in its interpreter, which is chosen for a whole process, and compiled for GPUs.
 test-triton: install-devices
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "devices and not slow" parity_tests/suite/test_triton.py
+	$(BIN)/python -m pytest -m "devices and not slow" parity_tests/suite/test_triton_compiled.py
 
 # Programs compiled for TPUs and GPUs. libtpu and JAX's plugin for CUDA, 1.2 GB, have a folder of their own: they look for
 # a device in each program that uses JAX. Where it finds none, the plugin prints a traceback, and libtpu leaves a timer
@@ -82,7 +83,7 @@ COMPILERS := $(abspath $(VENV))/compilers
 WITH_COMPILERS := PYTHONPATH=$(COMPILERS)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 test-compiled: $(COMPILERS)/installed
-	$(WITH_COMPILERS) $(BIN)/python -m pytest -m "devices and not slow" -k test_compiled parity_tests/suite
+	$(WITH_COMPILERS) $(BIN)/python -m pytest -m "devices and not slow" parity_tests/suite/test_compiled.py
 
 # More of the same, which takes long: every case in every dtype.
 test-devices-slow: install-devices $(COMPILERS)/installed
