@@ -9,6 +9,7 @@
     python -m benchmarks tpu
     python -m benchmarks tpu-exp
     python -m benchmarks gpu
+    python -m benchmarks launches
     python -m benchmarks dense --write
 
 `--write` keeps the figures in docs/figures and writes the tables into the pages. A framework is imported where it is
@@ -317,6 +318,20 @@ def gpu() -> None:
     report.print_machine(report.describe_machine(), console)
     console.print()
     report.print_table(report.gpu_table(compiled.measure_memory(), compiled.SHAPE), console)
+
+
+@app.command()
+def launches() -> None:
+    """What eager torch would start on a GPU that is not there: kernels, and how often they move the logits."""
+    if importlib.util.find_spec("triton") is None:
+        typer.echo("Triton is not installed. Run: make install-devices, or pip install triton", err=True)
+        raise typer.Exit(code=1)
+    from benchmarks import launches as counted  # noqa: PLC0415 - it needs torch alone
+
+    console = Console()
+    report.print_machine(report.describe_machine(), console)
+    console.print()
+    report.print_table(report.launches_table([count._asdict() for count in counted.measure()]), console)
 
 
 def _libtpu_requirement() -> str:

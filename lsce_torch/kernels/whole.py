@@ -92,7 +92,7 @@ def loss(
         scale = launch.reciprocal(given.labels, given.where, options.ignore_index, compute_dtype(given.logits))
     elif options.reduction != "none":
         scale = 1.0 if options.reduction == "sum" else 1 / (num_rows if denominator is None else denominator)
-    call = _Call(given, options, operands, scale, not on >= off >= 0, overwritten)
+    call = _Call(given, options, operands, scale, not launch.may_join(on, off), overwritten)
     result: Tensor = _WholeLoss.apply(given.logits, call)  # type: ignore[no-untyped-call]
     return result
 
