@@ -361,6 +361,6 @@ def _run(kernel: Any, num_programs: int, tensor: Tensor, /, **arguments: Any) ->
             kernel[(num_programs,)](**arguments)
         return
     with warnings.catch_warnings():
-        # The interpreter's arithmetic is NumPy's, which warns of each NaN.
-        warnings.simplefilter("ignore", RuntimeWarning)
+        # The interpreter's arithmetic is NumPy's, which warns of each NaN, and of how older versions call it.
+        warnings.simplefilter("ignore")
         kernel[(num_programs,)](**arguments)

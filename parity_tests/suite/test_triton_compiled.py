@@ -32,7 +32,7 @@ CLASSES = {"resident": 1000, "streamed": 32768, "unaligned": 50257}
 # How much a figure may grow; a tenth is a fault.
 GROWTH = 1.1
 # The loop over a streamed row: instructions for each logit. An H100 has time for 18 while it reads two bytes.
-MOST_OF_LOOP = 18
+MOST_OF_LOOP, MOST_OF_ALL_LOOPS = 18, 90
 # Two registers, outside the loops.
 SPILLED_OF_MANY_OPTIONS = 8
 
@@ -128,15 +128,13 @@ def test_figures(name: str, target: str, parity_ledger: Recorder) -> None:
     dtype = name.rpartition(" ")[2]
     if target in CARDS:
         parity_ledger.record(adapter, "cuda", dtype, "compiled", target)
+    is_plain = dtype != "float64" and name.startswith(("plain", "none", "linear"))
     figures = machine_code(name, target)
     for each, machine in figures.items():
-        if dtype == "float64" or not name.startswith(("plain", "none", "linear")):
-            assert machine.spilled <= SPILLED_OF_MANY_OPTIONS, each
-        else:
-            assert machine.spilled == 0, each
-            assert machine.of_loop <= MOST_OF_LOOP, each
+        assert machine.spilled <= (0 if is_plain else SPILLED_OF_MANY_OPTIONS), each
     recorded = json.loads(RECORD.read_text())
-    if recorded["triton"] == triton_version():
+    if recorded["triton"] == triton_version():  # other versions schedule in other ways
+        assert max(machine.of_loop for machine in figures.values()) <= (MOST_OF_LOOP if is_plain else MOST_OF_ALL_LOOPS)
         assert not grown(figures, recorded["kernels"][target][name])
 
 
