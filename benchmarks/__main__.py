@@ -41,9 +41,9 @@ from rich.console import Console
 
 from benchmarks import report
 from benchmarks.timing import LinearShape, Row, Schedule, Shape
+from lsce_spec.devices import ENVIRONMENTS, has_cuda_plugin
 from parity_tests.evidence.cards import AbsentError, find_device
 from parity_tests.evidence.pages import write_block
-from parity_tests.losses.compiled import ENVIRONMENTS, has_cuda_plugin
 
 SHAPES = {
     "large": (Shape(1024, 32768), Shape(2048, 50257), Shape(8192, 1000), Shape(128, 1000)),
@@ -289,9 +289,12 @@ def tpu_exp() -> None:
     console.print()
     with tempfile.TemporaryDirectory() as folder:
         dump = Path(folder)
-        flags = {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"}
-        os.environ.update(ENVIRONMENTS["tpu"] | flags)
-        from benchmarks import tpu_bundles  # noqa: PLC0415 - JAX must find the environment set
+        os.environ.update(ENVIRONMENTS["tpu"])
+        # JAX must find the environment set.
+        from benchmarks import tpu_bundles  # noqa: PLC0415
+        from lsce_jax.aot.bundles import FLAGS  # noqa: PLC0415
+
+        os.environ["LIBTPU_INIT_ARGS"] = FLAGS.format(folder=dump)
 
         costs = [cost._asdict() for cost in tpu_bundles.measure(dump)]
     report.print_table(report.bundle_table(costs), console)
