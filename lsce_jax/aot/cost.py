@@ -27,7 +27,11 @@ DTYPES = ("bfloat16", "float32", "float16", "float64")
 MOST = 2**31 - 1
 _SETTINGS = {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_LOG_DIR": "disabled"}
 _VARIABLE = "LSCE_AOT_DUMP"
-_OUT_OF_MEMORY = re.compile(r"Used ([\d.]+\w?) of ([\d.]+\w?) (\w+)")
+# What is needed, what is there, and where.
+_OUT_OF_MEMORY = (
+    re.compile(r"Used (?P<needed>[\d.]+\w?) of (?P<there>[\d.]+\w?) (?P<where>\w+)"),
+    re.compile(r"\((?P<needed>[\d.]+\w?)\) exceeds available (?P<where>HBM) \((?P<there>[\d.]+\w?)\)"),
+)
 
 
 class CompilerMissingError(Exception):
@@ -77,7 +81,7 @@ class Request:
         for name in ("rows", "classes", "features"):
             size = getattr(self, name)
             if size is not None and not 1 <= size <= MOST:
-                raise ValueError(f"--{name} must be from 1 to {MOST}, but is {size}: labels are int32")
+                raise ValueError(f"--{name} must be from 1 to {MOST}, the largest int32, but is {size}")
         if self.chunks is not None and self.features is None:
             raise ValueError("--chunks needs --features: only the loss of a layer goes through rows in chunks")
         if self.chunks is not None and min(self.chunks) < 1:
@@ -230,9 +234,8 @@ def _measure_here(request: Request, name: str) -> Cost:
             compiled = step.lower(*operands).compile()
             seconds = time.perf_counter() - started
     except Exception as error:  # of the many that JAX and the compilers raise, not each can be sent
-        # A second of memory that is not there is the compiler's way to say that the program does not fit.
         reason = in_short(error)
-        return Cost(name, compiles=False, reason=reason, fits=False if reason.startswith("out of") else None)
+        return Cost(name, compiles=False, reason=reason, fits=False if reason.endswith("HBM") else None)
     return replace(cost_of(request.target, name, compiled, dump), compile_seconds=seconds)
 
 
@@ -346,11 +349,12 @@ def in_short(error: Exception) -> str:
 
     Example:
         >>> in_short(RuntimeError("RESOURCE_EXHAUSTED: XLA:TPU compile. Used 20.5G of 15.75G hbm. Exceeded"))
-        'out of memory: 20.5G of 15.75G hbm'
+        'out of memory: needs 20.5G of 15.75G HBM'
     """
     text = str(error)
-    found = _OUT_OF_MEMORY.search(text)
-    if found:
-        return f"out of memory: {found[1]} of {found[2]} {found[3]}"
+    for pattern in _OUT_OF_MEMORY:
+        found = pattern.search(text)
+        if found:
+            return f"out of memory: needs {found['needed']} of {found['there']} {found['where'].upper()}"
     line = next((line.strip() for line in text.splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {line[:160]}"

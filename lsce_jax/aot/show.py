@@ -93,7 +93,8 @@ def notes(request: Request, costs: Sequence[Cost], measured: tuple[float, float]
         f"Compiled, not run: {versions([request.target])}. Figures are for one device.",
         f"The estimate is no measurement. It is the least time by the limits of the device, the longest of memory, "
         f"matrix products and bundles{', and the links after it' if request.mesh else ''}. "
-        f"Published times of XLA's programs were {measured[0]:g} to {measured[1]:g} times as long.",
+        f"Published times of layers with their loss, compiled by XLA, were {measured[0]:g} to {measured[1]:g} times as "
+        "long (python -m lsce_jax.aot.published).",
         f"Limits of {request.target}, one {limits.part}: {limits.memory / 2**30:.0f} GiB, "
         f"{limits.bandwidth / 1e9:.0f} GB/s, {limits.matrix[request.dtype] / 1e12:.0f} TFLOP/s in "
         f"{request.dtype}{links}{clock}; {limits.source}, {limits.date}.",

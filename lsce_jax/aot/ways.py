@@ -73,8 +73,13 @@ def of_logits(dtype: str) -> dict[str, Loss]:
     found = {"Optax one-hot, smoothed": one_hot, "Optax integer, unsmoothed": integer_labels}
     if dtype in {"bfloat16", "float16"}:
         found["Optax integer, cast to float32"] = integer_labels_float32
-    # What the package knows, so that a new implementation is here without a change.
-    return found | {f"lsce {name}": ours(name) for name in functional._ROW_LOSSES}
+    return found | {f"lsce {name}": ours(name) for name in implementations()}
+
+
+def implementations() -> tuple[str, ...]:
+    """Return what `implementation` may name, as the package has it, so that a new one is here without a change."""
+    names = [*functional._ROW_LOSSES, getattr(functional, "_KERNEL", None)]
+    return tuple(name for name in names if name is not None)
 
 
 def of_layer(
