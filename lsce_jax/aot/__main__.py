@@ -79,7 +79,7 @@ def cost(  # noqa: PLR0913, PLR0917 - each is an option of the command line
     costs = list(_tracked(measure_all(request, names, with_bundles=bundles), len(names)))
     console.print(show.title(request), highlight=False)
     console.print()
-    console.print(show.cost_table(request, costs))
+    console.print(show.cost_table(request, costs, console.width))
     for note in show.notes(request, costs, (LEAST, MOST)):
         console.print(f"\n{note}", highlight=False, markup=False)
     if json_file is not None:

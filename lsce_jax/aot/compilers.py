@@ -4,6 +4,7 @@ A compiler reads environment variables as it is loaded, which must not change wh
 error ends its process.
 """
 
+import atexit
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -56,6 +57,7 @@ class CompilerProcess:
         """
         if self._pool is None:
             self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+            atexit.register(self._pool.shutdown)  # before the interpreter takes its modules away
         try:
             with _variables(self._environment):  # the first call starts the process, which inherits them
                 answer = self._pool.submit(function, *arguments, **keywords)

@@ -34,6 +34,7 @@ _NAMES_ONLY = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while", "conditional", "call",
     "partition-id", "replica-id", "opt-barrier", "domain", "add-dependency",
 }  # fmt: skip
+_RUNS = {"fusion", "call", "call-start", "async-start"}  # what they call, for themselves
 _SAME_ARRAY = {"bitcast", "reshape"}
 _TAKES_PART = {"slice", "dynamic-slice", "gather", "slice-start", "dynamic-slice-start"}
 _UPDATES_PART = {"dynamic-update-slice": 1, "scatter": 2}  # the operand that is the update
@@ -127,7 +128,7 @@ class Program:
                 names = [name.strip().lstrip("%") for joined in branches for name in joined.split(",")]
                 # The one that moves most.
                 yield from max((list(self._kernels(name, times)) for name in names), key=self._bytes_of)
-            elif opcode in {"call", "async-start"} and instruction.called:
+            elif opcode in _RUNS - {"fusion"} and instruction.called:
                 yield from self._kernels(instruction.called, times)
             elif opcode not in _NAMES_ONLY and not opcode.endswith(("-done", "-update")):
                 yield Kernel(instruction, computation, times)
@@ -242,7 +243,7 @@ class Program:
                     # A scatter adds to what is there.
                     update = instructions[user.operands[_UPDATES_PART[user.opcode]]].arrays[0].bytes
                     part = update if user.opcode == "scatter" else 0
-                elif user.opcode == "fusion" and user.called:
+                elif user.opcode in _RUNS and user.called:
                     part = self._part_read(user.called, user.operands.index(name))
                 else:
                     part = None
@@ -291,7 +292,7 @@ class Program:
             yield computation, instruction
             called = instruction.called
             # What a reduction applies is not a part of the program's structure.
-            if instruction.opcode in {"fusion", "call", "async-start"} and called in self.computations:
+            if instruction.opcode in _RUNS and called in self.computations:
                 waiting += [(called, each) for each in self.computations[called].values()]
 
     def _operations(self, computation: str, instruction: Instruction) -> int:

@@ -23,6 +23,8 @@ PART_NAMES = {
     "bundles": "issues instructions",
     "links": "sends to other devices",
 }
+# Characters of a line that holds every column and the name of every way.
+WIDE = 112
 COMPILERS = {"tpu": ("jax", "jaxlib", "libtpu"), "gpu": ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin")}
 
 
@@ -35,17 +37,27 @@ def make_table(*headings: str) -> Table:
     return table
 
 
-def cost_table(request: Request, costs: Sequence[Cost]) -> Table:
-    """Return a row for each way. Columns that would be empty are left out."""
+def cost_table(request: Request, costs: Sequence[Cost], width: int = WIDE) -> Table:
+    """Return a row for each way. Columns that would be empty are left out.
+
+    Args:
+        request: the loss.
+        costs: the rows.
+        width: characters in a line; where there are few, what bounds an estimate stands below it.
+    """
     with_bundles = any(cost.bundles is not None for cost in costs)
     with_links = request.mesh is not None
     optional = [*([">bundles,\nmillions"] if with_bundles else []), *([">sent"] if with_links else [])]
-    table = make_table("way", ">compiles,\nfits", ">temp", ">output", ">HBM", *optional, ">estimate", ">bound by")
+    bound = [">estimate", ">bound by"] if width >= WIDE else [">estimate,\nbound by"]
+    table = make_table("way", ">compiles,\nfits", ">temp", ">output", ">HBM", *optional, *bound)
     for cost in costs:
         if not cost.compiles:
             table.add_row(cost.name, "no", *["–"] * (len(table.columns) - 2))
             continue
         of_bundles = f"{'≥ ' if cost.kernels_without_bundles else ''}{_millions(cost.bundles)}"
+        estimate = ("–", "–")
+        if cost.roofline is not None:
+            estimate = in_seconds(cost.roofline.seconds), cost.roofline.bound
         table.add_row(
             cost.name,
             f"yes, {'yes' if cost.fits else 'no'}",
@@ -54,8 +66,7 @@ def cost_table(request: Request, costs: Sequence[Cost]) -> Table:
             in_bytes(cost.hbm_bytes),
             *([of_bundles] if with_bundles else []),
             *([in_bytes(sum(each.sent for each in cost.collectives))] if with_links else []),
-            "–" if cost.roofline_seconds is None else in_seconds(cost.roofline_seconds),
-            "–" if cost.roofline is None else cost.roofline.bound,
+            *(estimate if width >= WIDE else ["\n".join(estimate)]),
         )
     return table
 
