@@ -9,6 +9,7 @@
     python -m benchmarks tpu
     python -m benchmarks tpu-exp
     python -m benchmarks gpu
+    python -m benchmarks cost --write
     python -m benchmarks dense --write
 
 `--write` keeps the figures in docs/figures and writes the tables into the pages. A framework is imported where it is
@@ -320,6 +321,29 @@ def gpu() -> None:
     report.print_machine(report.describe_machine(), console)
     console.print()
     report.print_table(report.gpu_table(compiled.measure_memory(), compiled.SHAPE), console)
+
+
+@app.command()
+def cost(write: WriteOption = False) -> None:
+    """The tables of docs/cost.md, which `lsce-cost` prints one by one, and published times beside estimates."""
+    from benchmarks import cost as costs  # noqa: PLC0415 - JAX takes a second
+    from lsce_jax.aot import CompilerMissingError  # noqa: PLC0415
+
+    console = Console()
+    try:
+        record = costs.figures()
+    except CompilerMissingError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(code=1) from None
+    for block, text in costs.page_blocks(record).items():
+        if write:
+            write_block(DOCS / "cost.md", f"benchmarks {block}", text)
+        else:
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if write:
+        path = DOCS / "cost.json"
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        console.print(f"wrote {DOCS / 'cost.md'} and {path}", soft_wrap=True, highlight=False)
 
 
 def _libtpu_requirement() -> str:

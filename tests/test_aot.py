@@ -17,13 +17,15 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import lsce_jax
+from benchmarks import cost as cost_page
 from lsce_jax.aot import CompilerMissingError, Cost, Request, hlo, measure, roofline, show, ways
 from lsce_jax.aot.__main__ import app
 from lsce_jax.aot.bundles import count_bundles, schedules
 from lsce_jax.aot.compilers import DEVICES_OF_CHIP, SLICES, largest_mesh, slice_for
-from lsce_jax.aot.published import LEAST, MOST
+from lsce_jax.aot.published import LEAST, MOST, PUBLISHED
 from lsce_spec import LINEAR_IMPLEMENTATIONS
 from lsce_spec.devices import CARDS, ENVIRONMENTS, LIMITS, TOPOLOGIES, Limits
+from parity_tests.evidence.pages import replace_block
 
 # --- Counting in the text of a program ------------------------------------------------------------------------------
 
@@ -486,3 +488,18 @@ def test_plot(suffix: str, tmp_path) -> None:
 def test_a_plot_of_nothing(tmp_path) -> None:
     request, costs = made_up()
     show.draw(request, costs[:1]).savefig(tmp_path / "costs.png")
+
+
+# --- The page -------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_what_the_record_gives() -> None:
+    page = (cost_page.DOCS / "cost.md").read_text(encoding="utf-8")
+    record = json.loads((cost_page.DOCS / "cost.json").read_text(encoding="utf-8"))
+    blocks = cost_page.page_blocks(record)
+    assert len(blocks) == 3
+    for block, text in blocks.items():
+        assert replace_block(page, f"benchmarks {block}", text) == page, "run: python -m benchmarks cost --write"
+    # What every table says of the error of estimates is what the page shows.
+    of_xla = [float(row[-2]) for row, each in zip(record["published"], PUBLISHED, strict=True) if each.of_xla]
+    assert (round(min(of_xla), 1), round(max(of_xla), 1)) == (LEAST, MOST)

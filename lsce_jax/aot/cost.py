@@ -1,5 +1,6 @@
 """What a loss costs on a device that is not there: figures of its compiler, counts of the program, the least time."""
 
+import atexit
 import os
 import re
 import shutil
@@ -220,7 +221,9 @@ def _process(family: str, with_bundles: bool) -> CompilerProcess:
 
 @cache
 def _temporary_folder() -> "tempfile.TemporaryDirectory[str]":
-    return tempfile.TemporaryDirectory(prefix="lsce-aot-")  # until this process ends
+    folder = tempfile.TemporaryDirectory(prefix="lsce-aot-")
+    atexit.register(folder.cleanup)
+    return folder
 
 
 # --- In the process of the compiler ---------------------------------------------------------------------------------

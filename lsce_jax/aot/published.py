@@ -53,20 +53,23 @@ PUBLISHED = (
 )
 
 
-def main() -> None:
-    """Compile each program, and print the table."""
-    console = Console()
-    table = make_table("program", "target", ">size", "of", ">measured", ">estimate", ">measured / estimate")
+HEADINGS = ("program", "target", ">size", "of", ">measured", ">estimate", ">measured / estimate", "source")
+
+
+def compare() -> list[list[str]]:
+    """Compile each program, and return a row for each, with its source at the end.
+
+    Raises:
+        CompilerMissingError: a compiler is not installed.
+        ValueError: a program has no estimate.
+    """
+    rows = []
     for each in PUBLISHED:
-        try:
-            cost = measure(each.request, WAY)
-        except CompilerMissingError as error:
-            print(f"cannot run: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
+        cost = measure(each.request, WAY)
         if cost.roofline_seconds is None:
-            raise SystemExit(f"{WAY} has no estimate for {each.target}: {cost.reason}")
+            raise ValueError(f"{WAY} has no estimate for {each.target}: {cost.reason}")
         estimate = 1e3 * cost.roofline_seconds
-        table.add_row(
+        rows.append([
             each.program,
             each.target,
             f"{each.rows} x {each.features} x {each.classes}",
@@ -74,15 +77,28 @@ def main() -> None:
             f"{each.milliseconds:.2f} ms",
             f"{estimate:.2f} ms",
             f"{each.milliseconds / estimate:.2f}",
-        )
+            each.source,
+        ])  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    """Print the table."""
+    console = Console()
+    try:
+        rows = compare()
+    except (CompilerMissingError, ValueError) as error:
+        print(f"cannot run: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    table = make_table(*HEADINGS[:-1])
+    for row in rows:
+        table.add_row(*row[:-1])
     console.print(table)
     console.print(
         f"Estimates: {WAY}, all logits, bfloat16. {versions(each.target for each in PUBLISHED)}", highlight=False
     )
-    for source in dict.fromkeys(each.source for each in PUBLISHED):
-        console.print(
-            f"- {', '.join(dict.fromkeys(each.program for each in PUBLISHED if each.source == source))}: {source}"
-        )
+    for program, source in dict.fromkeys((row[0], row[-1]) for row in rows):
+        console.print(f"{program}: {source}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -38,37 +38,40 @@ def make_table(*headings: str) -> Table:
 
 
 def cost_table(request: Request, costs: Sequence[Cost], width: int = WIDE) -> Table:
-    """Return a row for each way. Columns that would be empty are left out.
-
-    Args:
-        request: the loss.
-        costs: the rows.
-        width: characters in a line; where there are few, what bounds an estimate stands below it.
-    """
-    with_bundles = any(cost.bundles is not None for cost in costs)
-    with_links = request.mesh is not None
-    optional = [*([">bundles,\nmillions"] if with_bundles else []), *([">sent"] if with_links else [])]
-    bound = [">estimate", ">bound by"] if width >= WIDE else [">estimate,\nbound by"]
-    table = make_table("way", ">compiles,\nfits", ">temp", ">output", ">HBM", *optional, *bound)
-    for cost in costs:
-        if not cost.compiles:
-            table.add_row(cost.name, "no", *["–"] * (len(table.columns) - 2))
-            continue
-        of_bundles = f"{'≥ ' if cost.kernels_without_bundles else ''}{_millions(cost.bundles)}"
-        estimate = ("–", "–")
-        if cost.roofline is not None:
-            estimate = in_seconds(cost.roofline.seconds), cost.roofline.bound
-        table.add_row(
-            cost.name,
-            f"yes, {'yes' if cost.fits else 'no'}",
-            in_bytes(cost.temp_bytes),
-            in_bytes(cost.output_bytes),
-            in_bytes(cost.hbm_bytes),
-            *([of_bundles] if with_bundles else []),
-            *([in_bytes(sum(each.sent for each in cost.collectives))] if with_links else []),
-            *(estimate if width >= WIDE else ["\n".join(estimate)]),
-        )
+    """Return a row for each way; where the line is short, what bounds an estimate stands below it."""
+    headings, rows = cost_rows(request, costs)
+    if width < WIDE:
+        headings = [*headings[:-2], ",\n".join(headings[-2:])]
+        rows = [[*row[:-2], "\n".join(dict.fromkeys(row[-2:]))] for row in rows]
+    way, *others = headings
+    table = make_table(way, *(f">{heading}" for heading in others))
+    for row in rows:
+        table.add_row(*row)
     return table
+
+
+def cost_rows(request: Request, costs: Sequence[Cost]) -> tuple[list[str], list[list[str]]]:
+    """Return the headings of a table and a row for each way. Columns that would be empty are left out."""
+    columns: dict[str, list[str]] = {"way": [], "compiles,\nfits": [], "temp": [], "output": [], "HBM": []}
+    with_bundles = any(cost.bundles is not None for cost in costs)
+    columns |= {"bundles,\nmillions": []} if with_bundles else {}
+    columns |= {"sent": []} if request.mesh is not None else {}
+    columns |= {"estimate": [], "bound by": []}
+    for cost in costs:
+        cells = {
+            "way": cost.name,
+            "compiles,\nfits": f"yes, {'yes' if cost.fits else 'no'}" if cost.compiles else "no",
+            "temp": in_bytes(cost.temp_bytes),
+            "output": in_bytes(cost.output_bytes),
+            "HBM": in_bytes(cost.hbm_bytes),
+            "bundles,\nmillions": f"{'≥ ' if cost.kernels_without_bundles else ''}{_millions(cost.bundles)}",
+            "sent": in_bytes(sum(each.sent for each in cost.collectives)) if cost.compiles else "–",
+            "estimate": "–" if cost.roofline is None else in_seconds(cost.roofline.seconds),
+            "bound by": "–" if cost.roofline is None else cost.roofline.bound,
+        }
+        for heading, column in columns.items():
+            column.append(cells[heading])
+    return list(columns), [list(row) for row in zip(*columns.values(), strict=True)]
 
 
 def title(request: Request) -> str:

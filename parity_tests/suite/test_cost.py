@@ -116,8 +116,8 @@ def measured(target: str, name: str) -> Cost:
 
 # --- XLA's own count ------------------------------------------------------------------------------------------------
 
-# How far the counts may be apart: XLA counts some gathers, and copies into the core, otherwise.
-APART = 0.02
+# How far the counts may be apart: XLA takes a gather of a number of each row for more. Other programs: 0.0001.
+APART, APART_OTHERS = 0.012, 0.0001
 
 
 def both_counts(request: Request, name: str) -> tuple[hlo.Program, float]:
@@ -130,14 +130,14 @@ def both_counts(request: Request, name: str) -> tuple[hlo.Program, float]:
 @pytest.mark.parametrize("target", [on(target) for target in TOPOLOGIES])
 def test_the_count_is_that_of_xla(target: str, name: str) -> None:
     ours, theirs = PROCESSES["tpu"].call(both_counts, Request(target, ROWS, CLASSES), name)
-    assert abs(ours.bytes_as_xla_counts() / theirs - 1) <= APART
+    assert abs(ours.bytes_as_xla_counts() / theirs - 1) <= (APART if "integer" in name else APART_OTHERS)
 
 
 @NEEDED["tpu"]
 def test_the_count_is_that_of_xla_but_for_loops() -> None:
     request = Request("tpu-v6e", ROWS, CLASSES, 256, chunks=(2048,))
     ours, theirs = PROCESSES["tpu"].call(both_counts, request, "lsce linear, 2048 rows at a time")
-    assert abs(ours.bytes_as_xla_counts() / theirs - 1) <= APART
+    assert abs(ours.bytes_as_xla_counts() / theirs - 1) <= APART_OTHERS
     # XLA takes the four rounds for one. So does no count that would agree with it here.
     assert abs(ours.hbm_bytes / theirs - 1) > APART
     assert ours.matrix_operations == {"bfloat16": 3 * 2 * ROWS * 256 * CLASSES}
