@@ -31,6 +31,11 @@ class Published(NamedTuple):
     gradient: bool
     milliseconds: float
 
+    def __str__(self) -> str:
+        """Return the program and its size, as the name of a test has them."""
+        of = "gradients" if self.gradient else "loss"
+        return f"{self.program}-{self.target}-{self.rows}x{self.features}x{self.classes}-{of}"
+
     @property
     def request(self) -> Request:
         """The loss of that size."""
