@@ -17,13 +17,14 @@ from lsce_spec.devices import LIMITS
 TARGETS = ("tpu-v5e", "tpu-v6e", "gpu-h100")
 ROWS, CLASSES = 8192, 32768
 FEATURES = (None, 2048)
+MESH = Request("tpu-v6e", ROWS, 4 * CLASSES, mesh=(4, 4))
 NAME = "cost"
 DOCS = Path(__file__).parents[1] / "docs"
 
 
 def figures() -> dict[str, Any]:
     """Compile every way for each target, and return all figures, for JSON."""
-    requests = [Request(target, ROWS, CLASSES, features) for target, features in product(TARGETS, FEATURES)]
+    requests = [Request(target, ROWS, CLASSES, features) for target, features in product(TARGETS, FEATURES)] + [MESH]
     return {
         "date": datetime.now().astimezone().date().isoformat(),
         "costs": [show.as_json(each, list(measure_all(each, list(each.ways)))) for each in requests],
@@ -66,9 +67,10 @@ def _part(content: dict[str, Any], date: str) -> Iterator[str]:
     request = Request(**content["request"])
     costs = [_cost(way) for way in content["ways"]]
     features = "" if request.features is None else f" --features {request.features}"
-    size = f"--rows {request.rows} --classes {request.classes}{features} --dtype {request.dtype}"
+    mesh = "" if request.mesh is None else f" --mesh {'x'.join(map(str, request.mesh))}"
+    size = f"--rows {request.rows} --classes {request.classes}{features} --dtype {request.dtype}{mesh}"
     if request.features is None:
-        yield f"### {request.target}"
+        yield f"### {request.target}" if request.mesh is None else f"### {request.devices} of {request.target}"
     yield fill(f"`lsce-cost --target {request.target} {size}`: {content['compiled_with']}, {date}.", 120)
     headings, rows = show.cost_rows(request, costs)
     yield _markdown([heading.replace("\n", " ") for heading in headings], rows)

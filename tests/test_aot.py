@@ -457,6 +457,9 @@ def test_notes_say_what_an_estimate_is() -> None:
     assert "one chip: 32 GiB, 1638 GB/s, 918 TFLOP/s in bfloat16, links 400 GB/s, 1.75 GHz (derived)" in text
     assert "Optax one-hot, smoothed does not compile: out of memory: needs 20G of 15.75G HBM" in text
     assert f"jax {jax.__version__}" in text
+    assert "Operations between devices: 2 all-reduce of 100 MB (Optax integer, unsmoothed; Optax integer, cast" in text
+    assert "the longest of memory, matrix products and bundles, and the links after it." in text
+    assert "the longest of memory and matrix products." in " ".join(show.notes(*made_up("gpu-h100"), (LEAST, MOST)))
 
 
 def test_json() -> None:

@@ -103,21 +103,31 @@ def notes(request: Request, costs: Sequence[Cost], measured: tuple[float, float]
     limits = LIMITS[request.target]
     clock = "" if limits.clock is None else f", {limits.clock / 1e9:.2f} GHz (derived)"
     links = "" if request.mesh is None else f", links {limits.links / 1e9:.0f} GB/s"
+    parts = "memory and matrix products" if limits.clock is None else "memory, matrix products and bundles"
     found = [
         f"Compiled, not run: {versions([request.target])}. Figures are for one device.",
-        f"The estimate is no measurement. It is the least time by the limits of the device, the longest of memory, "
-        f"matrix products and bundles{', and the links after it' if request.mesh else ''}. "
-        f"Published times of layers with their loss, compiled by XLA, were {measured[0]:g} to {measured[1]:g} times as "
-        "long (python -m lsce_jax.aot.published).",
+        f"The estimate is no measurement. It is the least time by the limits of the device, the longest of {parts}"
+        f"{', and the links after it' if request.mesh else ''}. Published times of layers with their loss, compiled by "
+        f"XLA, were {measured[0]:g} to {measured[1]:g} times as long (python -m lsce_jax.aot.published).",
         f"Limits of {request.target}, one {limits.part}: {limits.memory / 2**30:.0f} GiB, "
         f"{limits.bandwidth / 1e9:.0f} GB/s, {limits.matrix[request.dtype] / 1e12:.0f} TFLOP/s in "
         f"{request.dtype}{links}{clock}; {limits.source}, {limits.date}.",
+        *([_between_devices(costs)] if request.mesh else []),
     ]
     found += [f"{cost.name} does not compile: {cost.reason}" for cost in costs if not cost.compiles]
     found += [f"{cost.name}: {cost.reason}" for cost in costs if cost.compiles and cost.reason]
     if any(cost.kernels_without_bundles for cost in costs):
         found.append("≥: without kernels whose number of rounds the compiler does not say.")
     return found
+
+
+def _between_devices(costs: Sequence[Cost]) -> str:
+    """Return the collective operations of each way, ways with the same ones together."""
+    names: dict[str, list[str]] = {}
+    for cost in (cost for cost in costs if cost.compiles):
+        operations = ", ".join(f"{each.count} {each.kind} of {in_bytes(each.bytes)}" for each in cost.collectives)
+        names.setdefault(operations or "none", []).append(cost.name)
+    return "Operations between devices: " + "; ".join(f"{each} ({'; '.join(of)})" for each, of in names.items()) + "."
 
 
 def versions(targets: Iterable[str]) -> str:
