@@ -5,6 +5,7 @@ parity_tests/suite/test_cost.py has what the compilers say.
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,10 +19,10 @@ from typer.testing import CliRunner
 
 import lsce_jax
 from benchmarks import cost as cost_page
-from lsce_jax.aot import CompilerMissingError, Cost, Request, hlo, measure, roofline, show, ways
+from lsce_jax.aot import CompilerEndedError, CompilerMissingError, Cost, Request, hlo, measure, roofline, show, ways
 from lsce_jax.aot.__main__ import app
 from lsce_jax.aot.bundles import count_bundles, schedules
-from lsce_jax.aot.compilers import DEVICES_OF_CHIP, SLICES, largest_mesh, slice_for
+from lsce_jax.aot.compilers import DEVICES_OF_CHIP, SLICES, CompilerProcess, largest_mesh, slice_for
 from lsce_jax.aot.published import LEAST, MOST, PUBLISHED
 from lsce_spec import LINEAR_IMPLEMENTATIONS
 from lsce_spec.devices import CARDS, ENVIRONMENTS, LIMITS, TOPOLOGIES, Limits
@@ -397,6 +398,16 @@ def test_chunks_of_a_layer() -> None:
     assert chunked(rows=8192, **layer) == [f"lsce linear, {n} rows at a time" for n in (256, 1024, 4096)]
     assert chunked(rows=512, **layer) == [f"lsce linear, {n} rows at a time" for n in (256, 512)]
     assert chunked(rows=8192, **layer, chunks=(100,)) == ["lsce linear, 100 rows at a time"]
+
+
+def test_a_process_has_its_own_environment_and_starts_again() -> None:
+    process = CompilerProcess({"LSCE_ONLY_THERE": "1"})
+    assert process.call(os.getenv, "LSCE_ONLY_THERE") == "1"
+    assert "LSCE_ONLY_THERE" not in os.environ
+    assert process.call(os.getpid) == process.call(os.getpid) != os.getpid()
+    with pytest.raises(CompilerEndedError, match="the process of the compiler ended"):
+        process.call(os._exit, 1)
+    assert process.call(os.getenv, "LSCE_ONLY_THERE") == "1"
 
 
 def test_slices() -> None:
