@@ -356,6 +356,8 @@ def test_errors_of_the_command_line(arguments: list[str], message: str) -> None:
     ],
 )  # fmt: skip
 def test_without_the_compiler(target: str, module: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for loaded in [name for name in sys.modules if name.startswith(f"{module}.")]:
+        monkeypatch.setitem(sys.modules, loaded, None)
     monkeypatch.setitem(sys.modules, module, None)
     result = run(*DENSE, "--target", target)
     assert result.exit_code == 2
