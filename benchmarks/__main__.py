@@ -10,6 +10,7 @@
     python -m benchmarks tpu-exp
     python -m benchmarks gpu
     python -m benchmarks launches
+    python -m benchmarks cost --write
     python -m benchmarks dense --write
 
 `--write` keeps the figures in docs/figures and writes the tables into the pages. A framework is imported where it is
@@ -42,9 +43,9 @@ from rich.console import Console
 
 from benchmarks import report
 from benchmarks.timing import LinearShape, Row, Schedule, Shape
+from lsce_spec.devices import ENVIRONMENTS, has_cuda_plugin
 from parity_tests.evidence.cards import AbsentError, find_device
 from parity_tests.evidence.pages import write_block
-from parity_tests.losses.compiled import ENVIRONMENTS, has_cuda_plugin
 
 SHAPES = {
     "large": (Shape(1024, 32768), Shape(2048, 50257), Shape(8192, 1000), Shape(128, 1000)),
@@ -290,9 +291,12 @@ def tpu_exp() -> None:
     console.print()
     with tempfile.TemporaryDirectory() as folder:
         dump = Path(folder)
-        flags = {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"}
-        os.environ.update(ENVIRONMENTS["tpu"] | flags)
-        from benchmarks import tpu_bundles  # noqa: PLC0415 - JAX must find the environment set
+        os.environ.update(ENVIRONMENTS["tpu"])
+        # JAX must find the environment set.
+        from benchmarks import tpu_bundles  # noqa: PLC0415
+        from lsce_jax.aot.bundles import FLAGS  # noqa: PLC0415
+
+        os.environ["LIBTPU_INIT_ARGS"] = FLAGS.format(folder=dump)
 
         costs = [cost._asdict() for cost in tpu_bundles.measure(dump)]
     report.print_table(report.bundle_table(costs), console)
@@ -332,6 +336,29 @@ def launches() -> None:
     report.print_machine(report.describe_machine(), console)
     console.print()
     report.print_table(report.launches_table([count._asdict() for count in counted.measure()]), console)
+
+
+@app.command()
+def cost(write: WriteOption = False) -> None:
+    """The tables of docs/cost.md, which `lsce-cost` prints one by one, and published times beside estimates."""
+    from benchmarks import cost as costs  # noqa: PLC0415 - JAX takes a second
+    from lsce_jax.aot import CompilerMissingError  # noqa: PLC0415
+
+    console = Console()
+    try:
+        record = costs.figures()
+    except CompilerMissingError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(code=1) from None
+    for block, text in costs.page_blocks(record).items():
+        if write:
+            write_block(DOCS / "cost.md", f"benchmarks {block}", text)
+        else:
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if write:
+        path = DOCS / "cost.json"
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        console.print(f"wrote {DOCS / 'cost.md'} and {path}", soft_wrap=True, highlight=False)
 
 
 def _libtpu_requirement() -> str:

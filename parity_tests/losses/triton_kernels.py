@@ -20,8 +20,8 @@ from unittest import mock
 
 import numpy as np
 
+from lsce_spec.devices import CARDS
 from parity_tests.losses.adapters import TorchAdapter, UnavailableError
-from parity_tests.losses.compiled import CARDS
 from parity_tests.truth.cases import Case
 from parity_tests.truth.comparison import AnyResult
 

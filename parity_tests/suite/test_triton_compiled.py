@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from benchmarks.launches import measure
+from lsce_spec.devices import CARDS
 from lsce_torch import kernels, label_smoothed_cross_entropy, linear_label_smoothed_cross_entropy
-from parity_tests.losses.compiled import CARDS
 from parity_tests.losses.triton_kernels import TARGETS, Launch, Machine, compile_launch, on_pretended_gpu
 from parity_tests.plugin import Recorder
 
