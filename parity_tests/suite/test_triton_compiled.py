@@ -126,8 +126,7 @@ def is_quick(name: str, target: str) -> bool:
 def test_figures(name: str, target: str, parity_ledger: Recorder) -> None:
     adapter = "torch-linear-triton" if name.startswith("linear") else "torch-triton"
     dtype = name.rpartition(" ")[2]
-    if target in CARDS:
-        parity_ledger.record(adapter, "cuda", dtype, "compiled", target)
+    parity_ledger.record(adapter, "cuda" if target in CARDS else "rocm", dtype, "compiled", target)
     is_plain = dtype != "float64" and name.startswith(("plain", "none", "linear"))
     figures = machine_code(name, target)
     for each, machine in figures.items():
