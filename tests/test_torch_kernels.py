@@ -49,7 +49,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="Triton is not installed"):
         label_smoothed_cross_entropy(LOGITS, LABELS, implementation="triton")
     # On a GPU the choice falls on the other implementation.
-    monkeypatch.setattr(kernels, "device_type", lambda _: "cuda")
+    monkeypatch.setattr(device, "device_type", lambda _: "cuda")
     expected = label_smoothed_cross_entropy(LOGITS, LABELS, implementation="fused")
     assert torch.equal(label_smoothed_cross_entropy(LOGITS, LABELS), expected)
 
@@ -95,7 +95,6 @@ def test_the_choice_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     logger.setLevel(logging.DEBUG)
     logger.addHandler(handler)
     monkeypatch.setattr(device, "device_type", lambda _: "cuda")
-    monkeypatch.setattr(kernels, "device_type", lambda _: "cuda")
     monkeypatch.setattr(kernels, "_is_installed", lambda: False)
     try:
         label_smoothed_cross_entropy(LOGITS, LABELS)

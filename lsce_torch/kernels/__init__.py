@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 import lsce_spec
-from lsce_torch.device import device_type
+from lsce_torch import device
 from lsce_torch.errors import error
 
 NAME = "triton"
@@ -33,7 +33,7 @@ _logger = logging.getLogger("lsce_torch")
 
 def may_compute(implementation: str | None, tensor: Tensor) -> bool:
     """Return whether the kernels are asked for, or left to choose for a tensor of a GPU."""
-    return implementation == NAME or (implementation is None and device_type(tensor) == "cuda")
+    return implementation == NAME or (implementation is None and device.device_type(tensor) == "cuda")
 
 
 def reason_against(logits: Tensor) -> str | None:

@@ -1,13 +1,13 @@
 """The kernels of the loss for GPUs, in Triton. `launch.py` starts them; this file is loaded by it alone.
 
-A program computes some rows. Up to `RESIDENT` classes it reads them once and keeps them. More classes it reads block by
-block, and each lane of a block has sums of its own, relative to the largest logit that it has seen. With e =
-exp(-|z - m|), and s the sum of exp(z - m) over the lane's logits without one that is m,
+A program computes some rows. Short ones it reads once and keeps. Longer ones it reads block by block, and each lane of
+a block has sums of its own, relative to the largest logit that it has seen. With e = exp(-|z - m|), and s the sum of
+exp(z - m) over the lane's logits without one that is m,
 
     s <- (s + 1) e   if z > m, which m becomes,   else s + e
 
-takes one exponential for each logit, and keeps small losses accurate: the 1 is never added. At the end the lanes are
-added up relative to the largest logit of all, of which exactly one is left out.
+takes one exponential for each logit, and keeps small losses accurate: the 1 of the largest is never added. At the end
+the lanes are added up relative to the largest logit of all, of which exactly one is left out.
 
 Lanes begin at -1e30 and not at -inf, whose difference to itself is NaN. A row without a logit above that is computed
 again, from its largest logit.

@@ -11,7 +11,7 @@ gradient would be rounded twice. In float16 it would also lose what a loss scale
 computed in `backward`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class _Call:
     """What a call has besides its logits.
 
     Args:
-        given: the tensors.
+        given: the tensors, with no logits, which would be in memory as long as the loss is.
         options: the options.
         operands: of the kernels, whose labels are as they were given.
         scale: factor of the sum of the losses; None for the losses of single rows.
@@ -62,7 +62,7 @@ def loss(
         logits: as the caller passed them.
         inplace_backward: of the call.
     """
-    if not may_compute(options.implementation, given.logits):
+    if torch.compiler.is_compiling() or not may_compute(options.implementation, given.logits):
         return None
     if not _is_usual(given, options, denominator) or not _has_usual_tensors(given):
         return None
@@ -97,7 +97,8 @@ def loss(
     # In float16 a gradient without its loss scale would be lost.
     with_gradient = given.logits.requires_grad and torch.is_grad_enabled() and given.logits.dtype != torch.float16
     with_gradient = with_gradient and scale is not None and overwritten is None
-    call = _Call(given, options, operands, scale, not launch.may_join(on, off), with_gradient, overwritten)
+    kept = replace(given, logits=given.logits.new_empty(0))
+    call = _Call(kept, options, operands, scale, not launch.may_join(on, off), with_gradient, overwritten)
     result: Tensor = _WholeLoss.apply(given.logits, call)  # type: ignore[no-untyped-call]
     return result
 
@@ -115,7 +116,7 @@ def _is_usual(given: Given, options: LossOptions, denominator: float | Tensor | 
 
 def _has_usual_tensors(given: Given) -> bool:
     """Whether the tensors are plain, and lie as the kernels take them."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active():
         return False
     tensors = [tensor for tensor in (given.logits, given.labels, given.where) if tensor is not None]
     if reason_against(given.logits) is not None or any(map(is_wrapper, tensors)) or not has_memory(*tensors):
@@ -188,7 +189,7 @@ def _backward(ctx: Any, upstream: Float[Tensor, "*#batch"]) -> Float[Tensor, "*b
 def _differentiable_gradient(
     logits: Float[Tensor, "*batch K"], call: _Call, upstream: Float[Tensor, "*#batch"]
 ) -> Float[Tensor, "*batch K"]:
-    batch = canonical(call.given, call.options)
+    batch = canonical(replace(call.given, logits=logits), call.options)
     operands = call.operands._replace(labels=batch.labels, counted=batch.counted, bad=batch.bad)
     rows = (upstream if call.scale is None else upstream * call.scale).expand(logits.shape[:-1])
     gradient = plain_gradients(logits, operands, ["logits"], rows)["logits"]

@@ -134,7 +134,6 @@ def on_pretended_gpu(start: Callable[..., Any] | None = None) -> Iterator[list[L
     )
     with (
         mock.patch.object(device, "device_type", return_value="cuda"),
-        mock.patch.object(kernels, "device_type", return_value="cuda"),
         mock.patch.object(kernels, "is_interpreted", return_value=True),
         mock.patch.object(launch, "_run", run),
     ):

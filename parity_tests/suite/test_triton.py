@@ -7,6 +7,7 @@ in float32 where the kernels do; of a GPU's own arithmetic it shows nothing.
 import importlib.util
 import os
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,21 @@ def test_a_gradient_that_nobody_asks_for() -> None:
         label_smoothed_cross_entropy(leaf, labels)
     gradients = [each.arguments["gradient"] is not None for each in started if each.name == "forward"]
     assert gradients == [False, False, False, False, True]
+
+
+def test_memory_after_backward() -> None:
+    """A loss that is kept for a log keeps neither the logits nor their gradient."""
+    leaf = torch.randn(3, 40, requires_grad=True)
+    logits = leaf * 1
+    kept = weakref.ref(logits)
+    result = loss(logits, torch.tensor([0, 1, 2]))
+    result.backward()
+    gradient = weakref.ref(leaf.grad)
+    del logits
+    leaf.grad = None
+    assert kept() is None
+    assert gradient() is None
+    assert result.isfinite()
 
 
 @pytest.mark.parametrize("num_classes", [40, 9001])
