@@ -23,7 +23,7 @@ from lsce_torch import (
 )
 from lsce_torch.kernels import launch
 from parity_tests.losses.registry import make_adapter
-from parity_tests.losses.triton_kernels import INTERPRET, interpret, on_pretended_gpu
+from parity_tests.losses.triton_kernels import INTERPRET, Launch, interpret, on_pretended_gpu
 from parity_tests.plugin import Recorder
 from parity_tests.truth.cases import Case, case_names, make_case
 from parity_tests.truth.comparison import Comparison, against_oracle
@@ -182,6 +182,23 @@ def test_the_gradient_with_the_loss() -> None:
         (twice,) = torch.autograd.grad(2 * result, leaf)
         assert torch.equal(at_once, again)
         assert torch.equal(2 * at_once, twice)
+
+
+def test_a_gradient_that_is_written_is_left_alone() -> None:
+    """With an upstream gradient of 1 the kernel of `backward` neither reads the logits nor writes."""
+
+    def forward_and_spoil(launch: Launch) -> None:
+        interpret(launch)
+        if launch.name == "forward":
+            launch.arguments["gradient"].fill_(5)
+
+    leaf = torch.randn(3, 40, requires_grad=True)
+    with on_pretended_gpu(forward_and_spoil):
+        result = label_smoothed_cross_entropy(leaf, torch.tensor([0, 1, 2]))
+        (untouched,) = torch.autograd.grad(result, leaf, retain_graph=True)
+        (scaled,) = torch.autograd.grad(3 * label_smoothed_cross_entropy(leaf, torch.tensor([0, 1, 2])), leaf)
+    assert (untouched == 5).all()
+    assert (scaled.abs() < 3).all()
 
 
 def test_a_gradient_that_nobody_asks_for() -> None:
