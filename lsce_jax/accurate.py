@@ -41,7 +41,7 @@ def divide(numerator: Float[Array, "*rows"], denominator: Float[Array, "*rows"])
     return result
 
 
-def _log1p_of_basic_operations(x: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+def log1p_of_basic_operations(x: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
     if x.dtype != jnp.float32:
         return jnp.log1p(x)
     above = 1 + x
@@ -49,7 +49,7 @@ def _log1p_of_basic_operations(x: Float[Array, "*rows"]) -> Float[Array, "*rows"
     exponent = jnp.where(x <= 1, 0, (bits >> 23) - 127)
     fraction = jax.lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32)
     f = jnp.where(x <= 1, x, fraction - 1)
-    s = _quotient_of_products(f, 2 + f)
+    s = quotient_of_products(f, 2 + f)
     z = s * s
     series = jnp.zeros_like(z)
     for coefficient in reversed(_SERIES):
@@ -60,7 +60,7 @@ def _log1p_of_basic_operations(x: Float[Array, "*rows"]) -> Float[Array, "*rows"
     return jnp.where(jnp.isinf(x) | jnp.isnan(x), x, result)
 
 
-def _quotient_of_products(
+def quotient_of_products(
     numerator: Float[Array, "*rows"], denominator: Float[Array, "*rows"]
 ) -> Float[Array, "*rows"]:
     rough = 1 / denominator
@@ -73,8 +73,8 @@ def _plain_quotient(numerator: Float[Array, "*rows"], denominator: Float[Array, 
     return numerator / denominator
 
 
-_log1p_p = define("lsce_log1p", jnp.log1p, tpu=_log1p_of_basic_operations)
-_divide_p = define("lsce_divide", _plain_quotient, tpu=_quotient_of_products)
+_log1p_p = define("lsce_log1p", jnp.log1p, tpu=log1p_of_basic_operations)
+_divide_p = define("lsce_divide", _plain_quotient, tpu=quotient_of_products)
 
 
 # Compiled, so that a call outside `jit` takes the formula of its platform.

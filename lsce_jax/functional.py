@@ -10,15 +10,16 @@ from typing import Unpack
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from lsce_jax import fused, reference
+from lsce_jax import fused, kernels, reference
 from lsce_jax.accurate import divide
 from lsce_jax.inputs import Batch, as_array, at_labels, extremes, prepare
 from lsce_jax.keywords import DenseLossKeywords
 from lsce_jax.stats import LossStats
-from lsce_spec import LossOptions, check_denominator_array, check_denominator_values
+from lsce_spec import IMPLEMENTATIONS, LossOptions, check_denominator_array, check_denominator_values
 from lsce_spec.keywords import takes
 
 _ROW_LOSSES = {None: fused.row_losses, "fused": fused.row_losses, "reference": reference.row_losses}
+_KERNEL = "pallas"
 
 
 @takes(DenseLossKeywords)
@@ -134,8 +135,10 @@ def _evaluate(
     logits: ArrayLike, labels: ArrayLike, keywords: DenseLossKeywords, *, with_stats: bool
 ) -> tuple[Float[Array, "..."], LossStats | None]:
     """Return the loss, and the statistics if asked for. See `label_smoothed_cross_entropy`."""
-    options = LossOptions.of(keywords)
+    options = LossOptions.of(keywords, (*IMPLEMENTATIONS, _KERNEL))
     batch, divisor = mean_divisor(prepare(logits, labels, options, keywords), options, keywords["denominator"])
+    if kernels.takes(batch, options, class_axis=keywords["axis"]):
+        return kernels.loss_and_stats(batch, options, with_stats, divisor, reduce_losses)
     losses, stats = _ROW_LOSSES[options.implementation](batch, options, with_stats)
     return reduce_losses(losses, options, divisor), stats
 
