@@ -152,7 +152,7 @@ def why_not(batch: Batch, options: LossOptions) -> str | None:
         return "the type of the logits divides them over devices; inside jax.shard_map it does not"
     num_classes = logits.shape[-1]
     program = _program(batch, options, with_stats=True, gradient=True)
-    if num_classes > _MOST_CLASSES or tpu.rows_of_step(num_classes, logits.dtype, program) is None:
+    if num_classes > _MOST_CLASSES or tpu.step_of(num_classes, logits.dtype, program) is None:
         return f"8 rows of {num_classes} classes in {logits.dtype} do not fit the 16 MiB of a core's VMEM"
     return None
 
@@ -270,7 +270,8 @@ def _run_kernel(call: _Call, arrays: Arrays, upstream: Array | None) -> tuple[Pe
         (of_rows,) = jax.vjp(partial(call.reduced, arrays), zero)[1](upstream)
     at_max = 0 if targets.at_max is None else jnp.where(jnp.asarray(batch.bad), 0, targets.at_max)
     counted = 1 if batch.counted is None else batch.counted
-    given = tpu.Rows(batch.labels, at_label, off, mass, at_max, of_rows, counted)
+    weight = _label_weight(batch)
+    given = tpu.Rows(batch.labels, at_label, off, mass, at_max, of_rows, weight, counted)
     num_classes = batch.logits.shape[-1]
     kept, gradient = tpu.sums_and_gradient(
         program,
@@ -319,6 +320,12 @@ def _factor(batch: Batch) -> Array | None:
     return jnp.where(batch.class_mask, 1 if factor is None else factor, jnp.nan).astype(batch.dtype)
 
 
+def _label_weight(batch: Batch) -> Array:
+    """Return the factor of `off` at each label."""
+    factor = class_factor(batch.prior, batch.class_weight)
+    return jnp.ones(batch.batch_shape, batch.dtype) if factor is None else at_labels(factor, batch.labels)
+
+
 def _over_others(batch: Batch, options: LossOptions) -> Sums:
     """Return the sums over the other classes that do not depend on the logits."""
 
@@ -356,8 +363,7 @@ def _named(batch: Batch, program: tpu.Program, kept: tpu.RowSums, others: Sums) 
         label_gap = jnp.where(kept.at_label >= kept.largest, 0, label_gap)
     other_gaps = kept.gaps
     if not program.without_label:
-        factor = class_factor(batch.prior, batch.class_weight)
-        weight = jnp.ones_like(label_gap) if factor is None else at_labels(factor, batch.labels)
+        weight = _label_weight(batch)
         # Where the label's gap is infinite, so is the loss, whatever the others are.
         less_label = jnp.where(jnp.isinf(label_gap), 0, other_gaps - weight * label_gap)
         other_gaps = jnp.where(weight == 0, other_gaps, less_label)

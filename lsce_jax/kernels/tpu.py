@@ -16,8 +16,9 @@ Nothing in it depends on the generation: the rows of a step are as many as fit t
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -76,6 +77,7 @@ class Rows(NamedTuple):
     mass: Float[Array, " N"]  # the sum of the target, but for at_max
     at_max: Float[Array, " N"]  # what is added at the largest logits
     upstream: Float[Array, " N"]  # the gradient with respect to the row's loss
+    weight: Float[Array, " N"]  # w at the label
     counted: Float[Array, " N"]  # 0 for a row that does not count
 
 
@@ -91,17 +93,31 @@ class RowSums(NamedTuple):
     correct: Float[Array, " N"]  # above 0 where the label is the first of them
 
 
-def rows_of_step(num_classes: int, dtype: Any, program: Program) -> int | None:
-    """Return how many rows the kernel takes at a time, or None if not even the fewest fit."""
-    return next((rows for rows in ROWS if _step_bytes(rows, num_classes, dtype, program) <= VMEM_BYTES), None)
+NUMBERS = 8  # of a row, either way
+
+class Step(NamedTuple):
+    """What a step of the kernel holds."""
+
+    rows: int
+    keeps_terms: bool  # whether exp(z - m) is kept for the gradient, or computed again
 
 
-def _step_bytes(rows: int, num_classes: int, dtype: Any, program: Program) -> int:
-    """Return what the blocks of a step take: each twice, since the next one is read while this one is computed."""
+def step_of(num_classes: int, dtype: Any, program: Program) -> Step | None:
+    """Return what a step holds, or None if not even the fewest rows fit."""
+    # Where the gradient has a share at the largest logits, it finds them by their gaps, and has the gaps again.
+    keeps = program.gradient and not program.largest
+    steps = [Step(rows, kept) for rows in ROWS for kept in ((True, False) if keeps else (False,))]
+    return next((step for step in steps if _bytes_of(step, num_classes, dtype, program) <= VMEM_BYTES), None)
+
+
+def _bytes_of(step: Step, num_classes: int, dtype: Any, program: Program) -> int:
+    """Return what a step takes. It has its blocks twice: the next one is read while this one is computed."""
     width = _round_up(num_classes, LANES)
-    blocks = 2 * (2 if program.gradient else 1)
-    vectors = 8 * width * 4 * (program.masked or program.weighted)
-    return blocks * rows * width * jnp.dtype(dtype).itemsize + vectors * 2 + 4 * rows * LANES * 4
+    size = jnp.dtype(dtype).itemsize
+    of_logits = 2 * step.rows * width * size * (2 if program.gradient else 1)
+    of_terms = 4 * step.rows * width * step.keeps_terms
+    of_classes = 2 * 8 * 4 * width * (program.masked or program.weighted)
+    return of_logits + of_terms + of_classes
 
 
 def sums_and_gradient(
@@ -121,23 +137,25 @@ def sums_and_gradient(
         factor: w, the factor of `off` at each class; NaN for classes that take no part. None if it is 1 for all.
     """
     num_rows, num_classes = logits.shape
-    step = rows_of_step(num_classes, logits.dtype, program)
+    step = step_of(num_classes, logits.dtype, program)
     assert step is not None
-    num_steps, width = pl.cdiv(num_rows, step), _round_up(num_classes, LANES)
-    labels = jnp.pad(labels, (0, num_steps * step - num_rows)).reshape(num_steps, 1, step)
-    operands = [labels, jnp.stack(rows, axis=-1), logits]
-    wide = pl.BlockSpec((step, width), lambda i: (i, 0))
-    in_specs = [
-        pl.BlockSpec((1, 1, step), lambda i: (i, 0, 0), memory_space=pltpu.SMEM),
-        pl.BlockSpec((step, len(Rows._fields)), lambda i: (i, 0)),
-        wide,
-    ]
+    num_steps, width = pl.cdiv(num_rows, step.rows), _round_up(num_classes, LANES)
+
+    def by_step(values: Array, lanes: int) -> Array:
+        """Return [steps, lanes]: a number for each row of a step, filled up."""
+        values = jnp.pad(values, (0, num_steps * step.rows - num_rows)).reshape(num_steps, step.rows)
+        return jnp.pad(values, ((0, 0), (0, lanes - step.rows)))
+
+    numbers = jnp.stack([by_step(values, LANES) for values in rows], axis=1)
+    operands = [by_step(labels, step.rows)[:, None], numbers, logits]
+    wide = pl.BlockSpec((step.rows, width), lambda i: (i, 0))
+    of_rows = pl.BlockSpec((1, NUMBERS, LANES), lambda i: (i, 0, 0))
+    in_specs = [pl.BlockSpec((1, 1, step.rows), lambda i: (i, 0, 0), memory_space=pltpu.SMEM), of_rows, wide]
     if factor is not None:
         operands.append(factor[None])
         in_specs.append(pl.BlockSpec((1, width), lambda i: (0, 0)))
     vary = _varying(operands)
-    out_specs = [pl.BlockSpec((step, len(RowSums._fields)), lambda i: (i, 0))]
-    out_shape = [jax.ShapeDtypeStruct((num_rows, len(RowSums._fields)), jnp.float32, **vary)]
+    out_specs, out_shape = [of_rows], [jax.ShapeDtypeStruct((num_steps, NUMBERS, LANES), jnp.float32, **vary)]
     if program.gradient:
         out_specs.append(wide)
         out_shape.append(jax.ShapeDtypeStruct(logits.shape, logits.dtype, **vary))
@@ -149,13 +167,15 @@ def sums_and_gradient(
         in_specs=in_specs,
         out_specs=out_specs,
         out_shape=out_shape,
+        scratch_shapes=[pltpu.VMEM((step.rows, width), jnp.float32)] if step.keeps_terms else [],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_LIMIT),
         cost_estimate=pl.CostEstimate(
             flops=6 * sweeps * logits.size, transcendentals=sweeps * logits.size, bytes_accessed=traffic
         ),
         name=NAME,
     )(*operands)
-    return RowSums(*jnp.unstack(sums, axis=-1)), gradient[0] if gradient else None
+    of_each_row = (values[:, : step.rows].ravel()[:num_rows] for values in jnp.unstack(sums, axis=1))
+    return RowSums(*itertools.islice(of_each_row, len(RowSums._fields))), gradient[0] if gradient else None
 
 
 def _varying(operands: list[Array]) -> dict[str, Any]:
@@ -177,7 +197,7 @@ class _Vector(NamedTuple):
     raw: Array  # the logits as they are
     allowed: Array | None  # the classes that take part; None if all do
     weight: Array | None
-    classes: Array  # their indices, as float32
+    classes: Array | None  # their indices, as float32
 
 
 def _step(program: Program, num_classes: int, *refs: Any) -> None:
@@ -186,20 +206,22 @@ def _step(program: Program, num_classes: int, *refs: Any) -> None:
     Args:
         program: what to compute.
         num_classes: K.
-        refs: labels [1, 1, R] int32, read; rows [R, 7] float32, read; logits [R, K], read; factor [1, K] float32, read,
-            where there are class vectors; sums [R, 7] float32, written; gradient [R, K], written, where it is asked for.
+        refs: labels [1, 1, R] int32, read; numbers of rows [1, 7, 128] float32, read; logits [R, K], read; factor
+            [1, K] float32, read, where there are class vectors; sums [1, 7, 128] float32, written; gradient [R, K],
+            written, where it is asked for; exp(z - m) [R, K] float32, scratch, where it is kept.
     """
-    labels, rows_ref, logits, *others = refs
+    labels, numbers, logits, *others = refs
     factor = others.pop(0) if program.masked or program.weighted else None
-    sums_ref, gradient = others if program.gradient else (others[0], None)
-    rows = Rows(*(rows_ref[:, i : i + 1] for i in range(len(Rows._fields))))
+    sums_ref, *of_gradient = others
+    terms = of_gradient[1] if len(of_gradient) > 1 else None
     vectors = _Vectors(program, num_classes, logits, factor)
+    rows = Rows(*(_column(vectors, numbers[0, i : i + 1, :]) for i in range(NUMBERS)))
     largest = _largest(vectors)
-    sums = _sums(program, vectors, largest, rows, _at_labels(labels, logits))
+    sums = _sums(program, vectors, rows, largest, _at_labels(vectors, labels), terms)
     for i, values in enumerate(sums):
-        sums_ref[:, i : i + 1] = values
-    if gradient is not None:
-        _write_gradient(program, vectors, rows, sums, labels, gradient)
+        sums_ref[0, i : i + 1, :] = _line(vectors, values)
+    if of_gradient:
+        _write_gradient(program, vectors, rows, sums, labels, of_gradient[0], terms)
 
 
 class _Vectors:
@@ -208,7 +230,7 @@ class _Vectors:
     def __init__(self, program: Program, num_classes: int, logits: Any, factor: Any) -> None:
         self.program, self.num_classes, self.logits, self.factor = program, num_classes, logits, factor
         self.shape = logits.shape[0], LANES
-        self.lanes = jax.lax.broadcasted_iota(jnp.int32, self.shape, 1)
+        self.rows, self.lanes = (jax.lax.broadcasted_iota(jnp.int32, self.shape, i) for i in (0, 1))
 
     def __call__(self, start: Any, *, last: bool = False) -> _Vector:
         """Return the classes from a start on, a multiple of 128; the last ones may be fewer than 128."""
@@ -228,7 +250,6 @@ class _Vectors:
         of_round = max(1, VECTORS_OF_ROUND * 8 // self.shape[0])
         whole = self.num_classes // LANES
         num_rounds = whole // of_round
-        carries = [carry, carry]
 
         def visit_at(start: Any, i: int, carries: list[Any], *, last: bool = False) -> list[Any]:
             carries = list(carries)
@@ -241,12 +262,39 @@ class _Vectors:
                 carries = visit_at(pl.multiple_of(first + i * LANES, LANES), i, carries)
             return carries
 
-        carries = jax.lax.fori_loop(0, num_rounds, round_of, carries)
+        carries = jax.lax.fori_loop(0, num_rounds, round_of, [carry, carry])
         for i in range(num_rounds * of_round, whole):
             carries = visit_at(i * LANES, i, carries)
         if self.num_classes % LANES:
             carries = visit_at(whole * LANES, whole, carries, last=True)
         return carries
+
+    def at_labels(self, labels: Any) -> Iterator[tuple[slice, Array, Array]]:
+        """Yield for each row some rows that it is among, the start of its label's 128 classes, and the label's place."""
+        # Rows that share a vector, or two for the narrow logits that come in pairs.
+        together = min(8 * 4 // self.logits.dtype.itemsize, self.shape[0])
+        for row in range(self.shape[0]):
+            label = labels[0, 0, row]
+            start = pl.multiple_of((label >> 7) << 7, LANES)
+            among = slice(row // together * together, (row // together + 1) * together)
+            yield among, start, (self.rows[among] == row) & (self.lanes[among] == label - start)
+
+
+def _column(vectors: _Vectors, line: Array) -> Array:
+    """Return [R, 1]: the first numbers of [1, 128], one for each row."""
+    diagonal = vectors.rows == vectors.lanes
+    return jnp.sum(jnp.where(diagonal, jnp.broadcast_to(line, vectors.shape), 0.0), axis=1, keepdims=True)
+
+
+def _line(vectors: _Vectors, column: Array) -> Array:
+    """Return [1, 128], of which the first numbers are those of [R, 1]."""
+    diagonal = vectors.rows == vectors.lanes
+    return jnp.sum(jnp.where(diagonal, _wide(column), 0.0), axis=0, keepdims=True)
+
+
+def _wide(column: Array) -> Array:
+    """Return one number for each row as vectors."""
+    return jnp.broadcast_to(column, (column.shape[0], LANES))
 
 
 def capped(program: Program, raw: Array) -> Array:
@@ -254,14 +302,14 @@ def capped(program: Program, raw: Array) -> Array:
     return raw if program.softcap is None else program.softcap * jnp.tanh(raw / program.softcap)
 
 
-def _gap(program: Program, vector: _Vector, largest: Array, peak: Array) -> tuple[Array, Array]:
-    """Return m - z, and where the logit is the largest; of what takes no part, anything."""
-    gap = peak - capped(program, vector.raw)
+def _below(program: Program, raw: Array, largest: Array, peak: Array) -> tuple[Array, Array]:
+    """Return z - m, and where the logit is the largest; of what takes no part, anything."""
+    below = capped(program, raw) - peak
     if program.softcap is None:
-        # Not where the logit equals the peak: of infinite ones the gap is NaN, and so must be the sum.
-        return gap, gap <= 0
-    is_largest = vector.raw >= largest
-    return jnp.where(is_largest, 0.0, gap), is_largest
+        # Not where the logit equals the peak: of infinite ones the difference is NaN, and so must be the sum.
+        return below, below >= 0
+    is_largest = raw >= largest
+    return jnp.where(is_largest, 0.0, below), is_largest
 
 
 def _largest(vectors: _Vectors) -> Array:
@@ -275,59 +323,54 @@ def _largest(vectors: _Vectors) -> Array:
     return jnp.max(jnp.maximum(first, second), axis=1, keepdims=True)
 
 
-def _at_labels(labels: Any, logits: Any) -> Array:
+def _at_labels(vectors: _Vectors, labels: Any) -> Array:
     """Return the label's logit of each row, [R, 1]."""
-    total = jnp.zeros((logits.shape[0], LANES), jnp.float32)
-    for row in range(logits.shape[0]):
-        start, here = _place(labels, logits.shape[0], row)
-        total += jnp.where(here, logits[:, pl.ds(start, LANES)].astype(jnp.float32), 0.0)
+    totals: dict[int, Array] = {}
+    for among, start, here in vectors.at_labels(labels):
+        logits = vectors.logits[among, pl.ds(start, LANES)].astype(jnp.float32)
+        totals[among.start] = jnp.where(here, logits, totals.get(among.start, 0.0))
+    total = jnp.concatenate(list(totals.values()), axis=0)
     return jnp.sum(total, axis=1, keepdims=True)
 
 
-def _place(labels: Any, num_rows: int, row: int) -> tuple[Array, Array]:
-    """Return the start of the 128 classes of a row's label, and where in them it is."""
-    rows, lanes = (jax.lax.broadcasted_iota(jnp.int32, (num_rows, LANES), i) for i in (0, 1))
-    label = labels[0, 0, row]
-    start = pl.multiple_of((label >> 7) << 7, LANES)
-    return start, (rows == row) & (lanes == label - start)
-
-
-def _sums(program: Program, vectors: _Vectors, largest: Array, rows: Rows, at_label: Array) -> RowSums:
-    peak, label = _wide(capped(program, largest)), _wide(rows.label)
-    wide_largest = _wide(largest)
+def _sums(program: Program, vectors: _Vectors, rows: Rows, largest: Array, at_label: Array, terms: Any) -> RowSums:
+    wide_largest, peak, label = _wide(largest), _wide(capped(program, largest)), _wide(rows.label)
     zero = jnp.zeros(vectors.shape, jnp.float32)
 
-    def visit(_: Any, vector: _Vector, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-        rest, num_largest, gaps, largest_mass, correct = carry
-        gap, is_largest = _gap(program, vector, wide_largest, peak)
-        term = jnp.exp(-gap)
+    def visit(start: Any, vector: _Vector, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        total, rest, below_sum, num_largest, largest_mass, correct = carry
+        below, is_largest = _below(program, vector.raw, wide_largest, peak)
+        term = jnp.exp(below)
+        if terms is not None:
+            terms[:, pl.ds(start, LANES)] = term
         if vector.allowed is not None:
-            gap, term = jnp.where(vector.allowed, gap, 0.0), jnp.where(vector.allowed, term, 0.0)
+            below, term = jnp.where(vector.allowed, below, 0.0), jnp.where(vector.allowed, term, 0.0)
             is_largest &= vector.allowed
-        if program.largest and program.weighted:
-            largest_mass += jnp.where(is_largest, vector.weight, 0.0)
+        if program.largest:
+            num_largest += jnp.where(is_largest, 1.0, 0.0)
+            if vector.weight is not None:
+                largest_mass += jnp.where(is_largest, vector.weight, 0.0)
         if program.correct:
             score = jnp.where(vector.classes == label, 1.0, jnp.where(vector.classes < label, -1.0, 0.0))
             correct += jnp.where(is_largest, score, 0.0)
         if program.without_label:
-            gap = jnp.where(vector.classes == label, 0.0, gap)
+            below = jnp.where(vector.classes == label, 0.0, below)
         if vector.weight is not None:
-            weight = vector.weight
-            if vector.allowed is not None:
-                weight = jnp.where(vector.allowed, weight, 0.0)
-            gap = jnp.where(weight == 0.0, 0.0, weight * gap)
-        # The largest terms are all 1. To leave them out keeps the accuracy of small losses.
+            weight = vector.weight if vector.allowed is None else jnp.where(vector.allowed, vector.weight, 0.0)
+            below = jnp.where(weight == 0.0, 0.0, weight * below)
         rest += jnp.where(is_largest, 0.0, term)
-        return rest, num_largest + jnp.where(is_largest, 1.0, 0.0), gaps + gap, largest_mass, correct
+        return total + term, rest, below_sum + below, num_largest, largest_mass, correct
 
-    one, other = vectors.sweep(visit, (zero,) * 5)
-    rest, num_largest, gaps, largest_mass, correct = (
+    one, other = vectors.sweep(visit, (zero,) * 6)
+    total, rest, below_sum, num_largest, largest_mass, correct = (
         jnp.sum(a + b, axis=1, keepdims=True) for a, b in zip(one, other, strict=True)
     )
     return RowSums(
         largest=largest,
-        rest=rest + (num_largest - 1.0),
-        gaps=gaps,
+        # The largest terms are 1. If the sum is below 2 there is one of them, and the sum without it is accurate where
+        # the sum less 1 is not. NaN where the sum is.
+        rest=jnp.where(total < 2.0, rest, total - 1.0),
+        gaps=-below_sum,
         at_label=at_label,
         num_largest=num_largest,
         largest_mass=largest_mass if program.weighted else num_largest,
@@ -336,49 +379,47 @@ def _sums(program: Program, vectors: _Vectors, largest: Array, rows: Rows, at_la
 
 
 def _write_gradient(
-    program: Program, vectors: _Vectors, rows: Rows, sums: RowSums, labels: Any, gradient: Any
+    program: Program, vectors: _Vectors, rows: Rows, sums: RowSums, labels: Any, gradient: Any, terms: Any
 ) -> None:
-    peak = capped(program, sums.largest)
-    largest, wide_peak = _wide(sums.largest), _wide(peak)
-    mass = rows.mass
+    column_peak = capped(program, sums.largest)
+    largest, peak = _wide(sums.largest), _wide(column_peak)
+    mass, at_max = rows.mass, None
     if program.largest:
         share = quotient_of_products(rows.at_max, sums.num_largest)
         mass += share * sums.largest_mass
         at_max = _wide(rows.upstream * share)
     if program.z_loss:
-        mass += 2 * program.z_loss * (peak + log1p_of_basic_operations(sums.rest))
+        mass += 2 * program.z_loss * (column_peak + log1p_of_basic_operations(sums.rest))
     of_softmax = _wide(quotient_of_products(mass, 1.0 + sums.rest) * rows.upstream)
     on, off = _wide(rows.on * rows.upstream), _wide(rows.off * rows.upstream)
     counted = _wide(rows.counted) > 0 if program.counted else None
 
-    def of_vector(vector: _Vector, target: Array) -> Array:
-        gap, is_largest = _gap(program, vector, largest, wide_peak)
-        if program.largest:
-            added = at_max if vector.weight is None else at_max * vector.weight
-            target += jnp.where(is_largest, added, 0.0)
-        result = of_softmax * jnp.exp(-gap) - target
+    def of_logits(raw: Array, target: Array, weight: Array | None, term: Array | None = None) -> Array:
+        if term is None:
+            below, is_largest = _below(program, raw, largest, peak)
+            term = jnp.exp(below)
+            if at_max is not None:
+                target += jnp.where(is_largest, at_max if weight is None else at_max * weight, 0.0)
+        result = of_softmax * term - target
         if program.softcap is not None:
-            ratio = jnp.tanh(vector.raw / program.softcap)
+            ratio = jnp.tanh(raw / program.softcap)
             result *= 1.0 - ratio * ratio
-        if vector.allowed is not None:
-            result = jnp.where(vector.allowed, result, 0.0)
         return result if counted is None else jnp.where(counted, result, 0.0)
 
     def visit(start: Any, vector: _Vector, carry: Any) -> Any:
-        result = of_vector(vector, off if vector.weight is None else off * vector.weight)
-        gradient[:, pl.ds(start, LANES)] = result.astype(gradient.dtype)
+        place = pl.ds(start, LANES)
+        target = off if vector.weight is None else off * vector.weight
+        result = of_logits(vector.raw, target, vector.weight, None if terms is None else terms[:, place])
+        if vector.allowed is not None:
+            result = jnp.where(vector.allowed, result, 0.0)
+        gradient[:, place] = result.astype(gradient.dtype)
         return carry
 
     vectors.sweep(visit, ())
-    for row in range(vectors.shape[0]):
-        start, here = _place(labels, vectors.shape[0], row)
+    of_label = of_logits(_wide(sums.at_label), on, _wide(rows.weight))
+    # The gradient of a row whose label is bad is NaN already, but for classes that take no part: its label may be one.
+    is_good = on == on  # noqa: PLR0124 - NaN differs from itself
+    for among, start, here in vectors.at_labels(labels):
         place = pl.ds(start, LANES)
-        # Labels are within the mask, or their row is NaN.
-        result = of_vector(vectors(start), on)
-        kept = gradient[:, place].astype(jnp.float32)
-        gradient[:, place] = jnp.where(here, result, kept).astype(gradient.dtype)
-
-
-def _wide(values: Array) -> Array:
-    """Return one number for each row as vectors."""
-    return jnp.broadcast_to(values, (values.shape[0], LANES))
+        kept = gradient[among, place].astype(jnp.float32)
+        gradient[among, place] = jnp.where(here & is_good[among], of_label[among], kept).astype(gradient.dtype)
