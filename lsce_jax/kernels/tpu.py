@@ -100,23 +100,25 @@ class Step(NamedTuple):
 
     rows: int
     keeps_terms: bool  # whether exp(z - m) is kept for the gradient, or computed again
+    writes_behind: bool  # whether a gradient is written while the next one is computed
 
 
 def step_of(num_classes: int, dtype: Any, program: Program) -> Step | None:
     """Return what a step holds, or None if not even the fewest rows fit."""
     # Where the gradient has a share at the largest logits, it finds them by their gaps, and has the gaps again.
     keeps = program.gradient and not program.largest
-    steps = [Step(rows, kept) for rows in ROWS for kept in ((True, False) if keeps else (False,))]
+    steps = [Step(rows, kept, True) for rows in ROWS for kept in ((True, False) if keeps else (False,))]
+    steps += [Step(ROWS[-1], False, False)]
     return next((step for step in steps if _bytes_of(step, num_classes, dtype, program) <= VMEM_BYTES), None)
 
 
 def _bytes_of(step: Step, num_classes: int, dtype: Any, program: Program) -> int:
-    """Return what a step takes. It has its blocks twice: the next one is read while this one is computed."""
+    """Return what a step takes. The next logits are read while these are computed, so that there are two of them."""
     width = _round_up(num_classes, LANES)
-    size = jnp.dtype(dtype).itemsize
-    of_logits = 2 * step.rows * width * size * (2 if program.gradient else 1)
+    blocks = 2 + (1 + step.writes_behind) * program.gradient
+    of_logits = blocks * step.rows * width * jnp.dtype(dtype).itemsize
     of_terms = 4 * step.rows * width * step.keeps_terms
-    of_classes = 2 * 8 * 4 * width * (program.masked or program.weighted)
+    of_classes = 4 * 8 * width * (program.masked or program.weighted)
     return of_logits + of_terms + of_classes
 
 
@@ -153,11 +155,12 @@ def sums_and_gradient(
     in_specs = [pl.BlockSpec((1, 1, step.rows), lambda i: (i, 0, 0), memory_space=pltpu.SMEM), of_rows, wide]
     if factor is not None:
         operands.append(factor[None])
-        in_specs.append(pl.BlockSpec((1, width), lambda i: (0, 0)))
+        in_specs.append(pl.BlockSpec((1, width), lambda i: (0, 0), pipeline_mode=pl.Buffered(1)))
     vary = _varying(operands)
     out_specs, out_shape = [of_rows], [jax.ShapeDtypeStruct((num_steps, NUMBERS, LANES), jnp.float32, **vary)]
     if program.gradient:
-        out_specs.append(wide)
+        once = {} if step.writes_behind else {"pipeline_mode": pl.Buffered(1)}
+        out_specs.append(pl.BlockSpec(wide.block_shape, wide.index_map, **once))
         out_shape.append(jax.ShapeDtypeStruct(logits.shape, logits.dtype, **vary))
     sweeps = 2 if program.gradient else 1
     traffic = sum(math.prod(each.shape) * each.dtype.itemsize for each in (*operands, *out_shape))
