@@ -202,8 +202,9 @@ def _is_interpreted() -> bool:
 # --- Formulas of the primitives -------------------------------------------------------------------------------------
 
 
-def _plain(call: _Call, arrays: Arrays) -> _Results:
+def _plain(call: _Call, arrays: Arrays, *, differentiated: bool = False) -> _Results:
     """Return what the fused implementation computes."""
+    del differentiated  # the same either way
     peaks, sums = row_sums(fused.make_operands(call.batch(arrays), call.options, call.with_stats))
     return _Results(call.of_sums(arrays, peaks, sums), peaks, sums)
 
@@ -228,13 +229,13 @@ def _plain_gradient(call: _Call, arrays: Arrays, peaks: Peaks, sums: Sums, upstr
     return gradient
 
 
-def _whole_slope(call: _Call, arrays: Arrays, tangent: Array) -> Array:
+def _whole_slope(call: _Call, arrays: Arrays, _peaks: Peaks, _sums: Sums, tangent: Array) -> Array:
     """Return the tangent of the loss, as a function of everything that it depends on."""
     slope: Array = jax.jvp(partial(_plain_loss, call, arrays), (arrays["logits"],), (tangent,))[1]
     return slope
 
 
-def _whole_gradient(call: _Call, arrays: Arrays, upstream: Array) -> Array:
+def _whole_gradient(call: _Call, arrays: Arrays, _peaks: Peaks, _sums: Sums, upstream: Array) -> Array:
     """Return the gradient with respect to the logits, as a function of everything that it depends on."""
     gradient: tuple[Array] = jax.vjp(partial(_plain_loss, call, arrays), arrays["logits"])[1](upstream)
     return gradient[0]
@@ -243,7 +244,7 @@ def _whole_gradient(call: _Call, arrays: Arrays, upstream: Array) -> Array:
 # --- The same by the kernel -----------------------------------------------------------------------------------------
 
 
-def _by_kernel(call: _Call, differentiated: bool, arrays: Arrays) -> _Results:
+def _by_kernel(call: _Call, arrays: Arrays, *, differentiated: bool) -> _Results:
     upstream = None
     if differentiated and call.options.reduction != "none":
         upstream = jnp.ones((), call.batch(arrays).dtype)
@@ -392,7 +393,7 @@ def _named(batch: Batch, program: tpu.Program, kept: tpu.RowSums, others: Sums) 
 def _loss(call: _Call, arrays: Arrays) -> _Results:
     leaves, structure = jax.tree.flatten((arrays,))
     params = {"structure": structure, "call": call}
-    results = _loss_p.bind(*leaves, differentiated=False, **params)  # type: ignore[no-untyped-call]
+    results = _bind(_loss_p, leaves, differentiated=False, **params)
     return _unflatten_results(call, arrays, results)
 
 
@@ -400,22 +401,36 @@ def _unflatten_results(call: _Call, arrays: Arrays, leaves: Sequence[Any]) -> An
     return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(partial(_plain, call), arrays)), leaves)
 
 
-def _on_leaves(function: Callable[..., Any]) -> Callable[..., list[Array]]:
-    """Return a function of the leaves of its arguments, which returns the leaves of its results."""
+Axes = tuple[tuple[int | None, ...], ...]  # of the leaves, for each vmap
 
-    def of_leaves(*leaves: Array, structure: Any, call: _Call, **params: Any) -> list[Array]:
-        results: list[Array] = jax.tree.leaves(function(call, *params.values(), *jax.tree.unflatten(structure, leaves)))
-        return results
+
+def _on_leaves(function: Callable[..., Any]) -> Callable[..., list[Array]]:
+    """Return a function of the leaves of its arguments, which returns the leaves of its results.
+
+    With `axes` it is mapped over these, for one vmap after the other.
+    """
+
+    def of_leaves(*leaves: Array, structure: Any, call: _Call, axes: Axes = ()) -> list[Array]:
+        def once(*leaves: Array) -> list[Array]:
+            results: list[Array] = jax.tree.leaves(function(call, *jax.tree.unflatten(structure, leaves)))
+            return results
+
+        mapped: Callable[..., list[Array]] = once
+        for in_axes in axes:
+            mapped = jax.vmap(mapped, in_axes=in_axes)
+        return mapped(*leaves)
 
     return of_leaves
 
 
-def _on_leaves_of_loss(*leaves: Array, structure: Any, call: _Call, differentiated: bool) -> list[Array]:
-    del differentiated
-    return _on_leaves(_plain)(*leaves, structure=structure, call=call)
+def _of_loss(function: Callable[..., _Results]) -> Callable[..., list[Array]]:
+    def of_leaves(*leaves: Array, structure: Any, call: _Call, differentiated: bool) -> list[Array]:
+        return _on_leaves(partial(function, differentiated=differentiated))(*leaves, structure=structure, call=call)
+
+    return of_leaves
 
 
-_loss_p = define("lsce_loss", _on_leaves_of_loss, multiple_results=True)
+_loss_p = define("lsce_loss", _of_loss(_plain), multiple_results=True)
 _slope_p = define("lsce_loss_slope", _on_leaves(_plain_slope), multiple_results=True)
 _gradient_p = define("lsce_loss_gradient", _on_leaves(_plain_gradient), multiple_results=True)
 
@@ -425,12 +440,12 @@ def _derivative(
 ) -> tuple[list[Array], list[Any]]:
     del differentiated
     (arrays,) = jax.tree.unflatten(structure, primals)
-    given = _given(structure, tangents)[0]
+    given = {name: tangents[i] for name, i in _indices(structure)[0].items() if _is_tangent(tangents[i])}
     if set(given) == {"logits"}:
-        leaves = _loss_p.bind(*primals, structure=structure, call=call, differentiated=True)  # type: ignore[no-untyped-call]
+        leaves = _bind(_loss_p, primals, structure=structure, call=call, differentiated=True)
         results = _unflatten_results(call, arrays, leaves)
         operands, of_slope = jax.tree.flatten((arrays, results.peaks, results.sums, given["logits"]))
-        (slope,) = _slope_p.bind(*operands, structure=of_slope, call=call)  # type: ignore[no-untyped-call]
+        (slope,) = _bind(_slope_p, operands, structure=of_slope, call=call, axes=())
     else:
         by = {name: arrays[name] for name in given}
         results, slopes = jax.jvp(lambda by: _plain(call, {**arrays, **by}), (by,), (given,))
@@ -439,12 +454,19 @@ def _derivative(
     return leaves, [slope, *jax.tree.leaves(constants)]
 
 
-def _given(structure: Any, tangents: Sequence[Any]) -> list[Any]:
-    """Return the arguments of a primitive as their tangents, with those of arrays that have one alone."""
-    arrays, *others = jax.tree.unflatten(structure, list(range(len(tangents))))
-    of_arrays = {name: tangents[i] for name, i in arrays.items() if not isinstance(tangents[i], ad.Zero)}
-    float0 = jax.dtypes.float0
-    return [{name: each for name, each in of_arrays.items() if each.dtype != float0}, *others]
+def _bind(primitive: Primitive, leaves: Sequence[Any], **params: Any) -> list[Array]:
+    results: list[Array] = primitive.bind(*leaves, **params)  # type: ignore[no-untyped-call]
+    return results
+
+
+def _indices(structure: Any) -> list[Any]:
+    """Return the arguments of a primitive as the indices of their leaves."""
+    indices: list[Any] = jax.tree.unflatten(structure, list(range(structure.num_leaves)))
+    return indices
+
+
+def _is_tangent(tangent: Any) -> bool:
+    return not isinstance(tangent, ad.Zero) and tangent.dtype != jax.dtypes.float0
 
 
 def _derivative_of(primitive: Primitive, whole: Callable[..., Array]) -> Callable[..., Any]:
@@ -453,69 +475,84 @@ def _derivative_of(primitive: Primitive, whole: Callable[..., Array]) -> Callabl
     The sums are functions of the arrays. So the derivative is that of the whole function, which computes them anew.
     """
 
-    def rule(primals: Sequence[Array], tangents: Sequence[Any], *, structure: Any, call: _Call) -> tuple[Any, Any]:
-        results = primitive.bind(*primals, structure=structure, call=call)  # type: ignore[no-untyped-call]
-        arrays, *_, operand = jax.tree.unflatten(structure, primals)
-        of_arrays, *_, index = _given(structure, tangents)
-        of_operand = None if isinstance(tangents[index], ad.Zero) else tangents[index]
+    def rule(
+        primals: Sequence[Array], tangents: Sequence[Any], *, structure: Any, call: _Call, axes: Axes
+    ) -> tuple[list[Array], list[Array]]:
+        results = _bind(primitive, primals, structure=structure, call=call, axes=axes)
+        arrays, _, _, operand = _indices(structure)
+        given = {i: tangents[i] for i in (*arrays.values(), operand) if _is_tangent(tangents[i])}
 
         @jax.checkpoint
-        def of_given(by: Arrays, given: Array | None) -> Array:
-            return whole(call, {**arrays, **by}, operand if given is None else given)
+        def of_given(by: dict[int, Array]) -> list[Array]:
+            leaves = [by.get(i, primal) for i, primal in enumerate(primals)]
+            return _on_leaves(whole)(*leaves, structure=structure, call=call, axes=axes)
 
-        by = {name: arrays[name] for name in of_arrays}
-        slope = jax.jvp(of_given, (by, None if of_operand is None else operand), (of_arrays, of_operand))[1]
-        return results, [slope]
+        return results, jax.jvp(of_given, ({i: primals[i] for i in given},), (given,))[1]
 
     return rule
 
 
-def _transpose_of_slope(cotangents: Sequence[Any], *operands: Any, structure: Any, call: _Call) -> list[Any]:
+def _transpose_of_slope(
+    cotangents: Sequence[Any], *operands: Any, structure: Any, call: _Call, axes: Axes
+) -> list[Any]:
     (upstream,) = cotangents
     nothing = [None] * (len(operands) - 1)
     if isinstance(upstream, ad.Zero):
         return [*nothing, None]
+    # The tangent is the last leaf. Where it was mapped over its first axis, so is what comes for the result.
     given, of_gradient = jax.tree.flatten((*jax.tree.unflatten(structure, operands)[:-1], upstream))
-    results = _gradient_p.bind(*given, structure=of_gradient, call=call)  # type: ignore[no-untyped-call]
-    return [*nothing, *results]
+    return [*nothing, *_bind(_gradient_p, given, structure=of_gradient, call=call, axes=axes)]
 
 
-def _under_vmap(formula: Callable[..., list[Array]]) -> Callable[..., Any]:
-    def rule(leaves: Sequence[Array], dims: Sequence[int | None], **params: Any) -> tuple[list[Array], list[int]]:
-        size = next(leaf.shape[dim] for leaf, dim in zip(leaves, dims, strict=True) if dim is not None)
-        results = jax.vmap(partial(formula, **params), in_axes=tuple(dims), axis_size=size)(*leaves)
-        return results, [0] * len(results)
+def _loss_under_vmap(leaves: Sequence[Array], dims: Sequence[int | None], **params: Any) -> tuple[Any, Any]:
+    results = jax.vmap(partial(_of_loss(_plain), **params), in_axes=tuple(dims))(*leaves)
+    return results, [0] * len(results)
 
-    return rule
+
+def _under_vmap(
+    primitive: Primitive, leaves: Sequence[Array], dims: Sequence[int | None], *, axes: Axes, **params: Any
+) -> tuple[list[Array], list[int]]:
+    """Map over the first axis of the last operand, too, in which the primitive is linear, so that the transpose can."""
+    size = next(leaf.shape[dim] for leaf, dim in zip(leaves, dims, strict=True) if dim is not None)
+    *others, operand = leaves
+    dim = dims[-1]
+    operand = jnp.broadcast_to(operand, (size, *operand.shape)) if dim is None else jnp.moveaxis(operand, dim, 0)
+    results = _bind(primitive, (*others, operand), axes=(*axes, (*dims[:-1], 0)), **params)
+    return results, [0] * len(results)
 
 
 ad.primitive_jvps[_loss_p] = _derivative
 ad.primitive_jvps[_slope_p] = _derivative_of(_slope_p, _whole_slope)
 ad.primitive_jvps[_gradient_p] = _derivative_of(_gradient_p, _whole_gradient)
 ad.primitive_transposes[_slope_p] = _transpose_of_slope
-batching.primitive_batchers[_loss_p] = _under_vmap(_on_leaves_of_loss)
-batching.primitive_batchers[_slope_p] = _under_vmap(_on_leaves(_plain_slope))
-batching.primitive_batchers[_gradient_p] = _under_vmap(_on_leaves(_plain_gradient))
+batching.primitive_batchers[_loss_p] = _loss_under_vmap
+batching.primitive_batchers[_slope_p] = partial(_under_vmap, _slope_p)
+batching.primitive_batchers[_gradient_p] = partial(_under_vmap, _gradient_p)
 
 
-def _lower_by(platform: str | None, plain: Callable[..., Any], by_kernel: Callable[..., Any], ctx: Any, *operands: Any, **params: Any) -> Any:
-    """Lower a primitive for a platform, by the kernel where it is to be used."""
+def _lower(
+    platform: str | None, plain: Callable[..., Any], by_kernel: Callable[..., Any], ctx: Any, *operands: Any, **params: Any
+) -> Any:
+    """Lower a primitive for a platform, None for any that is not a TPU, by the kernel where it is to be used."""
     call: _Call = params["call"]
     reason = _why_not_here(platform, ctx)
-    if call.kernel == "interpreted":
+    if params.get("axes"):
+        reason = "it is mapped over by jax.vmap"
+    elif call.kernel == "interpreted":
         reason = None
     elif reason is not None and call.kernel == "forced":
         raise error("kernel", name=NAME, reason=reason)
-    if platform == "tpu" or reason is None:
-        _logger.debug("dense loss for %s: %s", platform, "the kernel" if reason is None else f"fused, since {reason}")
-    return mlir.lower_fun(plain if reason is not None else by_kernel, multiple_results=True)(ctx, *operands, **params)
+    if platform == "tpu":
+        _logger.debug("dense loss on a TPU: %s", "the kernel" if reason is None else f"fused, since {reason}")
+    return mlir.lower_fun(by_kernel if reason is None else plain, multiple_results=True)(ctx, *operands, **params)
 
 
 def _types_and_effects(
-    plain: Callable[..., Any], by_kernel: Callable[..., Any], *operands: Any, call: _Call, **params: Any
+    plain: Callable[..., Any], by_kernel: Callable[..., Any], *operands: Any, **params: Any
 ) -> tuple[list[Any], Any]:
     """Return the types of a primitive's results, and its effects: Pallas's interpreter has some."""
-    program = jax.make_jaxpr(partial(by_kernel if call.kernel == "interpreted" else plain, call=call, **params))(*operands)
+    is_interpreted = params["call"].kernel == "interpreted" and not params.get("axes")
+    program = jax.make_jaxpr(partial(by_kernel if is_interpreted else plain, **params))(*operands)
     return program.out_avals, program.effects
 
 
@@ -533,9 +570,9 @@ def _why_not_here(platform: str | None, ctx: Any) -> str | None:
 
 
 for _primitive, _formula, _kernel in (
-    (_loss_p, _on_leaves_of_loss, _on_leaves(_by_kernel)),
+    (_loss_p, _of_loss(_plain), _of_loss(_by_kernel)),
     (_gradient_p, _on_leaves(_plain_gradient), _on_leaves(_gradient_by_kernel)),
 ):
     _primitive.def_effectful_abstract_eval(partial(_types_and_effects, _formula, _kernel))
     for _platform in (None, "tpu"):
-        mlir.register_lowering(_primitive, partial(_lower_by, _platform, _formula, _kernel), platform=_platform)
+        mlir.register_lowering(_primitive, partial(_lower, _platform, _formula, _kernel), platform=_platform)
