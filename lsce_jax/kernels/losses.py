@@ -50,7 +50,7 @@ Reduce = Callable[[Array, LossOptions, Divisor], Array]
 Arrays = dict[str, Array]  # of a batch, and the divisor, by name
 
 # Fewer classes than this, or fewer logits: XLA's program has fewer instructions, or holds them in the core's memory.
-FEWEST_CLASSES, FEWEST_LOGITS = 4096, 2**22
+FEWEST_CLASSES, FEWEST_LOGITS = 8192, 2**22
 # Labels are compared with classes as float32 numbers.
 _MOST_CLASSES = 2**24
 # Rows of logits in memory come in groups of this many, and groups are filled up where the last batch dimension ends.
