@@ -245,30 +245,38 @@ def _whole_gradient(call: _Call, arrays: Arrays, _peaks: Peaks, _sums: Sums, ups
 
 
 def _by_kernel(call: _Call, arrays: Arrays, *, differentiated: bool) -> _Results:
-    upstream = None
-    if differentiated and call.options.reduction != "none":
-        upstream = jnp.ones((), call.batch(arrays).dtype)
-    peaks, sums, _ = _run_kernel(call, arrays, upstream)
+    has_gradient = differentiated and call.options.reduction != "none"
+    peaks, sums, _ = _run_kernel(call, arrays, jnp.ones_like if has_gradient else None)
     return _Results(call.of_sums(arrays, peaks, sums), peaks, sums)
 
 
 def _gradient_by_kernel(call: _Call, arrays: Arrays, _peaks: Peaks, _sums: Sums, upstream: Array) -> Array:
-    gradient = _run_kernel(call, arrays, upstream)[2]
+    gradient = _run_kernel(call, arrays, lambda _: upstream)[2]
     assert gradient is not None
     return gradient
 
 
-def _run_kernel(call: _Call, arrays: Arrays, upstream: Array | None) -> tuple[Peaks, Sums, Array | None]:
-    """Return the sums, and the gradient with respect to the logits for an incoming gradient of the loss."""
+def _run_kernel(
+    call: _Call, arrays: Arrays, upstream: Callable[[Array], Array] | None
+) -> tuple[Peaks, Sums, Array | None]:
+    """Return the sums, and the gradient with respect to the logits.
+
+    Args:
+        call: the call.
+        arrays: its arrays.
+        upstream: returns the incoming gradient, given an array of the loss's type; None for no gradient.
+    """
     batch, options = call.batch(arrays), call.options
     program = _program(batch, options, call.with_stats, gradient=upstream is not None)
     others = _over_others(batch, options)
     targets = fused.make_targets(batch, options)
     at_label, off, mass = fused.weighted_target(batch, targets, others)
-    zero = jnp.zeros(batch.batch_shape, batch.dtype)
-    of_rows = zero
+    of_rows: Array | int = 0
     if upstream is not None:
-        (of_rows,) = jax.vjp(partial(call.reduced, arrays), zero)[1](upstream)
+        # Losses of the right type; a sum and a mean are linear in them.
+        losses = batch.logits[..., 0].astype(batch.dtype)
+        reduced, pull_back = jax.vjp(partial(call.reduced, arrays), losses)
+        (of_rows,) = pull_back(upstream(reduced))
     at_max = 0 if targets.at_max is None else jnp.where(jnp.asarray(batch.bad), 0, targets.at_max)
     counted = 1 if batch.counted is None else batch.counted
     weight = _label_weight(batch)

@@ -156,12 +156,11 @@ def sums_and_gradient(
     if factor is not None:
         operands.append(factor[None])
         in_specs.append(pl.BlockSpec((1, width), lambda i: (0, 0), pipeline_mode=pl.Buffered(1)))
-    vary = _varying(operands)
-    out_specs, out_shape = [of_rows], [jax.ShapeDtypeStruct((num_steps, NUMBERS, LANES), jnp.float32, **vary)]
+    out_specs, out_shape = [of_rows], [_result(operands, (num_steps, NUMBERS, LANES), jnp.float32)]
     if program.gradient:
         once = {} if step.writes_behind else {"pipeline_mode": pl.Buffered(1)}
         out_specs.append(pl.BlockSpec(wide.block_shape, wide.index_map, **once))
-        out_shape.append(jax.ShapeDtypeStruct(logits.shape, logits.dtype, **vary))
+        out_shape.append(_result(operands, logits.shape, logits.dtype))
     sweeps = 2 if program.gradient else 1
     traffic = sum(math.prod(each.shape) * each.dtype.itemsize for each in (*operands, *out_shape))
     sums, *gradient = pl.pallas_call(
@@ -181,10 +180,13 @@ def sums_and_gradient(
     return RowSums(*itertools.islice(of_each_row, len(RowSums._fields))), gradient[0] if gradient else None
 
 
-def _varying(operands: list[Array]) -> dict[str, Any]:
-    """Return over which axes of a mesh the results vary, where JAX's types say that."""
-    axes = frozenset[str]().union(*(getattr(jax.typeof(operand), "vma", frozenset()) for operand in operands))
-    return {"vma": axes} if axes else {}
+def _result(operands: list[Array], shape: tuple[int, ...], dtype: Any) -> Any:
+    """Return the type of a result: in jax.shard_map it varies over the axes of the mesh that some operand varies over."""
+
+    def of_all(*operands: Array) -> Array:
+        return sum((operand.ravel()[0].astype(dtype) for operand in operands), jnp.zeros(shape, dtype))
+
+    return jax.eval_shape(of_all, *operands)
 
 
 def _round_up(number: int, multiple: int) -> int:
