@@ -6,8 +6,8 @@ that they are in. Needs libtpu, and its flags and environment set before the imp
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -23,8 +23,8 @@ EXPONENTIALS = {
     "exp as it is": jnp.exp,
     "accuracy=HIGHEST": partial(jax.lax.exp, accuracy=jax.lax.AccuracyMode.HIGHEST),
 }
-# A line with a bundle: its address, a mark of a loop's begin or end, one > for each loop that it is in, instructions.
-BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?\s*:\s*((?:>\s*)*)\{")
+# A line with a bundle: its address, a mark (LB where a loop begins), one > for each loop that it is in, instructions.
+BUNDLE = re.compile(r"^\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:\s*((?:>\s*)*)\{")
 ROUNDS = re.compile(r"scmp\.\w+\.s32\.totalorder %\w+, (\d+) /\* loop exit test")
 
 
@@ -45,7 +45,7 @@ def measure(dump: Path) -> list[BundleCost]:
             jax.clear_caches()  # of traces with the other exp
             with mock.patch.object(jnp, "exp", exp):
                 compile_loss(device, NAME)
-            schedules = list(_schedules(set(dump.iterdir()) - before))
+            schedules = list(schedules(set(dump.iterdir()) - before))
             if not schedules:
                 raise ValueError(f"the compiler has written no schedule to {dump} for {topology}")
             costs.append(BundleCost(topology, name, sum(map(count_bundles, schedules))))
@@ -53,7 +53,7 @@ def measure(dump: Path) -> list[BundleCost]:
     return costs
 
 
-def _schedules(files: set[Path]) -> Iterator[Path]:
+def schedules(files: set[Path]) -> Iterator[Path]:
     """Yield the files of the fusions; what sets the core up, and tables of the schedule, are others."""
     for path in files:
         others = ("schedule-analysis", "<late-", "-TLP-")
@@ -67,18 +67,42 @@ def count_bundles(path: Path) -> int:
     Raises:
         ValueError: the file has another form than this knows.
     """
-    bundles: dict[int, int] = {}  # by the number of loops that they are in
-    rounds: dict[int, int] = {0: 1}
+    program = _Loop(0, rounds=1)
+    open_loops = [program]
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         found = BUNDLE.match(line)
         if found is None:
             continue
-        depth = found[1].count(">")
-        bundles[depth] = bundles.get(depth, 0) + 1
+        depth = found[2].count(">")
+        # A loop ends behind its test. Single bundles may be marked as if they were in another loop.
+        while open_loops[-1].rounds and open_loops[-1].depth > depth - (found[1] == "LB") and open_loops[-1] is not program:
+            _close(open_loops)
+        if found[1] == "LB":
+            open_loops.append(_Loop(depth))
+        open_loops[-1].bundles += 1
         for test in ROUNDS.finditer(line):
-            if depth in rounds:
-                raise ValueError(f"{path} has two loops side by side, which this does not tell apart")
-            rounds[depth] = int(test[1])
-    if not bundles or not bundles.keys() <= rounds.keys():
-        raise ValueError(f"{path} has no bundles, or a loop whose number of rounds is not known")
-    return sum(count * prod(rounds[outer] for outer in range(depth + 1)) for depth, count in bundles.items())
+            if open_loops[-1].rounds:
+                raise ValueError(f"{path} tests twice whether one loop ends, which this does not know")
+            open_loops[-1].rounds = int(test[1])
+    while len(open_loops) > 1:
+        if not open_loops[-1].rounds:
+            raise ValueError(f"{path} has a loop whose number of rounds is not known")
+        _close(open_loops)
+    if not program.bundles:
+        raise ValueError(f"{path} has no bundles")
+    return program.bundles
+
+
+@dataclass
+class _Loop:
+    """A loop, or all of a program."""
+
+    depth: int
+    bundles: int = 0  # of one round
+    rounds: int = 0  # 0 until it is known
+
+
+def _close(open_loops: list[_Loop]) -> None:
+    """Add what the innermost loop executes to the loop that it is in."""
+    loop = open_loops.pop()
+    open_loops[-1].bundles += loop.bundles * loop.rounds

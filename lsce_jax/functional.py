@@ -15,11 +15,10 @@ from lsce_jax.accurate import divide
 from lsce_jax.inputs import Batch, as_array, at_labels, extremes, prepare
 from lsce_jax.keywords import DenseLossKeywords
 from lsce_jax.stats import LossStats
-from lsce_spec import IMPLEMENTATIONS, LossOptions, check_denominator_array, check_denominator_values
+from lsce_spec import LossOptions, check_denominator_array, check_denominator_values
 from lsce_spec.keywords import takes
 
 _ROW_LOSSES = {None: fused.row_losses, "fused": fused.row_losses, "reference": reference.row_losses}
-_KERNEL = "pallas"
 
 
 @takes(DenseLossKeywords)
@@ -63,7 +62,9 @@ def label_smoothed_cross_entropy(
         reduction: "none", "sum", or "mean": the sum over `denominator`.
         denominator: the number that "mean" divides by. None: the sum of the labels' class weights over the rows that
             count; without class weights, and for soft labels, the number of those rows. With 0 the loss is 0.
-        implementation: "fused", which never writes the target out; "reference", the readable one; None chooses "fused".
+        implementation: "fused", which never writes the target out; "reference", the readable one; "pallas", a kernel for
+            TPUs, which on other devices runs inside `jax.experimental.pallas.tpu.force_tpu_interpret_mode()` alone. None
+            chooses: "pallas" on TPUs where it computes the call and is the faster one, otherwise "fused".
 
     Returns:
         Losses, with `reduction="none"` of the shape of the logits without `axis`, else a scalar. float64 for
@@ -135,7 +136,7 @@ def _evaluate(
     logits: ArrayLike, labels: ArrayLike, keywords: DenseLossKeywords, *, with_stats: bool
 ) -> tuple[Float[Array, "..."], LossStats | None]:
     """Return the loss, and the statistics if asked for. See `label_smoothed_cross_entropy`."""
-    options = LossOptions.of(keywords, (*IMPLEMENTATIONS, _KERNEL))
+    options = LossOptions.of(keywords, kernels.IMPLEMENTATIONS)
     batch, divisor = mean_divisor(prepare(logits, labels, options, keywords), options, keywords["denominator"])
     if kernels.takes(batch, options, class_axis=keywords["axis"]):
         return kernels.loss_and_stats(batch, options, with_stats, divisor, reduce_losses)

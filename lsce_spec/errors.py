@@ -269,11 +269,6 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         "labels of the linear loss must be class indices (an integer dtype), got {given}: class probabilities are as "
         "large as the logits that it avoids. Use label_smoothed_cross_entropy on the logits.",
     ),
-    "kernel": (
-        ValueError,
-        "implementation={name!r} cannot compute this call: {reason}. "
-        "Leave the implementation out, or choose 'fused', which computes every call.",
-    ),
     "bad_label": (
         IndexError,
         "label {value} at index {index} is not one of the classes: expected {expected}. "

@@ -364,11 +364,30 @@ def test_bundles_of_loops_count_for_each_round(tmp_path):
     assert tpu_bundles.count_bundles(path) == 2 + 10 * 2 + 10 * 3 * 2
 
 
+# Two loops in one, and bundles that are marked as if they were elsewhere, as in the Pallas kernel.
+TWO_LOOPS = """\
+     0 LB: > { %1 = vlaneseq }
+   0x1 LB: > > { %2 = scmp.ge.s32.totalorder %1, 3 /* loop exit test */ }
+   0x2   : > > { %3 = vlaneseq }
+   0x3 LB: > > { %4 = scmp.ge.s32.totalorder %3, 5 /* loop exit test */ }
+   0x4   :  { %5 = vlaneseq }
+   0x5   : > > { %5 = vlaneseq }
+   0x6   : > { %6 = scmp.ge.s32.totalorder %5, 10 /* loop exit test */ }
+   0x7   :  {}
+"""
+
+
+def test_bundles_of_loops_one_after_the_other(tmp_path):
+    path = tmp_path / "kernel-final_bundles.txt"
+    path.write_text(TWO_LOOPS, encoding="utf-8")
+    assert tpu_bundles.count_bundles(path) == 10 * (1 + 3 * 2 + 5 * 1 + 3) + 1
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         (", 3 /* loop exit test */", "", "a loop whose number of rounds is not known"),
-        ("%2 = vlaneseq", "%5 = scmp.ge.s32.totalorder %4, 3 /* loop exit test */", "two loops side by side"),
+        ("%2 = vlaneseq", "%5 = scmp.ge.s32.totalorder %4, 3 /* loop exit test */", "tests twice whether one loop ends"),
         (" { ", " ", "has no bundles"),
     ],
 )

@@ -172,12 +172,16 @@ def takes(batch: Batch, options: LossOptions, *, class_axis: int) -> bool:
         return False
     reason = why_not(batch, options)
     if options.implementation == NAME and reason is not None:
-        raise error("kernel", name=NAME, reason=reason)
+        raise _refusal(reason)
     if options.implementation is None:
         reason = reason or _why_fused_wins(batch, class_axis)
     if reason is not None:
         _logger.debug("dense loss: fused, since %s", reason)
     return reason is None
+
+
+def _refusal(reason: str) -> Exception:
+    return error("kernel", name=repr(NAME), reason=reason, instead="'fused'")
 
 
 def _why_fused_wins(batch: Batch, class_axis: int) -> str | None:
@@ -549,7 +553,7 @@ def _lower(
     elif call.kernel == "interpreted":
         reason = None
     elif reason is not None and call.kernel == "forced":
-        raise error("kernel", name=NAME, reason=reason)
+        raise _refusal(reason)
     if platform == "tpu":
         _logger.debug("dense loss on a TPU: %s", "the kernel" if reason is None else f"fused, since {reason}")
     return mlir.lower_fun(by_kernel if reason is None else plain, multiple_results=True)(ctx, *operands, **params)

@@ -36,8 +36,9 @@ LANES = 128
 # and takes what it has.
 VMEM_BYTES = 15 * 2**20
 VMEM_LIMIT = 60 * 2**20
-# Rows of a step; and vectors of 8 rows between two tests of a loop's end. More of either take longer to compile.
-ROWS = (32, 16, 8)
+# Rows of a step, and whether it keeps exponentials, the fastest first; and vectors of 8 rows between two tests of a
+# loop's end. More of either take longer to compile.
+STEPS = ((32, True), (16, True), (32, False), (16, False), (8, True), (8, False))
 VECTORS_OF_ROUND = 128
 
 
@@ -106,9 +107,8 @@ class Step(NamedTuple):
 def step_of(num_classes: int, dtype: Any, program: Program) -> Step | None:
     """Return what a step holds, or None if not even the fewest rows fit."""
     # Where the gradient has a share at the largest logits, it finds them by their gaps, and has the gaps again.
-    keeps = program.gradient and not program.largest
-    steps = [Step(rows, kept, True) for rows in ROWS for kept in ((True, False) if keeps else (False,))]
-    steps += [Step(ROWS[-1], False, False)]
+    keeps = (True, False) if program.gradient and not program.largest else (False,)
+    steps = [Step(rows, kept, True) for rows, kept in STEPS if kept in keeps] + [Step(STEPS[-1][0], False, False)]
     return next((step for step in steps if _bytes_of(step, num_classes, dtype, program) <= VMEM_BYTES), None)
 
 

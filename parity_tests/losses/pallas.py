@@ -5,7 +5,8 @@ NaN, and reads and writes that may collide are found. Everything around the kern
 arithmetic is that of the CPU. Steps are small, so that a few rows and classes make several of them.
 """
 
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -17,7 +18,7 @@ from parity_tests.truth.comparison import AnyResult
 
 DTYPES = ("float32", "bfloat16")
 # Rows of a step, and vectors of a round: loops, and what is left after them, in most cases.
-SMALL = {"ROWS": (8,), "VECTORS_OF_ROUND": 2}
+SMALL = {"STEPS": ((8, True), (8, False)), "VECTORS_OF_ROUND": 2}
 
 
 class PallasAdapter(JaxAdapter):
@@ -59,31 +60,34 @@ class PallasAdapter(JaxAdapter):
         """Return loss and gradients of a case."""
         if not self.interpreted:
             return super().__call__(case)
-        with self._interpreter():
+        with self.interpreter() as kernels:
             result = super().__call__(case)
-        if _has_races():
+        if not kernels:
+            raise LossError("no kernel was run")
+        if any(kernel.races_found for kernel in kernels):
             raise LossError("the kernel's reads and writes race")
         return result
 
-    def _interpreter(self) -> AbstractContextManager[Any]:
-        """Have Pallas interpret kernels, and find races."""
+    @contextmanager
+    def interpreter(self) -> Iterator[list[Any]]:
+        """Have Pallas interpret kernels, in small steps. Yields what it knows of races, for each kernel that is run."""
+        from jax._src.pallas.mosaic.interpret import interpret_pallas_call
         from jax.experimental.pallas import tpu as pltpu
 
         from lsce_jax.kernels import tpu
 
-        pltpu.reset_tpu_interpret_mode_state()
-        stack = ExitStack()
+        new, kernels = interpret_pallas_call.RaceDetectionState, []
+
+        def kept(**options: Any) -> Any:
+            kernels.append(new(**options))
+            return kernels[-1]
+
         params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-        stack.enter_context(pltpu.force_tpu_interpret_mode(params))
-        if self.small:
-            stack.enter_context(mock.patch.multiple(tpu, **SMALL))
-        return stack
-
-
-def _has_races() -> bool:
-    """Return whether the interpreter has found a race in the last kernel."""
-    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-
-    races: Any = interpret_pallas_call.races
-    assert races is not None, "the interpreter was not used"
-    return bool(races.races_found)
+        # What a kernel that failed has left.
+        pltpu.reset_tpu_interpret_mode_state()
+        with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(interpret_pallas_call, "RaceDetectionState", kept))
+            stack.enter_context(pltpu.force_tpu_interpret_mode(params))
+            if self.small:
+                stack.enter_context(mock.patch.multiple(tpu, **SMALL))
+            yield kernels
