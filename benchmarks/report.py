@@ -323,7 +323,11 @@ def record_path(folder: Path, figures: Figures) -> Path:
     """Return the file that keeps the figures of a command. Times have one file for each CPU or card."""
     (block, *_) = _page_tables(figures)
     words = re.findall(r"[a-z0-9]+", _place(figures["machine"]).lower().replace("(r)", ""))
-    return folder / f"{block.replace(' ', '-')}.json" if block in {"tpu", "tpu kernel"} else folder / block / f"{'-'.join(words)}.json"
+    return (
+        folder / f"{block.replace(' ', '-')}.json"
+        if block in {"tpu", "tpu kernel"}
+        else folder / block / f"{'-'.join(words)}.json"
+    )
 
 
 def _place(machine: dict[str, Any]) -> str:
@@ -333,7 +337,12 @@ def _place(machine: dict[str, Any]) -> str:
 
 
 def _command(block: str, machine: dict[str, Any]) -> str:
-    options = {"small": "dense --sizes small", "scaling": "linear --scaling", "tpu linear": "tpu", "tpu kernel": "tpu-kernel"}
+    options = {
+        "small": "dense --sizes small",
+        "scaling": "linear --scaling",
+        "tpu linear": "tpu",
+        "tpu kernel": "tpu-kernel",
+    }
     device = f" --device {machine['device'].partition(':')[0]}" if "device" in machine else ""
     return f".venv/bin/python -m benchmarks {options.get(block, block)}{device} --write"
 

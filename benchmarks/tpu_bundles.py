@@ -45,10 +45,10 @@ def measure(dump: Path) -> list[BundleCost]:
             jax.clear_caches()  # of traces with the other exp
             with mock.patch.object(jnp, "exp", exp):
                 compile_loss(device, NAME)
-            schedules = list(schedules(set(dump.iterdir()) - before))
-            if not schedules:
+            files = list(schedules(set(dump.iterdir()) - before))
+            if not files:
                 raise ValueError(f"the compiler has written no schedule to {dump} for {topology}")
-            costs.append(BundleCost(topology, name, sum(map(count_bundles, schedules))))
+            costs.append(BundleCost(topology, name, sum(map(count_bundles, files))))
     jax.clear_caches()
     return costs
 
@@ -75,7 +75,11 @@ def count_bundles(path: Path) -> int:
             continue
         depth = found[2].count(">")
         # A loop ends behind its test. Single bundles may be marked as if they were in another loop.
-        while open_loops[-1].rounds and open_loops[-1].depth > depth - (found[1] == "LB") and open_loops[-1] is not program:
+        while (
+            open_loops[-1].rounds
+            and open_loops[-1].depth > depth - (found[1] == "LB")
+            and open_loops[-1] is not program
+        ):
             _close(open_loops)
         if found[1] == "LB":
             open_loops.append(_Loop(depth))

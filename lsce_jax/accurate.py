@@ -42,6 +42,7 @@ def divide(numerator: Float[Array, "*rows"], denominator: Float[Array, "*rows"])
 
 
 def log1p_of_basic_operations(x: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+    """Return log(1 + x) for x >= 0 of operations that IEEE 754 defines, but for float64."""
     if x.dtype != jnp.float32:
         return jnp.log1p(x)
     above = 1 + x
@@ -60,9 +61,8 @@ def log1p_of_basic_operations(x: Float[Array, "*rows"]) -> Float[Array, "*rows"]
     return jnp.where(jnp.isinf(x) | jnp.isnan(x), x, result)
 
 
-def quotient_of_products(
-    numerator: Float[Array, "*rows"], denominator: Float[Array, "*rows"]
-) -> Float[Array, "*rows"]:
+def quotient_of_products(numerator: Float[Array, "*rows"], denominator: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+    """Return the quotient by a reciprocal that one step of Newton's method has improved."""
     rough = 1 / denominator
     reciprocal = rough * (2 - denominator * rough)
     quotient = numerator * reciprocal

@@ -62,9 +62,9 @@ def label_smoothed_cross_entropy(
         reduction: "none", "sum", or "mean": the sum over `denominator`.
         denominator: the number that "mean" divides by. None: the sum of the labels' class weights over the rows that
             count; without class weights, and for soft labels, the number of those rows. With 0 the loss is 0.
-        implementation: "fused", which never writes the target out; "reference", the readable one; "pallas", a kernel for
-            TPUs, which on other devices runs inside `jax.experimental.pallas.tpu.force_tpu_interpret_mode()` alone. None
-            chooses: "pallas" on TPUs where it computes the call and is the faster one, otherwise "fused".
+        implementation: "fused", which never writes the target out; "reference", the readable one; "pallas", a kernel
+            for TPUs, which on a CPU is interpreted in `jax.experimental.pallas.tpu.force_tpu_interpret_mode()`. None
+            chooses: on TPUs "pallas" where it computes the call and moves fewer bytes, otherwise "fused".
 
     Returns:
         Losses, with `reduction="none"` of the shape of the logits without `axis`, else a scalar. float64 for
@@ -72,7 +72,8 @@ def label_smoothed_cross_entropy(
 
     Raises:
         TypeError: wrong type or dtype.
-        ValueError: wrong shape, value out of range, or options that exclude each other.
+        ValueError: wrong shape, value out of range, options that exclude each other, or a call that "pallas" cannot
+            compute, if it was asked for.
         IndexError: a label outside the classes, with `bad_labels="raise"`.
 
     Example:

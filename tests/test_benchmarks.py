@@ -387,7 +387,11 @@ def test_bundles_of_loops_one_after_the_other(tmp_path):
     ("old", "new", "message"),
     [
         (", 3 /* loop exit test */", "", "a loop whose number of rounds is not known"),
-        ("%2 = vlaneseq", "%5 = scmp.ge.s32.totalorder %4, 3 /* loop exit test */", "tests twice whether one loop ends"),
+        (
+            "%2 = vlaneseq",
+            "%5 = scmp.ge.s32.totalorder %4, 3 /* loop exit test */",
+            "tests twice whether one loop ends",
+        ),
         (" { ", " ", "has no bundles"),
     ],
 )

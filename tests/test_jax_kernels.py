@@ -72,7 +72,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_by_name(name: str) -> None:
-    with pytest.raises(ValueError, match=f"implementation='pallas' cannot compute this call: {REFUSED[name]}. Leave out"):
+    with pytest.raises(
+        ValueError, match=f"implementation='pallas' cannot compute this call: {REFUSED[name]}. Leave out"
+    ):
         program("tpu", **NOT_CHOSEN[name], implementation="pallas")
 
 
@@ -87,7 +89,7 @@ def test_no_rows_are_refused() -> None:
 
 
 def test_forced_on_another_platform() -> None:
-    with pytest.raises(ValueError, match="it runs on TPUs, and on others inside .*force_tpu_interpret_mode"):
+    with pytest.raises(ValueError, match=r"it runs on TPUs, and on others inside .*force_tpu_interpret_mode"):
         label_smoothed_cross_entropy(jnp.zeros((4, 10)), jnp.zeros(4, jnp.int32), implementation="pallas")
 
 

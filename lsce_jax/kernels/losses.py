@@ -8,14 +8,14 @@
 For a sum or a mean, the kernel computes loss and gradient together, from one read of the logits. But JAX asks for them
 one after the other: the loss on the way forward, the gradient on the way back, when the incoming gradient is known. So
 both primitives become the same call of the kernel, on the way forward for an incoming gradient of 1. In the program of
-`jax.value_and_grad` it is 1, and XLA computes equal calls once. Nothing as large as the logits is kept between them. For
-any other incoming gradient, the kernel runs twice.
+`jax.value_and_grad` it is 1, and XLA computes equal calls once. Nothing as large as the logits is kept between them.
+For any other incoming gradient, the kernel runs twice.
 
 Losses without a reduction have an incoming gradient for each row. The kernel computes the sums on the way forward, and
 the gradient, with the sums again, on the way back.
 
-Whether a program is for a TPU is known when it is lowered. Derivatives with respect to anything but the logits, those of
-higher order and vmap are those of the fused implementation.
+Whether a program is for a TPU is known when it is lowered. Derivatives with respect to anything but the logits, those
+of higher order and vmap are those of the fused implementation.
 """
 
 import logging
@@ -32,7 +32,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
-from lsce_jax import fused
+from lsce_jax import fused, reference
+from lsce_jax.accurate import divide
 from lsce_jax.errors import error
 from lsce_jax.inputs import Batch, at_labels, is_sharded
 from lsce_jax.kernels import tpu
@@ -67,8 +68,8 @@ class _Call:
         divisor: likewise.
         reduce: reduces the losses of the rows.
         with_stats: whether the sums are to have what statistics need.
-        kernel: where the kernel is used: on TPUs where it can be; on TPUs, or it is an error; or everywhere, since Pallas
-            interprets it.
+        kernel: where the kernel is used: on TPUs where it can be; on TPUs, or it is an error; or everywhere, since
+            Pallas interprets it.
     """
 
     options: LossOptions
@@ -130,7 +131,9 @@ def loss_and_stats(
         kernel="interpreted" if forced and _is_interpreted() else "forced" if forced else "chosen",
     )
     arrays = {name: getattr(batch, name) for name in Batch.__dataclass_fields__} | given
-    results = _loss(call, {name: array for name, array in arrays.items() if numbers.get(name) is None and array is not None})
+    results = _loss(
+        call, {name: array for name, array in arrays.items() if numbers.get(name) is None and array is not None}
+    )
     if not with_stats:
         return results.loss, None
     peaks, sums = jax.lax.stop_gradient((results.peaks, results.sums))
@@ -144,16 +147,21 @@ def why_not(batch: Batch, options: LossOptions) -> str | None:
         return "labels are class probabilities, and the kernel takes class indices"
     if logits.dtype.name not in {"float32", "bfloat16"}:
         return f"logits are {logits.dtype}, and the kernel takes float32 and bfloat16"
-    if not all(isinstance(size, int) for size in logits.shape):
-        return f"logits have the symbolic shape {list(logits.shape)}"
-    if 0 in logits.shape:
-        return f"logits have the shape {list(logits.shape)}, and no rows"
     if is_sharded(logits):
         return "the type of the logits divides them over devices; inside jax.shard_map it does not"
-    num_classes = logits.shape[-1]
+    return _why_not_so_many(batch, options)
+
+
+def _why_not_so_many(batch: Batch, options: LossOptions) -> str | None:
+    """Return why the kernel cannot compute logits of this shape, or None."""
+    shape, dtype = batch.logits.shape, batch.logits.dtype
+    if not all(isinstance(size, int) for size in shape):
+        return f"logits have the symbolic shape {list(shape)}"
+    if 0 in shape:
+        return f"logits have the shape {list(shape)}, and no rows"
     program = _program(batch, options, with_stats=True, gradient=True)
-    if num_classes > _MOST_CLASSES or tpu.step_of(num_classes, logits.dtype, program) is None:
-        return f"8 rows of {num_classes} classes in {logits.dtype} do not fit the 16 MiB of a core's VMEM"
+    if shape[-1] > _MOST_CLASSES or tpu.step_of(shape[-1], dtype, program) is None:
+        return f"8 rows of {shape[-1]} classes in {dtype} do not fit the 16 MiB of a core's VMEM"
     return None
 
 
@@ -198,7 +206,8 @@ def _why_fused_wins(batch: Batch, class_axis: int) -> str | None:
 
 def _is_interpreted() -> bool:
     """Whether Pallas is told to interpret kernels for TPUs."""
-    shape: Any = jax.ShapeDtypeStruct((8, tpu.LANES), jnp.float32)
+    describe: Any = jax.ShapeDtypeStruct
+    shape = describe((8, tpu.LANES), jnp.float32)
     (call,) = jax.make_jaxpr(pl.pallas_call(lambda _: None, out_shape=shape))().eqns
     return bool(call.params["interpret"])
 
@@ -229,7 +238,9 @@ def _plain_gradient(call: _Call, arrays: Arrays, peaks: Peaks, sums: Sums, upstr
     """Return the gradient with respect to the logits, from sums that are known."""
     operands = fused.make_operands(call.batch(arrays), call.options, call.with_stats)
     (of_sums,) = jax.vjp(partial(call.of_sums, arrays, peaks), sums)[1](upstream)
-    gradient: Array = cotangents_of_sums(operands, peaks, dict(enumerate(jax.tree.leaves(of_sums))), ["logits"])["logits"]
+    gradient: Array = cotangents_of_sums(operands, peaks, dict(enumerate(jax.tree.leaves(of_sums))), ["logits"])[
+        "logits"
+    ]
     return gradient
 
 
@@ -275,14 +286,14 @@ def _run_kernel(
     others = _over_others(batch, options)
     targets = fused.make_targets(batch, options)
     at_label, off, mass = fused.weighted_target(batch, targets, others)
-    of_rows: Array | int = 0
+    of_rows: Any = 0
     if upstream is not None:
         # Losses of the right type; a sum and a mean are linear in them.
         losses = batch.logits[..., 0].astype(batch.dtype)
         reduced, pull_back = jax.vjp(partial(call.reduced, arrays), losses)
         (of_rows,) = pull_back(upstream(reduced))
-    at_max = 0 if targets.at_max is None else jnp.where(jnp.asarray(batch.bad), 0, targets.at_max)
-    counted = 1 if batch.counted is None else batch.counted
+    at_max: Any = 0 if targets.at_max is None else jnp.where(jnp.asarray(batch.bad), 0, targets.at_max)
+    counted: Any = 1 if batch.counted is None else batch.counted
     weight = _label_weight(batch)
     given = tpu.Rows(batch.labels, at_label, off, mass, at_max, of_rows, weight, counted)
     num_classes = batch.logits.shape[-1]
@@ -355,7 +366,7 @@ def _over_others(batch: Batch, options: LossOptions) -> Sums:
     prior, zero = batch.prior, jnp.zeros(batch.batch_shape, batch.dtype)
     entropy = None
     if prior is not None and options.subtract_entropy:
-        entropy = fused.reference.entropy_of(jnp.where(prior == 0, 1, prior))
+        entropy = reference.entropy_of(jnp.where(prior == 0, 1, prior))
     return Sums(
         rest=zero,
         label_gap=zero,
@@ -381,20 +392,19 @@ def _named(batch: Batch, program: tpu.Program, kept: tpu.RowSums, others: Sums) 
         less_label = jnp.where(jnp.isinf(label_gap), 0, other_gaps - weight * label_gap)
         other_gaps = jnp.where(weight == 0, other_gaps, less_label)
     largest = program.largest
-    peaks = Peaks(
-        peak, kept.largest, kept.num_largest if largest else None, kept.correct if program.correct else None
-    )
+    peaks = Peaks(peak, kept.largest, kept.num_largest if largest else None, kept.correct if program.correct else None)
     sums = others._replace(
         rest=kept.rest,
         label_gap=label_gap,
         other_gaps=other_gaps,
         largest_gap=jnp.zeros_like(peak) if largest else None,
-        largest_mass=kept.largest_mass / kept.num_largest if largest else None,
+        largest_mass=divide(kept.largest_mass, kept.num_largest) if largest else None,
     )
     if batch.counted is None:
         return peaks, sums
+    counted = batch.counted
     # What is in a row that does not count may be NaN, which must not reach a derivative.
-    of_rows: tuple[Peaks, Sums] = jax.tree.map(lambda each: jnp.where(batch.counted, each, 0), (peaks, sums))
+    of_rows: tuple[Peaks, Sums] = jax.tree.map(lambda each: jnp.where(counted, each, 0), (peaks, sums))
     return of_rows
 
 
@@ -406,7 +416,8 @@ def _loss(call: _Call, arrays: Arrays) -> _Results:
     leaves, structure = jax.tree.flatten((arrays,))
     params = {"structure": structure, "call": call}
     results = _bind(_loss_p, leaves, differentiated=False, **params)
-    return _unflatten_results(call, arrays, results)
+    named: _Results = _unflatten_results(call, arrays, results)
+    return named
 
 
 def _unflatten_results(call: _Call, arrays: Arrays, leaves: Sequence[Any]) -> Any:
@@ -543,7 +554,12 @@ batching.primitive_batchers[_gradient_p] = partial(_under_vmap, _gradient_p)
 
 
 def _lower(
-    platform: str | None, plain: Callable[..., Any], by_kernel: Callable[..., Any], ctx: Any, *operands: Any, **params: Any
+    platform: str | None,
+    plain: Callable[..., Any],
+    by_kernel: Callable[..., Any],
+    ctx: Any,
+    *operands: Any,
+    **params: Any,
 ) -> Any:
     """Lower a primitive for a platform, None for any that is not a TPU, by the kernel where it is to be used."""
     call: _Call = params["call"]
@@ -585,6 +601,6 @@ for _primitive, _formula, _kernel in (
     (_loss_p, _of_loss(_plain), _of_loss(_by_kernel)),
     (_gradient_p, _on_leaves(_plain_gradient), _on_leaves(_gradient_by_kernel)),
 ):
-    _primitive.def_effectful_abstract_eval(partial(_types_and_effects, _formula, _kernel))
+    _primitive.def_effectful_abstract_eval(partial(_types_and_effects, _formula, _kernel))  # type: ignore[no-untyped-call]
     for _platform in (None, "tpu"):
         mlir.register_lowering(_primitive, partial(_lower, _platform, _formula, _kernel), platform=_platform)

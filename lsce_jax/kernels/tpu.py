@@ -7,8 +7,8 @@ the device's memory once, and the gradient enters it once. XLA reads the logits 
 - Vectors are 128 classes wide. A row's sums are kept for each of the 128 places, and added up at the end.
 - The label's logit is read by its index, and its gradient is written over that of the others. To compare each class
   with the label, as XLA's program does, takes a fifth more instructions.
-- Labels are read as scalars. All other numbers of a row come in one array, and leave in one, since an array [N, 1] takes
-  as much memory as [N, 128].
+- Labels are read as scalars. All other numbers of the rows of a step come in one array with the rows last, and leave in
+  one: an array [N, 1] would take as much memory as [N, 128].
 - What is beyond the last class is padding: it may hold anything, and is left out by comparison. So is what a row that
   does not count holds.
 
@@ -96,6 +96,7 @@ class RowSums(NamedTuple):
 
 NUMBERS = 8  # of a row, either way
 
+
 class Step(NamedTuple):
     """What a step of the kernel holds."""
 
@@ -119,7 +120,7 @@ def _bytes_of(step: Step, num_classes: int, dtype: Any, program: Program) -> int
     of_logits = blocks * step.rows * width * jnp.dtype(dtype).itemsize
     of_terms = 4 * step.rows * width * step.keeps_terms
     of_classes = 4 * 8 * width * (program.masked or program.weighted)
-    return of_logits + of_terms + of_classes
+    return int(of_logits + of_terms + of_classes)
 
 
 def sums_and_gradient(
@@ -181,7 +182,7 @@ def sums_and_gradient(
 
 
 def _result(operands: list[Array], shape: tuple[int, ...], dtype: Any) -> Any:
-    """Return the type of a result: in jax.shard_map it varies over the axes of the mesh that some operand varies over."""
+    """Return the type of a result: in jax.shard_map it varies over the axes of the mesh that an operand varies over."""
 
     def of_all(*operands: Array) -> Array:
         return sum((operand.ravel()[0].astype(dtype) for operand in operands), jnp.zeros(shape, dtype))
@@ -202,7 +203,7 @@ class _Vector(NamedTuple):
     raw: Array  # the logits as they are
     allowed: Array | None  # the classes that take part; None if all do
     weight: Array | None
-    classes: Array | None  # their indices, as float32
+    classes: Array  # their indices, as float32
 
 
 def _step(program: Program, num_classes: int, *refs: Any) -> None:
@@ -275,7 +276,7 @@ class _Vectors:
         return carries
 
     def at_labels(self, labels: Any) -> Iterator[tuple[slice, Array, Array]]:
-        """Yield for each row some rows that it is among, the start of its label's 128 classes, and the label's place."""
+        """Yield for each row: rows that it is among, the start of its label's 128 classes, and the label's place."""
         # Rows that share a vector, or two for the narrow logits that come in pairs.
         together = min(8 * 4 // self.logits.dtype.itemsize, self.shape[0])
         for row in range(self.shape[0]):

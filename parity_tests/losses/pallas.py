@@ -5,6 +5,7 @@ NaN, and reads and writes that may collide are found. Everything around the kern
 arithmetic is that of the CPU. Steps are small, so that a few rows and classes make several of them.
 """
 
+import importlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -18,7 +19,7 @@ from parity_tests.truth.comparison import AnyResult
 
 DTYPES = ("float32", "bfloat16")
 # Rows of a step, and vectors of a round: loops, and what is left after them, in most cases.
-SMALL = {"STEPS": ((8, True), (8, False)), "VECTORS_OF_ROUND": 2}
+SMALL: dict[str, Any] = {"STEPS": ((8, True), (8, False)), "VECTORS_OF_ROUND": 2}
 
 
 class PallasAdapter(JaxAdapter):
@@ -71,12 +72,13 @@ class PallasAdapter(JaxAdapter):
     @contextmanager
     def interpreter(self) -> Iterator[list[Any]]:
         """Have Pallas interpret kernels, in small steps. Yields what it knows of races, for each kernel that is run."""
-        from jax._src.pallas.mosaic.interpret import interpret_pallas_call
         from jax.experimental.pallas import tpu as pltpu
 
         from lsce_jax.kernels import tpu
 
-        new, kernels = interpret_pallas_call.RaceDetectionState, []
+        # Where Pallas keeps the races that it has found in the kernel that it runs. It has no public name.
+        interpreter = importlib.import_module("jax._src.pallas.mosaic.interpret.interpret_pallas_call")
+        new, kernels = interpreter.RaceDetectionState, []
 
         def kept(**options: Any) -> Any:
             kernels.append(new(**options))
@@ -84,9 +86,9 @@ class PallasAdapter(JaxAdapter):
 
         params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
         # What a kernel that failed has left.
-        pltpu.reset_tpu_interpret_mode_state()
+        pltpu.reset_tpu_interpret_mode_state()  # type: ignore[no-untyped-call]
         with ExitStack() as stack:
-            stack.enter_context(mock.patch.object(interpret_pallas_call, "RaceDetectionState", kept))
+            stack.enter_context(mock.patch.object(interpreter, "RaceDetectionState", kept))
             stack.enter_context(pltpu.force_tpu_interpret_mode(params))
             if self.small:
                 stack.enter_context(mock.patch.multiple(tpu, **SMALL))
