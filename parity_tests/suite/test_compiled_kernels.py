@@ -97,7 +97,7 @@ def largest() -> Iterator[Any]:
                     yield pytest.param(device, masked, size, dtype, marks=() if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("device", "masked", "num_classes", "dtype"), largest())
+@pytest.mark.parametrize(("device", "masked", "num_classes", "dtype"), list(largest()))
 def test_the_rows_of_a_step_fit(device: str, masked: bool, num_classes: int, dtype: str) -> None:
     """On a v4, which has the least memory, and on all others."""
     function = with_mask if masked else loss_and_gradient
