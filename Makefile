@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 EVIDENCE := --parity-require=cpu --parity-claims=docs/ledger.json
 # One half of the tests marked as devices.
 SIMULATED := test_simulated or test_xla_passes
+# What has targets of its own.
+COMPILED := test_compiled or test_cost or test_triton
 # With parity_tests, the testpaths of pyproject.toml.
 REST := tests examples lsce_spec lsce_jax lsce_torch README.md docs
 SELECTED ?= not slow and not devices
@@ -69,7 +71,7 @@ test-simulated: install-devices
 	$(BIN)/python -m pytest -m "devices and not slow" -k "$(SIMULATED)" parity_tests
 
 test-interpreted: install-devices
-	$(BIN)/python -m pytest -m "devices and not slow" -k "not ($(SIMULATED) or test_compiled or test_triton)" parity_tests
+	$(BIN)/python -m pytest -m "devices and not slow" -k "not ($(SIMULATED) or $(COMPILED))" parity_tests
 
 # Triton's kernels in its interpreter, which is chosen for a whole process, and compiled for GPUs.
 test-triton: install-devices
@@ -83,7 +85,8 @@ COMPILERS := $(abspath $(VENV))/compilers
 WITH_COMPILERS := PYTHONPATH=$(COMPILERS)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 test-compiled: $(COMPILERS)/installed
-	$(WITH_COMPILERS) $(BIN)/python -m pytest -m "devices and not slow" parity_tests/suite/test_compiled.py
+	$(WITH_COMPILERS) $(BIN)/python -m pytest -m "devices and not slow" parity_tests/suite/test_compiled.py \
+	  parity_tests/suite/test_cost.py
 
 # More of the same, which takes long: every case in every dtype.
 test-devices-slow: install-devices $(COMPILERS)/installed

@@ -10,6 +10,8 @@
     python -m benchmarks tpu-exp
     python -m benchmarks tpu-kernel
     python -m benchmarks gpu
+    python -m benchmarks launches
+    python -m benchmarks cost --write
     python -m benchmarks dense --write
 
 `--write` keeps the figures in docs/figures and writes the tables into the pages. A framework is imported where it is
@@ -43,9 +45,9 @@ from rich.console import Console
 
 from benchmarks import report
 from benchmarks.timing import LinearShape, Row, Schedule, Shape
+from lsce_spec.devices import ENVIRONMENTS, has_cuda_plugin
 from parity_tests.evidence.cards import AbsentError, find_device
 from parity_tests.evidence.pages import write_block
-from parity_tests.losses.compiled import ENVIRONMENTS, has_cuda_plugin
 
 SHAPES = {
     "large": (Shape(1024, 32768), Shape(2048, 50257), Shape(8192, 1000), Shape(128, 1000)),
@@ -328,10 +330,12 @@ def tpu_kernel(
 
 @contextmanager
 def _dump_of_schedules() -> Iterator[Path]:
-    """Have the TPU compiler, which must not have been loaded, write what it makes to a folder."""
+    """Have the TPU compiler, which must not have been loaded, write its schedules to a folder."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"}
-        os.environ.update(ENVIRONMENTS["tpu"] | flags)
+        os.environ.update(ENVIRONMENTS["tpu"])
+        from lsce_jax.aot.bundles import FLAGS  # noqa: PLC0415 - JAX must find the environment set
+
+        os.environ["LIBTPU_INIT_ARGS"] = FLAGS.format(folder=folder)
         yield Path(folder)
 
 
@@ -355,6 +359,43 @@ def gpu() -> None:
     report.print_machine(report.describe_machine(), console)
     console.print()
     report.print_table(report.gpu_table(compiled.measure_memory(), compiled.SHAPE), console)
+
+
+@app.command()
+def launches() -> None:
+    """What eager torch would start on a GPU that is not there: kernels, and how often they move the logits."""
+    if importlib.util.find_spec("triton") is None:
+        typer.echo("Triton is not installed. Run: make install-devices, or pip install triton", err=True)
+        raise typer.Exit(code=1)
+    from benchmarks import launches as counted  # noqa: PLC0415 - it needs torch alone
+
+    console = Console()
+    report.print_machine(report.describe_machine(), console)
+    console.print()
+    report.print_table(report.launches_table([count._asdict() for count in counted.measure()]), console)
+
+
+@app.command()
+def cost(write: WriteOption = False) -> None:
+    """The tables of docs/cost.md, which `lsce-cost` prints one by one, and published times beside estimates."""
+    from benchmarks import cost as costs  # noqa: PLC0415 - JAX takes a second
+    from lsce_jax.aot import CompilerMissingError  # noqa: PLC0415
+
+    console = Console()
+    try:
+        record = costs.figures()
+    except CompilerMissingError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(code=1) from None
+    for block, text in costs.page_blocks(record).items():
+        if write:
+            write_block(DOCS / "cost.md", f"benchmarks {block}", text)
+        else:
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if write:
+        path = DOCS / "cost.json"
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        console.print(f"wrote {DOCS / 'cost.md'} and {path}", soft_wrap=True, highlight=False)
 
 
 def _libtpu_requirement() -> str:

@@ -5,25 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Int
 
 import lsce_jax
 from benchmarks.timing import Case, Row, Schedule, Shape, make_rows, time_in_turns
+from lsce_jax.aot.ways import integer_labels, one_hot
 
 Logits, Labels, Scalar = Float[Array, "N K"], Int[Array, " N"], Float[Array, ""]
-
-
-def one_hot(logits: Logits, labels: Labels, smoothing: Scalar) -> Scalar:
-    """What Optax offers for smoothed labels."""
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), smoothing)
-    return optax.softmax_cross_entropy(logits, targets).mean()
-
-
-def integer_labels(logits: Logits, labels: Labels, smoothing: Scalar) -> Scalar:
-    """What Optax offers for integer labels, which are not smoothed."""
-    del smoothing
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def ours(implementation: str, **options: Any) -> Callable[[Logits, Labels | Logits, Scalar], Scalar]:

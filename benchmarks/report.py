@@ -253,6 +253,24 @@ def gpu_table(memory: dict[str, dict[str, int]], shape: Shape) -> Table:
     return Table(title, headings, cells, legend)
 
 
+def launches_table(counts: Sequence[dict[str, Any]]) -> Table:
+    """Return how many kernels each loss starts, and how often they move the logits, by dtype and number of classes."""
+    kinds = list(dict.fromkeys((count["shape"].classes, count["dtype"]) for count in counts))
+    names = list(dict.fromkeys(count["name"] for count in counts))
+    of = {(count["name"], count["shape"].classes, count["dtype"]): count for count in counts}
+    cells = [
+        (name, str(of[name, *kinds[0]]["launches"]), *(f"{of[name, *kind]['moved']:.0f}" for kind in kinds))
+        for name in names
+    ]
+    short = {"bfloat16": "bf16", "float32": "f32"}
+    headings = ("loss and gradient", "kernels", *(f"{classes} {short[dtype]}" for classes, dtype in kinds))
+    legend = (
+        "By classes and dtype: how often logits are read or written, in multiples of their size.\n"
+        "Counted on a CPU, not run."
+    )
+    return Table("torch, eager, on a GPU", headings, cells, legend)
+
+
 def linear_tpu_table(costs: Sequence[dict[str, Any]], shape: LinearShape, chunk_bytes: int) -> Table:
     """Return memory, traffic and operations, and how large the arrays are that temporary memory is made of."""
     products = shape.rows * shape.features * shape.classes

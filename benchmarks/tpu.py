@@ -1,6 +1,6 @@
 """What the compilers of TPUs and GPUs say that loss and gradient cost, without a device.
 
-Needs libtpu or JAX's plugin for CUDA, and one of `parity_tests.losses.compiled.ENVIRONMENTS` set before the import.
+Needs libtpu or JAX's plugin for CUDA, and one of `lsce_spec.devices.ENVIRONMENTS` set before the import.
 Without a cast Optax's loss of integer labels is one in bfloat16; cast to float32, as accurate as the others, it costs
 more.
 """
@@ -15,13 +15,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks.dense_jax import Labels, Logits, Scalar, integer_labels, one_hot, ours
+from benchmarks.dense_jax import ours
 from benchmarks.linear_jax import LOSSES as ALL_LINEAR_LOSSES
 from benchmarks.linear_jax import with_gradients
 from benchmarks.timing import LinearShape, Shape
+from lsce_jax.aot.compilers import describe_devices
+from lsce_jax.aot.ways import integer_labels, integer_labels_float32, one_hot
 from lsce_jax.chunked import preferred_rows
 from lsce_spec import ChunkOptions
-from parity_tests.losses.compiled import CARDS, TOPOLOGIES, core_of
+from lsce_spec.devices import CARDS, TOPOLOGIES
 
 SHAPE = Shape(8192, 32768)
 LINEAR_SHAPE = LinearShape(8192, 2048, 131072)
@@ -48,11 +50,6 @@ class LinearCost(NamedTuple):
     temp_bytes: int
     accessed_bytes: float
     operations: float
-
-
-def integer_labels_float32(logits: Logits, labels: Labels, smoothing: Scalar) -> Scalar:
-    """What Optax offers, with a loss as accurate as the others'."""
-    return integer_labels(logits.astype(jnp.float32), labels, smoothing)
 
 
 SOFT = "lsce fused, soft labels"
@@ -167,5 +164,5 @@ def _compile(function: Callable[..., Any], arguments: list[jax.ShapeDtypeStruct]
 
 
 def _arguments(device: str, *described: tuple[tuple[int, ...], Any]) -> list[jax.ShapeDtypeStruct]:
-    sharding = SingleDeviceSharding(core_of(device))
+    sharding = SingleDeviceSharding(describe_devices(device)[0])
     return [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for shape, dtype in described]

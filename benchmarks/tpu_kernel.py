@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.timing import Shape
-from benchmarks.tpu_bundles import count_bundles, schedules
 from lsce_jax import label_smoothed_cross_entropy
-from parity_tests.losses.compiled import TOPOLOGIES, core_of
+from lsce_jax.aot.bundles import count_bundles, schedules
+from lsce_jax.aot.compilers import describe_devices
+from lsce_spec.devices import TOPOLOGIES
 
 SHAPE = Shape(8192, 32768)
 IMPLEMENTATIONS = ("fused", "pallas")
 # Looks up the class weight of each label, in a loop whose rounds depend on the labels: not counted.
-GATHER = "-gather_fusion"
+GATHER = "gather_fusion"
 EVERYTHING = {
     "class_mask": np.arange(SHAPE.classes) % 8 > 0,
     "class_weight": np.linspace(0.5, 2, SHAPE.classes),
@@ -84,11 +85,12 @@ def measure(
 
 def _cost(dump: Path, device: str, name: str, implementation: str) -> KernelCost:
     program = PROGRAMS[name]
-    describe: Any = partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(core_of(device)))
+    (core,) = describe_devices(device)
+    describe: Any = partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(core))
     logits, labels = describe(SHAPE.sizes, program.dtype), describe(SHAPE[:1], jnp.int32)
     before = set(dump.iterdir())
     compiled = jax.jit(_function(program, implementation)).lower(logits, labels).compile()
-    files = [file for file in schedules(set(dump.iterdir()) - before) if GATHER not in file.name]
+    files = [file for kernel, file in schedules(set(dump.iterdir()) - before) if not kernel.startswith(GATHER)]
     if not files:
         raise ValueError(f"the compiler has written no schedule to {dump} for {TOPOLOGIES[device]}")
     memory: Any = compiled.memory_analysis()

@@ -73,7 +73,8 @@ def label_smoothed_cross_entropy(
         reduction: "none", "sum", or "mean": the sum over `denominator`.
         denominator: the number that "mean" divides by. None: the sum of the labels' class weights over the rows that
             count; without class weights, and for soft labels, the number of those rows. With 0 the loss is 0.
-        implementation: "fused", which never writes the target out; "reference", the readable one; None chooses "fused".
+        implementation: "fused", which never writes the target out; "triton", the same by kernels for GPUs; "reference",
+            the readable one. None chooses "triton" for tensors on a CUDA device, otherwise "fused".
         inplace_backward: write the gradient over the logits, which saves as much memory as they take. Any use of the
             logits after `backward` raises RuntimeError. Not available with implementation="reference", in torch.compile
             and for second derivatives.

@@ -43,7 +43,8 @@ def linear_label_smoothed_cross_entropy(
         bias: K numbers, or None.
         smoothing, convention, prior, where, ignore_index, class_weight, class_mask, z_loss, softcap, subtract_entropy,
             bad_labels, reduction, denominator: see `label_smoothed_cross_entropy`.
-        implementation: "chunked"; "reference", which computes all logits at once; None chooses "chunked".
+        implementation: "chunked"; "triton", the same with kernels for GPUs; "reference", which computes all logits at
+            once. None chooses "triton" for tensors on a CUDA device, otherwise "chunked".
         chunk_size: how many rows' logits to hold in memory at most. None chooses 3/4 D, on TPUs 2 D, but at least
             256 and at most 4096, and more if K is below 4096.
         recompute: whether to compute the logits again for the gradient, and hold no gradient before. None does so for

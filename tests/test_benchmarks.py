@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as main
-from benchmarks import dense_jax, dense_torch, linear_jax, linear_torch, report, tpu, tpu_bundles
+from benchmarks import dense_jax, dense_torch, linear_jax, linear_torch, report, tpu
 from benchmarks.__main__ import DOCS, PAGES, QUICK_LINEAR_SHAPE, QUICK_SCALING_SHAPES, QUICK_SHAPE, app
 from benchmarks.timing import Case, LinearShape, Schedule, Shape, time_in_turns
 from parity_tests.evidence.cards import AbsentError
@@ -344,62 +344,6 @@ def test_table_of_the_linear_loss_on_tpus():
     for name in tpu.LINEAR_LOSSES:
         assert re.search(rf"^{name} +3000 +30000 +6.8 *$", output.getvalue(), re.MULTILINE)
     assert "the weight's gradient takes 1074 MB, " in output.getvalue()
-
-
-# As libtpu writes it: two bundles outside of loops, two in a loop of 10 rounds, of which one in a loop of 3 within.
-SCHEDULE = """\
-// some words { about it }
-     0   :  { %1 = vlaneseq }
-   0x1 LB: > { %2 = vlaneseq ;; %3 = sld [smem:0] }
-   0x2 LB: > > { %4 = vlaneseq }
-   0x3   : > > { %5 = scmp.ge.s32.totalorder %4, 3 /* loop exit test */ } /* End region 2 */
-   0x4   : > { %6 = scmp.ge.s32.totalorder %3, 10 /* loop exit test */ } /* End region 1 */
-   0x5   :  {} /* End region 0 */
-"""
-
-
-def test_bundles_of_loops_count_for_each_round(tmp_path):
-    path = tmp_path / "fusion-final_bundles.txt"
-    path.write_text(SCHEDULE, encoding="utf-8")
-    assert tpu_bundles.count_bundles(path) == 2 + 10 * 2 + 10 * 3 * 2
-
-
-# Two loops in one, and bundles that are marked as if they were elsewhere, as in the Pallas kernel.
-TWO_LOOPS = """\
-     0 LB: > { %1 = vlaneseq }
-   0x1 LB: > > { %2 = scmp.ge.s32.totalorder %1, 3 /* loop exit test */ }
-   0x2   : > > { %3 = vlaneseq }
-   0x3 LB: > > { %4 = scmp.ge.s32.totalorder %3, 5 /* loop exit test */ }
-   0x4   :  { %5 = vlaneseq }
-   0x5   : > > { %5 = vlaneseq }
-   0x6   : > { %6 = scmp.ge.s32.totalorder %5, 10 /* loop exit test */ }
-   0x7   :  {}
-"""
-
-
-def test_bundles_of_loops_one_after_the_other(tmp_path):
-    path = tmp_path / "kernel-final_bundles.txt"
-    path.write_text(TWO_LOOPS, encoding="utf-8")
-    assert tpu_bundles.count_bundles(path) == 10 * (1 + 3 * 2 + 5 * 1 + 3) + 1
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        (", 3 /* loop exit test */", "", "a loop whose number of rounds is not known"),
-        (
-            "%2 = vlaneseq",
-            "%5 = scmp.ge.s32.totalorder %4, 3 /* loop exit test */",
-            "tests twice whether one loop ends",
-        ),
-        (" { ", " ", "has no bundles"),
-    ],
-)
-def test_a_schedule_of_another_form_is_an_error(old, new, message, tmp_path):
-    path = tmp_path / "fusion-final_bundles.txt"
-    path.write_text(SCHEDULE.replace("{}", "").replace(old, new), encoding="utf-8")
-    with pytest.raises(ValueError, match=message):
-        tpu_bundles.count_bundles(path)
 
 
 def test_table_of_bundles():

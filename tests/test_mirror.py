@@ -72,6 +72,19 @@ TORCH_FILES = {
 JAX_FILES = {"row_sums.py", "cpu.py", "primitives.py"}
 
 
+# What compiles the loss for devices that are not there is XLA's alone. Kernels are each framework's own.
+JAX_FOLDERS, OWN_FOLDERS = {"aot"}, {"kernels"}
+
+
+def folders(package: str) -> set[str]:
+    return {path.name for path in (ROOT / package).iterdir() if (path / "__init__.py").is_file()}
+
+
+def test_folders() -> None:
+    assert folders("lsce_torch") - folders("lsce_jax") <= OWN_FOLDERS
+    assert folders("lsce_jax") - folders("lsce_torch") - OWN_FOLDERS == JAX_FOLDERS
+
+
 def test_files() -> None:
     assert files("lsce_torch") - files("lsce_jax") == TORCH_FILES
     assert files("lsce_jax") - files("lsce_torch") == JAX_FILES

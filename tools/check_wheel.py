@@ -128,6 +128,10 @@ CHECKS = {
         cannot_import("torch"),
     )),
     "bench": Check((("python", "-m", "benchmarks", "dense", "--quick"),), files=("benchmarks",)),
+    "cost": Check((
+        ("lsce-cost", "--target", "tpu-v6e", "--rows", "1024", "--classes", "1000", "--way", "lsce fused"),
+        cannot_import("torch"),
+    )),
     "bench-tpu": Check((("python", "-m", "benchmarks", "tpu"),), files=("benchmarks",)),
     "dev": Check((
         # Fails where a package does not say that it is typed.

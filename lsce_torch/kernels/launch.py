@@ -23,10 +23,10 @@ _UNALIGNED_RESIDENT = 1024
 _SIDE_BY_SIDE, _BLOCK_SIDE_BY_SIDE = 32, 64
 # Logits of a program with several rows.
 _TILE = 2048
-# Threads that run together in Triton's count, also on AMD's GPUs, and those of a program with a long row.
-_WARP, _WARPS = 32, 8
+# Threads that run together, and logits of a thread. More of these would not stay in its registers.
+_WARP, _PER_THREAD = 32, 8
 # One program adds up the rows, so many at once.
-_MOST_ROWS, _ROWS_AT_ONCE = 2**16, 2048
+_MOST_ROWS, _ROWS_AT_ONCE, _WARPS_OF_ROWS = 2**16, 2048, 8
 
 
 class Layout(NamedTuple):
@@ -76,18 +76,19 @@ class _Plan(NamedTuple):
 def _make_plan(layout: Layout, itemsize: int) -> _Plan:
     num_classes, inner = layout.num_classes, layout.inner
     is_aligned = layout.row_stride % 16 == 0
-    # Logits of a thread; more of them would not stay in its registers.
-    of_thread = 4 if itemsize == 8 else 16 if is_aligned or inner is not None else 8
     whole = max(16, 1 << (num_classes - 1).bit_length())
     if inner is not None:
         rows, block = (
             (_TILE // whole, whole) if num_classes <= _BLOCK_SIDE_BY_SIDE else (_SIDE_BY_SIDE, _BLOCK_SIDE_BY_SIDE)
         )
-        return _Plan(rows, block, 0 if block == whole else 1, rows * block // (_WARP * of_thread))
+        return _Plan(rows, block, 0 if block == whole else 1, rows * block // (_WARP * _PER_THREAD))
     if num_classes <= _UNALIGNED_RESIDENT or (is_aligned and whole * itemsize <= _RESIDENT_BYTES):
         rows = max(1, _TILE // whole)
-        return _Plan(rows, whole, 0, max(4, rows * whole // (_WARP * 16)))
-    return _Plan(1, _WARPS * _WARP * of_thread, 1 if is_aligned else 16, _WARPS)
+        return _Plan(rows, whole, 0, max(4, rows * whole // (_WARP * _PER_THREAD)))
+    # More threads for a row, and its gradient comes from the cache; but unaligned rows and float64 take more registers.
+    num_warps = 8 if is_aligned and itemsize < 8 else 4
+    block = num_warps * _WARP * (_PER_THREAD if itemsize < 8 else _PER_THREAD // 2)
+    return _Plan(1, block, 1 if is_aligned else 16, num_warps)
 
 
 def sums(
@@ -104,9 +105,25 @@ def sums(
     losses = torch.empty(shape, dtype=dtype, device=device)
     stacked = torch.empty((num_sums(operands), *shape), dtype=dtype, device=device)
     first = torch.empty(shape, dtype=torch.int64, device=device) if operands.with_stats else None
+    apart = _needs_gaps_apart(operands)
+    if not apart:
+        stacked[3:] = 0  # nothing uses them
     with _in_known_layout(logits, written=logits if with_gradient else None) as (laid, _):
-        forward(laid, operands, losses, stacked, first, laid if with_gradient else None)
+        forward(laid, operands, losses, stacked, first, laid if with_gradient else None, apart=apart)
     return losses, stacked, first
+
+
+def _needs_gaps_apart(operands: Operands) -> bool:
+    """Return whether the label's gap must not be among the others: these are asked for, or have another sign."""
+    targets = operands.on, operands.off, operands.other_mass
+    if operands.with_stats or operands.factor is not None or operands.at_max is not None or operands.labels is None:
+        return True
+    return any(isinstance(value, Tensor) for value in targets) or not may_join(operands.on, operands.off)
+
+
+def may_join(on: Any, off: Any) -> bool:
+    """Return whether on (m - z_y) + off sum_{k != y} (m - z_k) keeps its accuracy with the label in the sum as well."""
+    return bool(on >= off >= 0)
 
 
 def logits_gradient(
@@ -327,7 +344,13 @@ def _start(name: str, logits: Tensor, num_programs: int, plan: _Plan, /, **argum
 
 def _start_one(name: str, tensor: Tensor, /, **arguments: Any) -> None:
     _run(
-        getattr(_kernels(), name), 1, tensor, **arguments, BLOCK=_ROWS_AT_ONCE, num_warps=_WARPS, enable_fp_fusion=True
+        getattr(_kernels(), name),
+        1,
+        tensor,
+        **arguments,
+        BLOCK=_ROWS_AT_ONCE,
+        num_warps=_WARPS_OF_ROWS,
+        enable_fp_fusion=True,
     )
 
 
@@ -338,6 +361,6 @@ def _run(kernel: Any, num_programs: int, tensor: Tensor, /, **arguments: Any) ->
             kernel[(num_programs,)](**arguments)
         return
     with warnings.catch_warnings():
-        # The interpreter's arithmetic is NumPy's, which warns of each NaN.
-        warnings.simplefilter("ignore", RuntimeWarning)
+        # The interpreter's arithmetic is NumPy's, which warns of each NaN, and of how older versions call it.
+        warnings.simplefilter("ignore")
         kernel[(num_programs,)](**arguments)

@@ -37,6 +37,7 @@ class _Call:
         operands: of the kernels, whose labels are as they were given.
         scale: factor of the sum of the losses; None for the losses of single rows.
         apart: see `gpu.forward`.
+        with_gradient: whether to compute the gradient with the loss.
         overwritten: see `Batch`.
     """
 
@@ -45,6 +46,7 @@ class _Call:
     operands: Operands
     scale: float | Float[Tensor, ""] | None
     apart: bool
+    with_gradient: bool
     overwritten: Any
 
 
@@ -92,7 +94,10 @@ def loss(
         scale = launch.reciprocal(given.labels, given.where, options.ignore_index, compute_dtype(given.logits))
     elif options.reduction != "none":
         scale = 1.0 if options.reduction == "sum" else 1 / (num_rows if denominator is None else denominator)
-    call = _Call(given, options, operands, scale, not on >= off >= 0, overwritten)
+    # In float16 a gradient without its loss scale would be lost.
+    with_gradient = given.logits.requires_grad and torch.is_grad_enabled() and given.logits.dtype != torch.float16
+    with_gradient = with_gradient and scale is not None and overwritten is None
+    call = _Call(given, options, operands, scale, not launch.may_join(on, off), with_gradient, overwritten)
     result: Tensor = _WholeLoss.apply(given.logits, call)  # type: ignore[no-untyped-call]
     return result
 
@@ -130,9 +135,7 @@ class _WholeLoss(torch.autograd.Function):
         dtype, device, shape = compute_dtype(logits), logits.device, logits.shape[:-1]
         losses = torch.empty(shape, dtype=dtype, device=device)
         stacked = torch.empty((5 if call.apart else 3, *shape), dtype=dtype, device=device)
-        gradient = None
-        if call.scale is not None and ctx.needs_input_grad[0] and call.overwritten is None:
-            gradient = None if logits.dtype == torch.float16 else _memory_like(logits)
+        gradient = _memory_like(logits) if call.with_gradient else None
         launch.forward(
             logits.detach(),
             call.operands,

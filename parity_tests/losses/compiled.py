@@ -4,130 +4,21 @@ libtpu has the compiler of every generation of TPUs, and JAX's plugin for CUDA h
 description of a device in place of a device. They show whether the compiler accepts a program, and how much memory the
 program needs. Nothing is run, so they show nothing of its results.
 
-A compiler works in a process of its own. It reads environment variables as it is loaded, which must not change what JAX
-does elsewhere, and an internal error ends its process.
+A compiler works in a process of its own: see lsce_jax/aot/compilers.py.
 """
 
 import importlib
-import importlib.util
-import multiprocessing
-import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+from lsce_spec.devices import CARDS, ENVIRONMENTS, TOPOLOGIES, has_cuda_plugin, has_libtpu
 from parity_tests.losses.adapters import JaxAdapter, UnavailableError
 from parity_tests.truth.cases import Case
 
 Answer = TypeVar("Answer")
 
-# What lets the TPU compiler do without a TPU, and beside another program that uses it.
-TPU_ENVIRONMENT = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-}
-ENVIRONMENTS = {"tpu": TPU_ENVIRONMENT, "gpu": {"JAX_PLATFORMS": "cpu"}}
 REMEDY = "make test-compiled installs it"
-# The smallest topology of each TPU in `parity_tests.truth.devices`.
-TOPOLOGIES = {
-    "tpu-v4": "v4:2x2x1",
-    "tpu-v5e": "v5e:2x2",
-    "tpu-v5p": "v5p:2x2x1",
-    "tpu-v6e": "v6e:2x2",
-    "tpu-v7x": "tpu7x:2x2x1",
-}
-
-
-class Card(NamedTuple):
-    """What XLA, Inductor and Triton ask of a GPU.
-
-    The minor number of each capability is 0. All have 64 KiB registers, 2048 threads and 1024 threads in a block for
-    each core.
-    """
-
-    name: str
-    capability: int
-    extension: str
-    cores: int
-    units_of_core: int
-    shared_of_core: int
-    shared_of_block: int
-    cache: int
-    memory: int
-    bandwidth: int  # bytes a second
-    gigahertz: float
-
-    def as_text(self) -> str:
-        """Return the text of XLA's `GpuTargetConfigProto`."""
-        return f"""
-            platform_name: "CUDA"
-            device_description_str: "{self.name}"
-            dnn_version_info {{ major: 9 minor: 7 }}
-            gpu_device_info {{
-              cuda_compute_capability {{ major: {self.capability} feature_extension: {self.extension} }}
-              core_count: {self.cores}
-              fpus_per_core: {self.units_of_core}
-              shared_memory_per_block: 49152
-              shared_memory_per_block_optin: {self.shared_of_block}
-              shared_memory_per_core: {self.shared_of_core}
-              registers_per_block_limit: 65536
-              registers_per_core_limit: 65536
-              threads_per_warp: 32
-              threads_per_block_limit: 1024
-              threads_per_core_limit: 2048
-              thread_dim_limit_x: 1024
-              thread_dim_limit_y: 1024
-              thread_dim_limit_z: 64
-              block_dim_limit_x: 2147483647
-              block_dim_limit_y: 65535
-              block_dim_limit_z: 65535
-              l2_cache_size: {self.cache}
-              device_memory_size: {self.memory}
-              memory_bandwidth: {self.bandwidth}
-              clock_rate_ghz: {self.gigahertz}
-              runtime_version: "12.8.0"
-            }}
-        """
-
-
-# The numbers of the cards, as XLA's descriptions have them (xla/backends/gpu/target_config/specs, 2026-11-26).
-CARDS = {
-    "gpu-a100": Card(
-        "NVIDIA A100-SXM4-80GB", 8, "NONE", 108, 64, 167936, 166912, 41943040, 85100068864, 2039040000000, 1.41
-    ),
-    "gpu-h100": Card(
-        "NVIDIA H100 80GB HBM3",
-        9,
-        "ACCELERATED_FEATURES",
-        132,
-        128,
-        233472,
-        232448,
-        52428800,
-        84942979072,
-        3352320000000,
-        1.98,
-    ),
-    "gpu-b200": Card(
-        "NVIDIA B200",
-        10,
-        "ACCELERATED_FEATURES",
-        148,
-        128,
-        233472,
-        232448,
-        132644864,
-        191514411008,
-        7672320000000,
-        1.965,
-    ),
-}
 
 
 class NotCompiledError(Exception):
@@ -226,48 +117,24 @@ class Compiler:
         return _in_process(_compile_function, self.device, function, arguments)
 
 
-def has_libtpu() -> bool:
-    """Return whether libtpu is installed, which has the compiler for TPUs."""
-    return _is_installed("libtpu")
-
-
-def has_cuda_plugin() -> bool:
-    """Return whether JAX's plugin for CUDA is installed, which has XLA's compiler for GPUs."""
-    return any(_is_installed(f"jax_plugins.xla_cuda{version}") for version in (12, 13))
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ModuleNotFoundError, ValueError):  # its package is not there, or sys.modules says that it is not
-        return False
-
-
 # --- The compilers' processes ---------------------------------------------------------------------------------------
 
-_PROCESSES: dict[str, ProcessPoolExecutor] = {}
+_PROCESSES: dict[str, Any] = {}
 
 
 def _in_process(answer: Callable[..., Answer | str], device: str, *arguments: Any) -> Answer:
     """Return the answer of a function in the process of the device's compiler. A text is the reason for none."""
+    from lsce_jax.aot.compilers import CompilerEndedError, CompilerProcess
+
     family = device.partition("-")[0]
-    if family not in _PROCESSES:
-        spawn = multiprocessing.get_context("spawn")
-        _PROCESSES[family] = ProcessPoolExecutor(1, spawn, initializer=_set, initargs=(ENVIRONMENTS[family],))
+    process: CompilerProcess = _PROCESSES.setdefault(family, CompilerProcess(ENVIRONMENTS[family]))
     try:
-        answered = _PROCESSES[family].submit(answer, device, *arguments).result()
-    except BrokenProcessPool as error:
-        del _PROCESSES[family]
-        raise NotCompiledError(f"not compiled for {device}: the process of the compiler ended") from error
+        answered = process.call(answer, device, *arguments)
+    except CompilerEndedError as error:
+        raise NotCompiledError(f"not compiled for {device}: {error}") from error
     if isinstance(answered, str):
         raise NotCompiledError(f"not compiled for {device}: {answered}")
     return answered
-
-
-def _set(environment: Mapping[str, str]) -> None:
-    os.environ.update(environment)
-    # The main module of the program is imported before, and may have imported JAX.
-    importlib.import_module("jax").config.update("jax_platforms", environment["JAX_PLATFORMS"])
 
 
 # What follows runs in such a process. An exception is returned as a text: not every one of a compiler can be sent.
@@ -298,7 +165,10 @@ def _compile_function(
 def _figures(function: Callable[..., Any], device: str, operands: Any) -> Figures:
     import jax
 
-    describe: Any = partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(core_of(device)))
+    from lsce_jax.aot.compilers import describe_devices
+
+    (core,) = describe_devices(device)
+    describe: Any = partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(core))
     described = jax.tree.map(lambda array: describe(array.shape, array.dtype), operands)
     compiled = jax.jit(function).lower(*described).compile()
     memory: Any = compiled.memory_analysis()
@@ -309,13 +179,3 @@ def _figures(function: Callable[..., Any], device: str, operands: Any) -> Figure
         memory.output_size_in_bytes,
         costs.get("bytes accessed"),
     )
-
-
-def core_of(device: str) -> Any:
-    """Return JAX's description of one core of a device, for a process with the environment of its compiler."""
-    from jax.experimental import topologies
-
-    if device in CARDS:
-        target = CARDS[device].as_text()
-        return topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target).devices[0]
-    return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[device]).devices[0]

@@ -26,8 +26,8 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+from lsce_spec.devices import CARDS, Card
 from parity_tests.losses.adapters import UnavailableError
-from parity_tests.losses.compiled import CARDS, Card
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from lsce_spec.devices import TPU_ENVIRONMENT
 from parity_tests.losses import iree
 from parity_tests.losses.adapters import LossError, TorchAdapter, UnavailableError, missing_features
-from parity_tests.losses.compiled import TPU_ENVIRONMENT
 from parity_tests.truth.arithmetic import NARROW, any_order
 from parity_tests.truth.cases import Case, LinearCase
 from parity_tests.truth.comparison import AnyResult

@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 
 import lsce_torch
+from lsce_spec.devices import TOPOLOGIES
 from parity_tests.losses.adapters import TorchAdapter, operands_of, to_torch
-from parity_tests.losses.compiled import TOPOLOGIES
 from parity_tests.losses.interpreted import evaluate
 from parity_tests.truth.cases import Case
 from parity_tests.truth.comparison import AnyResult

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +20,8 @@ from unittest import mock
 
 import numpy as np
 
+from lsce_spec.devices import CARDS
 from parity_tests.losses.adapters import TorchAdapter, UnavailableError
-from parity_tests.losses.compiled import CARDS
 from parity_tests.truth.cases import Case
 from parity_tests.truth.comparison import AnyResult
 
@@ -144,7 +145,8 @@ def interpret(launch: Launch) -> None:
     """Run a kernel in Triton's interpreter."""
     # The interpreter's own operations are none of those that a GPU gets.
     modes = importlib.import_module("torch.utils._python_dispatch")._disable_current_modes
-    with np.errstate(all="ignore"), modes():
+    with warnings.catch_warnings(), modes():
+        warnings.simplefilter("ignore")  # NumPy's, as in `launch._run`
         launch.kernel[(launch.num_programs,)](**launch.arguments)
 
 

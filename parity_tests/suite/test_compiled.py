@@ -25,17 +25,14 @@ from lsce_jax import (
     linear_label_smoothed_cross_entropy,
 )
 from lsce_spec import IMPLEMENTATIONS, LINEAR_IMPLEMENTATIONS
+from lsce_spec.devices import CARDS, TOPOLOGIES, has_cuda_plugin, has_libtpu
 from parity_tests.losses.adapters import JaxAdapter, UnavailableError
 from parity_tests.losses.compiled import (
-    CARDS,
     REMEDY,
-    TOPOLOGIES,
     Compiler,
     Figures,
     NotCompiledError,
     StatisticsAdapter,
-    has_cuda_plugin,
-    has_libtpu,
 )
 from parity_tests.losses.registry import make_adapter
 from parity_tests.plugin import Recorder

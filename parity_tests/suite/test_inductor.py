@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from lsce_spec.devices import CARDS
 from parity_tests.losses.adapters import UnavailableError
-from parity_tests.losses.inductor import CARDS, Compiled, Request, measure
+from parity_tests.losses.inductor import Compiled, Request, measure
 from parity_tests.plugin import Recorder
 from parity_tests.truth.devices import DEVICES
 from parity_tests.truth.precision import DTYPES

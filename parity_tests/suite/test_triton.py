@@ -183,6 +183,21 @@ def test_the_gradient_with_the_loss() -> None:
         assert torch.equal(2 * at_once, twice)
 
 
+def test_a_gradient_that_nobody_asks_for() -> None:
+    """None is computed with the loss; nor is one in float16, which would lose what a loss scale keeps."""
+    leaf = torch.zeros(3, 40, requires_grad=True)
+    labels = torch.tensor([0, 1, 2])
+    with on_pretended_gpu() as started:
+        with torch.no_grad():
+            label_smoothed_cross_entropy(leaf, labels)
+        label_smoothed_cross_entropy(leaf.detach(), labels)
+        label_smoothed_cross_entropy(leaf.half(), labels)
+        label_smoothed_cross_entropy(leaf, labels, reduction="none")
+        label_smoothed_cross_entropy(leaf, labels)
+    gradients = [each.arguments["gradient"] is not None for each in started if each.name == "forward"]
+    assert gradients == [False, False, False, False, True]
+
+
 @pytest.mark.parametrize("num_classes", [40, 9001])
 def test_in_place(num_classes: int) -> None:
     logits = torch.randn(3, num_classes)
