@@ -8,6 +8,7 @@
     python -m benchmarks linear --scaling
     python -m benchmarks tpu
     python -m benchmarks tpu-exp
+    python -m benchmarks tpu-kernel
     python -m benchmarks gpu
     python -m benchmarks launches
     python -m benchmarks cost --write
@@ -31,7 +32,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -106,6 +108,7 @@ PAGES = {
     "linear": "linear.md",
     "scaling": "linear.md",
     "tpu linear": "linear.md",
+    "tpu kernel": "tpu.md",
 }
 
 
@@ -289,17 +292,51 @@ def tpu_exp() -> None:
     console = Console()
     report.print_machine(report.describe_machine(), console)
     console.print()
-    with tempfile.TemporaryDirectory() as folder:
-        dump = Path(folder)
-        os.environ.update(ENVIRONMENTS["tpu"])
-        # JAX must find the environment set.
-        from benchmarks import tpu_bundles  # noqa: PLC0415
-        from lsce_jax.aot.bundles import FLAGS  # noqa: PLC0415
-
-        os.environ["LIBTPU_INIT_ARGS"] = FLAGS.format(folder=dump)
+    with _dump_of_schedules() as dump:
+        from benchmarks import tpu_bundles  # noqa: PLC0415 - JAX must find the environment set
 
         costs = [cost._asdict() for cost in tpu_bundles.measure(dump)]
     report.print_table(report.bundle_table(costs), console)
+
+
+@app.command()
+def tpu_kernel(
+    program: Annotated[list[str] | None, typer.Option(help="What to compile; may be repeated. [default: all]")] = None,
+    alone: Annotated[bool, typer.Option("--alone", help="The kernel, and not the fused loss beside it.")] = False,
+    json_file: JsonOption = None,
+    write: WriteOption = False,
+) -> None:
+    """What the Pallas kernel costs on TPUs that are not there, by their compiler: bytes and instruction bundles."""
+    _check_libtpu()
+    if write and (program or alone):
+        raise typer.BadParameter("keeps the figures of all programs.", param_hint="'--write'")
+    console, machine = Console(), report.describe_machine()
+    report.print_machine(machine, console)
+    console.print()
+    with _dump_of_schedules() as dump:
+        from benchmarks import tpu_kernel as compiled  # noqa: PLC0415 - JAX must find the environment set
+
+        implementations = compiled.IMPLEMENTATIONS[alone:]
+        costs = compiled.measure(dump, program or tuple(compiled.PROGRAMS), implementations)
+        figures = {
+            "machine": machine,
+            "tpu kernel shape": compiled.SHAPE.sizes,
+            "tpu kernel": [cost._asdict() for cost in costs],
+        }
+    for table in report.tables(figures):
+        report.print_table(table, console)
+    _keep(figures, json_file, write, console)
+
+
+@contextmanager
+def _dump_of_schedules() -> Iterator[Path]:
+    """Have the TPU compiler, which must not have been loaded, write its schedules to a folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.update(ENVIRONMENTS["tpu"])
+        from lsce_jax.aot.bundles import FLAGS  # noqa: PLC0415 - JAX must find the environment set
+
+        os.environ["LIBTPU_INIT_ARGS"] = FLAGS.format(folder=folder)
+        yield Path(folder)
 
 
 def _check_libtpu() -> None:

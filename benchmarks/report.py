@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -119,6 +119,8 @@ def tables(figures: Figures) -> Iterator[Table]:
         yield from tpu_tables(figures["tpu"], Shape(*figures["tpu shape"]))
         shape, chunk_bytes = LinearShape(*figures["tpu linear shape"]), figures["tpu linear chunk bytes"]
         yield linear_tpu_table(figures["tpu linear"], shape, chunk_bytes)
+    if "tpu kernel" in figures:
+        yield from kernel_tables(figures["tpu kernel"], Shape(*figures["tpu kernel shape"]))
 
 
 def _rows(result: dict[str, Any]) -> list[Row]:
@@ -223,6 +225,25 @@ def bundle_table(costs: Sequence[dict[str, Any]]) -> Table:
     return Table(title, ("topology", *names, "ratio"), cells, legend)
 
 
+def kernel_tables(costs: Sequence[dict[str, Any]], shape: Shape) -> Iterator[Table]:
+    """Yield bytes and bundles of the fused loss and of the kernel, a row for each program, a column for each TPU."""
+    names, topologies = (list(dict.fromkeys(cost[key] for cost in costs)) for key in ("name", "topology"))
+
+    def cells(number: Callable[[dict[str, Any]], str]) -> list[tuple[str, ...]]:
+        by_place: dict[tuple[str, str], list[str]] = {}
+        for cost in costs:
+            by_place.setdefault((cost["name"], cost["topology"]), []).append(number(cost))
+        return [(name, *(" / ".join(by_place[name, each]) for each in topologies)) for name in names]
+
+    implementations = " / ".join(dict.fromkeys(cost["implementation"] for cost in costs))
+    title = f"Dense loss, {_times(shape.sizes)}, {implementations}"
+    moved = cells(lambda cost: f"{cost['accessed_bytes'] / cost['logits_bytes']:.2f}")
+    yield Table(f"{title}: bytes moved, in multiples of the logits", ("program", *topologies), moved)
+    bundles = cells(lambda cost: f"{cost['bundles'] / shape.rows:.0f}")
+    legend = "A core starts about one bundle in a cycle. Compiled, not run."
+    yield Table(f"{title}: bundles for each row", ("program", *topologies), bundles, legend)
+
+
 def gpu_table(memory: dict[str, dict[str, int]], shape: Shape) -> Table:
     """Return the temporary memory of each loss, a column for each card."""
     cells = [(name, *map(_mb, of_cards.values())) for name, of_cards in memory.items()]
@@ -308,6 +329,8 @@ def _page_tables(figures: Figures) -> dict[str, list[Table]]:
     if "tpu" in figures:
         *dense, linear = tables(figures)
         return {"tpu": dense, "tpu linear": [linear]}
+    if "tpu kernel" in figures:
+        return {"tpu kernel": list(tables(figures))}
     (name,) = {"dense", "small", "linear", "scaling"} & figures.keys()
     if name in {"dense", "small"}:
         return {name: [_dense_page(group) for group in _grouped(figures[name])]}
@@ -318,7 +341,11 @@ def record_path(folder: Path, figures: Figures) -> Path:
     """Return the file that keeps the figures of a command. Times have one file for each CPU or card."""
     (block, *_) = _page_tables(figures)
     words = re.findall(r"[a-z0-9]+", _place(figures["machine"]).lower().replace("(r)", ""))
-    return folder / "tpu.json" if block == "tpu" else folder / block / f"{'-'.join(words)}.json"
+    return (
+        folder / f"{block.replace(' ', '-')}.json"
+        if block in {"tpu", "tpu kernel"}
+        else folder / block / f"{'-'.join(words)}.json"
+    )
 
 
 def _place(machine: dict[str, Any]) -> str:
@@ -328,7 +355,12 @@ def _place(machine: dict[str, Any]) -> str:
 
 
 def _command(block: str, machine: dict[str, Any]) -> str:
-    options = {"small": "dense --sizes small", "scaling": "linear --scaling", "tpu linear": "tpu"}
+    options = {
+        "small": "dense --sizes small",
+        "scaling": "linear --scaling",
+        "tpu linear": "tpu",
+        "tpu kernel": "tpu-kernel",
+    }
     device = f" --device {machine['device'].partition(':')[0]}" if "device" in machine else ""
     return f".venv/bin/python -m benchmarks {options.get(block, block)}{device} --write"
 

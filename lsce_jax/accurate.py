@@ -41,7 +41,8 @@ def divide(numerator: Float[Array, "*rows"], denominator: Float[Array, "*rows"])
     return result
 
 
-def _log1p_of_basic_operations(x: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+def log1p_of_basic_operations(x: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+    """Return log(1 + x) for x >= 0 of operations that IEEE 754 defines, but for float64."""
     if x.dtype != jnp.float32:
         return jnp.log1p(x)
     above = 1 + x
@@ -49,7 +50,7 @@ def _log1p_of_basic_operations(x: Float[Array, "*rows"]) -> Float[Array, "*rows"
     exponent = jnp.where(x <= 1, 0, (bits >> 23) - 127)
     fraction = jax.lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32)
     f = jnp.where(x <= 1, x, fraction - 1)
-    s = _quotient_of_products(f, 2 + f)
+    s = quotient_of_products(f, 2 + f)
     z = s * s
     series = jnp.zeros_like(z)
     for coefficient in reversed(_SERIES):
@@ -60,9 +61,8 @@ def _log1p_of_basic_operations(x: Float[Array, "*rows"]) -> Float[Array, "*rows"
     return jnp.where(jnp.isinf(x) | jnp.isnan(x), x, result)
 
 
-def _quotient_of_products(
-    numerator: Float[Array, "*rows"], denominator: Float[Array, "*rows"]
-) -> Float[Array, "*rows"]:
+def quotient_of_products(numerator: Float[Array, "*rows"], denominator: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
+    """Return the quotient by a reciprocal that one step of Newton's method has improved."""
     rough = 1 / denominator
     reciprocal = rough * (2 - denominator * rough)
     quotient = numerator * reciprocal
@@ -73,8 +73,8 @@ def _plain_quotient(numerator: Float[Array, "*rows"], denominator: Float[Array, 
     return numerator / denominator
 
 
-_log1p_p = define("lsce_log1p", jnp.log1p, tpu=_log1p_of_basic_operations)
-_divide_p = define("lsce_divide", _plain_quotient, tpu=_quotient_of_products)
+_log1p_p = define("lsce_log1p", jnp.log1p, tpu=log1p_of_basic_operations)
+_divide_p = define("lsce_divide", _plain_quotient, tpu=quotient_of_products)
 
 
 # Compiled, so that a call outside `jit` takes the formula of its platform.

@@ -10,7 +10,7 @@ from typing import Unpack
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from lsce_jax import fused, reference
+from lsce_jax import fused, kernels, reference
 from lsce_jax.accurate import divide
 from lsce_jax.inputs import Batch, as_array, at_labels, extremes, prepare
 from lsce_jax.keywords import DenseLossKeywords
@@ -62,7 +62,9 @@ def label_smoothed_cross_entropy(
         reduction: "none", "sum", or "mean": the sum over `denominator`.
         denominator: the number that "mean" divides by. None: the sum of the labels' class weights over the rows that
             count; without class weights, and for soft labels, the number of those rows. With 0 the loss is 0.
-        implementation: "fused", which never writes the target out; "reference", the readable one; None chooses "fused".
+        implementation: "fused", which never writes the target out; "reference", the readable one; "pallas", a kernel
+            for TPUs, which on a CPU is interpreted in `jax.experimental.pallas.tpu.force_tpu_interpret_mode()`. None
+            chooses: on TPUs "pallas" where it computes the call and moves fewer bytes, otherwise "fused".
 
     Returns:
         Losses, with `reduction="none"` of the shape of the logits without `axis`, else a scalar. float64 for
@@ -70,7 +72,8 @@ def label_smoothed_cross_entropy(
 
     Raises:
         TypeError: wrong type or dtype.
-        ValueError: wrong shape, value out of range, or options that exclude each other.
+        ValueError: wrong shape, value out of range, options that exclude each other, or a call that "pallas" cannot
+            compute, if it was asked for.
         IndexError: a label outside the classes, with `bad_labels="raise"`.
 
     Example:
@@ -134,8 +137,10 @@ def _evaluate(
     logits: ArrayLike, labels: ArrayLike, keywords: DenseLossKeywords, *, with_stats: bool
 ) -> tuple[Float[Array, "..."], LossStats | None]:
     """Return the loss, and the statistics if asked for. See `label_smoothed_cross_entropy`."""
-    options = LossOptions.of(keywords)
+    options = LossOptions.of(keywords, kernels.IMPLEMENTATIONS)
     batch, divisor = mean_divisor(prepare(logits, labels, options, keywords), options, keywords["denominator"])
+    if kernels.takes(batch, options, class_axis=keywords["axis"]):
+        return kernels.loss_and_stats(batch, options, with_stats, divisor, reduce_losses)
     losses, stats = _ROW_LOSSES[options.implementation](batch, options, with_stats)
     return reduce_losses(losses, options, divisor), stats
 

@@ -28,7 +28,7 @@ from lsce_jax.accurate import log1p
 from lsce_jax.inputs import Batch, at_labels
 from lsce_jax.row_sums import row_sums
 from lsce_jax.stats import LossStats, make_stats
-from lsce_jax.sums import Operands, Sums
+from lsce_jax.sums import Operands, Peaks, Sums
 from lsce_spec import LossOptions
 
 
@@ -72,7 +72,13 @@ def row_losses(
             lambda: reference.row_losses(batch, options, with_stats), policy=_is_of_a_row
         )()
         return kept
-    operands = Operands(
+    peaks, sums = row_sums(make_operands(batch, options, with_stats, in_place=in_place))
+    return losses_of_sums(batch, options, targets or make_targets(batch, options), peaks, sums)
+
+
+def make_operands(batch: Batch, options: LossOptions, with_stats: bool, *, in_place: bool = False) -> Operands:
+    """Return what the loss sums over the classes, and which sums it needs."""
+    return Operands(
         logits=batch.logits,
         labels=batch.labels.astype(jnp.int32),
         counted=batch.counted,
@@ -85,10 +91,15 @@ def row_losses(
         correct=with_stats,
         in_place=in_place,
     )
-    peaks, sums = row_sums(operands)
+
+
+def losses_of_sums(
+    batch: Batch, options: LossOptions, targets: Targets, peaks: Peaks, sums: Sums
+) -> tuple[Float[Array, "*batch"], LossStats | None]:
+    """Return the loss of each row, and statistics if the sums were made for them."""
     log_sum = log1p(sums.rest)
     lse = peaks.peak + log_sum
-    smoothed = _smoothed_losses(batch, options, targets or make_targets(batch, options), sums, log_sum)
+    smoothed = _smoothed_losses(batch, options, targets, sums, log_sum)
     losses = smoothed + options.z_loss * lse**2 if options.z_loss else smoothed
     if batch.counted is not None:
         losses = jnp.where(batch.counted, losses, 0)
@@ -108,8 +119,7 @@ def _smoothed_losses(
 ) -> Float[Array, "*batch"]:
     """Return the loss of each row without its z-loss."""
     on, off, num_others = _on_off_others(batch, targets, sums)
-    at_label = on if batch.class_weight is None else on * at_labels(batch.class_weight, batch.labels)
-    mass = at_label + off * (num_others if sums.other_mass is None else sums.other_mass)
+    at_label, mass = _label_and_mass(batch, on, off, num_others, sums)
     smoothed = _product(at_label, sums.label_gap) + _product(off, sums.other_gaps)
     if targets.at_max is not None:
         at_max = jnp.where(jnp.asarray(batch.bad), 0, targets.at_max)
@@ -121,6 +131,26 @@ def _smoothed_losses(
         entropy = reference.entropy_of(on) + num_others * reference.entropy_of(off)
         smoothed -= entropy if sums.other_entropy is None else entropy + off * sums.other_entropy
     return smoothed
+
+
+def weighted_target(
+    batch: Batch, targets: Targets, sums: Sums
+) -> tuple[Float[Array, "*#batch"], Float[Array, "*#batch"], Float[Array, "*#batch"]]:
+    """Return the target at the label, with its weight, `off`, and the sum of the target without `at_max`.
+
+    Of the sums it takes those that do not depend on the logits: other_mass and other_prior.
+    """
+    on, off, num_others = _on_off_others(batch, targets, sums)
+    at_label, mass = _label_and_mass(batch, on, off, num_others, sums)
+    return at_label, off, mass
+
+
+def _label_and_mass(
+    batch: Batch, on: Array, off: Array, num_others: Array, sums: Sums
+) -> tuple[Float[Array, "*#batch"], Float[Array, "*#batch"]]:
+    """Return the target at the label, with its class weight, and the sum of the target over the classes."""
+    at_label = on if batch.class_weight is None else on * at_labels(batch.class_weight, batch.labels)
+    return at_label, at_label + off * (num_others if sums.other_mass is None else sums.other_mass)
 
 
 def _on_off_others(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from lsce_jax import kernels
 from lsce_jax.functional import label_smoothed_cross_entropy
 from lsce_jax.inputs import as_array, check_prior
 from lsce_jax.keywords import DenseModuleKeywords, LinearModuleKeywords
@@ -79,7 +80,7 @@ class LabelSmoothedCrossEntropyLoss(_LossModule):
     @takes(DenseModuleKeywords)
     def __init__(self, smoothing: float = 0.1, **options: Unpack[DenseModuleKeywords]) -> None:
         """Check the options and keep them; see the class."""
-        LossOptions.of({"smoothing": smoothing, **options})
+        LossOptions.of({"smoothing": smoothing, **options}, kernels.IMPLEMENTATIONS)
         self._keep({"smoothing": smoothing, **options})
 
     def __call__(

@@ -41,7 +41,7 @@ def row_sums(operands: Operands) -> tuple[Peaks, Sums]:
 
 
 @jax.jit
-def _row_slopes(operands: Operands, peaks: Peaks, tangents: ByName) -> Sums:
+def row_slopes(operands: Operands, peaks: Peaks, tangents: ByName) -> Sums:
     """Return the tangents of the sums for tangents of some operands."""
     results: Sums = _bind(_row_slopes_p, _slopes, operands, peaks, tangents)
     return results
@@ -85,7 +85,7 @@ def _derivative(primals: Sequence[Array], tangents: Sequence[Any], *, structure:
         for name in ("logits", "prior", "class_weight")
         if (index := getattr(index_of, name)) is not None and not isinstance(tangents[index], ad.Zero)
     }
-    slopes = _row_slopes(operands, peaks, given)
+    slopes = row_slopes(operands, peaks, given)
     return jax.tree.leaves((peaks, results)), jax.tree.leaves((jax.tree.map(jnp.zeros_like, peaks), slopes))
 
 
@@ -104,22 +104,22 @@ def _derivative_of_slopes(
 
 def _transpose_of_slopes(cotangents: Sequence[Any], *arguments: Any, structure: Any) -> list[Any]:
     given = {i: cotangent for i, cotangent in enumerate(cotangents) if not isinstance(cotangent, ad.Zero)}
-    # A barrier for each, so that the cotangents of a row are computed once, not again for every class. JAX 0.12 cannot
-    # transpose a barrier of which a part is known to be zero.
-    given = jax.tree.map(jax.lax.optimization_barrier, given)
     is_linear = [ad.is_undefined_primal(argument) for argument in arguments]  # type: ignore[no-untyped-call]
     operands, peaks, tangents = jax.tree.unflatten(
         structure, [None if linear else argument for linear, argument in zip(is_linear, arguments, strict=True)]
     )
     # A tangent that is known, such as an array of zeros, has no cotangent.
     names = [name for name in sorted(tangents) if tangents[name] is None]
-    results = _cotangents(operands, peaks, given, names) if given else {}
+    results = cotangents_of_sums(operands, peaks, given, names) if given else {}
     of_leaf = iter([results.get(name) for name in names])
     return [next(of_leaf) if linear else None for linear in is_linear]
 
 
-def _cotangents(operands: Operands, peaks: Peaks, given: dict[int, Array], names: list[str]) -> ByName:
+def cotangents_of_sums(operands: Operands, peaks: Peaks, given: dict[int, Array], names: list[str]) -> ByName:
     """Return the cotangents of the operands with these names, for those of the sums that are given by their place."""
+    # A barrier for each, so that the cotangents of a row are computed once, not again for every class. JAX 0.12 cannot
+    # transpose a barrier of which a part is known to be zero.
+    given = jax.tree.map(jax.lax.optimization_barrier, given)
 
     def by_comparison() -> ByName:
         def given_sums(by_name: ByName) -> dict[int, Array]:

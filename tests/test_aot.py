@@ -218,7 +218,7 @@ def test_a_program_of_jax_for_this_cpu() -> None:
 
 # --- Bundles --------------------------------------------------------------------------------------------------------
 
-# As libtpu writes it: three bundles outside of loops, two in a loop of 10 rounds, of which two loops within.
+# As libtpu writes it: three bundles outside of loops, three in a loop of 10 rounds, which has two loops within.
 SCHEDULE = """\
 // some words { about it }
      0   :  { %1 = vlaneseq }
@@ -228,14 +228,15 @@ SCHEDULE = """\
    0x4   : > > { %5 = scmp.ge.s32.totalorder %4, 3 /* loop exit test */ } /* End region 2 */
    0x5 LB: > > { %6 = scmp.ge.s32.totalorder %4, 5 /* loop exit test */ } /* End region 3 */
    0x6   : > { %7 = scmp.ge.s32.totalorder %3, 10 /* loop exit test */ } /* End region 1 */
-   0x7   :  {} /* End region 0 */
+   0x7   : > > { %4 = vlaneseq }
+   0x8   :  {} /* End region 0 */
 """
 
 
 def test_bundles_of_loops_count_for_each_round(tmp_path) -> None:
     path = tmp_path / "fusion-final_bundles.txt"
     path.write_text(SCHEDULE, encoding="utf-8")
-    assert count_bundles(path) == 3 + 10 * (2 + 3 * 2 + 5 * 1)
+    assert count_bundles(path) == 3 + 10 * (3 + 3 * 2 + 5 * 1)
 
 
 @pytest.mark.parametrize(

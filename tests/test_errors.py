@@ -180,8 +180,9 @@ ELSEWHERE = {
     "identify_rows",
     "kernel",
 }
-# The kernels of each package, which only its own messages name; "kernel" is in test_torch_kernels.py.
-KERNELS = (", 'triton'",)
+# The kernels of each package, which only its own messages name; "kernel" is in test_torch_kernels.py and
+# test_jax_kernels.py.
+KERNELS = (", 'triton'", ", 'pallas'")
 # The messages of one package alone.
 TORCH_ELSEWHERE = {
     "labels_device",

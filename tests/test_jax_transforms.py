@@ -7,13 +7,14 @@ table TRANSFORMS x TRANSFORMS, and a single exception or a wrong number fails it
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from itertools import count
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsce_jax import label_smoothed_cross_entropy, linear_label_smoothed_cross_entropy
+from lsce_jax import kernels, label_smoothed_cross_entropy, linear_label_smoothed_cross_entropy
 
 ROWS, CLASSES = 3, 3
 LABELS = np.array([1, 0, 2])
@@ -45,9 +46,26 @@ def plain_total(hidden: jax.Array) -> jax.Array:
 
 dense = partial(label_smoothed_cross_entropy, labels=LABELS, smoothing=SMOOTHING)
 linear = partial(linear_label_smoothed_cross_entropy, weight=WEIGHT, labels=LABELS, smoothing=SMOOTHING, chunk_size=1)
+
+
+def by_primitives(loss: Function) -> Function:
+    """Return a loss of the primitives that are a kernel on TPUs, although there it takes neither float64 nor so few."""
+
+    def of_logits(logits: jax.Array) -> jax.Array:
+        with mock.patch.object(kernels, "takes", return_value=True):
+            return loss(logits)
+
+    return of_logits
+
+
 LOSSES: dict[str, tuple[Function, Function]] = {
     "fused": (partial(dense, implementation="fused"), plain_losses),
     "fused, capped": (partial(dense, implementation="fused", where=COUNTED, z_loss=0.1, softcap=3.0), plain_capped),
+    "primitives of the kernel": (by_primitives(dense), plain_losses),
+    "primitives of the kernel, mean, capped": (
+        by_primitives(partial(dense, where=COUNTED, z_loss=0.1, softcap=3.0, reduction="mean")),
+        lambda logits: jnp.sum(plain_capped(logits)) / 2,
+    ),
     "reference": (partial(dense, implementation="reference"), plain_losses),
     "linear, sum": (partial(linear, reduction="sum"), plain_total),
     "linear, mean of some rows": (

@@ -46,9 +46,10 @@ class _Schedule:
             self.close(depth - begins)
         if begins:
             self.open.append(_Loop())
-        if depth >= len(self.open):
+        if depth >= len(self.open) == 1:
             raise ValueError("a loop without a beginning")
-        loop = self.open[depth]
+        # Single bundles of a loop may be marked as if they were in another one within it.
+        loop = self.open[min(depth, len(self.open) - 1)]
         loop.bundles += 1
         for rounds in tests:
             if loop.rounds is not None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from lsce_jax import functional
+from lsce_jax import kernels
 from lsce_jax.chunked import preferred_rows
 from lsce_jax.functional import label_smoothed_cross_entropy
 from lsce_jax.linear import linear_label_smoothed_cross_entropy
@@ -78,8 +78,7 @@ def of_logits(dtype: str) -> dict[str, Loss]:
 
 def implementations() -> tuple[str, ...]:
     """Return what `implementation` may name, as the package has it, so that a new one is here without a change."""
-    names = [*functional._ROW_LOSSES, getattr(functional, "_KERNEL", None)]
-    return tuple(name for name in names if name is not None)
+    return kernels.IMPLEMENTATIONS
 
 
 def of_layer(

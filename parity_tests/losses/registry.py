@@ -12,6 +12,7 @@ from parity_tests.losses import peers
 from parity_tests.losses.adapters import Adapter, JaxAdapter, TorchAdapter
 from parity_tests.losses.interpreted import InterpretedAdapter
 from parity_tests.losses.iree import TARGETS, IreeAdapter
+from parity_tests.losses.pallas import PallasAdapter
 from parity_tests.losses.torchax import TorchaxAdapter
 from parity_tests.losses.torchtpu import TorchTpuAdapter
 from parity_tests.losses.triton_kernels import TritonAdapter
@@ -28,6 +29,7 @@ JAX_NARROW = {
     "reference": frozenset({"products", "products of rows", "hidden"}),
 }
 INTERPRETED = "interpreted"
+KERNEL = "jax-pallas"
 # Endings of the names of adapters that run a program for another platform, seconds for each case.
 ELSEWHERE = (f"-{INTERPRETED}", *(f"-{ending}" for ending in TARGETS))
 PLATFORMS = ("tpu", "cuda")  # for which programs are made that an interpreter runs
@@ -126,10 +128,13 @@ def _ours() -> list[Entry]:
 
 
 def _kernels() -> list[Entry]:
-    """Return the adapters of the kernels for GPUs, which on a CPU need Triton's interpreter."""
+    """Return the adapters of the kernels: for TPUs, also interpreted; for GPUs, which on a CPU need an interpreter."""
+    interpreted = f"{KERNEL}-tpu-{INTERPRETED}"
     dense, linear = "torch-triton", "torch-linear-triton"
     of_linear = partial(TritonAdapter, name=linear, linear=True, narrow=TORCH_NARROW["chunked"])
     return [
+        Entry(KERNEL, "jax", "ours", partial(PallasAdapter, name=KERNEL)),
+        Entry(interpreted, "jax", "ours", partial(PallasAdapter, name=interpreted, interpreted=True)),
         Entry(dense, "torch", "ours", partial(TritonAdapter, name=dense), twin="jax-fused"),
         Entry(linear, "torch", "ours", of_linear, twin="jax-linear-chunked"),
     ]

@@ -46,6 +46,12 @@ def test_statistics(name: str, framework: str, implementation: str, dtype: str) 
     loss, stats = (
         jax_statistics(implementation, name, dtype) if framework == "jax" else torch_statistics(implementation, case)
     )
+    assert_statistics(case, loss, stats, ARITHMETIC[framework])
+
+
+def assert_statistics(case: Case, loss: Any, stats: dict[str, Any], arithmetic: Arithmetic) -> None:
+    """Hold the statistics of a case against the truth."""
+    dtype = case.dtype
     for field, values in stats.items():
         assert values.dtype.name == ("bool" if field in {"correct", "valid"} else compute_dtype(dtype)), field
     counted = solve(replace(case, options={**case.options, "reduction": "none"})).counted
@@ -54,7 +60,6 @@ def test_statistics(name: str, framework: str, implementation: str, dtype: str) 
         counted = np.zeros_like(counted)
     assert np.array_equal(stats["valid"], counted)
 
-    arithmetic = ARITHMETIC[framework]
     plain = {**case.options, "reduction": "none", "z_loss": 0.0}
     plain.pop("denominator", None)
     smoothed = replace(case, options=plain)

@@ -1,0 +1,14 @@
+"""The Pallas kernel for TPUs, and what chooses between it and what XLA makes of `fused.py`.
+
+`tpu.py` has the kernel. `losses.py` has the primitives that become the kernel where a program is for a TPU, and says
+for which calls: those that the kernel can compute and, without an `implementation`, for which it moves fewer bytes in
+fewer instructions than XLA's program does.
+"""
+
+import lsce_spec
+from lsce_jax.kernels.losses import NAME as NAME
+from lsce_jax.kernels.losses import loss_and_stats as loss_and_stats
+from lsce_jax.kernels.losses import takes as takes
+
+# What a caller may choose.
+IMPLEMENTATIONS = (*lsce_spec.IMPLEMENTATIONS, NAME)
