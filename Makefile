@@ -86,7 +86,7 @@ WITH_COMPILERS := PYTHONPATH=$(COMPILERS)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 test-compiled: $(COMPILERS)/installed
 	$(WITH_COMPILERS) $(BIN)/python -m pytest -m "devices and not slow" parity_tests/suite/test_compiled.py \
-	  parity_tests/suite/test_cost.py
+	  parity_tests/suite/test_compiled_kernels.py parity_tests/suite/test_cost.py
 
 # More of the same, which takes long: every case in every dtype.
 test-devices-slow: install-devices $(COMPILERS)/installed
