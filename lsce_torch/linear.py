@@ -122,8 +122,7 @@ def _evaluate(
     logits = layer.hidden.new_zeros(1).expand(*layer.hidden.shape[:-1], num_classes)
     batch, divisor = mean_divisor(prepare(logits, labels, options, keywords), options, keywords["denominator"])
     reason = _why_reference(batch, layer, options, with_stats)
-    if not torch.compiler.is_compiling():  # where an operator that is not looked into takes the kernels
-        kernels.check_choice(options.implementation, batch.logits, reason, "chunked")
+    kernels.check_choice(options.implementation, batch.logits, reason, "chunked")
     if options.implementation != "reference" and batch.labels.numel() and reason is None:
         losses, stats = chunked.losses(batch, layer, options, chunks, with_stats)
     else:

@@ -76,8 +76,15 @@ def test_compiled_calls() -> None:
         return label_smoothed_cross_entropy(logits, LABELS, implementation="triton")
 
     torch.compiler.reset()
-    with pytest.raises(Exception, match=r"torch\.compile makes kernels of its own"):
+    with pytest.raises(Exception, match=r"torch\.compile chooses itself"):
         torch.compile(loss, fullgraph=True, backend="eager")(LOGITS)
+
+
+def test_a_gpu_on_which_nothing_starts() -> None:
+    """As where Triton finds no C compiler: the reason is said, and the loss has another way. Here there is no GPU."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert str(kernels._failure_on.__wrapped__(0)).startswith("Triton starts no kernel on the device cuda:0: ")
 
 
 def test_on_the_cpu_nothing_is_chosen() -> None:
@@ -144,7 +151,7 @@ def test_plans(num_classes: int, itemsize: int, inner: int | None) -> None:
     plan = launch._make_plan(launch.Layout(300, num_classes, inner, num_classes), itemsize)
     for number in (plan.rows, plan.block, plan.num_warps):
         assert number & (number - 1) == 0 < number
-    assert plan.num_warps <= 32
+    assert plan.num_warps * 64 <= 1024  # threads, of AMD's GPUs
     assert plan.rows * plan.block <= 2**13
     if plan.align == 0:
         assert plan.block >= num_classes

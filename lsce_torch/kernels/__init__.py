@@ -3,9 +3,9 @@
 They are written in Triton (`gpu.py`) and started by `launch.py`: behind the sweeps of the fused loss, where every
 transform of torch finds them, and by `whole.py`, which computes a whole loss in as few launches as possible.
 
-Without an `implementation` they compute what is on a CUDA device, NVIDIA's or AMD's, and not in torch.compile, whose
-own kernels read and write the logits as often. With TRITON_INTERPRET=1 in the environment, implementation="triton" runs
-them on a CPU, in Triton's interpreter.
+Without an `implementation` they compute what is on a CUDA device, NVIDIA's or AMD's. In torch.compile they compute the
+linear loss only: the compiler's own kernels of the dense loss read and write the logits as often. With
+TRITON_INTERPRET=1 in the environment, implementation="triton" runs them on a CPU, in Triton's interpreter.
 """
 
 import importlib.util
@@ -51,7 +51,7 @@ def reason_against(logits: Tensor) -> str | None:
         )
     if torch.version.hip is None and torch.cuda.get_device_capability(logits.device) < _LEAST_CAPABILITY:
         return f"{torch.cuda.get_device_name(logits.device)} is older than the GPUs that they are compiled for"
-    return None
+    return _failure_on(logits.device.index)
 
 
 def check_choice(implementation: str | None, logits: Tensor, reason_for_reference: str | None, instead: str) -> None:
@@ -68,9 +68,7 @@ def check_choice(implementation: str | None, logits: Tensor, reason_for_referenc
     """
     if torch.compiler.is_compiling():
         if implementation == NAME:
-            raise error(
-                "kernel", name=repr(NAME), reason="torch.compile makes kernels of its own", instead=repr(instead)
-            )
+            raise error("kernel", name=repr(NAME), reason="torch.compile chooses itself", instead=repr(instead))
         return
     if not may_compute(implementation, logits):
         return
@@ -80,6 +78,21 @@ def check_choice(implementation: str | None, logits: Tensor, reason_for_referenc
     if _logger.isEnabledFor(logging.DEBUG):
         chosen = NAME if reason is None else f"not {NAME}: {reason}"
         _logger.debug("implementation of logits of shape %s: %s", tuple(logits.shape), chosen)
+
+
+@cache
+def _failure_on(index: int) -> str | None:
+    """Return why no kernel can be started on a GPU, as where there is no C compiler, or None."""
+    from lsce_torch.kernels import launch  # noqa: PLC0415 - it needs this module
+
+    try:
+        launch.total(torch.zeros(1, device=f"cuda:{index}"), None)
+    except Exception as problem:
+        # Whatever it is, the loss has another way.
+        reason = f"Triton starts no kernel on the device cuda:{index}: {problem}"
+        _logger.warning("label_smoothed_cross_entropy does without its kernels. %s", reason)
+        return reason
+    return None
 
 
 @cache

@@ -12,8 +12,8 @@ the lanes are added up relative to the largest logit of all, of which exactly on
 Lanes begin at -1e30 and not at -inf, whose difference to itself is NaN. A row without a logit above that is computed
 again, from its largest logit.
 
-Vectors of 128 bits are loaded where rows begin at multiples of 16 bytes. Otherwise the blocks of a row do, and only its
-first and last block are masked.
+Vectors of 128 bits are loaded where rows begin at multiples of 16 logits. Otherwise the blocks of a row do, and only
+its first and last block are masked.
 
 The arithmetic is that of float32, of float64 for float64 logits. log1p and tanh are made of operations that IEEE 754
 defines and of exp: Triton has no tanh that its interpreter knows, and the log of a GPU is off by 1e-7 near 1.
@@ -546,11 +546,12 @@ def forward(
                     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_rows", "sums_step", "ignore_index", "num_blocks"])
+@triton.jit(do_not_specialize=["num_rows", "sums_step", "ignore_index", "num_blocks", "programs_of_row"])
 def backward(
     logits, labels, counted, bad, class_mask, factor, on, off, other_mass, at_max, z_loss, softcap,
     sums, upstream, scale, gradient,
     num_rows, num_classes, inner, row_stride, sums_step, mask_stride, factor_stride, ignore_index, num_blocks,
+    programs_of_row,
     DTYPE: tl.constexpr, NUM_ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
     BY_ROW: tl.constexpr, IS_WRITTEN: tl.constexpr,
 ):  # fmt: skip
@@ -559,6 +560,7 @@ def backward(
     Args:
         upstream: gradient with respect to the losses; with BY_ROW one for each row, otherwise one for all.
         num_blocks: blocks of a row.
+        programs_of_row: how many programs share the blocks of a row.
         BY_ROW: see `upstream`.
         IS_WRITTEN: whether `gradient` holds that for an upstream of 1 already.
         logits, labels, counted, bad, class_mask, factor, on, off, other_mass, at_max, z_loss, softcap: see `forward`.
@@ -570,9 +572,8 @@ def backward(
     if IS_WRITTEN:
         if tl.load(upstream) == 1:
             return
-    program = tl.program_id(0).to(tl.int64) // num_blocks
+    program = tl.program_id(0).to(tl.int64) // programs_of_row
     sums_step = program * 0 + sums_step  # in 64 bits
-    at = (tl.program_id(0) % num_blocks) * BLOCK
     row, there, start = _rows_of(num_rows, num_classes, inner, row_stride, NUM_ROWS, program)
     label, counts, is_bad = _labels_of(
         row, there, labels, counted, bad, class_mask, mask_stride, ignore_index, num_classes
@@ -605,20 +606,21 @@ def backward(
         softcap = _of_all(softcap, DTYPE)
     _, slopes = _slopes_of(factor_of_row, is_bad, (peak, log_sum, label_gap, number, top_mass), targets, z_loss)
     base, head = _first_block(program, row_stride, start, ALIGN)
-    if NUM_ROWS == 1 and ALIGN > 0:
+    for number_of_block in tl.range(tl.program_id(0) % programs_of_row, num_blocks, programs_of_row):
+        at = number_of_block * BLOCK
         is_whole = (at >= head) & (at + BLOCK <= num_classes + head) & (tl.max(counts.to(tl.int32), 0) > 0)
-        if is_whole:
+        if is_whole and NUM_ROWS == 1 and ALIGN > 0:
             block = _block(classes, row, counts, base, head, at, DTYPE, True, BLOCK)
             _write_gradient(
                 gradient, classes, row, there, counts, base, head, at, block, label, peak, largest, slopes, softcap,
                 AT_MAX, True, BLOCK,
             )  # fmt: skip
-            return
-    block = _block(classes, row, counts, base, head, at, DTYPE, False, BLOCK)
-    _write_gradient(
-        gradient, classes, row, there, counts, base, head, at, block, label, peak, largest, slopes, softcap,
-        AT_MAX, False, BLOCK,
-    )  # fmt: skip
+        else:
+            block = _block(classes, row, counts, base, head, at, DTYPE, False, BLOCK)
+            _write_gradient(
+                gradient, classes, row, there, counts, base, head, at, block, label, peak, largest, slopes, softcap,
+                AT_MAX, False, BLOCK,
+            )  # fmt: skip
 
 
 # --- Sums over the rows -----------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ _UNALIGNED_RESIDENT = 1024
 _SIDE_BY_SIDE, _BLOCK_SIDE_BY_SIDE = 32, 64
 # Logits of a program with several rows.
 _TILE = 2048
-# Threads that run together, and logits of a thread. More of these would not stay in its registers.
+# Threads that run together, 64 on AMD's GPUs, and logits of a thread. More of these would not stay in its registers.
 _WARP, _PER_THREAD = 32, 8
 # One program adds up the rows, so many at once.
 _MOST_ROWS, _ROWS_AT_ONCE, _WARPS_OF_ROWS = 2**16, 2048, 8
@@ -84,7 +84,7 @@ def _make_plan(layout: Layout, itemsize: int) -> _Plan:
         return _Plan(rows, block, 0 if block == whole else 1, rows * block // (_WARP * _PER_THREAD))
     if num_classes <= _UNALIGNED_RESIDENT or (is_aligned and whole * itemsize <= _RESIDENT_BYTES):
         rows = max(1, _TILE // whole)
-        return _Plan(rows, whole, 0, max(4, rows * whole // (_WARP * _PER_THREAD)))
+        return _Plan(rows, whole, 0, min(16, max(4, rows * whole // (_WARP * _PER_THREAD))))
     # More threads for a row, and its gradient comes from the cache; but unaligned rows and float64 take more registers.
     num_warps = 8 if is_aligned and itemsize < 8 else 4
     block = num_warps * _WARP * (_PER_THREAD if itemsize < 8 else _PER_THREAD // 2)
@@ -204,19 +204,22 @@ def backward(
         stacked = stacked.contiguous()
     plan = _make_plan(layout, logits.element_size())
     num_blocks = -(-(layout.num_classes + max(plan.align - 1, 0)) // plan.block)
-    by_row = any(upstream.stride()) or upstream.numel() > 1
+    # Many programs that have nothing to do would take time to start.
+    programs_of_row = 1 if is_written else num_blocks
+    by_row = any(upstream.stride())  # not if it is one number for all, expanded
     _start(
         "backward",
         logits,
-        _num_programs(layout, plan) * num_blocks,
+        _num_programs(layout, plan) * programs_of_row,
         plan,
         **_arguments(logits, operands, layout, ignore_index),
         sums=stacked,
         sums_step=stacked.stride(0),
-        upstream=upstream.expand(logits.shape[:-1]).contiguous() if by_row else upstream,
+        upstream=upstream.expand(logits.shape[:-1]).contiguous() if by_row else upstream.detach(),
         scale=_constant(scale, logits),
         gradient=gradient,
         num_blocks=num_blocks,
+        programs_of_row=programs_of_row,
         BY_ROW=by_row,
         IS_WRITTEN=is_written,
     )
@@ -286,13 +289,10 @@ def _constant(value: float | Tensor | None, logits: Tensor) -> float | Tensor | 
     return torch.full((), value, dtype=torch.float64, device=logits.device)
 
 
-def can_add_up(num_rows: int) -> bool:
-    """Return whether `total` and `reciprocal` take that many rows: one program adds them up."""
-    return 0 < num_rows <= _MOST_ROWS
-
-
 def total(losses: Float[Tensor, "*batch"], scale: float | Float[Tensor, ""] | None) -> Float[Tensor, ""]:
     """Return the sum of the losses times the scale."""
+    if losses.numel() > _MOST_ROWS:
+        return losses.sum() if scale is None else losses.sum() * scale
     result = losses.new_empty(())
     _start_one("total", losses, losses=losses, scale=_constant(scale, losses), result=result, num_rows=losses.numel())
     return result
@@ -302,6 +302,12 @@ def reciprocal(
     labels: Int[Tensor, "*batch"], where: Tensor | None, ignore_index: int | None, dtype: torch.dtype
 ) -> Float[Tensor, ""]:
     """Return 1 over the number of rows that count, 0 if none does."""
+    if labels.numel() > _MOST_ROWS:
+        counts = torch.ones_like(labels, dtype=torch.bool) if where is None else where.expand(labels.shape)
+        if ignore_index is not None:
+            counts = counts & torch.ne(labels, ignore_index)
+        number = counts.sum().to(dtype)
+        return torch.where(number == 0, 0, 1 / number)
     result = torch.empty((), dtype=dtype, device=labels.device)
     _start_one(
         "reciprocal",

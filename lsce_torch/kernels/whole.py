@@ -20,11 +20,14 @@ from torch import Tensor
 
 from lsce_spec import LossOptions, is_number, smoothing_weights
 from lsce_torch.errors import error
-from lsce_torch.inputs import Given, canonical, compute_dtype
+from lsce_torch.inputs import Batch, Given, canonical, compute_dtype
 from lsce_torch.kernels import check_choice, launch, may_compute, reason_against
-from lsce_torch.overwrite import forbid_use, has_memory, is_wrapper, tensors_to_overwrite
+from lsce_torch.overwrite import forbid_use, has_memory, tensors_to_overwrite
 from lsce_torch.plain import plain_gradients
 from lsce_torch.sums import Operands
+
+# How much wider than its classes a row may be.
+_WIDEST = 1.25
 
 
 @dataclass
@@ -32,9 +35,9 @@ class _Call:
     """What a call has besides its logits.
 
     Args:
-        given: the tensors, with no logits, which would be in memory as long as the loss is.
+        given: the tensors other than those that autograd keeps: as long as the loss is there, these are.
         options: the options.
-        operands: of the kernels, whose labels are as they were given.
+        operands: of the kernels, without labels and `counted`.
         scale: factor of the sum of the losses; None for the losses of single rows.
         apart: see `gpu.forward`.
         with_gradient: whether to compute the gradient with the loss.
@@ -71,8 +74,8 @@ def loss(
     overwritten = tensors_to_overwrite(logits) if inplace_backward else None
     on, off = (float(value) for value in smoothing_weights(options.convention, options.smoothing, num_classes))
     operands = Operands(
-        labels=given.labels,
-        counted=None if given.where is None else given.where.expand(given.labels.shape),
+        labels=None,
+        counted=None,
         bad=None,
         class_mask=None,
         factor=None,
@@ -97,9 +100,10 @@ def loss(
     # In float16 a gradient without its loss scale would be lost.
     with_gradient = given.logits.requires_grad and torch.is_grad_enabled() and given.logits.dtype != torch.float16
     with_gradient = with_gradient and scale is not None and overwritten is None
-    kept = replace(given, logits=given.logits.new_empty(0))
+    nothing = given.logits.new_empty(0)
+    kept = replace(given, logits=nothing, labels=nothing, where=None)
     call = _Call(kept, options, operands, scale, not launch.may_join(on, off), with_gradient, overwritten)
-    result: Tensor = _WholeLoss.apply(given.logits, call)  # type: ignore[no-untyped-call]
+    result: Tensor = _WholeLoss.apply(given.logits, given.labels, given.where, call)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -111,17 +115,21 @@ def _is_usual(given: Given, options: LossOptions, denominator: float | Tensor | 
         return False
     if options.subtract_entropy or options.convention.at_max is not None or options.bad_labels != "nan":
         return False
-    return not isinstance(denominator, Tensor) and denominator != 0 and launch.can_add_up(given.labels.numel())
+    return not isinstance(denominator, Tensor) and denominator != 0 and given.labels.numel() > 0
 
 
 def _has_usual_tensors(given: Given) -> bool:
     """Whether the tensors are plain, and lie as the kernels take them."""
     if torch._C._are_functorch_transforms_active():
         return False
-    tensors = [tensor for tensor in (given.logits, given.labels, given.where) if tensor is not None]
-    if reason_against(given.logits) is not None or any(map(is_wrapper, tensors)) or not has_memory(*tensors):
+    if reason_against(given.logits) is not None:
         return False
-    return launch.layout_of(given.logits) is not None
+    tensors = [tensor for tensor in (given.logits, given.labels, given.where) if tensor is not None]
+    if any(type(tensor) not in {Tensor, torch.nn.Parameter} for tensor in tensors) or not has_memory(*tensors):
+        return False
+    layout = launch.layout_of(given.logits)
+    # The gradient has the same layout. Of a narrow part of wide logits it would take the memory of all.
+    return layout is not None and layout.row_stride <= _WIDEST * layout.num_classes
 
 
 class _WholeLoss(torch.autograd.Function):
@@ -131,7 +139,7 @@ class _WholeLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, call: _Call) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, where: Tensor | None, call: _Call) -> Tensor:
         """Return the loss."""
         dtype, device, shape = compute_dtype(logits), logits.device, logits.shape[:-1]
         losses = torch.empty(shape, dtype=dtype, device=device)
@@ -139,7 +147,7 @@ class _WholeLoss(torch.autograd.Function):
         gradient = _memory_like(logits) if call.with_gradient else None
         launch.forward(
             logits.detach(),
-            call.operands,
+            _with_rows(call.operands, labels, where),
             losses,
             stacked,
             None,
@@ -149,32 +157,37 @@ class _WholeLoss(torch.autograd.Function):
             apart=call.apart,
         )
         ctx.call, ctx.gradient = call, gradient
-        ctx.save_for_backward(logits, stacked)
+        ctx.save_for_backward(logits, stacked, labels, where)
         ctx.set_materialize_grads(False)
         return losses if call.scale is None else launch.total(losses, call.scale)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         """Return the gradient with respect to the logits."""
-        return None if upstream is None else _backward(ctx, upstream), None
+        return None if upstream is None else _backward(ctx, upstream), None, None, None
+
+
+def _with_rows(operands: Operands, labels: Tensor, where: Tensor | None) -> Operands:
+    return operands._replace(labels=labels, counted=None if where is None else where.expand(labels.shape))
 
 
 def _backward(ctx: Any, upstream: Float[Tensor, "*#batch"]) -> Float[Tensor, "*batch K"]:
-    logits, stacked = ctx.saved_tensors
+    logits, stacked, labels, where = ctx.saved_tensors
     call: _Call = ctx.call
-    if torch.is_grad_enabled() or not has_memory(upstream, logits):
-        if call.overwritten is not None:
-            raise error("inplace_transformed")
-        return _differentiable_gradient(logits, call, upstream)
     # Taken out, so that nothing else holds it. A second `backward` computes it again.
     gradient: Tensor | None
     gradient, ctx.gradient = ctx.gradient, None
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not has_memory(upstream, logits):
+        if call.overwritten is not None:
+            raise error("inplace_transformed")
+        given = replace(call.given, logits=logits, labels=labels, where=where)
+        return _differentiable_gradient(canonical(given, call.options), call, upstream)
     is_written = gradient is not None
     if gradient is None:
         gradient = _memory_like(logits) if call.overwritten is None else logits.detach()
     launch.backward(
         logits.detach(),
-        call.operands,
+        _with_rows(call.operands, labels, where),
         stacked,
         upstream,
         gradient,
@@ -187,14 +200,13 @@ def _backward(ctx: Any, upstream: Float[Tensor, "*#batch"]) -> Float[Tensor, "*b
 
 
 def _differentiable_gradient(
-    logits: Float[Tensor, "*batch K"], call: _Call, upstream: Float[Tensor, "*#batch"]
+    batch: Batch, call: _Call, upstream: Float[Tensor, "*#batch"]
 ) -> Float[Tensor, "*batch K"]:
-    batch = canonical(replace(call.given, logits=logits), call.options)
     operands = call.operands._replace(labels=batch.labels, counted=batch.counted, bad=batch.bad)
-    rows = (upstream if call.scale is None else upstream * call.scale).expand(logits.shape[:-1])
-    gradient = plain_gradients(logits, operands, ["logits"], rows)["logits"]
+    rows = (upstream if call.scale is None else upstream * call.scale).expand(batch.batch_shape)
+    gradient = plain_gradients(batch.logits, operands, ["logits"], rows)["logits"]
     assert gradient is not None
-    return gradient.to(logits.dtype)
+    return gradient.to(batch.logits.dtype)
 
 
 def _memory_like(logits: Tensor) -> Tensor:

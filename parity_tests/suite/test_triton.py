@@ -77,6 +77,50 @@ def test_sizes(num_classes: int, dtype: str) -> None:
     assert comparison.agrees, comparison
 
 
+# Labels, ties and masks in the first, a middle and the last block of a streamed row.
+STREAMED: dict[str, dict[str, Any]] = {
+    "mask and weights": {"class_mask": True, "class_weight": True},
+    "max_sup": {"options": {"convention": "max_sup"}, "class_weight": True},
+    "softcap": {"options": {"softcap": 5.0, "z_loss": 0.1}},
+    "everything": {"options": {"softcap": 5.0, "z_loss": 0.1}, "class_mask": True, "class_weight": True},
+    "on below off": {"options": {"convention": "non_target"}, "smoothing": 1.0},
+    "per row": {"smoothing": np.array([0.0, 0.5, 1.0, 0.125])},
+}
+
+
+@pytest.mark.parametrize("num_classes", [2100, 5008])
+@pytest.mark.parametrize("name", STREAMED)
+def test_options_of_streamed_rows(name: str, num_classes: int) -> None:
+    given = dict(STREAMED[name])
+    case = case_of(4, num_classes, "float32")
+    logits, labels = case.logits.copy(), np.array([0, num_classes - 1, num_classes // 2, 7])
+    # Ties of the largest logit in different blocks, and a label that is one of them.
+    logits[1, [5, 1500, num_classes - 1]] = logits[2, [3, 2000]] = 12.0
+    if given.pop("class_mask", False):
+        mask = np.arange(num_classes) % 5 != 1
+        mask[labels] = True
+        given["class_mask"] = mask
+    if given.pop("class_weight", False):
+        given["class_weight"] = round_to(np.linspace(0.5, 2, num_classes), "float32")
+    options = {**case.options, **given.pop("options", {})}
+    comparison = compared(replace(case, logits=round_to(logits, "float32"), labels=labels, options=options, **given))
+    assert comparison.agrees, comparison
+
+
+@pytest.mark.parametrize("num_classes", [40, 2100, 5008])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_the_first_largest_logit(num_classes: int, softcap: float | None) -> None:
+    """Of equal largest logits the first counts, in whichever block, and before the softcap."""
+    logits = torch.linspace(-1, 1, 6 * num_classes).reshape(6, num_classes)
+    first, last = num_classes // 3, num_classes - 2
+    logits[0:2, [first, last]] = 200.0
+    logits[2:4, [first, last]] = torch.tensor([200.0, 201.0])  # the same after the softcap
+    logits[4:, [0, last]] = 200.0
+    labels = torch.tensor([first, last, first, last, 0, last])
+    _, stats = label_smoothed_cross_entropy_with_stats(logits, labels, softcap=softcap, implementation="triton")
+    assert stats.correct.tolist() == [True, False, False, True, True, False]
+
+
 @pytest.mark.parametrize("num_classes", [21, 64, 65, 200])
 def test_rows_side_by_side(num_classes: int) -> None:
     case = case_of(2 * 5 * 7, num_classes, "float32")
@@ -107,7 +151,14 @@ def test_values(num_classes: int, values: dict[int, float]) -> None:
     for k, value in values.items():
         logits[1, k] = value
     labels = np.array([5, 3, 7])
-    comparison = compared(replace(case, logits=round_to(logits, "float32"), labels=labels, smoothing=0.0))
+    case = replace(case, logits=round_to(logits, "float32"), labels=labels)
+    weight = round_to(np.linspace(0.5, 2, num_classes), "float32")
+    for options in ({"smoothing": 0.0}, {"class_weight": weight, "smoothing": 0.0}):
+        comparison = compared(replace(case, **options))
+        assert comparison.agrees, comparison
+    if np.abs(logits[np.isfinite(logits)]).max() > 1e37:
+        return  # the sum of the gaps would overflow
+    comparison = compared(replace(case, smoothing=0.1, class_weight=weight))
     assert comparison.agrees, comparison
 
 
@@ -128,12 +179,12 @@ def test_rows_without_a_loss(num_classes: int) -> None:
 
 # --- What torch does to a loss ----------------------------------------------------------------------------------------
 
-LOGITS = torch.from_numpy(np.random.default_rng(0).normal(size=(6, 5)))
+LOGITS = torch.from_numpy(np.random.default_rng(0).normal(size=(6, 6)))
 LABELS = torch.tensor([0, 4, 2, -100, 1, 3])
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {"ignore_index": -100},
     "capped": {"ignore_index": -100, "z_loss": 0.1, "softcap": 2.0, "reduction": "sum"},
-    "weighted": {"where": LABELS >= 0, "class_weight": torch.linspace(0.5, 2, 5), "class_mask": torch.arange(5) != 7},
+    "weighted": {"where": LABELS >= 0, "class_weight": torch.linspace(0.5, 2, 6), "class_mask": torch.arange(6) != 5},
     "max_sup": {"ignore_index": -100, "convention": "max_sup", "reduction": "none"},
     "per row": {"ignore_index": -100, "smoothing": torch.linspace(0, 1, 6)},
 }
@@ -214,6 +265,33 @@ def test_a_gradient_that_nobody_asks_for() -> None:
         label_smoothed_cross_entropy(leaf, labels)
     gradients = [each.arguments["gradient"] is not None for each in started if each.name == "forward"]
     assert gradients == [False, False, False, False, True]
+
+
+@pytest.mark.parametrize("name", ["labels", "where", "logits"])
+def test_what_is_changed_before_backward(name: str) -> None:
+    given = {
+        "logits": torch.randn(3, 40, requires_grad=True) * 1,
+        "labels": torch.tensor([0, 1, 2]),
+        "where": torch.tensor([True, True, False]),
+    }
+    result = loss(given["logits"], given["labels"], where=given["where"])
+    with torch.no_grad():
+        given[name].fill_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.backward()
+
+
+def test_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than one program adds up: torch does, with the same result."""
+    leaf, labels = torch.randn(50, 8, requires_grad=True), torch.arange(50) % 8
+    for options in ({}, {"ignore_index": 3}, {"where": labels > 1, "ignore_index": 3}, {"reduction": "sum"}):
+        expected = loss(leaf, labels, **options)
+        (gradient,) = torch.autograd.grad(expected, leaf)
+        with monkeypatch.context() as patched:
+            patched.setattr(launch, "_MOST_ROWS", 40)
+            found = loss(leaf, labels, **options)
+            torch.testing.assert_close(found, expected, rtol=2**-21, atol=0)
+            assert torch.equal(torch.autograd.grad(found, leaf)[0], gradient)
 
 
 def test_memory_after_backward() -> None:
@@ -365,6 +443,19 @@ MUTANTS = {
     "ignored rows": ("counts & (given != ignore_index)", "counts"),
     "bad labels": ('tl.where(is_bad, float("nan"), loss)', "loss"),
     "the share of the largest": ("upstream * at_max / number", "upstream * at_max"),
+    "the first of the largest": (
+        "firsts = tl.where(is_above, col, firsts)",
+        "firsts = tl.where(is_above, col + 1, firsts)",
+    ),
+    "how many are the largest": (
+        "tl.where(is_above, 1.0, numbers + equal)",
+        "tl.where(is_above, 2.0, numbers + equal)",
+    ),
+    "their mass": ("tl.where(is_above, weight, top_masses", "tl.where(is_above, weight * 3, top_masses"),
+    "no softcap of long rows": (
+        "tl.where(valid, _capped(raw, softcap), -_INF)\n    z = ",
+        "tl.where(valid, raw, -_INF)\n    z = ",
+    ),
     "the scale of the sum": ("whole = whole * _of_all(scale", "whole = whole + 0 * _of_all(scale"),
     "the number of rows": ("number += counts", "number += 1 + 0 * counts"),
     "what is written already": ("if tl.load(upstream) == 1:", "if tl.load(upstream) != 0:"),
@@ -383,7 +474,20 @@ def some_cases() -> list[Case]:
     streamed = case_of(3, 9001, "float32")
     masked = replace(streamed, class_mask=np.arange(9001) % 7 != streamed.labels.min() % 7 - 1)
     scaled = replace(streamed, upstream=np.array(2.0))
-    return [*(make_case(name, "float32") for name in NAMED), streamed, masked, scaled, confident(streamed)]
+    capped = replace(streamed, options={"reduction": "mean", "softcap": 5.0})
+    ties = streamed.logits.copy()
+    ties[:, [5, 2000, 9000]] = 12.0
+    weight = round_to(np.linspace(0.5, 2, 9001), "float32")
+    tied = replace(streamed, logits=ties, class_weight=weight, options={"reduction": "mean", "convention": "max_sup"})
+    named = (make_case(name, "float32") for name in NAMED)
+    return [*named, streamed, masked, scaled, capped, tied, confident(streamed)]
+
+
+def finds_the_first() -> bool:
+    logits = torch.zeros(1, 9001)
+    logits[0, [8000, 9000]] = 1
+    _, stats = label_smoothed_cross_entropy_with_stats(logits, torch.tensor([8000]), implementation="triton")
+    return bool(stats.correct)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -400,8 +504,9 @@ def test_wrong_kernels_are_rejected(name: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "mutant", mutant)
     spec.loader.exec_module(mutant)
     monkeypatch.setattr(launch, "_kernels", lambda: mutant)
-    assert not all(compared(case).agrees for case in some_cases())
+    assert not (all(compared(case).agrees for case in some_cases()) and finds_the_first())
 
 
 def test_right_kernels_are_not() -> None:
     assert all(compared(case).agrees for case in some_cases())
+    assert finds_the_first()
