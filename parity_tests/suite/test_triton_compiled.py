@@ -31,8 +31,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 CLASSES = {"resident": 1000, "streamed": 32768, "unaligned": 50257}
 # How much a figure may grow; a tenth is a fault.
 GROWTH = 1.1
-# The forward loop over a streamed row: instructions for each logit, plain and with every option. An H100 has time for 18
-# while it reads two bytes. The loop of `backward` has its body twice, with a mask and without.
+# The forward loop over a streamed row: instructions for each logit, plain and with every option. An H100 has time for
+# 18 while it reads two bytes. The loop of `backward` has its body twice, with a mask and without.
 MOST_OF_LOOP, MOST_OF_EVERYTHING = 18, 90
 # Two registers, outside the loops.
 SPILLED_OF_MANY_OPTIONS = 8
