@@ -227,7 +227,7 @@ BROKEN: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "rows that do not count have a gradient": (_program(counted=False), "ignored"),
     "the z-loss is missing in the gradient": (_program(z_loss=0.0), "z_loss"),
     "the softcap is missing": (_program(softcap=None), "softcap"),
-    "nothing is taken from the largest logits": (_program(largest=False), "max_sup_sum"),
+    "nothing is taken from the largest logits": (_rows(at_max=lambda rows: 0 * rows.at_max), "max_sup_sum"),
     "class weights are missing in the smoothing": (_no_factor, "class_weight"),
 }
 
