@@ -138,7 +138,7 @@ def weighted_target(
 ) -> tuple[Float[Array, "*#batch"], Float[Array, "*#batch"], Float[Array, "*#batch"]]:
     """Return the target at the label, with its weight, `off`, and the sum of the target without `at_max`.
 
-    Of the sums it takes those that do not depend on the logits: other_mass and other_prior.
+    It uses only the sums that do not depend on the logits, `other_mass` and `other_prior`.
     """
     on, off, num_others = _on_off_others(batch, targets, sums)
     at_label, mass = _label_and_mass(batch, on, off, num_others, sums)

@@ -39,7 +39,7 @@ class LossOptions:
 
         Args:
             keywords: the arguments, which may lack `denominator`.
-            implementations: the names of those that the caller may choose.
+            implementations: the names that the caller may choose from.
 
         Raises:
             ValueError: a value out of its range, or two options that exclude each other.

@@ -1,8 +1,8 @@
 """How far estimates are from times that others have published: `python -m lsce_jax.aot.published`.
 
 Each time is that of a program like ours, of the same size on the same device. The first are XLA's programs, which
-compute all logits with one product, as the way that is compiled here does. The others are kernels of others: they do
-the same products, and no more can be said of them.
+compute all logits with one product, as the way that is compiled here does. The others are kernels of other projects,
+which compute the same products in ways of their own.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Costs for people: a table for a terminal, a plot, and JSON."""
+"""Shows costs: as a table in a terminal, as a plot, and as JSON."""
 
 import importlib.metadata
 from collections.abc import Iterable, Sequence

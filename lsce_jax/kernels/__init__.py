@@ -1,8 +1,8 @@
 """The Pallas kernel for TPUs, and what chooses between it and what XLA makes of `fused.py`.
 
-`tpu.py` has the kernel. `losses.py` has the primitives that become the kernel where a program is for a TPU, and says
-for which calls: those that the kernel can compute and, without an `implementation`, for which it moves fewer bytes in
-fewer instructions than XLA's program does.
+`tpu.py` has the kernel. `losses.py` has the primitives that become the kernel in a program for a TPU, and decides
+which calls take it. With implementation="pallas" every call takes it that it can compute. Without an `implementation`,
+it must also move fewer bytes, in fewer instructions, than XLA's program.
 """
 
 import lsce_spec

@@ -1,6 +1,6 @@
 """The dense loss as primitives, which a Pallas kernel computes on TPUs, and the fused implementation elsewhere.
 
-- `lsce_loss`: the loss, with the sums of each row that it is made of.
+- `lsce_loss`: the loss of each row, and the sums over the classes that make it up.
 - `lsce_loss_slope`: its derivative for a tangent of the logits, in forward mode: always that of the fused
   implementation, from the sums.
 - `lsce_loss_gradient`: the transpose of that, which reverse mode needs: the gradient with respect to the logits.
@@ -337,7 +337,7 @@ def _label_may_have_less(batch: Batch, options: LossOptions) -> bool:
 
 
 def _factor(batch: Batch) -> Array | None:
-    """Return the factor of `off` at each class, NaN for those that take no part."""
+    """Return the factor of `off` at each class, NaN for classes outside the mask."""
     factor = class_factor(batch.prior, batch.class_weight)
     if batch.class_mask is None:
         return factor

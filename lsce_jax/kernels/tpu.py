@@ -32,8 +32,8 @@ from lsce_jax.accurate import log1p_of_basic_operations, quotient_of_products
 
 NAME = "lsce_tpu_kernel"
 LANES = 128
-# Of a step's blocks, which must leave room for what the compiler needs. The limit is what is asked for: a v4 has less,
-# and takes what it has.
+# Memory of the core for the blocks of a step, which leaves room for the compiler, and the limit that the compiler is
+# told. A v4 has less than the limit, and uses what it has.
 VMEM_BYTES = 15 * 2**20
 VMEM_LIMIT = 60 * 2**20
 # Rows of a step, and whether it keeps exponentials, the fastest first; and vectors of 8 rows between two tests of a

@@ -371,6 +371,19 @@ def _sums_of_low_rows(
 
 
 @triton.jit
+def _targets_of(row, there, on, off, other_mass, at_max, DTYPE: tl.constexpr):
+    """The numbers of the target of each row, 0 for what the loss does not have."""
+    nothing = tl.zeros(row.shape, DTYPE)
+    of_others, mass, of_largest = nothing, nothing, nothing
+    if off is not None:
+        of_others = _of_rows(off, row, there, DTYPE)
+        mass = _of_rows(other_mass, row, there, DTYPE)
+    if at_max is not None:
+        of_largest = _of_rows(at_max, row, there, DTYPE)
+    return _of_rows(on, row, there, DTYPE), of_others, mass, of_largest
+
+
+@triton.jit
 def _slopes_of(upstream, is_bad, sums, targets, z_loss):
     """The mass of the target, the slope of p, those of `off` and `at_max`, and the gradient at the label."""
     peak, log_sum, label_gap, number, top_mass = sums
@@ -484,14 +497,8 @@ def forward(
     log_sum = tl.where(tl.abs(peak) == _INF, float("nan"), _log1p(rest))
 
     nothing = tl.zeros([NUM_ROWS], DTYPE)
-    on = _of_rows(on, row, there, DTYPE)
-    if off is None:
-        targets = (on, nothing, nothing, nothing)
-    else:
-        targets = (on, _of_rows(off, row, there, DTYPE), _of_rows(other_mass, row, there, DTYPE), nothing)
-    if AT_MAX:
-        targets = (on, targets[1], targets[2], _of_rows(at_max, row, there, DTYPE))
-    else:
+    targets = _targets_of(row, there, on, off, other_mass, at_max, DTYPE)
+    if not AT_MAX:
         number, top_mass = nothing + 1, nothing
     upstream = nothing + 1
     if scale is not None:
@@ -501,9 +508,9 @@ def forward(
     mass, slopes = _slopes_of(upstream, is_bad, (peak, log_sum, label_gap, number, top_mass), targets, z_loss)
     loss = mass * log_sum + _product(targets[1], gaps)
     if APART or off is None:
-        loss += _product(on, label_gap)
+        loss += _product(targets[0], label_gap)
     else:
-        loss += _product(on - targets[1], label_gap)
+        loss += _product(targets[0] - targets[1], label_gap)
     if z_loss is not None:
         loss += z_loss * (peak + log_sum) * (peak + log_sum)
     loss = tl.where(is_bad, float("nan"), loss)
@@ -580,14 +587,9 @@ def backward(
     )
     classes = (logits, class_mask, mask_stride, factor, factor_stride, num_classes, inner)
     nothing = tl.zeros([NUM_ROWS], DTYPE)
-    on = _of_rows(on, row, there, DTYPE)
-    if off is None:
-        targets = (on, nothing, nothing, nothing)
-    else:
-        targets = (on, _of_rows(off, row, there, DTYPE), _of_rows(other_mass, row, there, DTYPE), nothing)
+    targets = _targets_of(row, there, on, off, other_mass, at_max, DTYPE)
     number, top_mass, largest = nothing + 1, nothing, nothing
     if AT_MAX:
-        targets = (on, targets[1], targets[2], _of_rows(at_max, row, there, DTYPE))
         largest = tl.load(sums + 4 * sums_step + row, mask=there, other=0)
         number = tl.load(sums + 5 * sums_step + row, mask=there, other=1)
         top_mass = tl.load(sums + 6 * sums_step + row, mask=there, other=0)

@@ -35,7 +35,7 @@ class _Call:
     """What a call has besides its logits.
 
     Args:
-        given: the tensors other than those that autograd keeps: as long as the loss is there, these are.
+        given: the tensors of the call, without logits, labels and `where`. Autograd keeps these, and frees them.
         options: the options.
         operands: of the kernels, without labels and `counted`.
         scale: factor of the sum of the losses; None for the losses of single rows.

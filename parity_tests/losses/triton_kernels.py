@@ -142,7 +142,7 @@ def on_pretended_gpu(start: Callable[..., Any] | None = None) -> Iterator[list[L
 
 def interpret(launch: Launch) -> None:
     """Run a kernel in Triton's interpreter."""
-    # The interpreter's own operations are none of those that a GPU gets.
+    # The interpreter uses torch too. A GPU would not get these operations, so a mode that counts must not see them.
     modes = importlib.import_module("torch.utils._python_dispatch")._disable_current_modes
     with warnings.catch_warnings(), modes():
         warnings.simplefilter("ignore")  # NumPy's, as in `launch._run`

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.launches import VIEWS
 from lsce_torch import (
     label_smoothed_cross_entropy,
     label_smoothed_cross_entropy_with_stats,
@@ -362,12 +363,6 @@ def test_statistics() -> None:
 class Started(torch.utils._python_dispatch.TorchDispatchMode):
     """The names of torch's operations that start a kernel of a GPU, or wait for one."""
 
-    VIEWS = (
-        *("alias", "as_strided", "detach", "expand", "movedim", "permute", "reshape", "select", "slice", "squeeze"),
-        *("t", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view"),
-        *("empty", "empty_like", "empty_strided", "new_empty"),
-    )
-
     def __init__(self) -> None:
         """Start with none."""
         super().__init__()
@@ -375,7 +370,7 @@ class Started(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = operation._schema.name.removeprefix("aten::")
-        if name not in self.VIEWS:
+        if name not in VIEWS:
             self.names.append(name)
         return operation(*args, **(kwargs or {}))
 
