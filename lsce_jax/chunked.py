@@ -9,9 +9,9 @@ array as large as the weight is kept, in float32 for narrower dtypes. This is a 
 product of these gradients with the incoming tangents. Its transpose is the multiplication, so reverse mode costs no
 more than that, and forward mode works too.
 
-After the loss. Losses of single rows may be weighted by anything later, so the logits of each chunk are computed again
-for the gradient (8 N D K operations): a scan over `jax.checkpoint`, which JAX differentiates to any order. Derivatives
-of the gradients above are computed in the same way.
+After the loss. Losses of single rows may be weighted by anything later, so the sums over the classes are computed
+first, and the logits again for the gradient (8 N D K operations): see layer_sums.py. Derivatives of the gradients above
+are computed in the same way.
 
 A chunk takes rows that lie `num_chunks` apart: if the rows are divided over devices, each device has a part of every
 chunk. On a single device the rows that count come first, and chunks without any are skipped.
@@ -28,9 +28,10 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
-from lsce_jax import fused
+from lsce_jax import fused, tiles
 from lsce_jax.inputs import Batch, compute_dtype, is_sharded
-from lsce_jax.layer import Filter, Gradients, Layer, add_all, add_large, chunk_logits
+from lsce_jax.layer import Filter, Gradients, Layer, LayerOperands, add_all, add_large, chunk_logits
+from lsce_jax.layer_sums import layer_sums
 from lsce_jax.stats import LossStats
 from lsce_jax.sums import class_factor
 from lsce_spec import ChunkOptions, LossOptions
@@ -166,6 +167,18 @@ def preferred_rows(num_features: int) -> int:
     return min(max(num_features, 256), 1024)
 
 
+def saves_time(batch: Batch, layer: Layer, chunks: ChunkOptions) -> bool:
+    """Return whether computing the logits again is faster than computing the gradients with the loss.
+
+    So it is on some TPUs: see `tiles.saves_time`.
+    """
+    num_rows, (num_features, num_classes) = math.prod(batch.batch_shape), layer.weight.shape
+    if chunks.gradient_filter or not all(isinstance(size, int) for size in (num_rows, num_features, num_classes)):
+        return False
+    chunk_rows = chunks.rows_at_most(preferred_rows(num_features), num_classes)
+    return tiles.saves_time(num_rows, num_features, num_classes, layer.hidden.dtype, chunk_rows)
+
+
 def _arrange(batch: Batch, hidden: Float[Array, "*batch D"], chunks: ChunkOptions) -> _Arrangement:
     num_rows, num_features, num_classes = math.prod(batch.batch_shape), hidden.shape[-1], batch.logits.shape[-1]
     arrangement = _Arrangement(batch.batch_shape, 1, num_rows, None)
@@ -202,7 +215,8 @@ def _without_ignored(rows: _Rows) -> _Rows:
     return rows._replace(hidden=jnp.where(rows.counted[..., None], rows.hidden, 0))
 
 
-def _losses_of(plan: _Plan, logits: Float[Array, "n K"], rows: _Rows, shared: _Shared) -> _Results:
+def _batch_of(logits: Any, rows: _Rows, shared: _Shared) -> tuple[Batch, fused.Targets]:
+    """Return a batch of these rows, and their targets; of the logits only shape and dtype have to be known."""
     batch = Batch(
         logits=logits,
         labels=rows.labels,
@@ -213,41 +227,32 @@ def _losses_of(plan: _Plan, logits: Float[Array, "n K"], rows: _Rows, shared: _S
         class_weight=shared.class_weight,
         class_mask=shared.class_mask,
     )
-    targets = fused.Targets(rows.on, rows.off, rows.at_max)
+    return batch, fused.Targets(rows.on, rows.off, rows.at_max)
+
+
+def _losses_of(plan: _Plan, logits: Float[Array, "n K"], rows: _Rows, shared: _Shared) -> _Results:
+    batch, targets = _batch_of(logits, rows, shared)
     return fused.row_losses(batch, plan.options, plan.with_stats, targets, in_place=True)
 
 
 @partial(jax.jit, static_argnums=0)
 def _row_losses(plan: _Plan, operands: _Operands) -> _Results:
-    """Return the losses of all rows. JAX differentiates them, and computes each chunk again to do so."""
+    """Return the losses of all rows, whose derivatives compute the logits again."""
     rows, shared = _without_ignored(operands.rows), operands.shared
-    # The scan adds up the gradients of the chunks in the dtype of its operands.
-    dtype = max(compute_dtype(rows.hidden), compute_dtype(shared.weight), key=lambda dtype: dtype.itemsize)
-    bias = None if shared.bias is None else shared.bias.astype(dtype)
-    shared = shared._replace(weight=shared.weight.astype(dtype), bias=bias)
-
-    @jax.checkpoint
-    def chunk(rows: _Rows, shared: _Shared) -> _Results:
-        logits = chunk_logits(Layer(rows.hidden, shared.weight.astype(rows.hidden.dtype), shared.bias))
-        return _losses_of(plan, logits, rows, shared)
-
-    def step(_: None, rows: _Rows) -> tuple[None, _Results]:
-        if not plan.skip:
-            return None, chunk(rows, shared)
-        shapes = jax.eval_shape(chunk, rows, shared)
-        nothing = jax.tree.map(lambda result: jnp.zeros(result.shape, result.dtype), shapes)
-        return None, jax.lax.cond(jnp.any(jnp.asarray(rows.counted)), chunk, lambda *_: nothing, rows, shared)
-
-    _, by_chunk = jax.lax.scan(step, None, jax.tree.map(lambda array: jnp.moveaxis(array, 1, 0), rows))
-    results: _Results = jax.tree.map(lambda array: jnp.moveaxis(array, 0, 1), by_chunk)
-    return results
+    describe: Any = jax.ShapeDtypeStruct
+    logits = describe((*rows.labels.shape, shared.weight.shape[1]), rows.hidden.dtype)
+    batch, targets = _batch_of(logits, rows, shared)
+    of_logits = fused.make_operands(batch, plan.options, plan.with_stats)
+    given = {name: getattr(of_logits, name) for name in LayerOperands.__dataclass_fields__ if hasattr(of_logits, name)}
+    layer = LayerOperands(rows.hidden, shared.weight, shared.bias, **given, skip=plan.skip)
+    return fused.losses_of_sums(batch, plan.options, targets, *layer_sums(layer))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _total_loss(plan: _Plan, operands: _Operands) -> tuple[Float[Array, ""], LossStats | None]:
     """Return the sum of all losses, and the statistics. Differentiation computes its gradients with it."""
-    total, stats, _ = _with_gradients(plan, (), operands)
-    return total, stats
+    losses, stats = _row_losses(plan, operands)
+    return losses.sum(), stats
 
 
 def _total_tangent(plan: _Plan, primals: tuple[_Operands], tangents: tuple[_Operands]) -> tuple[Any, Any]:

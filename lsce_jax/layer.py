@@ -3,13 +3,15 @@ r"""The linear layer before the loss: logits and gradients of one chunk of rows.
 The gradient with respect to a chunk's logits z = h W + b gives those with respect to h, W and b by two matrix products.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from lsce_jax.inputs import compute_dtype
+from lsce_jax.sums import CLASS_VECTORS, Operands
 
 # Classes in a tile of the weight's gradient on the CPU, and in a tile of the classes that `gradient_filter` keeps.
 _TILE = 1024
@@ -29,6 +31,48 @@ class Layer(NamedTuple):
     hidden: Float[Array, "*batch D"]
     weight: Float[Array, "D K"]
     bias: Float[Array, " K"] | None
+
+
+_STATIC = {"static": True}  # fixed when JAX traces the function
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerOperands:
+    """A layer and the arrays to sum over, in C chunks of rows, or those of one chunk, without that dimension."""
+
+    hidden: Float[Array, "n C D"]
+    weight: Float[Array, "D K"]
+    bias: Float[Array, " K"] | None
+    labels: Int[Array, "n C"]
+    counted: Bool[Array, "n C"] | None
+    class_mask: Bool[Array, " K"] | None
+    prior: Float[Array, " K"] | None
+    class_weight: Float[Array, " K"] | None
+    softcap: float | None = field(metadata=_STATIC)
+    prior_entropy: bool = field(metadata=_STATIC)  # these three as in `Operands`
+    largest: bool = field(metadata=_STATIC)
+    correct: bool = field(metadata=_STATIC)
+    skip: bool = field(metadata=_STATIC)  # whether the rows that count come first, and the others may be left out
+
+    @property
+    def rows(self) -> dict[str, Any]:
+        """The operands with one value per row."""
+        return {name: getattr(self, name) for name in ("hidden", "labels", "counted")}
+
+    def of_logits(self, logits: Float[Array, "*rows K"]) -> Operands:
+        """Return what to sum over, given the logits of these rows."""
+        return Operands(
+            logits=logits,
+            labels=self.labels,
+            counted=self.counted,
+            **{name: getattr(self, name) for name in CLASS_VECTORS},
+            softcap=self.softcap,
+            prior_entropy=self.prior_entropy,
+            largest=self.largest,
+            correct=self.correct,
+            in_place=True,
+        )
 
 
 class Filter(NamedTuple):

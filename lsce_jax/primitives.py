@@ -12,7 +12,12 @@ _formulas: dict[tuple[str, str | None], Callable[..., Any]] = {}  # by primitive
 
 
 def define(
-    name: str, function: Callable[..., Any], *, multiple_results: bool = False, **on_platform: Callable[..., Any]
+    name: str,
+    function: Callable[..., Any],
+    *,
+    multiple_results: bool = False,
+    undivided: bool = False,
+    **on_platform: Callable[..., Any],
 ) -> Primitive:
     """Return a primitive without rules for derivatives and vmap.
 
@@ -20,6 +25,7 @@ def define(
         name: of the primitive.
         function: of the operands and parameters; what the primitive computes.
         multiple_results: whether it returns a list of results, not one result.
+        undivided: whether platforms have ways of their own only in programs that no compiler divides over devices.
         on_platform: what it computes on a platform, such as cpu or tpu, instead.
     """
 
@@ -33,8 +39,30 @@ def define(
     primitive.def_abstract_eval(types)  # type: ignore[no-untyped-call]
     for platform, lowered in ((None, function), *on_platform.items()):
         _formulas[name, platform] = lowered
-        mlir.register_lowering(primitive, mlir.lower_fun(lowered, multiple_results), platform=platform)
+        lower = partial(_lower, function if undivided else lowered, lowered, multiple_results)
+        mlir.register_lowering(primitive, lower, platform=platform)
     return primitive
+
+
+def _lower(
+    divided: Callable[..., Any],
+    whole: Callable[..., Any],
+    multiple_results: bool,
+    ctx: Any,
+    *operands: Any,
+    **params: Any,
+) -> Any:
+    function = divided if is_divided(ctx) else whole
+    return mlir.lower_fun(function, multiple_results)(ctx, *operands, **params)
+
+
+def is_divided(ctx: Any) -> bool:
+    """Return whether the compiler divides the program over devices, given the context of a lowering."""
+    context = ctx.module_context.axis_context
+    manual = getattr(context, "manual_axes", None)
+    if manual is not None and manual == frozenset(context.mesh.axis_names):
+        return False
+    return bool(manual) or getattr(context, "num_devices", 1) != 1
 
 
 def formula(name: str, platform: str) -> Callable[..., Any]:

@@ -1,15 +1,9 @@
-"""`row_sums` as JAX primitives, with one rule for each thing that JAX does to a function.
+"""The sums over the classes of logits, as JAX primitives: `lsce_row_sums` and `lsce_row_slopes`.
 
-- `lsce_row_sums`: the sums. XLA for CPUs writes out arrays that XLA for accelerators fuses, so there the sums are
-  computed as in cpu.py.
-- `lsce_row_slopes`: their derivative, that of the plain sums at constant peaks. Operands and peaks are kept for it, and
-  nothing more: the backward pass computes exp again, which is faster than writing it to memory and reading it back.
-  Forward mode and derivatives of every order follow.
+sum_rules.py has their derivatives. XLA for CPUs writes out arrays that XLA for accelerators fuses, so there the sums
+are computed as in cpu.py.
 
 Under vmap the new dimension becomes one of rows.
-
-A function with custom_jvp and custom_vmap would not do: where JAX differentiates a scan twice it drops the former, and
-the latter has no second derivatives.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,99 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching
+from jax.interpreters import batching
 from jaxtyping import Array
 
 from lsce_jax import cpu
-from lsce_jax.primitives import define
+from lsce_jax.sum_rules import ByName, Kind, bind, define_sums, on_leaves
 from lsce_jax.sums import CLASS_VECTORS, Operands, Peaks, Sums, is_label, sums, sums_at
-
-ByName = dict[str, Any]  # values for the operands with these names
-
-
-# Both compiled, so that calls outside `jit` are fused as well.
-
-
-@jax.jit
-def row_sums(operands: Operands) -> tuple[Peaks, Sums]:
-    """Return the sums of each row, and the constants that they are relative to."""
-    results: tuple[Peaks, Sums] = _bind(_row_sums_p, sums, operands)
-    return results
-
-
-@jax.jit
-def row_slopes(operands: Operands, peaks: Peaks, tangents: ByName) -> Sums:
-    """Return the tangents of the sums for tangents of some operands."""
-    results: Sums = _bind(_row_slopes_p, _slopes, operands, peaks, tangents)
-    return results
-
-
-def _bind(primitive: Primitive, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a primitive computes, in the structure that its plain function gives."""
-    leaves, structure = jax.tree.flatten(arguments)
-    results = primitive.bind(*leaves, structure=structure)  # type: ignore[no-untyped-call]
-    return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(function, *arguments)), results)
-
-
-def _on_leaves(function: Callable[..., Any]) -> Callable[..., list[Array]]:
-    def of_leaves(*leaves: Array, structure: Any) -> list[Array]:
-        results: list[Array] = jax.tree.leaves(function(*jax.tree.unflatten(structure, leaves)))
-        return results
-
-    return of_leaves
-
-
-def _slopes(operands: Operands, peaks: Peaks, tangents: ByName) -> Sums:
-    by_name = {name: getattr(operands, name) for name in tangents}
-    slopes: Sums = jax.jvp(partial(_at_peaks, operands, peaks), (by_name,), (tangents,))[1]
-    return slopes
-
-
-def _at_peaks(operands: Operands, peaks: Peaks, by_name: ByName) -> Sums:
-    """Return the sums for other values of some operands; only their derivatives by these are right."""
-    return sums_at(replace(operands, **by_name), peaks, is_label(operands), differentiable=True)
-
-
-# --- Rules ------------------------------------------------------------------------------------------------------------
-
-
-def _derivative(primals: Sequence[Array], tangents: Sequence[Any], *, structure: Any) -> tuple[list[Array], list[Any]]:
-    (operands,) = jax.tree.unflatten(structure, primals)
-    (index_of,) = jax.tree.unflatten(structure, list(range(len(primals))))
-    peaks, results = row_sums(operands)
-    given = {
-        name: tangents[index]
-        for name in ("logits", "prior", "class_weight")
-        if (index := getattr(index_of, name)) is not None and not isinstance(tangents[index], ad.Zero)
-    }
-    slopes = row_slopes(operands, peaks, given)
-    return jax.tree.leaves((peaks, results)), jax.tree.leaves((jax.tree.map(jnp.zeros_like, peaks), slopes))
-
-
-def _derivative_of_slopes(
-    primals: Sequence[Array], tangents: Sequence[Any], *, structure: Any
-) -> tuple[list[Array], list[Array]]:
-    slopes = _row_slopes_p.bind(*primals, structure=structure)  # type: ignore[no-untyped-call]
-    given = {i: tangent for i, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)}
-
-    @jax.checkpoint
-    def of_given(by: dict[int, Array]) -> list[Array]:
-        return _on_leaves(_slopes)(*(by.get(i, primal) for i, primal in enumerate(primals)), structure=structure)
-
-    return slopes, jax.jvp(of_given, ({i: primals[i] for i in given},), (given,))[1]
-
-
-def _transpose_of_slopes(cotangents: Sequence[Any], *arguments: Any, structure: Any) -> list[Any]:
-    given = {i: cotangent for i, cotangent in enumerate(cotangents) if not isinstance(cotangent, ad.Zero)}
-    is_linear = [ad.is_undefined_primal(argument) for argument in arguments]  # type: ignore[no-untyped-call]
-    operands, peaks, tangents = jax.tree.unflatten(
-        structure, [None if linear else argument for linear, argument in zip(is_linear, arguments, strict=True)]
-    )
-    # A tangent that is known, such as an array of zeros, has no cotangent.
-    names = [name for name in sorted(tangents) if tangents[name] is None]
-    results = cotangents_of_sums(operands, peaks, given, names) if given else {}
-    of_leaf = iter([results.get(name) for name in names])
-    return [next(of_leaf) if linear else None for linear in is_linear]
 
 
 def cotangents_of_sums(operands: Operands, peaks: Peaks, given: dict[int, Array], names: list[str]) -> ByName:
@@ -123,7 +30,7 @@ def cotangents_of_sums(operands: Operands, peaks: Peaks, given: dict[int, Array]
 
     def by_comparison() -> ByName:
         def given_sums(by_name: ByName) -> dict[int, Array]:
-            results = jax.tree.leaves(_at_peaks(operands, peaks, by_name))
+            results = jax.tree.leaves(_at_peaks(replace(operands, **by_name), peaks))
             return {i: results[i] for i in given}
 
         results: tuple[ByName] = jax.vjp(given_sums, {name: getattr(operands, name) for name in names})[1](given)
@@ -137,6 +44,10 @@ def cotangents_of_sums(operands: Operands, peaks: Peaks, given: dict[int, Array]
         cpu=lambda: {"logits": cpu.logit_cotangents(operands, peaks, given)}, default=by_comparison
     )
     return results
+
+
+def _at_peaks(operands: Operands, peaks: Peaks) -> Sums:
+    return sums_at(operands, peaks, is_label(operands), differentiable=True)
 
 
 def _under_vmap(
@@ -154,7 +65,7 @@ def _under_vmap(
     if any(dim is not None and vector for dim, vector in zip(dims, is_vector, strict=True)):
         axes = [None if dim is None else 0 for dim in dims]
         of_rows = jax.vmap(
-            lambda *given: _on_leaves(function)(*given, structure=structure), in_axes=axes, axis_size=size
+            lambda *given: on_leaves(function)(*given, structure=structure), in_axes=axes, axis_size=size
         )(*leaves)
     else:
         rows = [
@@ -171,16 +82,26 @@ def _is_class_vector(structure: Any) -> list[bool]:
     return [getattr(path[-1], "name", getattr(path[-1], "key", None)) in CLASS_VECTORS for path, _ in with_paths]
 
 
-def _define(name: str, function: Callable[..., Any], **on_platform: Callable[..., Any]) -> Primitive:
-    """Return a primitive that computes a function of the leaves of its arguments."""
-    of_leaves = {platform: _on_leaves(each) for platform, each in on_platform.items()}
-    primitive = define(name, _on_leaves(function), multiple_results=True, **of_leaves)
-    batching.primitive_batchers[primitive] = partial(_under_vmap, primitive, function)
-    return primitive
+_primitives = define_sums(
+    Kind("lsce_row", sums, _at_peaks, cotangents_of_sums, floating=("logits", "prior", "class_weight")),
+    cpu=cpu.row_sums,
+)
+batching.primitive_batchers[_primitives.sums] = partial(_under_vmap, _primitives.sums, _primitives.plain_sums)
+batching.primitive_batchers[_primitives.slopes] = partial(_under_vmap, _primitives.slopes, _primitives.plain_slopes)
 
 
-_row_sums_p = _define("lsce_row_sums", sums, cpu=cpu.row_sums)
-_row_slopes_p = _define("lsce_row_slopes", _slopes)
-ad.primitive_jvps[_row_sums_p] = _derivative
-ad.primitive_jvps[_row_slopes_p] = _derivative_of_slopes
-ad.primitive_transposes[_row_slopes_p] = _transpose_of_slopes
+# Both compiled, so that calls outside `jit` are fused as well.
+
+
+@jax.jit
+def row_sums(operands: Operands) -> tuple[Peaks, Sums]:
+    """Return the sums of each row, and the constants that they are relative to."""
+    results: tuple[Peaks, Sums] = bind(_primitives.sums, _primitives.plain_sums, operands)
+    return results
+
+
+@jax.jit
+def row_slopes(operands: Operands, peaks: Peaks, tangents: ByName) -> Sums:
+    """Return the tangents of the sums for tangents of some operands."""
+    results: Sums = bind(_primitives.slopes, _primitives.plain_slopes, operands, peaks, tangents)
+    return results

@@ -77,20 +77,35 @@ def sums(operands: Operands, *, by_index: bool = False) -> tuple[Peaks, Sums]:
         operands: what to sum.
         by_index: whether to find the logit of the label by its index, and not by comparison.
     """
-    raw, allowed = _counted_logits(operands)
-    constant = jax.lax.stop_gradient(raw if allowed is None else jnp.where(allowed, raw, -jnp.inf))
-    largest = jnp.max(constant, axis=-1)
-    is_largest = constant >= largest[..., None]
+    largest = largest_logits(operands)
+    peaks = peaks_at(operands, largest, capped(largest, operands.softcap))
+    return peaks, sums_at(operands, peaks, is_label(operands), by_index=by_index)
+
+
+def largest_logits(operands: Operands) -> Float[Array, "*batch"]:
+    """Return the largest logit of each row before the softcap, a constant."""
+    raw, allowed = counted_logits(operands)
+    return jnp.max(jax.lax.stop_gradient(raw if allowed is None else jnp.where(allowed, raw, -jnp.inf)), axis=-1)
+
+
+def peaks_at(operands: Operands, largest: Float[Array, "*batch"], peak: Float[Array, "*batch"]) -> Peaks:
+    """Return the constants of each row that the sums are relative to, for a largest logit before and after the softcap.
+
+    It may be larger than those of the operands. Then they have none that is as large, and no score.
+    """
+    raw, allowed = counted_logits(operands)
+    is_largest = jax.lax.stop_gradient(raw) >= largest[..., None]
+    if allowed is not None:
+        is_largest &= allowed
     num_largest, correct = None, None
     if operands.largest:
-        num_largest = jnp.sum(is_largest if allowed is None else is_largest & allowed, axis=-1, dtype=raw.dtype)
+        num_largest = jnp.sum(is_largest, axis=-1, dtype=raw.dtype)
     if operands.correct:
         # A sum, so that it joins the sweep: 1 for the label and -1 for each class before it, where they are largest.
         classes, labels = _classes(raw), operands.labels[..., None]
         score = (classes == labels).astype(raw.dtype) - (classes < labels).astype(raw.dtype)
         correct = jnp.sum(jnp.where(is_largest, score, 0), axis=-1)
-    peaks = Peaks(_capped(largest, operands), largest, num_largest, correct)
-    return peaks, sums_at(operands, peaks, is_label(operands), by_index=by_index)
+    return Peaks(peak, largest, num_largest, correct)
 
 
 def is_label(operands: Operands) -> Bool[Array, "*batch K"]:
@@ -106,6 +121,7 @@ def sums_at(
     *,
     differentiable: bool = False,
     by_index: bool = False,
+    without: float | Float[Array, "*batch"] = 1,
 ) -> Sums:
     """Return the sums at given peaks.
 
@@ -115,16 +131,17 @@ def sums_at(
         at_label: where the label is; None if it is not among the classes.
         differentiable: whether only the derivatives of the sums are used, not their values.
         by_index: whether to find the logit of the label by its index, and not by comparison.
+        without: what `rest` leaves out of the sum: 1, or 0 where the operands may have none that is the largest.
     """
-    raw, allowed = _counted_logits(operands)
+    raw, allowed = counted_logits(operands)
     is_largest = jax.lax.stop_gradient(raw) >= peaks.largest[..., None]
     if allowed is not None:
         is_largest &= allowed
-    capped = _capped(raw, operands)
-    below = capped - peaks.peak[..., None]
+    values = capped(raw, operands.softcap)
+    below = values - peaks.peak[..., None]
     if operands.softcap is not None:
         # A compiler may compute the tanh of the largest logit differently among others: there the gap must be 0.
-        below = jnp.where(is_largest, capped - jax.lax.stop_gradient(capped), below)
+        below = jnp.where(is_largest, values - jax.lax.stop_gradient(values), below)
     if allowed is not None:
         below = jnp.where(allowed, below, 0)
     # XLA for CPUs is a third slower with exp(-gap).
@@ -137,7 +154,7 @@ def sums_at(
     if allowed is not None:
         terms = jnp.where(allowed, terms, 0)
     return Sums(
-        jnp.sum(terms, axis=-1) + (num_peaks - 1),
+        jnp.sum(terms, axis=-1) + (num_peaks - without),
         _label_gap(operands, gap, at_label, by_index),
         *_sums_over_others(operands, gap, at_label, allowed),
         *_means_over_largest(operands, gap, is_largest, peaks.num_largest),
@@ -205,7 +222,7 @@ def _means_over_largest(
     return of_gaps / num_largest, of_weights / num_largest
 
 
-def _counted_logits(operands: Operands) -> tuple[Float[Array, "*batch K"], Bool[Array, "*#batch K"] | None]:
+def counted_logits(operands: Operands) -> tuple[Float[Array, "*batch K"], Bool[Array, "*#batch K"] | None]:
     """Return the logits before the softcap, 0 where they do not count, and the mask."""
     raw, allowed = operands.logits.astype(compute_dtype(operands.logits)), None
     if operands.counted is not None:
@@ -216,8 +233,9 @@ def _counted_logits(operands: Operands) -> tuple[Float[Array, "*batch K"], Bool[
     return raw, allowed
 
 
-def _capped(logits: Float[Array, "..."], operands: Operands) -> Float[Array, "..."]:
-    return logits if operands.softcap is None else operands.softcap * jnp.tanh(logits / operands.softcap)
+def capped(logits: Float[Array, "..."], softcap: float | None) -> Float[Array, "..."]:
+    """Return logits after the softcap."""
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
 
 def _over_classes(vector: Array, like: Float[Array, "*batch K"]) -> Array:

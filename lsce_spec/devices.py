@@ -29,6 +29,26 @@ TOPOLOGIES = {
     "tpu-v7x": "tpu7x:2x2x1",
 }
 
+# Parts of what JAX and torch call each TPU, in small letters, of which the first that fits counts.
+TPU_KINDS = {
+    "tpu-v4": ("tpu v4",),
+    "tpu-v5e": ("tpu v5 lite", "tpu v5e"),
+    "tpu-v5p": ("tpu v5",),
+    "tpu-v6e": ("tpu v6",),
+    "tpu-v7x": ("tpu7", "tpu v7"),
+}
+
+
+def tpu_of_kind(kind: str) -> str | None:
+    """Return the name of a TPU in these tables, given what a framework calls it, or None.
+
+    Example:
+        >>> tpu_of_kind("TPU v5 lite")
+        'tpu-v5e'
+    """
+    fitting = (name for name, parts in TPU_KINDS.items() if any(part in kind.lower() for part in parts))
+    return next(fitting, None)
+
 
 class Card(NamedTuple):
     """What XLA, Inductor and Triton ask of a GPU.

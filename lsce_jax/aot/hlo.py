@@ -234,7 +234,7 @@ class Program:
             names = set()
             for user, name in users:
                 part: int | None
-                if user.opcode in _SAME_ARRAY and not user.is_root:
+                if self._is_same_array(user) and not user.is_root:
                     names.add(user.name)
                     continue
                 if user.opcode in _TAKES_PART and name == user.operands[0]:
@@ -251,6 +251,13 @@ class Program:
                     return None
                 total += part
         return total
+
+    def _is_same_array(self, instruction: Instruction) -> bool:
+        """Return whether an instruction of a fusion only says how its operand is to be read, and copies nothing."""
+        if instruction.opcode != "fusion" or "output_to_operand_aliasing" not in instruction.attributes:
+            return instruction.opcode in _SAME_ARRAY
+        inside = self.computations[_attribute(instruction, "calls")].values()
+        return all(each.opcode in {*_SAME_ARRAY, "parameter", "copy"} for each in inside)
 
     def _written(self, computation: str) -> list[int]:
         """Return the bytes that a fusion writes of each result."""

@@ -37,7 +37,7 @@ from lsce_jax.accurate import divide
 from lsce_jax.errors import error
 from lsce_jax.inputs import Batch, at_labels, is_sharded
 from lsce_jax.kernels import tpu
-from lsce_jax.primitives import define
+from lsce_jax.primitives import define, is_divided
 from lsce_jax.row_sums import cotangents_of_sums, row_slopes, row_sums
 from lsce_jax.stats import LossStats
 from lsce_jax.sums import Peaks, Sums, class_factor
@@ -588,11 +588,7 @@ def _why_not_here(platform: str | None, ctx: Any) -> str | None:
     """Return why a program cannot have the kernel on a platform, or None."""
     if platform != "tpu":
         return "it runs on TPUs, and on others inside jax.experimental.pallas.tpu.force_tpu_interpret_mode() alone"
-    context = ctx.module_context.axis_context
-    manual = getattr(context, "manual_axes", None)
-    if manual is not None and manual == frozenset(context.mesh.axis_names):
-        return None
-    if manual or getattr(context, "num_devices", 1) != 1:
+    if is_divided(ctx):
         return "the compiler divides the program over devices, and no kernel; inside jax.shard_map it need not"
     return None
 

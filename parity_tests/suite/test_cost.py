@@ -109,6 +109,21 @@ def test_bytes_of_the_loss(target: str) -> None:
         assert one_hot.hbm_bytes >= 5 * SIZE
 
 
+@pytest.mark.parametrize("target", [on("tpu-v5e"), on("tpu-v6e")])
+def test_bytes_of_the_linear_loss(target: str) -> None:
+    """Logits computed twice, by tiles that stay in the core's memory, beside all logits computed once."""
+    whole, by_tiles = (
+        measure(Request(target, 8192, 131072, 2048), name, with_bundles=False)
+        for name in ("lsce fused", "lsce linear, recompute")
+    )
+    assert whole.hbm_bytes is not None
+    assert whole.temp_bytes is not None
+    assert by_tiles.hbm_bytes is not None
+    assert by_tiles.temp_bytes is not None
+    assert by_tiles.hbm_bytes <= 1.3 * whole.hbm_bytes
+    assert by_tiles.temp_bytes <= 0.1 * whole.temp_bytes
+
+
 @lru_cache
 def measured(target: str, name: str) -> Cost:
     return measure(Request(target, ROWS, CLASSES), name)

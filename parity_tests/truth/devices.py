@@ -6,6 +6,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from lsce_spec.devices import TPU_KINDS
 from parity_tests.truth.arithmetic import ERRORS, FULL, Arithmetic, any_order, tree_depth
 
 BFLOAT16, TF32 = 8, 11  # significant bits
@@ -101,11 +102,11 @@ DEVICES: tuple[Device, ...] = (
     *_gpu("gpu-a100", "a100", of_jax=f"{_JAX}, for H100 and B200"),
     *_gpu("gpu-h100", "h100", "h200", of_jax=_JAX),
     *_gpu("gpu-b200", "b200", of_jax=_JAX),
-    _tpu("tpu-v4", "tpu v4", arithmetic=_TPU_V2_TO_V5E),
-    _tpu("tpu-v5e", "tpu v5 lite", "tpu v5e", arithmetic=_TPU_V2_TO_V5E),
-    _tpu("tpu-v5p", "tpu v5", arithmetic=_TPU_V5P),
-    _tpu("tpu-v6e", "tpu v6", arithmetic=_TPU_V6E),
-    _tpu("tpu-v7x", "tpu7", "tpu v7", arithmetic=_TPU_V7X),
+    _tpu("tpu-v4", *TPU_KINDS["tpu-v4"], arithmetic=_TPU_V2_TO_V5E),
+    _tpu("tpu-v5e", *TPU_KINDS["tpu-v5e"], arithmetic=_TPU_V2_TO_V5E),
+    _tpu("tpu-v5p", *TPU_KINDS["tpu-v5p"], arithmetic=_TPU_V5P),
+    _tpu("tpu-v6e", *TPU_KINDS["tpu-v6e"], arithmetic=_TPU_V6E),
+    _tpu("tpu-v7x", *TPU_KINDS["tpu-v7x"], arithmetic=_TPU_V7X),
 )
 
 

@@ -1,0 +1,159 @@
+"""The tiles of the linear loss on TPUs: their sizes, when they are chosen, and what no number can show."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+import lsce_jax
+from lsce_jax import layer_sums, tiles
+from lsce_jax.layer import LayerOperands
+
+LARGE = (8192, 2048, 131072)  # N, D, K
+NAMES = ("hidden", "weight", "bias")
+
+
+def operands_of(logits: Any, labels: Any, **given: Any) -> LayerOperands:
+    """Return a layer whose bias is the logits, and rows of hidden 0, one for each label."""
+    labels, bias = jnp.asarray(labels)[:, None], jnp.asarray(logits, jnp.float32)
+    arrays: dict[str, Any] = dict.fromkeys(("counted", "class_mask", "prior", "class_weight"))
+    options: dict[str, Any] = {
+        "softcap": None,
+        "prior_entropy": False,
+        "largest": False,
+        "correct": True,
+        "skip": False,
+    }
+    hidden, weight = jnp.zeros((labels.size, 1, 2)), jnp.zeros((2, bias.size))
+    return LayerOperands(hidden, weight, bias, labels, **arrays | options | given)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 rows and 4 classes."""
+    for name, value in (("TILE_SIZE", 8), ("_LANES", 4), ("_SUBLANES", 1)):
+        monkeypatch.setattr(tiles, name, value)
+
+
+@pytest.mark.parametrize(
+    "logits",
+    [
+        [-np.inf] * 4 + [1.0, 2.0, 0.0, 1.0, -np.inf],
+        [1.0, 2.0, 0.0, 1.0] + [-np.inf] * 5,
+        [-np.inf] * 9,
+        [1.0, np.inf, 0.0, 0.0, 2.0, 3.0, np.inf, 1.0, 0.0],
+        [1.0, 0.0, 0.0, 0.0, 2.0, np.nan, 2.0, 1.0, 0.0],
+        [3e38, -3e38, 0.0, 0.0, 2.0, 1.0, 2.0, -3e38, 3e38],
+        [2.0] * 9,
+    ],
+)
+@pytest.mark.parametrize("options", [{}, {"softcap": 30.0}, {"largest": True}])
+@pytest.mark.usefixtures("small_tiles")
+def test_what_is_no_number_is_the_same(logits: list[float], options: dict[str, Any]) -> None:
+    """NaN, infinities and scores are where the plain formulas have them, in sums and cotangents."""
+    operands = operands_of(logits, [0, 1, 5, 8], **options)
+    by_tiles, plain = jax.jit(tiles.sums)(operands), jax.jit(layer_sums._sums)(operands)
+    given = dict(enumerate(map(jnp.ones_like, jax.tree.leaves(plain[1]))))
+    of_tiles = jax.jit(tiles.cotangents, static_argnames="names")(operands, by_tiles[0], given, names=NAMES)
+    of_plain = jax.jit(layer_sums._plain_cotangents, static_argnames="names")(operands, plain[0], given, names=NAMES)
+    np.testing.assert_array_equal(jnp.sign(by_tiles[0].correct), jnp.sign(plain[0].correct))
+    pairs = zip(jax.tree.leaves((by_tiles, of_tiles)), jax.tree.leaves((plain, of_plain)), strict=True)
+    for ours, theirs in pairs:
+        for kind in (jnp.isnan, jnp.isposinf, jnp.isneginf):
+            np.testing.assert_array_equal(kind(ours), kind(theirs))
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_a_tile_of_minus_infinity_adds_nothing() -> None:
+    after = [1.0, 2.0, 0.5, 1.0, 3.0]
+    (peaks, sums), (expected_peaks, expected) = (
+        jax.jit(tiles.sums)(operands_of(logits, [len(logits) - 1])) for logits in ([-np.inf] * 4 + after, after)
+    )
+    assert (peaks.peak, sums.rest, sums.label_gap) == (expected_peaks.peak, expected.rest, expected.label_gap)
+    assert sums.other_gaps == np.inf
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_rows_that_are_left_out_have_numbers() -> None:
+    """Blocks without a row that counts are not computed; what they have must be finite."""
+    counted = jnp.array([True, False, False, False, False, False, False])[:, None]
+    operands = operands_of(np.arange(9), [0] * 7, counted=counted, skip=True, largest=True)
+    peaks, sums = jax.jit(tiles.sums)(operands)
+    assert all(jnp.isfinite(each).all() for each in jax.tree.leaves((peaks, sums)))
+    given = {i: jnp.where(counted, 1.0, 0.0) for i in range(len(jax.tree.leaves(sums)))}
+    results = jax.jit(tiles.cotangents, static_argnames="names")(operands, peaks, given, names=NAMES)
+    assert all(jnp.isfinite(each).all() for each in jax.tree.leaves(results))
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 1000, 8192, 8193, 100_000])
+@pytest.mark.parametrize("num_classes", [1, 127, 128, 50257, 131072])
+@pytest.mark.parametrize("chunk_rows", [1, 300, 1024])
+def test_tiles_cover_everything_and_hold_no_more_logits_than_a_chunk(
+    num_rows: int, num_classes: int, chunk_rows: int
+) -> None:
+    chunk_rows = min(chunk_rows, num_rows)
+    num_chunks = -(-num_rows // chunk_rows)
+    describe: Any = jax.ShapeDtypeStruct
+    operands = LayerOperands(
+        describe((chunk_rows, num_chunks, 64), jnp.bfloat16),
+        describe((64, num_classes), jnp.bfloat16),
+        *[None] * 6,
+        *[None, False, False, False, False],
+    )
+    tiling = tiles._tiling(operands)
+    assert tiling.num_blocks * tiling.block_rows >= tiling.num_rows == chunk_rows * num_chunks
+    assert (tiling.num_blocks - 1) * tiling.block_rows < tiling.num_rows
+    assert tiling.tile_classes % 128 == 0
+    held = tiling.block_rows * min(tiling.tile_classes, num_classes)
+    assert held <= max(min(tiles.TILE_SIZE, chunk_rows * num_classes), 8 * 128)
+
+
+def on_a(kind: str) -> Any:
+    """Let programs be made for a device that is not there."""
+    device = AbstractDevice(device_kind=kind, num_cores=1, platform="tpu" if "TPU" in kind else "cuda")
+    mesh = AbstractMesh((1,), ("x",), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+@pytest.mark.parametrize(
+    ("kind", "recomputes"),
+    [
+        ("TPU v4", False),
+        ("TPU v5 lite", False),
+        ("TPU v5", False),
+        ("TPU v6 lite", True),
+        ("TPU7x", False),
+        ("NVIDIA H100 80GB HBM3", False),
+    ],
+)
+def test_what_is_chosen_on_a_device(kind: str, recomputes: bool) -> None:
+    """A v6e has so many operations for each byte that it is faster to compute the logits again."""
+    num_rows, num_features, num_classes = LARGE
+    describe: Any = jax.ShapeDtypeStruct
+    arrays = [describe((num_rows, num_features), jnp.bfloat16), describe((num_features, num_classes), jnp.bfloat16)]
+
+    def program(**options: Any) -> str:
+        def loss(hidden: Any, weight: Any, labels: Any) -> Any:
+            return lsce_jax.linear_label_smoothed_cross_entropy(hidden, weight, labels, reduction="mean", **options)
+
+        with on_a(kind):
+            return str(jax.make_jaxpr(jax.grad(loss))(*arrays, describe((num_rows,), jnp.int32)))
+
+    assert ("lsce_layer_cotangents" in program()) == recomputes
+    assert "lsce_layer_cotangents" in program(recompute=True)
+    assert "lsce_layer_cotangents" not in program(recompute=False)
+    assert "lsce_layer_cotangents" not in program(gradient_filter=0.001)
+
+
+def test_what_is_chosen_without_a_tpu() -> None:
+    assert not tiles.saves_time(*LARGE, jnp.dtype(jnp.bfloat16), 1024)
+
+
+def test_few_features_are_computed_again() -> None:
+    """The fewer features, the less an operation costs beside the logits that it saves."""
+    with on_a("TPU v5 lite"):
+        chosen = [tiles.saves_time(8192, features, 131072, jnp.dtype(jnp.bfloat16), 1024) for features in (512, 4096)]
+    assert chosen == [True, False]
