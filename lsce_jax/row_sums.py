@@ -1,7 +1,7 @@
 """`row_sums` as JAX primitives, with one rule for each thing that JAX does to a function.
 
 - `lsce_row_sums`: the sums. XLA for CPUs writes out arrays that XLA for accelerators fuses, so there the sums are
-  computed as in cpu.py.
+  computed as in cpu.py. gpu.py has what XLA for GPUs fuses better.
 - `lsce_row_slopes`: their derivative, that of the plain sums at constant peaks. Operands and peaks are kept for it, and
   nothing more: the backward pass computes exp again, which is faster than writing it to memory and reading it back.
   Forward mode and derivatives of every order follow.
@@ -23,7 +23,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 from jaxtyping import Array
 
-from lsce_jax import cpu
+from lsce_jax import cpu, gpu
 from lsce_jax.primitives import define
 from lsce_jax.sums import CLASS_VECTORS, Operands, Peaks, Sums, is_label, sums, sums_at
 
@@ -120,6 +120,8 @@ def cotangents_of_sums(operands: Operands, peaks: Peaks, given: dict[int, Array]
     # A barrier for each, so that the cotangents of a row are computed once, not again for every class. JAX 0.12 cannot
     # transpose a barrier of which a part is known to be zero.
     given = jax.tree.map(jax.lax.optimization_barrier, given)
+    logits = jax.lax.platform_dependent(operands.logits, cuda=gpu.apart, default=lambda logits: logits)
+    operands = replace(operands, logits=logits)
 
     def by_comparison() -> ByName:
         def given_sums(by_name: ByName) -> dict[int, Array]:
@@ -179,7 +181,7 @@ def _define(name: str, function: Callable[..., Any], **on_platform: Callable[...
     return primitive
 
 
-_row_sums_p = _define("lsce_row_sums", sums, cpu=cpu.row_sums)
+_row_sums_p = _define("lsce_row_sums", sums, cpu=cpu.row_sums, cuda=gpu.row_sums)
 _row_slopes_p = _define("lsce_row_slopes", _slopes)
 ad.primitive_jvps[_row_sums_p] = _derivative
 ad.primitive_jvps[_row_slopes_p] = _derivative_of_slopes

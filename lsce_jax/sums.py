@@ -77,7 +77,7 @@ def sums(operands: Operands, *, by_index: bool = False) -> tuple[Peaks, Sums]:
         operands: what to sum.
         by_index: whether to find the logit of the label by its index, and not by comparison.
     """
-    raw, allowed = _counted_logits(operands)
+    raw, allowed = counted_logits(operands)
     constant = jax.lax.stop_gradient(raw if allowed is None else jnp.where(allowed, raw, -jnp.inf))
     largest = jnp.max(constant, axis=-1)
     is_largest = constant >= largest[..., None]
@@ -116,7 +116,7 @@ def sums_at(
         differentiable: whether only the derivatives of the sums are used, not their values.
         by_index: whether to find the logit of the label by its index, and not by comparison.
     """
-    raw, allowed = _counted_logits(operands)
+    raw, allowed = counted_logits(operands)
     is_largest = jax.lax.stop_gradient(raw) >= peaks.largest[..., None]
     if allowed is not None:
         is_largest &= allowed
@@ -205,7 +205,7 @@ def _means_over_largest(
     return of_gaps / num_largest, of_weights / num_largest
 
 
-def _counted_logits(operands: Operands) -> tuple[Float[Array, "*batch K"], Bool[Array, "*#batch K"] | None]:
+def counted_logits(operands: Operands) -> tuple[Float[Array, "*batch K"], Bool[Array, "*#batch K"] | None]:
     """Return the logits before the softcap, 0 where they do not count, and the mask."""
     raw, allowed = operands.logits.astype(compute_dtype(operands.logits)), None
     if operands.counted is not None:

@@ -69,7 +69,7 @@ TORCH_FILES = {
     "device.py",
 }
 # What JAX is told of the sums, and what XLA for CPUs needs in place of them.
-JAX_FILES = {"row_sums.py", "cpu.py", "primitives.py"}
+JAX_FILES = {"row_sums.py", "cpu.py", "gpu.py", "primitives.py"}
 
 
 # What compiles the loss for devices that are not there is XLA's alone. Kernels are each framework's own.
