@@ -22,7 +22,7 @@ _GRADIENT, _OTHERS, _LARGEST = 1, 2, 3
 def apart(logits: Float[Array, "*batch K"], number: int = _GRADIENT) -> Float[Array, "*batch K"]:
     """Return the logits, so that XLA does not see what they are."""
     for _ in range(number):
-        logits = jax.lax.optimization_barrier(logits)
+        logits = jax.lax.optimization_barrier(logits)  # type: ignore[no-untyped-call]
     return logits
 
 

@@ -33,13 +33,13 @@ class Figures(NamedTuple):
         argument_bytes: of the arguments.
         output_bytes: of the results.
         accessed_bytes: of memory read and written, by the compiler; where it does not count them, for GPUs, counted in
-            its program, see `lsce_jax.aot.hlo`.
+            its program. None if that has a loop whose number of rounds is not known.
     """
 
     temp_bytes: int
     argument_bytes: int
     output_bytes: int
-    accessed_bytes: float
+    accessed_bytes: float | None
 
 
 class StatisticsAdapter(JaxAdapter):
@@ -166,18 +166,28 @@ def _compile_function(
 def _figures(function: Callable[..., Any], device: str, operands: Any) -> Figures:
     import jax
 
-    from lsce_jax.aot import hlo
     from lsce_jax.aot.compilers import describe_devices
 
     (core,) = describe_devices(device)
     describe: Any = partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(core))
     described = jax.tree.map(lambda array: describe(array.shape, array.dtype), operands)
-    compiled = jax.jit(function).lower(*described).compile()
+    compiled: Any = jax.jit(function).lower(*described).compile()
     memory: Any = compiled.memory_analysis()
-    counted = (compiled.cost_analysis() or {}).get("bytes accessed")
     return Figures(
         memory.temp_size_in_bytes,
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes,
-        hlo.parse(compiled.as_text()).hbm_bytes if counted is None else counted,
+        _accessed_bytes(compiled),
     )
+
+
+def _accessed_bytes(compiled: Any) -> float | None:
+    from lsce_jax.aot import hlo
+
+    counted: float | None = (compiled.cost_analysis() or {}).get("bytes accessed")
+    if counted is not None:
+        return counted
+    try:
+        return hlo.parse(compiled.as_text()).hbm_bytes
+    except hlo.HloError:
+        return None

@@ -180,6 +180,7 @@ def assert_lean(device: str, figures: Figures, sweeps: int = 4) -> None:
     beside = ROWS_BYTES[device[:3]]
     assert figures.output_bytes >= LOGITS_BYTES
     assert figures.temp_bytes <= beside
+    assert figures.accessed_bytes is not None
     # Sums of parts are written and read.
     assert 2 * LOGITS_BYTES <= figures.accessed_bytes <= sweeps * LOGITS_BYTES + 2 * beside
 

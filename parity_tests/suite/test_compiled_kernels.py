@@ -142,6 +142,7 @@ def chosen_loss(logits: Any, labels: Any) -> Any:
 
 def moved(figures: Figures) -> float:
     """Return the bytes moved in multiples of the logits."""
+    assert figures.accessed_bytes is not None
     return figures.accessed_bytes / (2 * ROWS * CLASSES)
 
 
