@@ -132,7 +132,8 @@ def grown(now: Figures, then: Figures) -> list[str]:
 def test_no_figure_grows(card: str, name: str) -> None:
     recorded = json.loads(RECORD.read_text())
     if versions() != {each: recorded[each] for each in versions()}:
-        pytest.skip(f"recorded with torch {recorded['torch']} and Triton {recorded['triton']}: others write other kernels")
+        recorded_with = f"torch {recorded['torch']} and Triton {recorded['triton']}"
+        pytest.skip(f"recorded with {recorded_with}, and other versions write other kernels")
     assert not grown(figures_of(compiled(card)[name]), recorded["programs"][card][name])
 
 
