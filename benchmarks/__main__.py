@@ -348,17 +348,19 @@ def _check_libtpu() -> None:
 
 @app.command()
 def gpu() -> None:
-    """The memory that loss and gradient would need on GPUs that are not there, by XLA's compiler."""
+    """What loss and gradient would need on GPUs that are not there, by XLA's compiler: memory, and accesses to it."""
     if not has_cuda_plugin():
         typer.echo("JAX's plugin for CUDA is not installed; see make test-compiled.", err=True)
         raise typer.Exit(code=1)
     os.environ.update(ENVIRONMENTS["gpu"])
-    from benchmarks import tpu as compiled  # noqa: PLC0415 - JAX must find the environment set
+    from benchmarks import gpu as counted  # noqa: PLC0415 - JAX must find the environment set
+    from benchmarks import tpu as compiled  # noqa: PLC0415
 
     console = Console()
     report.print_machine(report.describe_machine(), console)
     console.print()
     report.print_table(report.gpu_table(compiled.measure_memory(), compiled.SHAPE), console)
+    report.print_table(report.gpu_moves_table([count._asdict() for count in counted.measure()]), console)
 
 
 @app.command()

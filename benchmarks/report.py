@@ -253,6 +253,30 @@ def gpu_table(memory: dict[str, dict[str, int]], shape: Shape) -> Table:
     return Table(title, headings, cells, legend)
 
 
+def gpu_moves_table(counts: Sequence[dict[str, Any]]) -> Table:
+    """Return how many kernels each loss is, and how often they move the logits: on the GPUs where that differs."""
+    kinds = list(dict.fromkeys((count["shape"].classes, count["dtype"]) for count in counts))
+    found: dict[tuple[str, tuple[int, str]], list[dict[str, Any]]] = {}
+    for count in counts:
+        found.setdefault((count["name"], (count["shape"].classes, count["dtype"])), []).append(count)
+
+    def cell(of_cards: list[dict[str, Any]]) -> str:
+        moved = dict.fromkeys(f"{count['moved']:.1f}" for count in of_cards)
+        kernels = dict.fromkeys(str(count["launches"]) for count in of_cards)
+        return f"{'/'.join(moved)} in {'/'.join(kernels)}"
+
+    names = list(dict.fromkeys(count["name"] for count in counts))
+    cells = [(name, *(cell(found[name, kind]) for kind in kinds)) for name in names]
+    short = {"bfloat16": "bf16", "float32": "f32"}
+    headings = ("loss and gradient", *(f"{classes} {short[dtype]}" for classes, dtype in kinds))
+    legend = (
+        "By classes and dtype: how often logits are read or written, in multiples of their size, and in how many "
+        f"kernels.\nTwo figures where {', '.join(dict.fromkeys(count['card'] for count in counts))} differ. "
+        "Compiled, not run."
+    )
+    return Table(f"JAX compiled for GPUs, {counts[0]['shape'].rows} rows", headings, cells, legend)
+
+
 def launches_table(counts: Sequence[dict[str, Any]]) -> Table:
     """Return how many kernels each loss starts, and how often they move the logits, by dtype and number of classes."""
     kinds = list(dict.fromkeys((count["shape"].classes, count["dtype"]) for count in counts))

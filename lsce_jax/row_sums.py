@@ -1,7 +1,7 @@
 """The sums over the classes of logits, as JAX primitives: `lsce_row_sums` and `lsce_row_slopes`.
 
 sum_rules.py has their derivatives. XLA for CPUs writes out arrays that XLA for accelerators fuses, so there the sums
-are computed as in cpu.py.
+are computed as in cpu.py. gpu.py has what XLA for GPUs fuses better.
 
 Under vmap the new dimension becomes one of rows.
 """
@@ -17,7 +17,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching
 from jaxtyping import Array
 
-from lsce_jax import cpu
+from lsce_jax import cpu, gpu
 from lsce_jax.sum_rules import ByName, Kind, bind, define_sums, on_leaves
 from lsce_jax.sums import CLASS_VECTORS, Operands, Peaks, Sums, is_label, sums, sums_at
 
@@ -27,6 +27,8 @@ def cotangents_of_sums(operands: Operands, peaks: Peaks, given: dict[int, Array]
     # A barrier for each, so that the cotangents of a row are computed once, not again for every class. JAX 0.12 cannot
     # transpose a barrier of which a part is known to be zero.
     given = jax.tree.map(jax.lax.optimization_barrier, given)
+    logits = jax.lax.platform_dependent(operands.logits, cuda=gpu.apart, default=lambda logits: logits)
+    operands = replace(operands, logits=logits)
 
     def by_comparison() -> ByName:
         def given_sums(by_name: ByName) -> dict[int, Array]:
@@ -85,6 +87,7 @@ def _is_class_vector(structure: Any) -> list[bool]:
 _primitives = define_sums(
     Kind("lsce_row", sums, _at_peaks, cotangents_of_sums, floating=("logits", "prior", "class_weight")),
     cpu=cpu.row_sums,
+    cuda=gpu.row_sums,
 )
 batching.primitive_batchers[_primitives.sums] = partial(_under_vmap, _primitives.sums, _primitives.plain_sums)
 batching.primitive_batchers[_primitives.slopes] = partial(_under_vmap, _primitives.slopes, _primitives.plain_slopes)

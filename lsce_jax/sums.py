@@ -2,7 +2,7 @@
 
 `sums` and `sums_at` are for accelerators, where XLA fuses all of them into one sweep over the logits. They find the
 label by comparison with an iota: for a gather the TPU compiler would write out the logits in float32. What CPUs take
-instead is in cpu.py, and row_sums.py has the derivatives.
+instead is in cpu.py, what GPUs take is in gpu.py, and row_sums.py has the derivatives.
 """
 
 from dataclasses import dataclass, field

@@ -352,6 +352,23 @@ def test_table_of_bundles():
     assert report.bundle_table(costs).rows == [("v5e:2x2", "2.00", "5.00", "2.50")]
 
 
+def test_table_of_accesses_on_gpus():
+    shape = Shape(8192, 1000)
+    counts = [
+        {"card": card, "name": "plain", "shape": shape, "dtype": dtype, "launches": 7, "moved": moved}
+        for card, dtype, moved in (
+            ("gpu-a100", "bfloat16", 4.04),
+            ("gpu-b200", "bfloat16", 7.04),
+            ("gpu-a100", "float32", 4.02),
+            ("gpu-b200", "float32", 4.03),
+        )
+    ]
+    table = report.gpu_moves_table(counts)
+    assert table.headings == ("loss and gradient", "1000 bf16", "1000 f32")
+    assert table.rows == [("plain", "4.0/7.0 in 7", "4.0 in 7")]
+    assert "where gpu-a100, gpu-b200 differ" in table.legend
+
+
 @pytest.mark.parametrize("name", tpu.LINEAR_LOSSES)
 def test_losses_of_narrow_arrays_are_wide(name):
     hidden, weight = jax.ShapeDtypeStruct((8, 4), jnp.bfloat16), jax.ShapeDtypeStruct((4, 6), jnp.bfloat16)

@@ -68,8 +68,8 @@ TORCH_FILES = {
     "compiled.py",
     "device.py",
 }
-# What JAX is told of the sums, and what XLA for CPUs needs in place of them.
-JAX_FILES = {"row_sums.py", "layer_sums.py", "sum_rules.py", "tiles.py", "cpu.py", "primitives.py"}
+# What JAX is told of the sums, and what XLA for CPUs, GPUs and TPUs takes in place of them.
+JAX_FILES = {"row_sums.py", "layer_sums.py", "sum_rules.py", "cpu.py", "gpu.py", "tiles.py", "primitives.py"}
 
 
 # What compiles the loss for devices that are not there is XLA's alone. Kernels are each framework's own.

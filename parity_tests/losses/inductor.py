@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -56,14 +57,16 @@ class Kernel:
     """A kernel as machine code.
 
     Args:
-        name: Inductor's name of it.
+        name: Inductor's name of it, with the graph that it is from, and its configuration.
         registers: of a thread.
         spilled: bytes of local memory of a thread.
+        instructions: of the machine code, filled up as it lies in memory.
     """
 
     name: str
     registers: int
     spilled: int
+    instructions: int
 
 
 @dataclass(frozen=True)
@@ -131,23 +134,25 @@ class _WrittenError(Exception):
     """Inductor has written its code; nothing is to be loaded or run."""
 
 
+GRAPHS = ("loss", "gradient")
+
+
 def kernels_of(request: Request, card: str) -> Compiled:
     """Return a loss compiled for a card. Call it with `pretend` before it."""
     graphs = _generate(request)
-    assert len(graphs) == 2, "loss and gradient are one graph each"
     kernels: list[Kernel] = []
     launches, moved, kept = 0, 0, 0
     logits_bytes = request.rows * request.classes * _torch_dtype(request.dtype).itemsize
-    for graph in graphs:
+    for name, graph in zip(GRAPHS, graphs, strict=True):
         sources = dict(
             re.findall(r"^(triton_\w+) = async_compile\.triton\('\w+', '''(.*?)''', ", graph.code, re.M | re.S)
         )
         calls = re.findall(r"^\s+(triton_\w+)\.run\((.*), stream=", graph.code, re.M)
         launches += len(calls)
-        moved += sum(_moved(sources[name], arguments.split(", "), graph.sizes) for name, arguments in calls)
-        kept += sum(graph.sizes[name] for name in re.findall(r"(\w+) = empty_strided_cuda\(", graph.code))
+        moved += sum(_moved(sources[kernel], arguments.split(", "), graph.sizes) for kernel, arguments in calls)
+        kept += sum(graph.sizes[buffer] for buffer in re.findall(r"(\w+) = empty_strided_cuda\(", graph.code))
         for source in sources.values():
-            kernels += _compiled(source, CARDS[card])
+            kernels += _compiled(name, source, CARDS[card])
     kept -= logits_bytes  # the gradient
     return Compiled(tuple(kernels), launches, moved / logits_bytes, kept / logits_bytes)
 
@@ -165,8 +170,8 @@ def _moved(source: str, arguments: list[str], sizes: dict[str, int]) -> int:
     return total
 
 
-def _compiled(source: str, card: Card) -> Iterator[Kernel]:
-    """Yield the machine code of a kernel, in each configuration that Inductor would try."""
+def _compiled(graph: str, source: str, card: Card) -> Iterator[Kernel]:
+    """Yield the figures of a kernel of a graph, in each configuration that Inductor would try."""
     triton = _load("triton")
     target = _target(card)
     name = re.search(r"^def (\w+)\(", source, re.M)[1]  # type: ignore[index]
@@ -187,7 +192,9 @@ def _compiled(source: str, card: Card) -> Iterator[Kernel]:
             options["enable_fp_fusion"] = meta.get("enable_fp_fusion", True)
             code = triton.compile(made, target=target, options=options).asm
             assert f".target sm_{target.arch}" in code["ptx"]
-            yield Kernel(name, *_resources(code["cubin"]))
+            sizes = " ".join(f"{size}={number}" for size, number in sorted(configuration.kwargs.items()))
+            full_name = f"{graph} {name} {sizes} warps={configuration.num_warps}"
+            yield Kernel(full_name, *_resources(code["cubin"]), _instructions(code["cubin"]))
 
 
 def _resources(code: bytes) -> tuple[int, int]:
@@ -199,6 +206,18 @@ def _resources(code: bytes) -> tuple[int, int]:
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
     return registers, stack + local
+
+
+def _instructions(code: bytes) -> int:
+    """Return the number of instructions, 16 bytes each, from the sizes of the sections of an ELF file.
+
+    A disassembler takes a second.
+    """
+    (start,) = struct.unpack_from("<Q", code, 0x28)
+    size, number, of_names = struct.unpack_from("<3H", code, 0x3A)
+    sections = [struct.unpack_from("<2I4Q", code, start + size * i) for i in range(number)]
+    names = sections[of_names][4]
+    return sum(each[5] // 16 for each in sections if code.startswith(b".text.", names + each[0]))
 
 
 def _load(name: str) -> Any:
