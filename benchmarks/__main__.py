@@ -13,6 +13,7 @@
     python -m benchmarks launches
     python -m benchmarks cost --write
     python -m benchmarks dense --write
+    python -m benchmarks device cuda --install --write
 
 `--write` keeps the figures in docs/figures and writes the tables into the pages. A framework is imported where it is
 measured, so that each can be measured without the other.
@@ -43,7 +44,9 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from benchmarks import report
+from benchmarks import device as on_device
+from benchmarks import device_report, report
+from benchmarks.tables import print_table
 from benchmarks.timing import LinearShape, Row, Schedule, Shape
 from lsce_spec.devices import ENVIRONMENTS, has_cuda_plugin
 from parity_tests.evidence.cards import AbsentError, find_device
@@ -54,7 +57,7 @@ SHAPES = {
     "small": (Shape(32, 10), Shape(128, 1000), Shape(256, 1000), Shape(2**20, 4), Shape(4, 21, 2**16)),
 }
 # Calls of few logits take so little time that more of them count.
-FEW_LOGITS, MORE_CALLS = 2**18, 40
+FEW_LOGITS, MORE_CALLS = 2**18, on_device.FEW_CALLS
 QUICK_SHAPE = Shape(32, 1000)
 LINEAR_SHAPES = (LinearShape(2048, 512, 50257),)
 QUICK_LINEAR_SHAPE = LinearShape(32, 16, 1000)
@@ -109,6 +112,8 @@ PAGES = {
     "scaling": "linear.md",
     "tpu linear": "linear.md",
     "tpu kernel": "tpu.md",
+    "device cuda": "gpu.md",
+    "device tpu": "tpu.md",
 }
 
 
@@ -162,7 +167,7 @@ def dense(  # noqa: PLR0913, PLR0917 - a command line has its options as argumen
         results += _with_kept_pages("dense", [*given, *(["--quick"] if quick else [])])
     figures = {"machine": machine, "small" if sizes == "small" else "dense": results}
     for table in report.tables(figures):
-        report.print_table(table, console)
+        print_table(table, console)
     _keep(figures, json_file, write, console)
 
 
@@ -254,12 +259,75 @@ def linear(  # noqa: PLR0913, PLR0917 - as above
             results += _with_kept_pages("linear", [*given, "--rounds", str(schedule.rounds), "--calls", str(calls)])
     figures = {"machine": machine, "scaling" if scaling else "linear": results}
     for table in report.tables(figures):
-        report.print_table(table, console)
+        print_table(table, console)
     _keep(figures, json_file, write, console)
 
 
 def _figures(row: Row) -> dict[str, Any]:
     return row._asdict() | {"median_ms": row.milliseconds, "least_ms": row.least_milliseconds}
+
+
+@app.command()
+def device(  # noqa: PLR0913, PLR0917 - as above
+    name: Annotated[Literal["cpu", "cuda", "tpu"], typer.Argument(metavar="cuda|tpu|cpu", show_default=False)],
+    framework: Annotated[Literal["jax", "torch", "both"], typer.Option(help="What to measure.")] = "both",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Losses, with * and ?; may be repeated. [default: all]"),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each loss has its turn.")] = 5,
+    calls: Annotated[int, typer.Option(min=1, help="Calls that count in a turn; 40 times as many of few logits.")] = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="Small shapes and one round, to see that it runs.")] = False,
+    install: Annotated[bool, typer.Option("--install", help="Install the other libraries first.")] = False,
+    json_file: JsonOption = None,
+    write: WriteOption = False,
+) -> None:
+    """Ours and other libraries' losses on one device: held against the truth, then timed.
+
+    Exit code 0: all of ours are within their bounds, 1: one is not (the record is written all the same), 2: no
+    framework finds the device.
+    """
+    if write and name == "cpu":
+        raise typer.BadParameter("the pages have GPUs and TPUs: leave '--write' out.", param_hint="'--write'")
+    if install and name == "cpu":
+        raise typer.BadParameter("is for cuda and tpu.", param_hint="'--install'")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else JAX takes most of a card from torch
+    console = Console()
+    refused = on_device.install(name) if install else {}
+    for library, reason in refused.items():
+        console.print(f"{library}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    machine = report.describe_machine(on_device.LIBRARIES) | on_device.driver()
+    block = f"device {name}"
+    figures: report.Figures = {"machine": machine, "refused": refused, "limits": None, block: []}
+    options = {
+        "patterns": only or ["*"],
+        "rounds": 1 if quick else rounds,
+        "calls": calls,
+        "few_calls": calls * (1 if quick else on_device.FEW_CALLS),
+        "quick": quick,
+    }
+    for each in on_device.FRAMEWORKS if framework == "both" else (framework,):
+        for found in on_device.measure(each, name, on_device.make_parts(each, quick), **options):
+            if "absent" in found:
+                console.print(f"not measured: {found['absent']}", markup=False, highlight=False, soft_wrap=True)
+            elif "card" in found:
+                machine["device"] = f"{name}: {found['card']}"
+                limits = on_device.limits_of(name, found["card"])
+                figures["limits"] = limits and dict(vars(limits), matrix=dict(limits.matrix))
+                report.print_machine(machine, console)
+                console.print()
+            else:
+                figures[block].append(found)
+                print_table(list(device_report.tables(figures))[-1], console)
+                # After each part: so little is lost with the machine.
+                _keep(figures, json_file, write, Console(quiet=True))
+    if not figures[block]:
+        raise typer.Exit(code=2)
+    _keep(figures, json_file, write, console)
+    wrong = device_report.wrong_of_ours(figures[block])
+    if wrong:
+        console.print(f"outside of their bounds: {', '.join(wrong)}", soft_wrap=True, markup=False, highlight=False)
+        raise typer.Exit(code=1)
 
 
 @app.command()
@@ -281,7 +349,7 @@ def tpu(json_file: JsonOption = None, write: WriteOption = False) -> None:
         "tpu linear": [cost._asdict() for cost in compiled.measure_linear()],
     }
     for table in report.tables(figures):
-        report.print_table(table, console)
+        print_table(table, console)
     _keep(figures, json_file, write, console)
 
 
@@ -296,7 +364,7 @@ def tpu_exp() -> None:
         from benchmarks import tpu_bundles  # noqa: PLC0415 - JAX must find the environment set
 
         costs = [cost._asdict() for cost in tpu_bundles.measure(dump)]
-    report.print_table(report.bundle_table(costs), console)
+    print_table(report.bundle_table(costs), console)
 
 
 @app.command()
@@ -324,7 +392,7 @@ def tpu_kernel(
             "tpu kernel": [cost._asdict() for cost in costs],
         }
     for table in report.tables(figures):
-        report.print_table(table, console)
+        print_table(table, console)
     _keep(figures, json_file, write, console)
 
 
@@ -358,7 +426,7 @@ def gpu() -> None:
     console = Console()
     report.print_machine(report.describe_machine(), console)
     console.print()
-    report.print_table(report.gpu_table(compiled.measure_memory(), compiled.SHAPE), console)
+    print_table(report.gpu_table(compiled.measure_memory(), compiled.SHAPE), console)
 
 
 @app.command()
@@ -372,7 +440,7 @@ def launches() -> None:
     console = Console()
     report.print_machine(report.describe_machine(), console)
     console.print()
-    report.print_table(report.launches_table([count._asdict() for count in counted.measure()]), console)
+    print_table(report.launches_table([count._asdict() for count in counted.measure()]), console)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from benchmarks import __main__ as main
 from benchmarks import dense_jax, dense_torch, linear_jax, linear_torch, report, tpu
 from benchmarks.__main__ import DOCS, PAGES, QUICK_LINEAR_SHAPE, QUICK_SCALING_SHAPES, QUICK_SHAPE, app
+from benchmarks.tables import print_table
 from benchmarks.timing import Case, LinearShape, Schedule, Shape, time_in_turns
 from parity_tests.evidence.cards import AbsentError
 from parity_tests.evidence.pages import replace_block
@@ -314,12 +315,28 @@ def test_what_finds_the_device_is_measured_there(what, module, monkeypatch, tmp_
     assert f"benchmarks {what} --device tpu --write`" in page
 
 
-def test_a_run_on_a_card_ends_when_the_card_is_through(monkeypatch):
+def test_the_clock_of_a_card_waits_for_it(monkeypatch):
     log = []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
-    run_there = dense_torch.finished(lambda value: log.append(value) or value, "cuda")
-    assert run_there("result") == "result"
-    assert log == ["result", "wait"]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def synchronize(self):
+            log.append("wait")
+
+        def elapsed_time(self, end):
+            return 2.5  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    case = Case("", log.append, lambda: ("run",), clock=dense_torch.clock_of("cuda"))
+    (timed,) = time_in_turns([case], Schedule(rounds=1, calls=1))
+    assert log == 2 * ["record", "run", "record", "wait"]
+    assert timed.seconds == [2.5e-3]
+    assert dense_torch.clock_of("cpu") is None
 
 
 def test_each_round_of_an_unrolled_loop_counts():
@@ -340,7 +357,7 @@ def test_table_of_the_linear_loss_on_tpus():
         for name in tpu.LINEAR_LOSSES
     ]
     table = report.linear_tpu_table(costs, tpu.LINEAR_SHAPE, tpu.linear_chunk_bytes())
-    report.print_table(table, Console(file=output, width=80))
+    print_table(table, Console(file=output, width=80))
     for name in tpu.LINEAR_LOSSES:
         assert re.search(rf"^{name} +3000 +30000 +6.8 *$", output.getvalue(), re.MULTILINE)
     assert "the weight's gradient takes 1074 MB, " in output.getvalue()
