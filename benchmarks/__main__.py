@@ -268,7 +268,7 @@ def _figures(row: Row) -> dict[str, Any]:
 
 
 @app.command()
-def device(  # noqa: PLR0913, PLR0917 - as above
+def device(
     name: Annotated[Literal["cpu", "cuda", "tpu"], typer.Argument(metavar="cuda|tpu|cpu", show_default=False)],
     framework: Annotated[Literal["jax", "torch", "both"], typer.Option(help="What to measure.")] = "both",
     only: Annotated[
@@ -306,21 +306,12 @@ def device(  # noqa: PLR0913, PLR0917 - as above
         "few_calls": calls * (1 if quick else on_device.FEW_CALLS),
         "quick": quick,
     }
-    for each in on_device.FRAMEWORKS if framework == "both" else (framework,):
-        for found in on_device.measure(each, name, on_device.make_parts(each, quick), **options):
-            if "absent" in found:
-                console.print(f"not measured: {found['absent']}", markup=False, highlight=False, soft_wrap=True)
-            elif "card" in found:
-                machine["device"] = f"{name}: {found['card']}"
-                limits = on_device.limits_of(name, found["card"])
-                figures["limits"] = limits and dict(vars(limits), matrix=dict(limits.matrix))
-                report.print_machine(machine, console)
-                console.print()
-            else:
-                figures[block].append(found)
-                print_table(list(device_report.tables(figures))[-1], console)
-                # After each part: so little is lost with the machine.
-                _keep(figures, json_file, write, Console(quiet=True))
+    frameworks = on_device.FRAMEWORKS if framework == "both" else (framework,)
+    for part in _found_on(name, frameworks, options, figures, console):
+        figures[block].append(part)
+        print_table(list(device_report.tables(figures))[-1], console)
+        # After each part: so little is lost with the machine.
+        _keep(figures, json_file, write, Console(quiet=True))
     if not figures[block]:
         raise typer.Exit(code=2)
     _keep(figures, json_file, write, console)
@@ -328,6 +319,27 @@ def device(  # noqa: PLR0913, PLR0917 - as above
     if wrong:
         console.print(f"outside of their bounds: {', '.join(wrong)}", soft_wrap=True, markup=False, highlight=False)
         raise typer.Exit(code=1)
+
+
+def _found_on(
+    name: str, frameworks: Sequence[str], options: dict[str, Any], figures: report.Figures, console: Console
+) -> Iterator[dict[str, Any]]:
+    """Yield what is found in each part; note the card in the figures."""
+    machine: dict[str, Any] = figures["machine"]
+    for framework in frameworks:
+        parts = on_device.make_parts(framework, options["quick"])
+        for found in on_device.measure(framework, name, parts, **options):
+            if "absent" in found:
+                console.print(f"not measured: {found['absent']}", markup=False, highlight=False, soft_wrap=True)
+            elif "card" in found:
+                if found["card"]:
+                    machine.setdefault("device", f"{name}: {found['card']}")
+                limits = on_device.limits_of(name, found["card"])
+                figures["limits"] = limits and dict(vars(limits), matrix=dict(limits.matrix))
+                report.print_machine(machine, console)
+                console.print()
+            else:
+                yield found
 
 
 @app.command()

@@ -22,7 +22,9 @@ from parity_tests.truth.oracle import Truth, solve
 from parity_tests.truth.precision import FORMATS, compute_dtype, round_to
 
 # What other libraries take as well: integer labels, the mean, the uniform convention.
-DENSE_CASES = ("uniform_mean", "large_offset", "near_uniform", "wide")
+DENSE_CASES = ("uniform_mean", "near_uniform", "large_offset", "wide")
+# What fails here may still be right for usual logits.
+HARD_CASES = ("large_offset",)
 LINEAR_CASES = ("linear_mean",)
 # Tokamax's kernel takes multiples of 1024 rows.
 LAYER, QUICK_LAYER = (1024, 128, 1024), (32, 16, 128)
@@ -95,22 +97,23 @@ def truth_of(case: Case) -> Truth:
     return solve(case, math) if many else solve(case)
 
 
-def check(adapter: Adapter, cases: Sequence[Case]) -> list[tuple[str, Verdict | str]]:
-    """Return the verdict in each case, or why there is none."""
-    found: list[tuple[str, Verdict | str]] = []
-    for case in cases:
-        try:
-            result = adapter(case)
-        except Exception as error:  # another library may raise anything
-            found.append((case.name, one_line(error)))
-            continue
-        truth = truth_of(case)
+def check(adapter: Adapter, cases: Sequence[Case]) -> dict[str, Verdict | str]:
+    """Return the verdict in each case, by name, or why there is none."""
+    return {case.name: _check(adapter, case) for case in cases}
 
-        def compare(arithmetic: Arithmetic, case: Case = case, truth: Truth = truth, result=result) -> Comparison:  # type: ignore[no-untyped-def]
-            return within(case, truth, result, bounds_of(case, truth, arithmetic))
 
-        found.append((case.name, _verdict(case, truth, adapter.arithmetic, compare)))
-    return found
+def _check(adapter: Adapter, case: Case) -> Verdict | str:
+    try:
+        result = adapter(case)
+    except Exception as error:  # another library may raise anything
+        return one_line(error)
+    truth = truth_of(case)
+    return _verdict(
+        case,
+        truth,
+        adapter.arithmetic,
+        lambda arithmetic: within(case, truth, result, bounds_of(case, truth, arithmetic)),
+    )
 
 
 def check_timed(
@@ -166,5 +169,5 @@ def rounding(case: Case, truth: Truth, arithmetic: Arithmetic) -> Arithmetic | N
         sizes = -np.log(truth.probabilities)
     size = float(np.max(sizes, where=np.isfinite(sizes), initial=0.0))
     units = coarse / fine
-    worse = {name: units * (2 + size) for name in ("exp", "log", "log1p")}
+    worse = dict.fromkeys(("exp", "log", "log1p"), units * (2 + size))
     return replace(arithmetic, **worse, division=units, exp_of_log=True, narrow=NARROW)

@@ -85,8 +85,7 @@ def measure(
                         return
                     is_first = False
                 elif "rows" in message:
-                    part = left.pop(0)
-                    yield {**part, "rows": message["rows"], "missing": message["missing"]}
+                    yield left.pop(0) | message
                 else:
                     now |= message
         if not left:

@@ -6,7 +6,6 @@ Tokamax's loss is called as the source of its version 0.0.12 says.
 import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import jax
@@ -35,9 +34,9 @@ def losses(linear: bool, dtype: str, device: str) -> list[Loss]:
 
 
 def _dense(dtype: str, device: str) -> list[Loss]:
-    found = [Loss(DENSE_BASELINE, lambda: one_hot), Loss("Optax integer, unsmoothed", lambda: integer_labels, 0.0)]
+    found = [Loss(DENSE_BASELINE, lambda: one_hot), Loss("Optax integer*", lambda: integer_labels, 0.0)]
     if dtype != "float32":
-        found.append(Loss("Optax integer, cast, unsmoothed", lambda: integer_labels_float32, 0.0))
+        found.append(Loss("Optax integer, cast*", lambda: integer_labels_float32, 0.0))
     found += [_ours("lsce", None), _ours("lsce fused", "fused")]
     return found if device == "cuda" else [*found, _ours("lsce pallas", "pallas")]
 
@@ -49,15 +48,15 @@ def _ours(name: str, implementation: str | None) -> Loss:
 def _linear(device: str) -> list[Loss]:
     found = [
         Loss(LINEAR_BASELINE, lambda: linear_jax.on_logits(one_hot)),
-        Loss("Optax integer, unsmoothed", lambda: linear_jax.on_logits(integer_labels), 0.0),
+        Loss("Optax integer*", lambda: linear_jax.on_logits(integer_labels), 0.0),
         Loss("lse form", lambda: linear_jax.on_logits(linear_jax.lse_form)),
         Loss("lsce, on all logits", lambda: linear_jax.on_logits(dense_jax.ours(None)), ours=True),
         Loss("lsce linear", linear_jax.linear, ours=True),
         Loss("lsce linear, recompute", lambda: linear_jax.linear(recompute=True), ours=True),
-        Loss("Tokamax XLA, unsmoothed", lambda: _tokamax("xla"), 0.0),
+        Loss("Tokamax XLA*", lambda: _tokamax("xla"), 0.0),
     ]
     # Without an implementation, Tokamax takes "xla" everywhere.
-    return found if device == "cuda" else [*found, Loss("Tokamax, unsmoothed", lambda: _tokamax("mosaic_tpu"), 0.0)]
+    return found if device == "cuda" else [*found, Loss("Tokamax*", lambda: _tokamax("mosaic_tpu"), 0.0)]
 
 
 def _tokamax(implementation: str) -> Callable[..., Array]:

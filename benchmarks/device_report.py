@@ -15,7 +15,8 @@ KINDS = {"dense": "loss and gradient", "linear": "layer, loss, gradients"}
 SHORT = {"bfloat16": "bf16", "float32": "f32"}
 MARKS = {"agrees": "", "rounded": "~", "wrong": "wrong"}
 MEMORY = {"torch": "the most allocated at a time beyond the arguments", "jax": "temporary memory of the program"}
-LEGEND = "Smoothing 0.1, and 0 where a loss is unsmoothed. ~: right, but for roundings to the dtype of the logits on the way."
+ROUNDED = "~: right, but rounded to the dtype of the logits on the way."
+LEGEND = f"*: without smoothing; the others have 0.1. {ROUNDED}"
 
 
 def block_of(figures: dict[str, Any]) -> str | None:
@@ -38,21 +39,29 @@ def tables(figures: dict[str, Any]) -> Iterator[Table]:
 
 def check_table(part: Part) -> Table:
     """Return how the losses compare with the truth in a few cases."""
-    cells = [
-        (row["name"], "–", "–", "–")
-        if "failed" in row
-        else (row["name"], row["status"], f"{row['agree']} of {row['cases']}", _share(row["share"]))
+    names = list(dict.fromkeys(name for row in part["rows"] for name in row.get("cases", ())))
+    cells = []
+    for row in part["rows"]:
+        cases = row.get("cases", {})
+        verdicts = [
+            f"{cases[name]['status']} {_share(cases[name]['share'])}" if name in cases else "–" for name in names
+        ]
+        cells.append((row["name"], *verdicts))
+    notes = [
+        f"{row['name']}, {name}: {case['reason']}"
         for row in part["rows"]
+        for name, case in row.get("cases", {}).items()
+        if case["reason"]
     ]
-    notes = [f"{row['name']}, {row['case']}: {row['reason']}" for row in part["rows"] if row.get("reason")]
     notes += [
-        f"{row['name']}, not in {', '.join(row['no_result'])}: {next(iter(row['no_result'].values()))}"
+        f"{row['name']}, {name}: {reason}"
         for row in part["rows"]
-        if row.get("no_result") and "failed" not in row
+        for name, reason in row.get("no_result", {}).items()
+        if "failed" not in row
     ]
     title = f"{TITLES[part['framework']]}, {part['kind']}, {part['dtype']}: against the truth"
-    headings = ("loss", "result", "agree", "of the bound")
-    return Table(title, headings, cells, "\n".join([*_notes([part]), *notes]))
+    legend = f"The largest error as a share of its bound. {ROUNDED}"
+    return Table(title, ("loss", *names), cells, "\n".join([legend, *_notes([part]), *notes]))
 
 
 def time_table(part: Part, parts: Sequence[Part], limits: dict[str, Any] | None) -> Table:
@@ -74,7 +83,7 @@ def time_table(part: Part, parts: Sequence[Part], limits: dict[str, Any] | None)
     reasons = [f"{row['name']}: {row['timed']['reason']}" for row in rows if row.get("timed", {}).get("reason")]
     first = f"÷ first: by the time of {BASELINES[part['framework']]}. {_explain(part, limits)}"
     memory = f"MB: {MEMORY[part['framework']]}."
-    return Table(title, headings, cells, "\n".join([first, memory, LEGEND, *_notes([part]), *reasons]))
+    return Table(title, headings, cells, "\n".join([first, memory, LEGEND, *_failures([part]), *reasons]))
 
 
 def status_of(row: dict[str, Any], part: Part, parts: Sequence[Part]) -> str | None:
@@ -97,9 +106,16 @@ def wrong_of_ours(parts: Sequence[Part]) -> list[str]:
         f"{row['name']} ({part['framework']}, {part['kind']}, {part['dtype']})"
         for part in parts
         for row in part["rows"]
-        if row["ours"] and {row.get("status"), row.get("timed", {}).get("status")} & {"rounded", "wrong"}
+        if row["ours"] and any(status != "agrees" for status in _statuses(row))
     ]
     return list(dict.fromkeys(found))
+
+
+def _statuses(row: dict[str, Any]) -> Iterator[str]:
+    """Yield every verdict on a loss."""
+    yield from (case["status"] for case in row.get("cases", {}).values())
+    if "timed" in row:
+        yield row["timed"]["status"]
 
 
 def page_tables(figures: dict[str, Any]) -> list[Table]:
@@ -124,7 +140,8 @@ def _page_table(columns: Sequence[Part], parts: Sequence[Part], limits: dict[str
     shapes = [f"{shape_text(part['shape'])} {SHORT[part['dtype']]}" for part in columns]
     headings = (f"{KINDS[kind]}, relative to the first", *shapes, f"memory, {shapes[0]}")
     first = f"In brackets: {_explain(columns[0], limits)} Memory: {MEMORY[framework]}."
-    legend = [first, LEGEND, *_notes(_with_checks(columns, parts))]
+    both = _with_checks(columns, parts)
+    legend = [first, LEGEND, *_wrong(both), *_notes(both)]
     return Table(TITLES[framework], headings, rows, "\n\n".join(fill(line, 120) for line in legend))
 
 
@@ -192,10 +209,34 @@ def _explain(part: Part, limits: dict[str, Any] | None) -> str:
 
 def _notes(parts: Sequence[Part]) -> list[str]:
     """Return what failed, what is not here, and why; each once."""
-    notes = [f"Not measured: {part['problem']}" for part in parts if "problem" in part]
-    notes += [f"{row['name']}: {row['failed']}" for part in parts for row in part["rows"] if "failed" in row]
+    notes = _failures(parts)
     notes += [f"{name} is not here: {reason}" for part in parts for name, reason in part["missing"].items()]
     return list(dict.fromkeys(notes))
+
+
+def _failures(parts: Sequence[Part]) -> list[str]:
+    notes = [f"Not measured: {part['problem']}" for part in parts if "problem" in part]
+    return notes + [f"{row['name']}: {row['failed']}" for part in parts for row in part["rows"] if "failed" in row]
+
+
+def _verdict(case: dict[str, Any]) -> str:
+    return f"{MARKS[case['status']]} {_share(case['share'])}".lstrip()
+
+
+def _wrong(parts: Sequence[Part]) -> list[str]:
+    """Return which losses are wrong where."""
+    found = []
+    for part in parts:
+        for row in part["rows"]:
+            results = dict(row.get("cases", {}))
+            if "timed" in row:
+                results[shape_text(part["shape"])] = row["timed"]
+            found += [
+                f"{row['name']} is wrong in {name}, {part['dtype']}: {result['reason']}"
+                for name, result in results.items()
+                if result["status"] == "wrong"
+            ]
+    return found
 
 
 def _share(share: float | str) -> str:

@@ -48,7 +48,7 @@ def _dense(device: str) -> list[Loss]:
     return [
         Loss(DENSE_BASELINE, lambda: SMOOTHED),
         Loss("F.cross_entropy, compiled", lambda: torch.compile(SMOOTHED, dynamic=False), compiled=True),
-        Loss("F.cross_entropy, unsmoothed", lambda: F.cross_entropy, 0.0),
+        Loss("F.cross_entropy*", lambda: F.cross_entropy, 0.0),
         Loss("lsce", lambda: DENSE, ours=True),
         Loss("lsce, in place", lambda: in_place, ours=True, overwrites=True),
         Loss("lsce triton", lambda: _forced(DENSE, device), ours=True),
@@ -56,7 +56,7 @@ def _dense(device: str) -> list[Loss]:
         Loss("lsce, compiled", lambda: torch.compile(DENSE, dynamic=False, fullgraph=True), ours=True, compiled=True),
         Loss("Liger", lambda: _liger("LigerCrossEntropyLoss", device), overwrites=True),
         Loss("flash-attention", lambda: _flash_attention(device)),
-        Loss("QuACK, unsmoothed", lambda: _quack(device), 0.0),
+        Loss("QuACK*", lambda: _quack(device), 0.0),
     ]
 
 
@@ -76,7 +76,7 @@ def _linear(device: str) -> list[Loss]:
             Loss("F.linear_cross_entropy", lambda: partial(F.linear_cross_entropy, label_smoothing=SMOOTHING)),
             # With smoothing it would warn, and take all rows at once.
             Loss(
-                "F.linear_cross_entropy, chunked, unsmoothed",
+                "F.linear_cross_entropy, chunked*",
                 lambda: partial(F.linear_cross_entropy, options=options),
                 0.0,
             ),
@@ -91,9 +91,9 @@ def _linear(device: str) -> list[Loss]:
         Loss("lsce linear, compiled", lambda: torch.compile(ours, dynamic=False), ours=True, compiled=True),
         Loss("Liger", lambda: _liger("LigerFusedLinearCrossEntropyLoss", device)),
         # As it comes, it leaves small gradients out.
-        Loss("cut-cross-entropy, filtered, unsmoothed", lambda: _cut_cross_entropy(device), 0.0),
-        Loss("cut-cross-entropy, unsmoothed", lambda: _cut_cross_entropy(device, filter_eps=None), 0.0),
-        Loss("QuACK, unsmoothed", lambda: _quack_linear(device), 0.0),
+        Loss("cut-cross-entropy, filtered*", lambda: _cut_cross_entropy(device), 0.0),
+        Loss("cut-cross-entropy*", lambda: _cut_cross_entropy(device, filter_eps=None), 0.0),
+        Loss("QuACK*", lambda: _quack_linear(device), 0.0),
     ]
 
 
@@ -118,10 +118,12 @@ def _check_cuda(device: str) -> None:
 
 
 def _liger(name: str, device: str) -> Callable[..., Tensor]:
-    loss = getattr(load("liger_kernel.transformers", "liger-kernel"), name)(label_smoothing=SMOOTHING)
+    loss: Callable[..., Tensor] = getattr(load("liger_kernel.transformers", "liger-kernel"), name)(
+        label_smoothing=SMOOTHING
+    )
     _check_triton(device)
     if name == "LigerCrossEntropyLoss":
-        return lambda logits, labels: loss(logits, labels)
+        return loss
     return lambda hidden, weight, labels: loss(weight, hidden, labels)
 
 

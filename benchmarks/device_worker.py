@@ -49,7 +49,7 @@ class Task(NamedTuple):
     quick: bool
 
 
-class _Interrupted(Exception):
+class _UnusableError(Exception):
     """The device takes no more work."""
 
 
@@ -61,9 +61,20 @@ class _Worker:
     def run(self) -> None:
         with self.framework.settings():
             for part in self.task.parts:
-                self.framework.begin(self.device)
-                rows, missing = (self._checked if part["stage"] == "check" else self._timed)(part)
-                self.say({"part": part["number"], "rows": rows, "missing": missing})
+                self.say({"part": part["number"], "now": None})
+                self.say(self._found(part))
+
+    def _found(self, part: dict[str, Any]) -> dict[str, Any]:
+        try:
+            self.framework.begin(self.device)
+            rows, missing = (self._checked if part["stage"] == "check" else self._timed)(part)
+        except _UnusableError:
+            raise
+        except Exception as error:  # as where there is no memory for the logits
+            reason = self._reason(error)
+            self._check_alive(reason)
+            return {"rows": [], "missing": {}, "problem": reason}
+        return {"rows": rows, "missing": missing}
 
     def _losses(self, part: dict[str, Any]) -> list[Loss]:
         found = self.framework.losses(part["kind"] == "linear", part["dtype"], self.device)
@@ -104,7 +115,7 @@ class _Worker:
             self.framework.check_alive(self.device)
         except Exception as error:
             self.say({"unusable": reason})
-            raise _Interrupted from error
+            raise _UnusableError from error
 
     def _checked(self, part: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, str]]:
         linear = part["kind"] == "linear"
@@ -114,18 +125,14 @@ class _Worker:
             adapter = self.framework.adapter(loss, function, self.device, linear)
             # Each shape is compiled anew.
             found = checks.check(adapter, cases[:1] if loss.compiled else cases)
-            verdicts = [(name, verdict) for name, verdict in found if isinstance(verdict, checks.Verdict)]
-            no_result = {name: reason for name, reason in found if isinstance(reason, str)}
-            if not verdicts:
+            verdicts = {name: verdict for name, verdict in found.items() if isinstance(verdict, checks.Verdict)}
+            no_result = {name: reason for name, reason in found.items() if isinstance(reason, str)}
+            usual = [verdict for name, verdict in verdicts.items() if name not in checks.HARD_CASES]
+            if not usual:
                 return {"failed": next(iter(no_result.values())), "no_result": no_result}
-            name, worst = max(verdicts, key=lambda each: (_rank(each[1].status), each[1].share))
-            return {
-                **_as_json(worst),
-                "case": name,
-                "cases": len(verdicts),
-                "agree": sum(verdict.status == checks.AGREES for _, verdict in verdicts),
-                "no_result": no_result,
-            }
+            worst = max(usual, key=lambda verdict: (_rank(verdict.status), verdict.share))
+            cases = {name: _as_json(verdict) for name, verdict in verdicts.items()}
+            return {"status": worst.status, "share": _as_json(worst)["share"], "cases": cases, "no_result": no_result}
 
         return self._each(part, compute)
 
@@ -163,45 +170,50 @@ class _Worker:
 
     def _time(self, part: dict[str, Any], rows: list[dict[str, Any]], timed: dict[str, Case]) -> None:
         """Time in turns; a loss that fails there has no more turns."""
-        failed: dict[str, str] = {}
-        said = ""
-
-        def guarded(case: Case) -> Case:
-            def attempt(call: Callable[[], Any], otherwise: Any) -> Any:
-                if case.name in failed:
-                    return otherwise
-                try:
-                    return call()
-                except Exception as error:
-                    failed[case.name] = self._reason(error)
-                    return otherwise
-
-            def arguments() -> tuple[Any, ...]:
-                nonlocal said
-                if said != case.name:  # outside of the time that is taken
-                    self.say({"part": part["number"], "now": case.name})
-                    said = case.name
-                made: tuple[Any, ...] = attempt(case.arguments, ())
-                return made
-
-            def clock(call: Callable[[], Any]) -> tuple[Any, float]:
-                taken: tuple[Any, float] = attempt(lambda: (case.clock or host_clock)(call), (None, 0.0))
-                return taken
-
-            return case._replace(arguments=arguments, clock=clock)
-
+        turns = _Turns(lambda name: self.say({"part": part["number"], "now": name}), self._reason)
         small = part["kind"] == "dense" and Shape(*part["shape"]).logits_bytes <= 2**20
         schedule = Schedule(self.task.rounds, self.task.few_calls if small else self.task.calls)
-        cases = [guarded(case) for case in timed.values()]
+        cases = [turns.guarded(case) for case in timed.values()]
         measured = {row.name: row for row in make_rows(cases, time_in_turns(cases, schedule), [0] * len(cases))}
         for row in rows:
-            if row["name"] in failed:
-                row["failed"] = failed[row["name"]]
+            if row["name"] in turns.failed:
+                row["failed"] = turns.failed[row["name"]]
             elif row["name"] in measured:
                 of = measured[row["name"]]
                 row |= {"seconds": of.seconds, "least_seconds": of.least_seconds, "median_ms": of.milliseconds}
-        if failed:
-            self.framework.check_alive(self.device)
+        for reason in turns.failed.values():
+            self._check_alive(reason)
+
+
+class _Turns:
+    """What losses do in their turns: an exception of one is kept, and the others go on."""
+
+    def __init__(self, say: Callable[[str], None], describe: Callable[[Exception], str]) -> None:
+        self.say, self.describe, self.said = say, describe, ""
+        self.failed: dict[str, str] = {}
+
+    def guarded(self, case: Case) -> Case:
+        def arguments() -> tuple[Any, ...]:
+            if self.said != case.name:  # outside of the time that is taken
+                self.say(case.name)
+                self.said = case.name
+            made: tuple[Any, ...] = self._attempt(case.name, case.arguments, ())
+            return made
+
+        def clock(call: Callable[[], Any]) -> tuple[Any, float]:
+            taken: tuple[Any, float] = self._attempt(case.name, lambda: (case.clock or host_clock)(call), (None, 0.0))
+            return taken
+
+        return case._replace(arguments=arguments, clock=clock)
+
+    def _attempt(self, name: str, call: Callable[[], Any], otherwise: Any) -> Any:
+        if name in self.failed:
+            return otherwise
+        try:
+            return call()
+        except Exception as error:  # another library may raise anything
+            self.failed[name] = self.describe(error)
+            return otherwise
 
 
 def _rank(status: str) -> int:
@@ -231,7 +243,7 @@ def main() -> int:
         return 0
     try:
         _Worker(task, say).run()
-    except _Interrupted:
+    except _UnusableError:
         return UNUSABLE
     return 0
 
