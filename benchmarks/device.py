@@ -137,6 +137,8 @@ def _process(command: Sequence[str]) -> Iterator[tuple[Iterator[dict[str, Any]],
     finally:
         process.kill()
         process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 # --- The device -----------------------------------------------------------------------------------------------------

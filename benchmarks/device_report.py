@@ -43,16 +43,9 @@ def check_table(part: Part) -> Table:
     cells = []
     for row in part["rows"]:
         cases = row.get("cases", {})
-        verdicts = [
-            f"{cases[name]['status']} {_share(cases[name]['share'])}" if name in cases else "–" for name in names
-        ]
+        verdicts = [_verdict(cases[name]) if name in cases else "–" for name in names]
         cells.append((row["name"], *verdicts))
-    notes = [
-        f"{row['name']}, {name}: {case['reason']}"
-        for row in part["rows"]
-        for name, case in row.get("cases", {}).items()
-        if case["reason"]
-    ]
+    notes = _wrong([part])
     notes += [
         f"{row['name']}, {name}: {reason}"
         for row in part["rows"]
@@ -80,10 +73,9 @@ def time_table(part: Part, parts: Sequence[Part], limits: dict[str, Any] | None)
         cells.append((row["name"], MARKS[status] if status else "?", *times))
     title = f"{TITLES[part['framework']]}, {part['kind']}, {part['dtype']}, {shape_text(part['shape'])}"
     headings = (KINDS[part["kind"]], "", "median, ms", "÷ first", f"of {_limit_name(part)}", "MB")
-    reasons = [f"{row['name']}: {row['timed']['reason']}" for row in rows if row.get("timed", {}).get("reason")]
     first = f"÷ first: by the time of {BASELINES[part['framework']]}. {_explain(part, limits)}"
     memory = f"MB: {MEMORY[part['framework']]}."
-    return Table(title, headings, cells, "\n".join([first, memory, LEGEND, *_failures([part]), *reasons]))
+    return Table(title, headings, cells, "\n".join([first, memory, LEGEND, *_failures([part]), *_wrong([part])]))
 
 
 def status_of(row: dict[str, Any], part: Part, parts: Sequence[Part]) -> str | None:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as main
-from benchmarks import dense_jax, dense_torch, linear_jax, linear_torch, report, tpu
+from benchmarks import dense_jax, dense_torch, device_report, linear_jax, linear_torch, report, tpu
 from benchmarks.__main__ import DOCS, PAGES, QUICK_LINEAR_SHAPE, QUICK_SCALING_SHAPES, QUICK_SHAPE, app
 from benchmarks.tables import print_table
 from benchmarks.timing import Case, LinearShape, Schedule, Shape, time_in_turns
@@ -445,14 +445,25 @@ def record_blocks():
     ]
 
 
+def empty_blocks():
+    """Return the blocks of devices that have no record yet."""
+    return sorted({*device_report.BLOCKS} - {parameters.id for parameters in record_blocks()})
+
+
 @pytest.mark.parametrize(("block", "tables"), record_blocks())
 def test_the_page_has_the_tables_of_the_record(block, tables):
     page = (DOCS / PAGES[block]).read_text(encoding="utf-8")
     assert replace_block(page, f"benchmarks {block}", tables) == page
 
 
-def test_every_block_has_a_record():
-    assert sorted(parameters.id for parameters in record_blocks()) == sorted(PAGES)
+@pytest.mark.parametrize("block", empty_blocks())
+def test_the_page_says_that_there_is_no_record(block):
+    page = (DOCS / PAGES[block]).read_text(encoding="utf-8")
+    assert replace_block(page, f"benchmarks {block}", device_report.without_record(block)) == page
+
+
+def test_every_block_has_a_record_or_says_that_it_has_none():
+    assert sorted([parameters.id for parameters in record_blocks()] + empty_blocks()) == sorted(PAGES)
 
 
 def test_readme_has_the_range_of_the_records():
