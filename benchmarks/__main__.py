@@ -289,6 +289,8 @@ def device(
     """
     if write and name == "cpu":
         raise typer.BadParameter("the pages have GPUs and TPUs: leave '--write' out.", param_hint="'--write'")
+    if framework != "both" and framework not in on_device.FRAMEWORKS[name]:
+        raise typer.BadParameter(f"{framework} is not measured on a {name}.", param_hint="'--framework'")
     if install and name == "cpu":
         raise typer.BadParameter("is for cuda and tpu.", param_hint="'--install'")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else JAX takes most of a card from torch
@@ -306,7 +308,7 @@ def device(
         "few_calls": calls * (1 if quick else on_device.FEW_CALLS),
         "quick": quick,
     }
-    frameworks = on_device.FRAMEWORKS if framework == "both" else (framework,)
+    frameworks = [each for each in on_device.FRAMEWORKS[name] if framework in {each, "both"}]
     for part in _found_on(name, frameworks, options, figures, console):
         figures[block].append(part)
         print_table(list(device_report.tables(figures))[-1], console)

@@ -20,7 +20,8 @@ from benchmarks.timing import LinearShape, Shape
 from lsce_spec.devices import CARDS, LIMITS, Limits
 from parity_tests.truth.devices import device_of_kind
 
-FRAMEWORKS = ("torch", "jax")
+# Which are measured on a device. A TPU serves one process at a time, and torch reaches it through JAX's compiler.
+FRAMEWORKS = {"cpu": ("torch", "jax"), "cuda": ("torch", "jax"), "tpu": ("jax",)}
 LIBRARIES = (
     *("lsce", "torch", "triton", "jax", "optax", "libtpu"),
     *("liger-kernel", "cut-cross-entropy", "quack-kernels", "flash-attn", "tokamax"),

@@ -31,7 +31,7 @@ class Task(NamedTuple):
         framework: "jax" or "torch".
         device: "cpu", "cuda" or "tpu".
         parts: what to check and to time: "stage" ("check" or "time"), "kind" ("dense" or "linear"), "dtype", "shape".
-        names: of the losses, in each part.
+        patterns: of the names of losses, with * and ?.
         failed: for each part, by its number, the losses to leave out, and why.
         rounds, calls: see `Schedule`.
         few_calls: the calls where there are few logits.
@@ -71,9 +71,7 @@ class _Worker:
         except _UnusableError:
             raise
         except Exception as error:  # as where there is no memory for the logits
-            reason = self._reason(error)
-            self._check_alive(reason)
-            return {"rows": [], "missing": {}, "problem": reason}
+            return {"rows": [], "missing": {}, "problem": self._alive_after(error)}
         return {"rows": rows, "missing": missing}
 
     def _losses(self, part: dict[str, Any]) -> list[Loss]:
@@ -94,21 +92,22 @@ class _Worker:
             self.say({"part": part["number"], "now": loss.name})
             try:
                 rows.append(row | compute(loss, loss.make()))
+            except _UnusableError:
+                raise
             except UnavailableError as error:
                 missing[loss.name] = str(error)
             except Exception as error:
-                rows.append(row | {"failed": self._reason(error)})
-                del error
-                self._check_alive(rows[-1]["failed"])
+                rows.append(row | {"failed": self._alive_after(error)})
             self.framework.release(self.device)
         return rows, missing
 
-    def _reason(self, error: Exception) -> str:
-        if self.framework.is_out_of_memory(error):
-            return "out of memory"
+    def _alive_after(self, error: Exception) -> str:
+        """Return what went wrong in words, if the device takes more work."""
         # Frames of the traceback hold arrays.
         traceback.clear_frames(error.__traceback__)
-        return one_line(error)
+        reason = "out of memory" if self.framework.is_out_of_memory(error) else one_line(error)
+        self._check_alive(reason)
+        return reason
 
     def _check_alive(self, reason: str) -> None:
         try:
@@ -128,6 +127,8 @@ class _Worker:
             verdicts = {name: verdict for name, verdict in found.items() if isinstance(verdict, checks.Verdict)}
             no_result = {name: reason for name, reason in found.items() if isinstance(reason, str)}
             usual = [verdict for name, verdict in verdicts.items() if name not in checks.HARD_CASES]
+            for reason in no_result.values():
+                self._check_alive(reason)
             if not usual:
                 return {"failed": next(iter(no_result.values())), "no_result": no_result}
             worst = max(usual, key=lambda verdict: (_rank(verdict.status), verdict.share))
@@ -170,7 +171,7 @@ class _Worker:
 
     def _time(self, part: dict[str, Any], rows: list[dict[str, Any]], timed: dict[str, Case]) -> None:
         """Time in turns; a loss that fails there has no more turns."""
-        turns = _Turns(lambda name: self.say({"part": part["number"], "now": name}), self._reason)
+        turns = _Turns(lambda name: self.say({"part": part["number"], "now": name}), self._alive_after)
         small = part["kind"] == "dense" and Shape(*part["shape"]).logits_bytes <= 2**20
         schedule = Schedule(self.task.rounds, self.task.few_calls if small else self.task.calls)
         cases = [turns.guarded(case) for case in timed.values()]
@@ -181,8 +182,6 @@ class _Worker:
             elif row["name"] in measured:
                 of = measured[row["name"]]
                 row |= {"seconds": of.seconds, "least_seconds": of.least_seconds, "median_ms": of.milliseconds}
-        for reason in turns.failed.values():
-            self._check_alive(reason)
 
 
 class _Turns:

@@ -60,7 +60,7 @@ def names_of(part):
 
 def check_record(figures, patterns):
     parts = figures["device cpu"]
-    expected = [part for framework in device.FRAMEWORKS for part in device.make_parts(framework, quick=True)]
+    expected = [part for framework in device.FRAMEWORKS["cpu"] for part in device.make_parts(framework, quick=True)]
     assert [part.items() >= one.items() for part, one in zip(parts, expected, strict=True)] == [True] * len(parts)
     for part in parts:
         losses = FRAMEWORKS[part["framework"]].losses(part["kind"] == "linear", part["dtype"], "cpu")
@@ -140,6 +140,7 @@ def test_every_row_is_printed(quick):
 def test_options():
     assert "leave '--write' out" in run("device", "cpu", "--write").stderr
     assert "is for cuda and tpu" in run("device", "cpu", "--install").stderr
+    assert "torch is not measured on a tpu" in run("device", "tpu", "--framework", "torch").stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
@@ -199,7 +200,7 @@ def test_all_that_is_timed_is_checked(fault, dtype):
     (gradient,) = torch.autograd.grad(loss, logits)
     assert torch.equal(logits[8:16], logits[:8])
     if fault == "one element":
-        gradient[31, 999] *= 1.2
+        gradient[31, labels[31]] *= 1.05
     elif fault == "unequal copies":
         gradient[8:16] = gradient[:8].roll(1, 0)
     value, spread = device_torch.spread((loss * (1.001 if fault == "loss" else 1), gradient), checks.REPEATED)
@@ -214,11 +215,11 @@ def test_all_that_is_timed_is_checked(fault, dtype):
 # --- Failures -------------------------------------------------------------------------------------------------------
 
 
-def work(monkeypatch, losses, part=SMALL):
+def work(monkeypatch, losses, part=SMALL, said=None):
     """Return what the worker says of these losses, each a function of logits and labels."""
     made = [Loss(name, lambda function=function: function) for name, function in losses.items()]
     monkeypatch.setattr(device_torch, "losses", lambda *_: made)
-    said = []
+    said = [] if said is None else said
     task = device_worker.Task("torch", "cpu", [part], ["*"], {}, 2, 1, 1, True)
     device_worker._Worker(task, said.append).run()
     return said
@@ -279,13 +280,30 @@ def test_no_memory_for_the_logits(monkeypatch):
     assert "Not measured: out of memory" in table.legend
 
 
-def test_a_device_that_takes_no_more_work(monkeypatch):
-    def gone(device):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+@pytest.mark.parametrize("stage", ["check", "time"])
+def test_a_device_that_takes_no_more_work(stage, monkeypatch):
+    """The loss that was at work is to blame, and not those after it."""
+    broken = []
 
-    monkeypatch.setattr(device_torch, "check_alive", gone)
+    def breaks(logits, labels):
+        # When timed, it works the first time, its memory is measured in a second call, and a turn begins with a third.
+        broken.append(None)
+        if stage == "check" or len(broken) > 2:
+            raise RuntimeError("an illegal memory access")
+        return device_torch.SMOOTHED(logits, labels)
+
+    def check_alive(_):
+        if broken and (stage == "check" or len(broken) > 2):
+            raise RuntimeError("the device is gone")
+
+    said = []
+    monkeypatch.setattr(device_torch, "check_alive", check_alive)
+    losses = {"before": device_torch.SMOOTHED, "breaks": breaks, "after": device_torch.SMOOTHED}
     with pytest.raises(device_worker._UnusableError):
-        work(monkeypatch, {"F.cross_entropy": lambda logits, labels: 1 / 0})
+        work(monkeypatch, losses, {**SMALL, "stage": stage}, said)
+    *_, now, last = said
+    assert now == {"part": 0, "now": "breaks"}
+    assert last == {"unusable": "RuntimeError: an illegal memory access"}
 
 
 def test_our_losses_must_be_within_their_bounds():
