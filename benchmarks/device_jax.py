@@ -5,7 +5,7 @@ Tokamax's loss is called as the source of its version 0.0.12 says.
 
 import gc
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from benchmarks.timing import LinearShape
 from lsce_jax.aot.ways import integer_labels, integer_labels_float32, one_hot
 from parity_tests.losses.adapters import Adapter, JaxAdapter
 from parity_tests.losses.peers import PeerAdapter
+from parity_tests.losses.torchax import default_promotion
 from parity_tests.truth.cases import Case
 from parity_tests.truth.precision import as_dtype
 
@@ -74,8 +75,8 @@ def _tokamax(implementation: str) -> Callable[..., Array]:
 
 
 def settings() -> AbstractContextManager[None]:
-    """Return what the losses run within: nothing."""
-    return nullcontext()
+    """Return what the losses run within: Optax relies on promotion, which a user may have forbidden."""
+    return default_promotion()
 
 
 def begin(device: str) -> None:

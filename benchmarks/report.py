@@ -19,6 +19,7 @@ from rich.console import Console
 
 from benchmarks import device_report
 from benchmarks.tables import Table, markdown, mb, shape_text, three_digits
+from benchmarks.tables import print_table as print_table  # noqa: PLC0414 - for who prints these tables
 from benchmarks.timing import LinearShape, Row, Shape
 
 Figures = dict[str, Any]  # what a command writes as JSON

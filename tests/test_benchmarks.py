@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 from benchmarks import __main__ as main
 from benchmarks import dense_jax, dense_torch, device_report, linear_jax, linear_torch, report, tpu
 from benchmarks.__main__ import DOCS, PAGES, QUICK_LINEAR_SHAPE, QUICK_SCALING_SHAPES, QUICK_SHAPE, app
-from benchmarks.tables import print_table
 from benchmarks.timing import Case, LinearShape, Schedule, Shape, time_in_turns
 from parity_tests.evidence.cards import AbsentError
 from parity_tests.evidence.pages import replace_block
@@ -357,7 +356,7 @@ def test_table_of_the_linear_loss_on_tpus():
         for name in tpu.LINEAR_LOSSES
     ]
     table = report.linear_tpu_table(costs, tpu.LINEAR_SHAPE, tpu.linear_chunk_bytes())
-    print_table(table, Console(file=output, width=80))
+    report.print_table(table, Console(file=output, width=80))
     for name in tpu.LINEAR_LOSSES:
         assert re.search(rf"^{name} +3000 +30000 +6.8 *$", output.getvalue(), re.MULTILINE)
     assert "the weight's gradient takes 1074 MB, " in output.getvalue()

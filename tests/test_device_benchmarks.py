@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -306,6 +307,57 @@ def test_a_device_that_takes_no_more_work(stage, monkeypatch):
     assert last == {"unusable": "RuntimeError: an illegal memory access"}
 
 
+def test_the_way_of_a_gpu_on_a_cpu(monkeypatch):
+    """All that the process does on a GPU, but for kernels: tensors that are sent there stay here."""
+    log = []
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *given: to(tensor, *(v for v in given if v != "cuda")))
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: log.append("wait"), elapsed_time=lambda _: 2.0)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    for name, value in {
+        "is_available": True,
+        "get_device_name": "NVIDIA H100 80GB HBM3",
+        "synchronize": None,
+        "empty_cache": None,
+        "reset_peak_memory_stats": None,
+        "memory_allocated": 1000,
+        "max_memory_allocated": 5000,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: log.append(value) or value)
+    parts = [part for part in device.make_parts("torch", quick=True) if part["dtype"] == "bfloat16"]
+    patterns = ["F.cross_entropy", "lsce", "lsce, in place", "lsce linear", "flash*"]
+    said = []
+    task = device_worker.Task("torch", "cuda", parts, patterns, {}, 1, 1, 1, True)
+    device_worker._Worker(task, said.append).run()
+    found = [part | message for part, message in zip(parts, (each for each in said if "rows" in each), strict=True)]
+    assert [part["stage"] for part in found] == ["check", "check", "time", "time"]
+    for part in found:
+        assert [row.get("failed") for row in part["rows"]] == [None] * len(part["rows"])
+        assert {"F.cross_entropy"} < {*names_of(part)}
+    times = [row for part in found if part["stage"] == "time" for row in part["rows"]]
+    assert {(row["median_ms"], row["memory"]) for row in times} == {(2.0, 4000)}
+    assert device_report.wrong_of_ours(found) == []
+    limits = device.limits_of("cuda", "NVIDIA H100 80GB HBM3")
+    tables = device_report.tables({"device cuda": found, "limits": dict(vars(limits))})
+    assert [table.rows[0][4] for table in tables if "÷ first" in table.headings] == ["0 %", "0 %"]
+
+
+def test_the_way_of_a_tpu_on_a_cpu(monkeypatch):
+    """The same in JAX: its CPU takes the place of the TPU."""
+    cpu = jax.devices()[0]
+    monkeypatch.setattr(jax, "devices", lambda *_: [cpu])
+    parts = [part for part in device.make_parts("jax", quick=True) if part["dtype"] == "bfloat16"]
+    said = []
+    patterns = ["Optax one-hot", "lsce", "lsce linear", "lsce pallas"]
+    task = device_worker.Task("jax", "tpu", parts, patterns, {}, 1, 1, 1, True)
+    device_worker._Worker(task, said.append).run()
+    found = [part | message for part, message in zip(parts, (each for each in said if "rows" in each), strict=True)]
+    failed = [(row["name"], row["failed"]) for part in found for row in part["rows"] if "failed" in row]
+    assert {name for name, _ in failed} == {"lsce pallas"}
+    assert all("cannot compute this call: it runs on TPUs" in reason for _, reason in failed)
+    assert device_report.wrong_of_ours(found) == []
+
+
 def test_our_losses_must_be_within_their_bounds():
     ours = {"name": "lsce", "ours": True, "timed": {"status": "rounded"}}
     assert device_report.wrong_of_ours([{**SMALL, "rows": [ours]}]) == ["lsce (torch, dense, float32)"]
@@ -410,7 +462,7 @@ def test_a_wrong_loss_of_ours_fails_the_command(docs, monkeypatch):
 
 def test_limits_are_those_of_the_very_card():
     assert device.limits_of("cuda", "NVIDIA H100 80GB HBM3") == LIMITS["gpu-h100"]
-    assert device.limits_of("cuda", "NVIDIA H100 PCIe") is None
+    assert device.limits_of("cuda", "NVIDIA GeForce RTX 2060") is None
     assert device.limits_of("tpu", "TPU v6 lite") == LIMITS["tpu-v6e"]
     assert device.limits_of("tpu", "TPU v99") is None
     assert device.limits_of("cpu", "") is None
