@@ -449,6 +449,25 @@ def test_the_record_grows_with_each_part(quick, docs, monkeypatch):
     assert re.search(rf"^\| lsce \| .* \| {ratio:.2f} \({share:.0f} %\) \|", page, re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype", "shape", "limits"),
+    [
+        ("dense", "float32", [16, 32], {"bandwidth": 2 * 16 * 32 * 4e3}),
+        ("dense", "bfloat16", [16, 32], {"bandwidth": 2 * 16 * 32 * 2e3}),
+        ("linear", "bfloat16", [8, 4, 32], {"matrix": {"bfloat16": 6 * 8 * 4 * 32e3}}),
+    ],
+)
+def test_the_share_of_the_limit(kind, dtype, shape, limits):
+    """At these limits the least time is 1 ms."""
+    row = {"name": "F.cross_entropy", "ours": False, "median_ms": 2.0, "memory": 0}
+    part = SMALL | {"kind": kind, "dtype": dtype, "shape": shape, "rows": [row], "missing": {}}
+    limits = {"bandwidth": 1.0, "matrix": {"bfloat16": 1.0}, "source": "a page", **limits}
+    table = device_report.time_table(part, [part], limits)
+    assert table.rows == [("F.cross_entropy", "?", "2.00", "1.00", "50 %", "0.00")]
+    (page,) = device_report.page_tables({"device cuda": [part], "limits": limits})
+    assert page.rows == [("F.cross_entropy", "2.00 ms (50 %)?", "0.00 MB")]
+
+
 def test_a_wrong_loss_of_ours_fails_the_command(docs, monkeypatch):
     row = {"name": "lsce", "ours": True, "smoothing": 0.1, "status": "wrong", "share": 2.0, "no_result": {}}
     row["cases"] = {"uniform_mean": {"status": "wrong", "share": 2.0, "reason": "loss: 1.0"}}
