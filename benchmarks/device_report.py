@@ -16,7 +16,7 @@ SHORT = {"bfloat16": "bf16", "float32": "f32"}
 MARKS = {"agrees": "", "rounded": "~", "wrong": "wrong"}
 MEMORY = {"torch": "the most allocated at a time beyond the arguments", "jax": "temporary memory of the program"}
 ROUNDED = "~: right, but rounded to the dtype of the logits on the way."
-LEGEND = f"*: without smoothing; the others have 0.1. {ROUNDED}"
+LEGEND = f"*: without smoothing; the others have 0.1. {ROUNDED} ?: unchecked."
 
 
 def block_of(figures: dict[str, Any]) -> str | None:
