@@ -93,6 +93,7 @@ def clock_of(device: str) -> Callable[[Callable[[], Any]], tuple[Any, float]] | 
 
 def _time_by_events(call: Callable[[], Any]) -> tuple[Any, float]:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()  # else starting kernels would take no time while the arguments are made
     start.record()
     result = call()
     end.record()
