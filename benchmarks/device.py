@@ -91,6 +91,9 @@ def measure(
                     now |= message
         if not left:
             return
+        if is_first:  # not even the device was found
+            yield {"absent": f"{framework} on {device}: the process ended, {outcome()}"}
+            return
         reason = now.get("unusable") or f"it ended the process: {outcome()}"
         number, name = str(now.get("part", left[0]["number"])), now.get("now")
         if name is None or name in failed.setdefault(number, {}):

@@ -35,21 +35,24 @@ FRAMEWORKS = {"torch": device_torch, "jax": device_jax}
 SMALL = {"number": 0, "framework": "torch", "stage": "time", "kind": "dense", "dtype": "float32", "shape": [16, 32]}
 
 
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "80"})
+def run(*arguments, **environment):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "80", **environment})
 
 
-def dry_run(folder, patterns):
+def dry_run(folder, patterns, config):
     path = folder / "figures.json"
     only = [part for pattern in patterns for part in ("--only", pattern)]
-    result = run("device", "cpu", "--quick", "--calls", 1, *only, "--json", path)
+    # Programs are kept for the next run of the tests.
+    cache = {} if config.cache is None else {"JAX_COMPILATION_CACHE_DIR": str(config.cache.mkdir("jax"))}
+    limits = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+    result = run("device", "cpu", "--quick", "--calls", 1, *only, "--json", path, **cache, **limits)
     assert result.exit_code == 0, result.output
     return result.stdout.replace(f"wrote {path}", ""), json.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    return dry_run(tmp_path_factory.mktemp("device"), PATTERNS)
+def quick(tmp_path_factory, request):
+    return dry_run(tmp_path_factory.mktemp("device"), PATTERNS, request.config)
 
 
 def names_of(part):
@@ -86,8 +89,8 @@ def test_the_record(quick):
 
 
 @pytest.mark.slow
-def test_the_record_of_all_losses(tmp_path):
-    check_record(dry_run(tmp_path, ["*"])[1], ["*"])
+def test_the_record_of_all_losses(tmp_path, request):
+    check_record(dry_run(tmp_path, ["*"], request.config)[1], ["*"])
 
 
 def test_what_fails_on_a_cpu_is_named(quick):
@@ -405,6 +408,12 @@ def test_a_process_that_ends_is_started_again(monkeypatch):
         {"number": 1, "unable": True, "rows": [], "missing": {}, "problem": "it ended the process: exit code 5"},
         {"number": 2, "rows": reasons, "missing": {}},
     ]
+
+
+def test_a_process_that_does_not_start():
+    command = (sys.executable, "-c", "import sys; sys.exit(4)")
+    reason = "torch on cuda: the process ended, exit code 4"
+    assert list(device.measure("torch", "cuda", [{"number": 0}], command)) == [{"absent": reason}]
 
 
 # --- Records and pages ----------------------------------------------------------------------------------------------
