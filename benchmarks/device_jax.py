@@ -87,8 +87,8 @@ def begin(device: str) -> None:
 
 def release(device: str) -> None:
     """Give memory back to the device."""
-    del device
-    gc.collect()
+    if device != "cpu":
+        gc.collect()
 
 
 def check_alive(device: str) -> None:

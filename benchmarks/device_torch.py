@@ -7,6 +7,7 @@ Other libraries' losses are called as their sources say: liger-kernel 0.8.5, cut
 import gc
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -170,14 +171,15 @@ def settings() -> AbstractContextManager[None]:
 
 def begin(device: str) -> None:
     """Forget what was compiled: many shapes would reach the limit of recompilations. Give memory back."""
-    torch.compiler.reset()
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
     release(device)
 
 
 def release(device: str) -> None:
     """Give memory back to the device."""
-    gc.collect()
     if device == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
