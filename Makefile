@@ -22,7 +22,7 @@ PIP := pip install --quiet --disable-pip-version-check
 
 .PHONY: install install-devices install-torchtpu demo test test-slow test-devices test-devices-slow
 .PHONY: test-parity test-rest test-simulated test-interpreted test-triton test-compiled test-cuda test-tpu test-oldest
-.PHONY: lint wheel clean
+.PHONY: bench-cuda bench-tpu lint wheel clean
 
 install: $(VENV)/installed
 
@@ -109,12 +109,20 @@ test-rest: install
 
 # On a machine with the device: runs everything there, and writes a kit that others can check (docs/devices.md).
 # JAX_EXTRA=cuda12 is for older drivers.
-test-cuda: JAX_EXTRA ?= cuda13
-test-tpu: JAX_EXTRA ?= tpu
+test-cuda bench-cuda: JAX_EXTRA ?= cuda13
+test-tpu bench-tpu: JAX_EXTRA ?= tpu
 
 test-cuda test-tpu: test-%: install
 	$(BIN)/$(PIP) 'jax[$(JAX_EXTRA)]'
 	$(BIN)/python -m parity_tests kit out/kit-$* --device $* --force
+
+# On a machine with the device: ours and other libraries' losses, checked and timed (docs/gpu.md, docs/tpu.md). Looks for
+# the device before it installs anything.
+bench-cuda bench-tpu: bench-%:
+	@$(PYTHON) -m benchmarks.present $*
+	$(MAKE) install
+	$(BIN)/$(PIP) 'jax[$(JAX_EXTRA)]'
+	$(BIN)/python -m benchmarks device $* --install --write $(BENCH_OPTIONS)
 
 # All tests with the lowest versions that pyproject.toml admits.
 test-oldest:

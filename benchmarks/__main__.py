@@ -13,6 +13,7 @@
     python -m benchmarks launches
     python -m benchmarks cost --write
     python -m benchmarks dense --write
+    python -m benchmarks device cuda --install --write
 
 `--write` keeps the figures in docs/figures and writes the tables into the pages. A framework is imported where it is
 measured, so that each can be measured without the other.
@@ -43,7 +44,8 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from benchmarks import report
+from benchmarks import device as on_device
+from benchmarks import device_report, report
 from benchmarks.timing import LinearShape, Row, Schedule, Shape
 from lsce_spec.devices import ENVIRONMENTS, has_cuda_plugin
 from parity_tests.evidence.cards import AbsentError, find_device
@@ -54,7 +56,7 @@ SHAPES = {
     "small": (Shape(32, 10), Shape(128, 1000), Shape(256, 1000), Shape(2**20, 4), Shape(4, 21, 2**16)),
 }
 # Calls of few logits take so little time that more of them count.
-FEW_LOGITS, MORE_CALLS = 2**18, 40
+FEW_LOGITS, MORE_CALLS = 2**18, on_device.FEW_CALLS
 QUICK_SHAPE = Shape(32, 1000)
 LINEAR_SHAPES = (LinearShape(2048, 512, 50257),)
 QUICK_LINEAR_SHAPE = LinearShape(32, 16, 1000)
@@ -109,6 +111,8 @@ PAGES = {
     "scaling": "linear.md",
     "tpu linear": "linear.md",
     "tpu kernel": "tpu.md",
+    "device cuda": "gpu.md",
+    "device tpu": "tpu.md",
 }
 
 
@@ -260,6 +264,83 @@ def linear(  # noqa: PLR0913, PLR0917 - as above
 
 def _figures(row: Row) -> dict[str, Any]:
     return row._asdict() | {"median_ms": row.milliseconds, "least_ms": row.least_milliseconds}
+
+
+@app.command()
+def device(
+    name: Annotated[Literal["cpu", "cuda", "tpu"], typer.Argument(metavar="cuda|tpu|cpu", show_default=False)],
+    framework: Annotated[Literal["jax", "torch", "both"], typer.Option(help="What to measure.")] = "both",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Losses, with * and ?; may be repeated. [default: all]"),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each loss has its turn.")] = 5,
+    calls: Annotated[int, typer.Option(min=1, help="Calls that count in a turn; 40 times as many of few logits.")] = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="Small shapes and one round, to see that it runs.")] = False,
+    install: Annotated[bool, typer.Option("--install", help="Install the other libraries first.")] = False,
+    json_file: JsonOption = None,
+    write: WriteOption = False,
+) -> None:
+    """Ours and other libraries' losses on one device: held against the truth, then timed.
+
+    Exit code 0: all of ours are within their bounds, 1: one is not (the record is written all the same), 2: no
+    framework finds the device.
+    """
+    if write and name == "cpu":
+        raise typer.BadParameter("the pages have GPUs and TPUs: leave '--write' out.", param_hint="'--write'")
+    if framework != "both" and framework not in on_device.FRAMEWORKS[name]:
+        raise typer.BadParameter(f"{framework} is not measured on a {name}.", param_hint="'--framework'")
+    if install and name == "cpu":
+        raise typer.BadParameter("is for cuda and tpu.", param_hint="'--install'")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # else JAX takes most of a card from torch
+    console = Console()
+    refused = on_device.install(name) if install else {}
+    for library, reason in refused.items():
+        console.print(f"{library}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    machine = report.describe_machine(on_device.LIBRARIES) | on_device.driver()
+    block = f"device {name}"
+    figures: report.Figures = {"machine": machine, "refused": refused, "limits": None, block: []}
+    options = {
+        "patterns": only or ["*"],
+        "rounds": 1 if quick else rounds,
+        "calls": calls,
+        "few_calls": calls * (1 if quick else on_device.FEW_CALLS),
+        "quick": quick,
+    }
+    frameworks = [each for each in on_device.FRAMEWORKS[name] if framework in {each, "both"}]
+    for part in _found_on(name, frameworks, options, figures, console):
+        figures[block].append(part)
+        report.print_table(list(device_report.tables(figures))[-1], console)
+        # After each part: so little is lost with the machine.
+        _keep(figures, json_file, write, Console(quiet=True))
+    if not figures[block]:
+        raise typer.Exit(code=2)
+    _keep(figures, json_file, write, console)
+    wrong = device_report.wrong_of_ours(figures[block])
+    if wrong:
+        console.print(f"outside of their bounds: {', '.join(wrong)}", soft_wrap=True, markup=False, highlight=False)
+        raise typer.Exit(code=1)
+
+
+def _found_on(
+    name: str, frameworks: Sequence[str], options: dict[str, Any], figures: report.Figures, console: Console
+) -> Iterator[dict[str, Any]]:
+    """Yield what is found in each part; note the card in the figures."""
+    machine: dict[str, Any] = figures["machine"]
+    for framework in frameworks:
+        parts = on_device.make_parts(framework, options["quick"])
+        for found in on_device.measure(framework, name, parts, **options):
+            if "absent" in found:
+                console.print(f"not measured: {found['absent']}", markup=False, highlight=False, soft_wrap=True)
+            elif "card" in found:
+                if found["card"]:
+                    machine.setdefault("device", f"{name}: {found['card']}")
+                limits = on_device.limits_of(name, found["card"])
+                figures["limits"] = limits and dict(vars(limits), matrix=dict(limits.matrix))
+                report.print_machine(machine, console)
+                console.print()
+            else:
+                yield found
 
 
 @app.command()

@@ -52,7 +52,7 @@ def make_cases(shape: Shape, with_compiled: bool, device: str = "cpu") -> list[C
     trained = logits.detach().scatter_add(1, place, more).requires_grad_()
 
     def loss(name: str, function: LossFunction, arguments: Callable[[], tuple[Any, ...]]) -> Case:
-        return Case(name, finished(partial(loss_and_gradient, function), device), arguments)
+        return Case(name, partial(loss_and_gradient, function), arguments, clock=clock_of(device))
 
     def plain() -> tuple[Logits, Labels]:
         return logits, labels
@@ -82,21 +82,23 @@ def make_cases(shape: Shape, with_compiled: bool, device: str = "cpu") -> list[C
             loss("lsce fused, compiled", torch.compile(FUSED, dynamic=False, fullgraph=True), plain),
         ]
     # In pages as the system gives them; lsce fused asks for large ones, which cost less, for its gradient.
-    write = finished(lambda z, _: torch.empty_like(z).fill_(1), device)
-    return [*cases, Case("floor: write a tensor", write, plain, True)]
+    write = Case("floor: write a tensor", lambda z, _: torch.empty_like(z).fill_(1), plain, True, clock_of(device))
+    return [*cases, write]
 
 
-def finished(run: Callable[..., Any], device: str) -> Callable[..., Any]:
-    """Return a function that returns when the device has computed everything."""
-    if device == "cpu":
-        return run
+def clock_of(device: str) -> Callable[[Callable[[], Any]], tuple[Any, float]] | None:
+    """Return a clock that waits for the device and takes the time there, by CUDA events; None for the CPU."""
+    return None if device == "cpu" else _time_by_events
 
-    def call(*arguments: Any) -> Any:
-        result = run(*arguments)
-        torch.cuda.synchronize()
-        return result
 
-    return call
+def _time_by_events(call: Callable[[], Any]) -> tuple[Any, float]:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()  # else starting kernels would take no time while the arguments are made
+    start.record()
+    result = call()
+    end.record()
+    end.synchronize()
+    return result, start.elapsed_time(end) / 1e3
 
 
 def loss_and_gradient(function: LossFunction, logits: Logits, labels: Labels) -> tuple[Any, Logits]:

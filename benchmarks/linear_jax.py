@@ -72,7 +72,9 @@ def measure_scaling(shapes: Sequence[LinearShape], schedule: Schedule, device: s
     return _measure([(str(shape.rows), function, make_arguments(shape, device)) for shape in shapes], schedule)
 
 
-def make_arguments(shape: LinearShape, device: str = "cpu") -> tuple[Hidden, Weight, Labels, Scalar]:
+def make_arguments(
+    shape: LinearShape, device: str = "cpu", dtype: str = "float32"
+) -> tuple[Hidden, Weight, Labels, Scalar]:
     """Return what a loss is given; logits of variance 1."""
     with jax.default_device(jax.devices(device)[0]):
         keys = jax.random.split(jax.random.key(0), 3)
@@ -80,7 +82,7 @@ def make_arguments(shape: LinearShape, device: str = "cpu") -> tuple[Hidden, Wei
         weight = jax.random.normal(keys[1], (shape.features, shape.classes), jnp.float32) / shape.features**0.5
         labels = jax.random.randint(keys[2], (shape.rows,), 0, shape.classes)
         # The smoothing is an argument, so that no compiler can compute anything beforehand.
-        return hidden, weight, labels, jnp.float32(0.1)
+        return hidden.astype(dtype), weight.astype(dtype), labels, jnp.float32(0.1)
 
 
 def with_gradients(loss: LossFunction) -> Callable[..., Any]:

@@ -62,17 +62,19 @@ def make_cases(shape: LinearShape, device: str = "cpu") -> list[Case]:
     """Return what to time."""
     arguments = make_arguments(shape, device)
     losses = [_loss_case(name, function, arguments, device) for name, function in LOSSES.items()]
-    floor = dense_torch.finished(products, device)
-    return [*losses, Case("floor: three matrix products", floor, lambda: arguments, True)]
+    clock = dense_torch.clock_of(device)
+    return [*losses, Case("floor: three matrix products", products, lambda: arguments, True, clock)]
 
 
-def make_arguments(shape: LinearShape, device: str = "cpu") -> tuple[Hidden, Weight, Labels]:
+def make_arguments(
+    shape: LinearShape, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Hidden, Weight, Labels]:
     """Return what a loss is given; logits of variance 1."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(shape.rows, shape.features, generator=generator)
     weight = torch.randn(shape.classes, shape.features, generator=generator) / shape.features**0.5
     labels = torch.randint(shape.classes, (shape.rows,), generator=generator)
-    return hidden.to(device).requires_grad_(), weight.to(device).requires_grad_(), labels.to(device)
+    return hidden.to(device, dtype).requires_grad_(), weight.to(device, dtype).requires_grad_(), labels.to(device)
 
 
 def loss_and_gradients(
@@ -99,7 +101,8 @@ def products(hidden: Hidden, weight: Weight, labels: Labels) -> tuple[Hidden, We
 
 
 def _loss_case(name: str, function: LossFunction, arguments: tuple[Hidden, Weight, Labels], device: str) -> Case:
-    return Case(name, dense_torch.finished(partial(loss_and_gradients, function), device), lambda: arguments)
+    run = partial(loss_and_gradients, function)
+    return Case(name, run, lambda: arguments, clock=dense_torch.clock_of(device))
 
 
 def _measure(cases: Sequence[Case], schedule: Schedule, device: str) -> list[Row]:

@@ -13,12 +13,13 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from textwrap import fill
-from typing import Any, NamedTuple
+from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table as RichTable
 
+from benchmarks import device_report
+from benchmarks.tables import Table, markdown, mb, shape_text, three_digits
+from benchmarks.tables import print_table as print_table  # noqa: PLC0414 - for who prints these tables
 from benchmarks.timing import LinearShape, Row, Shape
 
 Figures = dict[str, Any]  # what a command writes as JSON
@@ -55,23 +56,13 @@ SCALING_LEGENDS = {
 }
 
 
-class Table(NamedTuple):
-    """A table of text. Floors, which do less than any loss must, come last, after a line."""
-
-    title: str
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    legend: str = ""
-    num_floors: int = 0
-
-
-def describe_machine() -> dict[str, Any]:
-    """Return what the figures depend on."""
+def describe_machine(libraries: Sequence[str] = LIBRARIES) -> dict[str, Any]:
+    """Return what the figures depend on; of the libraries the versions of those that are installed."""
     versions = {}
     with suppress(OSError, subprocess.CalledProcessError):
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=9", "HEAD"]
         versions["commit"] = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    for library in LIBRARIES:
+    for library in libraries:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[library] = importlib.metadata.version(library)
     return {
@@ -121,6 +112,7 @@ def tables(figures: Figures) -> Iterator[Table]:
         yield linear_tpu_table(figures["tpu linear"], shape, chunk_bytes)
     if "tpu kernel" in figures:
         yield from kernel_tables(figures["tpu kernel"], Shape(*figures["tpu kernel shape"]))
+    yield from device_report.tables(figures)
 
 
 def _rows(result: dict[str, Any]) -> list[Row]:
@@ -137,13 +129,13 @@ def dense_table(framework: str, shape: Shape, rows: Sequence[Row], allocator: st
             *(_times_of(row) if framework == "jax" else _times_of(row)[:2]),
             f"{row.milliseconds / smoothed.milliseconds:.2f}",
             f"{row.milliseconds / plain.milliseconds:.2f}",
-            *([_mb(row.memory)] if framework == "jax" else []),
+            *([mb(row.memory)] if framework == "jax" else []),
             f"{row.memory / of_memory:.2f}",
-            *([] if framework == "jax" else [_three_digits(row.system_ms), f"{row.faults:.0f}"]),
+            *([] if framework == "jax" else [three_digits(row.system_ms), f"{row.faults:.0f}"]),
         )
         for row in rows
     ]
-    title = f"{TITLES[framework]}{ALLOCATORS[allocator]}, float32, {_times(shape.sizes)} ({_mb(logits_bytes)} MB)"
+    title = f"{TITLES[framework]}{ALLOCATORS[allocator]}, float32, {shape_text(shape.sizes)} ({mb(logits_bytes)} MB)"
     headings = ("loss and gradient, ms", *DENSE_HEADINGS[framework])
     return Table(title, headings, cells, DENSE_LEGENDS[framework], _num_floors(rows))
 
@@ -157,13 +149,13 @@ def linear_table(framework: str, shape: LinearShape, rows: Sequence[Row], alloca
             *_times_of(row),
             f"{row.milliseconds / baseline.milliseconds:.2f}",
             f"{row.milliseconds / floor.milliseconds:.2f}",
-            _mb(row.memory),
+            mb(row.memory),
             f"{row.memory / baseline.memory:.2f}",
         )
         for row in rows
     ]
-    logits = f"logits: {_mb(shape.logits_bytes)} MB"
-    title = f"{TITLES[framework]}{ALLOCATORS[allocator]}, float32, {_times(shape)} ({logits})"
+    logits = f"logits: {mb(shape.logits_bytes)} MB"
+    title = f"{TITLES[framework]}{ALLOCATORS[allocator]}, float32, {shape_text(shape)} ({logits})"
     ratios = (LINEAR_RATIOS[framework], "÷ floor", LINEAR_MEMORY[framework], "ratio")
     headings = ("layer, loss, gradients, ms", "median", "least", *ratios)
     return Table(title, headings, cells, LINEAR_LEGENDS[framework], _num_floors(rows))
@@ -175,9 +167,9 @@ def scaling_table(framework: str, shapes: Sequence[LinearShape], rows: Sequence[
     cells = [
         (
             *_times_of(row),
-            _three_digits(1e3 * row.milliseconds / shape.rows),
-            _mb(row.memory),
-            _mb(shape.logits_bytes),
+            three_digits(1e3 * row.milliseconds / shape.rows),
+            mb(row.memory),
+            mb(shape.logits_bytes),
         )
         for shape, row in zip(shapes, rows, strict=True)
     ]
@@ -194,8 +186,8 @@ def tpu_tables(costs: Sequence[dict[str, Any]], shape: Shape) -> Iterator[Table]
             (
                 cost["name"],
                 cost["loss_dtype"],
-                _mb(cost["temp_bytes"]),
-                _mb(cost["accessed_bytes"]),
+                mb(cost["temp_bytes"]),
+                mb(cost["accessed_bytes"]),
                 f"{cost['accessed_bytes'] / cost['minimal_bytes']:.2f}",
             )
             for cost in costs
@@ -203,7 +195,7 @@ def tpu_tables(costs: Sequence[dict[str, Any]], shape: Shape) -> Iterator[Table]
         )
         topologies.setdefault(cells, []).append(topology)
     for cells, names in topologies.items():
-        title = f"JAX compiled for one core of {', '.join(names)}, bfloat16, {_times(shape.sizes)}"
+        title = f"JAX compiled for one core of {', '.join(names)}, bfloat16, {shape_text(shape.sizes)}"
         headings = ("loss and gradient", "loss in", "temp MB", "accessed MB", "÷ read + write")
         yield Table(
             title, headings, cells, "read + write: of the logits and the gradient once each. Compiled, not run."
@@ -236,7 +228,7 @@ def kernel_tables(costs: Sequence[dict[str, Any]], shape: Shape) -> Iterator[Tab
         return [(name, *(" / ".join(by_place[name, each]) for each in topologies)) for name in names]
 
     implementations = " / ".join(dict.fromkeys(cost["implementation"] for cost in costs))
-    title = f"Dense loss, {_times(shape.sizes)}, {implementations}"
+    title = f"Dense loss, {shape_text(shape.sizes)}, {implementations}"
     moved = cells(lambda cost: f"{cost['accessed_bytes'] / cost['logits_bytes']:.2f}")
     yield Table(f"{title}: bytes moved, in multiples of the logits", ("program", *topologies), moved)
     bundles = cells(lambda cost: f"{cost['bundles'] / shape.rows:.0f}")
@@ -246,10 +238,10 @@ def kernel_tables(costs: Sequence[dict[str, Any]], shape: Shape) -> Iterator[Tab
 
 def gpu_table(memory: dict[str, dict[str, int]], shape: Shape) -> Table:
     """Return the temporary memory of each loss, a column for each card."""
-    cells = [(name, *map(_mb, of_cards.values())) for name, of_cards in memory.items()]
-    title = f"JAX compiled for GPUs, bfloat16, {_times(shape.sizes)}"
+    cells = [(name, *map(mb, of_cards.values())) for name, of_cards in memory.items()]
+    title = f"JAX compiled for GPUs, bfloat16, {shape_text(shape.sizes)}"
     headings = ("loss and gradient, temp MB", *next(iter(memory.values())))
-    legend = f"In float32 the logits take {_mb(shape.logits_bytes)} MB. Compiled, not run."
+    legend = f"In float32 the logits take {mb(shape.logits_bytes)} MB. Compiled, not run."
     return Table(title, headings, cells, legend)
 
 
@@ -299,33 +291,16 @@ def linear_tpu_table(costs: Sequence[dict[str, Any]], shape: LinearShape, chunk_
     """Return memory, traffic and operations, and how large the arrays are that temporary memory is made of."""
     products = shape.rows * shape.features * shape.classes
     cells = [
-        (cost["name"], _mb(cost["temp_bytes"]), _mb(cost["accessed_bytes"]), f"{cost['operations'] / products:.1f}")
+        (cost["name"], mb(cost["temp_bytes"]), mb(cost["accessed_bytes"]), f"{cost['operations'] / products:.1f}")
         for cost in costs
     ]
     legend = (
-        f"In float32 the weight's gradient takes {_mb(4 * shape.features * shape.classes)} MB, the logits of a chunk "
-        f"{_mb(chunk_bytes)} MB,\nall logits {_mb(shape.logits_bytes)} MB. Accessed: with loops unrolled. "
+        f"In float32 the weight's gradient takes {mb(4 * shape.features * shape.classes)} MB, the logits of a chunk "
+        f"{mb(chunk_bytes)} MB,\nall logits {mb(shape.logits_bytes)} MB. Accessed: with loops unrolled. "
         "Compiled, not run."
     )
-    title = f"JAX compiled for one core of {costs[0]['topology']}, bfloat16, {_times(shape)}"
+    title = f"JAX compiled for one core of {costs[0]['topology']}, bfloat16, {shape_text(shape)}"
     return Table(title, ("layer, loss and gradients", "temp MB", "accessed MB", "operations / NDK"), cells, legend)
-
-
-def print_table(table: Table, console: Console) -> None:
-    """Print a table and its legend."""
-    rich_table = RichTable(
-        title=table.title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for i, heading in enumerate(table.headings):
-        rich_table.add_column(heading, justify="right" if i else "left", no_wrap=True)
-    for i, row in enumerate(table.rows):
-        rich_table.add_row(*row, end_section=i == len(table.rows) - table.num_floors - 1)
-    console.print(rich_table, f"{table.legend}\n", sep="\n", highlight=False)
 
 
 # --- Tables of a page -----------------------------------------------------------------------------------------------
@@ -342,7 +317,8 @@ def page_blocks(records: Sequence[Figures]) -> dict[str, str]:
         machine = figures["machine"]
         for name, of_page in _page_tables(figures).items():
             # Times are those of a machine; what a compiler says is not.
-            heading = [] if "tpu" in name else [f"### {_place(machine)}"]
+            is_of_compiler = name.startswith("tpu")
+            heading = [] if is_of_compiler else [f"### {_place(machine)}"]
             source = fill(f"`{_command(name, machine)}`: {_as_text(machine)}.", 120)
             blocks[name] = [*blocks.get(name, []), *heading, source, *map(markdown, of_page)]
     return {name: "\n\n".join(parts) for name, parts in blocks.items()}
@@ -350,6 +326,9 @@ def page_blocks(records: Sequence[Figures]) -> dict[str, str]:
 
 def _page_tables(figures: Figures) -> dict[str, list[Table]]:
     """Return the tables of each block that the figures are for."""
+    block = device_report.block_of(figures)
+    if block is not None:
+        return {block: device_report.page_tables(figures)}
     if "tpu" in figures:
         *dense, linear = tables(figures)
         return {"tpu": dense, "tpu linear": [linear]}
@@ -368,7 +347,7 @@ def record_path(folder: Path, figures: Figures) -> Path:
     return (
         folder / f"{block.replace(' ', '-')}.json"
         if block in {"tpu", "tpu kernel"}
-        else folder / block / f"{'-'.join(words)}.json"
+        else folder / block.replace(" ", "-") / f"{'-'.join(words)}.json"
     )
 
 
@@ -385,6 +364,8 @@ def _command(block: str, machine: dict[str, Any]) -> str:
         "tpu linear": "tpu",
         "tpu kernel": "tpu-kernel",
     }
+    if block in device_report.BLOCKS:
+        return device_report.BLOCKS[block]
     device = f" --device {machine['device'].partition(':')[0]}" if "device" in machine else ""
     return f".venv/bin/python -m benchmarks {options.get(block, block)}{device} --write"
 
@@ -409,10 +390,10 @@ def _dense_page(results: Sequence[dict[str, Any]]) -> Table:
             ratio = f"{rows[i].milliseconds / rows[0].milliseconds:.2f}"
             least, largest = _spread(rows[i], rows[0])
             times.append(
-                f"{ratio} ({least:.2f}-{largest:.2f})" if i else f"1 ({_three_digits(rows[0].milliseconds)} ms)"
+                f"{ratio} ({least:.2f}-{largest:.2f})" if i else f"1 ({three_digits(rows[0].milliseconds)} ms)"
             )
-        cells.append((row.name, *times, f"{_mb(row.memory)} MB"))
-    shapes = [_times(result["shape"]) for result in results]
+        cells.append((row.name, *times, f"{mb(row.memory)} MB"))
+    shapes = [shape_text(result["shape"]) for result in results]
     headings = ("time, relative to the first", *shapes, f"memory, {shapes[0]}")
     legend = (
         f"In brackets: least and largest of {len(by_shape[0][0].seconds)} rounds. Memory: {DENSE_MEMORY[framework]}."
@@ -426,28 +407,9 @@ def _spread(row: Row, first: Row) -> tuple[float, float]:
     return min(ratios), max(ratios)
 
 
-def markdown(table: Table) -> str:
-    """Return a table and its legend as Markdown."""
-    lines = [f"**{table.title}**", "", f"| {' | '.join(table.headings)} |", "|---" * len(table.headings) + "|"]
-    lines += [f"| {' | '.join(row)} |" for row in table.rows]
-    return "\n".join([*lines, "", *table.legend.splitlines()]).rstrip()
-
-
 def _times_of(row: Row) -> tuple[str, str, str]:
-    return row.name, _three_digits(row.milliseconds), _three_digits(row.least_milliseconds)
+    return row.name, three_digits(row.milliseconds), three_digits(row.least_milliseconds)
 
 
 def _num_floors(rows: Sequence[Row]) -> int:
     return sum(row.is_floor for row in rows)
-
-
-def _times(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))
-
-
-def _mb(size: float) -> str:
-    return f"{size / 1e6:.{0 if size >= 1e8 else 1 if size >= 1e6 else 2}f}"
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:.{max(0, 3 - len(str(int(value))))}f}"

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as main
-from benchmarks import dense_jax, dense_torch, linear_jax, linear_torch, report, tpu
+from benchmarks import dense_jax, dense_torch, device_report, linear_jax, linear_torch, report, tpu
 from benchmarks.__main__ import DOCS, PAGES, QUICK_LINEAR_SHAPE, QUICK_SCALING_SHAPES, QUICK_SHAPE, app
 from benchmarks.timing import Case, LinearShape, Schedule, Shape, time_in_turns
 from parity_tests.evidence.cards import AbsentError
@@ -314,12 +314,29 @@ def test_what_finds_the_device_is_measured_there(what, module, monkeypatch, tmp_
     assert f"benchmarks {what} --device tpu --write`" in page
 
 
-def test_a_run_on_a_card_ends_when_the_card_is_through(monkeypatch):
+def test_the_clock_of_a_card_waits_for_it(monkeypatch):
     log = []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
-    run_there = dense_torch.finished(lambda value: log.append(value) or value, "cuda")
-    assert run_there("result") == "result"
-    assert log == ["result", "wait"]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def synchronize(self):
+            log.append("wait")
+
+        def elapsed_time(self, end):
+            return 2.5  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("empty"))
+    case = Case("", log.append, lambda: ("run",), clock=dense_torch.clock_of("cuda"))
+    (timed,) = time_in_turns([case], Schedule(rounds=1, calls=1))
+    assert log == 2 * ["empty", "record", "run", "record", "wait"]
+    assert timed.seconds == [2.5e-3]
+    assert dense_torch.clock_of("cpu") is None
 
 
 def test_each_round_of_an_unrolled_loop_counts():
@@ -445,14 +462,25 @@ def record_blocks():
     ]
 
 
+def empty_blocks():
+    """Return the blocks of devices that have no record yet."""
+    return sorted({*device_report.BLOCKS} - {parameters.id for parameters in record_blocks()})
+
+
 @pytest.mark.parametrize(("block", "tables"), record_blocks())
 def test_the_page_has_the_tables_of_the_record(block, tables):
     page = (DOCS / PAGES[block]).read_text(encoding="utf-8")
     assert replace_block(page, f"benchmarks {block}", tables) == page
 
 
-def test_every_block_has_a_record():
-    assert sorted(parameters.id for parameters in record_blocks()) == sorted(PAGES)
+@pytest.mark.parametrize("block", empty_blocks())
+def test_the_page_says_that_there_is_no_record(block):
+    page = (DOCS / PAGES[block]).read_text(encoding="utf-8")
+    assert replace_block(page, f"benchmarks {block}", device_report.without_record(block)) == page
+
+
+def test_every_block_has_a_record_or_says_that_it_has_none():
+    assert sorted([parameters.id for parameters in record_blocks()] + empty_blocks()) == sorted(PAGES)
 
 
 def test_readme_has_the_range_of_the_records():

@@ -1,0 +1,51 @@
+"""What the lists of losses for a device are made of: `device_torch` and `device_jax`."""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from parity_tests.losses.adapters import UnavailableError
+
+SMOOTHING = 0.1
+
+
+class Loss(NamedTuple):
+    """A loss of a mean.
+
+    Args:
+        name: in tables.
+        make: loads the library and returns the function, of (logits, labels) or (hidden, weight, labels) in torch; JAX
+            has the smoothing as one more argument.
+        smoothing: what the function has; 0.0 for libraries that have none.
+        ours: whether it is of this project: its results must be within its bounds.
+        overwrites: whether it writes over the logits, so that each call needs new ones.
+        compiled: whether each shape is compiled anew, for seconds.
+    """
+
+    name: str
+    make: Callable[[], Callable[..., Any]]
+    smoothing: float = SMOOTHING
+    ours: bool = False
+    overwrites: bool = False
+    compiled: bool = False
+
+
+def load(module: str, distribution: str) -> Any:
+    """Return a module of a library that may not be here.
+
+    Raises:
+        UnavailableError: it is not installed, or cannot be imported here.
+    """
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        raise UnavailableError(f"{distribution} is not installed")
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # the import of a library that looks for a device may raise anything
+        raise UnavailableError(f"{distribution} cannot be imported: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """Return the kind of an exception and the first line of its text."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
