@@ -288,19 +288,27 @@ def launches_table(counts: Sequence[dict[str, Any]]) -> Table:
 
 
 def linear_tpu_table(costs: Sequence[dict[str, Any]], shape: LinearShape, chunk_bytes: int) -> Table:
-    """Return memory, traffic and operations, and how large the arrays are that temporary memory is made of."""
+    """Return operations, memory and traffic, and how large the arrays are that temporary memory is made of."""
     products = shape.rows * shape.features * shape.classes
+    topologies = list(dict.fromkeys(cost["topology"] for cost in costs))
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for cost in costs:
+        by_name.setdefault(cost["name"], []).append(cost)
     cells = [
-        (cost["name"], mb(cost["temp_bytes"]), mb(cost["accessed_bytes"]), f"{cost['operations'] / products:.1f}")
-        for cost in costs
+        (
+            name,
+            f"{of_name[0]['operations'] / products:.1f}",
+            *(f"{mb(cost['temp_bytes'])} / {mb(cost['accessed_bytes'])}" for cost in of_name),
+        )
+        for name, of_name in by_name.items()
     ]
     legend = (
         f"In float32 the weight's gradient takes {mb(4 * shape.features * shape.classes)} MB, the logits of a chunk "
-        f"{mb(chunk_bytes)} MB,\nall logits {mb(shape.logits_bytes)} MB. Accessed: with loops unrolled. "
+        f"{mb(chunk_bytes)} MB,\nall logits {mb(shape.logits_bytes)} MB. Accessed: each round of a loop counts. "
         "Compiled, not run."
     )
-    title = f"JAX compiled for one core of {costs[0]['topology']}, bfloat16, {shape_text(shape)}"
-    return Table(title, ("layer, loss and gradients", "temp MB", "accessed MB", "operations / NDK"), cells, legend)
+    title = f"JAX compiled for one core, bfloat16, {shape_text(shape)}: temp MB / accessed MB"
+    return Table(title, ("layer, loss and gradients", "operations / NDK", *topologies), cells, legend)
 
 
 # --- Tables of a page -----------------------------------------------------------------------------------------------

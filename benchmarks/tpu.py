@@ -5,11 +5,8 @@ Without a cast Optax's loss of integer labels is one in bfloat16; cast to float3
 more.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from typing import Any, NamedTuple
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +16,7 @@ from benchmarks.dense_jax import ours
 from benchmarks.linear_jax import LOSSES as ALL_LINEAR_LOSSES
 from benchmarks.linear_jax import with_gradients
 from benchmarks.timing import LinearShape, Shape
+from lsce_jax.aot import hlo
 from lsce_jax.aot.compilers import describe_devices
 from lsce_jax.aot.ways import integer_labels, integer_labels_float32, one_hot
 from lsce_jax.chunked import preferred_rows
@@ -27,7 +25,6 @@ from lsce_spec.devices import CARDS, TOPOLOGIES
 
 SHAPE = Shape(8192, 32768)
 LINEAR_SHAPE = LinearShape(8192, 2048, 131072)
-LINEAR_DEVICE = "tpu-v6e"
 
 
 class Cost(NamedTuple):
@@ -104,10 +101,9 @@ def measure_memory() -> dict[str, dict[str, int]]:
 
 
 def measure_linear() -> list[LinearCost]:
-    """Compile each loss of hidden and weight with its gradients; both bfloat16."""
+    """Compile each loss of hidden and weight with its gradients for each topology; both bfloat16."""
     rows, features, classes = LINEAR_SHAPE
-    arguments = _arguments(
-        LINEAR_DEVICE,
+    described = (
         ((rows, features), jnp.bfloat16),
         ((features, classes), jnp.bfloat16),
         ((rows,), jnp.int32),
@@ -115,21 +111,19 @@ def measure_linear() -> list[LinearCost]:
     )
     costs = []
     for name, loss in LINEAR_LOSSES.items():
-        compiled = _compile(with_gradients(loss), arguments)
-        counted = compiled.cost_analysis()
-        if name.startswith("lsce linear"):  # the others have no loop
-            with unrolled():
-                counted = _compile(with_gradients(loss), arguments).cost_analysis()
-        costs.append(
-            LinearCost(
-                topology=TOPOLOGIES[LINEAR_DEVICE],
-                name=name,
-                loss_dtype=compiled.out_info[0].dtype.name,
-                temp_bytes=compiled.memory_analysis().temp_size_in_bytes,
-                accessed_bytes=counted["bytes accessed"],
-                operations=counted["flops"],
+        for device, topology in TOPOLOGIES.items():
+            compiled = _compile(with_gradients(loss), _arguments(device, *described))
+            counted = hlo.parse(compiled.as_text())  # the compiler's own count takes a loop for one round
+            costs.append(
+                LinearCost(
+                    topology=topology,
+                    name=name,
+                    loss_dtype=compiled.out_info[0].dtype.name,
+                    temp_bytes=compiled.memory_analysis().temp_size_in_bytes,
+                    accessed_bytes=counted.hbm_bytes,
+                    operations=sum(counted.matrix_operations.values()),
+                )
             )
-        )
     return costs
 
 
@@ -137,26 +131,6 @@ def linear_chunk_bytes() -> int:
     """Return what the logits of one chunk take."""
     rows, features, classes = LINEAR_SHAPE
     return 4 * min(ChunkOptions().rows_at_most(preferred_rows(features), classes), rows) * classes
-
-
-@contextmanager
-def unrolled() -> Iterator[None]:
-    """Trace each round of a loop for itself: the compiler's count takes a loop for one round."""
-    as_it_is = jax.lax.fori_loop
-
-    def fori_loop(lower: int, upper: int | jax.Array, body: Callable[[Any, Any], Any], carry: Any) -> Any:
-        if not isinstance(upper, int):
-            return as_it_is(lower, upper, body, carry)  # the data decide how many rounds it has
-        for i in range(lower, upper):
-            carry = body(jnp.int32(i), carry)
-        return carry
-
-    jax.clear_caches()
-    try:
-        with mock.patch.multiple(jax.lax, fori_loop=fori_loop, scan=partial(jax.lax.scan, unroll=True)):
-            yield
-    finally:
-        jax.clear_caches()
 
 
 def _compile(function: Callable[..., Any], arguments: list[jax.ShapeDtypeStruct]) -> jax.stages.Compiled:

@@ -153,18 +153,37 @@ def _in_chunks(array: Array, tiling: _Tiling, like: LayerOperands) -> Array:
 def saves_time(num_rows: int, num_features: int, num_classes: int, dtype: Any, chunk_rows: int) -> bool:
     """Return whether two sweeps over tiles take less time than the gradient computed with the loss, in chunks of rows.
 
-    It compares the least times, by operations and bytes, on the TPU that JAX has or whose mesh is set; False on others.
-
-    Args:
-        num_rows: N.
-        num_features: D.
-        num_classes: K.
-        dtype: of hidden and weight.
-        chunk_rows: rows of a chunk.
+    False where JAX has no TPU, and no mesh of one is set. The arguments are those of `least_seconds`.
     """
     limits = _limits()
     if limits is None or dtype.name not in limits.matrix:
         return False
+    by_chunks, by_tiles = least_seconds(limits, num_rows, num_features, num_classes, dtype, chunk_rows)
+    return by_tiles < by_chunks
+
+
+def least_seconds(  # noqa: PLR0913, PLR0917 - the sizes of a layer
+    limits: Limits, num_rows: int, num_features: int, num_classes: int, dtype: Any, chunk_rows: int
+) -> tuple[float, float]:
+    """Return the least time of loss and gradient, with the gradient computed with the loss, and by tiles.
+
+    Args:
+        limits: of the device.
+        num_rows: N.
+        num_features: D.
+        num_classes: K.
+        dtype: of hidden and weight, one of `limits.matrix`.
+        chunk_rows: rows of a chunk.
+
+    Returns:
+        Seconds of chunks and of tiles: the longer of operations by their peak and bytes by the bandwidth.
+
+    Example:
+        >>> from lsce_spec.devices import LIMITS
+        >>> times = least_seconds(LIMITS["tpu-v6e"], 8192, 2048, 131072, jnp.dtype("bfloat16"), 1024)
+        >>> [f"{1e3 * seconds:.1f} ms" for seconds in times]
+        ['27.5 ms', '19.2 ms']
+    """
     of_layer, of_logits, bytes_of = num_features * num_classes, num_rows * num_classes, dtype.itemsize
 
     def seconds(of_product: int, traffic: float) -> float:
@@ -180,7 +199,7 @@ def saves_time(num_rows: int, num_features: int, num_classes: int, dtype: Any, c
     num_tiles = -(-of_logits // TILE_SIZE)
     block = min(num_rows, MOST_ROWS) * num_features
     by_tiles = 4 * of_layer * bytes_of + num_tiles * block * (3 * bytes_of + 8)
-    return seconds(8, by_tiles) < seconds(6, by_chunks)
+    return seconds(6, by_chunks), seconds(8, by_tiles)
 
 
 def _limits() -> Limits | None:
