@@ -119,16 +119,27 @@ def _flat(value: Any, batch_shape: tuple[int, ...]) -> Any:
 
 
 def _rows_that_count(batch: Batch, layer: Layer) -> Int[Tensor, " n"] | None:
-    """Return the indices of the rows that count, if these are not all and it is possible to take only them."""
+    """Return the indices of the rows that count, if these are not all and it is possible to take only them.
+
+    How many they are is a value to wait for, once in a call. A GPU then runs dry for as long as the host takes to start
+    the next kernels, but is spared the matrix products of all other rows, which take longer unless these are few.
+    """
     if batch.counted is None or torch.compiler.is_compiling():
         return None
     if batch.counted.is_meta or isinstance(batch.counted, FakeTensor) or takes_plain_operations(layer.hidden):
         return None
     tensors = [t for t in (batch.counted, batch.labels, batch.smoothing, layer.hidden) if isinstance(t, Tensor)]
-    if not has_memory(*tensors) or (batch.counted.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not has_memory(*tensors) or not _may_wait(batch.counted):
         return None
     index = batch.counted.reshape(-1).nonzero().squeeze(-1)
     return None if index.numel() in {0, batch.counted.numel()} else index
+
+
+def _may_wait(tensor: Tensor) -> bool:
+    """Return whether to wait for a GPU is possible, and neither forbidden nor watched by the caller."""
+    if not tensor.is_cuda:
+        return True
+    return not torch.cuda.is_current_stream_capturing() and not torch.cuda.get_sync_debug_mode()
 
 
 def _selected(batch: Batch, index: Int[Tensor, " n"]) -> Batch:

@@ -105,12 +105,25 @@ def sums(
     losses = torch.empty(shape, dtype=dtype, device=device)
     stacked = torch.empty((num_sums(operands), *shape), dtype=dtype, device=device)
     first = torch.empty(shape, dtype=torch.int64, device=device) if operands.with_stats else None
-    apart = _needs_gaps_apart(operands)
-    if not apart:
+    if not _needs_gaps_apart(operands):
         stacked[3:] = 0  # nothing uses them
-    with _in_known_layout(logits, written=logits if with_gradient else None) as (laid, _):
-        forward(laid, operands, losses, stacked, first, laid if with_gradient else None, apart=apart)
+    sums_into(losses, stacked, first, logits, operands, with_gradient=with_gradient)
     return losses, stacked, first
+
+
+def sums_into(
+    losses: Float[Tensor, "*batch"],
+    stacked: Float[Tensor, "sums ..."],
+    first: Int[Tensor, "*batch"] | None,
+    logits: Float[Tensor, "*batch K"],
+    operands: Operands,
+    *,
+    with_gradient: bool,
+) -> None:
+    """Write what `sums` returns to given memory, in which the rows of each are contiguous."""
+    with _in_known_layout(logits, written=logits if with_gradient else None) as (laid, _):
+        gradient = laid if with_gradient else None
+        forward(laid, operands, losses, stacked, first, gradient, apart=_needs_gaps_apart(operands))
 
 
 def _needs_gaps_apart(operands: Operands) -> bool:
