@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lsce_torch.inputs import compute_dtype
+from lsce_torch.inputs import at_labels, compute_dtype
 from lsce_torch.kernels import is_interpreted
 from lsce_torch.sums import Operands, num_sums
 
@@ -43,6 +43,17 @@ class Layout(NamedTuple):
     num_classes: int
     inner: int | None
     row_stride: int
+
+
+class Whole(NamedTuple):
+    """What the kernels compute themselves if they are given a whole loss. See `gpu.forward` for each."""
+
+    ignore_index: int | None = None
+    divisor: float | Float[Tensor, ""] | None = None
+    all_mass: Float[Tensor, ""] | None = None
+
+
+_PART = Whole()
 
 
 def layout_of(logits: Float[Tensor, "*batch K"]) -> Layout | None:
@@ -172,8 +183,7 @@ def forward(
     first: Int[Tensor, "*batch"] | None,
     gradient: Float[Tensor, "*batch K"] | None,
     *,
-    scale: float | Float[Tensor, ""] | None = None,
-    ignore_index: int | None = None,
+    whole: Whole = _PART,
     apart: bool = True,
 ) -> None:
     """Write the losses and the sums. See `gpu.forward` for the arguments; `stacked` are the sums."""
@@ -186,13 +196,14 @@ def forward(
         logits,
         _num_programs(layout, plan),
         plan,
-        **_arguments(logits, operands, layout, ignore_index),
+        **_arguments(logits, operands, layout, whole.ignore_index),
         losses=losses,
         sums=stacked,
         sums_step=stacked.stride(0),
         first=first,
         gradient=gradient,
-        scale=_constant(scale, logits),
+        divisor=_constant(whole.divisor, logits),
+        all_mass=whole.all_mass,
         APART=apart,
         PTX=not is_interpreted() and torch.version.hip is None,
     )
@@ -205,8 +216,7 @@ def backward(
     upstream: Float[Tensor, "*#batch"],
     gradient: Float[Tensor, "*batch K"],
     *,
-    scale: float | Float[Tensor, ""] | None = None,
-    ignore_index: int | None = None,
+    whole: Whole = _PART,
     is_written: bool = False,
 ) -> None:
     """Write the gradient, which may be over the logits. See `gpu.backward` for the arguments."""
@@ -225,11 +235,12 @@ def backward(
         logits,
         _num_programs(layout, plan) * programs_of_row,
         plan,
-        **_arguments(logits, operands, layout, ignore_index),
+        **_arguments(logits, operands, layout, whole.ignore_index),
         sums=stacked,
         sums_step=stacked.stride(0),
         upstream=upstream.expand(logits.shape[:-1]).contiguous() if by_row else upstream.detach(),
-        scale=_constant(scale, logits),
+        divisor=_constant(whole.divisor, logits),
+        all_mass=whole.all_mass,
         gradient=gradient,
         num_blocks=num_blocks,
         programs_of_row=programs_of_row,
@@ -302,33 +313,48 @@ def _constant(value: float | Tensor | None, logits: Tensor) -> float | Tensor | 
     return torch.full((), value, dtype=torch.float64, device=logits.device)
 
 
-def total(losses: Float[Tensor, "*batch"], scale: float | Float[Tensor, ""] | None) -> Float[Tensor, ""]:
-    """Return the sum of the losses times the scale."""
+def total(losses: Float[Tensor, "*batch"], divisor: float | Float[Tensor, ""] | None) -> Float[Tensor, ""]:
+    """Return the sum of the losses by the divisor, 0 if that is 0."""
     if losses.numel() > _MOST_ROWS:
-        return losses.sum() if scale is None else losses.sum() * scale
+        whole = losses.sum()
+        if divisor is None:
+            return whole
+        return torch.where(divisor == 0, 0, whole / divisor) if isinstance(divisor, Tensor) else whole / divisor
     result = losses.new_empty(())
-    _start_one("total", losses, losses=losses, scale=_constant(scale, losses), result=result, num_rows=losses.numel())
+    divisor = _constant(divisor, losses)
+    _start_one("total", losses, losses=losses, divisor=divisor, result=result, num_rows=losses.numel())
     return result
 
 
-def reciprocal(
-    labels: Int[Tensor, "*batch"], where: Tensor | None, ignore_index: int | None, dtype: torch.dtype
+def denominator(
+    labels: Int[Tensor, "*batch"],
+    where: Tensor | None,
+    ignore_index: int | None,
+    class_weight: Float[Tensor, " K"] | None,
+    dtype: torch.dtype,
 ) -> Float[Tensor, ""]:
-    """Return 1 over the number of rows that count, 0 if none does."""
+    """Return the number of rows that count, or the sum of the weights of their labels. A bad label weighs 1."""
+    num_classes = 0 if class_weight is None else class_weight.numel()
     if labels.numel() > _MOST_ROWS:
         counts = torch.ones_like(labels, dtype=torch.bool) if where is None else where.expand(labels.shape)
         if ignore_index is not None:
             counts = counts & torch.ne(labels, ignore_index)
-        number = counts.sum().to(dtype)
-        return torch.where(number == 0, 0, 1 / number)
+        if class_weight is None:
+            return counts.sum().to(dtype)
+        classes = labels.to(torch.int64)
+        is_class = (classes >= 0) & (classes < num_classes)
+        weights = at_labels(class_weight, classes.masked_fill(~is_class, 0)).masked_fill(~is_class, 1)
+        return weights.masked_fill(~counts, 0).sum()
     result = torch.empty((), dtype=dtype, device=labels.device)
     _start_one(
-        "reciprocal",
+        "denominator",
         labels,
         labels=labels.contiguous(),
         counted=None if where is None else where.expand(labels.shape).contiguous(),
+        weights=None if class_weight is None else class_weight.detach().contiguous(),
         result=result,
         num_rows=labels.numel(),
+        num_classes=num_classes,
         ignore_index=ignore_index,
     )
     return result

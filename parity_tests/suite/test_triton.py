@@ -188,6 +188,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "weighted": {"where": LABELS >= 0, "class_weight": torch.linspace(0.5, 2, 6), "class_mask": torch.arange(6) != 5},
     "max_sup": {"ignore_index": -100, "convention": "max_sup", "reduction": "none"},
     "per row": {"ignore_index": -100, "smoothing": torch.linspace(0, 1, 6)},
+    "a tensor as denominator": {"ignore_index": -100, "denominator": torch.tensor(3.5, dtype=torch.float64)},
+    "class weights": {"ignore_index": -100, "class_weight": torch.linspace(0.5, 2, 6), "z_loss": 0.1},
 }
 
 
@@ -268,14 +270,16 @@ def test_a_gradient_that_nobody_asks_for() -> None:
     assert gradients == [False, False, False, False, True]
 
 
-@pytest.mark.parametrize("name", ["labels", "where", "logits"])
+@pytest.mark.parametrize("name", ["labels", "where", "logits", "class_weight", "denominator"])
 def test_what_is_changed_before_backward(name: str) -> None:
     given = {
         "logits": torch.randn(3, 40, requires_grad=True) * 1,
         "labels": torch.tensor([0, 1, 2]),
         "where": torch.tensor([True, True, False]),
+        "class_weight": torch.ones(40),
+        "denominator": torch.tensor(2.0),
     }
-    result = loss(given["logits"], given["labels"], where=given["where"])
+    result = loss(**given)
     with torch.no_grad():
         given[name].fill_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -285,7 +289,10 @@ def test_what_is_changed_before_backward(name: str) -> None:
 def test_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """More than one program adds up: torch does, with the same result."""
     leaf, labels = torch.randn(50, 8, requires_grad=True), torch.arange(50) % 8
-    for options in ({}, {"ignore_index": 3}, {"where": labels > 1, "ignore_index": 3}, {"reduction": "sum"}):
+    weighted = {"class_weight": torch.linspace(0.5, 2, 8), "ignore_index": 3}
+    divided = [{"denominator": torch.tensor(value)} for value in (3.0, 0.0)]
+    plain = [{}, {"ignore_index": 3}, {"where": labels > 1, "ignore_index": 3}, {"reduction": "sum"}]
+    for options in (*plain, weighted, *divided):
         expected = loss(leaf, labels, **options)
         (gradient,) = torch.autograd.grad(expected, leaf)
         with monkeypatch.context() as patched:
@@ -293,6 +300,55 @@ def test_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
             found = loss(leaf, labels, **options)
             torch.testing.assert_close(found, expected, rtol=2**-21, atol=0)
             assert torch.equal(torch.autograd.grad(found, leaf)[0], gradient)
+
+
+VALUES = [3.0, torch.tensor(3.0), torch.tensor(3), torch.tensor(3.0, dtype=torch.float64)]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=["number", "float32", "int64", "float64"])
+@pytest.mark.parametrize("num_classes", [40, 9001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_denominator(value: Any, num_classes: int, dtype: torch.dtype) -> None:
+    """Of any dtype: the loss is the quotient, rounded once, and so is the gradient of a power of 2."""
+    leaf, labels = torch.randn(3, num_classes, dtype=dtype, requires_grad=True), torch.tensor([0, 1, -100])
+    total = loss(leaf, labels, ignore_index=-100, reduction="sum")
+    (of_total,) = torch.autograd.grad(total, leaf)
+    assert torch.equal(loss(leaf, labels, ignore_index=-100, denominator=value), total / 3)
+    found = loss(leaf, labels, ignore_index=-100, denominator=value + 1)
+    assert torch.equal(found, total / 4)
+    assert torch.equal(torch.autograd.grad(found, leaf)[0], of_total / 4)
+
+
+@pytest.mark.parametrize("num_classes", [40, 9001])
+@pytest.mark.parametrize("options", [{"denominator": torch.tensor(0.0)}, {"class_weight": torch.tensor(0.0)}])
+def test_a_denominator_of_0(options: dict[str, Any], num_classes: int) -> None:
+    """Loss and gradient are 0, whatever the logits and labels; but weights of 0 do not make a bad label count less."""
+    if "class_weight" in options:
+        options = {"class_weight": options["class_weight"].expand(num_classes).contiguous()}
+    logits = torch.randn(4, num_classes)
+    logits[0, 1], logits[1] = torch.nan, -torch.inf
+    leaf = logits.requires_grad_()
+    result = loss(leaf, torch.tensor([0, 1, 2, 3]), **options)
+    (gradient,) = torch.autograd.grad(2 * result, leaf, retain_graph=True)
+    (at_once,) = torch.autograd.grad(result, leaf, create_graph=True)
+    assert result == 0
+    assert not gradient.any()
+    assert not at_once.any()
+    of_bad = loss(leaf, torch.tensor([0, 1, 2, num_classes]), **options)
+    assert of_bad.isnan() == ("class_weight" in options)
+
+
+@pytest.mark.parametrize("name", ["denominator", "class_weight"])
+def test_what_is_differentiated_takes_another_way(name: str) -> None:
+    logits, labels = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    leaf = torch.tensor(2.0) if name == "denominator" else torch.ones(4)
+    gradients = []
+    for implementation in (None, "reference"):
+        given = leaf.clone().requires_grad_()
+        with on_pretended_gpu(interpret):
+            label_smoothed_cross_entropy(logits, labels, implementation=implementation, **{name: given}).backward()
+        gradients.append(given.grad)
+    torch.testing.assert_close(*gradients)
 
 
 def test_memory_after_backward() -> None:
@@ -386,10 +442,14 @@ def started(call: Any) -> tuple[list[str], list[str]]:
     ("options", "kernels", "operations"),
     [
         ({}, ["forward", "total", "backward"], 1),  # the upstream gradient
-        ({"ignore_index": -100}, ["reciprocal", "forward", "total", "backward"], 1),
-        ({"where": torch.ones(64, dtype=torch.bool)}, ["reciprocal", "forward", "total", "backward"], 1),
+        ({"ignore_index": -100}, ["denominator", "forward", "total", "backward"], 1),
+        ({"where": torch.ones(64, dtype=torch.bool)}, ["denominator", "forward", "total", "backward"], 1),
         ({"z_loss": 0.1, "softcap": 3.0, "reduction": "sum"}, ["forward", "total", "backward"], 1),
         ({"smoothing": 0.0, "denominator": 3.0}, ["forward", "total", "backward"], 1),
+        ({"ignore_index": -100, "denominator": torch.tensor(3.0)}, ["forward", "total", "backward"], 1),
+        ({"denominator": torch.tensor(3)}, ["forward", "total", "backward"], 1),
+        ({"class_weight": torch.ones(200)}, ["denominator", "forward", "total", "backward"], 2),  # and their sum
+        ({"class_weight": torch.ones(200), "denominator": torch.tensor(3)}, ["forward", "total", "backward"], 2),
         ({"class_mask": torch.ones(200, dtype=torch.bool)}, ["forward", "backward"], 38),
         ({"class_weight": torch.ones(200), "convention": "max_sup"}, ["forward", "backward"], 32),
     ],
@@ -451,8 +511,12 @@ MUTANTS = {
         "tl.where(valid, _capped(raw, softcap), -_INF)\n    z = ",
         "tl.where(valid, raw, -_INF)\n    z = ",
     ),
-    "the scale of the sum": ("whole = whole * _of_all(scale", "whole = whole + 0 * _of_all(scale"),
-    "the number of rows": ("number += counts", "number += 1 + 0 * counts"),
+    "the divisor of the sum": ("0.0, _quotient(whole, tl.where(", "0.0, whole + 0 * _quotient(whole, tl.where("),
+    "the divisor of the gradient": ("0.0, _quotient(one, tl.where(", "0.0, one + 0 * _quotient(one, tl.where("),
+    "the number of rows": ("sums += tl.where(counts, weight, 0.0)", "sums += weight"),
+    "the sum of the labels' weights": ("mask=counts & is_class, other=1)", "mask=counts & (given < 0), other=1)"),
+    "the label's weight": ("of_label = of_label * weight.to(DTYPE)", "of_label = of_label + 0 * weight.to(DTYPE)"),
+    "the others' weights": ("(tl.load(all_mass) - weight.to(tl.float64))", "(tl.load(all_mass))"),
     "what is written already": ("if tl.load(upstream) == 1:", "if tl.load(upstream) != 0:"),
 }
 NAMED = ("uniform_mean", "dominant", "everything", "bad_labels", "ties_max_sup", "z_loss", "softcap", "ignored")

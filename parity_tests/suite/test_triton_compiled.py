@@ -49,10 +49,15 @@ def options_of(name: str, num_classes: int) -> dict[str, Any]:
     options: dict[str, dict[str, Any]] = {
         "plain": {"ignore_index": -100},
         "none": {"reduction": "none"},
+        "weighted": {"ignore_index": -100, "class_weight": torch.ones(num_classes)},
         "everything": everything,
         "max_sup": {**everything, "convention": "max_sup"},
     }
     return options[name]
+
+
+# Of these one kind is enough.
+MORE = ("none", "max_sup", "weighted")
 
 
 @cache
@@ -82,14 +87,14 @@ def programs() -> Iterator[tuple[str, str, tuple[Launch, ...]]]:
             for options in ("plain", "everything"):
                 yield f"{options} {kind}", dtype, launches(options, dtype, num_classes)
         yield "linear", dtype, of_linear(dtype)
-    yield "none streamed", "bfloat16", launches("none", "bfloat16", CLASSES["streamed"])
-    yield "max_sup streamed", "bfloat16", launches("max_sup", "bfloat16", CLASSES["streamed"])
+    for options in MORE:
+        yield f"{options} streamed", "bfloat16", launches(options, "bfloat16", CLASSES["streamed"])
 
 
 NAMES = [
     *(f"{options} {kind} {dtype}" for dtype in DTYPES for kind in CLASSES for options in ("plain", "everything")),
     *(f"linear {dtype}" for dtype in DTYPES),
-    *("none streamed bfloat16", "max_sup streamed bfloat16"),
+    *(f"{options} streamed bfloat16" for options in MORE),
 ]
 
 
