@@ -495,7 +495,8 @@ MUTANTS = {
     "the label's gradient": ("upstream * on\n", "upstream * on * 1.001\n"),
     "the z-loss's slope": ("(2 * z_loss *", "(z_loss *"),
     "the softcap's slope": ("(1 - tanh * tanh)", "(1 - tanh)"),
-    "ignored rows": ("counts & (given != ignore_index)", "counts"),
+    "ignored rows": ("counts & (given != ignore_index)\n        is_bad", "counts\n        is_bad"),
+    "ignored rows are numbered": ("counts & (given != ignore_index)\n        if counted", "counts\n        if counted"),
     "bad labels": ('tl.where(is_bad, float("nan"), loss)', "loss"),
     "the share of the largest": ("upstream * at_max / number", "upstream * at_max"),
     "the first of the largest": (
@@ -539,7 +540,8 @@ def some_cases() -> list[Case]:
     weight = round_to(np.linspace(0.5, 2, 9001), "float32")
     tied = replace(streamed, logits=ties, class_weight=weight, options={"reduction": "mean", "convention": "max_sup"})
     named = (make_case(name, "float32") for name in NAMED)
-    return [*named, streamed, masked, scaled, capped, tied, confident(streamed)]
+    weighted = replace(case_of(3, 40, "float32"), class_weight=round_to(np.linspace(0.5, 2, 40), "float32"))
+    return [*named, streamed, masked, scaled, capped, tied, weighted, confident(streamed)]
 
 
 def finds_the_first() -> bool:

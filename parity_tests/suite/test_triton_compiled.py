@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.launches import measure
+from benchmarks.launches import measure, measure_linear
 from lsce_spec.devices import CARDS
 from lsce_torch import kernels, label_smoothed_cross_entropy, linear_label_smoothed_cross_entropy
 from parity_tests.losses.triton_kernels import TARGETS, Launch, Machine, compile_launch, on_pretended_gpu
@@ -174,7 +174,26 @@ def test_counted_launches() -> None:
         assert counts["lsce triton", 32768, dtype] == (4, 3)
         assert counts["lsce triton", 1000, dtype] == (4, 2)
         assert counts["lsce triton, ignored rows", 1000, dtype] == (5, 2)
+        assert counts["lsce triton, denominator", 1000, dtype] == (4, 2)
+        assert counts["lsce triton, class weights", 1000, dtype] == (6, 2)
     assert counts["lsce fused", 32768, "bfloat16"] == (56, 49)
+
+
+def test_counted_launches_of_the_linear_loss() -> None:
+    """The figures of docs/gpu.md: kernels, those of a chunk, and GB that move within the products and beside them."""
+    counts = {
+        count.name: (count.launches, count.of_chunk, round(count.of_products / 1e9, 1), round(count.moved / 1e9, 1))
+        for count in measure_linear()
+    }
+    assert counts == {
+        "F.linear, F.cross_entropy": (26, 0, 8.2, 21.5),
+        "lsce linear": (36, 4, 24.8, 8.2),
+        "lsce linear, ignored rows": (61, 6, 24.8, 8.2),
+        "lsce linear, recompute": (47, 6, 30.2, 8.1),
+        "lsce linear, filtered": (120, 17, 25.4, 21.5),
+        "lsce linear, narrow sums": (222, 35, 16.7, 23.2),
+        "lsce linear, 4096 rows": (20, 4, 11.9, 8.2),
+    }
 
 
 def triton_version() -> str:
