@@ -120,10 +120,13 @@ def _tanh(x):
 
 @triton.jit
 def _share(divisor, DTYPE: tl.constexpr):
-    """1 / divisor, and 0 for 0."""
+    """1 / divisor, and 0 for 0: by a rough quotient and a step of Newton's method, which takes fewer registers."""
     one = tl.full([], 1, DTYPE)
     value = one * _of_all(divisor, DTYPE)
-    return tl.where(value == 0, 0.0, _quotient(one, tl.where(value == 0, one, value)))
+    rough = one / tl.where(value == 0, one, value)
+    share = tl.fma(rough, tl.fma(-value, rough, one), rough)
+    share = tl.where(tl.abs(share) < _INF, share, rough)
+    return tl.where(value == 0, 0.0, share)
 
 
 @triton.jit

@@ -513,7 +513,7 @@ MUTANTS = {
         "tl.where(valid, raw, -_INF)\n    z = ",
     ),
     "the divisor of the sum": ("0.0, _quotient(whole, tl.where(", "0.0, whole + 0 * _quotient(whole, tl.where("),
-    "the divisor of the gradient": ("0.0, _quotient(one, tl.where(", "0.0, one + 0 * _quotient(one, tl.where("),
+    "the divisor of the gradient": ("tl.where(value == 0, 0.0, share)", "tl.where(value == 0, 0.0, share * 1.001)"),
     "the number of rows": ("sums += tl.where(counts, weight, 0.0)", "sums += weight"),
     "the sum of the labels' weights": ("mask=counts & is_class, other=1)", "mask=counts & (given < 0), other=1)"),
     "the label's weight": ("of_label = of_label * weight.to(DTYPE)", "of_label = of_label + 0 * weight.to(DTYPE)"),
