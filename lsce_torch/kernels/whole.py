@@ -26,8 +26,7 @@ from lsce_spec import (
     smoothing_weights,
 )
 from lsce_torch.errors import error
-from lsce_torch.fused import make_operands
-from lsce_torch.inputs import Batch, Given, canonical, compute_dtype, dtype_name, extremes
+from lsce_torch.inputs import Batch, Given, at_labels, canonical, compute_dtype, dtype_name, extremes
 from lsce_torch.kernels import check_choice, launch, may_compute, reason_against
 from lsce_torch.overwrite import forbid_use, has_memory, tensors_to_overwrite
 from lsce_torch.plain import plain_gradients
@@ -247,7 +246,11 @@ def _differentiable_gradient(
         upstream = upstream / torch.where(divides, denominator, 1).to(batch.dtype)
     elif call.divisor is not None:
         upstream = upstream / call.divisor
-    operands, _ = make_operands(batch, call.options, False)
+    operands = call.operands._replace(labels=batch.labels, counted=batch.counted, bad=batch.bad)
+    if batch.class_weight is not None and call.all_mass is not None:
+        weights = at_labels(batch.class_weight, batch.labels)
+        other_mass = (call.all_mass - weights.double()).to(batch.dtype)
+        operands = operands._replace(factor=batch.class_weight, on=operands.on * weights, other_mass=other_mass)
     rows = upstream.expand(batch.batch_shape)
     gradient = plain_gradients(batch.logits, operands, ["logits"], rows)["logits"]
     assert gradient is not None
