@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from lsce_spec import ChunkOptions, LossOptions
 from lsce_torch import compiled, fused, saved
-from lsce_torch.device import takes_plain_operations
+from lsce_torch.device import may_wait, takes_plain_operations
 from lsce_torch.inputs import Batch, tensor_of
 from lsce_torch.layer import Layer, Settings, layer_gradients, losses_and_gradients, scaled
 from lsce_torch.overwrite import has_memory
@@ -129,17 +129,10 @@ def _rows_that_count(batch: Batch, layer: Layer) -> Int[Tensor, " n"] | None:
     if batch.counted.is_meta or isinstance(batch.counted, FakeTensor) or takes_plain_operations(layer.hidden):
         return None
     tensors = [t for t in (batch.counted, batch.labels, batch.smoothing, layer.hidden) if isinstance(t, Tensor)]
-    if not has_memory(*tensors) or not _may_wait(batch.counted):
+    if not has_memory(*tensors) or not may_wait(batch.counted):
         return None
     index = batch.counted.reshape(-1).nonzero().squeeze(-1)
     return None if index.numel() in {0, batch.counted.numel()} else index
-
-
-def _may_wait(tensor: Tensor) -> bool:
-    """Return whether to wait for a GPU is possible, and neither forbidden nor watched by the caller."""
-    if not tensor.is_cuda:
-        return True
-    return not torch.cuda.is_current_stream_capturing() and not torch.cuda.get_sync_debug_mode()
 
 
 def _selected(batch: Batch, index: Int[Tensor, " n"]) -> Batch:

@@ -150,7 +150,7 @@ def test_a_gpu_is_waited_for_once_at_most(name: str, monkeypatch: pytest.MonkeyP
     with recorded_on("cuda") as operations:
         linear(options, with_stats=True)
     assert [name for name in operations.names if name in WAITS] == ["nonzero"]
-    monkeypatch.setattr(chunked, "_may_wait", lambda tensor: False)
+    monkeypatch.setattr(chunked, "may_wait", lambda tensor: False)
     with recorded_on("cuda") as operations:
         linear(options, with_stats=True)
     assert not WAITS & set(operations.names)
@@ -163,8 +163,8 @@ def test_when_to_wait(is_capturing: bool, debug_mode: int, expected: bool, monke
     """Neither while a graph is captured, nor where torch.cuda.set_sync_debug_mode warns of it or forbids it."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: is_capturing)
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: debug_mode)
-    assert chunked._may_wait(SimpleNamespace(is_cuda=True)) is expected
-    assert chunked._may_wait(LABELS)
+    assert device.may_wait(SimpleNamespace(is_cuda=True)) is expected
+    assert device.may_wait(LABELS)
 
 
 @contextmanager
@@ -238,6 +238,17 @@ def test_classes_that_become_0_change_the_gradient_within_the_bound(kind: str) -
     for exact, filtered, bound in zip(gradients(), gradients(gradient_filter=threshold), bounds, strict=True):
         assert torch.all((exact - filtered).abs() <= bound + roundings)
         assert torch.any((exact - filtered).abs() > roundings)
+
+
+def test_products_in_float32_are_tried() -> None:
+    """Where torch lacks them, and where it does something else."""
+    cpu = torch.device("cpu")
+    tried = layer._has_float32_products.__wrapped__
+    assert not tried(cpu, torch.bfloat16, False)
+    with float32_products():
+        assert tried(cpu, torch.bfloat16, False)
+        with mock.patch.object(torch, "baddbmm"):  # adds nothing
+            assert not tried(cpu, torch.bfloat16, False)
 
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])

@@ -60,6 +60,14 @@ def test_linear(name: str, dtype: str, parity_ledger: Recorder) -> None:
     assert comparison.agrees, comparison
 
 
+@pytest.mark.parametrize("name", linear_case_names())
+def test_linear_as_on_a_gpu(name: str) -> None:
+    """With the operations of torch that a GPU gets, as the products that are added to sums in float32."""
+    with on_pretended_gpu(interpret):
+        comparison = compared(make_linear_case(name, "bfloat16"), "torch-linear-triton")
+    assert comparison.agrees, comparison
+
+
 # --- Sizes, layouts and values that the named cases do not have -------------------------------------------------------
 
 
