@@ -650,6 +650,50 @@ def backward(
             )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["num_rows", "sums_step", "ignore_index"])
+def statistics(
+    labels, counted, on, off, other_mass, factor, all_mass, z_loss, sums, first, divisor, numbers, flags,
+    num_rows, num_classes, sums_step, ignore_index,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The statistics of rows from their sums, a row in a lane.
+
+    Args:
+        numbers: to write, the fields of `LossStats` that are numbers one after the other.
+        flags: to write, the others.
+        num_rows: number of rows, and the step from one field to the next.
+        BLOCK: rows of a program.
+        labels, counted, on, off, other_mass, factor, all_mass, z_loss, sums, first, divisor, num_classes, sums_step,
+            ignore_index, DTYPE: see `forward`.
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = row < num_rows
+    step = tl.program_id(0).to(tl.int64) * 0 + num_rows
+    label, counts, is_bad = _labels_of(row, there, labels, counted, None, None, 0, ignore_index, num_classes)
+    if divisor is not None:
+        counts = counts & (tl.zeros([BLOCK], DTYPE) + _share(divisor, DTYPE) != 0)
+    peak = tl.load(sums + row, mask=there, other=0)
+    log_sum = tl.load(sums + sums_step + row, mask=there, other=0)
+    label_gap = tl.load(sums + 2 * sums_step + row, mask=there, other=0)
+    gaps = tl.load(sums + 3 * sums_step + row, mask=there, other=0)
+    target, of_others, mass, _ = _targets_of(row, there, label, on, off, other_mass, None, factor, all_mass, DTYPE)
+    smoothed = (target + of_others * mass) * log_sum + _product(target, label_gap) + _product(of_others, gaps)
+    lse = peak + log_sum
+    z = lse * lse
+    z = z * 0.0 if z_loss is None else z * _of_all(z_loss, DTYPE)
+    nll = tl.where(is_bad, float("nan"), log_sum + label_gap)
+    smoothed = tl.where(is_bad, float("nan"), smoothed)
+    tl.store(numbers + row, tl.where(counts, nll, 0.0), mask=there)
+    tl.store(numbers + step + row, tl.where(counts, smoothed, 0.0), mask=there)
+    tl.store(numbers + 2 * step + row, tl.where(counts, z, 0.0), mask=there)
+    tl.store(numbers + 3 * step + row, tl.where(counts, lse, 0.0), mask=there)
+    tl.store(numbers + 4 * step + row, tl.where(counts, tl.exp(-log_sum), 0.0), mask=there)
+    # Neither a bad label nor a row of NaN is correct.
+    correct = counts & (tl.load(first + row, mask=there, other=0) == label) & (tl.abs(nll) >= 0)
+    tl.store(flags + row, correct, mask=there)
+    tl.store(flags + step + row, counts, mask=there)
+
+
 # --- Sums over the rows -----------------------------------------------------------------------------------------------
 
 

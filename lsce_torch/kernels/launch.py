@@ -8,7 +8,7 @@ from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lsce_torch.inputs import at_labels, compute_dtype
@@ -27,6 +27,8 @@ _TILE = 2048
 _WARP, _PER_THREAD = 32, 8
 # One program adds up the rows, so many at once.
 _MOST_ROWS, _ROWS_AT_ONCE, _WARPS_OF_ROWS = 2**16, 2048, 8
+# Rows of a program, where each has its own thread.
+_ROWS_OF_STATISTICS = 128
 
 
 class Layout(NamedTuple):
@@ -249,6 +251,40 @@ def backward(
     )
 
 
+def statistics(
+    logits: Float[Tensor, "*batch K"],
+    operands: Operands,
+    stacked: Float[Tensor, "sums ..."],
+    first: Int[Tensor, "*batch"],
+    whole: Whole,
+) -> tuple[Float[Tensor, "numbers ..."], Bool[Tensor, "flags ..."]]:
+    """Return the numbers and the flags of the `LossStats`, from the sums of `forward`."""
+    shape, device = logits.shape[:-1], logits.device
+    numbers = torch.empty((5, *shape), dtype=stacked.dtype, device=device)
+    flags = torch.empty((2, *shape), dtype=torch.bool, device=device)
+    given = _arguments(logits, operands, _known_layout(logits), whole.ignore_index)
+    names = ("labels", "counted", "on", "off", "other_mass", "factor", "z_loss", "num_rows", "num_classes")
+    _run(
+        _kernels().statistics,
+        -(-given["num_rows"] // _ROWS_OF_STATISTICS),
+        logits,
+        **{name: given[name] for name in names},
+        all_mass=whole.all_mass,
+        sums=stacked,
+        first=first,
+        divisor=_constant(whole.divisor, logits),
+        numbers=numbers,
+        flags=flags,
+        sums_step=stacked.stride(0),
+        ignore_index=whole.ignore_index,
+        DTYPE=_dtype_of(logits),
+        BLOCK=_ROWS_OF_STATISTICS,
+        num_warps=_ROWS_OF_STATISTICS // _WARP,
+        enable_fp_fusion=True,
+    )
+    return numbers, flags
+
+
 def _known_layout(logits: Tensor) -> Layout:
     layout = layout_of(logits)
     assert layout is not None
@@ -371,14 +407,18 @@ def _kernels() -> Any:
     return gpu
 
 
+def _dtype_of(logits: Tensor) -> Any:
+    """Return Triton's name of the dtype to compute in."""
+    return _kernels().FLOAT64 if logits.dtype == torch.float64 else _kernels().FLOAT32
+
+
 def _start(name: str, logits: Tensor, num_programs: int, plan: _Plan, /, **arguments: Any) -> None:
-    gpu = _kernels()
     _run(
-        getattr(gpu, name),
+        getattr(_kernels(), name),
         num_programs,
         logits,
         **arguments,
-        DTYPE=gpu.FLOAT64 if logits.dtype == torch.float64 else gpu.FLOAT32,
+        DTYPE=_dtype_of(logits),
         NUM_ROWS=plan.rows,
         BLOCK=plan.block,
         ALIGN=plan.align,

@@ -30,6 +30,7 @@ from lsce_torch.inputs import Batch, Given, at_labels, canonical, compute_dtype,
 from lsce_torch.kernels import check_choice, launch, may_compute, reason_against
 from lsce_torch.overwrite import forbid_use, has_memory, tensors_to_overwrite
 from lsce_torch.plain import plain_gradients
+from lsce_torch.stats import LossStats
 from lsce_torch.sums import Operands
 
 # How much wider than its classes a row may be.
@@ -64,9 +65,15 @@ class _Call:
 
 
 def loss(
-    given: Given, options: LossOptions, denominator: float | Tensor | None, logits: Tensor, *, inplace_backward: bool
-) -> Float[Tensor, "..."] | None:
-    """Return the loss, reduced as asked, or None if this is not the way to compute it.
+    given: Given,
+    options: LossOptions,
+    denominator: float | Tensor | None,
+    logits: Tensor,
+    *,
+    inplace_backward: bool,
+    with_stats: bool,
+) -> tuple[Float[Tensor, "..."], LossStats | None] | None:
+    """Return the loss, reduced as asked, and the statistics if asked; or None if this is not the way to compute them.
 
     Args:
         given: the checked tensors of the call.
@@ -74,6 +81,7 @@ def loss(
         denominator: of the call.
         logits: as the caller passed them.
         inplace_backward: of the call.
+        with_stats: whether to return statistics.
     """
     if torch.compiler.is_compiling() or not may_compute(options.implementation, given.logits):
         return None
@@ -95,7 +103,7 @@ def loss(
         at_max=None,
         z_loss=options.z_loss,
         softcap=options.softcap,
-        with_stats=False,
+        with_stats=with_stats,
         kernels=True,
     )
     divisor: float | Tensor | None = None
@@ -118,13 +126,13 @@ def loss(
         operands,
         divisor=None if isinstance(divisor, Tensor) else divisor,
         all_mass=given.class_weight.sum(dtype=torch.float64) if given.class_weight is not None else None,
-        apart=is_weighted or not launch.may_join(on, off),
+        apart=with_stats or is_weighted or not launch.may_join(on, off),
         with_gradient=with_gradient,
         overwritten=overwritten,
     )
     tensors = given.labels, given.where, given.class_weight, divisor if isinstance(divisor, Tensor) else None
-    result: Tensor = _WholeLoss.apply(given.logits, *tensors, call)  # type: ignore[no-untyped-call]
-    return result
+    result, numbers, flags = _WholeLoss.apply(given.logits, *tensors, call)  # type: ignore[no-untyped-call]
+    return result, None if numbers is None else LossStats(*numbers.unbind(), *flags.unbind())
 
 
 def _is_usual(given: Given, options: LossOptions, denominator: float | Tensor | None) -> bool:
@@ -175,30 +183,28 @@ class _WholeLoss(torch.autograd.Function):
         class_weight: Tensor | None,
         denominator: Tensor | None,
         call: _Call,
-    ) -> Tensor:
-        """Return the loss."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the loss, and for statistics their numbers and flags."""
         dtype, device, shape = compute_dtype(logits), logits.device, logits.shape[:-1]
         losses = torch.empty(shape, dtype=dtype, device=device)
         stacked = torch.empty((5 if call.apart else 3, *shape), dtype=dtype, device=device)
         gradient = _memory_like(logits) if call.with_gradient else None
         divisor = call.divisor if denominator is None else denominator
-        launch.forward(
-            logits.detach(),
-            _with_tensors(call.operands, labels, where, class_weight),
-            losses,
-            stacked,
-            None,
-            gradient,
-            whole=launch.Whole(call.options.ignore_index, divisor, call.all_mass),
-            apart=call.apart,
-        )
+        first = torch.empty(shape, dtype=torch.int64, device=device) if call.operands.with_stats else None
+        operands = _with_tensors(call.operands, labels, where, class_weight)
+        whole = launch.Whole(call.options.ignore_index, divisor, call.all_mass)
+        launch.forward(logits.detach(), operands, losses, stacked, first, gradient, whole=whole, apart=call.apart)
+        numbers = flags = None
+        if first is not None:
+            numbers, flags = launch.statistics(logits, operands, stacked, first, whole)
+            ctx.mark_non_differentiable(numbers, flags)
         ctx.call, ctx.gradient = call, gradient
         ctx.save_for_backward(logits, stacked, labels, where, class_weight, denominator)
         ctx.set_materialize_grads(False)
-        return losses if call.options.reduction == "none" else launch.total(losses, divisor)
+        return losses if call.options.reduction == "none" else launch.total(losses, divisor), numbers, flags
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         """Return the gradient with respect to the logits."""
         return None if upstream is None else _backward(ctx, upstream), *(None,) * 5
 

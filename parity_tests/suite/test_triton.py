@@ -414,11 +414,52 @@ def test_no_rows() -> None:
     assert leaf.grad.shape == (0, 5)
 
 
-def test_statistics() -> None:
-    _, ours = label_smoothed_cross_entropy_with_stats(LOGITS, LABELS, ignore_index=-100, implementation="triton")
-    _, theirs = label_smoothed_cross_entropy_with_stats(LOGITS, LABELS, ignore_index=-100, implementation="reference")
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=2**-48, atol=2**-50)
+STATISTICS: dict[str, dict[str, Any]] = {
+    "plain": {"ignore_index": -100},
+    "none": {"reduction": "none", "smoothing": 0.0},
+    "capped": {"ignore_index": -100, "z_loss": 0.1, "softcap": 2.0, "where": torch.arange(6) != 1},
+    "weighted": {"ignore_index": -100, "class_weight": torch.linspace(0.5, 2, 6)},
+    "denominator": {"ignore_index": -100, "denominator": torch.tensor(3)},
+    "denominator of 0": {"denominator": torch.tensor(0.0)},
+    "masked": {"ignore_index": -100, "class_mask": torch.arange(6) != 5},
+}
+# The last two rows have a label that is not a class, and a NaN.
+SPOILED = torch.cat([LOGITS[:5], torch.where(torch.arange(6) == 1, torch.nan, LOGITS[5:])])
+SPOILED_LABELS = torch.where(torch.arange(6) == 4, 6, LABELS)
+
+
+def statistics_agree(options: dict[str, Any]) -> bool:
+    """Whether losses, gradients and statistics are those of the reference, but for roundings."""
+    outcomes = []
+    for implementation in ("triton", "reference"):
+        leaf = SPOILED.clone().requires_grad_()
+        loss, stats = label_smoothed_cross_entropy_with_stats(
+            leaf, SPOILED_LABELS, implementation=implementation, **options
+        )
+        outcomes.append((loss.detach(), *torch.autograd.grad(loss.sum(), leaf), *stats))
+        assert not any(value.requires_grad for value in stats)
+    return all(
+        one.dtype == other.dtype and torch.allclose(one, other, rtol=2**-48, atol=2**-50, equal_nan=True)
+        for one, other in zip(*outcomes, strict=True)
+    )
+
+
+@pytest.mark.parametrize("options", STATISTICS.values(), ids=STATISTICS)
+def test_statistics(options: dict[str, Any]) -> None:
+    assert statistics_agree(options)
+
+
+@pytest.mark.parametrize("num_rows", [1, 127, 128, 300])
+def test_statistics_of_more_rows_than_a_program_has(num_rows: int) -> None:
+    logits = torch.arange(6 * num_rows).reshape(num_rows, 6) % 7 / 8
+    labels = torch.arange(num_rows) % 6
+    _, stats = label_smoothed_cross_entropy_with_stats(logits, labels, implementation="triton", z_loss=0.1)
+    for row in (0, num_rows // 2, num_rows - 1):
+        part = slice(row, row + 1)
+        _, alone = label_smoothed_cross_entropy_with_stats(
+            logits[part], labels[part], implementation="triton", z_loss=0.1
+        )
+        assert all(torch.equal(of_all[part], of_row) for of_all, of_row in zip(stats, alone, strict=True))
 
 
 # --- How many operations a GPU gets -----------------------------------------------------------------------------------
@@ -469,6 +510,13 @@ def test_launches(options: dict[str, Any], kernels: list[str], operations: int) 
     assert len(others) <= operations, others
     # Nothing waits for the device, or copies a number to it.
     assert not {"_local_scalar_dense", "nonzero", "lift_fresh", "equal", "is_nonzero"} & set(others)
+
+
+def test_launches_of_statistics() -> None:
+    leaf, labels = torch.randn(64, 200, requires_grad=True), torch.zeros(64, dtype=torch.int64)
+    names, others = started(lambda: label_smoothed_cross_entropy_with_stats(leaf, labels, ignore_index=-100)[0])
+    assert names == ["denominator", "forward", "statistics", "total", "backward"]
+    assert others == ["ones_like"]
 
 
 def test_kernels_of_the_linear_loss() -> None:
@@ -526,6 +574,16 @@ MUTANTS = {
     "the sum of the labels' weights": ("mask=counts & is_class, other=1)", "mask=counts & (given < 0), other=1)"),
     "the label's weight": ("of_label = of_label * weight.to(DTYPE)", "of_label = of_label + 0 * weight.to(DTYPE)"),
     "the others' weights": ("(tl.load(all_mass) - weight.to(tl.float64))", "(tl.load(all_mass))"),
+    "statistics: bad labels": (
+        'nll = tl.where(is_bad, float("nan"), log_sum + label_gap)',
+        "nll = log_sum + label_gap",
+    ),
+    "statistics: the gaps": ("_product(target, label_gap) + _product(of_others, gaps)", "_product(target, label_gap)"),
+    "statistics: z": ("else z * _of_all(z_loss, DTYPE)", "else lse * _of_all(z_loss, DTYPE)"),
+    "statistics: ignored rows": ("tl.store(flags + step + row, counts", "tl.store(flags + step + row, there"),
+    "statistics: rows of NaN": ("& (tl.abs(nll) >= 0)", ""),
+    "statistics: confidence": ("tl.where(counts, tl.exp(-log_sum), 0.0)", "tl.where(counts, tl.exp(-lse), 0.0)"),
+    "statistics: the divisor": ("(tl.zeros([BLOCK], DTYPE) + _share(divisor, DTYPE) != 0)", "there"),
     "what is written already": ("if tl.load(upstream) == 1:", "if tl.load(upstream) != 0:"),
 }
 NAMED = ("uniform_mean", "dominant", "everything", "bad_labels", "ties_max_sup", "z_loss", "softcap", "ignored")
@@ -573,7 +631,8 @@ def test_wrong_kernels_are_rejected(name: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "mutant", mutant)
     spec.loader.exec_module(mutant)
     monkeypatch.setattr(launch, "_kernels", lambda: mutant)
-    assert not (all(compared(case).agrees for case in some_cases()) and finds_the_first())
+    statistics = all(map(statistics_agree, STATISTICS.values()))
+    assert not (statistics and finds_the_first() and all(compared(case).agrees for case in some_cases()))
 
 
 def test_right_kernels_are_not() -> None:

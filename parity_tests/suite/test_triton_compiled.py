@@ -16,7 +16,12 @@ import torch
 
 from benchmarks.launches import measure, measure_linear
 from lsce_spec.devices import CARDS
-from lsce_torch import kernels, label_smoothed_cross_entropy, linear_label_smoothed_cross_entropy
+from lsce_torch import (
+    kernels,
+    label_smoothed_cross_entropy,
+    label_smoothed_cross_entropy_with_stats,
+    linear_label_smoothed_cross_entropy,
+)
 from parity_tests.losses.triton_kernels import TARGETS, Launch, Machine, compile_launch, on_pretended_gpu
 from parity_tests.plugin import Recorder
 
@@ -49,6 +54,7 @@ def options_of(name: str, num_classes: int) -> dict[str, Any]:
     options: dict[str, dict[str, Any]] = {
         "plain": {"ignore_index": -100},
         "none": {"reduction": "none"},
+        "statistics": {"ignore_index": -100, "z_loss": 0.1},
         "weighted": {"ignore_index": -100, "class_weight": torch.ones(num_classes)},
         "everything": everything,
         "max_sup": {**everything, "convention": "max_sup"},
@@ -57,7 +63,7 @@ def options_of(name: str, num_classes: int) -> dict[str, Any]:
 
 
 # Of these one kind is enough.
-MORE = ("none", "max_sup", "weighted")
+MORE = ("none", "max_sup", "weighted", "statistics")
 
 
 @cache
@@ -66,7 +72,10 @@ def launches(options: str, dtype: str, num_classes: int) -> tuple[Launch, ...]:
     logits = torch.zeros(4, num_classes, dtype=DTYPES[dtype], requires_grad=True)
     labels = torch.zeros(4, dtype=torch.int64)
     with on_pretended_gpu() as started:
-        loss = label_smoothed_cross_entropy(logits, labels, **options_of(options, num_classes))
+        if options == "statistics":
+            loss, _ = label_smoothed_cross_entropy_with_stats(logits, labels, **options_of(options, num_classes))
+        else:
+            loss = label_smoothed_cross_entropy(logits, labels, **options_of(options, num_classes))
         loss.sum().backward()
     return tuple(started)
 
@@ -176,6 +185,7 @@ def test_counted_launches() -> None:
         assert counts["lsce triton, ignored rows", 1000, dtype] == (5, 2)
         assert counts["lsce triton, denominator", 1000, dtype] == (4, 2)
         assert counts["lsce triton, class weights", 1000, dtype] == (6, 2)
+        assert counts["lsce triton, statistics", 1000, dtype] == (5, 2)
     assert counts["lsce fused", 32768, "bfloat16"] == (56, 49)
 
 
