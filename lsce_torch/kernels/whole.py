@@ -109,7 +109,7 @@ def loss(
     divisor: float | Tensor | None = None
     if options.reduction == "mean":
         has_ignored = given.where is not None or options.ignore_index is not None
-        divisor = denominator
+        divisor = denominator if denominator is None or isinstance(denominator, Tensor) else float(denominator)
         if divisor is None and (has_ignored or given.class_weight is not None):
             dtype = compute_dtype(given.logits)
             divisor = launch.denominator(given.labels, given.where, options.ignore_index, given.class_weight, dtype)

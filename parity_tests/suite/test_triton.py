@@ -310,10 +310,10 @@ def test_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
             assert torch.equal(torch.autograd.grad(found, leaf)[0], gradient)
 
 
-VALUES = [3.0, torch.tensor(3.0), torch.tensor(3), torch.tensor(3.0, dtype=torch.float64)]
+VALUES = [3.0, np.float32(3), torch.tensor(3.0), torch.tensor(3), torch.tensor(3.0, dtype=torch.float64)]
 
 
-@pytest.mark.parametrize("value", VALUES, ids=["number", "float32", "int64", "float64"])
+@pytest.mark.parametrize("value", VALUES, ids=["number", "NumPy's", "float32", "int64", "float64"])
 @pytest.mark.parametrize("num_classes", [40, 9001])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_denominator(value: Any, num_classes: int, dtype: torch.dtype) -> None:
