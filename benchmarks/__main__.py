@@ -456,6 +456,9 @@ def launches() -> None:
     report.print_machine(report.describe_machine(), console)
     console.print()
     report.print_table(report.launches_table([count._asdict() for count in counted.measure()]), console)
+    console.print()
+    of_linear = [count._asdict() for count in counted.measure_linear()]
+    report.print_table(report.linear_launches_table(of_linear, counted.LINEAR_SHAPE), console)
 
 
 @app.command()

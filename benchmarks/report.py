@@ -287,6 +287,26 @@ def launches_table(counts: Sequence[dict[str, Any]]) -> Table:
     return Table("torch, eager, on a GPU", headings, cells, legend)
 
 
+def linear_launches_table(counts: Sequence[dict[str, Any]], shape: LinearShape) -> Table:
+    """Return how many kernels each linear loss starts, and the bytes that they move."""
+    cells = [
+        (
+            count["name"],
+            str(count["launches"]),
+            str(count["of_chunk"]) if count["of_chunk"] else "-",
+            *(f"{count[name] / 1e9:.1f}" for name in ("of_products", "moved")),
+        )
+        for count in counts
+    ]
+    headings = ("loss and gradients", "kernels", "a chunk", "products GB", "others GB")
+    legend = (
+        "Products: bytes of the operands and results of the matrix products, each once. Others: those of all others.\n"
+        "Narrow sums: where torch cannot add a product of narrow tensors to a float32 sum. 4096 rows: of a chunk.\n"
+        "Counted on a CPU, not run."
+    )
+    return Table(f"torch, eager, on a GPU, bfloat16, {_times(shape)}", headings, cells, legend)
+
+
 def linear_tpu_table(costs: Sequence[dict[str, Any]], shape: LinearShape, chunk_bytes: int) -> Table:
     """Return operations, memory and traffic, and how large the arrays are that temporary memory is made of."""
     products = shape.rows * shape.features * shape.classes

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from lsce_spec import ChunkOptions, LossOptions
 from lsce_torch import compiled, fused, saved
-from lsce_torch.device import takes_plain_operations
+from lsce_torch.device import may_wait, takes_plain_operations
 from lsce_torch.inputs import Batch, tensor_of
 from lsce_torch.layer import Layer, Settings, layer_gradients, losses_and_gradients, scaled
 from lsce_torch.overwrite import has_memory
@@ -119,13 +119,17 @@ def _flat(value: Any, batch_shape: tuple[int, ...]) -> Any:
 
 
 def _rows_that_count(batch: Batch, layer: Layer) -> Int[Tensor, " n"] | None:
-    """Return the indices of the rows that count, if these are not all and it is possible to take only them."""
+    """Return the indices of the rows that count, if these are not all and it is possible to take only them.
+
+    How many they are is a value to wait for, once in a call. A GPU then runs dry for as long as the host takes to start
+    the next kernels, but is spared the matrix products of all other rows, which take longer unless these are few.
+    """
     if batch.counted is None or torch.compiler.is_compiling():
         return None
     if batch.counted.is_meta or isinstance(batch.counted, FakeTensor) or takes_plain_operations(layer.hidden):
         return None
     tensors = [t for t in (batch.counted, batch.labels, batch.smoothing, layer.hidden) if isinstance(t, Tensor)]
-    if not has_memory(*tensors) or (batch.counted.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not has_memory(*tensors) or not may_wait(batch.counted):
         return None
     index = batch.counted.reshape(-1).nonzero().squeeze(-1)
     return None if index.numel() in {0, batch.counted.numel()} else index

@@ -1,5 +1,6 @@
 """What the device of a tensor decides. CPUs take other operations than accelerators, which start each one slowly."""
 
+import torch
 from torch import Tensor
 
 
@@ -19,3 +20,10 @@ def takes_plain_operations(tensor: Tensor) -> bool:
 def device_type(tensor: Tensor) -> str:
     """Return the type of a tensor's device, such as "cpu". `lsce-parity --device-model` puts another in its place."""
     return tensor.device.type
+
+
+def may_wait(tensor: Tensor) -> bool:
+    """Return whether to wait for a GPU is possible, and neither forbidden nor watched by the caller."""
+    if not tensor.is_cuda:
+        return True
+    return not torch.cuda.is_current_stream_capturing() and not torch.cuda.get_sync_debug_mode()

@@ -150,11 +150,16 @@ def _evaluate(
     options = _checked_options(keywords)
     check_inplace(keywords)
     given = check(logits, labels, options, keywords)
-    if not with_stats:
-        inplace_backward = keywords["inplace_backward"]
-        loss = whole.loss(given, options, keywords["denominator"], logits, inplace_backward=inplace_backward)
-        if loss is not None:
-            return loss, None
+    by_kernels = whole.loss(
+        given,
+        options,
+        keywords["denominator"],
+        logits,
+        inplace_backward=keywords["inplace_backward"],
+        with_stats=with_stats,
+    )
+    if by_kernels is not None:
+        return by_kernels
     batch = canonical(given, options)
     if keywords["inplace_backward"]:
         batch = replace(batch, overwritten=tensors_to_overwrite(logits))

@@ -3,26 +3,33 @@ r"""The linear layer before the loss: sums and gradients, some rows at a time, s
 The gradient with respect to a chunk's logits z = h W^T + b gives those with respect to h, W and b by two matrix
 products. The sweeps of the fused loss write it over the logits.
 
-A TPU's compiler copies a tensor to write to a part of it. So there a chunk gets memory of its own, the weight's
-gradient is added as a whole, and the negligible classes of `gradient_filter` become 0 instead of being taken out: how
-many they are would be a value to wait for.
+On NVIDIA's GPUs a chunk is four launches: the logits, the sweep over them, and a product for hidden and one for the
+weight, which adds to the float32 sum as it multiplies. Elsewhere the product for the weight has the narrow dtype, and
+is added to the sum tile by tile.
+
+A TPU's compiler copies a tensor to write to a part of it. So there a chunk gets memory of its own, and the weight's
+gradient is added as a whole. On TPUs and GPUs the negligible classes of `gradient_filter` become 0 instead of being
+taken out: how many they are would be a value to wait for.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
-from lsce_torch.device import is_on_cpu, takes_plain_operations
+from lsce_torch.device import is_on_cpu, may_wait, takes_plain_operations
 from lsce_torch.inputs import compute_dtype, tensor_of
 from lsce_torch.memory import in_large_pages
-from lsce_torch.sums import ROWS, Operands, num_sums
-from lsce_torch.sweeps import logits_gradient, sweep, sweep_with_gradient
+from lsce_torch.sums import ROWS, Operands
+from lsce_torch.sweeps import Results, logits_gradient, sweep_into
 
-# Classes of a part of the weight's gradient, if the product has a narrower dtype than the sum.
+# Classes of a part of the weight's gradient, if the product has a narrower dtype than the sum. The product of a part
+# stays in a GPU's cache until it is added, and that of all classes would take half as much memory as the sum.
 _TILE = 8192
 
 
@@ -63,19 +70,16 @@ def losses_and_gradients(
 
     The gradients are those of the sum of the losses.
     """
-    num_rows, dtype, device = layer.hidden.shape[0], compute_dtype(layer.hidden), layer.hidden.device
-    losses = torch.empty(num_rows, dtype=dtype, device=device)
-    stacked = torch.empty((num_sums(operands), num_rows), dtype=dtype, device=device)
-    first = torch.empty(num_rows, dtype=torch.int64, device=device) if operands.with_stats else None
+    num_rows = layer.hidden.shape[0]
+    results = Results.empty((num_rows,), operands, compute_dtype(layer.hidden), layer.hidden.device)
     multiplied = _multiplied(layer, settings)
     gradients = _Gradients(multiplied, operands, settings)
     with_gradients = any(settings.needs)
     for part, logits, rows in _chunks(multiplied, operands, settings):
-        losses[part], stacked[:, part], first_of_rows = (sweep_with_gradient if with_gradients else sweep)(logits, rows)
-        if first is not None and first_of_rows is not None:
-            first[part] = first_of_rows
+        sweep_into(results.of_rows(part), logits, rows, with_gradient=with_gradients)
         if with_gradients:
             gradients.add(part, logits, rows)
+    losses, stacked, first = results
     return (losses.sum() if settings.total else losses), stacked, first, gradients.finish()
 
 
@@ -86,22 +90,29 @@ def layer_gradients(
     multiplied = _multiplied(layer, settings)
     gradients = _Gradients(multiplied, operands, settings)
     if any(settings.needs):
+        results = Results.empty((layer.hidden.shape[0],), operands, stacked.dtype, stacked.device)
         for part, logits, rows in _chunks(multiplied, operands, settings):
             if settings.total:
                 # The same arithmetic as with the loss, to the last bit. `upstream` is multiplied in at the end.
-                sweep_with_gradient(logits, rows)
+                sweep_into(results.of_rows(part), logits, rows, with_gradient=True)
             else:
                 logits_gradient(logits, rows, stacked[:, part], upstream[part], logits)
             gradients.add(part, logits, rows)
-    factor = upstream if settings.total else torch.ones_like(stacked[0, 0])
+    factor = upstream if settings.total else None
     return {name: scaled(of, factor, getattr(layer, name).dtype) for name, of in gradients.finish().items()}
 
 
-def scaled(gradient: Tensor, upstream: Float[Tensor, ""], dtype: torch.dtype) -> Tensor:
-    """Return gradient * upstream in that dtype, in the same memory if possible."""
+def scaled(gradient: Tensor, upstream: Float[Tensor, ""] | None, dtype: torch.dtype) -> Tensor:
+    """Return gradient * upstream, or the gradient, in that dtype, in the same memory if possible."""
+    if upstream is None:
+        return gradient.to(dtype)
     if gradient.dtype == dtype == compute_dtype(gradient):
         return gradient.mul_(upstream)
-    return (gradient * upstream).to(dtype)
+    if is_on_cpu(gradient) or takes_plain_operations(gradient):
+        return (gradient * upstream).to(dtype)
+    # One kernel, and nothing in float32. A GPU would round a scalar to the narrow dtype before it multiplies.
+    result = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+    return torch.mul(gradient, upstream.reshape((1,) * gradient.ndim), out=result)
 
 
 def _multiplied(layer: Layer, settings: Settings) -> Layer:
@@ -191,25 +202,25 @@ class _Gradients:
         for excluded in (rows.bad, None if rows.counted is None else ~rows.counted):
             if excluded is not None:
                 off = off.masked_fill(excluded, 0)
-        rest = of_logits.add_(off[:, None] * self.factor.to(of_logits.dtype))
+        rest = of_logits.addcmul_(off[:, None], self.factor)
         is_small = torch.linalg.vector_norm(rest, torch.inf, dim=0) <= self.threshold  # False for NaN
         large, weight = None, self.layer.weight
-        if takes_plain_operations(rest):
-            rest = torch.where(is_small, 0, rest)
-        else:
+        if is_on_cpu(rest):
             large = (~is_small).nonzero().squeeze(-1)
             rest, weight = rest[:, large], weight[large]
+        else:
+            rest = rest.masked_fill_(is_small, 0)
         if "hidden" in self.sums:
             product = torch.mm(rest, weight).to(self.dtype)
             self.sums["hidden"][part] = product.addcmul_(off[:, None], self.sum_of_weights, value=-1)
         if "weight" in self.sums:
-            if part.start == 0:
-                self.sums["weight"].zero_()
-            product = torch.mm(rest.T, hidden).to(self.dtype)
+            is_first = part.start == 0
             if large is None:
-                self.sums["weight"].add_(product)
+                _add_product(self.sums["weight"], rest, hidden, is_first=is_first)
             else:
-                self.sums["weight"].index_add_(0, large, product)
+                if is_first:
+                    self.sums["weight"].zero_()
+                self.sums["weight"].index_add_(0, large, torch.mm(rest.T, hidden).to(self.dtype))
             self.off_hidden.add_(off @ hidden.to(self.dtype))
 
     def finish(self) -> dict[str, Tensor]:
@@ -235,13 +246,41 @@ def _add_product(
     if total.dtype == hidden.dtype:
         torch.addmm(total, of_logits.T, hidden, beta=old, out=total)
         return
+    if _adds_to_float32(hidden):
+        # torch 2.9 has no addmm of a float32 and narrow tensors.
+        sums = total[None]
+        torch.baddbmm(sums, of_logits.T[None], hidden[None], beta=old, out_dtype=total.dtype, out=sums)
+        return
     step = total.shape[0] if takes_plain_operations(total) else _TILE
     for start in range(0, total.shape[0], step):
         part = slice(start, start + step)
         if is_on_cpu(total):
             tile, wide = of_logits[:, part].T.to(total.dtype), hidden.to(total.dtype)
             torch.addmm(total[part], tile, wide, beta=old, out=total[part])
-        else:
-            # In the narrow dtype, for which accelerators have matrix units.
-            product = torch.mm(of_logits[:, part].T, hidden)
+            continue
+        # In the narrow dtype, for which accelerators have matrix units.
+        product = torch.mm(of_logits[:, part].T, hidden)
+        if takes_plain_operations(total):
             total[part] = product if is_first else total[part] + product
+        elif is_first:
+            total[part].copy_(product)
+        else:
+            total[part].add_(product)
+
+
+def _adds_to_float32(narrow: Tensor) -> bool:
+    """Return whether a matrix product of narrow tensors can be added to float32 numbers, without being rounded."""
+    if not narrow.is_cuda or isinstance(narrow, FakeTensor):
+        return False
+    return _has_float32_products(narrow.device, narrow.dtype, torch.cuda.tunable.is_enabled())
+
+
+@cache
+def _has_float32_products(device: torch.device, dtype: torch.dtype, _is_tunable: bool) -> bool:
+    """Try it once: torch has it for NVIDIA's GPUs, later for AMD's, and not where products are tuned."""
+    narrow, wide = (torch.ones((1, 16, 16), dtype=each, device=device) for each in (dtype, torch.float32))
+    try:
+        torch.baddbmm(wide, narrow, narrow, out_dtype=torch.float32, out=wide)
+    except RuntimeError:
+        return False
+    return not may_wait(wide) or bool((wide == 17).all())

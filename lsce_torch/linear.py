@@ -51,7 +51,7 @@ def linear_label_smoothed_cross_entropy(
             reduction="none", which allows nothing else.
         gradient_filter: leave a class out of the two matrix products for the gradient if its part of the gradient of
             the logits, not counting the part from smoothing alone, is at most this in every row of a chunk. The part
-            from smoothing is always included. 0 leaves nothing out.
+            from smoothing is always included. 0 leaves nothing out. On GPUs and TPUs it saves no time.
 
     Returns:
         Losses, with `reduction="none"` of shape [...], else a scalar. float64 for float64 hidden, otherwise float32.

@@ -53,6 +53,27 @@ class Block(NamedTuple):
     max_slope: Float[Tensor, "*rows"] | None = None
 
 
+class Results(NamedTuple):
+    """What the sweep for the sums returns, or memory for it."""
+
+    losses: Float[Tensor, "*batch"]
+    stacked: Float[Tensor, "sums ..."]  # the `Sums`
+    first: Int[Tensor, "*batch"] | None  # index of the first largest logit, for statistics
+
+    @staticmethod
+    def empty(shape: tuple[int, ...], operands: Operands, dtype: torch.dtype, device: torch.device) -> "Results":
+        """Return memory for rows of that shape. Sums that nothing uses are not written, and 0."""
+        return Results(
+            losses=torch.empty(shape, dtype=dtype, device=device),
+            stacked=torch.zeros((num_sums(operands), *shape), dtype=dtype, device=device),
+            first=torch.empty(shape, dtype=torch.int64, device=device) if operands.with_stats else None,
+        )
+
+    def of_rows(self, part: slice) -> "Results":
+        """Return the memory of some rows, which are in one dimension."""
+        return Results(self.losses[part], self.stacked[:, part], None if self.first is None else self.first[part])
+
+
 _WIDE = ("logits", "gradient", "excluded", "factor")
 
 
@@ -100,6 +121,17 @@ def sweep_with_gradient(logits: Float[Tensor, "*batch K"], operands: Operands) -
     whole = whole._replace(gradient=logits, bad=operands.bad, on=on, off=off, mass=mass)
     _run(partial(_fill_both, z_loss=operands.z_loss), whole, in_gradient=logits.dtype == whole.stacked.dtype)
     return _with_losses(operands, *_without_uncounted(whole))
+
+
+def sweep_into(results: Results, logits: Float[Tensor, "*batch K"], operands: Operands, *, with_gradient: bool) -> None:
+    """Write what `sweep` or `sweep_with_gradient` returns to given memory: the kernels directly, others by a copy."""
+    if _takes_kernels(logits, operands):
+        launch.sums_into(*results, logits, operands, with_gradient=with_gradient)
+        return
+    found = (sweep_with_gradient if with_gradient else sweep)(logits, operands)
+    for memory, value in zip(results, found, strict=True):
+        if memory is not None and value is not None:
+            memory.copy_(value)
 
 
 def logits_gradient(

@@ -119,6 +119,17 @@ def _tanh(x):
 
 
 @triton.jit
+def _share(divisor, DTYPE: tl.constexpr):
+    """1 / divisor, and 0 for 0: by a rough quotient and a step of Newton's method, which takes fewer registers."""
+    one = tl.full([], 1, DTYPE)
+    value = one * _of_all(divisor, DTYPE)
+    rough = one / tl.where(value == 0, one, value)
+    share = tl.fma(rough, tl.fma(-value, rough, one), rough)
+    share = tl.where(tl.abs(share) < _INF, share, rough)
+    return tl.where(value == 0, 0.0, share)
+
+
+@triton.jit
 def _capped(raw, softcap):
     if softcap is None:
         result = raw
@@ -371,16 +382,22 @@ def _sums_of_low_rows(
 
 
 @triton.jit
-def _targets_of(row, there, on, off, other_mass, at_max, DTYPE: tl.constexpr):
+def _targets_of(row, there, label, on, off, other_mass, at_max, factor, all_mass, DTYPE: tl.constexpr):
     """The numbers of the target of each row, 0 for what the loss does not have."""
     nothing = tl.zeros(row.shape, DTYPE)
-    of_others, mass, of_largest = nothing, nothing, nothing
+    of_label, of_others, mass, of_largest = _of_rows(on, row, there, DTYPE), nothing, nothing, nothing
     if off is not None:
         of_others = _of_rows(off, row, there, DTYPE)
-        mass = _of_rows(other_mass, row, there, DTYPE)
+        if all_mass is None:
+            mass = _of_rows(other_mass, row, there, DTYPE)
+    if all_mass is not None:
+        weight = tl.load(factor + label, mask=there, other=0)
+        of_label = of_label * weight.to(DTYPE)
+        # In float64: the label's may be most of the sum.
+        mass = (tl.load(all_mass) - weight.to(tl.float64)).to(DTYPE)
     if at_max is not None:
         of_largest = _of_rows(at_max, row, there, DTYPE)
-    return _of_rows(on, row, there, DTYPE), of_others, mass, of_largest
+    return of_label, of_others, mass, of_largest
 
 
 @triton.jit
@@ -425,21 +442,23 @@ def _write_gradient(
 @triton.jit(do_not_specialize=["num_rows", "sums_step", "ignore_index"])
 def forward(
     logits, labels, counted, bad, class_mask, factor, on, off, other_mass, at_max, z_loss, softcap,
-    losses, sums, first, gradient, scale,
+    all_mass, losses, sums, first, gradient, divisor,
     num_rows, num_classes, inner, row_stride, sums_step, mask_stride, factor_stride, ignore_index,
     DTYPE: tl.constexpr, NUM_ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr, APART: tl.constexpr,
     PTX: tl.constexpr,
 ):  # fmt: skip
-    """Losses and sums of rows, and the gradient of `scale` times the sum of the losses.
+    """Losses and sums of rows, and the gradient of the sum of the losses by `divisor`.
 
     Args:
         logits, labels, counted, bad, class_mask, factor, on, off, other_mass, at_max, z_loss, softcap: see `Operands`;
             None for what the loss does not have, as `off` and `other_mass` where `off` is 0.
+        all_mass: sum of `factor`, in memory and in float64, if `on` and `other_mass` are to be made of the label's
+            factor; otherwise None.
         losses: to write.
         sums: to write, the fields of `Sums` one after the other: with APART all of them, otherwise the first three.
         first: index of the first largest logit, to write, or None.
         gradient: to write, may be the logits; or None.
-        scale: what the sum of the losses is multiplied by; None for 1.
+        divisor: what the sum of the losses is divided by; None for 1. If it is in memory and 0, no row counts.
         num_rows: number of rows.
         num_classes: number of classes.
         inner: how many rows lie side by side, or None.
@@ -462,6 +481,12 @@ def forward(
     label, counts, is_bad = _labels_of(
         row, there, labels, counted, bad, class_mask, mask_stride, ignore_index, num_classes
     )
+    nothing = tl.zeros([NUM_ROWS], DTYPE)
+    upstream = nothing + 1
+    if divisor is not None:
+        upstream = upstream * _share(divisor, DTYPE)
+        counts = counts & (upstream != 0)
+        is_bad = is_bad & counts
     classes = (logits, class_mask, mask_stride, factor, factor_stride, num_classes, inner)
     if softcap is not None:
         softcap = _of_all(softcap, DTYPE)
@@ -496,13 +521,9 @@ def forward(
     largest, number, top_mass, index = tops
     log_sum = tl.where(tl.abs(peak) == _INF, float("nan"), _log1p(rest))
 
-    nothing = tl.zeros([NUM_ROWS], DTYPE)
-    targets = _targets_of(row, there, on, off, other_mass, at_max, DTYPE)
+    targets = _targets_of(row, there, label, on, off, other_mass, at_max, factor, all_mass, DTYPE)
     if not AT_MAX:
         number, top_mass = nothing + 1, nothing
-    upstream = nothing + 1
-    if scale is not None:
-        upstream = upstream * _of_all(scale, DTYPE)
     if z_loss is not None:
         z_loss = _of_all(z_loss, DTYPE)
     mass, slopes = _slopes_of(upstream, is_bad, (peak, log_sum, label_gap, number, top_mass), targets, z_loss)
@@ -556,7 +577,7 @@ def forward(
 @triton.jit(do_not_specialize=["num_rows", "sums_step", "ignore_index", "num_blocks", "programs_of_row"])
 def backward(
     logits, labels, counted, bad, class_mask, factor, on, off, other_mass, at_max, z_loss, softcap,
-    sums, upstream, scale, gradient,
+    all_mass, sums, upstream, divisor, gradient,
     num_rows, num_classes, inner, row_stride, sums_step, mask_stride, factor_stride, ignore_index, num_blocks,
     programs_of_row,
     DTYPE: tl.constexpr, NUM_ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
@@ -571,8 +592,8 @@ def backward(
         BY_ROW: see `upstream`.
         IS_WRITTEN: whether `gradient` holds that for an upstream of 1 already.
         logits, labels, counted, bad, class_mask, factor, on, off, other_mass, at_max, z_loss, softcap: see `forward`.
-        sums, scale, gradient, num_rows, num_classes, inner, row_stride, sums_step, mask_stride, factor_stride: see
-            `forward`.
+        all_mass, sums, divisor, gradient, num_rows, num_classes, inner, row_stride, sums_step, mask_stride,
+            factor_stride: see `forward`.
         ignore_index, DTYPE, NUM_ROWS, BLOCK, ALIGN: see `forward`.
     """
     AT_MAX: tl.constexpr = at_max is not None
@@ -585,9 +606,14 @@ def backward(
     label, counts, is_bad = _labels_of(
         row, there, labels, counted, bad, class_mask, mask_stride, ignore_index, num_classes
     )
-    classes = (logits, class_mask, mask_stride, factor, factor_stride, num_classes, inner)
     nothing = tl.zeros([NUM_ROWS], DTYPE)
-    targets = _targets_of(row, there, on, off, other_mass, at_max, DTYPE)
+    share = nothing + 1
+    if divisor is not None:
+        share = share * _share(divisor, DTYPE)
+        counts = counts & (share != 0)
+        is_bad = is_bad & counts
+    classes = (logits, class_mask, mask_stride, factor, factor_stride, num_classes, inner)
+    targets = _targets_of(row, there, label, on, off, other_mass, at_max, factor, all_mass, DTYPE)
     number, top_mass, largest = nothing + 1, nothing, nothing
     if AT_MAX:
         largest = tl.load(sums + 4 * sums_step + row, mask=there, other=0)
@@ -600,8 +626,7 @@ def backward(
         factor_of_row = tl.load(upstream + row, mask=there, other=0).to(DTYPE)
     else:
         factor_of_row = nothing + tl.load(upstream).to(DTYPE)
-    if scale is not None:
-        factor_of_row = factor_of_row * _of_all(scale, DTYPE)
+    factor_of_row = factor_of_row * share
     if z_loss is not None:
         z_loss = _of_all(z_loss, DTYPE)
     if softcap is not None:
@@ -625,33 +650,83 @@ def backward(
             )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["num_rows", "sums_step", "ignore_index"])
+def statistics(
+    labels, counted, on, off, other_mass, factor, all_mass, z_loss, sums, first, divisor, numbers, flags,
+    num_rows, num_classes, sums_step, ignore_index,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The statistics of rows from their sums, a row in a lane.
+
+    Args:
+        numbers: to write, the fields of `LossStats` that are numbers one after the other.
+        flags: to write, the others.
+        num_rows: number of rows, and the step from one field to the next.
+        BLOCK: rows of a program.
+        labels, counted, on, off, other_mass, factor, all_mass, z_loss, sums, first, divisor, num_classes, sums_step,
+            ignore_index, DTYPE: see `forward`.
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = row < num_rows
+    step = tl.program_id(0).to(tl.int64) * 0 + num_rows
+    label, counts, is_bad = _labels_of(row, there, labels, counted, None, None, 0, ignore_index, num_classes)
+    if divisor is not None:
+        counts = counts & (tl.zeros([BLOCK], DTYPE) + _share(divisor, DTYPE) != 0)
+    peak = tl.load(sums + row, mask=there, other=0)
+    log_sum = tl.load(sums + sums_step + row, mask=there, other=0)
+    label_gap = tl.load(sums + 2 * sums_step + row, mask=there, other=0)
+    gaps = tl.load(sums + 3 * sums_step + row, mask=there, other=0)
+    target, of_others, mass, _ = _targets_of(row, there, label, on, off, other_mass, None, factor, all_mass, DTYPE)
+    smoothed = (target + of_others * mass) * log_sum + _product(target, label_gap) + _product(of_others, gaps)
+    lse = peak + log_sum
+    z = lse * lse
+    z = z * 0.0 if z_loss is None else z * _of_all(z_loss, DTYPE)
+    nll = tl.where(is_bad, float("nan"), log_sum + label_gap)
+    smoothed = tl.where(is_bad, float("nan"), smoothed)
+    tl.store(numbers + row, tl.where(counts, nll, 0.0), mask=there)
+    tl.store(numbers + step + row, tl.where(counts, smoothed, 0.0), mask=there)
+    tl.store(numbers + 2 * step + row, tl.where(counts, z, 0.0), mask=there)
+    tl.store(numbers + 3 * step + row, tl.where(counts, lse, 0.0), mask=there)
+    tl.store(numbers + 4 * step + row, tl.where(counts, tl.exp(-log_sum), 0.0), mask=there)
+    # Neither a bad label nor a row of NaN is correct.
+    correct = counts & (tl.load(first + row, mask=there, other=0) == label) & (tl.abs(nll) >= 0)
+    tl.store(flags + row, correct, mask=there)
+    tl.store(flags + step + row, counts, mask=there)
+
+
 # --- Sums over the rows -----------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def total(losses, scale, result, num_rows, BLOCK: tl.constexpr):
-    """The sum of the losses, times the scale unless it is None."""
+def total(losses, divisor, result, num_rows, BLOCK: tl.constexpr):
+    """The sum of the losses, by the divisor unless it is None; 0 if that is 0."""
     lane = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], losses.dtype.element_ty)
     for at in range(0, num_rows, BLOCK):
         sums += tl.load(losses + at + lane, mask=at + lane < num_rows, other=0)
     whole = tl.sum(sums, 0)
-    if scale is not None:
-        whole = whole * _of_all(scale, losses.dtype.element_ty)
+    if divisor is not None:
+        value = tl.zeros_like(whole) + _of_all(divisor, losses.dtype.element_ty)
+        whole = tl.where(value == 0, 0.0, _quotient(whole, tl.where(value == 0, 1.0, value)))
     tl.store(result, whole)
 
 
 @triton.jit(do_not_specialize=["num_rows", "ignore_index"])
-def reciprocal(labels, counted, result, num_rows, ignore_index, BLOCK: tl.constexpr):
-    """1 over the number of rows that count, 0 if none does."""
+def denominator(labels, counted, weights, result, num_rows, num_classes, ignore_index, BLOCK: tl.constexpr):
+    """The number of rows that count, or the sum of the weights of their labels. A bad label weighs 1."""
+    DTYPE: tl.constexpr = result.dtype.element_ty
     lane = tl.arange(0, BLOCK)
-    number = tl.zeros([BLOCK], tl.int32)
+    sums = tl.zeros([BLOCK], DTYPE)
     for at in range(0, num_rows, BLOCK):
         counts = at + lane < num_rows
+        given = tl.load(labels + at + lane, mask=counts, other=0).to(tl.int64)
         if ignore_index is not None:
-            counts = counts & (tl.load(labels + at + lane, mask=counts, other=0).to(tl.int64) != ignore_index)
+            counts = counts & (given != ignore_index)
         if counted is not None:
             counts = counts & (tl.load(counted + at + lane, mask=counts, other=0) != 0)
-        number += counts.to(tl.int32)
-    whole = tl.sum(number, 0).to(result.dtype.element_ty)
-    tl.store(result, tl.where(whole == 0, 0.0, _quotient(whole * 0 + 1, tl.maximum(whole, 1))))
+        weight = tl.full([BLOCK], 1, DTYPE)
+        if weights is not None:
+            is_class = (given >= 0) & (given < num_classes)
+            weight = tl.load(weights + given, mask=counts & is_class, other=1).to(DTYPE)
+        sums += tl.where(counts, weight, 0.0)
+    tl.store(result, tl.sum(sums, 0))

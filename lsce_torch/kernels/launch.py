@@ -8,10 +8,10 @@ from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lsce_torch.inputs import compute_dtype
+from lsce_torch.inputs import at_labels, compute_dtype
 from lsce_torch.kernels import is_interpreted
 from lsce_torch.sums import Operands, num_sums
 
@@ -27,6 +27,8 @@ _TILE = 2048
 _WARP, _PER_THREAD = 32, 8
 # One program adds up the rows, so many at once.
 _MOST_ROWS, _ROWS_AT_ONCE, _WARPS_OF_ROWS = 2**16, 2048, 8
+# Rows of a program, where each has its own thread.
+_ROWS_OF_STATISTICS = 128
 
 
 class Layout(NamedTuple):
@@ -43,6 +45,17 @@ class Layout(NamedTuple):
     num_classes: int
     inner: int | None
     row_stride: int
+
+
+class Whole(NamedTuple):
+    """What the kernels compute themselves if they are given a whole loss. See `gpu.forward` for each."""
+
+    ignore_index: int | None = None
+    divisor: float | Float[Tensor, ""] | None = None
+    all_mass: Float[Tensor, ""] | None = None
+
+
+_PART = Whole()
 
 
 def layout_of(logits: Float[Tensor, "*batch K"]) -> Layout | None:
@@ -105,12 +118,25 @@ def sums(
     losses = torch.empty(shape, dtype=dtype, device=device)
     stacked = torch.empty((num_sums(operands), *shape), dtype=dtype, device=device)
     first = torch.empty(shape, dtype=torch.int64, device=device) if operands.with_stats else None
-    apart = _needs_gaps_apart(operands)
-    if not apart:
+    if not _needs_gaps_apart(operands):
         stacked[3:] = 0  # nothing uses them
-    with _in_known_layout(logits, written=logits if with_gradient else None) as (laid, _):
-        forward(laid, operands, losses, stacked, first, laid if with_gradient else None, apart=apart)
+    sums_into(losses, stacked, first, logits, operands, with_gradient=with_gradient)
     return losses, stacked, first
+
+
+def sums_into(
+    losses: Float[Tensor, "*batch"],
+    stacked: Float[Tensor, "sums ..."],
+    first: Int[Tensor, "*batch"] | None,
+    logits: Float[Tensor, "*batch K"],
+    operands: Operands,
+    *,
+    with_gradient: bool,
+) -> None:
+    """Write what `sums` returns to given memory, in which the rows of each are contiguous."""
+    with _in_known_layout(logits, written=logits if with_gradient else None) as (laid, _):
+        gradient = laid if with_gradient else None
+        forward(laid, operands, losses, stacked, first, gradient, apart=_needs_gaps_apart(operands))
 
 
 def _needs_gaps_apart(operands: Operands) -> bool:
@@ -159,8 +185,7 @@ def forward(
     first: Int[Tensor, "*batch"] | None,
     gradient: Float[Tensor, "*batch K"] | None,
     *,
-    scale: float | Float[Tensor, ""] | None = None,
-    ignore_index: int | None = None,
+    whole: Whole = _PART,
     apart: bool = True,
 ) -> None:
     """Write the losses and the sums. See `gpu.forward` for the arguments; `stacked` are the sums."""
@@ -173,13 +198,14 @@ def forward(
         logits,
         _num_programs(layout, plan),
         plan,
-        **_arguments(logits, operands, layout, ignore_index),
+        **_arguments(logits, operands, layout, whole.ignore_index),
         losses=losses,
         sums=stacked,
         sums_step=stacked.stride(0),
         first=first,
         gradient=gradient,
-        scale=_constant(scale, logits),
+        divisor=_constant(whole.divisor, logits),
+        all_mass=whole.all_mass,
         APART=apart,
         PTX=not is_interpreted() and torch.version.hip is None,
     )
@@ -192,8 +218,7 @@ def backward(
     upstream: Float[Tensor, "*#batch"],
     gradient: Float[Tensor, "*batch K"],
     *,
-    scale: float | Float[Tensor, ""] | None = None,
-    ignore_index: int | None = None,
+    whole: Whole = _PART,
     is_written: bool = False,
 ) -> None:
     """Write the gradient, which may be over the logits. See `gpu.backward` for the arguments."""
@@ -212,17 +237,52 @@ def backward(
         logits,
         _num_programs(layout, plan) * programs_of_row,
         plan,
-        **_arguments(logits, operands, layout, ignore_index),
+        **_arguments(logits, operands, layout, whole.ignore_index),
         sums=stacked,
         sums_step=stacked.stride(0),
         upstream=upstream.expand(logits.shape[:-1]).contiguous() if by_row else upstream.detach(),
-        scale=_constant(scale, logits),
+        divisor=_constant(whole.divisor, logits),
+        all_mass=whole.all_mass,
         gradient=gradient,
         num_blocks=num_blocks,
         programs_of_row=programs_of_row,
         BY_ROW=by_row,
         IS_WRITTEN=is_written,
     )
+
+
+def statistics(
+    logits: Float[Tensor, "*batch K"],
+    operands: Operands,
+    stacked: Float[Tensor, "sums ..."],
+    first: Int[Tensor, "*batch"],
+    whole: Whole,
+) -> tuple[Float[Tensor, "numbers ..."], Bool[Tensor, "flags ..."]]:
+    """Return the numbers and the flags of the `LossStats`, from the sums of `forward`."""
+    shape, device = logits.shape[:-1], logits.device
+    numbers = torch.empty((5, *shape), dtype=stacked.dtype, device=device)
+    flags = torch.empty((2, *shape), dtype=torch.bool, device=device)
+    given = _arguments(logits, operands, _known_layout(logits), whole.ignore_index)
+    names = ("labels", "counted", "on", "off", "other_mass", "factor", "z_loss", "num_rows", "num_classes")
+    _run(
+        _kernels().statistics,
+        -(-given["num_rows"] // _ROWS_OF_STATISTICS),
+        logits,
+        **{name: given[name] for name in names},
+        all_mass=whole.all_mass,
+        sums=stacked,
+        first=first,
+        divisor=_constant(whole.divisor, logits),
+        numbers=numbers,
+        flags=flags,
+        sums_step=stacked.stride(0),
+        ignore_index=whole.ignore_index,
+        DTYPE=_dtype_of(logits),
+        BLOCK=_ROWS_OF_STATISTICS,
+        num_warps=_ROWS_OF_STATISTICS // _WARP,
+        enable_fp_fusion=True,
+    )
+    return numbers, flags
 
 
 def _known_layout(logits: Tensor) -> Layout:
@@ -289,33 +349,48 @@ def _constant(value: float | Tensor | None, logits: Tensor) -> float | Tensor | 
     return torch.full((), value, dtype=torch.float64, device=logits.device)
 
 
-def total(losses: Float[Tensor, "*batch"], scale: float | Float[Tensor, ""] | None) -> Float[Tensor, ""]:
-    """Return the sum of the losses times the scale."""
+def total(losses: Float[Tensor, "*batch"], divisor: float | Float[Tensor, ""] | None) -> Float[Tensor, ""]:
+    """Return the sum of the losses by the divisor, 0 if that is 0."""
     if losses.numel() > _MOST_ROWS:
-        return losses.sum() if scale is None else losses.sum() * scale
+        whole = losses.sum()
+        if divisor is None:
+            return whole
+        return torch.where(divisor == 0, 0, whole / divisor) if isinstance(divisor, Tensor) else whole / divisor
     result = losses.new_empty(())
-    _start_one("total", losses, losses=losses, scale=_constant(scale, losses), result=result, num_rows=losses.numel())
+    divisor = _constant(divisor, losses)
+    _start_one("total", losses, losses=losses, divisor=divisor, result=result, num_rows=losses.numel())
     return result
 
 
-def reciprocal(
-    labels: Int[Tensor, "*batch"], where: Tensor | None, ignore_index: int | None, dtype: torch.dtype
+def denominator(
+    labels: Int[Tensor, "*batch"],
+    where: Tensor | None,
+    ignore_index: int | None,
+    class_weight: Float[Tensor, " K"] | None,
+    dtype: torch.dtype,
 ) -> Float[Tensor, ""]:
-    """Return 1 over the number of rows that count, 0 if none does."""
+    """Return the number of rows that count, or the sum of the weights of their labels. A bad label weighs 1."""
+    num_classes = 0 if class_weight is None else class_weight.numel()
     if labels.numel() > _MOST_ROWS:
         counts = torch.ones_like(labels, dtype=torch.bool) if where is None else where.expand(labels.shape)
         if ignore_index is not None:
             counts = counts & torch.ne(labels, ignore_index)
-        number = counts.sum().to(dtype)
-        return torch.where(number == 0, 0, 1 / number)
+        if class_weight is None:
+            return counts.sum().to(dtype)
+        classes = labels.to(torch.int64)
+        is_class = (classes >= 0) & (classes < num_classes)
+        weights = at_labels(class_weight, classes.masked_fill(~is_class, 0)).masked_fill(~is_class, 1)
+        return weights.masked_fill(~counts, 0).sum()
     result = torch.empty((), dtype=dtype, device=labels.device)
     _start_one(
-        "reciprocal",
+        "denominator",
         labels,
         labels=labels.contiguous(),
         counted=None if where is None else where.expand(labels.shape).contiguous(),
+        weights=None if class_weight is None else class_weight.detach().contiguous(),
         result=result,
         num_rows=labels.numel(),
+        num_classes=num_classes,
         ignore_index=ignore_index,
     )
     return result
@@ -332,14 +407,18 @@ def _kernels() -> Any:
     return gpu
 
 
+def _dtype_of(logits: Tensor) -> Any:
+    """Return Triton's name of the dtype to compute in."""
+    return _kernels().FLOAT64 if logits.dtype == torch.float64 else _kernels().FLOAT32
+
+
 def _start(name: str, logits: Tensor, num_programs: int, plan: _Plan, /, **arguments: Any) -> None:
-    gpu = _kernels()
     _run(
-        getattr(gpu, name),
+        getattr(_kernels(), name),
         num_programs,
         logits,
         **arguments,
-        DTYPE=gpu.FLOAT64 if logits.dtype == torch.float64 else gpu.FLOAT32,
+        DTYPE=_dtype_of(logits),
         NUM_ROWS=plan.rows,
         BLOCK=plan.block,
         ALIGN=plan.align,

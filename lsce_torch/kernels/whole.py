@@ -1,8 +1,8 @@
 """A whole loss by the kernels: labels as they are given, the reduction, and the gradient with the loss.
 
 For the usual losses each operation on the rows costs a launch, as much time as a kernel needs for millions of logits.
-So one kernel takes the labels as they are, a second adds the losses up, and if labels are ignored, one before them
-counts the others.
+So one kernel takes the labels as they are, a second adds the losses up, and if labels are ignored or weighted, one
+before them counts the others or adds their weights up.
 
 Where the sum or mean will be differentiated, the first kernel writes the gradient as well, as if the upstream gradient
 were 1: it reads the logits once, or again from the cache. The kernel of `backward` then looks at the upstream gradient,
@@ -18,16 +18,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lsce_spec import LossOptions, is_number, smoothing_weights
+from lsce_spec import (
+    LossOptions,
+    check_denominator_array,
+    check_denominator_values,
+    is_number,
+    smoothing_weights,
+)
 from lsce_torch.errors import error
-from lsce_torch.inputs import Batch, Given, canonical, compute_dtype
+from lsce_torch.inputs import Batch, Given, at_labels, canonical, compute_dtype, dtype_name, extremes
 from lsce_torch.kernels import check_choice, launch, may_compute, reason_against
 from lsce_torch.overwrite import forbid_use, has_memory, tensors_to_overwrite
 from lsce_torch.plain import plain_gradients
+from lsce_torch.stats import LossStats
 from lsce_torch.sums import Operands
 
 # How much wider than its classes a row may be.
 _WIDEST = 1.25
+# The kernels take a number in float32.
+_LEAST_DIVISOR = 2.0**-100
 
 
 @dataclass
@@ -37,8 +46,9 @@ class _Call:
     Args:
         given: the tensors of the call, without logits, labels and `where`. Autograd keeps these, and frees them.
         options: the options.
-        operands: of the kernels, without labels and `counted`.
-        scale: factor of the sum of the losses; None for the losses of single rows.
+        operands: of the kernels, without labels, `counted` and `factor`.
+        divisor: what the sum of the losses is divided by, or a tensor that the call holds apart; None for 1.
+        all_mass: see `gpu.forward`.
         apart: see `gpu.forward`.
         with_gradient: whether to compute the gradient with the loss.
         overwritten: see `Batch`.
@@ -47,16 +57,23 @@ class _Call:
     given: Given
     options: LossOptions
     operands: Operands
-    scale: float | Float[Tensor, ""] | None
+    divisor: float | None
+    all_mass: Float[Tensor, ""] | None
     apart: bool
     with_gradient: bool
     overwritten: Any
 
 
 def loss(
-    given: Given, options: LossOptions, denominator: float | Tensor | None, logits: Tensor, *, inplace_backward: bool
-) -> Float[Tensor, "..."] | None:
-    """Return the loss, reduced as asked, or None if this is not the way to compute it.
+    given: Given,
+    options: LossOptions,
+    denominator: float | Tensor | None,
+    logits: Tensor,
+    *,
+    inplace_backward: bool,
+    with_stats: bool,
+) -> tuple[Float[Tensor, "..."], LossStats | None] | None:
+    """Return the loss, reduced as asked, and the statistics if asked; or None if this is not the way to compute them.
 
     Args:
         given: the checked tensors of the call.
@@ -64,10 +81,11 @@ def loss(
         denominator: of the call.
         logits: as the caller passed them.
         inplace_backward: of the call.
+        with_stats: whether to return statistics.
     """
     if torch.compiler.is_compiling() or not may_compute(options.implementation, given.logits):
         return None
-    if not _is_usual(given, options, denominator) or not _has_usual_tensors(given):
+    if not _is_usual(given, options, denominator) or not _has_usual_tensors(given, denominator):
         return None
     check_choice(options.implementation, logits, None, "fused")
     num_rows, num_classes = given.labels.numel(), given.logits.shape[-1]
@@ -81,51 +99,69 @@ def loss(
         factor=None,
         on=on,
         off=off,
-        other_mass=float(num_classes - 1),
+        other_mass=float(num_classes - 1),  # without class weights
         at_max=None,
         z_loss=options.z_loss,
         softcap=options.softcap,
-        with_stats=False,
+        with_stats=with_stats,
         kernels=True,
     )
-    scale: float | Tensor | None = None
-    if (
-        options.reduction == "mean"
-        and denominator is None
-        and (given.where is not None or options.ignore_index is not None)
-    ):
-        scale = launch.reciprocal(given.labels, given.where, options.ignore_index, compute_dtype(given.logits))
-    elif options.reduction != "none":
-        scale = 1.0 if options.reduction == "sum" else 1 / (num_rows if denominator is None else denominator)
+    divisor: float | Tensor | None = None
+    if options.reduction == "mean":
+        has_ignored = given.where is not None or options.ignore_index is not None
+        divisor = denominator if denominator is None or isinstance(denominator, Tensor) else float(denominator)
+        if divisor is None and (has_ignored or given.class_weight is not None):
+            dtype = compute_dtype(given.logits)
+            divisor = launch.denominator(given.labels, given.where, options.ignore_index, given.class_weight, dtype)
+        elif divisor is None:
+            divisor = float(num_rows)
     # In float16 a gradient without its loss scale would be lost.
     with_gradient = given.logits.requires_grad and torch.is_grad_enabled() and given.logits.dtype != torch.float16
-    with_gradient = with_gradient and scale is not None and overwritten is None
+    with_gradient = with_gradient and options.reduction != "none" and overwritten is None
     nothing = given.logits.new_empty(0)
-    kept = replace(given, logits=nothing, labels=nothing, where=None)
-    call = _Call(kept, options, operands, scale, not launch.may_join(on, off), with_gradient, overwritten)
-    result: Tensor = _WholeLoss.apply(given.logits, given.labels, given.where, call)  # type: ignore[no-untyped-call]
-    return result
+    is_weighted = given.class_weight is not None
+    call = _Call(
+        replace(given, logits=nothing, labels=nothing, where=None, class_weight=None),
+        options,
+        operands,
+        divisor=None if isinstance(divisor, Tensor) else divisor,
+        all_mass=given.class_weight.sum(dtype=torch.float64) if given.class_weight is not None else None,
+        apart=with_stats or is_weighted or not launch.may_join(on, off),
+        with_gradient=with_gradient,
+        overwritten=overwritten,
+    )
+    tensors = given.labels, given.where, given.class_weight, divisor if isinstance(divisor, Tensor) else None
+    result, numbers, flags = _WholeLoss.apply(given.logits, *tensors, call)  # type: ignore[no-untyped-call]
+    return result, None if numbers is None else LossStats(*numbers.unbind(), *flags.unbind())
 
 
 def _is_usual(given: Given, options: LossOptions, denominator: float | Tensor | None) -> bool:
     """Whether a call has plain values, and no option that takes operations of its own."""
     if given.labels.is_floating_point() or given.labels.dtype == torch.uint64 or not is_number(given.smoothing):
         return False
-    if not (given.prior is None and given.class_weight is None and given.class_mask is None):
+    if given.prior is not None or given.class_mask is not None:
         return False
     if options.subtract_entropy or options.convention.at_max is not None or options.bad_labels != "nan":
         return False
-    return not isinstance(denominator, Tensor) and denominator != 0 and given.labels.numel() > 0
+    if isinstance(denominator, Tensor):
+        check_denominator_array(tuple(denominator.shape), dtype_name(denominator))
+        check_denominator_values(extremes(denominator))
+    elif denominator is not None and not _LEAST_DIVISOR <= denominator <= 1 / _LEAST_DIVISOR:
+        return False
+    return given.labels.numel() > 0
 
 
-def _has_usual_tensors(given: Given) -> bool:
+def _has_usual_tensors(given: Given, denominator: float | Tensor | None) -> bool:
     """Whether the tensors are plain, and lie as the kernels take them."""
     if torch._C._are_functorch_transforms_active():
         return False
     if reason_against(given.logits) is not None:
         return False
-    tensors = [tensor for tensor in (given.logits, given.labels, given.where) if tensor is not None]
+    others = given.labels, given.where, given.class_weight, denominator
+    tensors = [given.logits, *(tensor for tensor in others if isinstance(tensor, Tensor))]
     if any(type(tensor) not in {Tensor, torch.nn.Parameter} for tensor in tensors) or not has_memory(*tensors):
+        return False
+    if any(tensor.requires_grad or tensor.device != given.logits.device for tensor in tensors[1:]):
         return False
     layout = launch.layout_of(given.logits)
     # The gradient has the same layout. Of a narrow part of wide logits it would take the memory of all.
@@ -139,40 +175,47 @@ class _WholeLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, where: Tensor | None, call: _Call) -> Tensor:
-        """Return the loss."""
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        where: Tensor | None,
+        class_weight: Tensor | None,
+        denominator: Tensor | None,
+        call: _Call,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the loss, and for statistics their numbers and flags."""
         dtype, device, shape = compute_dtype(logits), logits.device, logits.shape[:-1]
         losses = torch.empty(shape, dtype=dtype, device=device)
         stacked = torch.empty((5 if call.apart else 3, *shape), dtype=dtype, device=device)
         gradient = _memory_like(logits) if call.with_gradient else None
-        launch.forward(
-            logits.detach(),
-            _with_rows(call.operands, labels, where),
-            losses,
-            stacked,
-            None,
-            gradient,
-            scale=call.scale,
-            ignore_index=call.options.ignore_index,
-            apart=call.apart,
-        )
+        divisor = call.divisor if denominator is None else denominator
+        first = torch.empty(shape, dtype=torch.int64, device=device) if call.operands.with_stats else None
+        operands = _with_tensors(call.operands, labels, where, class_weight)
+        whole = launch.Whole(call.options.ignore_index, divisor, call.all_mass)
+        launch.forward(logits.detach(), operands, losses, stacked, first, gradient, whole=whole, apart=call.apart)
+        numbers = flags = None
+        if first is not None:
+            numbers, flags = launch.statistics(logits, operands, stacked, first, whole)
+            ctx.mark_non_differentiable(numbers, flags)
         ctx.call, ctx.gradient = call, gradient
-        ctx.save_for_backward(logits, stacked, labels, where)
+        ctx.save_for_backward(logits, stacked, labels, where, class_weight, denominator)
         ctx.set_materialize_grads(False)
-        return losses if call.scale is None else launch.total(losses, call.scale)
+        return losses if call.options.reduction == "none" else launch.total(losses, divisor), numbers, flags
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         """Return the gradient with respect to the logits."""
-        return None if upstream is None else _backward(ctx, upstream), None, None, None
+        return None if upstream is None else _backward(ctx, upstream), *(None,) * 5
 
 
-def _with_rows(operands: Operands, labels: Tensor, where: Tensor | None) -> Operands:
-    return operands._replace(labels=labels, counted=None if where is None else where.expand(labels.shape))
+def _with_tensors(operands: Operands, labels: Tensor, where: Tensor | None, class_weight: Tensor | None) -> Operands:
+    counted = None if where is None else where.expand(labels.shape)
+    return operands._replace(labels=labels, counted=counted, factor=class_weight)
 
 
 def _backward(ctx: Any, upstream: Float[Tensor, "*#batch"]) -> Float[Tensor, "*batch K"]:
-    logits, stacked, labels, where = ctx.saved_tensors
+    logits, stacked, labels, where, class_weight, denominator = ctx.saved_tensors
     call: _Call = ctx.call
     # Taken out, so that nothing else holds it. A second `backward` computes it again.
     gradient: Tensor | None
@@ -180,19 +223,20 @@ def _backward(ctx: Any, upstream: Float[Tensor, "*#batch"]) -> Float[Tensor, "*b
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not has_memory(upstream, logits):
         if call.overwritten is not None:
             raise error("inplace_transformed")
-        given = replace(call.given, logits=logits, labels=labels, where=where)
-        return _differentiable_gradient(canonical(given, call.options), call, upstream)
+        given = replace(call.given, logits=logits, labels=labels, where=where, class_weight=class_weight)
+        return _differentiable_gradient(canonical(given, call.options), call, denominator, upstream)
     is_written = gradient is not None
     if gradient is None:
         gradient = _memory_like(logits) if call.overwritten is None else logits.detach()
     launch.backward(
         logits.detach(),
-        _with_rows(call.operands, labels, where),
+        _with_tensors(call.operands, labels, where, class_weight),
         stacked,
         upstream,
         gradient,
-        scale=call.scale,
-        ignore_index=call.options.ignore_index,
+        whole=launch.Whole(
+            call.options.ignore_index, call.divisor if denominator is None else denominator, call.all_mass
+        ),
         is_written=is_written,
     )
     forbid_use(call.overwritten or ())
@@ -200,10 +244,20 @@ def _backward(ctx: Any, upstream: Float[Tensor, "*#batch"]) -> Float[Tensor, "*b
 
 
 def _differentiable_gradient(
-    batch: Batch, call: _Call, upstream: Float[Tensor, "*#batch"]
+    batch: Batch, call: _Call, denominator: Float[Tensor, ""] | None, upstream: Float[Tensor, "*#batch"]
 ) -> Float[Tensor, "*batch K"]:
+    if denominator is not None:
+        divides = denominator != 0
+        batch = batch.counting_only(divides)
+        upstream = upstream / torch.where(divides, denominator, 1).to(batch.dtype)
+    elif call.divisor is not None:
+        upstream = upstream / call.divisor
     operands = call.operands._replace(labels=batch.labels, counted=batch.counted, bad=batch.bad)
-    rows = (upstream if call.scale is None else upstream * call.scale).expand(batch.batch_shape)
+    if batch.class_weight is not None and call.all_mass is not None:
+        weights = at_labels(batch.class_weight, batch.labels)
+        other_mass = (call.all_mass - weights.double()).to(batch.dtype)
+        operands = operands._replace(factor=batch.class_weight, on=operands.on * weights, other_mass=other_mass)
+    rows = upstream.expand(batch.batch_shape)
     gradient = plain_gradients(batch.logits, operands, ["logits"], rows)["logits"]
     assert gradient is not None
     return gradient.to(batch.logits.dtype)

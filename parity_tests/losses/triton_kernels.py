@@ -133,11 +133,32 @@ def on_pretended_gpu(start: Callable[..., Any] | None = None) -> Iterator[list[L
         importlib.import_module(f"lsce_torch.{name}") for name in ("device", "kernels", "kernels.launch")
     )
     with (
+        float32_products(),
         mock.patch.object(device, "device_type", return_value="cuda"),
         mock.patch.object(kernels, "is_interpreted", return_value=True),
         mock.patch.object(launch, "_run", run),
     ):
         yield launches
+
+
+@contextmanager
+def float32_products() -> Iterator[None]:
+    """Let torch add products of narrow tensors of the CPU to float32 ones, which it does for GPUs only."""
+    torch: Any = importlib.import_module("torch")
+    layer = importlib.import_module("lsce_torch.layer")
+
+    def baddbmm(given: Any, one: Any, other: Any, out_dtype: Any, *, beta: Any = 1, alpha: Any = 1, out: Any) -> Any:
+        # torch 2.9 adds to what is in `out`, whatever is given; later versions copy that there before.
+        assert given is out or given.data_ptr() == out.data_ptr()
+        assert one.dtype == other.dtype != out.dtype == out_dtype == torch.float32
+        return out.copy_(torch.baddbmm(given, one.float(), other.float(), beta=beta, alpha=alpha))
+
+    with (
+        torch.library._scoped_library("aten", "IMPL") as library,
+        mock.patch.object(layer, "_adds_to_float32", return_value=True),
+    ):
+        library.impl("baddbmm.dtype_out", baddbmm, "CPU")
+        yield
 
 
 def interpret(launch: Launch) -> None:

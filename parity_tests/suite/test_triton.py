@@ -60,6 +60,14 @@ def test_linear(name: str, dtype: str, parity_ledger: Recorder) -> None:
     assert comparison.agrees, comparison
 
 
+@pytest.mark.parametrize("name", linear_case_names())
+def test_linear_as_on_a_gpu(name: str) -> None:
+    """With the operations of torch that a GPU gets, as the products that are added to sums in float32."""
+    with on_pretended_gpu(interpret):
+        comparison = compared(make_linear_case(name, "bfloat16"), "torch-linear-triton")
+    assert comparison.agrees, comparison
+
+
 # --- Sizes, layouts and values that the named cases do not have -------------------------------------------------------
 
 
@@ -188,6 +196,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "weighted": {"where": LABELS >= 0, "class_weight": torch.linspace(0.5, 2, 6), "class_mask": torch.arange(6) != 5},
     "max_sup": {"ignore_index": -100, "convention": "max_sup", "reduction": "none"},
     "per row": {"ignore_index": -100, "smoothing": torch.linspace(0, 1, 6)},
+    "a tensor as denominator": {"ignore_index": -100, "denominator": torch.tensor(3.5, dtype=torch.float64)},
+    "class weights": {"ignore_index": -100, "class_weight": torch.linspace(0.5, 2, 6), "z_loss": 0.1},
 }
 
 
@@ -268,14 +278,16 @@ def test_a_gradient_that_nobody_asks_for() -> None:
     assert gradients == [False, False, False, False, True]
 
 
-@pytest.mark.parametrize("name", ["labels", "where", "logits"])
+@pytest.mark.parametrize("name", ["labels", "where", "logits", "class_weight", "denominator"])
 def test_what_is_changed_before_backward(name: str) -> None:
     given = {
         "logits": torch.randn(3, 40, requires_grad=True) * 1,
         "labels": torch.tensor([0, 1, 2]),
         "where": torch.tensor([True, True, False]),
+        "class_weight": torch.ones(40),
+        "denominator": torch.tensor(2.0),
     }
-    result = loss(given["logits"], given["labels"], where=given["where"])
+    result = loss(**given)
     with torch.no_grad():
         given[name].fill_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -285,7 +297,10 @@ def test_what_is_changed_before_backward(name: str) -> None:
 def test_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """More than one program adds up: torch does, with the same result."""
     leaf, labels = torch.randn(50, 8, requires_grad=True), torch.arange(50) % 8
-    for options in ({}, {"ignore_index": 3}, {"where": labels > 1, "ignore_index": 3}, {"reduction": "sum"}):
+    weighted = {"class_weight": torch.linspace(0.5, 2, 8), "ignore_index": 3}
+    divided = [{"denominator": torch.tensor(value)} for value in (3.0, 0.0)]
+    plain = [{}, {"ignore_index": 3}, {"where": labels > 1, "ignore_index": 3}, {"reduction": "sum"}]
+    for options in (*plain, weighted, *divided):
         expected = loss(leaf, labels, **options)
         (gradient,) = torch.autograd.grad(expected, leaf)
         with monkeypatch.context() as patched:
@@ -293,6 +308,55 @@ def test_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
             found = loss(leaf, labels, **options)
             torch.testing.assert_close(found, expected, rtol=2**-21, atol=0)
             assert torch.equal(torch.autograd.grad(found, leaf)[0], gradient)
+
+
+VALUES = [3.0, np.float32(3), torch.tensor(3.0), torch.tensor(3), torch.tensor(3.0, dtype=torch.float64)]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=["number", "NumPy's", "float32", "int64", "float64"])
+@pytest.mark.parametrize("num_classes", [40, 9001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_denominator(value: Any, num_classes: int, dtype: torch.dtype) -> None:
+    """Of any dtype: the loss is the quotient, rounded once, and so is the gradient of a power of 2."""
+    leaf, labels = torch.randn(3, num_classes, dtype=dtype, requires_grad=True), torch.tensor([0, 1, -100])
+    total = loss(leaf, labels, ignore_index=-100, reduction="sum")
+    (of_total,) = torch.autograd.grad(total, leaf)
+    assert torch.equal(loss(leaf, labels, ignore_index=-100, denominator=value), total / 3)
+    found = loss(leaf, labels, ignore_index=-100, denominator=value + 1)
+    assert torch.equal(found, total / 4)
+    assert torch.equal(torch.autograd.grad(found, leaf)[0], of_total / 4)
+
+
+@pytest.mark.parametrize("num_classes", [40, 9001])
+@pytest.mark.parametrize("options", [{"denominator": torch.tensor(0.0)}, {"class_weight": torch.tensor(0.0)}])
+def test_a_denominator_of_0(options: dict[str, Any], num_classes: int) -> None:
+    """Loss and gradient are 0, whatever the logits and labels; but weights of 0 do not make a bad label count less."""
+    if "class_weight" in options:
+        options = {"class_weight": options["class_weight"].expand(num_classes).contiguous()}
+    logits = torch.randn(4, num_classes)
+    logits[0, 1], logits[1] = torch.nan, -torch.inf
+    leaf = logits.requires_grad_()
+    result = loss(leaf, torch.tensor([0, 1, 2, 3]), **options)
+    (gradient,) = torch.autograd.grad(2 * result, leaf, retain_graph=True)
+    (at_once,) = torch.autograd.grad(result, leaf, create_graph=True)
+    assert result == 0
+    assert not gradient.any()
+    assert not at_once.any()
+    of_bad = loss(leaf, torch.tensor([0, 1, 2, num_classes]), **options)
+    assert of_bad.isnan() == ("class_weight" in options)
+
+
+@pytest.mark.parametrize("name", ["denominator", "class_weight"])
+def test_what_is_differentiated_takes_another_way(name: str) -> None:
+    logits, labels = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    leaf = torch.tensor(2.0) if name == "denominator" else torch.ones(4)
+    gradients = []
+    for implementation in (None, "reference"):
+        given = leaf.clone().requires_grad_()
+        with on_pretended_gpu(interpret):
+            label_smoothed_cross_entropy(logits, labels, implementation=implementation, **{name: given}).backward()
+        gradients.append(given.grad)
+    torch.testing.assert_close(*gradients)
 
 
 def test_memory_after_backward() -> None:
@@ -350,11 +414,52 @@ def test_no_rows() -> None:
     assert leaf.grad.shape == (0, 5)
 
 
-def test_statistics() -> None:
-    _, ours = label_smoothed_cross_entropy_with_stats(LOGITS, LABELS, ignore_index=-100, implementation="triton")
-    _, theirs = label_smoothed_cross_entropy_with_stats(LOGITS, LABELS, ignore_index=-100, implementation="reference")
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=2**-48, atol=2**-50)
+STATISTICS: dict[str, dict[str, Any]] = {
+    "plain": {"ignore_index": -100},
+    "none": {"reduction": "none", "smoothing": 0.0},
+    "capped": {"ignore_index": -100, "z_loss": 0.1, "softcap": 2.0, "where": torch.arange(6) != 1},
+    "weighted": {"ignore_index": -100, "class_weight": torch.linspace(0.5, 2, 6)},
+    "denominator": {"ignore_index": -100, "denominator": torch.tensor(3)},
+    "denominator of 0": {"denominator": torch.tensor(0.0)},
+    "masked": {"ignore_index": -100, "class_mask": torch.arange(6) != 5},
+}
+# The last two rows have a label that is not a class, and a NaN.
+SPOILED = torch.cat([LOGITS[:5], torch.where(torch.arange(6) == 1, torch.nan, LOGITS[5:])])
+SPOILED_LABELS = torch.where(torch.arange(6) == 4, 6, LABELS)
+
+
+def statistics_agree(options: dict[str, Any]) -> bool:
+    """Whether losses, gradients and statistics are those of the reference, but for roundings."""
+    outcomes = []
+    for implementation in ("triton", "reference"):
+        leaf = SPOILED.clone().requires_grad_()
+        loss, stats = label_smoothed_cross_entropy_with_stats(
+            leaf, SPOILED_LABELS, implementation=implementation, **options
+        )
+        outcomes.append((loss.detach(), *torch.autograd.grad(loss.sum(), leaf), *stats))
+        assert not any(value.requires_grad for value in stats)
+    return all(
+        one.dtype == other.dtype and torch.allclose(one, other, rtol=2**-48, atol=2**-50, equal_nan=True)
+        for one, other in zip(*outcomes, strict=True)
+    )
+
+
+@pytest.mark.parametrize("options", STATISTICS.values(), ids=STATISTICS)
+def test_statistics(options: dict[str, Any]) -> None:
+    assert statistics_agree(options)
+
+
+@pytest.mark.parametrize("num_rows", [1, 127, 128, 300])
+def test_statistics_of_more_rows_than_a_program_has(num_rows: int) -> None:
+    logits = torch.arange(6 * num_rows).reshape(num_rows, 6) % 7 / 8
+    labels = torch.arange(num_rows) % 6
+    _, stats = label_smoothed_cross_entropy_with_stats(logits, labels, implementation="triton", z_loss=0.1)
+    for row in (0, num_rows // 2, num_rows - 1):
+        part = slice(row, row + 1)
+        _, alone = label_smoothed_cross_entropy_with_stats(
+            logits[part], labels[part], implementation="triton", z_loss=0.1
+        )
+        assert all(torch.equal(of_all[part], of_row) for of_all, of_row in zip(stats, alone, strict=True))
 
 
 # --- How many operations a GPU gets -----------------------------------------------------------------------------------
@@ -386,10 +491,14 @@ def started(call: Any) -> tuple[list[str], list[str]]:
     ("options", "kernels", "operations"),
     [
         ({}, ["forward", "total", "backward"], 1),  # the upstream gradient
-        ({"ignore_index": -100}, ["reciprocal", "forward", "total", "backward"], 1),
-        ({"where": torch.ones(64, dtype=torch.bool)}, ["reciprocal", "forward", "total", "backward"], 1),
+        ({"ignore_index": -100}, ["denominator", "forward", "total", "backward"], 1),
+        ({"where": torch.ones(64, dtype=torch.bool)}, ["denominator", "forward", "total", "backward"], 1),
         ({"z_loss": 0.1, "softcap": 3.0, "reduction": "sum"}, ["forward", "total", "backward"], 1),
         ({"smoothing": 0.0, "denominator": 3.0}, ["forward", "total", "backward"], 1),
+        ({"ignore_index": -100, "denominator": torch.tensor(3.0)}, ["forward", "total", "backward"], 1),
+        ({"denominator": torch.tensor(3)}, ["forward", "total", "backward"], 1),
+        ({"class_weight": torch.ones(200)}, ["denominator", "forward", "total", "backward"], 2),  # and their sum
+        ({"class_weight": torch.ones(200), "denominator": torch.tensor(3)}, ["forward", "total", "backward"], 2),
         ({"class_mask": torch.ones(200, dtype=torch.bool)}, ["forward", "backward"], 38),
         ({"class_weight": torch.ones(200), "convention": "max_sup"}, ["forward", "backward"], 32),
     ],
@@ -401,6 +510,13 @@ def test_launches(options: dict[str, Any], kernels: list[str], operations: int) 
     assert len(others) <= operations, others
     # Nothing waits for the device, or copies a number to it.
     assert not {"_local_scalar_dense", "nonzero", "lift_fresh", "equal", "is_nonzero"} & set(others)
+
+
+def test_launches_of_statistics() -> None:
+    leaf, labels = torch.randn(64, 200, requires_grad=True), torch.zeros(64, dtype=torch.int64)
+    names, others = started(lambda: label_smoothed_cross_entropy_with_stats(leaf, labels, ignore_index=-100)[0])
+    assert names == ["denominator", "forward", "statistics", "total", "backward"]
+    assert others == ["ones_like"]
 
 
 def test_kernels_of_the_linear_loss() -> None:
@@ -435,7 +551,8 @@ MUTANTS = {
     "the label's gradient": ("upstream * on\n", "upstream * on * 1.001\n"),
     "the z-loss's slope": ("(2 * z_loss *", "(z_loss *"),
     "the softcap's slope": ("(1 - tanh * tanh)", "(1 - tanh)"),
-    "ignored rows": ("counts & (given != ignore_index)", "counts"),
+    "ignored rows": ("counts & (given != ignore_index)\n        is_bad", "counts\n        is_bad"),
+    "ignored rows are numbered": ("counts & (given != ignore_index)\n        if counted", "counts\n        if counted"),
     "bad labels": ('tl.where(is_bad, float("nan"), loss)', "loss"),
     "the share of the largest": ("upstream * at_max / number", "upstream * at_max"),
     "the first of the largest": (
@@ -451,8 +568,22 @@ MUTANTS = {
         "tl.where(valid, _capped(raw, softcap), -_INF)\n    z = ",
         "tl.where(valid, raw, -_INF)\n    z = ",
     ),
-    "the scale of the sum": ("whole = whole * _of_all(scale", "whole = whole + 0 * _of_all(scale"),
-    "the number of rows": ("number += counts", "number += 1 + 0 * counts"),
+    "the divisor of the sum": ("0.0, _quotient(whole, tl.where(", "0.0, whole + 0 * _quotient(whole, tl.where("),
+    "the divisor of the gradient": ("tl.where(value == 0, 0.0, share)", "tl.where(value == 0, 0.0, share * 1.001)"),
+    "the number of rows": ("sums += tl.where(counts, weight, 0.0)", "sums += weight"),
+    "the sum of the labels' weights": ("mask=counts & is_class, other=1)", "mask=counts & (given < 0), other=1)"),
+    "the label's weight": ("of_label = of_label * weight.to(DTYPE)", "of_label = of_label + 0 * weight.to(DTYPE)"),
+    "the others' weights": ("(tl.load(all_mass) - weight.to(tl.float64))", "(tl.load(all_mass))"),
+    "statistics: bad labels": (
+        'nll = tl.where(is_bad, float("nan"), log_sum + label_gap)',
+        "nll = log_sum + label_gap",
+    ),
+    "statistics: the gaps": ("_product(target, label_gap) + _product(of_others, gaps)", "_product(target, label_gap)"),
+    "statistics: z": ("else z * _of_all(z_loss, DTYPE)", "else lse * _of_all(z_loss, DTYPE)"),
+    "statistics: ignored rows": ("tl.store(flags + step + row, counts", "tl.store(flags + step + row, there"),
+    "statistics: rows of NaN": ("& (tl.abs(nll) >= 0)", ""),
+    "statistics: confidence": ("tl.where(counts, tl.exp(-log_sum), 0.0)", "tl.where(counts, tl.exp(-lse), 0.0)"),
+    "statistics: the divisor": ("(tl.zeros([BLOCK], DTYPE) + _share(divisor, DTYPE) != 0)", "there"),
     "what is written already": ("if tl.load(upstream) == 1:", "if tl.load(upstream) != 0:"),
 }
 NAMED = ("uniform_mean", "dominant", "everything", "bad_labels", "ties_max_sup", "z_loss", "softcap", "ignored")
@@ -475,7 +606,8 @@ def some_cases() -> list[Case]:
     weight = round_to(np.linspace(0.5, 2, 9001), "float32")
     tied = replace(streamed, logits=ties, class_weight=weight, options={"reduction": "mean", "convention": "max_sup"})
     named = (make_case(name, "float32") for name in NAMED)
-    return [*named, streamed, masked, scaled, capped, tied, confident(streamed)]
+    weighted = replace(case_of(3, 40, "float32"), class_weight=round_to(np.linspace(0.5, 2, 40), "float32"))
+    return [*named, streamed, masked, scaled, capped, tied, weighted, confident(streamed)]
 
 
 def finds_the_first() -> bool:
@@ -499,7 +631,8 @@ def test_wrong_kernels_are_rejected(name: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "mutant", mutant)
     spec.loader.exec_module(mutant)
     monkeypatch.setattr(launch, "_kernels", lambda: mutant)
-    assert not (all(compared(case).agrees for case in some_cases()) and finds_the_first())
+    statistics = all(map(statistics_agree, STATISTICS.values()))
+    assert not (statistics and finds_the_first() and all(compared(case).agrees for case in some_cases()))
 
 
 def test_right_kernels_are_not() -> None:

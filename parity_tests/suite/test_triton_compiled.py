@@ -14,9 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.launches import measure
+from benchmarks.launches import measure, measure_linear
 from lsce_spec.devices import CARDS
-from lsce_torch import kernels, label_smoothed_cross_entropy, linear_label_smoothed_cross_entropy
+from lsce_torch import (
+    kernels,
+    label_smoothed_cross_entropy,
+    label_smoothed_cross_entropy_with_stats,
+    linear_label_smoothed_cross_entropy,
+)
 from parity_tests.losses.triton_kernels import TARGETS, Launch, Machine, compile_launch, on_pretended_gpu
 from parity_tests.plugin import Recorder
 
@@ -49,10 +54,16 @@ def options_of(name: str, num_classes: int) -> dict[str, Any]:
     options: dict[str, dict[str, Any]] = {
         "plain": {"ignore_index": -100},
         "none": {"reduction": "none"},
+        "statistics": {"ignore_index": -100, "z_loss": 0.1},
+        "weighted": {"ignore_index": -100, "class_weight": torch.ones(num_classes)},
         "everything": everything,
         "max_sup": {**everything, "convention": "max_sup"},
     }
     return options[name]
+
+
+# Of these one kind is enough.
+MORE = ("none", "max_sup", "weighted", "statistics")
 
 
 @cache
@@ -61,7 +72,10 @@ def launches(options: str, dtype: str, num_classes: int) -> tuple[Launch, ...]:
     logits = torch.zeros(4, num_classes, dtype=DTYPES[dtype], requires_grad=True)
     labels = torch.zeros(4, dtype=torch.int64)
     with on_pretended_gpu() as started:
-        loss = label_smoothed_cross_entropy(logits, labels, **options_of(options, num_classes))
+        if options == "statistics":
+            loss, _ = label_smoothed_cross_entropy_with_stats(logits, labels, **options_of(options, num_classes))
+        else:
+            loss = label_smoothed_cross_entropy(logits, labels, **options_of(options, num_classes))
         loss.sum().backward()
     return tuple(started)
 
@@ -82,14 +96,14 @@ def programs() -> Iterator[tuple[str, str, tuple[Launch, ...]]]:
             for options in ("plain", "everything"):
                 yield f"{options} {kind}", dtype, launches(options, dtype, num_classes)
         yield "linear", dtype, of_linear(dtype)
-    yield "none streamed", "bfloat16", launches("none", "bfloat16", CLASSES["streamed"])
-    yield "max_sup streamed", "bfloat16", launches("max_sup", "bfloat16", CLASSES["streamed"])
+    for options in MORE:
+        yield f"{options} streamed", "bfloat16", launches(options, "bfloat16", CLASSES["streamed"])
 
 
 NAMES = [
     *(f"{options} {kind} {dtype}" for dtype in DTYPES for kind in CLASSES for options in ("plain", "everything")),
     *(f"linear {dtype}" for dtype in DTYPES),
-    *("none streamed bfloat16", "max_sup streamed bfloat16"),
+    *(f"{options} streamed bfloat16" for options in MORE),
 ]
 
 
@@ -169,7 +183,27 @@ def test_counted_launches() -> None:
         assert counts["lsce triton", 32768, dtype] == (4, 3)
         assert counts["lsce triton", 1000, dtype] == (4, 2)
         assert counts["lsce triton, ignored rows", 1000, dtype] == (5, 2)
+        assert counts["lsce triton, denominator", 1000, dtype] == (4, 2)
+        assert counts["lsce triton, class weights", 1000, dtype] == (6, 2)
+        assert counts["lsce triton, statistics", 1000, dtype] == (5, 2)
     assert counts["lsce fused", 32768, "bfloat16"] == (56, 49)
+
+
+def test_counted_launches_of_the_linear_loss() -> None:
+    """The figures of docs/gpu.md: kernels, those of a chunk, and GB that move within the products and beside them."""
+    counts = {
+        count.name: (count.launches, count.of_chunk, round(count.of_products / 1e9, 1), round(count.moved / 1e9, 1))
+        for count in measure_linear()
+    }
+    assert counts == {
+        "F.linear, F.cross_entropy": (26, 0, 8.2, 21.5),
+        "lsce linear": (36, 4, 24.8, 8.2),
+        "lsce linear, ignored rows": (61, 6, 24.8, 8.2),
+        "lsce linear, recompute": (47, 6, 30.2, 8.1),
+        "lsce linear, filtered": (120, 17, 25.4, 21.5),
+        "lsce linear, narrow sums": (222, 35, 16.7, 23.2),
+        "lsce linear, 4096 rows": (20, 4, 11.9, 8.2),
+    }
 
 
 def triton_version() -> str:
