@@ -304,31 +304,29 @@ def linear_launches_table(counts: Sequence[dict[str, Any]], shape: LinearShape) 
         "Narrow sums: where torch cannot add a product of narrow tensors to a float32 sum. 4096 rows: of a chunk.\n"
         "Counted on a CPU, not run."
     )
-    return Table(f"torch, eager, on a GPU, bfloat16, {_times(shape)}", headings, cells, legend)
+    return Table(f"torch, eager, on a GPU, bfloat16, {shape_text(shape)}", headings, cells, legend)
 
 
 def linear_tpu_table(costs: Sequence[dict[str, Any]], shape: LinearShape, chunk_bytes: int) -> Table:
     """Return operations, memory and traffic, and how large the arrays are that temporary memory is made of."""
     products = shape.rows * shape.features * shape.classes
-    topologies = list(dict.fromkeys(cost["topology"] for cost in costs))
-    by_name: dict[str, list[dict[str, Any]]] = {}
+    names = list(dict.fromkeys(cost["name"] for cost in costs))
+    by_topology: dict[str, list[dict[str, Any]]] = {}
     for cost in costs:
-        by_name.setdefault(cost["name"], []).append(cost)
-    cells = [
-        (
-            name,
-            f"{of_name[0]['operations'] / products:.1f}",
-            *(f"{mb(cost['temp_bytes'])} / {mb(cost['accessed_bytes'])}" for cost in of_name),
-        )
-        for name, of_name in by_name.items()
+        by_topology.setdefault(cost["topology"], []).append(cost)
+    first = next(iter(by_topology.values()))
+    cells = [("flops / NDK", *(f"{cost['operations'] / products:.1f}" for cost in first))]
+    cells += [
+        (topology, *(f"{cost['temp_bytes'] / 1e9:.2f} / {cost['accessed_bytes'] / 1e9:.1f}" for cost in of_topology))
+        for topology, of_topology in by_topology.items()
     ]
     legend = (
         f"In float32 the weight's gradient takes {mb(4 * shape.features * shape.classes)} MB, the logits of a chunk "
         f"{mb(chunk_bytes)} MB,\nall logits {mb(shape.logits_bytes)} MB. Accessed: each round of a loop counts. "
         "Compiled, not run."
     )
-    title = f"JAX compiled for one core, bfloat16, {shape_text(shape)}: temp MB / accessed MB"
-    return Table(title, ("layer, loss and gradients", "operations / NDK", *topologies), cells, legend)
+    title = f"Loss and gradients by JAX for one core, bfloat16, {shape_text(shape)}: temp GB / accessed GB"
+    return Table(title, ("topology", *names), cells, legend)
 
 
 # --- Tables of a page -----------------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ def saves_time(num_rows: int, num_features: int, num_classes: int, dtype: Any, c
     return by_tiles < by_chunks
 
 
-def least_seconds(  # noqa: PLR0913, PLR0917 - the sizes of a layer
+def least_seconds(
     limits: Limits, num_rows: int, num_features: int, num_classes: int, dtype: Any, chunk_rows: int
 ) -> tuple[float, float]:
     """Return the least time of loss and gradient, with the gradient computed with the loss, and by tiles.
