@@ -79,6 +79,16 @@ def _plain_cotangents(
     return results[0]
 
 
+def _by_tiles(function: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of tiles, or the plain one where the number of rows or classes is a symbol."""
+
+    def of_operands(operands: LayerOperands, *others: Any, **params: Any) -> Any:
+        sizes = (*operands.hidden.shape, *operands.weight.shape)
+        return (function if all(isinstance(size, int) for size in sizes) else plain)(operands, *others, **params)
+
+    return of_operands
+
+
 def _cotangents(operands: LayerOperands, peaks: Peaks, given: dict[int, Array], names: list[str]) -> ByName:
     results: ByName = bind(_cotangents_p, _plain_cotangents, operands, peaks, given, names=tuple(names))
     return results
@@ -89,7 +99,7 @@ _cotangents_p = define(
     on_leaves(_plain_cotangents),
     multiple_results=True,
     undivided=True,
-    tpu=on_leaves(tiles.cotangents),
+    tpu=on_leaves(_by_tiles(tiles.cotangents, _plain_cotangents)),
 )
 ad.primitive_jvps[_cotangents_p] = partial(derivative_of_plain, _cotangents_p, _plain_cotangents)
 map_plainly(_cotangents_p, _plain_cotangents)
@@ -97,7 +107,7 @@ map_plainly(_cotangents_p, _plain_cotangents)
 _primitives = define_sums(
     Kind("lsce_layer", _sums, _at_peaks, _cotangents, floating=("hidden", "weight", "bias", "prior", "class_weight")),
     undivided=True,
-    tpu=tiles.sums,
+    tpu=_by_tiles(tiles.sums, _sums),
 )
 map_plainly(_primitives.sums, _primitives.plain_sums)
 map_plainly(_primitives.slopes, _primitives.plain_slopes)

@@ -153,10 +153,11 @@ def _in_chunks(array: Array, tiling: _Tiling, like: LayerOperands) -> Array:
 def saves_time(num_rows: int, num_features: int, num_classes: int, dtype: Any, chunk_rows: int) -> bool:
     """Return whether two sweeps over tiles take less time than the gradient computed with the loss, in chunks of rows.
 
-    False where JAX has no TPU, and no mesh of one is set. The arguments are those of `least_seconds`.
+    False where JAX has no TPU, and no mesh of one is set; and for programs that may be divided over devices, which have
+    no tiles. The arguments are those of `least_seconds`.
     """
     limits = _limits()
-    if limits is None or dtype.name not in limits.matrix:
+    if limits is None or dtype.name not in limits.matrix or _may_be_divided():
         return False
     by_chunks, by_tiles = least_seconds(limits, num_rows, num_features, num_classes, dtype, chunk_rows)
     return by_tiles < by_chunks
@@ -208,6 +209,14 @@ def _limits() -> Limits | None:
     kind = jax.devices()[0].device_kind if described is None else described.device_kind
     name = tpu_of_kind(kind)
     return None if name is None else LIMITS[name]
+
+
+def _may_be_divided() -> bool:
+    """Return whether a compiler may divide the program over devices: not within a jax.shard_map over all axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count() > 1
+    return mesh.size > 1 and set(mesh.manual_axes) != set(mesh.axis_names)
 
 
 # --- The sums ---------------------------------------------------------------------------------------------------------

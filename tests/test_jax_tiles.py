@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 
 import lsce_jax
 from lsce_jax import layer_sums, tiles
@@ -111,10 +111,10 @@ def test_tiles_cover_everything_and_hold_no_more_logits_than_a_chunk(
     assert held <= max(min(tiles.TILE_SIZE, chunk_rows * num_classes), 8 * 128)
 
 
-def on_a(kind: str) -> Any:
-    """Let programs be made for a device that is not there."""
+def on_a(kind: str, count: int = 1) -> Any:
+    """Let programs be made for devices that are not there."""
     device = AbstractDevice(device_kind=kind, num_cores=1, platform="tpu" if "TPU" in kind else "cuda")
-    mesh = AbstractMesh((1,), ("x",), abstract_device=device)
+    mesh = AbstractMesh((count,), ("x",), abstract_device=device)
     return jax.sharding.use_abstract_mesh(mesh)
 
 
@@ -150,6 +150,42 @@ def test_what_is_chosen_on_a_device(kind: str, recomputes: bool) -> None:
 
 def test_what_is_chosen_without_a_tpu() -> None:
     assert not tiles.saves_time(*LARGE, jnp.dtype(jnp.bfloat16), 1024)
+
+
+def test_what_is_chosen_for_several_devices() -> None:
+    """The compiler would have to divide the tiles, unless each device has a program of its own."""
+
+    def chosen() -> bool:
+        return tiles.saves_time(*LARGE, jnp.dtype(jnp.bfloat16), 1024)
+
+    found = []
+
+    def of_device(x: Any) -> Any:
+        found.append(chosen())
+        return x
+
+    with on_a("TPU v6 lite", 4):
+        found.append(chosen())
+        mapped = jax.shard_map(of_device, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x"))
+        jax.eval_shape(mapped, jnp.zeros(4))
+    assert found == [False, True]
+
+
+def test_symbolic_sizes_have_no_tiles() -> None:
+    """As jax.export makes them; for a TPU, too."""
+    rows, classes = jax.export.symbolic_shape("n, k")
+    describe: Any = jax.ShapeDtypeStruct
+    arrays = [describe((rows, 8), jnp.float32), describe((8, classes), jnp.float32), describe((rows,), jnp.int32)]
+
+    @jax.jit
+    def step(hidden: Any, weight: Any, labels: Any) -> Any:
+        def loss(*layer: Any) -> Any:
+            return lsce_jax.linear_label_smoothed_cross_entropy(*layer, labels, recompute=True, reduction="mean")
+
+        return jax.value_and_grad(loss, argnums=(0, 1))(hidden, weight)
+
+    # To divide symbols into tiles raises an error.
+    assert jax.export.export(step, platforms=["tpu"])(*arrays).platforms == ("tpu",)
 
 
 def test_few_features_are_computed_again() -> None:
