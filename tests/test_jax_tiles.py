@@ -1,5 +1,6 @@
 """The tiles of the linear loss on TPUs: their sizes, when they are chosen, and what no number can show."""
 
+import inspect
 from typing import Any
 
 import jax
@@ -113,7 +114,9 @@ def test_tiles_cover_everything_and_hold_no_more_logits_than_a_chunk(
 
 def on_a(kind: str, count: int = 1) -> Any:
     """Let programs be made for devices that are not there."""
-    device = AbstractDevice(device_kind=kind, num_cores=1, platform="tpu" if "TPU" in kind else "cuda")
+    platform = {"platform": "tpu" if "TPU" in kind else "cuda"}  # JAX 0.10.0 has none
+    has_platform = "platform" in inspect.signature(AbstractDevice).parameters
+    device: Any = AbstractDevice(device_kind=kind, num_cores=1, **platform if has_platform else {})
     mesh = AbstractMesh((count,), ("x",), abstract_device=device)
     return jax.sharding.use_abstract_mesh(mesh)
 
@@ -167,7 +170,8 @@ def test_what_is_chosen_for_several_devices() -> None:
     with on_a("TPU v6 lite", 4):
         found.append(chosen())
         mapped = jax.shard_map(of_device, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x"))
-        jax.eval_shape(mapped, jnp.zeros(4))
+        describe: Any = jax.ShapeDtypeStruct
+        jax.eval_shape(mapped, describe((4,), jnp.float32))
     assert found == [False, True]
 
 
