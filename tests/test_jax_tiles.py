@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 import lsce_jax
 from lsce_jax import layer_sums, tiles
@@ -117,7 +117,7 @@ def on_a(kind: str, count: int = 1) -> Any:
     platform = {"platform": "tpu" if "TPU" in kind else "cuda"}  # JAX 0.10.0 has none
     has_platform = "platform" in inspect.signature(AbstractDevice).parameters
     device: Any = AbstractDevice(device_kind=kind, num_cores=1, **platform if has_platform else {})
-    mesh = AbstractMesh((count,), ("x",), abstract_device=device)
+    mesh = AbstractMesh((count,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
     return jax.sharding.use_abstract_mesh(mesh)
 
 
