@@ -108,6 +108,7 @@ def _train_on_two_ranks(rank: int, directory: str) -> None:
         layer = DistributedDataParallel(linear())
         loss_fn(layer(INPUT[rows]), LABEL[rows], denominator=denominator).backward()
         torch.save(layer.module.weight.grad, f"{directory}/{name}_{rank}.pt")
+        del layer  # it would hold on to the group, whose threads may then outlive it and end the process
     dist.barrier()  # neither leaves while the other still reads
     dist.destroy_process_group()
 
