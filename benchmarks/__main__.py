@@ -46,6 +46,7 @@ from rich.console import Console
 
 from benchmarks import device as on_device
 from benchmarks import device_report, report
+from benchmarks.tables import print_table
 from benchmarks.timing import LinearShape, Row, Schedule, Shape
 from lsce_spec.devices import ENVIRONMENTS, has_cuda_plugin
 from parity_tests.evidence.cards import AbsentError, find_device
@@ -166,7 +167,7 @@ def dense(  # noqa: PLR0913, PLR0917 - a command line has its options as argumen
         results += _with_kept_pages("dense", [*given, *(["--quick"] if quick else [])])
     figures = {"machine": machine, "small" if sizes == "small" else "dense": results}
     for table in report.tables(figures):
-        report.print_table(table, console)
+        print_table(table, console)
     _keep(figures, json_file, write, console)
 
 
@@ -258,7 +259,7 @@ def linear(  # noqa: PLR0913, PLR0917 - as above
             results += _with_kept_pages("linear", [*given, "--rounds", str(schedule.rounds), "--calls", str(calls)])
     figures = {"machine": machine, "scaling" if scaling else "linear": results}
     for table in report.tables(figures):
-        report.print_table(table, console)
+        print_table(table, console)
     _keep(figures, json_file, write, console)
 
 
@@ -310,7 +311,7 @@ def device(
     frameworks = [each for each in on_device.FRAMEWORKS[name] if framework in {each, "both"}]
     for part in _found_on(name, frameworks, options, figures, console):
         figures[block].append(part)
-        report.print_table(list(device_report.tables(figures))[-1], console)
+        print_table(list(device_report.tables(figures))[-1], console)
         # After each part: so little is lost with the machine.
         _keep(figures, json_file, write, Console(quiet=True))
     if not figures[block]:
@@ -362,7 +363,7 @@ def tpu(json_file: JsonOption = None, write: WriteOption = False) -> None:
         "tpu linear": [cost._asdict() for cost in compiled.measure_linear()],
     }
     for table in report.tables(figures):
-        report.print_table(table, console)
+        print_table(table, console)
     _keep(figures, json_file, write, console)
 
 
@@ -377,7 +378,7 @@ def tpu_exp() -> None:
         from benchmarks import tpu_bundles  # noqa: PLC0415 - JAX must find the environment set
 
         costs = [cost._asdict() for cost in tpu_bundles.measure(dump)]
-    report.print_table(report.bundle_table(costs), console)
+    print_table(report.bundle_table(costs), console)
 
 
 @app.command()
@@ -405,7 +406,7 @@ def tpu_kernel(
             "tpu kernel": [cost._asdict() for cost in costs],
         }
     for table in report.tables(figures):
-        report.print_table(table, console)
+        print_table(table, console)
     _keep(figures, json_file, write, console)
 
 
@@ -440,8 +441,8 @@ def gpu() -> None:
     console = Console()
     report.print_machine(report.describe_machine(), console)
     console.print()
-    report.print_table(report.gpu_table(compiled.measure_memory(), compiled.SHAPE), console)
-    report.print_table(report.gpu_moves_table([count._asdict() for count in counted.measure()]), console)
+    print_table(report.gpu_table(compiled.measure_memory(), compiled.SHAPE), console)
+    print_table(report.gpu_moves_table([count._asdict() for count in counted.measure()]), console)
 
 
 @app.command()
@@ -455,10 +456,10 @@ def launches() -> None:
     console = Console()
     report.print_machine(report.describe_machine(), console)
     console.print()
-    report.print_table(report.launches_table([count._asdict() for count in counted.measure()]), console)
+    print_table(report.launches_table([count._asdict() for count in counted.measure()]), console)
     console.print()
     of_linear = [count._asdict() for count in counted.measure_linear()]
-    report.print_table(report.linear_launches_table(of_linear, counted.LINEAR_SHAPE), console)
+    print_table(report.linear_launches_table(of_linear, counted.LINEAR_SHAPE), console)
 
 
 @app.command()

@@ -163,7 +163,7 @@ def _median(part: Part, name: str) -> float | None:
 
 
 def _rank(row: dict[str, Any], part: Part, parts: Sequence[Part]) -> tuple[int, float]:
-    """Return a key to sort by: those that are right by time, then the wrong ones, then those that failed."""
+    """Return a key to sort by: first the right losses, fastest first, then the wrong ones, then those that failed."""
     if "median_ms" not in row:
         return 2, 0.0
     return int(status_of(row, part, parts) == "wrong"), row["median_ms"]

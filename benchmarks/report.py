@@ -19,7 +19,6 @@ from rich.console import Console
 
 from benchmarks import device_report
 from benchmarks.tables import Table, markdown, mb, shape_text, three_digits
-from benchmarks.tables import print_table as print_table  # noqa: PLC0414 - for who prints these tables
 from benchmarks.timing import LinearShape, Row, Shape
 
 Figures = dict[str, Any]  # what a command writes as JSON
@@ -57,7 +56,7 @@ SCALING_LEGENDS = {
 
 
 def describe_machine(libraries: Sequence[str] = LIBRARIES) -> dict[str, Any]:
-    """Return what the figures depend on; of the libraries the versions of those that are installed."""
+    """Return what the figures depend on: the machine, the commit, and the versions of the installed libraries."""
     versions = {}
     with suppress(OSError, subprocess.CalledProcessError):
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=9", "HEAD"]
@@ -322,10 +321,10 @@ def linear_tpu_table(costs: Sequence[dict[str, Any]], shape: LinearShape, chunk_
     ]
     legend = (
         f"In float32 the weight's gradient takes {mb(4 * shape.features * shape.classes)} MB, the logits of a chunk "
-        f"{mb(chunk_bytes)} MB,\nall logits {mb(shape.logits_bytes)} MB. Accessed: each round of a loop counts. "
+        f"{mb(chunk_bytes)} MB,\nall logits {mb(shape.logits_bytes)} MB. Traffic: read and written in all rounds. "
         "Compiled, not run."
     )
-    title = f"Loss and gradients by JAX for one core, bfloat16, {shape_text(shape)}: temp GB / accessed GB"
+    title = f"JAX compiled for one core, bfloat16, {shape_text(shape)}: temporary memory / traffic, GB"
     return Table(title, ("topology", *names), cells, legend)
 
 

@@ -35,9 +35,10 @@ class Kind(NamedTuple):
     Args:
         name: the beginning of the primitives' names.
         sums: returns peaks and sums of some operands.
-        at_peaks: returns, of operands and peaks, sums of which only the derivatives by the operands are right.
-        cotangents: returns, of operands, peaks, cotangents of some sums by their place and the names of operands, the
-            cotangents of these operands by name.
+        at_peaks: takes operands and peaks, and returns the sums at these peaks. Their derivatives with respect to the
+            operands are right; their values need not be.
+        cotangents: takes operands, peaks, the cotangents of some sums by their place, and names of operands. It returns
+            the cotangents of these operands by name.
         floating: the names of the operands that sums can be differentiated with respect to.
     """
 

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from benchmarks import __main__ as main
 from benchmarks import dense_jax, dense_torch, device_report, linear_jax, linear_torch, report, tpu
 from benchmarks.__main__ import DOCS, PAGES, QUICK_LINEAR_SHAPE, QUICK_SCALING_SHAPES, QUICK_SHAPE, app
+from benchmarks.tables import print_table
 from benchmarks.timing import Case, LinearShape, Schedule, Shape, time_in_turns
 from parity_tests.evidence.cards import AbsentError
 from parity_tests.evidence.pages import replace_block
@@ -346,7 +347,7 @@ def test_table_of_the_linear_loss_on_tpus():
         for topology, temp in (("v5e:2x2", 3 * 10**9), ("v6e:2x2", 10**9))
     ]
     table = report.linear_tpu_table(costs, tpu.LINEAR_SHAPE, tpu.linear_chunk_bytes())
-    report.print_table(table, Console(file=output, width=80))
+    print_table(table, Console(file=output, width=80))
     number = len(tpu.LINEAR_LOSSES)
     for row in (["6.8"], [r"3\.00 / 30\.0"], [r"1\.00 / 30\.0"]):
         assert re.search(" +".join(row * number) + " *$", output.getvalue(), re.MULTILINE)
