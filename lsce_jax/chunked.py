@@ -243,8 +243,7 @@ def _row_losses(plan: _Plan, operands: _Operands) -> _Results:
     logits = describe((*rows.labels.shape, shared.weight.shape[1]), rows.hidden.dtype)
     batch, targets = _batch_of(logits, rows, shared)
     of_logits = fused.make_operands(batch, plan.options, plan.with_stats)
-    given = {name: getattr(of_logits, name) for name in LayerOperands.__dataclass_fields__ if hasattr(of_logits, name)}
-    layer = LayerOperands(rows.hidden, shared.weight, shared.bias, **given, skip=plan.skip)
+    layer = LayerOperands.of(Layer(rows.hidden, shared.weight, shared.bias), of_logits, skip=plan.skip)
     return fused.losses_of_sums(batch, plan.options, targets, *layer_sums(layer))
 
 

@@ -55,6 +55,12 @@ class LayerOperands:
     correct: bool = field(metadata=_STATIC)
     skip: bool = field(metadata=_STATIC)  # whether the rows that count come first, and the others may be left out
 
+    @staticmethod
+    def of(layer: Layer, operands: Operands, *, skip: bool) -> "LayerOperands":
+        """Return the operands of a layer, given what is to be summed over its logits."""
+        names = ("labels", "counted", *CLASS_VECTORS, "softcap", "prior_entropy", "largest", "correct")
+        return LayerOperands(*layer, **{name: getattr(operands, name) for name in names}, skip=skip)
+
     @property
     def rows(self) -> dict[str, Any]:
         """The operands with one value per row."""
