@@ -34,8 +34,11 @@ class _Where(TypedDict, total=False):
     where: Annotated[Bool[Tensor, "..."] | None, Default(None)]
 
 
-class _Counted(TypedDict, total=False):
+class _Ignored(TypedDict, total=False):
     ignore_index: Annotated[int | None, Default(None)]
+
+
+class _ClassWeight(TypedDict, total=False):
     class_weight: Annotated[Float[Tensor, " K"] | None, Default(None)]
 
 
@@ -51,7 +54,7 @@ class _Reduction(TypedDict, total=False):
     reduction: Annotated[str, Default("mean")]
 
 
-class _Rows(_Counted, _Terms, _Reduction, total=False):
+class _Rows(_Ignored, _ClassWeight, _Terms, _Reduction, total=False):
     pass
 
 
@@ -91,3 +94,7 @@ class DenseModuleKeywords(_Target, _Terms, _Implementation, _Memory, total=False
 
 class LinearModuleKeywords(_Target, _Rows, _Implementation, _Chunks, total=False):
     """The options of `LinearLabelSmoothedCrossEntropyLoss` besides `smoothing`."""
+
+
+class TrainerLossKeywords(_Smoothing, _Target, _ClassWeight, _Terms, _Implementation, _Memory, total=False):
+    """The options of the losses in `lsce_torch.trainers`."""

@@ -67,6 +67,7 @@ TORCH_FILES = {
     "saved.py",
     "compiled.py",
     "device.py",
+    "trainers.py",  # for the Trainer of Hugging Face, which JAX does not have
 }
 # What JAX is told of the sums, and what XLA for CPUs, GPUs and TPUs takes in place of them.
 JAX_FILES = {"row_sums.py", "layer_sums.py", "sum_rules.py", "cpu.py", "gpu.py", "tiles.py", "primitives.py"}
@@ -121,7 +122,7 @@ ONLY_IN_TORCH = {
     "functional.py": {"_checked_options", "_options_of"},
     "linear.py": {"_is_transformed", "_why_reference"},
     "reference.py": {"as_tensor"},
-    "keywords.py": {"_Counted", "_Terms", "_Reduction", "_Memory"},
+    "keywords.py": {"_Ignored", "_ClassWeight", "_Terms", "_Reduction", "_Memory", "TrainerLossKeywords"},
 }
 # One package transforms functions, the other has autograd Functions and sweeps of its own. In these files what both
 # define is in the same order, and the names that other files use are the same.
