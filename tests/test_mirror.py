@@ -58,6 +58,7 @@ def files(package: str) -> set[str]:
 # XLA manages memory, threads, saved arrays and fusion for JAX, and knows its platform. In torch each has a file, and so
 # have the operators that torch.compile leaves alone.
 TORCH_FILES = {
+    "trainers.py",  # for Hugging Face's Trainer, which JAX does not have
     "plain.py",
     "lean.py",
     "sweeps.py",
@@ -67,7 +68,6 @@ TORCH_FILES = {
     "saved.py",
     "compiled.py",
     "device.py",
-    "trainers.py",  # for the Trainer of Hugging Face, which JAX does not have
 }
 # What JAX is told of the sums, and what XLA for CPUs, GPUs and TPUs takes in place of them.
 JAX_FILES = {"row_sums.py", "layer_sums.py", "sum_rules.py", "cpu.py", "gpu.py", "tiles.py", "primitives.py"}
