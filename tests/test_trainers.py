@@ -27,7 +27,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import accelerate
 import transformers
 
-from lsce_torch import label_smoothed_cross_entropy
+from lsce_torch import label_smoothed_cross_entropy, linear_label_smoothed_cross_entropy
 from lsce_torch.trainers import causal_lm_loss, unshifted_loss
 from parity_tests.trainings.stepwise import State, StepwiseVerdict, compare_step_by_step
 
@@ -247,6 +247,33 @@ def test_labels_where_the_logits_are(tmp_path: Path) -> None:
     for compute_loss, right in ((unshifted_loss, True), (causal_lm_loss, False)):
         trained = record(make_trainer(tmp_path, compute_loss(smoothing=SMOOTHING), Tagger(), **sizes))
         assert against_plain_loop(trained, Tagger).agrees == right
+
+
+class LinearLossModel(transformers.GPT2LMHeadModel):
+    """That of docs/trainers.md."""
+
+    def forward(self, input_ids: Tensor, labels: Any = None, num_items_in_batch: Any = None, **keywords: Any) -> Any:
+        """Return the loss, or without labels the logits."""
+        if labels is None:
+            return super().forward(input_ids, **keywords)
+        hidden = self.transformer(input_ids, **keywords).last_hidden_state
+        labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+        options = {"smoothing": SMOOTHING, "ignore_index": -100, "denominator": num_items_in_batch}
+        return {"loss": linear_label_smoothed_cross_entropy(hidden, self.lm_head.weight, labels, **options)}
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_linear_loss_in_the_model(tmp_path: Path, counts: bool) -> None:
+    """Without the count the Trainer divides by the number of microbatches: a mean of means."""
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    model = LinearLossModel(language_model().config)
+    model.load_state_dict(language_model().state_dict())
+    model.accepts_loss_kwargs = counts
+    trainer = make_trainer(tmp_path, None, model, **sizes)
+    trainer.train()
+    states = next(each.states for each in trainer.callback_handler.callbacks if isinstance(each, Recorder))
+    verdict = against_plain_loop(Recorded(states, [0.0] * STEPS))
+    assert all(each.share <= 1 for each in verdict.worst if each.tensor != "loss") == counts
 
 
 def test_first_labels_may_be_counted(tmp_path: Path) -> None:
