@@ -68,7 +68,7 @@ def causal_lm_loss(**keywords: Unpack[TrainerLossKeywords]) -> ComputeLoss:
 def unshifted_loss(**keywords: Unpack[TrainerLossKeywords]) -> ComputeLoss:
     """Return `causal_lm_loss` without the shift: for labels that are where their logits are.
 
-    These are the labels of classifiers, taggers, masked language models, and decoders that are given the labels before.
+    So it is in classifiers, taggers, masked language models and encoder-decoders.
 
     Args:
         keywords: the options of `causal_lm_loss`, with the same defaults.
@@ -115,8 +115,8 @@ def _compute_loss(
         labels = F.pad(labels[..., 1:], (0, 1), value=_IGNORED)
     denominator = (labels != _IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
     if isinstance(denominator, Tensor):
-        # With several GPUs in one process (nn.DataParallel) the Trainer gives one count for each of them. It multiplies
-        # the loss, which is that of the outputs of all, by their number.
+        # With several GPUs in one process (nn.DataParallel) the Trainer gives a count for each of them. It has divided
+        # the counts by the number of GPUs, or will multiply the loss, although this is the loss of the outputs of all.
         denominator = denominator.sum().to(logits.device)
     return label_smoothed_cross_entropy(logits, labels, **options, denominator=denominator)
 

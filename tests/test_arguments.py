@@ -204,7 +204,8 @@ def table() -> list[tuple[str, str, str]]:
     return each
 
 
-# Our lines that are options, and those that are computed from the results. The others are in tests of their own below.
+# Our lines that are options, and those that are computed from the results. Of the others, the first three have tests of
+# their own below; the rest is text.
 OPTIONS = [row for row in table() if re.fullmatch(r"`\w+=\S+(, \w+=\S+)*`", row[2])]
 RESULTS = [row for row in table() if "stats." in row[2]]
 APART = {"logit_scale", "shift", "out_features", "filter_eps", "accum_dtype", "half_to_float", "process_group"}

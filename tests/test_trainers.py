@@ -450,6 +450,14 @@ def test_options(options: dict[str, Any]) -> None:
         assert torch.equal(found, expected) or (found.isnan() and expected.isnan())
 
 
+def test_smoothing_that_a_callback_changes() -> None:
+    smoothing = torch.tensor(0.1)
+    compute_loss = causal_lm_loss(smoothing=smoothing)
+    before = compute_loss(LOGITS, FEW)
+    smoothing.fill_(0.3)
+    assert compute_loss(LOGITS, FEW) == causal_lm_loss(smoothing=torch.tensor(0.3))(LOGITS, FEW) != before
+
+
 def test_gradient_may_overwrite_the_logits() -> None:
     for inplace in (False, True):
         leaf = LOGITS.clone().requires_grad_()

@@ -25,7 +25,9 @@ from parity_tests.truth.oracle import solve
 
 pytestmark = [
     pytest.mark.devices,
-    pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="needs liger-kernel: lsce[devices]"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("liger_kernel") is None, reason="needs liger-kernel (make install-devices)"
+    ),
 ]
 
 _GENERATOR = np.random.default_rng(0)
