@@ -43,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def language_model() -> nn.Module:
-    """Return GPT-2 with 1100 parameters, the same each time."""
+    """Return GPT-2 with 1024 parameters, the same each time."""
     torch.manual_seed(0)
     size = {"vocab_size": VOCABULARY, "n_positions": LENGTH, "n_embd": 8, "n_layer": 1, "n_head": 2}
     no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
