@@ -42,6 +42,10 @@ class _ClassWeight(TypedDict, total=False):
     class_weight: Annotated[Float[Tensor, " K"] | None, Default(None)]
 
 
+class _Counted(_Ignored, _ClassWeight, total=False):
+    pass
+
+
 class _Terms(TypedDict, total=False):
     class_mask: Annotated[Bool[Tensor, " K"] | None, Default(None)]
     z_loss: Annotated[float, Default(0.0)]
@@ -54,7 +58,7 @@ class _Reduction(TypedDict, total=False):
     reduction: Annotated[str, Default("mean")]
 
 
-class _Rows(_Ignored, _ClassWeight, _Terms, _Reduction, total=False):
+class _Rows(_Counted, _Terms, _Reduction, total=False):
     pass
 
 
@@ -80,6 +84,10 @@ class LossKeywords(_Smoothing, _Target, _Where, _Rows, _Denominator, _Implementa
     """The options that every loss takes."""
 
 
+class TrainerLossKeywords(_Smoothing, _Target, _ClassWeight, _Terms, _Implementation, _Memory, total=False):
+    """The options of the losses in `lsce_torch.trainers`."""
+
+
 class DenseLossKeywords(_Smoothing, _Target, _Axis, _Where, _Rows, _Denominator, _Implementation, _Memory, total=False):
     """The options of `label_smoothed_cross_entropy`."""
 
@@ -94,7 +102,3 @@ class DenseModuleKeywords(_Target, _Terms, _Implementation, _Memory, total=False
 
 class LinearModuleKeywords(_Target, _Rows, _Implementation, _Chunks, total=False):
     """The options of `LinearLabelSmoothedCrossEntropyLoss` besides `smoothing`."""
-
-
-class TrainerLossKeywords(_Smoothing, _Target, _ClassWeight, _Terms, _Implementation, _Memory, total=False):
-    """The options of the losses in `lsce_torch.trainers`."""

@@ -122,7 +122,7 @@ ONLY_IN_TORCH = {
     "functional.py": {"_checked_options", "_options_of"},
     "linear.py": {"_is_transformed", "_why_reference"},
     "reference.py": {"as_tensor"},
-    "keywords.py": {"_Ignored", "_ClassWeight", "_Terms", "_Reduction", "_Memory", "TrainerLossKeywords"},
+    "keywords.py": {"_Ignored", "_ClassWeight", "_Counted", "_Terms", "_Reduction", "_Memory", "TrainerLossKeywords"},
 }
 # One package transforms functions, the other has autograd Functions and sweeps of its own. In these files what both
 # define is in the same order, and the names that other files use are the same.
