@@ -1,6 +1,7 @@
 """Label-smoothed cross-entropy for PyTorch.
 
-Public are the names below and `lsce_torch.metrics`. All other modules are internal and may change in any release.
+Public are the names below, `lsce_torch.metrics` and `lsce_torch.trainers`. All other modules are internal and may
+change in any release.
 """
 
 from lsce_spec import Convention as Convention

@@ -34,9 +34,16 @@ class _Where(TypedDict, total=False):
     where: Annotated[Bool[Tensor, "..."] | None, Default(None)]
 
 
-class _Counted(TypedDict, total=False):
+class _Ignored(TypedDict, total=False):
     ignore_index: Annotated[int | None, Default(None)]
+
+
+class _ClassWeight(TypedDict, total=False):
     class_weight: Annotated[Float[Tensor, " K"] | None, Default(None)]
+
+
+class _Counted(_Ignored, _ClassWeight, total=False):
+    pass
 
 
 class _Terms(TypedDict, total=False):
@@ -75,6 +82,10 @@ class _Chunks(TypedDict, total=False):
 
 class LossKeywords(_Smoothing, _Target, _Where, _Rows, _Denominator, _Implementation, total=False):
     """The options that every loss takes."""
+
+
+class TrainerLossKeywords(_Smoothing, _Target, _ClassWeight, _Terms, _Implementation, _Memory, total=False):
+    """The options of the losses in `lsce_torch.trainers`."""
 
 
 class DenseLossKeywords(_Smoothing, _Target, _Axis, _Where, _Rows, _Denominator, _Implementation, _Memory, total=False):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as main
-from benchmarks import dense_jax, dense_torch, device_report, linear_jax, linear_torch, report, tpu
+from benchmarks import dense_jax, dense_torch, device_report, linear_jax, linear_torch, logit_scale, report, tpu
 from benchmarks.__main__ import DOCS, PAGES, QUICK_LINEAR_SHAPE, QUICK_SCALING_SHAPES, QUICK_SHAPE, app
 from benchmarks.tables import print_table
 from benchmarks.timing import Case, LinearShape, Schedule, Shape, time_in_turns
@@ -486,3 +486,11 @@ def test_readme_has_the_range_of_the_records():
     ranges = {name: f"{min(of):.2f} to {max(of):.2f}" for name, of in ratios.items()}
     text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
     assert f"| {ranges['torch']} in torch, {ranges['jax']} in JAX |" in text
+
+
+def test_logit_scale(capsys):
+    logit_scale.main(["--quick"])
+    output = capsys.readouterr().out
+    for framework in ("jax", "torch"):
+        assert f"{framework}: loss and gradients" in output
+    assert output.count("dense loss, of logits, 32 x 50") == output.count("linear loss, of features, 32 x 50") == 2

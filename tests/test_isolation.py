@@ -55,6 +55,13 @@ else:
     raise AssertionError("imported")
 """
 
+# Nor is transformers, whose Trainer calls the functions of lsce_torch.trainers.
+USE_TRAINERS = """
+import torch
+from lsce_torch.trainers import causal_lm_loss
+assert causal_lm_loss()({"logits": torch.zeros(1, 3, 4)}, torch.tensor([[0, 1, 2]])) > 1
+"""
+
 JAX_NAMES = ("jax", "jaxlib", "flax", "optax")
 
 
@@ -82,6 +89,7 @@ def test_other_framework_stays_unloaded(use: str, forbidden: tuple[str, ...]) ->
     (USE_JAX, ("torch",)),
     (USE_TORCH, JAX_NAMES),
     (METRICS_WITHOUT_TORCHMETRICS, ("torchmetrics",)),
+    (USE_TRAINERS, ("transformers", "accelerate", *JAX_NAMES)),
 ])  # fmt: skip
 def test_works_without_what_is_not_required(use: str, blocked: tuple[str, ...]) -> None:
     outcome = run(BLOCK.format(blocked=blocked), use)

@@ -58,6 +58,7 @@ def files(package: str) -> set[str]:
 # XLA manages memory, threads, saved arrays and fusion for JAX, and knows its platform. In torch each has a file, and so
 # have the operators that torch.compile leaves alone.
 TORCH_FILES = {
+    "trainers.py",  # for Hugging Face's Trainer, which JAX does not have
     "plain.py",
     "lean.py",
     "sweeps.py",
@@ -121,7 +122,7 @@ ONLY_IN_TORCH = {
     "functional.py": {"_checked_options", "_options_of"},
     "linear.py": {"_is_transformed", "_why_reference"},
     "reference.py": {"as_tensor"},
-    "keywords.py": {"_Counted", "_Terms", "_Reduction", "_Memory"},
+    "keywords.py": {"_Ignored", "_ClassWeight", "_Counted", "_Terms", "_Reduction", "_Memory", "TrainerLossKeywords"},
 }
 # One package transforms functions, the other has autograd Functions and sweeps of its own. In these files what both
 # define is in the same order, and the names that other files use are the same.
