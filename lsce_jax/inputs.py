@@ -25,6 +25,7 @@ from lsce_spec import (
     check_prior_values,
     check_smoothing_dtype,
     check_smoothing_values,
+    ignored,
     is_floating,
     is_number,
 )
@@ -144,6 +145,8 @@ def prepare(
     if options.ignore_index is not None:
         batch = batch.counting_only(labels != options.ignore_index)
     _check_smoothing_of_rows(batch)
+    if batch.bad is not None and options.ignore_index is None and options.bad_labels == "nan":
+        _warn_of_labels(labels, batch.bad)
     if options.bad_labels == "raise" and batch.bad is not None:
         _raise_bad_label(labels, batch.bad, class_mask is not None, num_classes)
     return batch
@@ -172,9 +175,7 @@ def extremes(array: Array) -> tuple[float, ...]:
 
     Traced values are not, and to read those on an accelerator would wait for it.
     """
-    if _is_traced(array) or not array.size or not array.is_fully_addressable:
-        return ()
-    if any(device.platform != "cpu" for device in array.devices()):
+    if not array.size or not _is_at_hand(array):
         return ()
     values = np.asarray(array, np.float64)
     return float(np.min(values)), float(np.max(values))
@@ -255,8 +256,21 @@ def check_prior(prior: ArrayLike, class_mask: ArrayLike | None) -> None:
     check_prior_values(np.asarray(prior, dtype=np.float64).tolist(), mask, unit_roundoff)
 
 
+def _is_at_hand(array: Array) -> bool:
+    """Whether the values can be read without waiting for a device."""
+    if _is_traced(array) or not array.is_fully_addressable:
+        return False
+    return all(device.platform == "cpu" for device in array.devices())
+
+
 def _is_traced(array: object) -> bool:
     return isinstance(array, jax.core.Tracer)
+
+
+def _warn_of_labels(labels: Array, bad: Array) -> None:
+    """Warn, once in a process, of labels that seem to be meant to be ignored, where they are at hand."""
+    if _is_at_hand(bad) and ignored.may_look():
+        ignored.warn_of(np.asarray(labels)[np.asarray(bad)].tolist(), labels.size)
 
 
 def _raise_bad_label(labels: Array, bad: Array, masked: bool, num_classes: int) -> None:
@@ -264,9 +278,12 @@ def _raise_bad_label(labels: Array, bad: Array, masked: bool, num_classes: int) 
     if _is_traced(bad):
         # Under jit this needs checkify.checkify around the caller; without it JAX's own error says so.
         first = jnp.argmax(bad.ravel())
-        message = str(error("bad_label", value="{value}", index="{index} (flattened)", expected=expected))
+        given = {"value": "{value}", "index": "{index} (flattened)", "expected": expected}
+        message = str(error("bad_label", **given, ignore_index="ignore_index"))
         checkify.check(~jnp.any(bad), message, value=labels.ravel()[first], index=first)
         return
     if np.any(bad):
         index = tuple(int(i) for i in np.argwhere(np.asarray(bad))[0])
-        raise error("bad_label", value=int(labels[index]), index=list(index), expected=expected)
+        value = int(labels[index])
+        ignore_index = f"ignore_index={value}" if value < 0 else "ignore_index"
+        raise error("bad_label", value=value, index=list(index), expected=expected, ignore_index=ignore_index)

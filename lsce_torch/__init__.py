@@ -8,6 +8,7 @@ from lsce_spec import convert_smoothing as convert_smoothing
 from lsce_spec import identify_loss as identify_loss
 from lsce_spec import identify_targets as identify_targets
 from lsce_spec import smoothing_weights as smoothing_weights
+from lsce_torch.drop_in import cross_entropy as cross_entropy
 from lsce_torch.functional import label_smoothed_cross_entropy as label_smoothed_cross_entropy
 from lsce_torch.functional import label_smoothed_cross_entropy_with_stats as label_smoothed_cross_entropy_with_stats
 from lsce_torch.linear import linear_label_smoothed_cross_entropy as linear_label_smoothed_cross_entropy
