@@ -8,6 +8,10 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         TypeError,
         "{name} must be {expected}, got {given}. Convert it first.",
     ),
+    "not_installed": (
+        ModuleNotFoundError,
+        "{user} needs {name}, which is not installed. Run: {install}.",
+    ),
     "logits_dtype": (
         TypeError,
         "logits must be floating point (float64, float32, bfloat16 or float16), got {given}. "

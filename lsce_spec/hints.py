@@ -5,7 +5,6 @@ TransformerEngine, Megatron-LM, cut-cross-entropy, Tokamax, MaxText, T5X, AXLear
 Nothing here is computed unless a call fails.
 """
 
-import difflib
 from collections.abc import Collection
 
 # A line for each thing, with all its names. A caller is pointed to the first one that the function takes; ours come
@@ -163,8 +162,7 @@ def for_keyword(name: str, accepted: Collection[str], function: str) -> str:
         return advice
     if ours in _LINEAR_ONLY:
         return f"{ours} belongs to the linear loss, linear_label_smoothed_cross_entropy."
-    close = difflib.get_close_matches(name, accepted, n=1)
-    return f"Did you mean {close[0]!r}?" if close else f"help({function}) lists the names."
+    return _close_match(name, accepted) or f"help({function}) lists the names."
 
 
 def for_choice(name: str, given: object, known: Collection[str]) -> str:
@@ -174,15 +172,31 @@ def for_choice(name: str, given: object, known: Collection[str]) -> str:
         >>> for_choice("convention", "fairseq", ("uniform", "non_target"))
         "Did you mean 'non_target'?"
     """
-    word = str(given)
+    word = "None" if given is None else given if isinstance(given, str) else ""
     if name == "reduction" and word in REDUCTIONS:
         return REDUCTIONS[word]
     if name == "convention":
         for convention, libraries in CONVENTIONS.items():
             if word.lower() in libraries:
                 return f"Did you mean {convention!r}?"
-    close = difflib.get_close_matches(word.lower(), known, n=1)
-    return f"Did you mean {close[0]!r}?" if close else ""
+    return _close_match(word.lower(), known)
+
+
+def _close_match(word: str, known: Collection[str]) -> str:
+    """Return which known name was meant by the most alike pairs of letters, or nothing if fewer than half are alike.
+
+    Not by `difflib`, which torch.compile cannot trace: its own error would take the place of the message.
+    """
+    best, most = "", 0.5
+    for candidate in known:
+        alike = 0
+        for start in range(len(word) - 1):
+            if word[start : start + 2] in candidate:
+                alike += 1
+        share = 2 * alike / max(1, len(word) + len(candidate) - 2)
+        if share > most:
+            best, most = candidate, share
+    return best and f"Did you mean {best!r}?"
 
 
 def _synonyms(name: str, table: str) -> list[str]:
