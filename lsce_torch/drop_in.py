@@ -1,9 +1,11 @@
 """`torch.nn.functional.cross_entropy` with the options of this package: swap the import, nothing else."""
 
+import warnings
 from typing import Unpack
 
+import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from lsce_spec import Reduction
 from lsce_spec.keywords import takes
@@ -62,9 +64,7 @@ def cross_entropy(
     """
     check_weight(weight)
     if size_average is not None or reduce is not None:
-        # torch translates them, and warns.
-        legacy = nn.CrossEntropyLoss(size_average=size_average, reduce=reduce)
-        reduction = legacy.reduction  # type: ignore[assignment]  # a plain str there
+        reduction = _translated(size_average, reduce)
     soft = isinstance(target, Tensor) and target.is_floating_point()
     if soft and ignore_index is not None and ignore_index >= 0:
         raise error("ignore_index_soft", given=ignore_index)
@@ -78,6 +78,20 @@ def cross_entropy(
         reduction=reduction,
         **options,
     )
+
+
+def _translated(size_average: bool | None, reduce: bool | None) -> Reduction:
+    """Return the reduction that torch's deprecated arguments mean, and warn as torch does.
+
+    torch's own function for that cannot be traced by torch.compile, nor can a warning.
+    """
+    reduction: Reduction = "mean" if size_average is None or size_average else "sum"
+    if reduce is not None and not reduce:
+        reduction = "none"
+    if not torch.compiler.is_compiling():
+        text = f"size_average and reduce are deprecated, pass reduction={reduction!r} instead."
+        warnings.warn(text, UserWarning, stacklevel=4)
+    return reduction
 
 
 def check_weight(weight: object) -> None:
