@@ -19,13 +19,15 @@ _LIBRARIES = ("lsce_spec", "lsce_jax", "lsce_torch", "jax", "flax", "torch")
 _calls_left = 32
 
 
-def may_look() -> bool:
-    """Return whether this call may look at its labels, and count it."""
+def is_looking() -> bool:
+    """Return whether calls still look at their labels."""
+    return _calls_left > 0
+
+
+def count_call() -> None:
+    """Count a call that looks at its labels."""
     global _calls_left  # noqa: PLW0603  # a process has one count
-    if not _calls_left:
-        return False
     _calls_left -= 1
-    return True
 
 
 def warn_of(bad_labels: Sequence[int], total: int) -> None:

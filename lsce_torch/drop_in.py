@@ -65,6 +65,19 @@ def cross_entropy(
     check_weight(weight)
     if size_average is not None or reduce is not None:
         reduction = _translated(size_average, reduce)
+    return with_names_of_torch(input, target, weight, ignore_index, reduction, label_smoothing, **options)
+
+
+def with_names_of_torch(
+    input: Tensor,  # noqa: A002  # as above
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: Reduction,
+    label_smoothing: float | Tensor,
+    **options: Unpack[CrossEntropyKeywords],
+) -> Tensor:
+    """Return the loss of `cross_entropy`, for the module as well, which has every option already."""
     soft = isinstance(target, Tensor) and target.is_floating_point()
     if soft and ignore_index is not None and ignore_index >= 0:
         raise error("ignore_index_soft", given=ignore_index)

@@ -355,8 +355,10 @@ def _is_tracing() -> bool:
 
 def _warn_of_labels(labels: Tensor, bad: Tensor) -> None:
     """Warn, once in a process, of labels that seem to be meant to be ignored, where they are at hand."""
-    if _is_tracing() or not is_on_cpu(labels) or not ignored.may_look():
+    # The order is that of cost. A count that torch.compile reads would make it compile again.
+    if torch.compiler.is_compiling() or not ignored.is_looking() or not is_on_cpu(labels) or _is_tracing():
         return
+    ignored.count_call()
     try:
         ignored.warn_of(labels[bad].tolist(), labels.numel())
     except RuntimeError:  # within vmap, or a tensor without data

@@ -20,7 +20,7 @@ from lsce_spec import (
 )
 from lsce_spec.keywords import hinting, parameters_of, takes
 from lsce_torch import kernels
-from lsce_torch.drop_in import check_weight, cross_entropy
+from lsce_torch.drop_in import check_weight, with_names_of_torch
 from lsce_torch.functional import label_smoothed_cross_entropy
 from lsce_torch.inputs import check_prior
 from lsce_torch.keywords import DenseModuleKeywords, LinearModuleKeywords
@@ -129,13 +129,13 @@ class LabelSmoothedCrossEntropyLoss(_LossModule, nn.CrossEntropyLoss):
             smoothing: replaces `label_smoothing` for this call, as a schedule does.
             denominator: the number that reduction="mean" divides by.
         """
-        return cross_entropy(
+        return with_names_of_torch(
             input,
             target,
             self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing if smoothing is None else smoothing,
+            self.ignore_index,
+            self.reduction,
+            self.label_smoothing if smoothing is None else smoothing,
             where=where,
             denominator=denominator,
             **self._kept(),
