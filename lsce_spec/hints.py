@@ -56,7 +56,7 @@ _DTYPES = (
 )
 _ROW_FACTORS = (
     "For factors 0 and 1 pass where. For others multiply the losses of reduction='none'. One factor per class is "
-    "class_weight."
+    "class_weight, and weight among torch's names."
 )
 _LOGITS_ONLY = "Pass logits; of probabilities pass the logarithm, since log-probabilities are logits too."
 _BY_TYPE = "Pass labels: integers are class indices, floating-point labels are class probabilities."
