@@ -63,10 +63,6 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         "these logits were overwritten by their gradient, as inplace_backward=True allows. "
         "Use them before backward(), or pass inplace_backward=False.",
     ),
-    "no_torchmetrics": (
-        ModuleNotFoundError,
-        "lsce_torch.metrics needs torchmetrics, which is not installed. Run: pip install 'lsce[metrics]'.",
-    ),
 }
 
 

@@ -163,7 +163,11 @@ LINEAR_WRONG_TYPES: dict[str, list[dict[str, Any]]] = {
 }
 
 ELSEWHERE = {
+    # in test_manners.py
     "unexpected_keyword",
+    "array_option",
+    "labels_to_ignore",
+    "not_installed",  # in test_isolation.py
     "array_type",
     "convention_functions",
     "label_smooth",
@@ -195,7 +199,6 @@ TORCH_ELSEWHERE = {
     "layout",
     "weight_type",
     "bad_labels_compiled",
-    "no_torchmetrics",  # in test_isolation.py
     # in test_torch_fused.py
     "inplace_reference",
     "inplace_logits",
