@@ -113,7 +113,7 @@ def _evaluate(
     """Return the loss, and the statistics if asked for. See `linear_label_smoothed_cross_entropy`."""
     options = LossOptions.of(keywords, LINEAR_IMPLEMENTATIONS)
     chunks = ChunkOptions.of(keywords, options)
-    layer, num_classes = _prepare_layer(hidden, weight, keywords["bias"])
+    layer, num_classes = prepare_layer(hidden, weight, keywords["bias"])
     labels = as_array("labels", within_int32(labels))
     if is_floating(labels.dtype.name):
         raise error("linear_soft_labels", given=labels.dtype.name)
@@ -129,7 +129,7 @@ def _evaluate(
     return reduce_losses(losses, options, divisor), stats
 
 
-def _prepare_layer(hidden: ArrayLike, weight: ArrayLike, bias: ArrayLike | None) -> tuple[Layer, int]:
+def prepare_layer(hidden: ArrayLike, weight: ArrayLike, bias: ArrayLike | None) -> tuple[Layer, int]:
     """Check the arrays of the layer; return the layer and the number of classes."""
     layer = Layer(
         as_array("hidden", hidden),

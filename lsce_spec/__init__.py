@@ -42,3 +42,9 @@ from lsce_spec.options import IMPLEMENTATIONS as IMPLEMENTATIONS
 from lsce_spec.options import LINEAR_IMPLEMENTATIONS as LINEAR_IMPLEMENTATIONS
 from lsce_spec.options import ChunkOptions as ChunkOptions
 from lsce_spec.options import LossOptions as LossOptions
+from lsce_spec.smoothing import LINEAR_REFUSED as LINEAR_REFUSED
+from lsce_spec.smoothing import REFUSED as REFUSED
+from lsce_spec.smoothing import check_addable as check_addable
+from lsce_spec.smoothing import check_num_classes as check_num_classes
+from lsce_spec.smoothing import check_row_numbers as check_row_numbers
+from lsce_spec.smoothing import check_weights as check_weights

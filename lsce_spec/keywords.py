@@ -84,3 +84,22 @@ def takes(keywords: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return with_defaults
 
     return decorate
+
+
+def refuses(reasons: Mapping[str, str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator for functions that do not take some options: each call with one raises and says why.
+
+    Args:
+        reasons: the reason for each name, with what to do instead.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def checked(*operands: P.args, **given: P.kwargs) -> R:
+            for name in given.keys() & reasons.keys():
+                raise error("smoothing_refused", function=function.__name__, name=name, reason=reasons[name])
+            return function(*operands, **given)
+
+        return checked
+
+    return decorate
