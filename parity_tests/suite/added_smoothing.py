@@ -1,21 +1,13 @@
-"""Losses without smoothing, with smoothing added by `linear_add_smoothing`, as adapters of the linear loss.
+"""Cases that smoothing is added to: the dense loss as `add_smoothing` makes it, and bounds of what is added from outside."""
 
-A user adds smoothing to the loss of each row and reduces the result. So these functions do the same, and take the
-arguments of `linear_label_smoothed_cross_entropy`.
-"""
-
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-import optax
 import torch
-from torch.nn import functional as F
 
-import lsce_jax
 import lsce_torch
+from parity_tests.losses.wrapped import counted
 from parity_tests.truth.arithmetic import Arithmetic
 from parity_tests.truth.bounds import error_bound
 from parity_tests.truth.cases import Case, LinearCase
@@ -24,98 +16,12 @@ from parity_tests.truth.linear_bounds import linear_bound
 from parity_tests.truth.oracle import LinearTruth, solve
 from parity_tests.truth.precision import FORMATS, compute_dtype
 
-Loss = Callable[..., Any]
-IGNORED = -100
-# Options that the loss without smoothing has too. The others are those of the smoothing.
-OF_NLL = ("bias", "where", "ignore_index", "class_mask", "chunk_size")
-OF_CALLER = ("chunk_size", "reduction", "denominator")
-
-# Which cases smoothing cannot be added to, and why.
+# Which linear cases smoothing cannot be added to, and why.
 NOT_ADDED = {
     "linear_softcap": "not linear in the logits",
     "linear_max_sup": "needs the largest logit",
     "linear_everything": "softcap",
 }
-
-
-def jax_added(nll: Loss, add: Loss = lsce_jax.linear_add_smoothing) -> Loss:
-    """Return the loss that is made of an unsmoothed one of JAX."""
-
-    def loss(hidden: Any, weight: Any, labels: Any, **options: Any) -> Any:
-        rows = nll(hidden, weight, labels, **{name: options[name] for name in OF_NLL if name in options})
-        added = {name: value for name, value in options.items() if name not in OF_CALLER}
-        losses, weights = add(rows, hidden, weight, labels, **added), jnp.ones(labels.shape, rows.dtype)
-        if options["reduction"] != "mean":
-            return losses if options["reduction"] == "none" else losses.sum()
-        if "class_weight" in options:
-            weights = options["class_weight"].at[labels].get(mode="clip")
-        total = jnp.sum(jnp.where(_counted(labels, options), weights, 0))
-        return losses.sum() / jnp.where(total == 0, 1, total)
-
-    return loss
-
-
-def torch_added(nll: Loss, add: Loss = lsce_torch.linear_add_smoothing) -> Loss:
-    """Return the loss that is made of an unsmoothed one of torch."""
-
-    def loss(hidden: Any, weight: Any, labels: Any, **options: Any) -> Any:
-        rows = nll(hidden, weight, labels, **{name: options[name] for name in OF_NLL if name in options})
-        added = {name: value for name, value in options.items() if name not in OF_CALLER}
-        losses, weights = add(rows, hidden, weight, labels, **added), torch.ones(labels.shape, dtype=rows.dtype)
-        if options["reduction"] != "mean":
-            return losses if options["reduction"] == "none" else losses.sum()
-        if "class_weight" in options:
-            weights = options["class_weight"][labels.clamp(0, weight.shape[0] - 1)]
-        total = torch.where(torch.as_tensor(_counted(labels, options)), weights, 0).sum()
-        return losses.sum() / torch.where(total == 0, 1, total)
-
-    return loss
-
-
-def _counted(labels: Any, options: dict[str, Any]) -> Any:
-    counted = options.get("where", labels == labels)
-    return counted & (labels != options["ignore_index"]) if options.get("ignore_index") is not None else counted
-
-
-def ours_of_jax(hidden: Any, weight: Any, labels: Any, **options: Any) -> Any:
-    """Our linear loss without smoothing, of each row."""
-    return lsce_jax.linear_label_smoothed_cross_entropy(hidden, weight, labels, smoothing=0.0, **options)
-
-
-def optax_of_logits(
-    hidden: Any, weight: Any, labels: Any, bias: Any = None, class_mask: Any = None, **others: Any
-) -> Any:
-    """Optax's loss of all logits, in the compute dtype."""
-    del others  # a row that does not count may have any loss
-    dtype = compute_dtype(hidden.dtype.name)
-    logits = jnp.matmul(hidden, weight.astype(hidden.dtype), preferred_element_type=dtype)
-    ones = (1,) * (logits.ndim - 1)
-    if bias is not None:
-        logits = logits + bias.astype(dtype).reshape(*ones, -1)
-    if class_mask is not None:
-        logits = jnp.where(class_mask.reshape(*ones, -1), logits, -jnp.inf)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-
-
-def ours_of_torch(hidden: Any, weight: Any, labels: Any, **options: Any) -> Any:
-    """Our linear loss without smoothing, of each row."""
-    unsmoothed = {"smoothing": 0.0, "reduction": "none"}
-    return lsce_torch.linear_label_smoothed_cross_entropy(hidden, weight, labels, **unsmoothed, **options)
-
-
-def cross_entropy_of_logits(
-    hidden: Any, weight: Any, labels: Any, bias: Any = None, class_mask: Any = None, **others: Any
-) -> Any:
-    """torch's loss of all logits, which the layer stores in the dtype of hidden."""
-    bias = None if bias is None else bias.to(hidden.dtype)
-    logits = F.linear(hidden, weight.to(hidden.dtype), bias)
-    if class_mask is not None:
-        logits = torch.where(class_mask, logits, -torch.inf)
-    labels = torch.where(torch.as_tensor(_counted(labels, others)), labels, IGNORED)
-    wide = getattr(torch, compute_dtype(str(hidden.dtype).removeprefix("torch.")))
-    if logits.ndim > 2:
-        logits = logits.movedim(-1, 1)
-    return F.cross_entropy(logits.to(wide), labels, reduction="none", ignore_index=IGNORED)
 
 
 def torch_dense_added(logits: Any, labels: Any, *, axis: int = -1, **options: Any) -> Any:
@@ -124,8 +30,8 @@ def torch_dense_added(logits: Any, labels: Any, *, axis: int = -1, **options: An
     As `add_smoothing` says: the logits are capped, the mean is over the mask, by the prior, and weighted.
     """
     logits = logits.movedim(axis, -1).to(torch.promote_types(logits.dtype, torch.float32))
-    counted = torch.as_tensor(_counted(labels, options)).expand(labels.shape)
-    logits, labels = torch.where(counted[..., None], logits, 0), torch.where(counted, labels, 0).long()
+    rows = counted(labels, options)
+    logits, labels = torch.where(rows[..., None], logits, 0), torch.where(rows, labels, 0).long()
     if options.get("softcap") is not None:
         logits = options["softcap"] * torch.tanh(logits / options["softcap"])
     num_classes, mask = logits.shape[-1], options.get("class_mask")
@@ -134,7 +40,7 @@ def torch_dense_added(logits: Any, labels: Any, *, axis: int = -1, **options: An
     class_weight = options.get("class_weight")
     factor = share if class_weight is None else share * class_weight
     nll = lsce_torch.label_smoothed_cross_entropy(
-        logits, labels, smoothing=0.0, reduction="none", class_mask=mask, where=counted
+        logits, labels, smoothing=0.0, reduction="none", class_mask=mask, where=rows
     )
     is_class = (labels >= 0) & (labels < num_classes)
     at_label = torch.where(is_class, labels, 0)
@@ -148,7 +54,7 @@ def torch_dense_added(logits: Any, labels: Any, *, axis: int = -1, **options: An
         smoothing=options["smoothing"],
         convention=options.get("convention", "uniform"),
         num_classes=int(allowed.sum()),
-        where=counted,
+        where=rows,
         z_loss=options.get("z_loss", 0.0),
         **weights,
     )
