@@ -7,6 +7,7 @@ cut-cross-entropy 25.1.1, liger-kernel 0.8.5, torch 2.13.
 
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -156,7 +157,9 @@ def cut_cross_entropy(hidden: Any, weight: Any, labels: Any, bias: Any = None, *
         if bias is not None:  # it has none: one more feature, which is 1
             hidden = torch.cat([hidden, hidden.new_ones(hidden.shape[0], 1)], dim=1)
             weight = torch.cat([weight, bias[:, None]], dim=1)
-        return loss(hidden, weight, labels, reduction="none", impl="torch_compile")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's compiler looks at the gradients of what is no leaf
+            return loss(hidden, weight, labels, reduction="none", impl="torch_compile")
 
     return _of_rows(nll, hidden, weight, labels, bias, others)
 
@@ -216,6 +219,9 @@ def linear_cross_entropy_adapter(*, in_chunks: bool) -> Adapter:
 def tokamax_adapter() -> Adapter:
     """Return Tokamax's loss with smoothing."""
     _find("tokamax", "tokamax")
+    importlib.import_module("tokamax")
+    # It reads options of its own from the command line of whatever program it is loaded in.
+    importlib.import_module("absl.flags").FLAGS.mark_as_parsed()
 
     def refuse(case: Case) -> str | None:
         if case.options.get("reduction", "none") == "none":
