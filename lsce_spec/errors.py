@@ -275,8 +275,8 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
     ),
     "smoothing_at_max": (
         ValueError,
-        "convention={given} moves target from the largest logit, which depends on all logits, so that it cannot be added "
-        "to a loss. Use label_smoothed_cross_entropy or linear_label_smoothed_cross_entropy.",
+        "convention={given} takes its smoothing from the largest logit, which the unsmoothed loss does not tell. "
+        "Use label_smoothed_cross_entropy or linear_label_smoothed_cross_entropy.",
     ),
     "smoothing_num_classes": (
         ValueError,

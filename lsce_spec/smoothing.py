@@ -1,7 +1,7 @@
 """Smoothing added to a loss that has none: which values it needs, and what cannot be added.
 
-A smoothed target is q_k = a [k = y] + b r_k, where r is a distribution over the classes: r_k = 1/K with a = on - off and
-b = K off, or a prior with a = 1 - e and b = e. With class weights w the loss of a row is
+A smoothed target is q_k = a [k = y] + b r_k, where r is a distribution over the classes: r_k = 1/K with a = on - off
+and b = K off, or a prior with a = 1 - e and b = e. With class weights w the loss of a row is
 
     sum_k w_k q_k (lse - z_k) = S lse - a w_y z_y - b M
     S = a w_y + b R    R = sum_k r_k w_k    M = sum_k r_k w_k z_k
@@ -11,9 +11,9 @@ An unsmoothed loss has computed nll = lse - z_y. So lse = nll + z_y, and
     loss = S nll + b (R z_y - M) + z_loss (nll + z_y)^2
 
 Besides nll it takes two numbers of a row: z_y and M. Without class weights S = R = 1 for "uniform" and "non_target":
-"uniform" is nll + e (z_y - mean z), and "non_target" has e K/(K-1) in the place of e. The two numbers are linear in the
-logits. So after a linear layer z = h W + b they are h . W_y + b_y and h . (sum_k r_k w_k W_k) + sum_k r_k w_k b_k, and no
-other logit is needed.
+"uniform" is nll + e (z_y - mean z), and "non_target" has e K/(K-1) in the place of e. Both numbers are linear in the
+logits. So after a linear layer z = h W + b they are h . W_y + b_y and h . (sum_k r_k w_k W_k) + sum_k r_k w_k b_k, and
+no other logit is needed.
 
 What is not linear in the logits, or needs all of them, cannot be added: `softcap`, `max_sup`, soft labels.
 """

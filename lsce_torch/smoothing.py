@@ -54,16 +54,16 @@ def add_smoothing(
 ) -> Float[Tensor, "..."]:
     r"""Return the label-smoothed loss of each row, given its unsmoothed loss and two numbers of its logits.
 
-    For "uniform" this is nll + smoothing * (label_logit - mean_logit). In general, with the target `on` at the label and
-    `off` elsewhere, K classes, a = on - off and b = K off,
+    For "uniform" this is nll + smoothing * (label_logit - mean_logit). In general, with the target `on` at the label
+    and `off` elsewhere, K classes, a = on - off and b = K off,
 
     .. math:: (a w_y + b R)\,\text{nll} + b\,(R z_y - M) + \text{z\_loss}\,(\text{nll} + z_y)^2
 
     where without class weights w_y = R = 1 and M is the mean of the logits.
 
     Args:
-        nll: -log p_y of each row, not smoothed and not weighted, of any shape. float64, float32, bfloat16 or float16, as
-            the next two.
+        nll: -log p_y of each row, not smoothed and not weighted, of any shape. float64, float32, bfloat16 or float16,
+            as the next two.
         label_logit: z_y, the logit at the label of each row.
         mean_logit: M, the mean of the logits of each row over the classes. For a prior r pass sum_k r_k z_k and keep
             "uniform"; with class weights w pass sum_k r_k w_k z_k, where r_k is 1/K without a prior.
@@ -92,7 +92,8 @@ def add_smoothing(
         ['0.3729', '0.2949']
 
     References:
-        Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2016, section 7; `lsce_spec.smoothing`.
+        Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2016, section 7. The derivation is
+        in `lsce_spec.smoothing`.
     """
     label_weight, mean_weight = keywords["label_weight"], keywords["mean_weight"]
     check_weights(label_weight, mean_weight)
@@ -131,15 +132,15 @@ def linear_add_smoothing(
 ) -> Float[Tensor, "..."]:
     r"""Return the label-smoothed loss of each row, given the unsmoothed loss of a linear layer, without its logits.
 
-    The result, and its gradients, are those of `linear_label_smoothed_cross_entropy`, with nll from any loss that has no
-    smoothing. This takes products with two vectors for each row, and no product with the whole weight.
+    The result, and its gradients, are those of `linear_label_smoothed_cross_entropy`, with nll from any loss that has
+    no smoothing. Each row takes products with two vectors, and none with the whole weight.
 
     Args:
         nll: [...] the unsmoothed loss of each row, -log p_y, as `reduction="none"` of most libraries gives it; not
             weighted. For a loss that returns only its mean, pass zeros, and add the mean of the result to that mean.
         hidden: [..., D] features, which the loss was given. float64, float32, bfloat16 or float16.
         weight: [K, D], that of nn.Linear, of any of these dtypes. It is rounded to the dtype of hidden.
-        labels: [...] class indices, of any integer dtype. A row whose label is not a class is NaN, and so are gradients.
+        labels: [...] class indices, of any integer dtype. A label that is not a class makes loss and gradients NaN.
         bias: K numbers, or None; the same that the loss was given.
         smoothing, convention, prior, where, ignore_index, class_weight, z_loss: see `label_smoothed_cross_entropy`.
             Not "max_sup", nor another convention with `at_max`. Rows that are left out are 0, whatever nll holds.
@@ -162,7 +163,8 @@ def linear_add_smoothing(
         '0.3339'
 
     References:
-        Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2016, section 7; `lsce_spec.smoothing`.
+        Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2016, section 7. The derivation is
+        in `lsce_spec.smoothing`.
     """
     options = LossOptions.of({**_DEFAULTS, **keywords})
     check_addable(options.convention)
@@ -367,21 +369,20 @@ def _weight_gradient(
 ) -> Float[Tensor, "K D"]:
     """Return the outer product of the factors with the sum over the rows, and at each label what its rows add."""
     of_label, of_mean = upstream
-    dtype, is_wide = factor.dtype, weight.dtype == factor.dtype
+    dtype = factor.dtype
     of_row = torch.zeros(weight.shape[1], dtype=dtype, device=weight.device)
     gradient = in_large_pages(torch.empty_like(weight))
-    places, found = labels, labels
-    if not is_wide:
-        found, places = _distinct(labels)
-        sums = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    if weight.dtype == dtype:
+        sums, places = gradient, labels
+    else:
+        sums, places = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device), _distinct(labels)[1]
     for part in _parts(*hidden.shape):
         of_row += (hidden[part].to(dtype) * of_mean[part, None]).sum(0)
     for part in _parts(*weight.shape):
         gradient[part] = factor[part, None] * of_row
-    into = gradient if is_wide else sums
     for part in _parts(*hidden.shape):
-        into.index_put_((places[part],), hidden[part].to(dtype) * of_label[part, None], accumulate=True)
-    if not is_wide:
+        sums.index_put_((places[part],), hidden[part].to(dtype) * of_label[part, None], accumulate=True)
+    if sums is not gradient:
         for part in _parts(*hidden.shape):
             of_class = sums[places[part]] + factor[labels[part], None] * of_row
             gradient[labels[part]] = of_class.to(weight.dtype)  # rows of equal labels write the same

@@ -1,4 +1,4 @@
-"""Cases that smoothing is added to: the dense loss as `add_smoothing` makes it, and bounds of what is added from outside."""
+"""The dense loss as `add_smoothing` makes it, and bounds of losses that smoothing is added to."""
 
 from dataclasses import replace
 from typing import Any
@@ -64,8 +64,8 @@ def dense_bounds_of_added(case: Case, arithmetic: Arithmetic) -> Parts:
     """Return the bounds of the dense loss, of single rows, and what they grow by where smoothing is added to them.
 
     The unsmoothed loss and the gap R z_y - M are computed apart. So errors are of the size of each, also where the two
-    cancel, as with a smoothing near 1, and of the size of the logits, where these have an offset. With f_k = r_k w_k and
-    h the depth of a sum over the classes:
+    cancel, as with a smoothing near 1, and of the size of the logits, where these have an offset. With f_k = r_k w_k
+    and h the depth of a sum over the classes:
 
     - loss: 4 u (S nll + b R |z_y|) + (h + 4) u b sum f_k |z_k|, and for z_loss 4 u z_loss |lse| (|nll| + |z_y|);
     - gradient: 4 u (S + b R) at the label, 4 u b f_k elsewhere.

@@ -17,8 +17,8 @@ import pytest
 from parity_tests.losses.adapters import Adapter, UnavailableError
 from parity_tests.losses.wrapped import (
     cut_cross_entropy_adapter,
-    linear_cross_entropy_adapter,
     liger_adapter,
+    linear_cross_entropy_adapter,
     tokamax_adapter,
 )
 from parity_tests.suite.added_smoothing import bounds_of_added
