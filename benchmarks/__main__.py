@@ -275,6 +275,9 @@ def smoothing(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often each loss has its turn.")] = 5,
     calls: Annotated[int, typer.Option(min=1, help="Calls that count in a turn.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of torch; 1 where other programs use the cores. [default: all cores]")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A small shape and one round, to see that it runs.")] = False,
     json_file: JsonOption = None,
     write: WriteOption = False,
@@ -282,12 +285,16 @@ def smoothing(
     """What smoothing costs that is added to linear losses without it, and its errors in bfloat16, on the CPU."""
     console = Console()
     frameworks, machine = _find_frameworks(framework, "cpu", console)
+    if threads is not None:
+        machine["threads"] = threads
     report.print_machine(machine, console)
     console.print()
     size, of_errors = (QUICK_LINEAR_SHAPE,) * 2 if quick else (shape or SMOOTHING_SHAPE, ERROR_SHAPE)
     results: list[dict[str, Any]] = []
     for name in frameworks:
         module = importlib.import_module(f"benchmarks.smoothing_{name}")
+        if name == "torch" and threads is not None:
+            module.set_threads(threads)
         rows = [_figures(row) for row in module.measure(size, Schedule(1 if quick else rounds, calls))]
         found = {"rows": rows, "error shape": of_errors, "errors": module.errors(of_errors)}
         results.append({"framework": name, "shape": size, **found})

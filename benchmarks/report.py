@@ -420,7 +420,8 @@ def _command(block: str, machine: dict[str, Any]) -> str:
     if block in device_report.BLOCKS:
         return device_report.BLOCKS[block]
     device = f" --device {machine['device'].partition(':')[0]}" if "device" in machine else ""
-    return f".venv/bin/python -m benchmarks {options.get(block, block)}{device} --write"
+    threads = f" --threads {machine['threads']}" if "threads" in machine else ""
+    return f".venv/bin/python -m benchmarks {options.get(block, block)}{device}{threads} --write"
 
 
 def _grouped(results: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:

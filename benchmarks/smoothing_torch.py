@@ -53,6 +53,11 @@ if hasattr(F, "linear_cross_entropy"):  # torch 2.13
     }
 
 
+def set_threads(number: int) -> None:
+    """Set how many threads torch uses."""
+    torch.set_num_threads(number)
+
+
 def measure(shape: LinearShape, schedule: Schedule) -> list[Row]:
     """Return time and peak memory of each loss with its gradients, without smoothing and with it, in turns."""
     arguments = linear_torch.make_arguments(shape)

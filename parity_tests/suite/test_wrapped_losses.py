@@ -9,13 +9,20 @@ Liger's kernels run in Triton's interpreter, cut-cross-entropy as its CPU way, T
 kernels of cut-cross-entropy need a GPU.
 """
 
+import importlib.util
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 
 from parity_tests.losses.adapters import Adapter, UnavailableError
 from parity_tests.losses.wrapped import (
+    INTERPRETED,
     cut_cross_entropy_adapter,
     liger_adapter,
     linear_cross_entropy_adapter,
@@ -85,3 +92,23 @@ def test_cut_cross_entropy(name: str) -> None:
 @pytest.mark.devices
 def test_tokamax(name: str) -> None:
     check(tokamax_adapter, name)
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "smoothing.md"
+MODULES = {"Tokamax": "tokamax", "cut-cross-entropy": "cut_cross_entropy", "Liger": "liger_kernel"}
+
+
+@pytest.mark.parametrize("library", MODULES)
+@pytest.mark.devices
+def test_the_block_of_the_page_runs(library: str, tmp_path: Path) -> None:
+    if importlib.util.find_spec(MODULES[library]) is None:
+        pytest.skip(f"{MODULES[library]} is not installed. Run: pip install {library}")
+    found = re.search(rf"### {library}\n\n```py\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    script = tmp_path / "block.py"
+    script.write_text(found[1], encoding="utf-8")
+    environment = (
+        os.environ | INTERPRETED | {"PYTHONPATH": os.pathsep.join(filter(None, [str(PAGE.parents[1]), *sys.path]))}
+    )
+    result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
