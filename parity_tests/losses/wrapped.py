@@ -167,7 +167,7 @@ def cut_cross_entropy(hidden: Any, weight: Any, labels: Any, bias: Any = None, *
 def tokamax_added(hidden: Any, weight: Any, labels: Any, bias: Any = None, **options: Any) -> Any:
     """Return Tokamax's loss with smoothing. It returns the sum or mean, so the smoothing is reduced and added to it."""
     np = importlib.import_module("jax.numpy")
-    loss = importlib.import_module("tokamax").linear_softmax_cross_entropy_loss
+    loss = load_tokamax().linear_softmax_cross_entropy_loss
     reduction = options.pop("reduction")
     options.pop("chunk_size", None)
     add = importlib.import_module("lsce_jax").linear_add_smoothing
@@ -177,6 +177,13 @@ def tokamax_added(hidden: Any, weight: Any, labels: Any, bias: Any = None, **opt
         weight = np.concatenate([weight, bias[None]], axis=0)
     unsmoothed = loss(hidden, labels.astype(np.int32), weight, reduction=reduction, implementation="xla")
     return unsmoothed + (of_smoothing.sum() if reduction == "sum" else of_smoothing.mean())
+
+
+def load_tokamax() -> Any:
+    """Return the library, without the options that it would read from the command line of the program around it."""
+    library = importlib.import_module("tokamax")
+    importlib.import_module("absl.flags").FLAGS.mark_as_parsed()
+    return library
 
 
 # --- Adapters -------------------------------------------------------------------------------------------------------
@@ -219,9 +226,6 @@ def linear_cross_entropy_adapter(*, in_chunks: bool) -> Adapter:
 def tokamax_adapter() -> Adapter:
     """Return Tokamax's loss with smoothing."""
     _find("tokamax", "tokamax")
-    importlib.import_module("tokamax")
-    # It reads options of its own from the command line of whatever program it is loaded in.
-    importlib.import_module("absl.flags").FLAGS.mark_as_parsed()
 
     def refuse(case: Case) -> str | None:
         if case.options.get("reduction", "none") == "none":
