@@ -117,6 +117,37 @@ def test_rows_left_out_are_zero(left_out: str) -> None:
         assert np.all(np.isfinite(np.asarray(of_weight)))
 
 
+def test_masked_classes_may_hold_anything() -> None:
+    """A padded vocabulary, whose weight was never written."""
+    mask, weight, labels = np.arange(K) < 3, WEIGHT.copy(), np.array([0, 1, 2, 2, 1, 0])
+    bias = np.where(mask, BIAS, -np.inf)
+    weight[:, 3:] = np.nan
+    tensors = [torch.tensor(values).requires_grad_() for values in (np.ones(N), HIDDEN, weight.T, bias)]
+    losses = lsce_torch.linear_add_smoothing(
+        *tensors[:3], torch.tensor(labels), bias=tensors[3], class_mask=torch.tensor(mask)
+    )
+    losses.sum().backward()
+    with jax.enable_x64(True):
+
+        def total(nll: Any, hidden: Any, weight: Any, bias: Any) -> Any:
+            return lsce_jax.linear_add_smoothing(nll, hidden, weight, labels, bias=bias, class_mask=mask).sum()
+
+        gradients = jax.grad(total, argnums=(0, 1, 2, 3))(np.ones(N), HIDDEN, weight, bias)
+    cut = [torch.tensor(values).requires_grad_() for values in (np.ones(N), HIDDEN, weight[:, :3].T, bias[:3])]
+    expected = lsce_torch.linear_add_smoothing(*cut[:3], torch.tensor(labels), bias=cut[3])
+    expected.sum().backward()
+    torch.testing.assert_close(losses, expected, rtol=1e-13, atol=0)
+    for tensor, gradient, of_cut in zip(tensors, gradients, cut, strict=True):
+        ours, theirs = tensor.grad.numpy(), np.asarray(gradient)
+        if ours.shape[0] == K:
+            theirs = theirs.T
+            assert np.all(ours[3:] == 0)
+            assert np.all(theirs[3:] == 0)
+            ours, theirs = ours[:3], theirs[:3]
+        np.testing.assert_allclose(ours, of_cut.grad, rtol=1e-12, atol=1e-15)
+        np.testing.assert_allclose(theirs, of_cut.grad, rtol=1e-12, atol=1e-15)
+
+
 def test_bad_labels_are_nan() -> None:
     labels = np.array([0, 5, 3, -1, 1, 3])
     bad = (labels < 0) | (labels >= K)
