@@ -63,7 +63,7 @@ FEW_LOGITS, MORE_CALLS = 2**18, on_device.FEW_CALLS
 QUICK_SHAPE = Shape(32, 1000)
 LINEAR_SHAPES = (LinearShape(2048, 512, 50257),)
 QUICK_LINEAR_SHAPE = LinearShape(32, 16, 1000)
-SMOOTHING_SHAPE, ERROR_SHAPE = LinearShape(2048, 256, 16384), LinearShape(512, 256, 8192)
+SMOOTHING_SHAPE, ERROR_SHAPE = LinearShape(2048, 256, 8192), LinearShape(512, 256, 8192)
 # Many times the rows of a chunk, so that what grows with their number would show.
 SCALING_SHAPES = tuple(LinearShape(rows, 64, 32768) for rows in (1024, 4096, 16384, 65536))
 QUICK_SCALING_SHAPES = tuple(LinearShape(rows, 16, 1000) for rows in (32, 64))
@@ -276,7 +276,7 @@ def smoothing(
     rounds: Annotated[int, typer.Option(min=1, help="How often each loss has its turn.")] = 5,
     calls: Annotated[int, typer.Option(min=1, help="Calls that count in a turn.")] = 1,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Of torch; 1 where other programs use the cores. [default: all cores]")
+        int | None, typer.Option(min=1, help="Of torch; with 1 none waits for another. [default: all cores]")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A small shape and one round, to see that it runs.")] = False,
     json_file: JsonOption = None,

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 import lsce_jax
 from benchmarks import dense_jax
-from benchmarks.timing import Case, LinearShape, Row, Schedule, make_rows, time_in_turns
+from benchmarks.timing import Case, Clock, LinearShape, Row, Schedule, make_rows, time_in_turns
 
 Hidden, Weight = Float[Array, "N D"], Float[Array, "D K"]
 Labels, Scalar = Int[Array, " N"], Float[Array, ""]
@@ -90,7 +90,9 @@ def with_gradients(loss: LossFunction) -> Callable[..., Any]:
     return jax.value_and_grad(loss, argnums=(0, 1))
 
 
-def measure_cases(named: Sequence[tuple[str, Callable[..., Any], tuple[Array, ...]]], schedule: Schedule) -> list[Row]:
+def measure_cases(
+    named: Sequence[tuple[str, Callable[..., Any], tuple[Array, ...]]], schedule: Schedule, clock: Clock | None = None
+) -> list[Row]:
     """Return time, and temporary memory as the compiler gives it, of functions with names and arguments."""
     cases, memory = [], []
     for name, function, arguments in named:
@@ -102,6 +104,7 @@ def measure_cases(named: Sequence[tuple[str, Callable[..., Any], tuple[Array, ..
                 run=lambda *given, compiled=compiled: jax.block_until_ready(compiled(*given)),
                 arguments=lambda arguments=arguments: arguments,
                 is_floor=name in FLOORS,
+                clock=clock,
             )
         )
     timed = time_in_turns(cases, schedule)

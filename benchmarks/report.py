@@ -194,7 +194,8 @@ def smoothing_table(framework: str, shape: LinearShape, rows: Sequence[Row]) -> 
     title = f"Smoothing added, {TITLES[framework]}, float32, {shape_text(shape)}"
     short = LINEAR_MEMORY[framework]
     headings = ("layer, loss, gradients, ms", "without", "with", "ratio", "of least", short, "with")
-    return Table(title, headings, cells, LINEAR_LEGENDS[framework].splitlines()[0])
+    legend = "Processor time of all threads, which other programs hardly change. Ratios: of medians, and of the least."
+    return Table(title, headings, cells, f"{legend}\n{LINEAR_LEGENDS[framework].splitlines()[0]}")
 
 
 def smoothing_errors_table(framework: str, shape: LinearShape, errors: dict[str, list[float]]) -> Table:

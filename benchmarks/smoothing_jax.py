@@ -11,7 +11,7 @@ from jax import Array
 
 import lsce_jax
 from benchmarks import dense_jax, linear_jax
-from benchmarks.timing import LinearShape, Row, Schedule
+from benchmarks.timing import LinearShape, Row, Schedule, processor_clock
 from lsce_jax.aot.ways import integer_labels_float32
 from parity_tests.losses.torchax import default_promotion
 from parity_tests.losses.wrapped import load_tokamax
@@ -78,7 +78,9 @@ def measure(shape: LinearShape, schedule: Schedule) -> list[Row]:
     arguments = linear_jax.make_arguments(shape)
     pairs = [(name, linear_jax.with_gradients(loss)) for name, pair in LOSSES.items() for loss in pair]
     with default_promotion():
-        return linear_jax.measure_cases([(name, function, arguments) for name, function in pairs], schedule)
+        return linear_jax.measure_cases(
+            [(name, function, arguments) for name, function in pairs], schedule, processor_clock
+        )
 
 
 def errors(shape: LinearShape) -> dict[str, list[float]]:

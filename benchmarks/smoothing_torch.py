@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import lsce_torch
 from benchmarks import linear_torch
-from benchmarks.timing import LinearShape, Row, Schedule
+from benchmarks.timing import LinearShape, Row, Schedule, processor_clock
 
 UNSMOOTHED = partial(lsce_torch.linear_label_smoothed_cross_entropy, smoothing=0.0)
 ROWS = partial(UNSMOOTHED, reduction="none")
@@ -62,7 +62,7 @@ def measure(shape: LinearShape, schedule: Schedule) -> list[Row]:
     """Return time and peak memory of each loss with its gradients, without smoothing and with it, in turns."""
     arguments = linear_torch.make_arguments(shape)
     cases = [linear_torch.loss_case(name, loss, arguments, "cpu") for name, pair in LOSSES.items() for loss in pair]
-    return linear_torch.measure_cases(cases, schedule, "cpu")
+    return linear_torch.measure_cases([case._replace(clock=processor_clock) for case in cases], schedule, "cpu")
 
 
 def errors(shape: LinearShape) -> dict[str, list[float]]:
