@@ -337,7 +337,7 @@ class _Products(torch.autograd.Function):
         ctx.save_for_backward(*inputs, mean_row)
 
     @staticmethod
-    def backward(ctx: Any, of_label: Tensor, of_mean: Tensor, _of_row: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, of_label: Tensor, of_mean: Tensor, _of_row: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients with respect to hidden and weight."""
         *operands, mean_row = ctx.saved_tensors
         hidden, weight, labels, factor, _ = operands
