@@ -62,6 +62,7 @@ def compare(adapter: Adapter, name: str, dtype: str) -> Comparison:
 
 def check(adapter: str, name: str, dtype: str) -> None:
     comparison = compare(ADAPTERS[adapter], name, dtype)
+    print(f"{adapter}: {comparison.share:.2f} of the bounds of {name} in {dtype}")
     assert comparison.agrees, comparison
 
 
