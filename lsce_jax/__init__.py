@@ -18,6 +18,8 @@ from lsce_jax.linear import (
 from lsce_jax.modules import CELossWithLabelSmoothing as CELossWithLabelSmoothing
 from lsce_jax.modules import LabelSmoothedCrossEntropyLoss as LabelSmoothedCrossEntropyLoss
 from lsce_jax.modules import LinearLabelSmoothedCrossEntropyLoss as LinearLabelSmoothedCrossEntropyLoss
+from lsce_jax.smoothing import add_smoothing as add_smoothing
+from lsce_jax.smoothing import linear_add_smoothing as linear_add_smoothing
 from lsce_jax.stats import LossStats as LossStats
 from lsce_spec import Convention as Convention
 from lsce_spec import convert_smoothing as convert_smoothing

@@ -23,8 +23,11 @@ class _Smoothing(TypedDict, total=False):
     smoothing: Annotated[float | Float[ArrayLike, "..."], Default(0.1)]
 
 
-class _Target(TypedDict, total=False):
+class _Convention(TypedDict, total=False):
     convention: Annotated[ConventionName | Convention, Default("uniform")]
+
+
+class _Target(_Convention, total=False):
     prior: Annotated[Float[ArrayLike, " K"] | None, Default(None)]
 
 
@@ -36,11 +39,20 @@ class _Where(TypedDict, total=False):
     where: Annotated[Bool[ArrayLike, "..."] | None, Default(None)]
 
 
-class _Rows(TypedDict, total=False):
+class _Counted(TypedDict, total=False):
     ignore_index: Annotated[int | None, Default(None)]
     class_weight: Annotated[Float[ArrayLike, " K"] | None, Default(None)]
+
+
+class _ClassMask(TypedDict, total=False):
     class_mask: Annotated[Bool[ArrayLike, "..."] | None, Default(None)]
+
+
+class _ZLoss(TypedDict, total=False):
     z_loss: Annotated[float, Default(0.0)]
+
+
+class _Rows(_Counted, _ClassMask, _ZLoss, total=False):
     softcap: Annotated[float | None, Default(None)]
     subtract_entropy: Annotated[bool, Default(False)]
     bad_labels: Annotated[BadLabels, Default("nan")]
@@ -95,3 +107,18 @@ class DenseModuleKeywords(_Target, _Axis, _Rows, _Implementation, total=False):
 
 class LinearModuleKeywords(_Target, _Rows, _LinearImplementation, _Chunks, total=False):
     """The options of `LinearLabelSmoothedCrossEntropyLoss` besides `smoothing`."""
+
+
+class _OfLogits(TypedDict, total=False):
+    num_classes: Annotated[int | None, Default(None)]
+    where: Annotated[Bool[ArrayLike, "..."] | None, Default(None)]
+    label_weight: Annotated[Float[ArrayLike, "..."] | None, Default(None)]
+    mean_weight: Annotated[float | Float[ArrayLike, "..."] | None, Default(None)]
+
+
+class AddSmoothingKeywords(_Smoothing, _Convention, _OfLogits, _ZLoss, total=False):
+    """The options of `add_smoothing`."""
+
+
+class LinearAddSmoothingKeywords(_Bias, _Smoothing, _Target, _Where, _Counted, _ClassMask, _ZLoss, total=False):
+    """The options of `linear_add_smoothing`."""

@@ -51,3 +51,9 @@ from lsce_spec.options import Implementation as Implementation
 from lsce_spec.options import LinearImplementation as LinearImplementation
 from lsce_spec.options import LossOptions as LossOptions
 from lsce_spec.options import Reduction as Reduction
+from lsce_spec.smoothing import LINEAR_REFUSED as LINEAR_REFUSED
+from lsce_spec.smoothing import REFUSED as REFUSED
+from lsce_spec.smoothing import check_addable as check_addable
+from lsce_spec.smoothing import check_num_classes as check_num_classes
+from lsce_spec.smoothing import check_row_numbers as check_row_numbers
+from lsce_spec.smoothing import check_weights as check_weights

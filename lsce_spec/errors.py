@@ -304,6 +304,42 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         "leave such rows out pass ignore_index={value}; bad_labels='raise' names the first bad label. This is said "
         "once in a process.",
     ),
+    "smoothing_refused": (
+        TypeError,
+        "{function} does not take {name}: {reason}.",
+    ),
+    "smoothing_at_max": (
+        ValueError,
+        "convention={given} takes its smoothing from the largest logit, which the unsmoothed loss does not tell. "
+        "Use label_smoothed_cross_entropy or linear_label_smoothed_cross_entropy.",
+    ),
+    "smoothing_row_mask": (
+        ValueError,
+        "class_mask must be one mask for all rows: with one for each row, each needs every logit for its mean. "
+        "Use linear_label_smoothed_cross_entropy.",
+    ),
+    "smoothing_num_classes": (
+        ValueError,
+        "convention={given} depends on the number of classes: pass num_classes. Only 'uniform' does not.",
+    ),
+    "smoothing_weights": (
+        ValueError,
+        "class weights need both label_weight (w_y of each row) and mean_weight (the mean of the weights), but "
+        "{missing} is missing. Pass both.",
+    ),
+    "smoothing_soft_labels": (
+        TypeError,
+        "labels must be class indices (an integer dtype), got {given}: smoothing is added at one class. "
+        "For class probabilities use label_smoothed_cross_entropy on the logits.",
+    ),
+    "row_numbers_dtype": (
+        TypeError,
+        "{name} must be floating point (float64, float32, bfloat16 or float16), got {given}. Convert it first.",
+    ),
+    "row_numbers_shape": (
+        ValueError,
+        "{name} must have one number for each row: expected shape {expected}, got {given}. {hint}",
+    ),
     "bad_label": (
         IndexError,
         "label {value} at index {index} is not one of the classes: expected {expected}. "

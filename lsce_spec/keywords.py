@@ -11,7 +11,7 @@ Type checkers and editors read names and types from the TypedDict. `takes` shows
 """
 
 import inspect
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar, get_type_hints
 
@@ -93,3 +93,22 @@ def hinting(function: Callable[P, R]) -> Callable[P, R]:
         return function(*operands, **given)
 
     return with_hint
+
+
+def refuses(reasons: Mapping[str, str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator for functions that do not take some options: each call with one raises and says why.
+
+    Args:
+        reasons: the reason for each name, with what to do instead.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def checked(*operands: P.args, **given: P.kwargs) -> R:
+            for name in given.keys() & reasons.keys():
+                raise error("smoothing_refused", function=function.__name__, name=name, reason=reasons[name])
+            return function(*operands, **given)
+
+        return checked
+
+    return decorate

@@ -26,6 +26,8 @@ from lsce_torch.linear import (
 from lsce_torch.modules import CELossWithLabelSmoothing as CELossWithLabelSmoothing
 from lsce_torch.modules import LabelSmoothedCrossEntropyLoss as LabelSmoothedCrossEntropyLoss
 from lsce_torch.modules import LinearLabelSmoothedCrossEntropyLoss as LinearLabelSmoothedCrossEntropyLoss
+from lsce_torch.smoothing import add_smoothing as add_smoothing
+from lsce_torch.smoothing import linear_add_smoothing as linear_add_smoothing
 from lsce_torch.stats import LossStats as LossStats
 
 __all__ = [

@@ -24,8 +24,11 @@ class _Smoothing(TypedDict, total=False):
     smoothing: Annotated[float | Float[Tensor, "..."], Default(0.1)]
 
 
-class _Target(TypedDict, total=False):
+class _Convention(TypedDict, total=False):
     convention: Annotated[ConventionName | Convention, Default("uniform")]
+
+
+class _Target(_Convention, total=False):
     prior: Annotated[Float[Tensor, " K"] | None, Default(None)]
 
 
@@ -49,9 +52,15 @@ class _Counted(_Ignored, _ClassWeight, total=False):
     pass
 
 
-class _Terms(TypedDict, total=False):
+class _ClassMask(TypedDict, total=False):
     class_mask: Annotated[Bool[Tensor, " K"] | None, Default(None)]
+
+
+class _ZLoss(TypedDict, total=False):
     z_loss: Annotated[float, Default(0.0)]
+
+
+class _Terms(_ClassMask, _ZLoss, total=False):
     softcap: Annotated[float | None, Default(None)]
     subtract_entropy: Annotated[bool, Default(False)]
     bad_labels: Annotated[BadLabels, Default("nan")]
@@ -113,3 +122,18 @@ class DenseModuleKeywords(_Target, _Terms, _Implementation, _Memory, total=False
 
 class LinearModuleKeywords(_Target, _Rows, _LinearImplementation, _Chunks, total=False):
     """The options of `LinearLabelSmoothedCrossEntropyLoss` besides `smoothing`."""
+
+
+class _OfLogits(TypedDict, total=False):
+    num_classes: Annotated[int | None, Default(None)]
+    where: Annotated[Bool[Tensor, "..."] | None, Default(None)]
+    label_weight: Annotated[Float[Tensor, "..."] | None, Default(None)]
+    mean_weight: Annotated[float | Float[Tensor, "..."] | None, Default(None)]
+
+
+class AddSmoothingKeywords(_Smoothing, _Convention, _OfLogits, _ZLoss, total=False):
+    """The options of `add_smoothing`."""
+
+
+class LinearAddSmoothingKeywords(_Bias, _Smoothing, _Target, _Where, _Counted, _ClassMask, _ZLoss, total=False):
+    """The options of `linear_add_smoothing`."""

@@ -188,6 +188,14 @@ ELSEWHERE = {
     "identify_rows",
     "kernel",
     "differentiable_recompute",
+    # in test_smoothing.py
+    "smoothing_refused",
+    "smoothing_at_max",
+    "smoothing_num_classes",
+    "smoothing_weights",
+    "smoothing_soft_labels",
+    "row_numbers_dtype",
+    "row_numbers_shape",
 }
 # The kernels of each package, which only its own messages name; "kernel" is in test_torch_kernels.py and
 # test_jax_kernels.py.

@@ -153,7 +153,7 @@ ONLY_IN_TORCH = {
     "functional.py": {"_checked_options", "_options_of"},
     "linear.py": {"_is_transformed", "_why_reference"},
     "reference.py": {"as_tensor"},
-    "keywords.py": {"_Ignored", "_ClassWeight", "_Counted", "_Terms", "_Reduction", "_Memory", "TrainerLossKeywords"}
+    "keywords.py": {"_Ignored", "_ClassWeight", "_Terms", "_Reduction", "_Memory", "TrainerLossKeywords"}
     | {"CrossEntropyKeywords"},
 }
 # One package transforms functions, the other has autograd Functions and sweeps of its own. In these files what both
@@ -164,6 +164,8 @@ OWN_WAYS = {
     "chunked.py": {"losses", "preferred_rows"},
     "layer.py": {"Layer"},
     "accurate.py": {"log1p", "divide"},
+    # torch has an autograd Function, and goes through the rows in parts.
+    "smoothing.py": {"add_smoothing", "linear_add_smoothing", "_smoothed", "_label_and_spread", "_mean_factor"},
 }
 
 
@@ -189,7 +191,7 @@ def test_arguments() -> None:
     ours, theirs = (package.LinearLabelSmoothedCrossEntropyLoss for package in (lsce_jax, lsce_torch))
     assert difference(ours, theirs) == ["reduction: 'none' and 'mean'"]
     assert difference(ours.__call__, theirs.forward) == []
-    for name in ("CELossWithLabelSmoothing",):
+    for name in ("CELossWithLabelSmoothing", "add_smoothing", "linear_add_smoothing"):
         assert difference(getattr(lsce_jax, name), getattr(lsce_torch, name)) == []
     for name in ("smoothing_weights", "convert_smoothing", "identify_targets", "identify_loss", "Convention"):
         assert getattr(lsce_jax, name) is getattr(lsce_torch, name)
@@ -207,6 +209,18 @@ def test_order_of_the_arguments() -> None:
             assert [name for name, _, _ in parameters(function)] == dense + own
             function = getattr(package, f"linear_label_smoothed_cross_entropy{suffix}")
             assert [name for name, _, _ in parameters(function)] == [*linear, "gradient_filter"]
+
+
+def test_order_of_the_arguments_of_added_smoothing() -> None:
+    smoothing, of_logits = (
+        ["smoothing", "convention"],
+        ["num_classes", "where", "label_weight", "mean_weight", "z_loss"],
+    )
+    rows = ["where", "ignore_index", "class_weight", "class_mask", "z_loss"]
+    names = [name for name, _, _ in parameters(lsce_jax.add_smoothing)]
+    assert names == ["nll", "label_logit", "mean_logit", *smoothing, *of_logits]
+    names = [name for name, _, _ in parameters(lsce_jax.linear_add_smoothing)]
+    assert names == ["nll", "hidden", "weight", "labels", "bias", *smoothing, "prior", *rows]
 
 
 def test_metrics_arguments() -> None:
