@@ -18,7 +18,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from lsce_jax import reference
 from lsce_jax.errors import error
 from lsce_jax.inputs import Batch, as_array, at_labels, compute_dtype, prepare, within_int32
-from lsce_jax.keywords import AddSmoothingKeywords, LinearAddSmoothingKeywords, LossKeywords
+from lsce_jax.keywords import AddSmoothingKeywords, LinearAddSmoothingKeywords, LinearLossKeywords
 from lsce_jax.linear import prepare_layer
 from lsce_spec import (
     LINEAR_REFUSED,
@@ -36,7 +36,7 @@ from lsce_spec import (
 )
 from lsce_spec.keywords import defaults_of, refuses, takes
 
-_DEFAULTS = defaults_of(LossKeywords) | {"reduction": "none"}
+_DEFAULTS = defaults_of(LinearLossKeywords) | {"reduction": "none"}
 
 
 @refuses(REFUSED)

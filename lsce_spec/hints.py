@@ -80,6 +80,7 @@ ADVICE = {
     "return_token_accuracy": _WITH_STATS.format("correct"),
     "return_predicted_tokens": _WITH_STATS.format("prediction"),
     "return_entropy": _WITH_STATS.format("entropy"),
+    "differentiable": "Functions whose names end in _with_stats take it; the others return no statistics.",
     "process_group": _GROUP,
     "dist_process_group": _GROUP,
     "tp_group": _GROUP,

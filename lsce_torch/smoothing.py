@@ -34,12 +34,12 @@ from lsce_spec.keywords import defaults_of, refuses, takes
 from lsce_torch import reference
 from lsce_torch.errors import error
 from lsce_torch.inputs import Batch, at_labels, check_tensor, compute_dtype, dtype_name, prepare, tensor_of
-from lsce_torch.keywords import AddSmoothingKeywords, LinearAddSmoothingKeywords, LossKeywords
+from lsce_torch.keywords import AddSmoothingKeywords, LinearAddSmoothingKeywords, LinearLossKeywords
 from lsce_torch.linear import prepare_layer
 from lsce_torch.memory import in_large_pages
 from lsce_torch.overwrite import has_memory
 
-_DEFAULTS = defaults_of(LossKeywords) | {"reduction": "none"}
+_DEFAULTS = defaults_of(LinearLossKeywords) | {"reduction": "none"}
 # Numbers of a tensor that is computed at a time.
 _PART = 2**22
 

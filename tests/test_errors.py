@@ -191,6 +191,7 @@ ELSEWHERE = {
     # in test_smoothing.py
     "smoothing_refused",
     "smoothing_at_max",
+    "smoothing_row_mask",
     "smoothing_num_classes",
     "smoothing_weights",
     "smoothing_soft_labels",
