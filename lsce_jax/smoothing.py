@@ -19,6 +19,7 @@ from lsce_jax import reference
 from lsce_jax.errors import error
 from lsce_jax.inputs import Batch, as_array, at_labels, compute_dtype, prepare, within_int32
 from lsce_jax.keywords import AddSmoothingKeywords, LinearAddSmoothingKeywords, LinearLossKeywords
+from lsce_jax.layer import Layer
 from lsce_jax.linear import prepare_layer
 from lsce_spec import (
     LINEAR_REFUSED,
@@ -174,12 +175,13 @@ def linear_add_smoothing(
     nll = as_array("nll", nll)
     check_row_numbers("nll", nll.shape, nll.dtype.name, batch.batch_shape)
     factor = _mean_factor(batch, num_classes)
-    of_hidden, of_weight = layer.hidden, layer.weight.astype(layer.hidden.dtype)
+    of_hidden, averaged = layer.hidden, _rounded(layer.weight.astype(batch.dtype), layer)
     if batch.counted is not None:
         of_hidden = jnp.where(batch.counted[..., None], of_hidden, 0)
-    averaged = of_weight if batch.class_mask is None else jnp.where(batch.class_mask[None, :], of_weight, 0)
-    mean_column = jnp.sum(averaged.astype(batch.dtype) * factor[None, :], axis=1)
-    label_logit, mean_logit = _products(of_hidden, of_weight, batch.labels, mean_column)
+    if batch.class_mask is not None:
+        averaged = jnp.where(batch.class_mask[None, :], averaged, 0)
+    mean_column = jnp.sum(averaged * factor[None, :], axis=1)
+    label_logit, mean_logit = _products(of_hidden, layer.weight, batch.labels, mean_column)
     if layer.bias is not None:
         bias = layer.bias.astype(batch.dtype)
         label_logit += at_labels(bias, batch.labels)
@@ -260,7 +262,8 @@ def _products(
     dtype, flat = compute_dtype(hidden), labels.reshape(-1)
     # By elements, since a matrix product of a TPU keeps few bits of float32.
     rows = hidden.reshape(-1, hidden.shape[-1]).T.astype(dtype)
-    label_logit = jnp.sum(rows * _columns(weight, flat, dtype), axis=0)
+    columns = _rounded(_columns(weight, flat, dtype), Layer(hidden, weight, None))
+    label_logit = jnp.sum(rows * columns, axis=0)
     mean_logit = jnp.sum(rows * mean_column[:, None], axis=0)
     return label_logit.reshape(labels.shape), mean_logit.reshape(labels.shape)
 
@@ -278,3 +281,14 @@ def _columns(weight: Float[Array, "D K"], labels: Int[Array, " n"], dtype: jnp.d
     found = jnp.full_like(labels, weight.shape[1]).at[place].set(labels)  # places beyond the last label have no class
     some = weight.at[:, found].get(mode="fill", fill_value=0)
     return some.astype(dtype)[:, place]
+
+
+def _rounded(columns: Float[Array, "D n"], layer: Layer) -> Float[Array, "D n"]:
+    """Return columns of the weight, in the compute dtype, rounded to the dtype of hidden, with unrounded gradients."""
+    narrow = layer.hidden.dtype
+    if narrow in {columns.dtype, layer.weight.dtype}:
+        return columns
+    constant = jax.lax.stop_gradient(columns)
+    # The barrier keeps XLA from leaving out both conversions.
+    rounded = jax.lax.optimization_barrier(constant.astype(narrow)).astype(columns.dtype)
+    return columns + (rounded - constant)

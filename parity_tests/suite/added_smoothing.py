@@ -104,6 +104,8 @@ def bounds_of_added(case: LinearCase, arithmetic: Arithmetic) -> Parts:
     """Return the bounds of the linear loss. Where gradients are narrow, each is a sum of two that are rounded."""
     truth = solve(case)
     assert isinstance(truth, LinearTruth)
+    if "products of rows" in arithmetic.narrow:  # the unsmoothed loss is of rows, whatever the caller reduces
+        arithmetic = replace(arithmetic, narrow=arithmetic.narrow | {"products"})
     bounds = dict(linear_bound(case, truth, arithmetic))
     live = truth.counted & ~truth.bad
     weight = 1.0 if case.class_weight is None else case.class_weight
