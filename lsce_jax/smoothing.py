@@ -290,5 +290,5 @@ def _rounded(columns: Float[Array, "D n"], layer: Layer) -> Float[Array, "D n"]:
         return columns
     constant = jax.lax.stop_gradient(columns)
     # The barrier keeps XLA from leaving out both conversions.
-    rounded = jax.lax.optimization_barrier(constant.astype(narrow)).astype(columns.dtype)
+    rounded: Array = jax.lax.optimization_barrier(constant.astype(narrow)).astype(columns.dtype)  # type: ignore[no-untyped-call]
     return columns + (rounded - constant)
