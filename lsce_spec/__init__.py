@@ -5,11 +5,13 @@ from lsce_spec.checks import INTEGER as INTEGER
 from lsce_spec.checks import check_axis as check_axis
 from lsce_spec.checks import check_batch_operand as check_batch_operand
 from lsce_spec.checks import check_class_count as check_class_count
+from lsce_spec.checks import check_class_mask as check_class_mask
 from lsce_spec.checks import check_class_num as check_class_num
 from lsce_spec.checks import check_class_vector as check_class_vector
 from lsce_spec.checks import check_denominator as check_denominator
 from lsce_spec.checks import check_denominator_array as check_denominator_array
 from lsce_spec.checks import check_denominator_values as check_denominator_values
+from lsce_spec.checks import check_flag as check_flag
 from lsce_spec.checks import check_labels as check_labels
 from lsce_spec.checks import check_layer as check_layer
 from lsce_spec.checks import check_logits as check_logits
@@ -28,9 +30,11 @@ from lsce_spec.conventions import UNIFORM as UNIFORM
 from lsce_spec.conventions import Convention as Convention
 from lsce_spec.conventions import find_convention as find_convention
 from lsce_spec.conventions import smoothing_weights as smoothing_weights
+from lsce_spec.definition import ModelRow as ModelRow
 from lsce_spec.definition import Row as Row
 from lsce_spec.definition import loss_row as loss_row
 from lsce_spec.definition import mean_denominator as mean_denominator
+from lsce_spec.definition import model_row as model_row
 from lsce_spec.definition import target_distribution as target_distribution
 from lsce_spec.errors import MESSAGES as MESSAGES
 from lsce_spec.errors import error as error

@@ -193,12 +193,41 @@ def check_batch_operand(name: str, shape: Shape, dtype: str | None, batch_shape:
         raise error("batch_operand_shape", name=name, expected=list(batch_shape), given=list(shape))
 
 
+def check_flag(name: str, value: object) -> None:
+    """Raise unless a value is True or False."""
+    if not isinstance(value, bool):
+        raise error("flag", name=name, given=repr(value))
+
+
+def check_class_mask(shape: Shape, dtype: str, logits_shape: Shape, axis: int) -> bool:
+    """Return whether a class mask differs between rows; raise unless it is boolean and fits the logits.
+
+    Args:
+        shape: of the mask: [K], or the dimensions of the logits, where those other than `axis` may be 1.
+        dtype: of the mask.
+        logits_shape: of the logits.
+        axis: of the classes, from the front.
+    """
+    if dtype != "bool":
+        raise error("boolean", name="class_mask", given=dtype)
+    num_classes = logits_shape[axis]
+    if shape == (num_classes,):
+        return False
+    fits = len(shape) == len(logits_shape) and shape[axis] == num_classes
+    by_row = False
+    if fits:
+        # Plain comparisons, as in `check_batch_operand`.
+        for index, (size, logits_size) in enumerate(zip(shape, logits_shape, strict=True)):
+            fits = fits and (size == 1 or size == logits_size)  # noqa: PLR1714
+            by_row = by_row or (index != axis and size != 1)
+    if not fits:
+        raise error("class_mask_shape", classes=num_classes, logits=list(logits_shape), axis=axis, given=list(shape))
+    return by_row
+
+
 def check_class_vector(name: str, shape: Shape, dtype: str, num_classes: int) -> None:
-    """Raise unless a vector over the classes has the right length, and dtype: boolean for class_mask."""
-    if name == "class_mask":
-        if dtype != "bool":
-            raise error("boolean", name=name, given=dtype)
-    elif not is_floating(dtype):
+    """Raise unless a vector over the classes is floating point and of the right length."""
+    if not is_floating(dtype):
         raise error("class_vector_dtype", name=name, given=dtype)
     if shape != (num_classes,):
         raise error("class_vector_shape", name=name, expected=[num_classes], given=list(shape))

@@ -79,6 +79,65 @@ def target_distribution(
     return [target(k) if allowed[k] else 0 for k in range(num_classes)]
 
 
+@dataclass(frozen=True)
+class ModelRow:
+    """The model's distribution of one row, whatever the label.
+
+    Args:
+        lse: log of the sum of the exponentials of the (softcapped) logits.
+        entropy: -sum p_k log p_k of the softmax p of the (softcapped) logits, in nats.
+        lse_gradient: derivative of `lse` by each of the K logits; 0 outside the class mask.
+        entropy_gradient: likewise of `entropy`.
+    """
+
+    lse: Number
+    entropy: Number
+    lse_gradient: list[Number]
+    entropy_gradient: list[Number]
+
+
+def model_row(
+    logits: Sequence[Number],
+    *,
+    class_mask: Sequence[bool] | None = None,
+    softcap: Number | None = None,
+    maths: Any = math,
+) -> ModelRow:
+    """Return log-sum-exp and entropy of one row, with their derivatives.
+
+    With d_k = max(z) - z_k and L = log sum exp(-d), the entropy is L + sum p_k d_k, and its derivative by z_k is
+    p_k (d_k - sum p_j d_j).
+
+    Args:
+        logits: K numbers; those outside the mask may be anything.
+        class_mask: K booleans, True for the classes that take part.
+        softcap: c of z <- c tanh(z / c), or None.
+        maths: module with exp, log1p, tanh and fsum for the type of the numbers.
+
+    Example: two classes, equal logits.
+        >>> round(model_row([0.0, 0.0]).entropy, 4)
+        0.6931
+    """
+    classes = [k for k in range(len(logits)) if class_mask is None or class_mask[k]]
+    capped = {k: logits[k] if softcap is None else softcap * maths.tanh(logits[k] / softcap) for k in classes}
+    top = max(classes, key=lambda k: logits[k])
+    gap = {k: capped[top] - capped[k] for k in classes}
+    exponential = {k: maths.exp(-gap[k]) for k in classes}
+    without_top = maths.fsum([exponential[k] for k in classes if k != top])
+    log_sum, probability = maths.log1p(without_top), {k: exponential[k] / (1 + without_top) for k in classes}
+    # A logit of -inf has the probability 0, and 0 * inf counts as 0.
+    product = {k: probability[k] * gap[k] if probability[k] != 0 else 0 for k in classes}
+    mean_gap = maths.fsum(product.values())
+
+    lse_gradient: list[Number] = [0] * len(logits)
+    entropy_gradient: list[Number] = [0] * len(logits)
+    for k in classes:
+        slope = 1 if softcap is None else _softcap_slope(logits[k], softcap, maths)
+        lse_gradient[k] = probability[k] * slope
+        entropy_gradient[k] = (product[k] - probability[k] * mean_gap) * slope
+    return ModelRow(capped[top] + log_sum, log_sum + mean_gap, lse_gradient, entropy_gradient)
+
+
 def loss_row(
     logits: Sequence[Number],
     target: Sequence[Number],
@@ -136,10 +195,14 @@ def loss_row(
         probabilities[k] = exponential[k] / (1 + without_top)
         gradient[k] = (mass + 2 * z_loss * lse) * probabilities[k] - weighted[k]
         if softcap is not None:
-            # Derivative of the tanh as 1 / cosh^2, without the cancellation of 1 - tanh^2.
-            half = maths.exp(-abs(logits[k] / softcap))
-            gradient[k] *= (2 * half / (1 + half * half)) ** 2
+            gradient[k] *= _softcap_slope(logits[k], softcap, maths)
     return Row(loss=loss, gradient=gradient, lse=lse, probabilities=probabilities, target=target)
+
+
+def _softcap_slope(logit: Number, softcap: Number, maths: Any) -> Number:
+    """Return the derivative of the softcap: that of tanh as 1 / cosh^2, without the cancellation of 1 - tanh^2."""
+    half = maths.exp(-abs(logit / softcap))
+    return (2 * half / (1 + half * half)) ** 2
 
 
 def mean_denominator(

@@ -140,6 +140,16 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         ValueError,
         "{name} must hold one value per class: expected shape {expected}, got {given}.",
     ),
+    "class_mask_shape": (
+        ValueError,
+        "class_mask must have shape [{classes}], one mask for all rows, or the dimensions of the logits, with 1 where "
+        "rows share a mask: logits {logits} have their classes at axis {axis}, got {given}.",
+    ),
+    "prior_row_mask": (
+        ValueError,
+        "prior needs one class_mask for all rows, since it must be 0 outside the mask, got a class_mask of shape "
+        "{given}. Pass the smoothed targets of the rows as labels, with smoothing=0.",
+    ),
     "class_vector_dtype": (
         TypeError,
         "{name} must be floating point, got {given}. Convert it first.",
@@ -232,14 +242,19 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         "recompute=False needs reduction='sum' or 'mean': a gradient that is computed with the loss cannot know what "
         "each row's will be multiplied with. Leave recompute out, or reduce.",
     ),
+    "differentiable_recompute": (
+        ValueError,
+        "differentiable=True needs the gradient to be computed after the loss: a gradient that is computed with it "
+        "cannot know what the statistics will be multiplied with. Leave recompute out, or pass recompute=True.",
+    ),
     "gradient_filter": (
         ValueError,
         "gradient_filter must be a number in [0, 1), got {given}. 0 leaves nothing out.",
     ),
     "filter_recompute": (
         ValueError,
-        "gradient_filter needs the gradient to be computed with the loss: reduction='sum' or 'mean', and not "
-        "recompute=True. Change these, or leave gradient_filter out.",
+        "gradient_filter needs the gradient to be computed with the loss: reduction='sum' or 'mean', and neither "
+        "recompute=True nor differentiable=True. Change these, or leave gradient_filter out.",
     ),
     "chunked_only": (
         ValueError,

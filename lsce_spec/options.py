@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lsce_spec.checks import check_denominator, check_smoothing, is_integral, is_number
+from lsce_spec.checks import check_denominator, check_flag, check_smoothing, is_integral, is_number
 from lsce_spec.conventions import UNIFORM, Convention, find_convention
 from lsce_spec.errors import error
 
@@ -79,8 +79,7 @@ def _check_terms(z_loss: Any, softcap: Any, subtract_entropy: Any, convention: C
         raise error("non_negative_number", wrong_type=not is_number(z_loss), name="z_loss", given=repr(z_loss))
     if softcap is not None and (not is_number(softcap) or not 0 < softcap < math.inf):
         raise error("softcap", wrong_type=not is_number(softcap), given=repr(softcap))
-    if not isinstance(subtract_entropy, bool):
-        raise error("flag", name="subtract_entropy", given=repr(subtract_entropy))
+    check_flag("subtract_entropy", subtract_entropy)
     if subtract_entropy and convention.at_max is not None:
         raise error("entropy_at_max", given=repr(convention.name))
 
@@ -100,8 +99,13 @@ class ChunkOptions:
     gradient_filter: float = 0.0
 
     @staticmethod
-    def of(keywords: Mapping[str, Any], options: LossOptions) -> "ChunkOptions":
+    def of(keywords: Mapping[str, Any], options: LossOptions, *, differentiable: bool = False) -> "ChunkOptions":
         """Check the keyword arguments of a linear loss and return how it goes through its rows.
+
+        Args:
+            keywords: the arguments.
+            options: the checked options of the loss.
+            differentiable: whether gradients flow through the statistics.
 
         Raises:
             ValueError: a value out of its range, or two options that exclude each other.
@@ -111,18 +115,20 @@ class ChunkOptions:
         chunk_size, recompute, gradient_filter = given.values()
         if chunk_size is not None and (not is_integral(chunk_size) or chunk_size < 1):
             raise error("chunk_size", wrong_type=not is_integral(chunk_size), given=repr(chunk_size))
-        if recompute is not None and not isinstance(recompute, bool):
-            raise error("flag", name="recompute", given=repr(recompute))
+        if recompute is not None:
+            check_flag("recompute", recompute)
         by_row = options.reduction == "none"
         if recompute is False and by_row:
             raise error("recompute_none")
+        if recompute is False and differentiable:
+            raise error("differentiable_recompute")
         if not is_number(gradient_filter) or not 0 <= gradient_filter < 1:
             raise error("gradient_filter", wrong_type=not is_number(gradient_filter), given=repr(gradient_filter))
         if options.implementation == "reference":
             for name, value in (given | {"gradient_filter": gradient_filter or None}).items():
                 if value is not None:
                     raise error("chunked_only", name=name, given=repr(value))
-        recompute = by_row if recompute is None else recompute
+        recompute = by_row or differentiable if recompute is None else recompute
         if gradient_filter and recompute:
             raise error("filter_recompute")
         return ChunkOptions(None if chunk_size is None else int(chunk_size), recompute, float(gradient_filter))

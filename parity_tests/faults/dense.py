@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from parity_tests.truth.cases import Case
+from parity_tests.truth.cases import Case, is_class
 from parity_tests.truth.comparison import Result
 from parity_tests.truth.precision import FloatArray, compute_dtype, round_to
 from parity_tests.truth.simulation import EXACT, Simulation
@@ -59,6 +59,8 @@ FAULTS = {
     "entropy_subtracted": "the entropy of the target is subtracted",
     "gradient_of_sum": "the gradient is that of the sum, the loss is the mean",
     "base_two": "the loss is in bits, not in nats",
+    "masked_classes_smoothed": "the smoothing is divided by all K classes, not by those of the class mask",
+    "first_class_mask": "every row has the class mask of the first row",
     "prior_ignored": "the smoothing goes to all classes alike, not to the prior",
 }
 
@@ -81,7 +83,7 @@ class _Inputs:
         dtype: the compute dtype.
         labels: [N], 0 where a row does not count or its label is no class; or [N, K].
         bad: [N], rows that count and whose label is no class.
-        allowed: [K], classes of the mask.
+        allowed: [N, K], classes of the mask.
         raw: [N, K], logits before the softcap; 0 outside of the mask and in rows that do not count.
         softcap: the softcap, or None.
         logits: [N, K], after the softcap.
@@ -154,11 +156,12 @@ def _evaluate(case: Case, fault: str | None, arithmetic: Simulation) -> Result:
 def _inputs(case: Case, fault: str | None, arithmetic: Simulation) -> _Inputs:
     dtype = np.dtype(compute_dtype(case.dtype))
     rows, num_classes = case.rows(), case.num_classes
-    allowed = np.ones(num_classes, bool) if case.class_mask is None else case.class_mask
+    allowed = rows.allowed
+    if fault == "first_class_mask" and len(allowed):
+        allowed = np.broadcast_to(allowed[0], allowed.shape)
     labels, bad = rows.labels, np.zeros(len(rows.labels), bool)
     if labels.ndim == 1:
-        inside = (labels >= 0) & (labels < num_classes)
-        bad = rows.counted & ~(inside & allowed[np.where(inside, labels, 0)])
+        bad = rows.counted & ~is_class(rows._replace(allowed=allowed))
         labels = np.where(rows.counted & ~bad, labels, 0).astype(np.int64)
         if fault == "label_off_by_one":
             labels = (labels + 1) % num_classes
@@ -201,8 +204,8 @@ def _targets(inputs: _Inputs) -> tuple[NDArray[Any], NDArray[Any]]:
         probabilities = inputs.labels if inputs.soft else inputs.is_label()
         kept = 1 if inputs.max_sup else 1 - case.rows().smoothing[:, None]
         gradient_target = np.where(allowed, kept * probabilities, 0).astype(dtype)
-    if inputs.max_sup and allowed.sum() > 1:
-        taken = _taken_from_largest(inputs)
+    if inputs.max_sup:
+        taken = np.where(allowed.sum(-1, keepdims=True) > 1, _taken_from_largest(inputs), 0)
         if fault != "unsmoothed_loss":
             target = target - taken
         if fault not in {"unsmoothed_gradient", "smoothing_detached"}:
@@ -215,10 +218,13 @@ def smoothed_target(
 ) -> NDArray[Any]:
     """Return the smoothed target [N, K] of labels [N] or [N, K], wrong in the way that `fault` names.
 
+    `allowed` are the classes of the mask, [N, K] or [K].
     For "max_sup" it is the target before the smoothing is taken from the largest logits.
     """
     smoothing = np.broadcast_to(np.asarray(case.smoothing), case.batch_shape).reshape(-1, 1).astype(np.float64)
-    spread_over = int(allowed.sum())
+    spread_over = np.broadcast_to(allowed, (len(smoothing), case.num_classes)).sum(-1, keepdims=True)
+    if fault == "masked_classes_smoothed":
+        spread_over = np.full_like(spread_over, case.num_classes)
     soft = case.labels.dtype.kind == "f"
     probabilities = labels if soft else (np.arange(case.num_classes) == labels[:, None]).astype(np.float64)
     target = _wrong_target(fault, probabilities, smoothing, spread_over)
@@ -236,28 +242,26 @@ def smoothed_target(
 
 
 def _wrong_target(
-    fault: str | None, probabilities: NDArray[Any], smoothing: FloatArray, spread_over: int
+    fault: str | None, probabilities: NDArray[Any], smoothing: FloatArray, spread_over: NDArray[Any]
 ) -> NDArray[Any] | None:
     """Return the target of a fault that spreads the smoothing in a way of its own; None for any other fault."""
     kept, num_classes = (1 - smoothing) * probabilities, probabilities.shape[1]
     target: NDArray[Any] | None = None
-    if fault in {"label_without_share", "label_kept_whole"} and spread_over > 1:
+    if fault in {"label_without_share", "label_kept_whole"} and np.any(spread_over > 1):
         target = probabilities if fault == "label_kept_whole" else kept
         target = target + smoothing * (1 - probabilities) / spread_over
-    elif fault == "pad_class_left_out" and spread_over > 2:
+    elif fault == "pad_class_left_out" and np.any(spread_over > 2):
         rest = (1 - probabilities) * (np.arange(num_classes) != 0)
-        target = kept + smoothing * rest / (spread_over - 2)
-    elif fault == "local_mean" and spread_over > 1:
+        target = kept + smoothing * rest / np.maximum(spread_over - 2, 1)
+    elif fault == "local_mean" and np.any(spread_over > 1):
         half = -(-num_classes // 2)
         target = kept + smoothing * (np.arange(num_classes) < half) / half
     return target
 
 
 def _target_of_convention(
-    convention: str, probabilities: NDArray[Any], smoothing: FloatArray, spread_over: int
+    convention: str, probabilities: NDArray[Any], smoothing: FloatArray, spread_over: NDArray[Any]
 ) -> NDArray[Any]:
-    if spread_over == 1:
-        return probabilities
     kept = (1 - smoothing) * probabilities
     if convention == "uniform":
         target = kept + smoothing / spread_over
@@ -267,7 +271,7 @@ def _target_of_convention(
         target = kept + smoothing * (1 - probabilities) / (spread_over - 1)
     else:
         target = np.minimum(np.maximum(probabilities, smoothing / (spread_over - 1)), 1 - smoothing)
-    return np.asarray(target)
+    return np.where(spread_over == 1, probabilities, target)
 
 
 def _taken_from_largest(inputs: _Inputs) -> NDArray[Any]:

@@ -51,8 +51,7 @@ def log_softmax(case: Case, truth: Truth, arithmetic: Arithmetic) -> LogSoftmax:
 
 def counted_classes(case: Case, truth: Truth) -> NDArray[np.bool_]:
     """Return [N, K]: the classes of the mask in the rows that count."""
-    allowed = np.ones(case.num_classes, bool) if case.class_mask is None else case.class_mask
-    return truth.counted[:, None] & allowed
+    return truth.counted[:, None] & case.rows().allowed
 
 
 def peer_bound(case: Case, truth: Truth, arithmetic: Arithmetic, unshifted: bool = False) -> Bound:

@@ -49,13 +49,13 @@ def error_bound(case: Case, truth: Truth, arithmetic: Arithmetic) -> Bound:
 
 
 @dataclass(frozen=True)
-class _Terms:
+class Terms:
     """The exact quantities of the formula, [N, K] or [N], and the precision: see the module's docstring.
 
     Args:
         u, tiny: unit roundoff and smallest normal number of the compute precision.
         h: depth of a sum over the classes.
-        allowed: [K], classes of the mask.
+        allowed: [N, K], classes of the mask.
         live: [N], rows that count and whose label is a class.
         raw, logits: [N, K], before and after the softcap.
         peak: [N], the largest logit.
@@ -88,7 +88,7 @@ class _Terms:
         return self.peak + self.log_sum
 
 
-class _Errors(NamedTuple):
+class Errors(NamedTuple):
     """Absolute errors of the largest logit [N], of the gaps [N, K], of L and of log-sum-exp [N]."""
 
     peak: FloatArray
@@ -98,8 +98,7 @@ class _Errors(NamedTuple):
 
 
 def _error_bound(case: Case, truth: Truth, arithmetic: Arithmetic) -> Bound:
-    terms = _terms(case, truth, arithmetic)
-    errors = _errors(case, truth, arithmetic, terms)
+    terms, errors = terms_and_errors(case, truth, arithmetic)
     row = _row_bound(case, truth, arithmetic, terms, errors)
     gradient = _gradient_bound(case, truth, arithmetic, terms, errors)
     second_order = 1 + 2 * terms.u * _largest_error(case, arithmetic)
@@ -115,6 +114,24 @@ def _error_bound(case: Case, truth: Truth, arithmetic: Arithmetic) -> Bound:
     return Bound(loss=_reduced(case, truth, second_order * row, arithmetic), gradient=gradient)
 
 
+def terms_and_errors(case: Case, truth: Truth, arithmetic: Arithmetic) -> tuple[Terms, Errors]:
+    """Return the exact quantities of the formula, and the errors on the way to log-sum-exp."""
+    terms = _terms(case, truth, arithmetic)
+    return terms, _errors(case, truth, arithmetic, terms)
+
+
+def softcap_slope(case: Case, terms: Terms, arithmetic: Arithmetic) -> tuple[FloatArray, FloatArray]:
+    """Return the derivative of the softcap [N, K] and its error; 1 and 0 without one.
+
+    1 - tanh^2 is formed from a tanh that is off by c_t u: an absolute error, however small the derivative.
+    """
+    softcap = case.options.get("softcap")
+    if softcap is None:
+        return np.ones_like(terms.raw), np.zeros_like(terms.raw)
+    error = terms.u * (2 * arithmetic.tanh + 2 * arithmetic.division + 4)
+    return 1 - np.tanh(terms.raw / softcap) ** 2, np.full_like(terms.raw, error)
+
+
 def _largest_error(case: Case, arithmetic: Arithmetic) -> float:
     """Return the largest error of an operation of the loss.
 
@@ -126,10 +143,11 @@ def _largest_error(case: Case, arithmetic: Arithmetic) -> float:
     return max(float(getattr(arithmetic, name)) for name in names)
 
 
-def _terms(case: Case, truth: Truth, arithmetic: Arithmetic) -> _Terms:
+def _terms(case: Case, truth: Truth, arithmetic: Arithmetic) -> Terms:
     fmt, num_classes, softcap = FORMATS[compute_dtype(case.dtype)], case.num_classes, case.options.get("softcap")
-    allowed = np.ones(num_classes, bool) if case.class_mask is None else case.class_mask
+    # All classes of a row without a bound: its mask may have none.
     live = truth.counted & ~truth.bad
+    allowed = case.rows().allowed | ~live[:, None]
     raw = np.where(allowed & live[:, None], case.rows().logits, 0.0)
     logits = raw if softcap is None else softcap * np.tanh(raw / softcap)
     peak = np.max(np.where(allowed, logits, -np.inf), axis=-1, initial=-np.inf, keepdims=True)
@@ -137,7 +155,7 @@ def _terms(case: Case, truth: Truth, arithmetic: Arithmetic) -> _Terms:
     below = np.where(allowed & (gap > 0), np.exp(-gap), 0.0)
     weight = 1.0 if case.class_weight is None else case.class_weight
     wq = truth.target_size * np.abs(weight)
-    return _Terms(
+    return Terms(
         u=fmt.roundoff,
         tiny=fmt.smallest_normal,
         h=arithmetic.depth(num_classes),
@@ -157,7 +175,7 @@ def _terms(case: Case, truth: Truth, arithmetic: Arithmetic) -> _Terms:
     )
 
 
-def _errors(case: Case, truth: Truth, arithmetic: Arithmetic, terms: _Terms) -> _Errors:
+def _errors(case: Case, truth: Truth, arithmetic: Arithmetic, terms: Terms) -> Errors:
     """Return the errors on the way to log-sum-exp."""
     u, logits, log_sum = terms.u, terms.logits, terms.log_sum
     # c tanh(z / c): the division is damped by tanh's own conditioning, which is at most 1; then c_t, and the product.
@@ -170,10 +188,10 @@ def _errors(case: Case, truth: Truth, arithmetic: Arithmetic, terms: _Terms) -> 
     rest_error = np.sum(np.where(terms.gap > 0, truth.probabilities * of_gap, 0.0), axis=-1)
     of_log_sum = u * ((terms.h + arithmetic.exp) * rest + arithmetic.log1p * log_sum) + rest_error
     of_log_sum = of_log_sum + case.num_classes * terms.tiny
-    return _Errors(of_peak, of_gap, of_log_sum, lse=of_log_sum + of_peak + u * np.abs(terms.lse))
+    return Errors(of_peak, of_gap, of_log_sum, lse=of_log_sum + of_peak + u * np.abs(terms.lse))
 
 
-def _row_bound(case: Case, truth: Truth, arithmetic: Arithmetic, terms: _Terms, errors: _Errors) -> FloatArray:
+def _row_bound(case: Case, truth: Truth, arithmetic: Arithmetic, terms: Terms, errors: Errors) -> FloatArray:
     """Return [N]: the bound of each row's loss."""
     u, h, z_loss, lse = terms.u, terms.h, case.options.get("z_loss", 0.0), terms.lse
     division = arithmetic.division - 1
@@ -197,12 +215,12 @@ def _row_bound(case: Case, truth: Truth, arithmetic: Arithmetic, terms: _Terms, 
     return np.where(terms.live, row, 0.0)
 
 
-def _coefficient(case: Case, terms: _Terms) -> FloatArray:
+def _coefficient(case: Case, terms: Terms) -> FloatArray:
     """Return [N, 1]: the size of what p is multiplied by in the gradient."""
     return np.asarray((terms.mass + 2 * case.options.get("z_loss", 0.0) * np.abs(terms.lse))[:, None])
 
 
-def _gradient_bound(case: Case, truth: Truth, arithmetic: Arithmetic, terms: _Terms, errors: _Errors) -> FloatArray:
+def _gradient_bound(case: Case, truth: Truth, arithmetic: Arithmetic, terms: Terms, errors: Errors) -> FloatArray:
     """Return [N, K]: the bound of the gradient of each row's loss, before the factor of the reduction."""
     u, h, p, lse, signed_wq = terms.u, terms.h, truth.probabilities, terms.lse, terms.signed_wq
     z_loss, softcap = case.options.get("z_loss", 0.0), case.options.get("softcap")
@@ -218,9 +236,7 @@ def _gradient_bound(case: Case, truth: Truth, arithmetic: Arithmetic, terms: _Te
     unscaled = np.abs((np.sum(signed_wq, axis=-1) + 2 * z_loss * lse)[:, None] * p - signed_wq)
     gradient += (4 + division) * u * unscaled
     if softcap is not None:
-        # 1 - tanh^2 is formed from a tanh that is off by c_t u: an absolute error, however small the derivative.
-        slope = 1 - np.tanh(terms.raw / softcap) ** 2
-        slope_error = u * (2 * arithmetic.tanh + 2 * arithmetic.division + 4)
+        slope, slope_error = softcap_slope(case, terms, arithmetic)
         # Where tanh rounds to 1 the slope is nothing but error, and so are both factors where p and q are equal.
         gradient = gradient * (slope + slope_error) + unscaled * slope_error
     return gradient

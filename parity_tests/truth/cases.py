@@ -17,9 +17,13 @@ from parity_tests.truth.precision import FloatArray, compute_dtype, round_to
 
 
 class Rows(NamedTuple):
-    """A case with its classes last and its rows flattened: logits [N, K], labels [N] or [N, K], the others [N]."""
+    """A case with its classes last and its rows flattened.
+
+    Logits and the allowed classes are [N, K], labels [N] or [N, K], the others [N].
+    """
 
     logits: FloatArray
+    allowed: NDArray[np.bool_]
     labels: NDArray[Any]
     smoothing: FloatArray
     counted: NDArray[np.bool_]
@@ -38,7 +42,8 @@ class Case:
         options: keyword arguments of `label_smoothed_cross_entropy` that are no arrays.
         smoothing: number, or an array that broadcasts to the losses.
         axis: where the classes are.
-        where, class_weight, class_mask, prior: arrays, or None.
+        where, class_weight, prior: arrays, or None.
+        class_mask: [K], or an array with the dimensions of the logits that broadcasts to them; or None.
         upstream: what the losses are multiplied with before the gradient is taken; None for 1.
     """
 
@@ -89,11 +94,23 @@ class Case:
             counted = counted & (labels != self.options["ignore_index"])
         return Rows(
             logits=np.moveaxis(self.logits, self.axis, -1).reshape(num_rows, num_classes),
+            allowed=self._allowed().reshape(num_rows, num_classes),
             labels=labels,
             smoothing=flat(self.smoothing).astype(np.float64),
             counted=counted,
             upstream=flat(1.0 if self.upstream is None else self.upstream).astype(np.float64),
         )
+
+    @property
+    def has_row_masks(self) -> bool:
+        """Whether rows have class masks of their own."""
+        return self.class_mask is not None and self.class_mask.shape != (self.num_classes,)
+
+    def _allowed(self) -> NDArray[np.bool_]:
+        mask = np.ones(self.num_classes, bool) if self.class_mask is None else self.class_mask
+        if self.has_row_masks:
+            mask = np.moveaxis(mask, self.axis, -1)
+        return np.broadcast_to(mask, (*self.batch_shape, self.num_classes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +152,8 @@ def features(case: Case) -> frozenset[str]:
     """Return what a case asks of a loss beyond integer labels, one smoothing for all, "uniform" and classes last.
 
     The names are those of the options of `label_smoothed_cross_entropy` where there is one, and "CONVENTION
-    convention", "soft labels", "smoothing per row", "bad labels" (a row that counts has a label that is no class),
-    "axis", "no batch" (logits [K]) and "narrow labels" (an integer dtype other than int64).
+    convention", "soft labels", "class_mask per row", "smoothing per row", "bad labels" (a row that counts has a label
+    that is no class), "axis", "no batch" (logits [K]) and "narrow labels" (an integer dtype other than int64).
     """
     options, rows = case.options, case.rows()
     arrays = ("where", "class_weight", "class_mask", "prior")
@@ -144,17 +161,24 @@ def features(case: Case) -> frozenset[str]:
     found |= {name for name in ("ignore_index", "softcap", "denominator") if options.get(name) is not None}
     found |= {name for name in ("z_loss", "subtract_entropy") if options.get(name)}
     soft = case.labels.dtype.kind == "f"
-    outside = (rows.labels < 0) | (rows.labels >= case.num_classes)
+    outside = np.zeros(len(rows.labels), bool) if soft else ~is_class(rows)
     special = {
         f"{options.get('convention')} convention": options.get("convention", "uniform") != "uniform",
         "soft labels": soft,
+        "class_mask per row": case.has_row_masks,
         "smoothing per row": not isinstance(case.smoothing, float),
-        "bad labels": not soft and bool(np.any(rows.counted & outside)),
+        "bad labels": bool(np.any(rows.counted & outside)),
         "axis": case.axis not in (-1, case.logits.ndim - 1),
         "no batch": case.logits.ndim == 1,
         "narrow labels": not soft and case.labels.dtype != np.int64,
     }
     return frozenset(found | {name for name, present in special.items() if present})
+
+
+def is_class(rows: Rows) -> NDArray[np.bool_]:
+    """Return [N]: whether the label of a row is one of its classes."""
+    inside = (rows.labels >= 0) & (rows.labels < rows.logits.shape[1])
+    return np.asarray(inside & rows.allowed[np.arange(len(rows.labels)), np.where(inside, rows.labels, 0)])
 
 
 def describe_inputs(case: Case, index: tuple[int, ...], part: str = "gradient") -> dict[str, str]:
@@ -192,7 +216,8 @@ def describe_inputs(case: Case, index: tuple[int, ...], part: str = "gradient") 
         inputs["the row"] = "does not count"
     if case.upstream is not None:
         inputs["upstream gradient"] = f"{rows.upstream[row]:.9g}"
-    arrays = {"class_weight": case.class_weight, "class_mask": case.class_mask, "prior": case.prior}
+    mask = None if case.class_mask is None else rows.allowed[row]
+    arrays = {"class_weight": case.class_weight, "class_mask": mask, "prior": case.prior}
     return inputs | {key: values(array) for key, array in arrays.items() if array is not None}
 
 
@@ -404,6 +429,54 @@ def _class_mask_near_one(dtype: str, generator: np.random.Generator) -> Case:
     logits = np.where(np.arange(13) == case.labels[:, None], -1000.0, 0.0)
     options = {"convention": "non_target", "reduction": "mean"}
     return replace(case, logits=round_to(logits, dtype), smoothing=0.99999, options=options)
+
+
+@_case
+def _class_mask_of_rows(dtype: str, generator: np.random.Generator) -> Case:
+    """A mask for each row: all classes, some, one, the label outside, none in rows that do not count."""
+    mask = generator.random((8, 11)) < 0.6
+    mask[0], mask[1], mask[2], mask[6], mask[7] = True, np.arange(11) == 4, np.arange(11) < 2, False, False
+    labels = np.array([3, 4, 1, 5, 0, 10, -100, -100])
+    mask[np.arange(6), labels[:6]] = True
+    mask[4, 0] = False
+    case = random_case(dtype, generator, 8, 11, labels=labels, smoothing=0.2)
+    # What a mask takes out may hold anything.
+    logits = np.where(mask, case.logits, np.resize([np.nan, np.inf, -np.inf, 6e4, 0.0], mask.shape))
+    return replace(case, logits=round_to(logits, dtype), class_mask=mask, options={"ignore_index": -100})
+
+
+@_case
+def _class_mask_of_groups(dtype: str, generator: np.random.Generator) -> Case:
+    """Classes in the middle, and a mask that some rows share; class weights, softcap, z-loss and an entropy."""
+    mask = np.ones((2, 9, 1), bool)
+    mask[0, 5:], mask[1, :3] = False, False
+    options = {
+        "convention": "non_target",
+        "reduction": "mean",
+        "softcap": 4.0,
+        "z_loss": 0.01,
+        "subtract_entropy": True,
+    }
+    return Case(
+        "",
+        dtype,
+        logits=round_to(generator.normal(size=(2, 9, 3)) * 2, dtype),
+        labels=np.array([[0, 4, 2], [3, 8, 5]]),
+        axis=1,
+        class_mask=mask,
+        class_weight=_weights(dtype, generator, 9),
+        options=options,
+    )
+
+
+@_case
+def _class_mask_of_rows_soft(dtype: str, generator: np.random.Generator) -> Case:
+    """Soft labels over the classes of each row, and the largest logit of each row's own."""
+    mask = generator.random((5, 7)) < 0.7
+    mask[:, 0] = True
+    labels = np.where(mask, soft_labels(dtype, generator, (5, 7)), 0.0)
+    options = {"convention": "max_sup", "reduction": "sum"}
+    return random_case(dtype, generator, 5, 7, labels=labels, class_mask=mask, options=options)
 
 
 @_case

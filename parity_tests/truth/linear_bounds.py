@@ -97,8 +97,7 @@ def _linear_bound(case: LinearCase, truth: LinearTruth, arithmetic: Arithmetic) 
     weight = np.abs(case.multiplied_weight)
 
     # The logits of a masked class and of a row that does not count are never used, and may be anything.
-    allowed = np.ones(case.num_classes, bool) if case.class_mask is None else case.class_mask
-    used = allowed & live[:, None]
+    used = case.rows().allowed & live[:, None]
     logits = np.where(used, case.rows().logits, 0.0)
     cut = _cut(case.dtype, arithmetic.matmul_bits)
     of_logits = _logit_error(case, hidden, weight, logits, "logits" in narrow, cut)
@@ -189,7 +188,7 @@ def _logit_error(
 def _change(case: Case, truth: Truth, logits: FloatArray, error: FloatArray) -> _Change:
     """Return by how much logits that are off by up to `error` change loss and gradient at most."""
     z_loss, softcap = case.options.get("z_loss", 0.0), case.options.get("softcap")
-    allowed = np.ones(logits.shape[-1], bool) if case.class_mask is None else case.class_mask
+    allowed = case.rows().allowed
     capped, slope, of_slope = logits, np.ones_like(logits), np.zeros_like(logits)
     if softcap is not None:
         capped, above, below = (softcap * np.tanh((logits + way * error) / softcap) for way in (0, 1, -1))

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lsce_spec import find_convention, loss_row, mean_denominator, target_distribution
-from parity_tests.truth.cases import Case, LinearCase
+from parity_tests.truth.cases import Case, LinearCase, is_class
 from parity_tests.truth.precision import FloatArray
 
 DIGITS = 50
@@ -197,7 +197,7 @@ def true_logits(hidden: FloatArray, weight: FloatArray, bias: FloatArray | None)
 
 def _products(rows: list[list[Any]], columns: list[list[Any]]) -> Exact:
     """Return the inner product of each row with each column."""
-    return _exact([mpmath.fdot(row, column) for row in rows for column in columns], (len(rows), len(columns)))
+    return exact([mpmath.fdot(row, column) for row in rows for column in columns], (len(rows), len(columns)))
 
 
 class _Inputs(NamedTuple):
@@ -208,7 +208,10 @@ class _Inputs(NamedTuple):
     labels: list[Any]
     class_weight: list[Any] | None
     prior: list[Any] | None
-    class_mask: list[bool] | None
+    class_masks: list[list[bool]] | None
+
+    def mask(self, i: int) -> list[bool] | None:
+        return None if self.class_masks is None else self.class_masks[i]
 
     def vector(self, values: FloatArray) -> list[Any]:
         return [self.number(float(v)) for v in values]
@@ -227,30 +230,29 @@ class _Row(NamedTuple):
 def _solve(case: Case, maths: Any) -> Truth:
     rows, inputs = case.rows(), _inputs(case, maths)
     shape, zero = rows.logits.shape, inputs.number(0)
-    is_bad = [isinstance(label, int) and not _is_class(label, shape[1], inputs.class_mask) for label in inputs.labels]
-    bad = rows.counted & np.array(is_bad, bool)
+    bad = rows.counted & ~is_class(rows) if rows.labels.ndim == 1 else np.zeros(shape[0], bool)
     solved = [
-        _solve_row(case, inputs, i) if rows.counted[i] and not bad[i] else _constant_row(inputs, shape[1], bad[i])
+        _solve_row(case, inputs, i) if rows.counted[i] and not bad[i] else _constant_row(inputs, shape[1], i, bad[i])
         for i in range(shape[0])
     ]
     losses = [row.loss for row in solved]
     denominator = _denominator(case, inputs, bad)
     factor = [u / denominator if denominator else zero for u in inputs.vector(rows.upstream)]
     if case.options.get("reduction", "none") == "none":
-        loss = _exact(losses, shape[:1])
+        loss = exact(losses, shape[:1])
     else:
         total = maths.fsum(losses) if losses else zero
-        loss = _exact([total / denominator if denominator else zero], ())
+        loss = exact([total / denominator if denominator else zero], ())
     # Divided by 0 no row counts, not even one that is NaN.
     gradient = [[f * g if denominator else zero for g in row.gradient] for f, row in zip(factor, solved, strict=True)]
     return Truth(
         loss=loss,
-        gradient=_exact(_flat(gradient), shape),
-        row_loss=_exact(losses, shape[:1]).high,
-        factor=_exact(factor, shape[:1]).high,
-        target=_exact(_flat([row.target for row in solved]), shape).high,
-        target_size=_exact(_flat([row.target_size for row in solved]), shape).high,
-        probabilities=_exact(_flat([row.probabilities for row in solved]), shape).high,
+        gradient=exact(_flat(gradient), shape),
+        row_loss=exact(losses, shape[:1]).high,
+        factor=exact(factor, shape[:1]).high,
+        target=exact(_flat([row.target for row in solved]), shape).high,
+        target_size=exact(_flat([row.target_size for row in solved]), shape).high,
+        probabilities=exact(_flat([row.probabilities for row in solved]), shape).high,
         counted=rows.counted,
         bad=bad,
     )
@@ -263,13 +265,13 @@ def _inputs(case: Case, maths: Any) -> _Inputs:
         labels=[int(v) if v.ndim == 0 else inputs.vector(v) for v in case.rows().labels],
         class_weight=None if case.class_weight is None else inputs.vector(case.class_weight),
         prior=None if case.prior is None else inputs.vector(case.prior),
-        class_mask=None if case.class_mask is None else [bool(member) for member in case.class_mask],
+        class_masks=None if case.class_mask is None else case.rows().allowed.tolist(),
     )
 
 
 def _solve_row(case: Case, inputs: _Inputs, i: int) -> _Row:
     """Return the truth about row i, which counts and has a label that is a class."""
-    number, options, class_mask = inputs.number, case.options, inputs.class_mask
+    number, options, class_mask = inputs.number, case.options, inputs.mask(i)
     convention = find_convention(options.get("convention", "uniform"))
     num_allowed = case.num_classes if class_mask is None else sum(class_mask)
     smoothing, at_max = number(float(case.rows().smoothing[i])), number(0)
@@ -298,9 +300,9 @@ def _solve_row(case: Case, inputs: _Inputs, i: int) -> _Row:
     return _Row(row.loss, row.gradient, row.target, target_size, row.probabilities)
 
 
-def _constant_row(inputs: _Inputs, num_classes: int, is_bad: bool) -> _Row:
-    """Return the truth about a row whose loss depends on no logit: NaN if its label is no class, else 0."""
-    zero, class_mask = inputs.number(0), inputs.class_mask
+def _constant_row(inputs: _Inputs, num_classes: int, i: int, is_bad: bool) -> _Row:
+    """Return the truth about row i, whose loss depends on no logit: NaN if its label is no class, else 0."""
+    zero, class_mask = inputs.number(0), inputs.mask(i)
     filler, zeros = inputs.number("nan") if is_bad else zero, [zero] * num_classes
     gradient = [filler if class_mask is None or class_mask[k] else zero for k in range(num_classes)]
     return _Row(filler, gradient, zeros, zeros, zeros)
@@ -319,15 +321,12 @@ def _denominator(case: Case, inputs: _Inputs, bad: NDArray[np.bool_]) -> Any:
     return inputs.number(denominator)
 
 
-def _is_class(label: int, num_classes: int, class_mask: list[bool] | None) -> bool:
-    return 0 <= label < num_classes and (class_mask is None or class_mask[label])
-
-
 def _flat(rows: list[list[Any]]) -> list[Any]:
     return [value for row in rows for value in row]
 
 
-def _exact(numbers: list[Any], shape: tuple[int, ...]) -> Exact:
+def exact(numbers: list[Any], shape: tuple[int, ...]) -> Exact:
+    """Return numbers of any precision as an array of that shape."""
     high = np.array([float(v) for v in numbers], dtype=np.float64).reshape(shape)
     low = [float(v - h) if math.isfinite(h) else 0.0 for v, h in zip(numbers, high.ravel().tolist(), strict=True)]
     return Exact(high, np.array(low, dtype=np.float64).reshape(shape))
