@@ -256,6 +256,11 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         "gradient_filter needs the gradient to be computed with the loss: reduction='sum' or 'mean', and neither "
         "recompute=True nor differentiable=True. Change these, or leave gradient_filter out.",
     ),
+    "filter_row_mask": (
+        ValueError,
+        "gradient_filter needs one class_mask for all rows: with a mask for each, the part from smoothing is not the "
+        "same multiple of the class weights in every row. Leave gradient_filter out.",
+    ),
     "chunked_only": (
         ValueError,
         "{name} is an option of implementation='chunked'; 'reference' computes all logits at once. "

@@ -20,7 +20,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lsce_spec import LossOptions
@@ -45,6 +45,10 @@ from lsce_torch.sums import (
     unstacked,
 )
 from lsce_torch.sweeps import logits_gradient, sweep
+
+
+# Numbers of the products of class weights and masks of rows.
+_LARGEST_PRODUCT = 2**20
 
 
 def row_losses(
@@ -178,7 +182,7 @@ def _index_target(batch: Batch, options: LossOptions) -> _Target:
     on: float | Tensor
     off: float | Tensor
     num_others: float | Tensor
-    factor, num_others = batch.class_weight, reference.count_allowed(batch) - 1
+    factor, num_others = batch.class_weight, _per_row(reference.count_allowed(batch)) - 1
     if batch.prior is None:
         on, off = (_per_row(value) for value in reference.on_off(batch, options))
     else:
@@ -221,10 +225,24 @@ def _sum_of_others(values: Float[Tensor, " K"], batch: Batch) -> Float[Tensor, "
 
     In float64: the label's value may be most of the sum, and the difference is the whole target if `on` is 0.
     """
-    if batch.class_mask is not None:
-        values = torch.where(batch.class_mask, values, 0)
-    values = values.double()
-    return (torch.sum(values) - at_labels(values, batch.labels)).to(batch.dtype)
+    values, mask = values.double(), batch.class_mask
+    at_label = at_labels(values, batch.labels)
+    if mask is not None and mask.ndim > 1:
+        of_label = at_label.masked_fill(~at_labels(mask, batch.labels), 0)
+        return (_sums_of_rows(values, mask) - of_label).to(batch.dtype)
+    if mask is not None:
+        values = torch.where(mask, values, 0)
+        at_label = at_labels(values, batch.labels)
+    return (torch.sum(values) - at_label).to(batch.dtype)
+
+
+def _sums_of_rows(values: Float[Tensor, " K"], mask: Bool[Tensor, "*batch K"]) -> Float[Tensor, "*batch"]:
+    """Return the sum of the values in the mask of each row, some rows at a time: their products are as many as logits."""
+    rows = mask.reshape(-1, mask.shape[-1])
+    step = max(1, _LARGEST_PRODUCT // mask.shape[-1])
+    parts = [rows] if torch.compiler.is_compiling() or len(rows) <= step else rows.split(step)
+    sums = [torch.sum(torch.where(part, values, 0), dim=-1) for part in parts]
+    return torch.cat(sums).reshape(mask.shape[:-1])
 
 
 class _Logits(NamedTuple):

@@ -40,7 +40,7 @@ class _Counted(TypedDict, total=False):
 
 
 class _Terms(TypedDict, total=False):
-    class_mask: Annotated[Bool[Tensor, " K"] | None, Default(None)]
+    class_mask: Annotated[Bool[Tensor, "..."] | None, Default(None)]
     z_loss: Annotated[float, Default(0.0)]
     softcap: Annotated[float | None, Default(None)]
     subtract_entropy: Annotated[bool, Default(False)]
@@ -83,6 +83,19 @@ class DenseLossKeywords(_Smoothing, _Target, _Axis, _Where, _Rows, _Denominator,
 
 class LinearLossKeywords(_Bias, LossKeywords, _Chunks, total=False):
     """The options of `linear_label_smoothed_cross_entropy`."""
+
+
+# Of the functions that return statistics.
+class _Statistics(TypedDict, total=False):
+    differentiable: Annotated[bool, Default(False)]
+
+
+class DenseStatsKeywords(DenseLossKeywords, _Statistics, total=False):
+    """The options of `label_smoothed_cross_entropy_with_stats`."""
+
+
+class LinearStatsKeywords(LinearLossKeywords, _Statistics, total=False):
+    """The options of `linear_label_smoothed_cross_entropy_with_stats`."""
 
 
 class DenseModuleKeywords(_Target, _Terms, _Implementation, _Memory, total=False):
