@@ -324,9 +324,7 @@ def _as_tensor(name: str, value: object, device: torch.device) -> Tensor:
         raise error("array_type", name=name, expected="a tensor", given=given) from problem
 
 
-def _class_mask(
-    value: object, logits: Tensor, axis: int
-) -> Bool[Tensor, " K"] | Bool[Tensor, "*batch K"] | None:
+def _class_mask(value: object, logits: Tensor, axis: int) -> Bool[Tensor, " K"] | Bool[Tensor, "*batch K"] | None:
     """Return one mask for all rows, or one for each, classes last; None if the call has none."""
     if value is None:
         return None

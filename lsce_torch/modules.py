@@ -48,9 +48,10 @@ class _LossModule(nn.Module):
         if self.prior is not None:
             check_prior(self.prior, self.class_mask)
 
-    def _kept(self) -> dict[str, Any]:
-        """Return the options for one call."""
-        return {name: getattr(self, name) for name in self._options}
+    def _kept(self, class_mask: Bool[Tensor, "..."] | None) -> dict[str, Any]:
+        """Return the options for one call, with a class mask in place of the module's own unless it is None."""
+        kept = {name: getattr(self, name) for name in self._options}
+        return kept if class_mask is None else {**kept, "class_mask": class_mask}
 
 
 class LabelSmoothedCrossEntropyLoss(_LossModule, nn.CrossEntropyLoss):
@@ -116,6 +117,7 @@ class LabelSmoothedCrossEntropyLoss(_LossModule, nn.CrossEntropyLoss):
         where: Bool[Tensor, "..."] | None = None,
         smoothing: float | Float[Tensor, "..."] | None = None,
         denominator: float | Float[Tensor, ""] | None = None,
+        class_mask: Bool[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "..."]:
         """Return the loss.
 
@@ -125,6 +127,7 @@ class LabelSmoothedCrossEntropyLoss(_LossModule, nn.CrossEntropyLoss):
             where: booleans that broadcast to the losses; False leaves a row out.
             smoothing: replaces `label_smoothing` for this call, as a schedule does.
             denominator: the number that reduction="mean" divides by.
+            class_mask: replaces the module's own for this call, as a mask for each row does.
         """
         soft = isinstance(target, Tensor) and target.is_floating_point()
         if soft and self.ignore_index is not None and self.ignore_index >= 0:
@@ -139,7 +142,7 @@ class LabelSmoothedCrossEntropyLoss(_LossModule, nn.CrossEntropyLoss):
             class_weight=self.weight,
             reduction=self.reduction,
             denominator=denominator,
-            **self._kept(),
+            **self._kept(class_mask),
         )
 
 
@@ -189,6 +192,7 @@ class LinearLabelSmoothedCrossEntropyLoss(_LossModule):
         where: Bool[Tensor, "..."] | None = None,
         smoothing: float | Float[Tensor, "..."] | None = None,
         denominator: float | Float[Tensor, ""] | None = None,
+        class_mask: Bool[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "..."]:
         """Return the loss.
 
@@ -200,6 +204,7 @@ class LinearLabelSmoothedCrossEntropyLoss(_LossModule):
             where: booleans that broadcast to the losses; False leaves a row out.
             smoothing: replaces the module's own for this call, as a schedule does.
             denominator: the number that reduction="mean" divides by.
+            class_mask: replaces the module's own for this call, as a mask for each row does.
         """
         return linear_label_smoothed_cross_entropy(
             hidden,
@@ -209,7 +214,7 @@ class LinearLabelSmoothedCrossEntropyLoss(_LossModule):
             smoothing=self.smoothing if smoothing is None else smoothing,
             where=where,
             denominator=denominator,
-            **self._kept(),
+            **self._kept(class_mask),
         )
 
 

@@ -227,9 +227,7 @@ class Tangents(NamedTuple):
     entropy: Float[Tensor, "*batch"] | None = None
 
 
-def plain_tangents(
-    logits: Float[Tensor, "*batch K"], operands: Operands, tangents: Mapping[str, Tensor]
-) -> Tangents:
+def plain_tangents(logits: Float[Tensor, "*batch K"], operands: Operands, tangents: Mapping[str, Tensor]) -> Tangents:
     """Return the tangents from those of what is named as in `plain_slopes`."""
     loss = _tangent_of(plain_slopes(logits, operands, list(tangents)), tangents)
     if not operands.differentiable:

@@ -215,7 +215,9 @@ def _log_sum_exp(
     return peak.squeeze(-1), gap, rest
 
 
-def _constant(logits: Float[Tensor, "*batch K"], allowed: Bool[Tensor, "*#batch K"] | None) -> Float[Tensor, "*batch K"]:
+def _constant(
+    logits: Float[Tensor, "*batch K"], allowed: Bool[Tensor, "*#batch K"] | None
+) -> Float[Tensor, "*batch K"]:
     """Return the logits for comparisons: -inf outside the mask, and without a derivative."""
     constant = logits.detach()
     return constant if allowed is None else torch.where(allowed, constant, -torch.inf)

@@ -258,9 +258,7 @@ def _without_uncounted(whole: Block) -> tuple[Tensor, Tensor | None]:
     return whole.stacked, whole.first
 
 
-def _run(
-    kernel: Callable[..., None], whole: Block, *, in_gradient: bool = False, with_spare: bool = False
-) -> None:
+def _run(kernel: Callable[..., None], whole: Block, *, in_gradient: bool = False, with_spare: bool = False) -> None:
     """Call a kernel with each block and an array of its size to compute in: the gradient's memory, or scratch.
 
     `with_spare` says that the kernel takes a second one.
@@ -281,7 +279,11 @@ def _run(
 
 
 def _fill_sums(
-    block: Block, work: Float[Tensor, "*rows K"], spare: Float[Tensor, "*rows K"] | None = None, *, softcap: float | None
+    block: Block,
+    work: Float[Tensor, "*rows K"],
+    spare: Float[Tensor, "*rows K"] | None = None,
+    *,
+    softcap: float | None,
 ) -> None:
     """Compute the sums of a block. For statistics it takes a second array."""
     sums = _fill_gaps(block, work, softcap)
@@ -348,7 +350,11 @@ def _fill_both(
 
 
 def _fill_gradient(
-    block: Block, work: Float[Tensor, "*rows K"], spare: Float[Tensor, "*rows K"] | None = None, *, softcap: float | None
+    block: Block,
+    work: Float[Tensor, "*rows K"],
+    spare: Float[Tensor, "*rows K"] | None = None,
+    *,
+    softcap: float | None,
 ) -> None:
     """Compute the gradient of a block from its sums. With a slope of the gaps it takes a second array."""
     z = _load(block, work, copy=softcap is not None)
@@ -421,9 +427,7 @@ def _fill_gaps(block: Block, work: Float[Tensor, "*rows K"], softcap: float | No
     return sums
 
 
-def _first_largest(
-    z: Float[Tensor, "*rows K"], largest: Float[Tensor, "*rows"], first: Int[Tensor, "*rows"]
-) -> None:
+def _first_largest(z: Float[Tensor, "*rows K"], largest: Float[Tensor, "*rows"], first: Int[Tensor, "*rows"]) -> None:
     """Write the largest logit of each row and the index of the first one.
 
     On the CPU of some classes at a time the largest, and only among the classes that have it where it is.

@@ -36,7 +36,7 @@ pytestmark = [
     pytest.mark.devices,
     pytest.mark.skipif(os.environ.get(INTERPRET) != "1", reason="make test-triton runs it"),
 ]
-REFERENCE_ONLY = {"soft_max_sup"}
+REFERENCE_ONLY = {"soft_max_sup", "class_mask_of_rows_soft"}
 
 
 def compared(case: Case, adapter: str = "torch-triton") -> Comparison:
