@@ -27,8 +27,9 @@ from lsce_torch.threads import in_threads
 _BLOCK_SIZE = 2**20
 # A gap at least this large has a probability of 0, in float64 as well.
 _LARGEST_GAP = 1000.0
-# Classes among which the first largest logit is searched in one go. torch searches four times as long as it compares.
-_SEARCHED = 64
+# Classes among which the first largest logit is searched in one go: torch takes ten times as long to find it as to
+# compare. Of fewer classes, and of fewer logits, starting operations would take longer.
+_SEARCHED, _FEW_CLASSES, _FEW_LOGITS = 64, 512, 2**17
 
 
 class Block(NamedTuple):
@@ -430,11 +431,11 @@ def _fill_gaps(block: Block, work: Float[Tensor, "*rows K"], softcap: float | No
 def _first_largest(z: Float[Tensor, "*rows K"], largest: Float[Tensor, "*rows"], first: Int[Tensor, "*rows"]) -> None:
     """Write the largest logit of each row and the index of the first one.
 
-    On the CPU of some classes at a time the largest, and only among the classes that have it where it is.
+    Of many classes: the largest of each part, then where it is in the first part that has it.
     """
     num_classes = z.shape[-1]
     num_parts = num_classes // _SEARCHED
-    if num_parts < _SEARCHED // 8 or not is_on_cpu(z):
+    if num_classes < _FEW_CLASSES or z.numel() < _FEW_LOGITS or not is_on_cpu(z):
         torch.max(z, dim=-1, out=(largest, first))
         return
     end = num_parts * _SEARCHED
@@ -454,9 +455,8 @@ def _exponentials(
     """Write exp(z - max z) times a factor for each row to `work`. `is_shifted` says that max z is 0."""
     if is_on_cpu(work):
         return torch.softmax(z, dim=-1, out=work)
-    if not is_shifted:
-        torch.sub(z, torch.amax(z, dim=-1, keepdim=True), out=work)
-    return work.exp_()
+    shifted = z if is_shifted else torch.sub(z, torch.amax(z, dim=-1, keepdim=True), out=work)
+    return torch.exp(shifted, out=work)
 
 
 def _fill_log_sum(sums: Sums, total: Float[Tensor, "*rows"], rest: Callable[[], Tensor]) -> None:

@@ -4,6 +4,7 @@ Their values and gradients are held against the truth in the parity tests; here 
 differences, or in exact equality.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,12 +18,14 @@ from lsce_torch import (
     LinearLabelSmoothedCrossEntropyLoss,
     LossStats,
     chunked,
+    device,
     label_smoothed_cross_entropy,
     label_smoothed_cross_entropy_with_stats,
     linear_label_smoothed_cross_entropy,
     linear_label_smoothed_cross_entropy_with_stats,
     sweeps,
 )
+from lsce_torch.metrics import MeanEntropy, TopKAccuracy
 
 LOGITS = torch.from_numpy(np.random.default_rng(0).normal(size=(6, 5)))
 LABELS = torch.tensor([0, 4, 2, 2, 1, 3])
@@ -101,6 +104,19 @@ def test_equals_the_reference(options: dict[str, Any], value: float | None, smal
     given = partial(dense, labels=labels, **options)
     ours, theirs = (outcome(partial(given, implementation=name), logits) for name in ("fused", "reference"))
     assert_close(ours, theirs)
+
+
+@each_call
+@pytest.mark.parametrize("place", ["tpu", "cuda"])
+def test_on_other_devices(options: dict[str, Any], place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the operations of torch that they get, dense and linear; on a GPU without Triton."""
+    logits = LOGITS.clone()
+    logits[3, 4] = logits[1, 1] = -torch.inf
+    expected = outcome(partial(dense, labels=LABELS, implementation="reference", **options), logits)
+    of_layer = outcome(partial(linear, labels=LABELS, implementation="reference", **options), HIDDEN, LAYER)
+    monkeypatch.setattr(device, "device_type", lambda tensor: place)
+    assert_close(outcome(partial(dense, labels=LABELS, **options), logits), expected)
+    assert_close(outcome(partial(linear, labels=LABELS, chunk_size=4, **options), HIDDEN, LAYER), of_layer)
 
 
 def test_soft_labels_take_the_reference() -> None:
@@ -219,12 +235,13 @@ def test_blocks_do_not_matter(num_classes: int, dtype: torch.dtype, monkeypatch:
     logits = torch.randn(9, num_classes, generator=generator).to(dtype)
     labels = torch.randint(num_classes, (9,), generator=generator)
     logits[1, [2, num_classes - 1]] = logits[2, num_classes - 2 :] = logits[3, [num_classes // 2, 4]] = 9.0
+    monkeypatch.setattr(sweeps, "_FEW_LOGITS", 0)
     for view in (logits, logits.T.contiguous().T):
         given = partial(dense, labels=labels, implementation="fused")
         whole = outcome(given, view)
-        monkeypatch.setattr(sweeps, "_BLOCK_SIZE", 2 * num_classes)
-        divided = outcome(given, view)
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(sweeps, "_BLOCK_SIZE", 2 * num_classes)
+            divided = outcome(given, view)
         assert_close(divided, whole, torch.finfo(torch.float32).eps)
         prediction = LossStats(*whole[1:-1]).prediction
         assert torch.equal(prediction, torch.argmax(view, -1))
@@ -349,6 +366,19 @@ def test_modules_take_a_mask_for_a_call() -> None:
         losses = [function(*operands, LABELS, class_mask=mask, ignore_index=1) for mask in (own, ROW_MASK)]
         assert [call(*operands, LABELS), call(*operands, LABELS, class_mask=ROW_MASK)] == losses
         assert losses[0] != losses[1]
+
+
+def test_metrics_with_row_masks() -> None:
+    metric, entropy = TopKAccuracy(1), MeanEntropy()
+    _, stats = dense(LOGITS, LABELS, class_mask=EMPTY, ignore_index=1)
+    metric.update(stats=stats, logits=LOGITS, labels=LABELS, class_mask=ROW_MASK)
+    counted = LABELS != 1
+    first = torch.argmax(torch.where(ROW_MASK, LOGITS, -torch.inf), -1)
+    assert torch.equal(stats.prediction, torch.where(counted, first, -1))
+    assert metric.compute() == (first == LABELS)[counted].double().mean().float()
+    entropy.update(stats=stats)
+    assert entropy.compute() == (math.fsum(stats.entropy.tolist()) / 5)
+    assert not entropy.entropy.requires_grad
 
 
 # --- Linear ---------------------------------------------------------------------------------------------------------
