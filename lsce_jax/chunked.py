@@ -56,6 +56,7 @@ class _Rows(NamedTuple):
     labels: Int[Array, "n C"]
     counted: Bool[Array, "n C"] | None
     bad: Bool[Array, "n C"]
+    class_mask: Bool[Array, "n C K"] | None  # None if the rows share one
 
 
 class _Shared(NamedTuple):
@@ -98,7 +99,9 @@ class _Arrangement(NamedTuple):
             return array
         # Copies of the last row have finite derivatives if it has. None of them counts or has a bad label.
         added = jnp.broadcast_to(array[-1:], (num_places - num_rows, *of_row))
-        return jnp.concatenate([array, jnp.zeros_like(added) if array.dtype == bool else added])
+        if array.dtype == bool:
+            added = jnp.full_like(added, bool(of_row))  # a class mask has every class
+        return jnp.concatenate([array, added])
 
     def in_chunks(self, array: Array) -> Array:
         """Return an array over the batch in chunks."""
@@ -119,6 +122,8 @@ def losses(
     batch: Batch, layer: Layer, options: LossOptions, chunks: ChunkOptions, with_stats: bool
 ) -> tuple[Float[Array, "..."], LossStats | None]:
     """Return the loss of each row, or their sum if the gradients are computed with it, and statistics if asked for.
+
+    The statistics have derivatives if the logits are computed again for them.
 
     Args:
         batch: at least one row; its logits are only a shape.
@@ -141,8 +146,10 @@ def losses(
         batch.labels.astype(jnp.int32),
         counted,
         jnp.asarray(batch.bad),
+        batch.class_mask if batch.has_row_masks else None,
     )
-    shared = _Shared(layer.weight, layer.bias, batch.prior, batch.class_weight, batch.class_mask)
+    mask_of_all = None if batch.has_row_masks else batch.class_mask
+    shared = _Shared(layer.weight, layer.bias, batch.prior, batch.class_weight, mask_of_all)
     operands = _Operands(jax.tree.map(arrangement.in_chunks, rows), shared)
     # The smoothing is part of the targets. Without its value here, every smoothing shares one compiled function.
     skip = arrangement.order is not None
@@ -153,7 +160,11 @@ def losses(
         result = arrangement.by_row(row_losses) if chunks.recompute else row_losses.sum()
     else:
         result, stats = _total_loss(plan, operands)
-    return result, None if stats is None else jax.lax.stop_gradient(jax.tree.map(arrangement.by_row, stats))
+    if stats is None:
+        return result, None
+    stats = jax.tree.map(arrangement.by_row, stats)
+    # Rows of chunks that were left out hold zeros.
+    return result, stats._replace(prediction=jnp.where(stats.valid, stats.prediction, -1))
 
 
 def preferred_rows(num_features: int) -> int:
@@ -225,7 +236,7 @@ def _batch_of(logits: Any, rows: _Rows, shared: _Shared) -> tuple[Batch, fused.T
         bad=rows.bad,
         prior=shared.prior,
         class_weight=shared.class_weight,
-        class_mask=shared.class_mask,
+        class_mask=shared.class_mask if rows.class_mask is None else rows.class_mask,
     )
     return batch, fused.Targets(rows.on, rows.off, rows.at_max)
 

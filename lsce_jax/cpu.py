@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lsce_jax.inputs import at_labels, compute_dtype, is_sharded
-from lsce_jax.sums import CLASS_VECTORS, Operands, Peaks, Sums, sums, sums_at
+from lsce_jax.sums import CLASS_VECTORS, NO_CLASS, Operands, Peaks, Sums, sums, sums_at, weighted_gap
 
 # Logits in a block of rows: 1 MiB in float32, so that the few arrays of a block fit into the cache.
 _BLOCK_SIZE = 2**18
@@ -46,6 +46,8 @@ def row_sums(operands: Operands) -> tuple[Peaks, Sums]:
     *batch_shape, num_classes = operands.logits.shape
     num_rows = math.prod(batch_shape)
     rows = {name: getattr(operands, name) for name in ("logits", "labels", "counted")}
+    if operands.class_mask is not None and operands.class_mask.ndim > 1:
+        rows["class_mask"] = operands.class_mask
     rows = {
         name: array.reshape(num_rows, *array.shape[len(batch_shape) :])
         for name, array in rows.items()
@@ -88,7 +90,9 @@ def logit_cotangents(
 
     labels = operands.labels[..., None]
     own: dict[str, Any] = {
-        name: at_labels(vector, labels) for name in CLASS_VECTORS if (vector := getattr(operands, name)) is not None
+        name: at_labels(vector, operands.labels)[..., None]
+        for name in CLASS_VECTORS
+        if (vector := getattr(operands, name)) is not None
     }
     own["logits"] = jnp.take_along_axis(operands.logits, labels, axis=-1, mode="promise_in_bounds")
     return jnp.put_along_axis(
@@ -164,14 +168,15 @@ def _in_columns(operands: Operands) -> tuple[Peaks, Sums]:
     columns = [logits[:, i] for i in range(logits.shape[1])]
     peak = _in_pairs(jnp.maximum, columns)
     label_gap = _in_pairs(jnp.add, [jnp.where(labels == i, peak - column, 0) for i, column in enumerate(columns)])
-    rest, other_gaps, correct = _class_by_class(logits, labels, peak)
-    return _plain_sums(operands, peak, rest, label_gap, other_gaps, correct)
+    weighted_gaps = _in_pairs(jnp.add, [weighted_gap(column - peak) for column in columns])
+    rest, other_gaps, first = _class_by_class(logits, labels, peak)
+    return _plain_sums(operands, first, peak, rest, label_gap, other_gaps, weighted_gaps)
 
 
 def _class_by_class(
     logits: Float[Array, "rows K"], labels: Int[Array, " rows"], peak: Float[Array, " rows"]
 ) -> tuple[Array, Array, Array]:
-    """Return rest, other_gaps and `Peaks.correct` of rows of few logits."""
+    """Return rest, other_gaps and `Peaks.first` of rows of few logits."""
     gaps = [peak - logits[:, i] for i in range(logits.shape[1])]
 
     def total(terms: Iterable[Array]) -> Array:
@@ -182,9 +187,8 @@ def _class_by_class(
     num_peaks = total(one.astype(peak.dtype) for one in is_peak)
     masses = total(jnp.where(one, 0, jnp.exp(-gap)) for one, gap in zip(is_peak, gaps, strict=True))
     other_gaps = total(jnp.where(labels == i, 0, gap) for i, gap in enumerate(gaps))
-    scores = ((labels == i).astype(peak.dtype) - (labels > i).astype(peak.dtype) for i in range(len(gaps)))
-    correct = total(jnp.where(one, score, 0) for one, score in zip(is_peak, scores, strict=True))
-    return masses + (num_peaks - 1), other_gaps, correct
+    first = _in_pairs(jnp.minimum, [jnp.where(one, i, NO_CLASS) for i, one in enumerate(is_peak)])
+    return masses + (num_peaks - 1), other_gaps, first
 
 
 def _in_groups(group_size: int, operands: Operands) -> tuple[Peaks, Sums]:
@@ -210,20 +214,24 @@ def _in_groups(group_size: int, operands: Operands) -> tuple[Peaks, Sums]:
     masses = by_group(jnp.sum, lambda logits, peak: jnp.exp(logits - peak), peak)
     # Two sums that share the peak would have XLA write it out for every class. XLA does not see through a select.
     gaps = by_group(jnp.sum, lambda logits, peak: peak - logits, jnp.where(jnp.isnan(peak), jnp.nan, peak))
+    weighted_gaps = jnp.zeros_like(peak)
+    if operands.stats:
+        weighted_gaps = jnp.sum(by_group(jnp.sum, lambda logits, peak: weighted_gap(logits - peak), peak), axis=-1)
     label_gap = peak - jnp.take_along_axis(logits, labels[:, None], axis=-1, mode="promise_in_bounds")[:, 0]
     mass, all_gaps = jnp.sum(masses, axis=-1), jnp.sum(gaps, axis=-1)
     # A mass below 2 says little of what the other classes add to the largest, and the difference little of the others
     # if the label has most of the sum.
     needs_exact = (mass < 2) | ~(2 * label_gap < all_gaps)
-    if operands.correct:
-        needs_exact |= label_gap == 0
+    if operands.stats:
+        needs_exact = jnp.ones_like(needs_exact)  # for the first of the largest logits
     if operands.counted is not None:
         needs_exact &= operands.counted
 
-    results = mass - 1, all_gaps - label_gap, jnp.zeros_like(mass)
+    results = mass - 1, all_gaps - label_gap, jnp.zeros_like(labels)
     if num_groups == 1:
         results = jax.lax.cond(jnp.any(needs_exact), lambda: _class_by_class(logits, labels, peak), lambda: results)
-        return _plain_sums(operands, peak, results[0], label_gap, *results[1:])
+        rest, other_gaps, first = results
+        return _plain_sums(operands, first, peak, rest, label_gap, other_gaps, weighted_gaps)
     rows = {
         "row": jnp.arange(num_rows, dtype=jnp.int32),
         "labels": labels,
@@ -235,21 +243,31 @@ def _in_groups(group_size: int, operands: Operands) -> tuple[Peaks, Sums]:
     block_rows = min(max(1, _WINDOW_SIZE // group_size), num_rows)
     num_blocks = jnp.where(jnp.any(needs_exact), -(-num_rows // block_rows), 0)
     of_block = partial(_without_own, logits, group_size)
-    rest, other_gaps, correct = _updated(results, of_block, block_rows, rows, num_blocks)
-    return _plain_sums(operands, peak, rest, label_gap, other_gaps, correct)
+    rest, other_gaps, first = _updated(results, of_block, block_rows, rows, num_blocks)
+    return _plain_sums(operands, first, peak, rest, label_gap, other_gaps, weighted_gaps)
 
 
-def _plain_sums(operands: Operands, *values: Float[Array, " rows"]) -> tuple[Peaks, Sums]:
-    """Return peak, rest, label_gap, other_gaps and correct by name, of the rows that count."""
+def _plain_sums(operands: Operands, first: Int[Array, " rows"], *values: Float[Array, " rows"]) -> tuple[Peaks, Sums]:
+    """Return first, and peak, rest, label_gap, other_gaps and weighted_gaps by name, of the rows that count."""
     if operands.counted is not None:
         # As of logits that are 0. What is there may be NaN, which must not reach a derivative.
         zero = jnp.zeros_like(values[0])
         of_zeros = zero, zero + (operands.logits.shape[-1] - 1), zero, zero, zero
         pairs = zip(values, of_zeros, strict=True)
         values = tuple(jnp.where(operands.counted, value, of_zero) for value, of_zero in pairs)
-    peak, rest, label_gap, other_gaps, correct = values
-    peaks = Peaks(peak, peak, num_largest=None, correct=correct if operands.correct else None)
-    return peaks, Sums(rest, label_gap, other_gaps, None, None, None, None, None)
+    peak, rest, label_gap, other_gaps, weighted_gaps = values
+    peaks = Peaks(peak, peak, num_largest=None, first=first if operands.stats else None)
+    return peaks, Sums(
+        rest=rest,
+        label_gap=label_gap,
+        other_gaps=other_gaps,
+        other_mass=None,
+        other_prior=None,
+        other_entropy=None,
+        weighted_gaps=weighted_gaps if operands.stats else None,
+        largest_gap=None,
+        largest_mass=None,
+    )
 
 
 def _in_pairs(combine: Callable[[Array, Array], Array], parts: list[Array]) -> Array:
@@ -265,7 +283,7 @@ def _window(logits: Float[Array, "rows K"], size: int, row: Array, start: Array)
 
 
 def _without_own(logits: Float[Array, "rows K"], group_size: int, rows: Rows) -> tuple[Array, Array, Array]:
-    """Return rest and other_gaps, without the largest logit and the label, and `Peaks.correct` of some rows."""
+    """Return rest and other_gaps, without the largest logit and the label, and `Peaks.first` of some rows."""
     labels, peak = rows["labels"][:, None], rows["peak"][:, None]
 
     def of_group(group: Int[Array, " rows"]) -> tuple[Array, Array]:
@@ -285,9 +303,8 @@ def _without_own(logits: Float[Array, "rows K"], group_size: int, rows: Rows) ->
     num_largest = jnp.sum(is_largest & (classes >= 0), axis=-1, dtype=peak.dtype)
     others = jnp.sum(jnp.where(is_largest | (classes < 0), 0, jnp.exp(-gaps)), axis=-1)
     rest = others + other_groups(rows["masses"], rows["first"]) + (num_largest - 1)
-    score = (classes == labels).astype(peak.dtype) - (classes < labels).astype(peak.dtype)
-    correct = jnp.sum(jnp.where(is_largest & (classes >= 0), score, 0), axis=-1)
+    first = jnp.min(jnp.where(is_largest & (classes >= 0), classes, NO_CLASS), axis=-1)
     own = rows["labels"] // group_size
     gaps, classes = of_group(own)
     other_gaps = jnp.sum(jnp.where((classes == labels) | (classes < 0), 0, gaps), axis=-1)
-    return rest, other_gaps + other_groups(rows["gaps"], own), correct
+    return rest, other_gaps + other_groups(rows["gaps"], own), first

@@ -7,15 +7,16 @@ import math
 from numbers import Real
 from typing import Unpack
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from lsce_jax import fused, kernels, reference
 from lsce_jax.accurate import divide
 from lsce_jax.inputs import Batch, as_array, at_labels, extremes, prepare
-from lsce_jax.keywords import DenseLossKeywords
+from lsce_jax.keywords import DenseLossKeywords, DenseStatsKeywords
 from lsce_jax.stats import LossStats
-from lsce_spec import LossOptions, check_denominator_array, check_denominator_values
+from lsce_spec import LossOptions, check_denominator_array, check_denominator_values, check_flag
 from lsce_spec.keywords import takes
 
 _ROW_LOSSES = {None: fused.row_losses, "fused": fused.row_losses, "reference": reference.row_losses}
@@ -53,7 +54,8 @@ def label_smoothed_cross_entropy(
         where: booleans that broadcast to the losses; False leaves a row out: loss 0, gradient 0, not counted.
         ignore_index: rows with this label are left out likewise.
         class_weight: K factors w.
-        class_mask: K booleans; classes marked False take no part, whatever their logits hold.
+        class_mask: K booleans; classes marked False take no part, whatever their logits hold. Or booleans with the
+            dimensions of the logits, which broadcast to them: a mask for each row, whose classes get its smoothing.
         z_loss: factor of the squared log-partition function, which keeps it near 0.
         softcap: c of z <- c tanh(z / c), applied first.
         subtract_entropy: subtract the entropy of the target: Kullback-Leibler divergence, 0 at the optimum.
@@ -97,23 +99,24 @@ def label_smoothed_cross_entropy(
     return _evaluate(logits, labels, keywords, with_stats=False)[0]
 
 
-@takes(DenseLossKeywords)
+@takes(DenseStatsKeywords)
 def label_smoothed_cross_entropy_with_stats(
     logits: Float[ArrayLike, "..."],
     labels: Int[ArrayLike, "..."] | Float[ArrayLike, "..."],
-    **keywords: Unpack[DenseLossKeywords],
+    **keywords: Unpack[DenseStatsKeywords],
 ) -> tuple[Float[Array, "..."], LossStats]:
     """Return the loss of `label_smoothed_cross_entropy` and statistics of each row from the same sweep over the logits.
 
     Args:
         logits: see `label_smoothed_cross_entropy`.
         labels: see `label_smoothed_cross_entropy`.
+        differentiable: whether gradients flow through nll, lse and entropy, for losses made of them.
         keywords: the options of `label_smoothed_cross_entropy`, with the same defaults.
 
     Returns:
         The loss, reduced as asked, and `LossStats` with one value per row: nll (neither smoothed nor weighted),
-        smoothed, z, lse, confidence, correct and valid. No gradient flows through the statistics: pass `has_aux=True`
-        to `grad`.
+        smoothed, z, lse, confidence, prediction, entropy, correct and valid. Without `differentiable` no gradient flows
+        through them: pass `has_aux=True` to `grad`.
 
     Raises:
         TypeError, ValueError, IndexError: see `label_smoothed_cross_entropy`.
@@ -127,22 +130,35 @@ def label_smoothed_cross_entropy_with_stats(
         >>> nll, accuracy = (values.mean(where=stats.valid) for values in (stats.nll, stats.correct))
         >>> f"{loss:.4f} {jnp.exp(nll):.4f} {accuracy:.2f}"
         '1.6839 5.2975 0.50'
+
+    Example: policy gradient with an entropy bonus, of the log-probabilities of the actions taken.
+        >>> def objective(logits, actions, advantages):
+        ...     _, stats = label_smoothed_cross_entropy_with_stats(logits, actions, smoothing=0.0, differentiable=True)
+        ...     return (stats.nll * advantages - 0.01 * stats.entropy).mean()
+        >>> gradient = jax.grad(objective)(logits, jnp.array([0, 1, 2]), jnp.array([1.0, -0.5, 0.2]))
+        >>> [f"{value:.4f}" for value in gradient[0]]
+        ['-0.0698', '0.0349', '0.0349']
+
+    References:
+        The entropy and its gradient: `lsce_spec.model_row`.
     """
-    loss, stats = _evaluate(logits, labels, keywords, with_stats=True)
+    differentiable = keywords.pop("differentiable")
+    loss, stats = _evaluate(logits, labels, keywords, with_stats=True, differentiable=differentiable)
     assert stats is not None
     return loss, stats
 
 
 def _evaluate(
-    logits: ArrayLike, labels: ArrayLike, keywords: DenseLossKeywords, *, with_stats: bool
+    logits: ArrayLike, labels: ArrayLike, keywords: DenseLossKeywords, *, with_stats: bool, differentiable: bool = False
 ) -> tuple[Float[Array, "..."], LossStats | None]:
     """Return the loss, and the statistics if asked for. See `label_smoothed_cross_entropy`."""
     options = LossOptions.of(keywords, kernels.IMPLEMENTATIONS)
+    check_flag("differentiable", differentiable)
     batch, divisor = mean_divisor(prepare(logits, labels, options, keywords), options, keywords["denominator"])
-    if kernels.takes(batch, options, class_axis=keywords["axis"]):
+    if kernels.takes(batch, options, differentiable=differentiable, class_axis=keywords["axis"]):
         return kernels.loss_and_stats(batch, options, with_stats, divisor, reduce_losses)
     losses, stats = _ROW_LOSSES[options.implementation](batch, options, with_stats)
-    return reduce_losses(losses, options, divisor), stats
+    return reduce_losses(losses, options, divisor), stats if differentiable else jax.lax.stop_gradient(stats)
 
 
 def mean_divisor(

@@ -24,7 +24,7 @@ from jax.extend.core import Primitive
 from jaxtyping import Array, Float
 
 from lsce_jax import reference
-from lsce_jax.accurate import log1p
+from lsce_jax.accurate import divide, log1p
 from lsce_jax.inputs import Batch, at_labels
 from lsce_jax.row_sums import row_sums
 from lsce_jax.stats import LossStats, make_stats
@@ -88,7 +88,7 @@ def make_operands(batch: Batch, options: LossOptions, with_stats: bool, *, in_pl
         softcap=options.softcap,
         prior_entropy=options.subtract_entropy and batch.prior is not None,
         largest=options.convention.at_max is not None,
-        correct=with_stats,
+        stats=with_stats,
         in_place=in_place,
     )
 
@@ -103,10 +103,18 @@ def losses_of_sums(
     losses = smoothed + options.z_loss * lse**2 if options.z_loss else smoothed
     if batch.counted is not None:
         losses = jnp.where(batch.counted, losses, 0)
-    if peaks.correct is None:
+    if peaks.first is None or sums.weighted_gaps is None:
         return losses, None
-    nll, correct = log_sum + sums.label_gap, peaks.correct > 0
-    return losses, make_stats(batch, options, nll=nll, smoothed=smoothed, lse=lse, log_sum=log_sum, correct=correct)
+    return losses, make_stats(
+        batch,
+        options,
+        nll=log_sum + sums.label_gap,
+        smoothed=smoothed,
+        lse=lse,
+        log_sum=log_sum,
+        first=peaks.first,
+        entropy=log_sum + divide(sums.weighted_gaps, 1 + sums.rest),
+    )
 
 
 def _is_of_a_row(primitive: Primitive, *_: object, **__: object) -> bool:
@@ -159,7 +167,7 @@ def _on_off_others(
     """Return `on`, `off`, and the sum of the factors of `off` over the other classes, all without class weights."""
     on, off = targets.on, targets.off
     if batch.prior is None:
-        num_others = jnp.asarray(reference.count_allowed(batch) - 1, batch.dtype)
+        num_others = _per_row(reference.count_allowed(batch) - 1, batch)
     else:
         on = on + off * at_labels(batch.prior, batch.labels)
         num_others = jnp.asarray(sums.other_mass if sums.other_prior is None else sums.other_prior)

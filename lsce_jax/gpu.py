@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from lsce_jax.inputs import at_labels
 from lsce_jax.sums import Operands, Peaks, Sums, counted_logits, is_label, sums, sums_at
 
 # XLA makes equal barriers one. So they differ in their number.
@@ -48,8 +49,9 @@ def _label_gap(operands: Operands, peaks: Peaks) -> Float[Array, "*batch"]:
     alone = replace(
         operands,
         logits=at_label,
-        class_mask=None if mask is None else mask[operands.labels][..., None],
+        class_mask=None if mask is None else at_labels(mask, operands.labels)[..., None],
         prior=None,
         class_weight=None,
+        stats=False,
     )
     return sums_at(alone, peaks, jnp.ones_like(at_label, bool)).label_gap

@@ -19,6 +19,7 @@ from lsce_spec import (
     LossOptions,
     check_axis,
     check_batch_operand,
+    check_class_mask,
     check_class_vector,
     check_labels,
     check_logits,
@@ -43,7 +44,7 @@ class Batch:
         bad: True for rows that count and whose label is not a class; None for soft labels.
         prior: probabilities that replace the uniform distribution, in the compute dtype, or None.
         class_weight: in the compute dtype, or None.
-        class_mask: True for the classes that take part, or None.
+        class_mask: True for the classes that take part: one mask for all rows, or one for each; or None.
     """
 
     logits: Float[Array, "*batch K"]
@@ -53,12 +54,17 @@ class Batch:
     bad: Bool[Array, "*batch"] | None
     prior: Float[Array, " K"] | None
     class_weight: Float[Array, " K"] | None
-    class_mask: Bool[Array, " K"] | None
+    class_mask: Bool[Array, " K"] | Bool[Array, "*batch K"] | None
 
     @property
     def soft(self) -> bool:
         """Whether the labels are class probabilities."""
         return is_floating(self.labels.dtype.name)
+
+    @property
+    def has_row_masks(self) -> bool:
+        """Whether rows have class masks of their own."""
+        return self.class_mask is not None and self.class_mask.ndim > 1
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -80,7 +86,11 @@ class Batch:
             # Rows that do not count must give the smoothing a derivative of 0. The entropy's is infinite at 0.
             smoothing = jnp.where(counted[..., None], smoothing, 0.5)
         bad = None if self.bad is None else self.bad & counted
-        return replace(self, counted=counted, smoothing=smoothing, bad=bad)
+        class_mask = self.class_mask
+        if class_mask is not None and self.has_row_masks:
+            # Without a class a row has no softmax, and its derivatives would be NaN.
+            class_mask = class_mask | ~counted[..., None]
+        return replace(self, counted=counted, smoothing=smoothing, bad=bad, class_mask=class_mask)
 
 
 def compute_dtype(logits: Array) -> jnp.dtype:
@@ -114,14 +124,16 @@ def prepare(
     axis = check_axis(keywords.get("axis", -1), logits.shape)
     check_labels(labels.shape, labels.dtype.name, logits.shape, axis)
     dtype = compute_dtype(logits)
+    class_mask = _class_mask(keywords, logits.shape, axis)
 
     if not only_shape:
         logits = jnp.moveaxis(logits, axis, -1)
     batch_shape, num_classes = logits.shape[:-1], logits.shape[-1]
     class_weight = _class_vector("class_weight", keywords, num_classes, dtype)
-    class_mask = _class_vector("class_mask", keywords, num_classes, None)
     prior = _class_vector("prior", keywords, num_classes, dtype)
     if prior is not None:
+        if class_mask is not None and class_mask.ndim > 1:
+            raise error("prior_row_mask", given=list(class_mask.shape))
         # The caller's values, not those rounded to dtype; and after the shape, since values are checked by class.
         check_prior(keywords["prior"], class_mask)
 
@@ -181,7 +193,7 @@ def extremes(array: Array) -> tuple[float, ...]:
 
 
 def _class_indices(
-    labels: Int[Array, "*batch"], num_classes: int, class_mask: Bool[Array, " K"] | None
+    labels: Int[Array, "*batch"], num_classes: int, class_mask: Bool[Array, "*#batch K"] | None
 ) -> tuple[Int[Array, "*batch"], Bool[Array, "*batch"]]:
     """Return labels in a signed dtype that is wide enough for any class index, and which of them are not a class."""
     if labels.dtype.name in {"uint32", "uint64"}:
@@ -210,22 +222,31 @@ def within_int32(labels: ArrayLike) -> ArrayLike:
     return labels
 
 
-def at_labels(vector: Shaped[Array, " K"], labels: Int[Array, "*batch"]) -> Shaped[Array, "*batch"]:
-    """Return the entry of a vector over the classes at each label; any entry if the label is not a class."""
+def at_labels(vector: Shaped[Array, "*#batch K"], labels: Int[Array, "*batch"]) -> Shaped[Array, "*batch"]:
+    """Return the entry at each label of a vector over the classes, or of one for each row.
+
+    Any entry if the label is not a class.
+    """
+    of_rows = vector.ndim > 1
     if not is_sharded(labels):
+        if of_rows:
+            return jnp.take_along_axis(vector, labels[..., None], axis=-1, mode="clip")[..., 0]
         return vector.at[labels].get(mode="clip")
     # By comparison: indexing with labels whose type is sharded needs an explicit sharding of its result.
-    classes = jnp.arange(vector.size, dtype=labels.dtype).reshape((1,) * labels.ndim + (-1,))
+    classes = jnp.arange(vector.shape[-1], dtype=labels.dtype).reshape((1,) * labels.ndim + (-1,))
     is_label = classes == labels[..., None]
-    values = vector.reshape(classes.shape)
+    values = vector if of_rows else vector.reshape(classes.shape)
     if vector.dtype == jnp.bool_:
         return jnp.any(is_label & values, axis=-1)
     return jnp.sum(jnp.where(is_label, values, 0), axis=-1)
 
 
-def as_last_axis(vector: Shaped[Array, " K"], like: Array) -> Shaped[Array, "*ones K"]:
-    """Return a vector over the classes with the rank of `like`: strict settings of JAX promote no ranks."""
-    return vector.reshape((1,) * (like.ndim - 1) + (-1,))
+def as_last_axis(vector: Shaped[Array, "*#batch K"], like: Array) -> Shaped[Array, "*#batch K"]:
+    """Return a vector over the classes with the rank of `like`: strict settings of JAX promote no ranks.
+
+    One for each row has that rank already.
+    """
+    return vector if vector.ndim == like.ndim else vector.reshape((1,) * (like.ndim - 1) + (-1,))
 
 
 def is_sharded(array: Array) -> bool:
@@ -233,15 +254,25 @@ def is_sharded(array: Array) -> bool:
     return any(axes is not None for axes in jax.typeof(array).sharding.spec)
 
 
+def _class_mask(keywords: Mapping[str, Any], shape: tuple[int, ...], axis: int) -> Bool[Array, "*#batch K"] | None:
+    """Return the mask of the classes of logits of that shape, [K] or one for each row, classes last."""
+    if keywords.get("class_mask") is None:
+        return None
+    mask = as_array("class_mask", keywords["class_mask"])
+    if check_class_mask(mask.shape, mask.dtype.name, shape, axis):
+        return jnp.broadcast_to(jnp.moveaxis(mask, axis, -1), (*shape[:axis], *shape[axis + 1 :], shape[axis]))
+    return mask if mask.ndim == 1 else mask.reshape(-1)
+
+
 def _class_vector(
-    name: str, keywords: Mapping[str, Any], num_classes: int, dtype: jnp.dtype | None
-) -> Shaped[Array, " K"] | None:
+    name: str, keywords: Mapping[str, Any], num_classes: int, dtype: jnp.dtype
+) -> Float[Array, " K"] | None:
     """Return an array with one value per class, in that dtype, or None if the call has none of that name."""
     if keywords.get(name) is None:
         return None
     vector = as_array(name, keywords[name])
     check_class_vector(name, vector.shape, vector.dtype.name, num_classes)
-    return vector if dtype is None else vector.astype(dtype)
+    return vector.astype(dtype)
 
 
 def check_prior(prior: ArrayLike, class_mask: ArrayLike | None) -> None:

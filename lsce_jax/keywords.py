@@ -36,7 +36,7 @@ class _Where(TypedDict, total=False):
 class _Rows(TypedDict, total=False):
     ignore_index: Annotated[int | None, Default(None)]
     class_weight: Annotated[Float[ArrayLike, " K"] | None, Default(None)]
-    class_mask: Annotated[Bool[ArrayLike, " K"] | None, Default(None)]
+    class_mask: Annotated[Bool[ArrayLike, "..."] | None, Default(None)]
     z_loss: Annotated[float, Default(0.0)]
     softcap: Annotated[float | None, Default(None)]
     subtract_entropy: Annotated[bool, Default(False)]
@@ -68,6 +68,18 @@ class DenseLossKeywords(_Smoothing, _Target, _Axis, _Where, _Rows, _Denominator,
 
 class LinearLossKeywords(_Bias, LossKeywords, _Chunks, total=False):
     """The options of `linear_label_smoothed_cross_entropy`."""
+
+
+class _Differentiable(TypedDict, total=False):
+    differentiable: Annotated[bool, Default(False)]
+
+
+class DenseStatsKeywords(DenseLossKeywords, _Differentiable, total=False):
+    """The options of `label_smoothed_cross_entropy_with_stats`."""
+
+
+class LinearStatsKeywords(LinearLossKeywords, _Differentiable, total=False):
+    """The options of `linear_label_smoothed_cross_entropy_with_stats`."""
 
 
 class DenseModuleKeywords(_Target, _Axis, _Rows, _Implementation, total=False):

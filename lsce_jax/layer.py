@@ -46,25 +46,31 @@ class LayerOperands:
     bias: Float[Array, " K"] | None
     labels: Int[Array, "n C"]
     counted: Bool[Array, "n C"] | None
-    class_mask: Bool[Array, " K"] | None
+    class_mask: Bool[Array, " K"] | Bool[Array, "n C K"] | None
     prior: Float[Array, " K"] | None
     class_weight: Float[Array, " K"] | None
     softcap: float | None = field(metadata=_STATIC)
     prior_entropy: bool = field(metadata=_STATIC)  # these three as in `Operands`
     largest: bool = field(metadata=_STATIC)
-    correct: bool = field(metadata=_STATIC)
+    stats: bool = field(metadata=_STATIC)
     skip: bool = field(metadata=_STATIC)  # whether the rows that count come first, and the others may be left out
 
     @staticmethod
     def of(layer: Layer, operands: Operands, *, skip: bool) -> "LayerOperands":
         """Return the operands of a layer, given what is to be summed over its logits."""
-        names = ("labels", "counted", *CLASS_VECTORS, "softcap", "prior_entropy", "largest", "correct")
+        names = ("labels", "counted", *CLASS_VECTORS, "softcap", "prior_entropy", "largest", "stats")
         return LayerOperands(*layer, **{name: getattr(operands, name) for name in names}, skip=skip)
 
     @property
     def rows(self) -> dict[str, Any]:
-        """The operands with one value per row."""
-        return {name: getattr(self, name) for name in ("hidden", "labels", "counted")}
+        """The operands with values for each row."""
+        names = ("hidden", "labels", "counted", *(("class_mask",) if self.has_row_masks else ()))
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def has_row_masks(self) -> bool:
+        """Whether rows have class masks of their own."""
+        return self.class_mask is not None and self.class_mask.ndim > 1
 
     def of_logits(self, logits: Float[Array, "*rows K"]) -> Operands:
         """Return what to sum over, given the logits of these rows."""
@@ -76,7 +82,7 @@ class LayerOperands:
             softcap=self.softcap,
             prior_entropy=self.prior_entropy,
             largest=self.largest,
-            correct=self.correct,
+            stats=self.stats,
             in_place=True,
         )
 

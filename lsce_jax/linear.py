@@ -11,10 +11,10 @@ from lsce_jax import chunked, reference
 from lsce_jax.errors import error
 from lsce_jax.functional import mean_divisor, reduce_losses
 from lsce_jax.inputs import Batch, as_array, compute_dtype, prepare, within_int32
-from lsce_jax.keywords import LinearLossKeywords
+from lsce_jax.keywords import LinearLossKeywords, LinearStatsKeywords
 from lsce_jax.layer import Layer
 from lsce_jax.stats import LossStats
-from lsce_spec import LINEAR_IMPLEMENTATIONS, ChunkOptions, LossOptions, check_layer, is_floating
+from lsce_spec import LINEAR_IMPLEMENTATIONS, ChunkOptions, LossOptions, check_flag, check_layer, is_floating
 from lsce_spec.keywords import takes
 
 
@@ -73,12 +73,12 @@ def linear_label_smoothed_cross_entropy(
     return _evaluate(hidden, weight, labels, keywords, with_stats=False)[0]
 
 
-@takes(LinearLossKeywords)
+@takes(LinearStatsKeywords)
 def linear_label_smoothed_cross_entropy_with_stats(
     hidden: Float[ArrayLike, "... D"],
     weight: Float[ArrayLike, "D K"],
     labels: Int[ArrayLike, "..."],
-    **keywords: Unpack[LinearLossKeywords],
+    **keywords: Unpack[LinearStatsKeywords],
 ) -> tuple[Float[Array, "..."], LossStats]:
     """Return the loss of `linear_label_smoothed_cross_entropy` and statistics of each row.
 
@@ -86,6 +86,8 @@ def linear_label_smoothed_cross_entropy_with_stats(
         hidden: see `linear_label_smoothed_cross_entropy`.
         weight: see `linear_label_smoothed_cross_entropy`.
         labels: see `linear_label_smoothed_cross_entropy`.
+        differentiable: whether gradients flow through nll, lse and entropy. The logits are then computed again for the
+            gradient, as with `recompute=True`.
         keywords: the options of `linear_label_smoothed_cross_entropy`, with the same defaults.
 
     Returns:
@@ -102,17 +104,25 @@ def linear_label_smoothed_cross_entropy_with_stats(
         >>> f"{jnp.exp(stats.nll.mean()):.4f}"
         '1.1820'
     """
-    loss, stats = _evaluate(hidden, weight, labels, keywords, with_stats=True)
+    differentiable = keywords.pop("differentiable")
+    loss, stats = _evaluate(hidden, weight, labels, keywords, with_stats=True, differentiable=differentiable)
     assert stats is not None
     return loss, stats
 
 
 def _evaluate(
-    hidden: ArrayLike, weight: ArrayLike, labels: ArrayLike, keywords: LinearLossKeywords, *, with_stats: bool
+    hidden: ArrayLike,
+    weight: ArrayLike,
+    labels: ArrayLike,
+    keywords: LinearLossKeywords,
+    *,
+    with_stats: bool,
+    differentiable: bool = False,
 ) -> tuple[Float[Array, "..."], LossStats | None]:
     """Return the loss, and the statistics if asked for. See `linear_label_smoothed_cross_entropy`."""
     options = LossOptions.of(keywords, LINEAR_IMPLEMENTATIONS)
-    chunks = ChunkOptions.of(keywords, options)
+    check_flag("differentiable", differentiable)
+    chunks = ChunkOptions.of(keywords, options, differentiable=differentiable)
     layer, num_classes = _prepare_layer(hidden, weight, keywords["bias"])
     labels = as_array("labels", within_int32(labels))
     if is_floating(labels.dtype.name):
@@ -120,13 +130,15 @@ def _evaluate(
     shape = (*layer.hidden.shape[:-1], num_classes)
     logits = jax.ShapeDtypeStruct(shape, layer.hidden.dtype)  # type: ignore[no-untyped-call]
     batch, divisor = mean_divisor(prepare(logits, labels, options, keywords), options, keywords["denominator"])
+    if chunks.gradient_filter and batch.has_row_masks:
+        raise error("filter_row_mask")
     if options.implementation != "reference" and 0 not in batch.batch_shape:
         if keywords["recompute"] is None and chunked.saves_time(batch, layer, chunks):
             chunks = replace(chunks, recompute=True)
         losses, stats = chunked.losses(batch, layer, options, chunks, with_stats)
     else:
         losses, stats = reference.row_losses(replace(batch, logits=_all_logits(layer, batch)), options, with_stats)
-    return reduce_losses(losses, options, divisor), stats
+    return reduce_losses(losses, options, divisor), stats if differentiable else jax.lax.stop_gradient(stats)
 
 
 def _prepare_layer(hidden: ArrayLike, weight: ArrayLike, bias: ArrayLike | None) -> tuple[Layer, int]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.scipy.special import entr
 from jaxtyping import Array, Bool, Float
 
-from lsce_jax.accurate import log1p
+from lsce_jax.accurate import divide, log1p
 from lsce_jax.inputs import Batch, as_last_axis
 from lsce_jax.stats import LossStats, make_stats
 from lsce_spec import LossOptions, smoothing_weights
@@ -49,8 +49,16 @@ def row_losses(
         losses = jnp.where(batch.counted, losses, 0)
     if not with_stats:
         return losses, None
-    nll, correct = _nll(batch, gap, log_sum, allowed), _is_correct(batch, uncapped, allowed)
-    return losses, make_stats(batch, options, nll=nll, smoothed=smoothed, lse=lse, log_sum=log_sum, correct=correct)
+    return losses, make_stats(
+        batch,
+        options,
+        nll=_nll(batch, gap, log_sum, allowed),
+        smoothed=smoothed,
+        lse=lse,
+        log_sum=log_sum,
+        first=jnp.argmax(_constant(uncapped, allowed), axis=-1),
+        entropy=log_sum + _mean_gap(gap, allowed),
+    )
 
 
 def is_nothing(target: Float[Array, "..."]) -> Bool[Array, "..."]:
@@ -59,7 +67,7 @@ def is_nothing(target: Float[Array, "..."]) -> Bool[Array, "..."]:
     return jnp.abs(target) < smallest
 
 
-def _counted_logits(batch: Batch) -> tuple[Float[Array, "*batch K"], Bool[Array, "*ones K"] | None]:
+def _counted_logits(batch: Batch) -> tuple[Float[Array, "*batch K"], Bool[Array, "*#batch K"] | None]:
     """Return the logits in the compute dtype, 0 where they do not count, and the mask."""
     logits, allowed = batch.logits.astype(batch.dtype), None
     if batch.counted is not None:
@@ -94,7 +102,7 @@ def target_distribution(batch: Batch, options: LossOptions) -> Float[Array, "*ba
 
 
 def _share_of_largest(
-    logits: Float[Array, "*batch K"], allowed: Bool[Array, "*ones K"] | None
+    logits: Float[Array, "*batch K"], allowed: Bool[Array, "*#batch K"] | None
 ) -> Float[Array, "*batch K"]:
     """Return 1 at the largest logit and 0 elsewhere; several largest logits share the 1 equally."""
     constant = _constant(logits, allowed)
@@ -106,7 +114,7 @@ def _nll(
     batch: Batch,
     gap: Float[Array, "*batch K"],
     log_sum: Float[Array, "*batch"],
-    allowed: Bool[Array, "*ones K"] | None,
+    allowed: Bool[Array, "*#batch K"] | None,
 ) -> Float[Array, "*batch"]:
     """Return the cross-entropy with the labels as they are."""
     if not batch.soft:
@@ -118,12 +126,11 @@ def _nll(
     return jnp.sum(terms, axis=-1) + jnp.sum(labels, axis=-1) * log_sum
 
 
-def _is_correct(
-    batch: Batch, logits: Float[Array, "*batch K"], allowed: Bool[Array, "*ones K"] | None
-) -> Bool[Array, "*batch"]:
-    """Return whether the first largest logit is where the label, or its first largest probability, is."""
-    labels = jnp.argmax(batch.labels, axis=-1) if batch.soft else batch.labels
-    return jnp.argmax(_constant(logits, allowed), axis=-1).astype(labels.dtype) == labels
+def _mean_gap(gap: Float[Array, "*batch K"], allowed: Bool[Array, "*#batch K"] | None) -> Float[Array, "*batch"]:
+    """Return sum_k p_k (m - z_k), the entropy without log sum exp(z - m)."""
+    mass = jnp.exp(-gap) if allowed is None else jnp.where(allowed, jnp.exp(-gap), 0)
+    products = mass * jnp.where(jnp.isposinf(gap), 0, gap)
+    return divide(jnp.sum(products, axis=-1), jnp.sum(mass, axis=-1))
 
 
 def entropy_terms(target: Float[Array, "*batch K"], batch: Batch) -> Float[Array, "*batch K"]:
@@ -151,9 +158,7 @@ def _smoothed(
             return probabilities
         target: Array = options.convention.soft_target(probabilities, smoothing, num_allowed)
         return target
-    # With one class nothing is spread. Two classes stand in for it, so that the branch not taken does not divide by 0.
-    spread_over = jnp.where(num_allowed == 1, 2, num_allowed)
-    smoothed = options.convention.soft_target(probabilities, smoothing, spread_over)
+    smoothed = options.convention.soft_target(probabilities, smoothing, _two_or_more(num_allowed))
     return jnp.where(num_allowed == 1, probabilities, smoothed)
 
 
@@ -162,7 +167,7 @@ def on_off(batch: Batch, options: LossOptions) -> tuple[float | Array, float | A
     num_allowed = count_allowed(batch)
     if isinstance(num_allowed, int):
         return smoothing_weights(options.convention, batch.smoothing, num_allowed)
-    spread_over = jnp.where(num_allowed == 1, 2, num_allowed)
+    spread_over = _two_or_more(num_allowed)
     # Convert to an array last: in float32 1 - 0.99999 would be 0.1 % off.
     on = jnp.asarray(options.convention.on(batch.smoothing, spread_over), batch.dtype)
     off = jnp.asarray(options.convention.off(batch.smoothing, spread_over), batch.dtype)
@@ -177,19 +182,29 @@ def at_max(batch: Batch, options: LossOptions) -> float | Array:
         return 0.0
     if isinstance(num_allowed, int):
         return 0.0 if num_allowed == 1 else added(batch.smoothing, num_allowed)
-    return jnp.where(num_allowed == 1, 0, added(batch.smoothing, num_allowed))
+    return jnp.where(num_allowed == 1, 0, added(batch.smoothing, _two_or_more(num_allowed)))
 
 
-def count_allowed(batch: Batch) -> int | Float[Array, ""]:
-    """Return the number of classes to spread over; an array if it depends on a class mask or a symbolic dimension."""
+def _two_or_more(num_allowed: Float[Array, "*#batch"]) -> Float[Array, "*#batch"]:
+    """Return the number of classes to spread over, 2 if there are fewer.
+
+    With one class nothing is spread, and without any every label is bad. So the results for 2 are not used, and are
+    computed without a division by 0.
+    """
+    return jnp.maximum(num_allowed, 2)
+
+
+def count_allowed(batch: Batch) -> int | Float[Array, ""] | Float[Array, "*batch 1"]:
+    """Return the number of classes to spread over; an array if it depends on class masks or a symbolic dimension."""
     num_classes = batch.logits.shape[-1]
     if batch.class_mask is not None:
-        return jnp.sum(batch.class_mask).astype(batch.dtype)
+        axis = -1 if batch.has_row_masks else None
+        return jnp.sum(batch.class_mask, axis=axis, keepdims=batch.has_row_masks).astype(batch.dtype)
     return num_classes if isinstance(num_classes, int) else jnp.asarray(num_classes, batch.dtype)
 
 
 def _log_sum_exp(
-    logits: Float[Array, "*batch K"], allowed: Bool[Array, "*ones K"] | None
+    logits: Float[Array, "*batch K"], allowed: Bool[Array, "*#batch K"] | None
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch K"], Float[Array, "*batch"]]:
     """Return the maximum m, the gaps m - z, and log sum exp(z - m)."""
     constant = _constant(logits, allowed)
@@ -208,7 +223,7 @@ def _log_sum_exp(
     return jnp.squeeze(peak, axis=-1), gap, log_sum
 
 
-def _constant(logits: Float[Array, "*batch K"], allowed: Bool[Array, "*ones K"] | None) -> Float[Array, "*batch K"]:
+def _constant(logits: Float[Array, "*batch K"], allowed: Bool[Array, "*#batch K"] | None) -> Float[Array, "*batch K"]:
     """Return the logits for comparisons: -inf outside the mask, and without a derivative."""
     constant = jax.lax.stop_gradient(logits)
     return constant if allowed is None else jnp.where(allowed, constant, -jnp.inf)

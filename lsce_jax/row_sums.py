@@ -63,7 +63,10 @@ def _under_vmap(
     """Make the dimension that vmap adds one of rows, so that a loss of one row under vmap is as fast as a batch."""
     size = next(leaf.shape[dim] for leaf, dim in zip(leaves, dims, strict=True) if dim is not None)
     leaves = [leaf if dim is None else jnp.moveaxis(leaf, dim, 0) for leaf, dim in zip(leaves, dims, strict=True)]
-    is_vector = _is_class_vector(structure)
+    is_vector = [
+        has_name and leaf.ndim - (dim is not None) == 1
+        for has_name, leaf, dim in zip(_is_class_vector(structure), leaves, dims, strict=True)
+    ]
     if any(dim is not None and vector for dim, vector in zip(dims, is_vector, strict=True)):
         axes = [None if dim is None else 0 for dim in dims]
         of_rows = jax.vmap(
@@ -79,7 +82,7 @@ def _under_vmap(
 
 
 def _is_class_vector(structure: Any) -> list[bool]:
-    """Return for each leaf whether it has one value for each class, by its name."""
+    """Return for each leaf whether it has one value for each class, by its name; a mask may have them for each row."""
     with_paths, _ = jax.tree_util.tree_flatten_with_path(jax.tree.unflatten(structure, [0] * structure.num_leaves))
     return [getattr(path[-1], "name", getattr(path[-1], "key", None)) in CLASS_VECTORS for path, _ in with_paths]
 

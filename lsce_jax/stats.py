@@ -4,14 +4,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from lsce_jax.inputs import Batch
 from lsce_spec import LossOptions
 
 
 class LossStats(NamedTuple):
-    """Values of each row, which no gradient flows through. 0 and False for rows that do not count.
+    """Values of each row. No gradient flows through them, unless nll, lse and entropy are asked to be differentiable.
+
+    For rows that do not count they are 0 and False, and the prediction is -1.
 
     Args:
         nll: cross-entropy with the labels as they are: not smoothed, not weighted. Its exponential is the perplexity.
@@ -19,7 +21,9 @@ class LossStats(NamedTuple):
         z: the z-loss, z_loss * lse^2; `smoothed` + `z` is the loss.
         lse: log of the sum of the exponentials of the (softcapped) logits.
         confidence: probability of the largest logit, exp(max - lse).
-        correct: whether the label is the (first) largest logit; for soft labels, their own (first) largest.
+        prediction: the class of the (first) largest logit, int32; -1 also where the lse is NaN.
+        entropy: of the softmax p of the (softcapped) logits, -sum p_k log p_k in nats, from 0 to log K.
+        correct: whether the prediction is the label; for soft labels, their own (first) largest.
         valid: whether the row counts: False where `where`, `ignore_index` or a denominator of 0 leaves it out.
     """
 
@@ -28,6 +32,8 @@ class LossStats(NamedTuple):
     z: Float[Array, "*batch"]
     lse: Float[Array, "*batch"]
     confidence: Float[Array, "*batch"]
+    prediction: Int[Array, "*batch"]
+    entropy: Float[Array, "*batch"]
     correct: Bool[Array, "*batch"]
     valid: Bool[Array, "*batch"]
 
@@ -40,19 +46,36 @@ def make_stats(
     smoothed: Float[Array, "*batch"],
     lse: Float[Array, "*batch"],
     log_sum: Float[Array, "*batch"],
-    correct: Bool[Array, "*batch"],
+    first: Int[Array, "*batch"],
+    entropy: Float[Array, "*batch"],
 ) -> LossStats:
-    """Return the statistics, 0 where rows do not count, without derivatives.
+    """Return the statistics, with the derivatives of nll, lse and entropy.
 
-    `log_sum` is lse minus the largest logit, more accurate than that difference if the logits have a large offset.
+    Args:
+        batch: the rows.
+        options: the options of the loss.
+        nll: as in `LossStats`, of all rows.
+        smoothed: likewise.
+        lse: likewise.
+        log_sum: lse minus the largest logit, more accurate than that difference if the logits have a large offset.
+        first: the class of the first largest logit.
+        entropy: as in `LossStats`, of all rows.
     """
-    # Neither a bad label nor a row of NaN is correct.
     if batch.bad is not None:
-        nll = jnp.where(batch.bad, jnp.nan, nll)
-    correct = correct & ~jnp.isnan(nll)
-    valid = jnp.ones_like(correct) if batch.counted is None else batch.counted
-    nll, smoothed, z, lse, confidence = (
-        jax.lax.stop_gradient(jnp.where(valid, value, 0))
-        for value in (nll, smoothed, options.z_loss * lse**2, lse, jnp.exp(-log_sum))
-    )
-    return LossStats(nll, smoothed, z, lse, confidence, correct & valid, valid)
+        # A product, so that the derivative is NaN as well.
+        nll = nll * jnp.where(batch.bad, jnp.nan, 1)
+    prediction = jnp.where(jnp.isnan(lse), -1, first.astype(jnp.int32))
+    labels = jnp.argmax(batch.labels, axis=-1) if batch.soft else batch.labels
+    # Neither a bad label nor a row of NaN is correct.
+    correct = (prediction == labels.astype(jnp.int32)) & ~jnp.isnan(nll)
+    if batch.counted is None:
+        valid = jnp.ones_like(correct)
+    else:
+        valid = batch.counted
+        correct, prediction = correct & valid, jnp.where(valid, prediction, -1)
+        nll, smoothed, lse, log_sum, entropy = (
+            jnp.where(valid, value, 0) for value in (nll, smoothed, lse, log_sum, entropy)
+        )
+    constants = smoothed, options.z_loss * lse**2, jnp.where(valid, jnp.exp(-log_sum), 0)
+    smoothed, z, confidence = map(jax.lax.stop_gradient, constants)
+    return LossStats(nll, smoothed, z, lse, confidence, prediction, entropy, correct, valid)

@@ -132,7 +132,22 @@ def _derivative(
         if (index := getattr(index_of, name)) is not None and not isinstance(tangents[index], ad.Zero)
     }
     slopes = bind(primitives.slopes, primitives.plain_slopes, operands, peaks, given)
-    return jax.tree.leaves((peaks, results)), jax.tree.leaves((jax.tree.map(jnp.zeros_like, peaks), slopes))
+    return jax.tree.leaves((peaks, results)), [*no_tangents(peaks), *jax.tree.leaves(slopes)]
+
+
+def no_tangents(constants: Any) -> list[Any]:
+    """Return the tangents of constants, by leaf: zeros, of the type that JAX has for those of integers."""
+    return [
+        jnp.zeros_like(leaf)
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+        else ad.Zero(jax.typeof(leaf).to_tangent_aval())
+        for leaf in jax.tree.leaves(constants)
+    ]
+
+
+def is_tangent(tangent: Any) -> bool:
+    """Whether a tangent may be other than 0."""
+    return not isinstance(tangent, ad.Zero) and tangent.dtype != jax.dtypes.float0
 
 
 def derivative_of_plain(
@@ -144,7 +159,7 @@ def derivative_of_plain(
 ) -> tuple[list[Array], list[Array]]:
     """Differentiate a primitive as JAX does its plain function."""
     results: list[Array] = primitive.bind(*primals, **params)  # type: ignore[no-untyped-call]
-    given = {i: tangent for i, tangent in enumerate(tangents) if not isinstance(tangent, ad.Zero)}
+    given = {i: tangent for i, tangent in enumerate(tangents) if is_tangent(tangent)}
 
     @jax.checkpoint
     def of_given(by: dict[int, Array]) -> list[Array]:

@@ -26,17 +26,18 @@ class Operands:
     logits: Float[Array, "*batch K"]
     labels: Int[Array, "*batch"]
     counted: Bool[Array, "*batch"] | None
-    class_mask: Bool[Array, " K"] | None
+    class_mask: Bool[Array, " K"] | Bool[Array, "*batch K"] | None
     prior: Float[Array, " K"] | None
     class_weight: Float[Array, " K"] | None
     softcap: float | None = field(metadata=_STATIC)
     prior_entropy: bool = field(metadata=_STATIC)  # whether to compute other_entropy
     largest: bool = field(metadata=_STATIC)  # whether to compute largest_gap and largest_mass
-    correct: bool = field(metadata=_STATIC)  # whether to compute correct
+    stats: bool = field(metadata=_STATIC)  # whether to compute first and weighted_gaps
     in_place: bool = field(metadata=_STATIC)  # whether the gradient is to take the memory of the logits
 
 
 CLASS_VECTORS = ("class_mask", "prior", "class_weight")
+NO_CLASS = 2**31 - 1
 
 
 class Peaks(NamedTuple):
@@ -45,7 +46,7 @@ class Peaks(NamedTuple):
     peak: Float[Array, "*batch"]  # m: the largest logit, after the softcap
     largest: Float[Array, "*batch"]  # the largest logit before the softcap, which makes large logits equal
     num_largest: Float[Array, "*batch"] | None  # how many logits are as large; None if `largest` is not asked for
-    correct: Float[Array, "*batch"] | None  # above 0 where the label is the first largest logit
+    first: Int[Array, "*batch"] | None  # the first class whose logit is as large; beyond the classes if there is none
 
 
 class Sums(NamedTuple):
@@ -57,6 +58,7 @@ class Sums(NamedTuple):
     other_mass: Float[Array, "*batch"] | None  # sum of w over the other classes
     other_prior: Float[Array, "*batch"] | None  # sum of the prior over the other classes
     other_entropy: Float[Array, "*batch"] | None  # sum of -prior log prior over the other classes
+    weighted_gaps: Float[Array, "*batch"] | None  # sum of exp(z - m) (m - z)
     largest_gap: Float[Array, "*batch"] | None  # mean of w (m - z) over the largest logits
     largest_mass: Float[Array, "*batch"] | None  # mean of w over the largest logits
 
@@ -97,15 +99,13 @@ def peaks_at(operands: Operands, largest: Float[Array, "*batch"], peak: Float[Ar
     is_largest = jax.lax.stop_gradient(raw) >= largest[..., None]
     if allowed is not None:
         is_largest &= allowed
-    num_largest, correct = None, None
+    num_largest, first = None, None
     if operands.largest:
         num_largest = jnp.sum(is_largest, axis=-1, dtype=raw.dtype)
-    if operands.correct:
-        # A sum, so that it joins the sweep: 1 for the label and -1 for each class before it, where they are largest.
-        classes, labels = _classes(raw), operands.labels[..., None]
-        score = (classes == labels).astype(raw.dtype) - (classes < labels).astype(raw.dtype)
-        correct = jnp.sum(jnp.where(is_largest, score, 0), axis=-1)
-    return Peaks(peak, largest, num_largest, correct)
+    if operands.stats:
+        # Not argmax, which is a sweep of its own.
+        first = jnp.min(jnp.where(is_largest, _classes(raw), NO_CLASS), axis=-1)
+    return Peaks(peak, largest, num_largest, first)
 
 
 def is_label(operands: Operands) -> Bool[Array, "*batch K"]:
@@ -157,8 +157,19 @@ def sums_at(
         jnp.sum(terms, axis=-1) + (num_peaks - without),
         _label_gap(operands, gap, at_label, by_index),
         *_sums_over_others(operands, gap, at_label, allowed),
+        _weighted_gaps(below, allowed) if operands.stats else None,
         *_means_over_largest(operands, gap, is_largest, peaks.num_largest),
     )
+
+
+def _weighted_gaps(below: Float[Array, "*batch K"], allowed: Bool[Array, "*#batch K"] | None) -> Float[Array, "*batch"]:
+    return jnp.sum(weighted_gap(below if allowed is None else jnp.where(allowed, below, 0)), axis=-1)
+
+
+def weighted_gap(below: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return exp(z - m) (m - z), given z - m; 0 where that is -inf, of which the product would be NaN."""
+    lowest = jnp.asarray(jnp.finfo(below.dtype).min, below.dtype)  # type: ignore[no-untyped-call]
+    return jnp.exp(below) * -jnp.maximum(below, lowest)
 
 
 def _label_gap(
@@ -186,12 +197,12 @@ def _sums_over_others(
     def total(vector: Float[Array, "*#batch K"] | None) -> Float[Array, "*batch"] | None:
         if vector is None:
             return None
-        values = jnp.broadcast_to(_over_classes(vector, gap), gap.shape)
+        values = jnp.broadcast_to(as_last_axis(vector, gap), gap.shape)
         return jnp.sum(at_others(values if allowed is None else jnp.where(allowed, values, 0)), axis=-1)
 
     other_gap = at_others(gap)
     if factor is not None:
-        weight = _over_classes(factor, gap)
+        weight = as_last_axis(factor, gap)
         other_gap = weight * jnp.where((weight == 0) & jnp.isinf(other_gap), 0, other_gap)
     # At 0 the slope of entr is infinite, but a prior of 0 there is a constant.
     entropy = (
@@ -215,7 +226,7 @@ def _means_over_largest(
     if num_largest is None:
         return None, None
     vector = operands.class_weight
-    weight = jnp.ones((), gap.dtype) if vector is None else _over_classes(vector, gap)
+    weight = jnp.ones((), gap.dtype) if vector is None else as_last_axis(vector, gap)
     # Divided after the sum, so that the number and the sums come from one sweep.
     of_gaps = jnp.sum(weight * jnp.where(is_largest, gap, 0), axis=-1)
     of_weights = jnp.sum(jnp.where(is_largest, weight, 0), axis=-1)
@@ -228,7 +239,7 @@ def counted_logits(operands: Operands) -> tuple[Float[Array, "*batch K"], Bool[A
     if operands.counted is not None:
         raw = jnp.where(operands.counted[..., None], raw, 0)
     if operands.class_mask is not None:
-        allowed = _over_classes(operands.class_mask, raw)
+        allowed = as_last_axis(operands.class_mask, raw)
         raw = jnp.where(allowed, raw, 0)
     return raw, allowed
 
@@ -236,10 +247,6 @@ def counted_logits(operands: Operands) -> tuple[Float[Array, "*batch K"], Bool[A
 def capped(logits: Float[Array, "..."], softcap: float | None) -> Float[Array, "..."]:
     """Return logits after the softcap."""
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
-
-
-def _over_classes(vector: Array, like: Float[Array, "*batch K"]) -> Array:
-    return vector if vector.ndim == like.ndim else as_last_axis(vector, like)
 
 
 def _classes(like: Float[Array, "*batch K"]) -> Int[Array, "*ones K"]:

@@ -32,6 +32,7 @@ from lsce_jax.layer import Layer, LayerOperands, chunk_logits
 from lsce_jax.row_sums import cotangents_of_sums
 from lsce_jax.sums import (
     CLASS_VECTORS,
+    NO_CLASS,
     Operands,
     Peaks,
     Sums,
@@ -115,7 +116,9 @@ class _Layer(NamedTuple):
         operands = self.operands
 
         def of_classes(vector: Array | None) -> Array | None:
-            return None if vector is None else jax.lax.dynamic_slice_in_dim(vector, first, num_classes)
+            if vector is None:
+                return None
+            return jax.lax.dynamic_slice_in_dim(vector, first, num_classes, axis=vector.ndim - 1)
 
         weight = jax.lax.dynamic_slice_in_dim(operands.weight, first, num_classes, axis=1)
         vectors: ByName = {name: of_classes(getattr(operands, name)) for name in ("bias", *CLASS_VECTORS)}
@@ -134,7 +137,9 @@ def _flatten(operands: LayerOperands) -> _Layer:
     if counted is None and tiling.num_blocks * tiling.block_rows > tiling.num_rows:
         counted = jnp.ones(operands.labels.shape, bool)
     rows = {name: array for name, array in (operands.rows | {"counted": counted}).items() if array is not None}
-    rows = {name: tiling.flat(array, transposed=operands.skip) for name, array in rows.items()}
+    rows = {
+        name: tiling.flat(array, transposed=operands.skip, fill=name == "class_mask") for name, array in rows.items()
+    }
     num_needed: int | Array = tiling.num_blocks
     if operands.skip:
         num_needed = -(-jnp.sum(rows["counted"], dtype=jnp.int32) // tiling.block_rows)
@@ -228,7 +233,7 @@ class _Running(NamedTuple):
     peak: Array  # see `_peak`, of the largest logit so far
     largest: Array
     num_largest: Array | None
-    correct: Array | None
+    first: Array | None
     label: Array  # the label's logit before the softcap, once it was there
     mass: Array  # sum of w over the classes other than the label
     sums: Sums  # relative to `peak`; of largest_gap and largest_mass the sums over the largest logits, not the means
@@ -244,7 +249,7 @@ def sums(operands: LayerOperands) -> tuple[Peaks, Sums]:
 
         def visit_block(first_row: Any, running: _Running) -> _Running:
             old = tiling.block(running, first_row)
-            new = _with_tile(old, layer.block(tile, first_row)[1])
+            new = _with_tile(old, layer.block(tile, first_row)[1], first)
             updated: _Running = jax.tree.map(
                 lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, first_row, 0), running, new
             )
@@ -267,7 +272,7 @@ def _nothing(operands: LayerOperands) -> _Running:
         peak=zero,
         largest=jnp.full_like(zero, -jnp.inf),
         num_largest=zero if operands.largest else None,
-        correct=zero if operands.correct else None,
+        first=jnp.full_like(operands.labels, NO_CLASS) if operands.stats else None,
         label=zero,
         mass=zero,
         sums=Sums(
@@ -277,14 +282,15 @@ def _nothing(operands: LayerOperands) -> _Running:
             other_mass=None if operands.prior is None and operands.class_weight is None else zero,
             other_prior=None if operands.prior is None or operands.class_weight is None else zero,
             other_entropy=zero if operands.prior_entropy else None,
+            weighted_gaps=zero if operands.stats else None,
             largest_gap=zero if operands.largest else None,
             largest_mass=zero if operands.largest else None,
         ),
     )
 
 
-def _with_tile(old: _Running, operands: Operands) -> _Running:
-    """Return what is known of a block's rows after one more tile."""
+def _with_tile(old: _Running, operands: Operands, first_class: Any) -> _Running:
+    """Return what is known of a block's rows after one more tile, whose classes count from the first of them."""
     largest = jnp.maximum(old.largest, largest_logits(operands))
     rises, stays = largest > old.largest, largest == old.largest
     peak = _peak(largest, operands.softcap)
@@ -303,12 +309,17 @@ def _with_tile(old: _Running, operands: Operands) -> _Running:
     def of_largest(old: Array | None, added: Array | None) -> Array | None:
         return both(None if old is None else jnp.where(stays, old, 0), added)
 
-    sums = old.sums
+    sums, weighted_gaps, first = old.sums, None, None
+    if sums.weighted_gaps is not None and added.weighted_gaps is not None:
+        moved = before * (sums.weighted_gaps + (1 + sums.rest) * (peak - old.peak))
+        weighted_gaps = jnp.where(stays, sums.weighted_gaps, moved) + added.weighted_gaps
+    if old.first is not None and peaks.first is not None:
+        first = jnp.where(rises, peaks.first + first_class, old.first)
     return _Running(
         peak=peak,
         largest=largest,
         num_largest=of_largest(old.num_largest, peaks.num_largest),
-        correct=of_largest(old.correct, peaks.correct),
+        first=first,
         label=old.label + jnp.sum(jnp.where(at_label, raw, 0), axis=-1),
         mass=old.mass + mass,
         sums=Sums(
@@ -318,6 +329,7 @@ def _with_tile(old: _Running, operands: Operands) -> _Running:
             other_mass=both(sums.other_mass, added.other_mass),
             other_prior=both(sums.other_prior, added.other_prior),
             other_entropy=both(sums.other_entropy, added.other_entropy),
+            weighted_gaps=weighted_gaps,
             largest_gap=of_largest(sums.largest_gap, added.largest_gap),
             largest_mass=of_largest(sums.largest_mass, added.largest_mass),
         ),
@@ -346,10 +358,11 @@ def _finished(running: _Running, softcap: float | None) -> tuple[Peaks, Sums]:
     if softcap is not None:
         # A compiler may compute the tanh of the largest logit differently among others: there the gap must be 0.
         label_gap = jnp.where(running.label >= running.largest, 0, label_gap)
-    return Peaks(peak, running.largest, num_largest, running.correct), sums._replace(
+    return Peaks(peak, running.largest, num_largest, running.first), sums._replace(
         rest=relative(sums.rest),
         label_gap=relative(label_gap),
         other_gaps=relative(sums.other_gaps),
+        weighted_gaps=relative(sums.weighted_gaps),
         largest_gap=relative(mean(sums.largest_gap)),
         largest_mass=mean(sums.largest_mass),
     )

@@ -258,8 +258,8 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
     ),
     "filter_row_mask": (
         ValueError,
-        "gradient_filter needs one class_mask for all rows: with a mask for each, the part from smoothing is not the "
-        "same multiple of the class weights in every row. Leave gradient_filter out.",
+        "gradient_filter needs one class_mask for all rows, since it leaves classes out for all of them. Pass a "
+        "class_mask with one value for each class, or leave gradient_filter out.",
     ),
     "chunked_only": (
         ValueError,

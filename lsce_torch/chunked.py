@@ -28,7 +28,6 @@ from torch.nn import functional as F
 from lsce_spec import ChunkOptions, LossOptions
 from lsce_torch import compiled, fused, saved
 from lsce_torch.device import may_wait, takes_plain_operations
-from lsce_torch.errors import error
 from lsce_torch.inputs import Batch, tensor_of
 from lsce_torch.layer import Layer, Settings, layer_gradients, losses_and_gradients, scaled
 from lsce_torch.overwrite import has_memory
@@ -50,8 +49,6 @@ def losses(
         with_stats: whether to return statistics.
         differentiable: whether gradients flow through them.
     """
-    if chunks.gradient_filter and batch.class_mask is not None and batch.class_mask.ndim > 1:
-        raise error("filter_row_mask")
     layer = layer._replace(hidden=layer.hidden.reshape(batch.labels.numel(), layer.hidden.shape[-1]))
     index = _rows_that_count(batch, layer)
     if index is None:
@@ -90,8 +87,8 @@ def _losses_of_all(
     operands, entropy = fused.make_operands(batch, options, with_stats, differentiable)
     in_batch = {name: getattr(operands, name) for name in ROWS}
     operands = operands._replace(**{name: _flat(value, batch.batch_shape) for name, value in in_batch.items()})
-    if operands.class_mask is not None and operands.class_mask.ndim > 1:
-        operands = operands._replace(class_mask=operands.class_mask.reshape(-1, layer.weight.shape[0]))
+    if batch.class_mask is not None and batch.has_row_masks:
+        operands = operands._replace(class_mask=batch.class_mask.reshape(-1, layer.weight.shape[0]))
     preferred = preferred_rows(layer.hidden.shape[1], on_tpu=takes_plain_operations(layer.hidden))
     chunk_size = chunks.rows_at_most(preferred, layer.weight.shape[0])
     settings = Settings(chunk_size, not chunks.recompute, chunks.gradient_filter, _needs(layer, chunks))
@@ -155,7 +152,7 @@ def _selected(batch: Batch, index: Int[Tensor, " n"]) -> Batch:
     smoothing, class_mask = batch.smoothing, batch.class_mask
     if isinstance(smoothing, Tensor):
         smoothing = smoothing.reshape(-1, 1)[index]
-    if class_mask is not None and class_mask.ndim > 1:
+    if class_mask is not None and batch.has_row_masks:
         class_mask = class_mask.reshape(-1, class_mask.shape[-1])[index]
     return replace(
         batch,

@@ -227,7 +227,7 @@ def _sum_of_others(values: Float[Tensor, " K"], batch: Batch) -> Float[Tensor, "
     """
     values, mask = values.double(), batch.class_mask
     at_label = at_labels(values, batch.labels)
-    if mask is not None and mask.ndim > 1:
+    if mask is not None and batch.has_row_masks:
         of_label = at_label.masked_fill(~at_labels(mask, batch.labels), 0)
         return (_sums_of_rows(values, mask) - of_label).to(batch.dtype)
     if mask is not None:

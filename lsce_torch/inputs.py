@@ -69,6 +69,11 @@ class Batch:
         return self.labels.is_floating_point()
 
     @property
+    def has_row_masks(self) -> bool:
+        """Whether rows have class masks of their own."""
+        return self.class_mask is not None and self.class_mask.ndim > 1
+
+    @property
     def batch_shape(self) -> tuple[int, ...]:
         """Shape of the losses."""
         return tuple(self.logits.shape[:-1])
@@ -89,7 +94,7 @@ class Batch:
             smoothing = torch.where(counted[..., None], smoothing, 0.5)
         bad = None if self.bad is None else self.bad & counted
         class_mask = self.class_mask
-        if class_mask is not None and class_mask.ndim > 1:
+        if class_mask is not None and self.has_row_masks:
             # Without any class the sums of a row would be NaN.
             class_mask = class_mask | ~counted[..., None]
         return replace(self, counted=counted, smoothing=smoothing, bad=bad, class_mask=class_mask)

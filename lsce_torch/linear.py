@@ -133,6 +133,8 @@ def _evaluate(
         raise error("linear_soft_labels", given=dtype_name(labels))
     logits = layer.hidden.new_zeros(1).expand(*layer.hidden.shape[:-1], num_classes)
     batch, divisor = mean_divisor(prepare(logits, labels, options, keywords), options, keywords["denominator"])
+    if chunks.gradient_filter and batch.has_row_masks:
+        raise error("filter_row_mask")
     reason = _why_reference(batch, layer, options, with_stats)
     kernels.check_choice(options.implementation, batch.logits, reason, "chunked")
     if options.implementation != "reference" and batch.labels.numel() and reason is None:

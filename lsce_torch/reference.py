@@ -189,7 +189,7 @@ def count_allowed(batch: Batch) -> int | Float[Tensor, "*#batch 1"]:
     """Return the number of classes that take part; a tensor if there is a class mask, whose values are not read."""
     if batch.class_mask is None:
         return int(batch.logits.shape[-1])
-    return torch.sum(batch.class_mask, dim=-1, keepdim=batch.class_mask.ndim > 1).to(batch.dtype)
+    return torch.sum(batch.class_mask, dim=-1, keepdim=batch.has_row_masks).to(batch.dtype)
 
 
 def _log_sum_exp(

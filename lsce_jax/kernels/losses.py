@@ -40,6 +40,7 @@ from lsce_jax.kernels import tpu
 from lsce_jax.primitives import define, is_divided
 from lsce_jax.row_sums import cotangents_of_sums, row_slopes, row_sums
 from lsce_jax.stats import LossStats
+from lsce_jax.sum_rules import is_tangent, no_tangents
 from lsce_jax.sums import Peaks, Sums, class_factor
 from lsce_spec import LossOptions, is_number, smoothing_weights
 
@@ -143,6 +144,8 @@ def loss_and_stats(
 def why_not(batch: Batch, options: LossOptions) -> str | None:
     """Return why the kernel cannot compute a call, or None."""
     logits = batch.logits
+    if batch.has_row_masks:
+        return "rows have class masks of their own, and the kernel takes one for all rows"
     if batch.soft:
         return "labels are class probabilities, and the kernel takes class indices"
     if logits.dtype.name not in {"float32", "bfloat16"}:
@@ -165,12 +168,13 @@ def _why_not_so_many(batch: Batch, options: LossOptions) -> str | None:
     return None
 
 
-def takes(batch: Batch, options: LossOptions, *, class_axis: int) -> bool:
+def takes(batch: Batch, options: LossOptions, *, differentiable: bool, class_axis: int) -> bool:
     """Return whether a call becomes a `lsce_loss`, which on a TPU is the kernel.
 
     Args:
         batch: the rows.
         options: the options of the loss.
+        differentiable: whether gradients flow through the statistics.
         class_axis: where the caller's logits have their classes.
 
     Raises:
@@ -179,6 +183,8 @@ def takes(batch: Batch, options: LossOptions, *, class_axis: int) -> bool:
     if options.implementation not in {None, NAME}:
         return False
     reason = why_not(batch, options)
+    if differentiable:
+        reason = "the statistics are to be differentiable, and the kernel computes the gradient of the loss alone"
     if options.implementation == NAME and reason is not None:
         raise _refusal(reason)
     if options.implementation is None:
@@ -317,7 +323,7 @@ def _program(batch: Batch, options: LossOptions, with_stats: bool, *, gradient: 
         weighted=batch.prior is not None or batch.class_weight is not None,
         without_label=_label_may_have_less(batch, options),
         largest=options.convention.at_max is not None,
-        correct=with_stats,
+        stats=with_stats,
         counted=batch.counted is not None,
         gradient=gradient,
     )
@@ -374,6 +380,7 @@ def _over_others(batch: Batch, options: LossOptions) -> Sums:
         other_mass=total(class_factor(prior, batch.class_weight)),
         other_prior=total(None if batch.class_weight is None else prior),
         other_entropy=total(entropy),
+        weighted_gaps=None,
         largest_gap=None,
         largest_mass=None,
     )
@@ -392,11 +399,13 @@ def _named(batch: Batch, program: tpu.Program, kept: tpu.RowSums, others: Sums) 
         less_label = jnp.where(jnp.isinf(label_gap), 0, other_gaps - weight * label_gap)
         other_gaps = jnp.where(weight == 0, other_gaps, less_label)
     largest = program.largest
-    peaks = Peaks(peak, kept.largest, kept.num_largest if largest else None, kept.correct if program.correct else None)
+    num_largest, first = kept.num_largest if largest else None, kept.first.astype(jnp.int32) if program.stats else None
+    peaks = Peaks(peak, kept.largest, num_largest, first)
     sums = others._replace(
         rest=kept.rest,
         label_gap=label_gap,
         other_gaps=other_gaps,
+        weighted_gaps=kept.weighted_gaps if program.stats else None,
         largest_gap=jnp.zeros_like(peak) if largest else None,
         largest_mass=divide(kept.largest_mass, kept.num_largest) if largest else None,
     )
@@ -463,7 +472,7 @@ def _derivative(
 ) -> tuple[list[Array], list[Any]]:
     del differentiated
     (arrays,) = jax.tree.unflatten(structure, primals)
-    given = {name: tangents[i] for name, i in _indices(structure)[0].items() if _is_tangent(tangents[i])}
+    given = {name: tangents[i] for name, i in _indices(structure)[0].items() if is_tangent(tangents[i])}
     if set(given) == {"logits"}:
         leaves = _bind(_loss_p, primals, structure=structure, call=call, differentiated=True)
         results = _unflatten_results(call, arrays, leaves)
@@ -473,8 +482,7 @@ def _derivative(
         by = {name: arrays[name] for name in given}
         results, slopes = jax.jvp(lambda by: _plain(call, {**arrays, **by}), (by,), (given,))
         leaves, slope = jax.tree.leaves(results), slopes.loss
-    constants = jax.tree.map(jnp.zeros_like, (results.peaks, results.sums))
-    return leaves, [slope, *jax.tree.leaves(constants)]
+    return leaves, [slope, *no_tangents((results.peaks, results.sums))]
 
 
 def _bind(primitive: Primitive, leaves: Sequence[Any], **params: Any) -> list[Array]:
@@ -488,10 +496,6 @@ def _indices(structure: Any) -> list[Any]:
     return indices
 
 
-def _is_tangent(tangent: Any) -> bool:
-    return not isinstance(tangent, ad.Zero) and tangent.dtype != jax.dtypes.float0
-
-
 def _derivative_of(primitive: Primitive, whole: Callable[..., Array]) -> Callable[..., Any]:
     """Return the derivative of a primitive that takes arrays, peaks, sums and an operand that it is linear in.
 
@@ -503,7 +507,7 @@ def _derivative_of(primitive: Primitive, whole: Callable[..., Array]) -> Callabl
     ) -> tuple[list[Array], list[Array]]:
         results = _bind(primitive, primals, structure=structure, call=call, axes=axes)
         arrays, _, _, operand = _indices(structure)
-        given = {i: tangents[i] for i in (*arrays.values(), operand) if _is_tangent(tangents[i])}
+        given = {i: tangents[i] for i in (*arrays.values(), operand) if is_tangent(tangents[i])}
 
         @jax.checkpoint
         def of_given(by: dict[int, Array]) -> list[Array]:

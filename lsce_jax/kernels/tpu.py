@@ -40,6 +40,8 @@ VMEM_LIMIT = 60 * 2**20
 # loop's end. More of either take longer to compile.
 STEPS = ((32, True), (16, True), (32, False), (16, False), (8, True), (8, False))
 VECTORS_OF_ROUND = 128
+# More than any class, as a float32 number; and the least number that is not infinite.
+NO_CLASS, LOWEST = 2.0**25, -3.4028235e38
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Program:
         weighted: whether classes have a factor of `off`.
         without_label: whether `gaps` leaves the label out.
         largest: whether the target has a share at the largest logits.
-        correct: whether to find out if the label is the first of the largest logits.
+        stats: whether to compute `first` and `weighted_gaps`.
         counted: whether rows may not count.
         gradient: whether to compute the gradient.
     """
@@ -64,7 +66,7 @@ class Program:
     weighted: bool = False
     without_label: bool = False
     largest: bool = False
-    correct: bool = False
+    stats: bool = False
     counted: bool = False
     gradient: bool = False
 
@@ -91,7 +93,8 @@ class RowSums(NamedTuple):
     at_label: Float[Array, " N"]  # the label's logit before the softcap
     num_largest: Float[Array, " N"]  # how many logits are the largest
     largest_mass: Float[Array, " N"]  # sum of w over the largest logits
-    correct: Float[Array, " N"]  # above 0 where the label is the first of them
+    first: Float[Array, " N"]  # the first class whose logit is the largest; `NO_CLASS` if there is none
+    weighted_gaps: Float[Array, " N"]  # sum of exp(z - m) (m - z)
 
 
 NUMBERS = 8  # of a row, either way
@@ -342,9 +345,10 @@ def _at_labels(vectors: _Vectors, labels: Any) -> Array:
 def _sums(program: Program, vectors: _Vectors, rows: Rows, largest: Array, at_label: Array, terms: Any) -> RowSums:
     wide_largest, peak, label = _wide(largest), _wide(capped(program, largest)), _wide(rows.label)
     zero = jnp.zeros(vectors.shape, jnp.float32)
+    no_class = jnp.full(vectors.shape, NO_CLASS, jnp.float32)
 
     def visit(start: Any, vector: _Vector, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-        total, rest, below_sum, num_largest, largest_mass, correct = carry
+        total, rest, below_sum, num_largest, largest_mass, first, weighted_gaps = carry
         below, is_largest = _below(program, vector.raw, wide_largest, peak)
         term = jnp.exp(below)
         if terms is not None:
@@ -356,21 +360,23 @@ def _sums(program: Program, vectors: _Vectors, rows: Rows, largest: Array, at_la
             num_largest += jnp.where(is_largest, 1.0, 0.0)
             if vector.weight is not None:
                 largest_mass += jnp.where(is_largest, vector.weight, 0.0)
-        if program.correct:
-            score = jnp.where(vector.classes == label, 1.0, jnp.where(vector.classes < label, -1.0, 0.0))
-            correct += jnp.where(is_largest, score, 0.0)
+        if program.stats:
+            first = jnp.minimum(first, jnp.where(is_largest, vector.classes, NO_CLASS))
+            # 0 times -inf would be NaN.
+            weighted_gaps -= term * jnp.maximum(below, LOWEST)
         if program.without_label:
             below = jnp.where(vector.classes == label, 0.0, below)
         if vector.weight is not None:
             weight = vector.weight if vector.allowed is None else jnp.where(vector.allowed, vector.weight, 0.0)
             below = jnp.where(weight == 0.0, 0.0, weight * below)
         rest += jnp.where(is_largest, 0.0, term)
-        return total + term, rest, below_sum + below, num_largest, largest_mass, correct
+        return total + term, rest, below_sum + below, num_largest, largest_mass, first, weighted_gaps
 
-    one, other = vectors.sweep(visit, (zero,) * 6)
-    total, rest, below_sum, num_largest, largest_mass, correct = (
+    one, other = vectors.sweep(visit, (*(zero,) * 5, no_class, zero))
+    total, rest, below_sum, num_largest, largest_mass, _, weighted_gaps = (
         jnp.sum(a + b, axis=1, keepdims=True) for a, b in zip(one, other, strict=True)
     )
+    first = jnp.min(jnp.minimum(one[5], other[5]), axis=1, keepdims=True)
     return RowSums(
         largest=largest,
         # The largest terms are 1. If the sum is below 2 there is one of them, and the sum without it is accurate where
@@ -380,7 +386,8 @@ def _sums(program: Program, vectors: _Vectors, rows: Rows, largest: Array, at_la
         at_label=at_label,
         num_largest=num_largest,
         largest_mass=largest_mass if program.weighted else num_largest,
-        correct=correct,
+        first=first,
+        weighted_gaps=weighted_gaps,
     )
 
 
