@@ -19,7 +19,8 @@ _ARGUMENTS = (Layer, Operands, Settings)
 _SCHEMA = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? counted, Tensor? bad, Tensor? class_mask, "
     "Tensor? factor, Tensor on, Tensor off, Tensor other_mass, Tensor? at_max, float z_loss, float? softcap, "
-    "bool with_stats, bool differentiable, bool kernels, int chunk_size, bool total, float gradient_filter, bool[] needs"
+    "bool with_stats, bool differentiable, bool kernels, int chunk_size, bool total, float gradient_filter, "
+    "bool[] needs"
 )
 
 

@@ -47,10 +47,6 @@ from lsce_torch.sums import (
 from lsce_torch.sweeps import logits_gradient, sweep
 
 
-# Numbers of the products of class weights and masks of rows.
-_LARGEST_PRODUCT = 2**20
-
-
 def row_losses(
     batch: Batch, options: LossOptions, with_stats: bool = False, differentiable: bool = False
 ) -> tuple[Float[Tensor, "*batch"], LossStats | None]:
@@ -133,6 +129,10 @@ def _why_reference_of_soft(batch: Batch, options: LossOptions, with_stats: bool)
     if options.convention.at_max is not None:
         return f"convention {options.convention.name!r} compares soft labels with every logit"
     return "the statistics of soft labels need the labels once more" if with_stats else None
+
+
+# Products of class weights and masks that are added up at a time.
+_MOST_PRODUCTS = 2**20
 
 
 class _Target(NamedTuple):
@@ -237,11 +237,12 @@ def _sum_of_others(values: Float[Tensor, " K"], batch: Batch) -> Float[Tensor, "
 
 
 def _sums_of_rows(values: Float[Tensor, " K"], mask: Bool[Tensor, "*batch K"]) -> Float[Tensor, "*batch"]:
-    """Return the sum of the values in the mask of each row, some rows at a time: their products are as many as logits."""
+    """Return the sum of the values in the mask of each row, some rows at a time: the products are as many as logits."""
     rows = mask.reshape(-1, mask.shape[-1])
-    step = max(1, _LARGEST_PRODUCT // mask.shape[-1])
-    parts = [rows] if torch.compiler.is_compiling() or len(rows) <= step else rows.split(step)
-    sums = [torch.sum(torch.where(part, values, 0), dim=-1) for part in parts]
+    step = rows.shape[0] if torch.compiler.is_compiling() else max(1, _MOST_PRODUCTS // mask.shape[-1])
+    if rows.shape[0] <= step:
+        return torch.sum(torch.where(mask, values, 0), dim=-1)
+    sums = [torch.sum(torch.where(part, values, 0), dim=-1) for part in torch.split(rows, step)]
     return torch.cat(sums).reshape(mask.shape[:-1])
 
 

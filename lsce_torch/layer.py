@@ -93,7 +93,7 @@ def layer_gradients(
         results = Results.empty((layer.hidden.shape[0],), operands, stacked.dtype, stacked.device)
         for part, logits, rows in _chunks(multiplied, operands, settings):
             if settings.total:
-                # The same arithmetic as with the loss, to the last bit. The upstream gradient is multiplied in at the end.
+                # The same arithmetic as with the loss, to the last bit. The upstream gradient comes in at the end.
                 sweep_into(results.of_rows(part), logits, rows, with_gradient=True)
             else:
                 logits_gradient(logits, rows, stacked[:, part], upstreams.of_rows(part), logits)

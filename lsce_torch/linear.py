@@ -41,9 +41,10 @@ def linear_label_smoothed_cross_entropy(
             is added up in float32 or wider and returned in the weight's dtype.
         labels: [...] class indices, of any integer dtype.
         bias: K numbers, or None.
-        class_mask: K booleans, or a mask for each row, which broadcasts to [..., K]; see `label_smoothed_cross_entropy`.
-        smoothing, convention, prior, where, ignore_index, class_weight, z_loss, softcap, subtract_entropy,
-            bad_labels, reduction, denominator: see `label_smoothed_cross_entropy`.
+        class_mask: K booleans, or a mask for each row, which broadcasts to [..., K]; see
+            `label_smoothed_cross_entropy`.
+        smoothing, convention, prior, where, ignore_index, class_weight, z_loss, softcap, subtract_entropy, bad_labels,
+            reduction, denominator: see `label_smoothed_cross_entropy`.
         implementation: "chunked"; "triton", the same with kernels for GPUs; "reference", which computes all logits at
             once. None chooses "triton" for tensors on a CUDA device, otherwise "chunked".
         chunk_size: how many rows' logits to hold in memory at most. None chooses 3/4 D, on TPUs 2 D, but at least

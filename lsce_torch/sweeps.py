@@ -199,17 +199,11 @@ def _with_slopes(whole: Block, operands: Operands, upstreams: Upstreams) -> Bloc
     if operands.counted is not None:
         uncounted = ~operands.counted
         upstreams = Upstreams(*(None if u is None else u.masked_fill(uncounted, 0) for u in upstreams))
-    upstream, of_nll, of_lse, of_entropy = upstreams
-    p_slope = torch.zeros_like(sums.peak)
-    at_label = other_slope = max_slope = label_gradient = gap_slope = None
-    if upstream is not None:
-        p_slope = upstream * target_mass(operands, sums)
-        if operands.z_loss:
-            p_slope = p_slope + upstream * (2 * operands.z_loss * (sums.peak + sums.log_sum))
-        at_label = upstream * operands.on
-        other_slope = None if isinstance(operands.off, float) and not operands.off else upstream * operands.off
-        if operands.at_max is not None and sums.num_largest is not None:
-            max_slope = upstream * operands.at_max / sums.num_largest
+    of_loss, of_nll, of_lse, of_entropy = upstreams
+    p_slope, at_label = torch.zeros_like(sums.peak), None
+    if of_loss is not None:
+        p_slope, whole = _slopes_of_loss(whole, operands, sums, of_loss)
+        at_label = of_loss * operands.on
     if of_nll is not None:
         p_slope = p_slope + of_nll
         at_label = of_nll if at_label is None else at_label + of_nll
@@ -217,23 +211,30 @@ def _with_slopes(whole: Block, operands: Operands, upstreams: Upstreams) -> Bloc
         p_slope = p_slope.masked_fill(operands.bad, torch.nan)
     if of_lse is not None:
         p_slope = p_slope + of_lse
+    at_gap = p_slope
     if of_entropy is not None and sums.mean_gap is not None:
-        p_slope, gap_slope = p_slope - of_entropy * sums.mean_gap, of_entropy
+        p_slope = p_slope - of_entropy * sums.mean_gap
+        at_gap = p_slope + of_entropy * sums.label_gap.clamp(max=_LARGEST_GAP)
+    label_gradient = None
     if operands.labels is not None:
-        slope = p_slope
-        if gap_slope is not None:
-            slope = slope + gap_slope * sums.label_gap.clamp(max=_LARGEST_GAP)
         # Not the exponential of the sum of both: the sum rounds away digits of `log_sum` beside a large gap.
-        label_gradient = slope * (torch.exp(-sums.label_gap) * torch.exp(-sums.log_sum))
-        if at_label is not None:
-            label_gradient = label_gradient - at_label
-    return whole._replace(
-        p_slope=p_slope,
-        gap_slope=gap_slope,
-        other_slope=other_slope,
-        label_gradient=label_gradient,
-        max_slope=max_slope,
-    )
+        label_gradient = at_gap * (torch.exp(-sums.label_gap) * torch.exp(-sums.log_sum))
+        label_gradient = label_gradient if at_label is None else label_gradient - at_label
+    return whole._replace(p_slope=p_slope, gap_slope=of_entropy, label_gradient=label_gradient)
+
+
+def _slopes_of_loss(
+    whole: Block, operands: Operands, sums: Sums, upstream: Float[Tensor, "*batch"]
+) -> tuple[Float[Tensor, "*batch"], Block]:
+    """Return the slope of p in the gradient of the loss, and all rows with the others but the label's."""
+    p_slope = upstream * target_mass(operands, sums)
+    if operands.z_loss:
+        p_slope = p_slope + upstream * (2 * operands.z_loss * (sums.peak + sums.log_sum))
+    max_slope = None
+    if operands.at_max is not None and sums.num_largest is not None:
+        max_slope = upstream * operands.at_max / sums.num_largest
+    is_nothing = isinstance(operands.off, float) and not operands.off
+    return p_slope, whole._replace(other_slope=None if is_nothing else upstream * operands.off, max_slope=max_slope)
 
 
 def _block_of_sums(logits: Float[Tensor, "*batch K"], operands: Operands) -> Block:
@@ -439,7 +440,7 @@ def _first_largest(z: Float[Tensor, "*rows K"], largest: Float[Tensor, "*rows"],
         torch.max(z, dim=-1, out=(largest, first))
         return
     end = num_parts * _SEARCHED
-    peaks = torch.amax(z[..., :end].unflatten(-1, (num_parts, _SEARCHED)), dim=-1)
+    peaks = torch.amax(z[..., :end].view(*z.shape[:-1], num_parts, _SEARCHED), dim=-1)
     if end < num_classes:
         peaks = torch.cat([peaks, torch.amax(z[..., end:], dim=-1, keepdim=True)], dim=-1)
     torch.max(peaks, dim=-1, out=(largest, first))

@@ -158,7 +158,7 @@ def test_a_gradient_that_nothing_asks_for_is_no_part(field: str) -> None:
     is_bad = torch.tensor([False, True, False, False, True, False])
     for implementation in ("fused", "reference"):
         leaf = LOGITS.clone().requires_grad_()
-        loss, stats = dense(leaf, labels, implementation=implementation)
+        _, stats = dense(leaf, labels, implementation=implementation)
         (gradient,) = torch.autograd.grad(getattr(stats, field).sum(), leaf)
         assert torch.equal(gradient.isnan().any(-1), is_bad & (field == "nll"))
         (good,) = torch.autograd.grad(
@@ -436,7 +436,7 @@ def test_linear_keeps_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight = torch.randn(64, 2, requires_grad=True), torch.randn(40, 2, requires_grad=True)
     labels = torch.arange(64) % 40
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        loss, stats = linear(hidden, weight, labels, chunk_size=8)
+        _, stats = linear(hidden, weight, labels, chunk_size=8)
     assert max(tensor.numel() for tensor in kept) < 64 * 40 / 4
     numbers = []
     whole = chunked.layer_gradients

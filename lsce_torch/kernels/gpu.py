@@ -375,24 +375,21 @@ def _sums_of_low_rows(
     classes, row, reads, start, label, softcap,
     NUM_ROWS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
-    """The largest logit, the rest, the gaps and their mean of rows whose logits are all -inf or below what the lanes begin with."""
+    """The largest logit, the rest and the gaps of rows whose logits are all -inf or below what the lanes begin with."""
     peak = tl.full([NUM_ROWS], 0, DTYPE) - _INF
     rest = tl.full([NUM_ROWS], -1, DTYPE)
     gaps = tl.zeros([NUM_ROWS], DTYPE)
-    means = tl.zeros([NUM_ROWS], DTYPE)
     for at in range(0, classes[5], BLOCK):
         col, raw, valid, weight = _block(classes, row, reads, start, 0, at, DTYPE, False, BLOCK)
         peak = tl.maximum(peak, tl.max(tl.where(valid, _capped(raw, softcap), -_INF), 1))
     for at in range(0, classes[5], BLOCK):
         col, raw, valid, weight = _block(classes, row, reads, start, 0, at, DTYPE, False, BLOCK)
         gap = peak[:, None] - _capped(raw, softcap)
-        e = tl.where(valid, tl.exp(-gap), 0.0)
-        rest += tl.sum(e, 1)
-        means += tl.sum(tl.where(e == 0, 0.0, e * gap), 1)
+        rest += tl.sum(tl.where(valid, tl.exp(-gap), 0.0), 1)
         if APART:
             weight = tl.where(col == label[:, None], 0.0, weight)
         gaps += tl.sum(tl.where(weight == 0, 0.0, weight * gap), 1)
-    return peak, rest, gaps, means / (1 + rest)
+    return peak, rest, gaps
 
 
 # --- Losses and gradients ---------------------------------------------------------------------------------------------
@@ -547,14 +544,15 @@ def forward(
             PLAIN and NUM_ROWS == 1 and not (APART or TOP), PTX,
         )  # fmt: skip
         if tl.min(tl.where(counts, peak, 0.0), 0) <= _LOW:
-            low_peak, low_rest, low_gaps, low_mean = _sums_of_low_rows(
+            low_peak, low_rest, low_gaps = _sums_of_low_rows(
                 classes, row, counts, start, label, softcap, NUM_ROWS, BLOCK, DTYPE, APART
             )
             is_low = peak <= _LOW
             peak = tl.where(is_low, low_peak, peak)
             rest = tl.where(is_low, low_rest, rest)
             gaps = tl.where(is_low, low_gaps, gaps)
-            mean_gap = tl.where(is_low, low_mean, mean_gap)
+            # Logits so low are equal, or so far apart that all but the largest have a probability of 0.
+            mean_gap = tl.where(is_low, 0.0, mean_gap)
         label_gap = tl.zeros([NUM_ROWS], DTYPE)
         if labels is not None:
             place = start + label if inner is None else start + label.to(tl.int64) * inner
@@ -751,7 +749,7 @@ def statistics(
     # Neither a bad label nor a row of NaN is correct.
     largest = tl.load(first + row, mask=there, other=0)
     correct = counts & (largest == label) & (tl.abs(nll) >= 0)
-    tl.store(first + row, tl.where(counts & (lse == lse), largest, -1), mask=there)
+    tl.store(first + row, tl.where(counts & (tl.abs(lse) >= 0), largest, -1), mask=there)
     tl.store(flags + row, correct, mask=there)
     tl.store(flags + step + row, counts, mask=there)
 

@@ -265,7 +265,7 @@ def statistics(
     first: Int[Tensor, "*batch"],
     whole: Whole,
 ) -> tuple[Float[Tensor, "numbers ..."], Bool[Tensor, "flags ..."]]:
-    """Return the numbers and the flags of the `LossStats`, from the sums of `forward`, and make `first` the prediction."""
+    """Return the numbers and flags of the `LossStats`, from the sums of `forward`, and make `first` the prediction."""
     shape, device = logits.shape[:-1], logits.device
     numbers = torch.empty((6, *shape), dtype=stacked.dtype, device=device)
     flags = torch.empty((2, *shape), dtype=torch.bool, device=device)

@@ -135,8 +135,8 @@ def loss(
     result, numbers, prediction, flags = _WholeLoss.apply(given.logits, *tensors, call)  # type: ignore[no-untyped-call]
     if numbers is None:
         return result, None
-    *others, entropy = numbers.unbind()
-    return result, LossStats(*others, prediction, entropy, *flags.unbind())
+    (nll, smoothed, z, lse, confidence, entropy), (correct, valid) = numbers.unbind(), flags.unbind()
+    return result, LossStats(nll, smoothed, z, lse, confidence, prediction, entropy, correct, valid)
 
 
 def _is_usual(given: Given, options: LossOptions, denominator: float | Tensor | None) -> bool:
