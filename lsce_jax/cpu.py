@@ -216,22 +216,18 @@ def _in_groups(group_size: int, operands: Operands) -> tuple[Peaks, Sums]:
     gaps = by_group(jnp.sum, lambda logits, peak: peak - logits, jnp.where(jnp.isnan(peak), jnp.nan, peak))
     weighted_gaps = jnp.zeros_like(peak)
     if operands.stats:
-        weighted_gaps = jnp.sum(by_group(jnp.sum, lambda logits, peak: weighted_gap(logits - peak), peak), axis=-1)
+        hidden = jnp.where(jnp.isposinf(peak), jnp.inf, peak)  # as above
+        of_groups = by_group(jnp.sum, lambda logits, peak: weighted_gap(logits - peak), hidden)
+        # And both sums in one kernel would take ten times as long.
+        weighted_gaps = jnp.sum(jnp.where(jnp.isnan(of_groups), jnp.nan, of_groups), axis=-1)
     label_gap = peak - jnp.take_along_axis(logits, labels[:, None], axis=-1, mode="promise_in_bounds")[:, 0]
     mass, all_gaps = jnp.sum(masses, axis=-1), jnp.sum(gaps, axis=-1)
     # A mass below 2 says little of what the other classes add to the largest, and the difference little of the others
     # if the label has most of the sum.
     needs_exact = (mass < 2) | ~(2 * label_gap < all_gaps)
-    if operands.stats:
-        needs_exact = jnp.ones_like(needs_exact)  # for the first of the largest logits
     if operands.counted is not None:
         needs_exact &= operands.counted
 
-    results = mass - 1, all_gaps - label_gap, jnp.zeros_like(labels)
-    if num_groups == 1:
-        results = jax.lax.cond(jnp.any(needs_exact), lambda: _class_by_class(logits, labels, peak), lambda: results)
-        rest, other_gaps, first = results
-        return _plain_sums(operands, first, peak, rest, label_gap, other_gaps, weighted_gaps)
     rows = {
         "row": jnp.arange(num_rows, dtype=jnp.int32),
         "labels": labels,
@@ -240,10 +236,19 @@ def _in_groups(group_size: int, operands: Operands) -> tuple[Peaks, Sums]:
         "masses": masses,
         "gaps": gaps,
     }
+    first = rows["first"]
+    if operands.stats:
+        block_rows = min(max(1, _BLOCK_SIZE // group_size), num_rows)
+        of_block = partial(_first_largest, logits, group_size)
+        first = _updated(first, of_block, block_rows, rows, -(-num_rows // block_rows))
+    results = mass - 1, all_gaps - label_gap
+    if num_groups == 1:
+        results = jax.lax.cond(jnp.any(needs_exact), lambda: _class_by_class(logits, labels, peak)[:2], lambda: results)
+        return _plain_sums(operands, first, peak, results[0], label_gap, results[1], weighted_gaps)
     block_rows = min(max(1, _WINDOW_SIZE // group_size), num_rows)
     num_blocks = jnp.where(jnp.any(needs_exact), -(-num_rows // block_rows), 0)
-    of_block = partial(_without_own, logits, group_size)
-    rest, other_gaps, first = _updated(results, of_block, block_rows, rows, num_blocks)
+    without_own = partial(_without_own, logits, group_size)
+    rest, other_gaps = _updated(results, without_own, block_rows, rows, num_blocks)
     return _plain_sums(operands, first, peak, rest, label_gap, other_gaps, weighted_gaps)
 
 
@@ -282,8 +287,16 @@ def _window(logits: Float[Array, "rows K"], size: int, row: Array, start: Array)
     return jax.lax.dynamic_slice(logits, (row, start), (1, size))[0]
 
 
-def _without_own(logits: Float[Array, "rows K"], group_size: int, rows: Rows) -> tuple[Array, Array, Array]:
-    """Return rest and other_gaps, without the largest logit and the label, and `Peaks.first` of some rows."""
+def _first_largest(logits: Float[Array, "rows K"], group_size: int, rows: Rows) -> Int[Array, " rows"]:
+    """Return `Peaks.first` of some rows, given the first group that has a largest logit."""
+    start = jnp.minimum(rows["first"] * group_size, logits.shape[1] - group_size)
+    values = jax.vmap(partial(_window, logits, group_size))(rows["row"], start)
+    classes = start[:, None] + jnp.arange(group_size, dtype=jnp.int32)[None]
+    return jnp.min(jnp.where(values >= rows["peak"][:, None], classes, NO_CLASS), axis=-1)
+
+
+def _without_own(logits: Float[Array, "rows K"], group_size: int, rows: Rows) -> tuple[Array, Array]:
+    """Return rest and other_gaps, without the largest logit and the label, of some rows."""
     labels, peak = rows["labels"][:, None], rows["peak"][:, None]
 
     def of_group(group: Int[Array, " rows"]) -> tuple[Array, Array]:
@@ -303,8 +316,7 @@ def _without_own(logits: Float[Array, "rows K"], group_size: int, rows: Rows) ->
     num_largest = jnp.sum(is_largest & (classes >= 0), axis=-1, dtype=peak.dtype)
     others = jnp.sum(jnp.where(is_largest | (classes < 0), 0, jnp.exp(-gaps)), axis=-1)
     rest = others + other_groups(rows["masses"], rows["first"]) + (num_largest - 1)
-    first = jnp.min(jnp.where(is_largest & (classes >= 0), classes, NO_CLASS), axis=-1)
     own = rows["labels"] // group_size
     gaps, classes = of_group(own)
     other_gaps = jnp.sum(jnp.where((classes == labels) | (classes < 0), 0, gaps), axis=-1)
-    return rest, other_gaps + other_groups(rows["gaps"], own), first
+    return rest, other_gaps + other_groups(rows["gaps"], own)

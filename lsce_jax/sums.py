@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from lsce_jax import reference
@@ -37,7 +38,8 @@ class Operands:
 
 
 CLASS_VECTORS = ("class_mask", "prior", "class_weight")
-NO_CLASS = 2**31 - 1
+NO_CLASS = np.int32(2**31 - 1)
+MASSLESS = -1000.0  # a difference of logits whose exponential is 0 in float64
 
 
 class Peaks(NamedTuple):
@@ -168,8 +170,8 @@ def _weighted_gaps(below: Float[Array, "*batch K"], allowed: Bool[Array, "*#batc
 
 def weighted_gap(below: Float[Array, "..."]) -> Float[Array, "..."]:
     """Return exp(z - m) (m - z), given z - m; 0 where that is -inf, of which the product would be NaN."""
-    lowest = jnp.asarray(jnp.finfo(below.dtype).min, below.dtype)  # type: ignore[no-untyped-call]
-    return jnp.exp(below) * -jnp.maximum(below, lowest)
+    # Where exp(z - m) is 0 in any dtype, the other factor does not matter, if its multiples are finite.
+    return jnp.exp(below) * -jnp.maximum(below, MASSLESS)
 
 
 def _label_gap(

@@ -314,7 +314,8 @@ def _with_tile(old: _Running, operands: Operands, first_class: Any) -> _Running:
         moved = before * (sums.weighted_gaps + (1 + sums.rest) * (peak - old.peak))
         weighted_gaps = jnp.where(stays, sums.weighted_gaps, moved) + added.weighted_gaps
     if old.first is not None and peaks.first is not None:
-        first = jnp.where(rises, peaks.first + first_class, old.first)
+        found = jnp.where(peaks.first == NO_CLASS, NO_CLASS, peaks.first + first_class)
+        first = jnp.where(rises, found, jnp.minimum(old.first, jnp.where(stays, found, NO_CLASS)))
     return _Running(
         peak=peak,
         largest=largest,

@@ -269,7 +269,7 @@ def rows_of_every_kind(num_classes: int, dtype: str) -> tuple[Any, Any]:
 @pytest.mark.parametrize("kinds", ["every kind", "random alone"])
 @pytest.mark.parametrize("few", [False, True], ids=["many", "few"])
 def test_ways_of_the_cpu(few: bool, kinds: str, dtype: str, num_classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Losses relative to the loss, gradients, what is correct; and a row of NaN that is left out."""
+    """Losses and entropies relative to themselves, gradients, predictions; and a row of NaN that is left out."""
     monkeypatch.setattr(cpu, "_WINDOW_SIZE", 70)  # more than one block of windows, the last of which overlaps
     logits, labels = rows_of_every_kind(num_classes, dtype)
     if kinds == "random alone":
@@ -295,9 +295,11 @@ def test_ways_of_the_cpu(few: bool, kinds: str, dtype: str, num_classes: int, mo
             )
         )
     roundoff = 2.0**-24 if dtype == "float32" else 2.0**-53
-    for one, other in ((ours[0], theirs[0]), (ours[1].nll, theirs[1].nll)):
+    entropies = ours[1].entropy, theirs[1].entropy
+    for one, other in ((ours[0], theirs[0]), (ours[1].nll, theirs[1].nll), entropies):
         assert_relatively_close(one, other, 32 * roundoff)
     assert np.array_equal(ours[1].correct, theirs[1].correct)
+    assert np.array_equal(ours[1].prediction, theirs[1].prediction)
     scale = 1 + np.abs(np.nan_to_num(theirs[2]))
     assert np.all((np.abs(ours[2] - theirs[2]) <= 32 * roundoff * scale) | (np.isnan(ours[2]) & np.isnan(theirs[2])))
 

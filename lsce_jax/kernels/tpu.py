@@ -29,6 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from lsce_jax.accurate import log1p_of_basic_operations, quotient_of_products
+from lsce_jax.sums import MASSLESS
 
 NAME = "lsce_tpu_kernel"
 LANES = 128
@@ -40,8 +41,7 @@ VMEM_LIMIT = 60 * 2**20
 # loop's end. More of either take longer to compile.
 STEPS = ((32, True), (16, True), (32, False), (16, False), (8, True), (8, False))
 VECTORS_OF_ROUND = 128
-# More than any class, as a float32 number; and the least number that is not infinite.
-NO_CLASS, LOWEST = 2.0**25, -3.4028235e38
+NO_CLASS = 2.0**25  # more than any class, as a float32 number
 
 
 @dataclass(frozen=True)
@@ -362,8 +362,7 @@ def _sums(program: Program, vectors: _Vectors, rows: Rows, largest: Array, at_la
                 largest_mass += jnp.where(is_largest, vector.weight, 0.0)
         if program.stats:
             first = jnp.minimum(first, jnp.where(is_largest, vector.classes, NO_CLASS))
-            # 0 times -inf would be NaN.
-            weighted_gaps -= term * jnp.maximum(below, LOWEST)
+            weighted_gaps -= term * jnp.maximum(below, MASSLESS)
         if program.without_label:
             below = jnp.where(vector.classes == label, 0.0, below)
         if vector.weight is not None:
