@@ -130,8 +130,8 @@ def label_smoothed_cross_entropy_with_stats(
     Args:
         logits: see `label_smoothed_cross_entropy`.
         labels: see `label_smoothed_cross_entropy`.
-        differentiable: whether gradients flow through nll, lse and entropy as well, as for rewards of single tokens.
-            Nothing as large as the logits is kept for that, except with implementation="reference" and for soft labels.
+        differentiable: whether gradients flow through nll, lse and entropy, for losses made of them. Nothing as large
+            as the logits is kept for that, except with implementation="reference" and for soft labels.
         keywords: the options of `label_smoothed_cross_entropy`, with the same defaults.
 
     Returns:
@@ -151,18 +151,19 @@ def label_smoothed_cross_entropy_with_stats(
         >>> f"{loss:.4f} {torch.exp(stats.nll.sum() / valid):.4f} {stats.correct.sum() / valid:.2f}"
         '1.6839 5.2975 0.50'
 
-        The gradient of the mean entropy, for a policy that is to stay uncertain:
-        >>> logits.requires_grad_()
-        tensor([[2., 0., 0.],
-                [0., 0., 3.],
-                [1., 1., 1.]], requires_grad=True)
-        >>> _, stats = label_smoothed_cross_entropy_with_stats(logits, labels, ignore_index=-100, differentiable=True)
-        >>> (stats.entropy.sum() / valid).backward()
-        >>> [f"{entropy:.4f}" for entropy in stats.entropy], logits.grad.shape
-        (['0.6656', '0.3665', '0.0000'], torch.Size([3, 3]))
+    Example: policy gradient with an entropy bonus, of the log-probabilities of the actions taken.
+        >>> actions, advantages = torch.tensor([0, 1, 2]), torch.tensor([1.0, -0.5, 0.2])
+        >>> leaf = logits.clone().requires_grad_()
+        >>> _, stats = label_smoothed_cross_entropy_with_stats(leaf, actions, smoothing=0.0, differentiable=True)
+        >>> (stats.nll * advantages - 0.01 * stats.entropy).mean().backward()
+        >>> [f"{value:.4f}" for value in leaf.grad[0]]
+        ['-0.0698', '0.0349', '0.0349']
+
+    References:
+        The entropy and its gradient: `lsce_spec.model_row`.
     """
-    check_flag("differentiable", keywords["differentiable"])
-    loss, stats = _evaluate(logits, labels, keywords, with_stats=True, differentiable=keywords["differentiable"])
+    differentiable = keywords.pop("differentiable")
+    loss, stats = _evaluate(logits, labels, keywords, with_stats=True, differentiable=differentiable)
     assert stats is not None
     return loss, stats
 
@@ -172,6 +173,7 @@ def _evaluate(
 ) -> tuple[Float[Tensor, "..."], LossStats | None]:
     """Return the loss, and the statistics if asked for. See `label_smoothed_cross_entropy`."""
     options = _checked_options(keywords)
+    check_flag("differentiable", differentiable)
     check_inplace(keywords)
     given = check(logits, labels, options, keywords)
     if not differentiable:

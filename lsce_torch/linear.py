@@ -110,8 +110,7 @@ def linear_label_smoothed_cross_entropy_with_stats(
         >>> f"{torch.exp(stats.nll.mean()):.4f}"
         '1.1820'
     """
-    check_flag("differentiable", keywords["differentiable"])
-    differentiable = keywords["differentiable"]
+    differentiable = keywords.pop("differentiable")
     loss, stats = _evaluate(hidden, weight, labels, keywords, with_stats=True, differentiable=differentiable)
     assert stats is not None
     return loss, stats
@@ -128,6 +127,7 @@ def _evaluate(
 ) -> tuple[Float[Tensor, "..."], LossStats | None]:
     """Return the loss, and the statistics if asked for. See `linear_label_smoothed_cross_entropy`."""
     options = LossOptions.of(keywords, kernels.LINEAR_IMPLEMENTATIONS)
+    check_flag("differentiable", differentiable)
     chunks = ChunkOptions.of(keywords, options, differentiable=differentiable)
     layer, num_classes = _prepare_layer(hidden, weight, labels, keywords["bias"])
     if labels.is_floating_point():
