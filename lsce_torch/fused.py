@@ -32,7 +32,7 @@ from lsce_torch.inputs import Batch, at_labels
 from lsce_torch.memory import in_large_pages
 from lsce_torch.overwrite import forbid_use, has_memory, is_wrapper
 from lsce_torch.plain import plain_gradients, plain_sums, plain_tangents
-from lsce_torch.stats import LossStats, RowStats, make_stats
+from lsce_torch.stats import LossStats, make_stats
 from lsce_torch.sums import (
     ROWS,
     Operands,
@@ -104,8 +104,17 @@ def stats_of(
         smoothed = losses_of(operands, sums)[1]
         if target_entropy is not None:
             smoothed = smoothed - target_entropy
-    rows = RowStats(nll, smoothed, lse, sums.log_sum, entropy, first, batch.labels)
-    return make_stats(batch, options, rows, differentiable=operands.differentiable)
+    return make_stats(
+        batch,
+        options,
+        nll=nll,
+        smoothed=smoothed,
+        lse=lse,
+        log_sum=sums.log_sum,
+        first=first,
+        entropy=entropy,
+        differentiable=operands.differentiable,
+    )
 
 
 def why_reference(batch: Batch, options: LossOptions, with_stats: bool) -> str | None:

@@ -86,15 +86,15 @@ class LinearLossKeywords(_Bias, LossKeywords, _Chunks, total=False):
 
 
 # Of the functions that return statistics.
-class _Statistics(TypedDict, total=False):
+class _Differentiable(TypedDict, total=False):
     differentiable: Annotated[bool, Default(False)]
 
 
-class DenseStatsKeywords(DenseLossKeywords, _Statistics, total=False):
+class DenseStatsKeywords(DenseLossKeywords, _Differentiable, total=False):
     """The options of `label_smoothed_cross_entropy_with_stats`."""
 
 
-class LinearStatsKeywords(LinearLossKeywords, _Statistics, total=False):
+class LinearStatsKeywords(LinearLossKeywords, _Differentiable, total=False):
     """The options of `linear_label_smoothed_cross_entropy_with_stats`."""
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lsce_spec import LossOptions, smoothing_weights
 from lsce_torch.accurate import divide, entr, log1p
 from lsce_torch.inputs import Batch, tensor_of
-from lsce_torch.stats import LossStats, RowStats, make_stats
+from lsce_torch.stats import LossStats, make_stats
 
 
 def row_losses(
@@ -49,16 +49,17 @@ def row_losses(
         losses = torch.where(batch.counted, losses, 0)
     if not with_stats:
         return losses, None
-    rows = RowStats(
+    return losses, make_stats(
+        batch,
+        options,
         nll=_nll(batch, gap, log_sum, allowed),
         smoothed=smoothed,
         lse=lse,
         log_sum=log_sum,
-        entropy=log_sum + _mean_gap(gap, rest),
         first=torch.argmax(_constant(uncapped, allowed), dim=-1),
-        labels=torch.argmax(batch.labels, dim=-1) if batch.soft else batch.labels,
+        entropy=log_sum + _mean_gap(gap, rest),
+        differentiable=differentiable,
     )
-    return losses, make_stats(batch, options, rows, differentiable=differentiable)
 
 
 def is_nothing(target: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
@@ -155,9 +156,7 @@ def _smoothed(
             return probabilities
         target: Tensor = options.convention.soft_target(probabilities, smoothing, num_allowed)
         return target
-    # With one class nothing is spread. The branch not taken then counts two classes, so that it never divides by 0.
-    spread_over = torch.clamp(num_allowed, min=2)
-    smoothed = options.convention.soft_target(probabilities, smoothing, spread_over)
+    smoothed = options.convention.soft_target(probabilities, smoothing, _two_or_more(num_allowed))
     return torch.where(num_allowed <= 1, probabilities, smoothed)
 
 
@@ -166,7 +165,7 @@ def on_off(batch: Batch, options: LossOptions) -> tuple[float | Tensor, float | 
     num_allowed = count_allowed(batch)
     if isinstance(num_allowed, int):
         return smoothing_weights(options.convention, batch.smoothing, num_allowed)
-    spread_over = torch.clamp(num_allowed, min=2)
+    spread_over = _two_or_more(num_allowed)
     # From the number itself, not a tensor: in float32 1 - 0.99999 would be 0.1 % off.
     on = as_tensor(options.convention.on(batch.smoothing, spread_over), batch)
     off = as_tensor(options.convention.off(batch.smoothing, spread_over), batch)
@@ -181,8 +180,16 @@ def at_max(batch: Batch, options: LossOptions) -> float | Tensor:
         return 0.0
     if isinstance(num_allowed, int):
         return 0.0 if num_allowed == 1 else added(batch.smoothing, num_allowed)
-    spread_over = torch.clamp(num_allowed, min=2)
-    return torch.where(num_allowed <= 1, 0, as_tensor(added(batch.smoothing, spread_over), batch))
+    return torch.where(num_allowed <= 1, 0, as_tensor(added(batch.smoothing, _two_or_more(num_allowed)), batch))
+
+
+def _two_or_more(num_allowed: Float[Tensor, "*#batch"]) -> Float[Tensor, "*#batch"]:
+    """Return the number of classes to spread over, 2 if there are fewer.
+
+    With one class nothing is spread, and without any every label is bad. So the results for 2 are not used, and are
+    computed without a division by 0.
+    """
+    return torch.clamp(num_allowed, min=2)
 
 
 def count_allowed(batch: Batch) -> int | Float[Tensor, "*#batch 1"]:

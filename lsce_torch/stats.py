@@ -40,47 +40,45 @@ class LossStats(NamedTuple):
     valid: Bool[Tensor, "*batch"]
 
 
-class RowStats(NamedTuple):
-    """What an implementation knows of each row, whether it counts or not.
+def make_stats(
+    batch: Batch,
+    options: LossOptions,
+    *,
+    nll: Float[Tensor, "*batch"],
+    smoothed: Float[Tensor, "*batch"],
+    lse: Float[Tensor, "*batch"],
+    log_sum: Float[Tensor, "*batch"],
+    first: Int[Tensor, "*batch"],
+    entropy: Float[Tensor, "*batch"],
+    differentiable: bool,
+) -> LossStats:
+    """Return the statistics of rows.
 
     Args:
-        nll: see `LossStats`; NaN for a bad label.
-        smoothed: see `LossStats`.
-        lse: see `LossStats`.
+        batch: the rows.
+        options: the options of the loss.
+        nll: as in `LossStats`, of all rows; NaN for bad labels.
+        smoothed: as in `LossStats`, of all rows.
+        lse: likewise.
         log_sum: lse minus the largest logit. With a large offset that difference would have lost its digits.
-        entropy: see `LossStats`.
         first: index of the first largest logit.
-        labels: class indices; for soft labels those of their first largest entries.
+        entropy: as in `LossStats`, of all rows.
+        differentiable: whether nll, lse and entropy keep their derivatives.
     """
-
-    nll: Float[Tensor, "*batch"]
-    smoothed: Float[Tensor, "*batch"]
-    lse: Float[Tensor, "*batch"]
-    log_sum: Float[Tensor, "*batch"]
-    entropy: Float[Tensor, "*batch"]
-    first: Int[Tensor, "*batch"]
-    labels: Int[Tensor, "*batch"]
-
-
-def make_stats(batch: Batch, options: LossOptions, rows: RowStats, *, differentiable: bool) -> LossStats:
-    """Return the statistics of rows, with derivatives if asked."""
-    constant = RowStats(*(value.detach() for value in rows))
-    kept = rows if differentiable else constant
-    valid = torch.ones_like(constant.first, dtype=torch.bool) if batch.counted is None else batch.counted
+    smoothed, log_sum = smoothed.detach(), log_sum.detach()
+    if not differentiable:
+        nll, lse, entropy = nll.detach(), lse.detach(), entropy.detach()
+    prediction = torch.where(torch.isnan(lse), -1, first)
+    labels = torch.argmax(batch.labels, dim=-1) if batch.soft else batch.labels
     # Neither a bad label nor a row of NaN is correct.
-    correct = valid & torch.eq(constant.first, constant.labels) & ~torch.isnan(constant.nll)
-
-    def where_valid(value: Tensor) -> Tensor:
-        return value if batch.counted is None else torch.where(valid, value, 0)
-
-    return LossStats(
-        nll=where_valid(kept.nll),
-        smoothed=where_valid(constant.smoothed),
-        z=where_valid(options.z_loss * constant.lse**2),
-        lse=where_valid(kept.lse),
-        confidence=where_valid(torch.exp(-constant.log_sum)),
-        prediction=torch.where(valid & ~torch.isnan(constant.lse), constant.first, -1),
-        entropy=where_valid(kept.entropy),
-        correct=correct,
-        valid=valid,
-    )
+    correct = torch.eq(prediction, labels) & ~torch.isnan(nll)
+    z, confidence = options.z_loss * lse.detach() ** 2, torch.exp(-log_sum)
+    if batch.counted is None:
+        valid = torch.ones_like(correct)
+    else:
+        valid = batch.counted
+        correct, prediction = correct & valid, torch.where(valid, prediction, -1)
+        nll, smoothed, z, lse, confidence, entropy = (
+            torch.where(valid, value, 0) for value in (nll, smoothed, z, lse, confidence, entropy)
+        )
+    return LossStats(nll, smoothed, z, lse, confidence, prediction, entropy, correct, valid)
