@@ -281,9 +281,11 @@ def check_prior(prior: ArrayLike, class_mask: ArrayLike | None) -> None:
     check_class_vector("prior", rounded.shape, rounded.dtype.name, rounded.size)
     if _is_traced(prior) or _is_traced(class_mask):
         return
-    mask = None if class_mask is None else as_array("class_mask", class_mask).tolist()
+    mask = None if class_mask is None else as_array("class_mask", class_mask)
+    # Masks of rows are refused beside a prior, once their shape is known to fit.
+    of_classes = None if mask is None or mask.ndim != 1 else mask.tolist()
     unit_roundoff = float(jnp.finfo(rounded.dtype).eps) / 2  # type: ignore[no-untyped-call]
-    check_prior_values(np.asarray(prior, dtype=np.float64).tolist(), mask, unit_roundoff)
+    check_prior_values(np.asarray(prior, dtype=np.float64).tolist(), of_classes, unit_roundoff)
 
 
 def _is_traced(array: object) -> bool:

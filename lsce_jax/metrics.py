@@ -174,6 +174,37 @@ class Perplexity(MeanNLL):
         return jnp.exp(super().compute())
 
 
+def _mean_entropy_sums(stats: LossStats, mask: Bool[ArrayLike, "..."] | None) -> dict[str, _Pair]:
+    rows = _rows(stats, mask)
+    return {"entropy": _sum(jnp.where(rows, stats.entropy, 0)), "count": _count(rows)}
+
+
+class MeanEntropy(_Sums):
+    """Mean entropy of the model's distribution, whatever the labels, in nats: from 0 to log K.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lsce_jax import label_smoothed_cross_entropy_with_stats
+        >>> metric = MeanEntropy()
+        >>> _, stats = label_smoothed_cross_entropy_with_stats(jnp.zeros((3, 8)), jnp.array([0, 1, 2]))
+        >>> metric.update(stats=stats)
+        >>> f"{metric.compute():.4f}"  # log 8
+        '2.0794'
+    """
+
+    def __init__(self) -> None:
+        """Start with nothing seen."""
+        super().__init__("entropy", "count")
+
+    def update(self, *, stats: LossStats, mask: Bool[ArrayLike, "..."] | None = None, **_: Any) -> None:
+        """Add a batch; see `MeanLoss.update` for `stats` and `mask`."""
+        self._add(**_mean_entropy_sums(stats, mask))
+
+    def compute(self) -> Float[Array, ""]:
+        """Return the mean; NaN if no row was seen."""
+        return self._ratio("entropy", "count")
+
+
 def _accuracy_sums(stats: LossStats, mask: Bool[ArrayLike, "..."] | None) -> dict[str, _Pair]:
     rows = _rows(stats, mask)
     return {"correct": _count(rows & stats.correct), "count": _count(rows)}
@@ -270,7 +301,7 @@ class TopKAccuracy(_Sums):
         logits: Float[ArrayLike, "..."],
         labels: Int[ArrayLike, "..."] | Float[ArrayLike, "..."],
         axis: int = -1,
-        class_mask: Bool[ArrayLike, " K"] | None = None,
+        class_mask: Bool[ArrayLike, "..."] | None = None,
         mask: Bool[ArrayLike, "..."] | None = None,
         **_: Any,
     ) -> None:

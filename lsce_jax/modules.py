@@ -48,11 +48,11 @@ class _LossModule(nnx.Module):
             is_constant = name in _CONSTANTS and value is not None
             setattr(self, name, LossConstant(as_array(name, value)) if is_constant else value)
 
-    def _kept(self, smoothing: float | ArrayLike | None) -> dict[str, Any]:
-        """Return the options for one call, with the smoothing of the call unless that is None."""
-        options = {name: getattr(self, name) for name in self._options}
+    def _kept(self, **of_call: Any) -> dict[str, Any]:
+        """Return the options for one call, and those of the call that are not None in place of the module's own."""
+        options = {"smoothing": self.smoothing} | {name: getattr(self, name) for name in self._options}
         options |= {name: options[name].get_value() for name in _CONSTANTS if options[name] is not None}
-        return {**options, "smoothing": self.smoothing if smoothing is None else smoothing}
+        return options | {name: value for name, value in of_call.items() if value is not None}
 
 
 class LabelSmoothedCrossEntropyLoss(_LossModule):
@@ -89,6 +89,7 @@ class LabelSmoothedCrossEntropyLoss(_LossModule):
         labels: Int[ArrayLike, "..."] | Float[ArrayLike, "..."],
         *,
         where: Bool[ArrayLike, "..."] | None = None,
+        class_mask: Bool[ArrayLike, "..."] | None = None,
         smoothing: float | Float[ArrayLike, "..."] | None = None,
         denominator: float | Float[ArrayLike, ""] | None = None,
     ) -> Float[Array, "..."]:
@@ -98,10 +99,11 @@ class LabelSmoothedCrossEntropyLoss(_LossModule):
             logits: [..., K, ...], classes at `axis`.
             labels: class indices without that dimension, or probabilities with it.
             where: booleans that broadcast to the losses; False leaves a row out.
+            class_mask: replaces the module's own for this call, as masks of rows do.
             smoothing: replaces the module's own for this call, as a schedule does.
             denominator: the number that reduction="mean" divides by.
         """
-        options = self._kept(smoothing)
+        options = self._kept(smoothing=smoothing, class_mask=class_mask)
         return label_smoothed_cross_entropy(logits, labels, where=where, denominator=denominator, **options)
 
 
@@ -142,6 +144,7 @@ class LinearLabelSmoothedCrossEntropyLoss(_LossModule):
         *,
         bias: Float[ArrayLike, " K"] | None = None,
         where: Bool[ArrayLike, "..."] | None = None,
+        class_mask: Bool[ArrayLike, "..."] | None = None,
         smoothing: float | Float[ArrayLike, "..."] | None = None,
         denominator: float | Float[ArrayLike, ""] | None = None,
     ) -> Float[Array, "..."]:
@@ -153,10 +156,11 @@ class LinearLabelSmoothedCrossEntropyLoss(_LossModule):
             labels: [...] class indices.
             bias: K numbers, or None.
             where: booleans that broadcast to the losses; False leaves a row out.
+            class_mask: replaces the module's own for this call, as masks of rows do.
             smoothing: replaces the module's own for this call, as a schedule does.
             denominator: the number that reduction="mean" divides by.
         """
-        options = self._kept(smoothing)
+        options = self._kept(smoothing=smoothing, class_mask=class_mask)
         return linear_label_smoothed_cross_entropy(
             hidden, weight, labels, bias=bias, where=where, denominator=denominator, **options
         )

@@ -82,9 +82,12 @@ CALLS: dict[str, list[dict[str, Any]]] = {
     "boolean": [call(where=np.ones(4, F32)), call(class_mask=np.ones(3, int))],
     "class_vector_shape": [
         call(class_weight=np.ones(4, F32)),
-        call(class_mask=np.ones((1, 3), bool)),
         call(prior=np.full(2, 0.5, F32)),
     ],
+    "class_mask_shape": [
+        call(class_mask=np.ones(shape, bool)) for shape in ((4,), (2, 3), (4, 1), (1, 4, 3), (4, 3, 1), ())
+    ],
+    "prior_row_mask": [{**prior(0.2, 0.3, 0.5), "class_mask": np.ones((4, 3), bool)}],
     "class_vector_dtype": [call(class_weight=np.ones(3, int)), call(prior=np.array([1, 0, 0]))],
     "prior_convention": [{**prior(0.2, 0.3, 0.5), "convention": "clamp"}],
     "prior_negative": [prior(-0.5, 1.0, 0.5), prior(float("nan"), 1.0, 0.0)],
@@ -132,6 +135,7 @@ LINEAR_CALLS: dict[str, list[dict[str, Any]]] = {
         linear_call(gradient_filter=0.1, recompute=True),
         linear_call(gradient_filter=0.1, reduction="none"),
     ],
+    "filter_row_mask": [linear_call(gradient_filter=0.1, class_mask=np.ones((4, 3), bool))],
     "chunked_only": [
         linear_call(implementation="reference", chunk_size=3),
         linear_call(implementation="reference", recompute=True),
@@ -179,6 +183,7 @@ ELSEWHERE = {
     "identify_finite",
     "identify_rows",
     "kernel",
+    "differentiable_recompute",
 }
 # The kernels of each package, which only its own messages name; "kernel" is in test_torch_kernels.py and
 # test_jax_kernels.py.
@@ -253,6 +258,33 @@ def test_message_of_the_linear_loss(key: str, kind: type[Exception], arguments: 
         assert ("[D, K]" in str(from_jax), "[K, D]" in str(from_torch)) == (True, True)
     elif key != "array_type":
         assert without_kernels(from_jax).replace("int32", "int64") == without_kernels(from_torch)
+
+
+@pytest.mark.parametrize("framework", [lsce_jax, lsce_torch])
+def test_messages_of_differentiable_statistics(framework: Any) -> None:
+    array = to_torch if framework is lsce_torch else np.asarray
+    hidden, weight, logits, labels = map(
+        array, (HIDDEN, WEIGHT.T if framework is lsce_torch else WEIGHT, LOGITS, LABELS)
+    )
+    dense, linear = (
+        lambda **given: framework.label_smoothed_cross_entropy_with_stats(logits, labels, **given),
+        lambda **given: framework.linear_label_smoothed_cross_entropy_with_stats(
+            hidden, weight, labels, reduction="mean", **given
+        ),
+    )
+    for loss in (dense, linear):
+        problem = raised(lambda loss=loss: loss(differentiable=1))
+        assert isinstance(problem, TypeError)
+        assert str(problem) == "differentiable must be True or False, got 1."
+    for given, key in (
+        ({"recompute": False}, "differentiable_recompute"),
+        ({"gradient_filter": 0.1}, "filter_recompute"),
+    ):
+        problem = raised(lambda given=given: linear(differentiable=True, **given))
+        assert isinstance(problem, ValueError)
+        assert str(problem) == MESSAGES[key][1]
+    problem = raised(lambda: framework.label_smoothed_cross_entropy(logits, labels, differentiable=True))
+    assert "'differentiable'" in str(problem)
 
 
 def test_a_transposed_weight_is_recognised() -> None:

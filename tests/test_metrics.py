@@ -27,7 +27,7 @@ import lsce_torch
 import lsce_torch.metrics
 
 ULP = 2.0**-24
-NAMES = ("MeanLoss", "MeanNLL", "Perplexity", "Accuracy", "TopKAccuracy", "CalibrationError")
+NAMES = ("MeanLoss", "MeanNLL", "Perplexity", "MeanEntropy", "Accuracy", "TopKAccuracy", "CalibrationError")
 OPTIONS: dict[str, Any] = {"smoothing": 0.1, "z_loss": 1e-3, "ignore_index": -1}
 NOTHING = slice(0, 0)
 BATCHES = (slice(0, 1), slice(1, 500), NOTHING, slice(500, 997))
@@ -108,6 +108,8 @@ def exact(name: str, rows: Rows) -> float:
     if name in {"MeanNLL", "Perplexity"}:
         mean = float(total(columns["nll"]) / count)
         return math.exp(mean) if name == "Perplexity" else mean
+    if name == "MeanEntropy":
+        return float(total(columns["entropy"]) / count)
     if name == "Accuracy":
         return int(columns["correct"].sum()) / count
     if name == "TopKAccuracy":
@@ -226,6 +228,10 @@ def test_masks(framework: Framework, name: str) -> None:
 def test_nan_and_bad_labels_show(framework: Framework) -> None:
     holds_nan = with_stats(framework, np.array([[0.0, np.nan], [0.0, 1.0]], np.float32), np.array([0, 1]))
     bad_label = with_stats(framework, np.array([[0.0, 1.0], [0.0, 1.0]], np.float32), np.array([5, 1]))
+    for rows, is_known in ((holds_nan, False), (bad_label, True)):
+        entropy = framework.metrics.MeanEntropy()
+        feed(framework, entropy, rows)
+        assert math.isfinite(entropy.compute()) == is_known
     for rows in (holds_nan, bad_label):
         for name in ("MeanLoss", "MeanNLL", "Perplexity"):
             metric = make(framework, name)

@@ -55,6 +55,8 @@ class PallasAdapter(JaxAdapter):
             return f"has no {case.dtype}"
         if case.labels.dtype.kind == "f":
             return "has no soft labels"
+        if case.has_row_masks:
+            return "has one class mask for all rows"
         return "has no rows" if 0 in case.logits.shape else None
 
     def __call__(self, case: Case) -> AnyResult:

@@ -210,13 +210,18 @@ def optax_dense(device: str = "cpu") -> Adapter:
             smoothing = jax.numpy.expand_dims(smoothing, axis)
         classes, elements = None, where
         if class_mask is not None:
-            rows = tuple(np.delete(logits.shape, axis))
-            classes = jax.numpy.moveaxis(jax.numpy.broadcast_to(class_mask, (*rows, num_classes)), -1, axis)
+            if class_mask.ndim == 1:
+                rows = tuple(np.delete(logits.shape, axis))
+                class_mask = jax.numpy.moveaxis(jax.numpy.broadcast_to(class_mask, (*rows, num_classes)), -1, axis)
+            classes = jax.numpy.broadcast_to(class_mask, logits.shape)
             elements = classes if where is None else classes & jax.numpy.expand_dims(where, axis)
         targets = optax.smooth_labels(labels, smoothing, axis=axis, where=classes)
         return _reduced(optax.softmax_cross_entropy(logits, targets, axis=axis, where=elements), reduction, where)
 
-    supports = {"soft labels", "smoothing per row", "class_mask", "where", "axis", "no batch", "narrow labels"}
+    supports = {
+        *("soft labels", "smoothing per row", "class_mask", "class_mask per row", "where", "axis", "no batch"),
+        "narrow labels",
+    }
     return PeerAdapter(JaxAdapter(loss, device=device, name="jax-optax", supports=frozenset(supports)))
 
 

@@ -52,6 +52,8 @@ NOT_APPLICABLE = {
     "class_mask": INFINITE,
     "class_mask_non_target": INFINITE,
     "class_mask_max_sup": INFINITE,
+    "class_mask_of_rows": INFINITE,
+    "class_mask_of_rows_soft": SOFT,
     "wide": "an identity of 262144 classes takes 256 GiB",
 }
 APPLICABLE = [name for name in case_names() if name not in NOT_APPLICABLE]
@@ -66,6 +68,8 @@ CHUNK_SIZE = 4
 def jax_identity(logits: Any, labels: Any, axis: int = -1, **options: Any) -> Any:
     """Return the linear loss of these logits."""
     hidden = jnp.moveaxis(logits, axis, -1)
+    if "class_mask" in options and options["class_mask"].ndim > 1:
+        options["class_mask"] = jnp.moveaxis(options["class_mask"], axis, -1)
     weight = jnp.eye(hidden.shape[-1], dtype=hidden.dtype)
     return lsce_jax.linear_label_smoothed_cross_entropy(hidden, weight, labels, chunk_size=CHUNK_SIZE, **options)
 
@@ -73,6 +77,8 @@ def jax_identity(logits: Any, labels: Any, axis: int = -1, **options: Any) -> An
 def torch_identity(chunk_size: int | None) -> Callable[..., Any]:
     def loss(logits: Any, labels: Any, axis: int = -1, **options: Any) -> Any:
         hidden = torch.movedim(logits, axis, -1)
+        if "class_mask" in options and options["class_mask"].ndim > 1:
+            options["class_mask"] = torch.movedim(options["class_mask"], axis, -1)
         weight = torch.eye(hidden.shape[-1], dtype=hidden.dtype)
         return lsce_torch.linear_label_smoothed_cross_entropy(hidden, weight, labels, chunk_size=chunk_size, **options)
 

@@ -38,7 +38,7 @@ INTERPRETED = "jax-pallas-tpu-interpreted"
 # These show every option that the kernel has.
 FEW = ("everything", "bad_labels", "class_mask_max_sup", "minus_infinity", "ignored", "prior_distribution")
 # What the kernel cannot compute; the fused implementation does.
-REFUSED = {"has no soft labels", "has no rows", "has no float16", "has no float64"}
+REFUSED = {"has no soft labels", "has one class mask for all rows", "has no rows", "has no float16", "has no float64"}
 
 
 def kind(name: str) -> tuple[Any, ...]:

@@ -62,7 +62,12 @@ def cases(draw: st.DrawFn) -> Case:
     if draw(st.booleans()):
         mask[1:] = generator.random(num_classes - 1) < 0.6
         fields["class_mask"] = mask
-    if options["convention"] == "uniform" and draw(st.booleans()):
+    elif draw(st.booleans()):
+        mask_of_rows = generator.random(shape) < 0.6
+        mask_of_rows[..., 0] = True
+        fields["class_mask"] = mask_of_rows
+    of_rows = np.ndim(fields["class_mask"]) > 1  # a prior needs one mask for all rows
+    if options["convention"] == "uniform" and not of_rows and draw(st.booleans()):
         prior = np.where(mask, generator.exponential(size=num_classes), 0)
         fields["prior"] = round_to(prior / prior.sum(), compute)
     if draw(st.booleans()):

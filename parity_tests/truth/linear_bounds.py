@@ -188,7 +188,8 @@ def _logit_error(
 def _change(case: Case, truth: Truth, logits: FloatArray, error: FloatArray) -> _Change:
     """Return by how much logits that are off by up to `error` change loss and gradient at most."""
     z_loss, softcap = case.options.get("z_loss", 0.0), case.options.get("softcap")
-    allowed = case.rows().allowed
+    # A row that does not count may have a mask without classes.
+    allowed = case.rows().allowed | ~truth.counted[:, None]
     capped, slope, of_slope = logits, np.ones_like(logits), np.zeros_like(logits)
     if softcap is not None:
         capped, above, below = (softcap * np.tanh((logits + way * error) / softcap) for way in (0, 1, -1))

@@ -242,6 +242,19 @@ def _class_mask(dtype: str, generator: np.random.Generator) -> LinearCase:
 
 
 @_case
+def _class_mask_of_rows(dtype: str, generator: np.random.Generator) -> LinearCase:
+    """A mask for each row: none where a row does not count, one class, all classes."""
+    mask, labels = generator.random((7, 11)) < 0.6, generator.integers(11, size=7)
+    mask[np.arange(7), labels] = True
+    mask[1], mask[4], mask[6] = False, np.arange(11) == labels[4], True
+    labels[1] = -100
+    options = {"reduction": "mean", "ignore_index": -100, "z_loss": 0.01}
+    return _layer(
+        dtype, generator, labels=labels, class_mask=mask, class_weight=_weights(dtype, generator), options=options
+    )
+
+
+@_case
 def _prior(dtype: str, generator: np.random.Generator) -> LinearCase:
     counts = generator.integers(1, 50, 11)
     prior = round_to(counts / counts.sum(), compute_dtype(dtype))
