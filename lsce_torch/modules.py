@@ -115,9 +115,9 @@ class LabelSmoothedCrossEntropyLoss(_LossModule, nn.CrossEntropyLoss):
         target: Int[Tensor, "..."] | Float[Tensor, "..."],
         *,
         where: Bool[Tensor, "..."] | None = None,
+        class_mask: Bool[Tensor, "..."] | None = None,
         smoothing: float | Float[Tensor, "..."] | None = None,
         denominator: float | Float[Tensor, ""] | None = None,
-        class_mask: Bool[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "..."]:
         """Return the loss.
 
@@ -125,9 +125,9 @@ class LabelSmoothedCrossEntropyLoss(_LossModule, nn.CrossEntropyLoss):
             input: logits [K], [N, K] or [N, K, d1, ...].
             target: class indices without the class dimension, or probabilities with it.
             where: booleans that broadcast to the losses; False leaves a row out.
+            class_mask: replaces the module's own for this call, as masks of rows do.
             smoothing: replaces `label_smoothing` for this call, as a schedule does.
             denominator: the number that reduction="mean" divides by.
-            class_mask: replaces the module's own for this call, as a mask for each row does.
         """
         soft = isinstance(target, Tensor) and target.is_floating_point()
         if soft and self.ignore_index is not None and self.ignore_index >= 0:
@@ -190,9 +190,9 @@ class LinearLabelSmoothedCrossEntropyLoss(_LossModule):
         *,
         bias: Float[Tensor, " K"] | None = None,
         where: Bool[Tensor, "..."] | None = None,
+        class_mask: Bool[Tensor, "..."] | None = None,
         smoothing: float | Float[Tensor, "..."] | None = None,
         denominator: float | Float[Tensor, ""] | None = None,
-        class_mask: Bool[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "..."]:
         """Return the loss.
 
@@ -202,9 +202,9 @@ class LinearLabelSmoothedCrossEntropyLoss(_LossModule):
             labels: [...] class indices.
             bias: K numbers, or None.
             where: booleans that broadcast to the losses; False leaves a row out.
+            class_mask: replaces the module's own for this call, as masks of rows do.
             smoothing: replaces the module's own for this call, as a schedule does.
             denominator: the number that reduction="mean" divides by.
-            class_mask: replaces the module's own for this call, as a mask for each row does.
         """
         return linear_label_smoothed_cross_entropy(
             hidden,
