@@ -464,9 +464,10 @@ def _fill_log_sum(sums: Sums, total: Float[Tensor, "*rows"], rest: Callable[[], 
     """Compute the log of a sum of exponentials from the sum, or, if that is small, from its rest.
 
     Without its largest term, which is 1, a sum below 2 keeps the relative accuracy of small losses. Without any class
-    the sum is 0 or NaN, and so the log is NaN.
+    the sum is 0 or NaN, and the log NaN.
     """
-    total_less_1, is_small = total - 1, (total < 2) & (total > 0)
+    is_there = total > 0
+    total_less_1, is_small = torch.where(is_there, total - 1, torch.nan), (total < 2) & is_there
     if not is_on_cpu(total) or _any(is_small):
         total_less_1 = torch.where(is_small, rest(), total_less_1)
     torch.log1p(total_less_1, out=sums.log_sum)

@@ -4,6 +4,7 @@ Their values and gradients are held against the truth in the parity tests; here 
 differences, or in exact equality.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -156,16 +157,17 @@ def test_a_gradient_that_nothing_asks_for_is_no_part(field: str) -> None:
     """Rows with a bad label: the gradients of loss and nll are NaN, those of log-sum-exp and entropy are not."""
     labels = torch.tensor([0, -1, 2, 2, 5, 3])
     is_bad = torch.tensor([False, True, False, False, True, False])
-    for implementation in ("fused", "reference"):
-        leaf = LOGITS.clone().requires_grad_()
-        _, stats = dense(leaf, labels, implementation=implementation)
-        (gradient,) = torch.autograd.grad(getattr(stats, field).sum(), leaf)
+    good = torch.zeros(6, dtype=torch.int64)
+    for implementation, twice in itertools.product(("fused", "reference"), (False, True)):
+        gradients = []
+        for given in (labels, good):
+            leaf = LOGITS.clone().requires_grad_()
+            statistic = getattr(dense(leaf, given, implementation=implementation)[1], field)
+            gradients += torch.autograd.grad(statistic.sum(), leaf, create_graph=twice)
+        gradient, of_good = (gradient.detach() for gradient in gradients)
         assert torch.equal(gradient.isnan().any(-1), is_bad & (field == "nll"))
-        (good,) = torch.autograd.grad(
-            getattr(dense(leaf, torch.zeros(6, dtype=torch.int64), implementation=implementation)[1], field).sum(), leaf
-        )
         if field != "nll":
-            assert_close((gradient,), (good,))
+            assert_close((gradient,), (of_good,))
 
 
 def test_rows_that_do_not_count_have_a_gradient_of_0() -> None:
@@ -236,6 +238,8 @@ def test_blocks_do_not_matter(num_classes: int, dtype: torch.dtype, monkeypatch:
     labels = torch.randint(num_classes, (9,), generator=generator)
     logits[1, [2, num_classes - 1]] = logits[2, num_classes - 2 :] = logits[3, [num_classes // 2, 4]] = 9.0
     monkeypatch.setattr(sweeps, "_FEW_LOGITS", 0)
+    begin = num_classes // 128 * 64  # of a part
+    logits[4, begin] = 9.0
     for view in (logits, logits.T.contiguous().T):
         given = partial(dense, labels=labels, implementation="fused")
         whole = outcome(given, view)
@@ -245,7 +249,7 @@ def test_blocks_do_not_matter(num_classes: int, dtype: torch.dtype, monkeypatch:
         assert_close(divided, whole, torch.finfo(torch.float32).eps)
         prediction = LossStats(*whole[1:-1]).prediction
         assert torch.equal(prediction, torch.argmax(view, -1))
-        assert prediction[1:4].tolist() == [2, num_classes - 2, min(4, num_classes // 2)]
+        assert prediction[1:5].tolist() == [2, num_classes - 2, min(4, num_classes // 2), begin]
 
 
 def test_nothing_of_the_size_of_the_logits_is_kept() -> None:
@@ -305,7 +309,8 @@ def test_row_masks_are_masks_row_by_row(convention: str, implementation: str, sm
 def test_an_empty_mask(implementation: str) -> None:
     """Nothing where the row does not count, NaN where it does, and no other row notices."""
     options: dict[str, Any] = {"labels": LABELS, "class_mask": EMPTY, "implementation": implementation}
-    whole = outcome(partial(dense, **options, ignore_index=1, reduction="none"), LOGITS)
+    with torch.autograd.set_detect_anomaly(True):  # no NaN on the way either
+        whole = outcome(partial(dense, **options, ignore_index=1, z_loss=0.1, reduction="none"), LOGITS)
     assert all(of.isfinite().all() for of in whole)
     assert not whole[-1][4].any()
     assert whole[0][4] == 0
@@ -314,6 +319,10 @@ def test_an_empty_mask(implementation: str) -> None:
     for field in ("nll", "smoothed", "lse", "entropy", "confidence"):
         assert torch.equal(getattr(stats, field).isnan(), lost), field
     assert torch.equal(stats.prediction == -1, lost)
+    layer = torch.eye(5, dtype=torch.float64).requires_grad_()
+    loss, of_layer = linear_label_smoothed_cross_entropy_with_stats(LOGITS, layer, LABELS, class_mask=EMPTY)
+    assert torch.equal(of_layer.lse.isnan(), lost)
+    assert loss.isnan()
     soft = partial(label_smoothed_cross_entropy, labels=SOFT, class_mask=EMPTY, implementation=implementation)
     assert torch.equal(soft(LOGITS, reduction="none").isnan(), lost)
     assert soft(LOGITS, where=~lost).isfinite()
