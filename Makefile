@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # What did not run on the CPU, or is claimed in the README and was not executed, fails the tests.
 EVIDENCE := --parity-require=cpu --parity-claims=docs/ledger.json
+# Another library whose kernels run in Triton's interpreter. In an extra it would bring torch to those who have only JAX.
+PEERS := $(if $(filter Linux,$(shell uname)),'liger-kernel>=0.8.5')
 # One half of the tests marked as devices.
 SIMULATED := test_simulated or test_xla_passes
 # What has targets of its own.
@@ -35,7 +37,7 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 install-devices: $(VENV)/installed-devices install-torchtpu
 
 $(VENV)/installed-devices: $(VENV)/installed
-	$(BIN)/$(PIP) --editable '.[all,devices]' $(addprefix --constraint ,$(CONSTRAINTS))
+	$(BIN)/$(PIP) --editable '.[all,devices]' $(PEERS) $(addprefix --constraint ,$(CONSTRAINTS))
 	@$(BIN)/python -c "from parity_tests.losses.iree import IreeAdapter; IreeAdapter('tpu', 'vulkan-spirv')" 2>/dev/null \
 	  || echo "Tests on a software GPU will be skipped. They need: apt-get install libvulkan1 mesa-vulkan-drivers"
 	touch $@

@@ -6,6 +6,7 @@
     python -m benchmarks dense --device cuda
     python -m benchmarks linear
     python -m benchmarks linear --scaling
+    python -m benchmarks smoothing
     python -m benchmarks tpu
     python -m benchmarks tpu-exp
     python -m benchmarks tpu-kernel
@@ -24,6 +25,7 @@ an allocator that does not, such as jemalloc, and there the ratios are others. O
 of its own, and is measured once.
 """
 
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -61,6 +63,7 @@ FEW_LOGITS, MORE_CALLS = 2**18, on_device.FEW_CALLS
 QUICK_SHAPE = Shape(32, 1000)
 LINEAR_SHAPES = (LinearShape(2048, 512, 50257),)
 QUICK_LINEAR_SHAPE = LinearShape(32, 16, 1000)
+SMOOTHING_SHAPE, ERROR_SHAPE = LinearShape(2048, 256, 8192), LinearShape(512, 256, 8192)
 # Many times the rows of a chunk, so that what grows with their number would show.
 SCALING_SHAPES = tuple(LinearShape(rows, 64, 32768) for rows in (1024, 4096, 16384, 65536))
 QUICK_SCALING_SHAPES = tuple(LinearShape(rows, 16, 1000) for rows in (32, 64))
@@ -110,6 +113,7 @@ PAGES = {
     "tpu": "performance.md",
     "linear": "linear.md",
     "scaling": "linear.md",
+    "smoothing": "smoothing.md",
     "tpu linear": "linear.md",
     "tpu kernel": "tpu.md",
     "device cuda": "gpu.md",
@@ -258,6 +262,43 @@ def linear(  # noqa: PLR0913, PLR0917 - as above
             given = [part for size in sizes for part in ("--shape", "x".join(map(str, size)))]
             results += _with_kept_pages("linear", [*given, "--rounds", str(schedule.rounds), "--calls", str(calls)])
     figures = {"machine": machine, "scaling" if scaling else "linear": results}
+    for table in report.tables(figures):
+        print_table(table, console)
+    _keep(figures, json_file, write, console)
+
+
+@app.command()
+def smoothing(
+    framework: Annotated[Literal["jax", "torch", "both"], typer.Option(help="What to measure.")] = "both",
+    shape: Annotated[
+        LinearShape | None, typer.Option(parser=_parse_linear_shape, metavar="ROWSxFEATURESxCLASSES")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each loss has its turn.")] = 5,
+    calls: Annotated[int, typer.Option(min=1, help="Calls that count in a turn.")] = 1,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Of torch; with 1 none waits for another. [default: all cores]")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A small shape and one round, to see that it runs.")] = False,
+    json_file: JsonOption = None,
+    write: WriteOption = False,
+) -> None:
+    """What smoothing costs that is added to linear losses without it, and its errors in bfloat16, on the CPU."""
+    console = Console()
+    frameworks, machine = _find_frameworks(framework, "cpu", console)
+    if threads is not None:
+        machine["threads"] = threads
+    report.print_machine(machine, console)
+    console.print()
+    size, of_errors = (QUICK_LINEAR_SHAPE,) * 2 if quick else (shape or SMOOTHING_SHAPE, ERROR_SHAPE)
+    results: list[dict[str, Any]] = []
+    for name in frameworks:
+        module = importlib.import_module(f"benchmarks.smoothing_{name}")
+        if name == "torch" and threads is not None:
+            module.set_threads(threads)
+        rows = [_figures(row) for row in module.measure(size, Schedule(1 if quick else rounds, calls))]
+        found = {"rows": rows, "error shape": of_errors, "errors": module.errors(of_errors)}
+        results.append({"framework": name, "shape": size, **found})
+    figures = {"machine": machine, "smoothing": results}
     for table in report.tables(figures):
         print_table(table, console)
     _keep(figures, json_file, write, console)

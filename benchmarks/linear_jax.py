@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 import lsce_jax
 from benchmarks import dense_jax
-from benchmarks.timing import Case, LinearShape, Row, Schedule, make_rows, time_in_turns
+from benchmarks.timing import Case, Clock, LinearShape, Row, Schedule, make_rows, time_in_turns
 
 Hidden, Weight = Float[Array, "N D"], Float[Array, "D K"]
 Labels, Scalar = Int[Array, " N"], Float[Array, ""]
@@ -63,13 +63,13 @@ def measure(shape: LinearShape, schedule: Schedule, device: str = "cpu") -> list
     """Return time, and temporary memory as the compiler gives it, of each loss with its gradients and of the floor."""
     arguments = make_arguments(shape, device)
     functions = {name: with_gradients(loss) for name, loss in LOSSES.items()} | FLOORS
-    return _measure([(name, function, arguments) for name, function in functions.items()], schedule)
+    return measure_cases([(name, function, arguments) for name, function in functions.items()], schedule)
 
 
 def measure_scaling(shapes: Sequence[LinearShape], schedule: Schedule, device: str = "cpu") -> list[Row]:
     """Return the same of the linear loss, for each shape."""
     function = with_gradients(LOSSES["lsce linear"])
-    return _measure([(str(shape.rows), function, make_arguments(shape, device)) for shape in shapes], schedule)
+    return measure_cases([(str(shape.rows), function, make_arguments(shape, device)) for shape in shapes], schedule)
 
 
 def make_arguments(
@@ -90,7 +90,10 @@ def with_gradients(loss: LossFunction) -> Callable[..., Any]:
     return jax.value_and_grad(loss, argnums=(0, 1))
 
 
-def _measure(named: Sequence[tuple[str, Callable[..., Any], tuple[Array, ...]]], schedule: Schedule) -> list[Row]:
+def measure_cases(
+    named: Sequence[tuple[str, Callable[..., Any], tuple[Array, ...]]], schedule: Schedule, clock: Clock | None = None
+) -> list[Row]:
+    """Return time, and temporary memory as the compiler gives it, of functions with names and arguments."""
     cases, memory = [], []
     for name, function, arguments in named:
         compiled = jax.jit(function).lower(*arguments).compile()
@@ -101,6 +104,7 @@ def _measure(named: Sequence[tuple[str, Callable[..., Any], tuple[Array, ...]]],
                 run=lambda *given, compiled=compiled: jax.block_until_ready(compiled(*given)),
                 arguments=lambda arguments=arguments: arguments,
                 is_floor=name in FLOORS,
+                clock=clock,
             )
         )
     timed = time_in_turns(cases, schedule)

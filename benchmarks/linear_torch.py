@@ -47,21 +47,21 @@ LOSSES |= {
 
 def measure(shape: LinearShape, schedule: Schedule, device: str = "cpu") -> list[Row]:
     """Return time and peak memory of each loss with its gradients, and of the floor."""
-    return _measure(make_cases(shape, device), schedule, device)
+    return measure_cases(make_cases(shape, device), schedule, device)
 
 
 def measure_scaling(shapes: Sequence[LinearShape], schedule: Schedule, device: str = "cpu") -> list[Row]:
     """Return time of the linear loss with its gradients for each shape, and peak memory beyond the gradients."""
     linear = LOSSES["lsce linear"]
-    cases = [_loss_case(str(shape.rows), linear, make_arguments(shape, device), device) for shape in shapes]
-    rows = _measure(cases, schedule, device)
+    cases = [loss_case(str(shape.rows), linear, make_arguments(shape, device), device) for shape in shapes]
+    rows = measure_cases(cases, schedule, device)
     return [row._replace(memory=row.memory - shape.gradient_bytes) for row, shape in zip(rows, shapes, strict=True)]
 
 
 def make_cases(shape: LinearShape, device: str = "cpu") -> list[Case]:
     """Return what to time."""
     arguments = make_arguments(shape, device)
-    losses = [_loss_case(name, function, arguments, device) for name, function in LOSSES.items()]
+    losses = [loss_case(name, function, arguments, device) for name, function in LOSSES.items()]
     clock = dense_torch.clock_of(device)
     return [*losses, Case("floor: three matrix products", products, lambda: arguments, True, clock)]
 
@@ -100,12 +100,14 @@ def products(hidden: Hidden, weight: Weight, labels: Labels) -> tuple[Hidden, We
     return of_hidden, of_weight
 
 
-def _loss_case(name: str, function: LossFunction, arguments: tuple[Hidden, Weight, Labels], device: str) -> Case:
+def loss_case(name: str, function: LossFunction, arguments: tuple[Hidden, Weight, Labels], device: str) -> Case:
+    """Return what to time of a loss: itself and its gradients."""
     run = partial(loss_and_gradients, function)
     return Case(name, run, lambda: arguments, clock=dense_torch.clock_of(device))
 
 
-def _measure(cases: Sequence[Case], schedule: Schedule, device: str) -> list[Row]:
+def measure_cases(cases: Sequence[Case], schedule: Schedule, device: str) -> list[Row]:
+    """Return time and peak memory of cases, in turns."""
     memory = []
     for case in cases:
         case.run(*case.arguments())  # starts threads

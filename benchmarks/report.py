@@ -105,6 +105,9 @@ def tables(figures: Figures) -> Iterator[Table]:
         yield linear_table(result["framework"], LinearShape(*result["shape"]), _rows(result), result.get("allocator"))
     for result in figures.get("scaling", ()):
         yield scaling_table(result["framework"], [LinearShape(*shape) for shape in result["shapes"]], _rows(result))
+    for result in figures.get("smoothing", ()):
+        yield smoothing_table(result["framework"], LinearShape(*result["shape"]), _rows(result))
+        yield smoothing_errors_table(result["framework"], LinearShape(*result["error shape"]), result["errors"])
     if "tpu" in figures:
         yield from tpu_tables(figures["tpu"], Shape(*figures["tpu shape"]))
         shape, chunk_bytes = LinearShape(*figures["tpu linear shape"]), figures["tpu linear chunk bytes"]
@@ -175,6 +178,32 @@ def scaling_table(framework: str, shapes: Sequence[LinearShape], rows: Sequence[
     title = f"lsce linear, {TITLES[framework]}, float32, N x {features} x {classes}"
     headings = ("N", "median, ms", "least, ms", "µs for a row", LINEAR_MEMORY[framework], "logits MB")
     return Table(title, headings, cells, SCALING_LEGENDS[framework])
+
+
+def smoothing_table(framework: str, shape: LinearShape, rows: Sequence[Row]) -> Table:
+    """Return time and memory of each loss without smoothing, and with it. Rows come in pairs."""
+    cells = []
+    for without, smoothed in zip(rows[::2], rows[1::2], strict=True):
+        ratios = (
+            smoothed.milliseconds / without.milliseconds,
+            smoothed.least_milliseconds / without.least_milliseconds,
+        )
+        memory = (mb(without.memory), mb(smoothed.memory))
+        times = (three_digits(row.milliseconds) for row in (without, smoothed))
+        cells.append((without.name, *times, *(f"{ratio:.2f}" for ratio in ratios), *memory))
+    title = f"Smoothing added, {TITLES[framework]}, float32, {shape_text(shape)}"
+    short = LINEAR_MEMORY[framework]
+    headings = ("layer, loss, gradients, ms", "without", "with", "ratio", "of least", short, "with")
+    legend = "Processor time of all threads, which other programs hardly change. Ratios: of medians, and of the least."
+    return Table(title, headings, cells, f"{legend}\n{LINEAR_LEGENDS[framework].splitlines()[0]}")
+
+
+def smoothing_errors_table(framework: str, shape: LinearShape, errors: dict[str, list[float]]) -> Table:
+    """Return the errors of the smoothed losses in bfloat16."""
+    cells = [(name, *(f"{error:.1e}" for error in of_parts)) for name, of_parts in errors.items()]
+    title = f"Errors in bfloat16, {TITLES[framework]}, {shape_text(shape)}"
+    legend = "Of a mean and its gradients: largest error over largest value, against float64 of the same inputs."
+    return Table(title, ("with smoothing", "loss", "hidden", "weight"), cells, legend)
 
 
 def tpu_tables(costs: Sequence[dict[str, Any]], shape: Shape) -> Iterator[Table]:
@@ -359,7 +388,7 @@ def _page_tables(figures: Figures) -> dict[str, list[Table]]:
         return {"tpu": dense, "tpu linear": [linear]}
     if "tpu kernel" in figures:
         return {"tpu kernel": list(tables(figures))}
-    (name,) = {"dense", "small", "linear", "scaling"} & figures.keys()
+    (name,) = {"dense", "small", "linear", "scaling", "smoothing"} & figures.keys()
     if name in {"dense", "small"}:
         return {name: [_dense_page(group) for group in _grouped(figures[name])]}
     return {name: list(tables(figures))}
@@ -392,7 +421,8 @@ def _command(block: str, machine: dict[str, Any]) -> str:
     if block in device_report.BLOCKS:
         return device_report.BLOCKS[block]
     device = f" --device {machine['device'].partition(':')[0]}" if "device" in machine else ""
-    return f".venv/bin/python -m benchmarks {options.get(block, block)}{device} --write"
+    threads = f" --threads {machine['threads']}" if "threads" in machine else ""
+    return f".venv/bin/python -m benchmarks {options.get(block, block)}{device}{threads} --write"
 
 
 def _grouped(results: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:

@@ -55,6 +55,10 @@ class Schedule(NamedTuple):
     calls: int
 
 
+# Calls a function, waits, and returns its result and the seconds it took.
+Clock = Callable[[Callable[[], object]], tuple[object, float]]
+
+
 class Case(NamedTuple):
     """Something to time."""
 
@@ -62,8 +66,7 @@ class Case(NamedTuple):
     run: Callable[..., object]  # returns when everything is computed, if no clock waits for that
     arguments: Callable[[], tuple[Any, ...]]  # called before each run; takes no part in the time
     is_floor: bool = False  # whether it does less than a loss must
-    # Calls a function, waits, and returns its result and the seconds it took; None for the clock of this machine.
-    clock: Callable[[Callable[[], object]], tuple[object, float]] | None = None
+    clock: Clock | None = None  # None for the clock of this machine
 
 
 class Timed(NamedTuple):
@@ -137,6 +140,13 @@ def host_clock(call: Callable[[], object]) -> tuple[object, float]:
     start = time.perf_counter()
     result = call()
     return result, time.perf_counter() - start
+
+
+def processor_clock(call: Callable[[], object]) -> tuple[object, float]:
+    """Return the result of a function and the processor time of all threads, which other programs hardly change."""
+    start = time.process_time()
+    result = call()
+    return result, time.process_time() - start
 
 
 def _call(case: Case) -> _Call:

@@ -3,6 +3,12 @@
 Public are the names below and the module `lsce_jax.metrics`. All other modules are internal and may change.
 """
 
+from typing import TYPE_CHECKING
+
+from lsce_spec.extras import require
+
+require("lsce_jax", "jax", "jax", "flax")
+
 from lsce_jax.functional import label_smoothed_cross_entropy as label_smoothed_cross_entropy
 from lsce_jax.functional import label_smoothed_cross_entropy_with_stats as label_smoothed_cross_entropy_with_stats
 from lsce_jax.linear import linear_label_smoothed_cross_entropy as linear_label_smoothed_cross_entropy
@@ -12,9 +18,31 @@ from lsce_jax.linear import (
 from lsce_jax.modules import CELossWithLabelSmoothing as CELossWithLabelSmoothing
 from lsce_jax.modules import LabelSmoothedCrossEntropyLoss as LabelSmoothedCrossEntropyLoss
 from lsce_jax.modules import LinearLabelSmoothedCrossEntropyLoss as LinearLabelSmoothedCrossEntropyLoss
+from lsce_jax.smoothing import add_smoothing as add_smoothing
+from lsce_jax.smoothing import linear_add_smoothing as linear_add_smoothing
 from lsce_jax.stats import LossStats as LossStats
 from lsce_spec import Convention as Convention
 from lsce_spec import convert_smoothing as convert_smoothing
 from lsce_spec import identify_loss as identify_loss
 from lsce_spec import identify_targets as identify_targets
 from lsce_spec import smoothing_weights as smoothing_weights
+from lsce_spec.public import hide_internals
+
+__all__ = [
+    "CELossWithLabelSmoothing",
+    "Convention",
+    "LabelSmoothedCrossEntropyLoss",
+    "LinearLabelSmoothedCrossEntropyLoss",
+    "LossStats",
+    "convert_smoothing",
+    "identify_loss",
+    "identify_targets",
+    "label_smoothed_cross_entropy",
+    "label_smoothed_cross_entropy_with_stats",
+    "linear_label_smoothed_cross_entropy",
+    "linear_label_smoothed_cross_entropy_with_stats",
+    "smoothing_weights",
+]
+__version__: str
+if not TYPE_CHECKING:  # a type checker would take any name for one of the package
+    __getattr__, __dir__ = hide_internals(__name__, __all__)

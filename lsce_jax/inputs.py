@@ -26,6 +26,7 @@ from lsce_spec import (
     check_prior_values,
     check_smoothing_dtype,
     check_smoothing_values,
+    ignored,
     is_floating,
     is_number,
 )
@@ -132,8 +133,6 @@ def prepare(
     class_weight = _class_vector("class_weight", keywords, num_classes, dtype)
     prior = _class_vector("prior", keywords, num_classes, dtype)
     if prior is not None:
-        if class_mask is not None and class_mask.ndim > 1:
-            raise error("prior_row_mask", given=list(class_mask.shape))
         # The caller's values, not those rounded to dtype; and after the shape, since values are checked by class.
         check_prior(keywords["prior"], class_mask)
 
@@ -156,6 +155,8 @@ def prepare(
     if options.ignore_index is not None:
         batch = batch.counting_only(labels != options.ignore_index)
     _check_smoothing_of_rows(batch)
+    if batch.bad is not None and options.ignore_index is None and options.bad_labels == "nan":
+        _warn_of_labels(labels, batch.bad)
     if options.bad_labels == "raise" and batch.bad is not None:
         _raise_bad_label(labels, batch.bad, class_mask is not None, num_classes)
     return batch
@@ -184,9 +185,7 @@ def extremes(array: Array) -> tuple[float, ...]:
 
     Traced values are not, and to read those on an accelerator would wait for it.
     """
-    if _is_traced(array) or not array.size or not array.is_fully_addressable:
-        return ()
-    if any(device.platform != "cpu" for device in array.devices()):
+    if not array.size or not _is_at_hand(array):
         return ()
     values = np.asarray(array, np.float64)
     return float(np.min(values)), float(np.max(values))
@@ -260,6 +259,8 @@ def _class_mask(keywords: Mapping[str, Any], shape: tuple[int, ...], axis: int) 
         return None
     mask = as_array("class_mask", keywords["class_mask"])
     if check_class_mask(mask.shape, mask.dtype.name, shape, axis):
+        if keywords.get("prior") is not None:
+            raise error("prior_row_mask", given=list(mask.shape))
         return jnp.broadcast_to(jnp.moveaxis(mask, axis, -1), (*shape[:axis], *shape[axis + 1 :], shape[axis]))
     return mask if mask.ndim == 1 else mask.reshape(-1)
 
@@ -288,8 +289,22 @@ def check_prior(prior: ArrayLike, class_mask: ArrayLike | None) -> None:
     check_prior_values(np.asarray(prior, dtype=np.float64).tolist(), of_classes, unit_roundoff)
 
 
+def _is_at_hand(array: Array) -> bool:
+    """Whether the values can be read without waiting for a device."""
+    if _is_traced(array) or not array.is_fully_addressable:
+        return False
+    return all(device.platform == "cpu" for device in array.devices())
+
+
 def _is_traced(array: object) -> bool:
     return isinstance(array, jax.core.Tracer)
+
+
+def _warn_of_labels(labels: Array, bad: Array) -> None:
+    """Warn, once in a process, of labels that seem to be meant to be ignored, where they are at hand."""
+    if ignored.is_looking() and _is_at_hand(bad):
+        ignored.count_call()
+        ignored.warn_of(np.asarray(labels)[np.asarray(bad)].tolist(), labels.size)
 
 
 def _raise_bad_label(labels: Array, bad: Array, masked: bool, num_classes: int) -> None:
@@ -297,9 +312,12 @@ def _raise_bad_label(labels: Array, bad: Array, masked: bool, num_classes: int) 
     if _is_traced(bad):
         # Under jit this needs checkify.checkify around the caller; without it JAX's own error says so.
         first = jnp.argmax(bad.ravel())
-        message = str(error("bad_label", value="{value}", index="{index} (flattened)", expected=expected))
+        given = {"value": "{value}", "index": "{index} (flattened)", "expected": expected}
+        message = str(error("bad_label", **given, ignore_index="ignore_index"))
         checkify.check(~jnp.any(bad), message, value=labels.ravel()[first], index=first)
         return
     if np.any(bad):
         index = tuple(int(i) for i in np.argwhere(np.asarray(bad))[0])
-        raise error("bad_label", value=int(labels[index]), index=list(index), expected=expected)
+        value = int(labels[index])
+        ignore_index = f"ignore_index={value}" if value < 0 else "ignore_index"
+        raise error("bad_label", value=value, index=list(index), expected=expected, ignore_index=ignore_index)

@@ -4,12 +4,15 @@ A new option is one line here. The small classes exist for the order of the argu
 the base classes first, from left to right. Modules take all options but `smoothing`, `where` and `denominator`.
 """
 
-from typing import Annotated, TypedDict
+from typing import Annotated, Literal, TypedDict
 
 from jaxtyping import ArrayLike, Bool, Float
 
-from lsce_spec import Convention
+from lsce_spec import BadLabels, Convention, ConventionName, Implementation, LinearImplementation, Reduction
 from lsce_spec.keywords import Default
+
+# The name of the kernels, which `kernels/` reads here.
+Kernel = Literal["pallas"]
 
 
 class _Bias(TypedDict, total=False):
@@ -20,8 +23,11 @@ class _Smoothing(TypedDict, total=False):
     smoothing: Annotated[float | Float[ArrayLike, "..."], Default(0.1)]
 
 
-class _Target(TypedDict, total=False):
-    convention: Annotated[str | Convention, Default("uniform")]
+class _Convention(TypedDict, total=False):
+    convention: Annotated[ConventionName | Convention, Default("uniform")]
+
+
+class _Target(_Convention, total=False):
     prior: Annotated[Float[ArrayLike, " K"] | None, Default(None)]
 
 
@@ -33,15 +39,24 @@ class _Where(TypedDict, total=False):
     where: Annotated[Bool[ArrayLike, "..."] | None, Default(None)]
 
 
-class _Rows(TypedDict, total=False):
+class _Counted(TypedDict, total=False):
     ignore_index: Annotated[int | None, Default(None)]
     class_weight: Annotated[Float[ArrayLike, " K"] | None, Default(None)]
+
+
+class _ClassMask(TypedDict, total=False):
     class_mask: Annotated[Bool[ArrayLike, "..."] | None, Default(None)]
+
+
+class _ZLoss(TypedDict, total=False):
     z_loss: Annotated[float, Default(0.0)]
+
+
+class _Rows(_Counted, _ClassMask, _ZLoss, total=False):
     softcap: Annotated[float | None, Default(None)]
     subtract_entropy: Annotated[bool, Default(False)]
-    bad_labels: Annotated[str, Default("nan")]
-    reduction: Annotated[str, Default("none")]
+    bad_labels: Annotated[BadLabels, Default("nan")]
+    reduction: Annotated[Reduction, Default("none")]
 
 
 class _Denominator(TypedDict, total=False):
@@ -49,7 +64,11 @@ class _Denominator(TypedDict, total=False):
 
 
 class _Implementation(TypedDict, total=False):
-    implementation: Annotated[str | None, Default(None)]
+    implementation: Annotated[Implementation | Kernel | None, Default(None)]
+
+
+class _LinearImplementation(TypedDict, total=False):
+    implementation: Annotated[LinearImplementation | None, Default(None)]
 
 
 class _Chunks(TypedDict, total=False):
@@ -58,7 +77,7 @@ class _Chunks(TypedDict, total=False):
     gradient_filter: Annotated[float, Default(0.0)]
 
 
-class LossKeywords(_Smoothing, _Target, _Where, _Rows, _Denominator, _Implementation, total=False):
+class LossKeywords(_Smoothing, _Target, _Where, _Rows, _Denominator, total=False):
     """The options that every loss takes."""
 
 
@@ -66,7 +85,7 @@ class DenseLossKeywords(_Smoothing, _Target, _Axis, _Where, _Rows, _Denominator,
     """The options of `label_smoothed_cross_entropy`."""
 
 
-class LinearLossKeywords(_Bias, LossKeywords, _Chunks, total=False):
+class LinearLossKeywords(_Bias, LossKeywords, _LinearImplementation, _Chunks, total=False):
     """The options of `linear_label_smoothed_cross_entropy`."""
 
 
@@ -86,5 +105,20 @@ class DenseModuleKeywords(_Target, _Axis, _Rows, _Implementation, total=False):
     """The options of `LabelSmoothedCrossEntropyLoss` besides `smoothing`."""
 
 
-class LinearModuleKeywords(_Target, _Rows, _Implementation, _Chunks, total=False):
+class LinearModuleKeywords(_Target, _Rows, _LinearImplementation, _Chunks, total=False):
     """The options of `LinearLabelSmoothedCrossEntropyLoss` besides `smoothing`."""
+
+
+class _OfLogits(TypedDict, total=False):
+    num_classes: Annotated[int | None, Default(None)]
+    where: Annotated[Bool[ArrayLike, "..."] | None, Default(None)]
+    label_weight: Annotated[Float[ArrayLike, "..."] | None, Default(None)]
+    mean_weight: Annotated[float | Float[ArrayLike, "..."] | None, Default(None)]
+
+
+class AddSmoothingKeywords(_Smoothing, _Convention, _OfLogits, _ZLoss, total=False):
+    """The options of `add_smoothing`."""
+
+
+class LinearAddSmoothingKeywords(_Bias, _Smoothing, _Target, _Where, _Counted, _ClassMask, _ZLoss, total=False):
+    """The options of `linear_add_smoothing`."""

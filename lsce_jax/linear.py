@@ -123,7 +123,7 @@ def _evaluate(
     options = LossOptions.of(keywords, LINEAR_IMPLEMENTATIONS)
     check_flag("differentiable", differentiable)
     chunks = ChunkOptions.of(keywords, options, differentiable=differentiable)
-    layer, num_classes = _prepare_layer(hidden, weight, keywords["bias"])
+    layer, num_classes = prepare_layer(hidden, weight, keywords["bias"])
     labels = as_array("labels", within_int32(labels))
     if is_floating(labels.dtype.name):
         raise error("linear_soft_labels", given=labels.dtype.name)
@@ -141,7 +141,7 @@ def _evaluate(
     return reduce_losses(losses, options, divisor), stats if differentiable else jax.lax.stop_gradient(stats)
 
 
-def _prepare_layer(hidden: ArrayLike, weight: ArrayLike, bias: ArrayLike | None) -> tuple[Layer, int]:
+def prepare_layer(hidden: ArrayLike, weight: ArrayLike, bias: ArrayLike | None) -> tuple[Layer, int]:
     """Check the arrays of the layer; return the layer and the number of classes."""
     layer = Layer(
         as_array("hidden", hidden),

@@ -15,13 +15,14 @@ from lsce_spec import (
     LINEAR_IMPLEMENTATIONS,
     ChunkOptions,
     Convention,
+    ConventionName,
     LossOptions,
     check_class_count,
     check_class_num,
     check_smoothing,
     find_convention,
 )
-from lsce_spec.keywords import parameters_of, takes
+from lsce_spec.keywords import hinting, parameters_of, takes
 
 _CONSTANTS = ("prior", "class_weight", "class_mask")
 
@@ -83,6 +84,7 @@ class LabelSmoothedCrossEntropyLoss(_LossModule):
         LossOptions.of({"smoothing": smoothing, **options}, kernels.IMPLEMENTATIONS)
         self._keep({"smoothing": smoothing, **options})
 
+    @hinting
     def __call__(
         self,
         logits: Float[ArrayLike, "..."],
@@ -136,6 +138,7 @@ class LinearLabelSmoothedCrossEntropyLoss(_LossModule):
         ChunkOptions.of(options, LossOptions.of({"smoothing": smoothing, **options}, LINEAR_IMPLEMENTATIONS))
         self._keep({"smoothing": smoothing, **options})
 
+    @hinting
     def __call__(
         self,
         hidden: Float[ArrayLike, "... D"],
@@ -189,12 +192,13 @@ class CELossWithLabelSmoothing(nnx.Module):
         '1.054075'
     """
 
+    @hinting
     def __init__(
         self,
         label_smooth: float | None = 0.1,
         class_num: int = 3755,
         *,
-        convention: str | Convention = "clamp",
+        convention: ConventionName | Convention = "clamp",
     ) -> None:
         """Check the options and keep them; see the class."""
         if label_smooth is not None:
@@ -205,6 +209,7 @@ class CELossWithLabelSmoothing(nnx.Module):
         self.class_num = class_num
         self.convention = convention
 
+    @hinting
     def __call__(self, logits: Float[ArrayLike, "N K"], labels: Int[ArrayLike, " N"]) -> Float[Array, ""]:
         """Return the mean loss of logits [N, K] and labels [N]; further dimensions may follow both.
 

@@ -28,6 +28,7 @@ from lsce_spec.conventions import MAX_SUP as MAX_SUP
 from lsce_spec.conventions import NON_TARGET as NON_TARGET
 from lsce_spec.conventions import UNIFORM as UNIFORM
 from lsce_spec.conventions import Convention as Convention
+from lsce_spec.conventions import ConventionName as ConventionName
 from lsce_spec.conventions import find_convention as find_convention
 from lsce_spec.conventions import smoothing_weights as smoothing_weights
 from lsce_spec.definition import ModelRow as ModelRow
@@ -44,5 +45,15 @@ from lsce_spec.migration import identify_loss as identify_loss
 from lsce_spec.migration import identify_targets as identify_targets
 from lsce_spec.options import IMPLEMENTATIONS as IMPLEMENTATIONS
 from lsce_spec.options import LINEAR_IMPLEMENTATIONS as LINEAR_IMPLEMENTATIONS
+from lsce_spec.options import BadLabels as BadLabels
 from lsce_spec.options import ChunkOptions as ChunkOptions
+from lsce_spec.options import Implementation as Implementation
+from lsce_spec.options import LinearImplementation as LinearImplementation
 from lsce_spec.options import LossOptions as LossOptions
+from lsce_spec.options import Reduction as Reduction
+from lsce_spec.smoothing import LINEAR_REFUSED as LINEAR_REFUSED
+from lsce_spec.smoothing import REFUSED as REFUSED
+from lsce_spec.smoothing import check_addable as check_addable
+from lsce_spec.smoothing import check_num_classes as check_num_classes
+from lsce_spec.smoothing import check_row_numbers as check_row_numbers
+from lsce_spec.smoothing import check_weights as check_weights

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 
-from lsce_spec.errors import error
+from lsce_spec.errors import error, refused
 
 Shape = tuple[int, ...]
 
@@ -86,7 +86,7 @@ def check_denominator_values(values: Iterable[float]) -> None:
 def check_class_num(class_num: object, name: str = "class_num") -> None:
     """Raise unless `class_num` is an integer of at least 1."""
     if not is_integral(class_num) or class_num < 1:  # type: ignore[operator]  # numbers.Integral has no __lt__(int)
-        raise error("count", wrong_type=not is_integral(class_num), name=name, given=repr(class_num))
+        raise refused("count", name, class_num, wrong_type=not is_integral(class_num))
 
 
 def check_class_count(class_num: int, shape: Shape) -> None:
@@ -143,7 +143,7 @@ def check_axis(axis: object, shape: Shape) -> int:
     rank = len(shape)
     if not is_integral(axis) or not -rank <= int(axis) < rank:  # type: ignore[call-overload]  # numbers.Integral
         wrong_type = not is_integral(axis)
-        raise error("axis", wrong_type=wrong_type, low=-rank, high=rank - 1, shape=list(shape), given=repr(axis))
+        raise refused("axis", "axis", axis, wrong_type=wrong_type, low=-rank, high=rank - 1, shape=list(shape))
     index: int = int(axis)  # type: ignore[call-overload]  # as above
     if shape[index] == 0:
         raise error("no_classes", shape=list(shape), axis=axis)
@@ -196,7 +196,7 @@ def check_batch_operand(name: str, shape: Shape, dtype: str | None, batch_shape:
 def check_flag(name: str, value: object) -> None:
     """Raise unless a value is True or False."""
     if not isinstance(value, bool):
-        raise error("flag", name=name, given=repr(value))
+        raise refused("flag", name, value, wrong_type=True)
 
 
 def check_class_mask(shape: Shape, dtype: str, logits_shape: Shape, axis: int) -> bool:

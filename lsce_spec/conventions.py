@@ -9,13 +9,16 @@ So one definition serves Python floats, 50-digit numbers, traced arrays and tens
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from lsce_spec.checks import check_class_num, check_smoothing
-from lsce_spec.errors import error
+from lsce_spec.errors import error, refused
+from lsce_spec.hints import for_choice
 
 # A Python float, an mpmath number or an array of either framework: whatever has arithmetic operators.
 Number = Any
+# The names of the conventions below, in their order.
+ConventionName = Literal["uniform", "non_target", "clamp", "max_sup"]
 
 
 @dataclass(frozen=True)
@@ -111,22 +114,27 @@ MAX_SUP = Convention(
     at_max=lambda smoothing, num_classes: -smoothing,
 )
 
-CONVENTIONS: dict[str, Convention] = {c.name: c for c in (UNIFORM, NON_TARGET, CLAMP, MAX_SUP)}
+CONVENTIONS: dict[str, Convention] = dict(
+    zip(get_args(ConventionName), (UNIFORM, NON_TARGET, CLAMP, MAX_SUP), strict=True)
+)
 
 
-def find_convention(convention: str | Convention) -> Convention:
+def find_convention(convention: ConventionName | Convention) -> Convention:
     """Return the convention of that name, or the object itself."""
     if isinstance(convention, Convention):
         return convention
     known = ", ".join(repr(name) for name in CONVENTIONS)
     if not isinstance(convention, str):
-        raise error("convention_type", given=repr(convention), known=known)
+        raise refused("convention_type", "convention", convention, wrong_type=True, known=known)
     if convention not in CONVENTIONS:
-        raise error("convention_name", given=repr(convention), known=known)
+        hint = for_choice("convention", convention, CONVENTIONS)
+        raise error("convention_name", given=repr(convention), known=known, hint=hint)
     return CONVENTIONS[convention]
 
 
-def smoothing_weights(convention: str | Convention, smoothing: Number, num_classes: int) -> tuple[Number, Number]:
+def smoothing_weights(
+    convention: ConventionName | Convention, smoothing: Number, num_classes: int
+) -> tuple[Number, Number]:
     """Return (on, off): the target at the label and at every other class.
 
     Args:

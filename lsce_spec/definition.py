@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lsce_spec.conventions import Convention, Number, find_convention
+from lsce_spec.conventions import Convention, ConventionName, Number, find_convention
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def target_distribution(
     num_classes: int,
     *,
     smoothing: Number,
-    convention: str | Convention = "uniform",
+    convention: ConventionName | Convention = "uniform",
     prior: Sequence[Number] | None = None,
     class_mask: Sequence[bool] | None = None,
 ) -> list[Number]:

@@ -8,6 +8,10 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         TypeError,
         "{name} must be {expected}, got {given}. Convert it first.",
     ),
+    "not_installed": (
+        ModuleNotFoundError,
+        "{user} needs {name}, which is not installed. Run: {install}.",
+    ),
     "logits_dtype": (
         TypeError,
         "logits must be floating point (float64, float32, bfloat16 or float16), got {given}. "
@@ -66,11 +70,16 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
     ),
     "convention_name": (
         ValueError,
-        "unknown convention {given}. Known names: {known}; for any other pass Convention(name, on, off).",
+        "unknown convention {given}. Known names: {known}; for any other pass Convention(name, on, off). {hint}",
     ),
     "reduction": (
         ValueError,
-        "unknown reduction {given}. Choose one of: 'none', 'sum', 'mean'.",
+        "unknown reduction {given}. Choose one of: {known}. {hint}",
+    ),
+    "array_option": (
+        TypeError,
+        "{name} must be a plain Python value, which no array or tensor is, got {given}. Of a tensor pass .item(), "
+        "outside of torch.compile; under jax.jit name the argument in static_argnames, or close over the value.",
     ),
     "unexpected_keyword": (
         TypeError,
@@ -78,7 +87,7 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
     ),
     "implementation": (
         ValueError,
-        "unknown implementation {given}. Choose None (the best one available) or one of: {known}.",
+        "unknown implementation {given}. Choose None (the best one available) or one of: {known}. {hint}",
     ),
     "kernel": (
         ValueError,
@@ -86,7 +95,7 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
     ),
     "bad_labels": (
         ValueError,
-        "unknown bad_labels {given}. Choose one of: 'nan', 'raise'.",
+        "unknown bad_labels {given}. Choose one of: {known}. {hint}",
     ),
     "flag": (
         TypeError,
@@ -99,11 +108,11 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
     ),
     "non_negative_number": (
         ValueError,
-        "{name} must be a finite Python number >= 0, got {given}. 0 turns it off; arrays are not taken.",
+        "{name} must be a finite Python number >= 0, got {given}. 0 turns it off.",
     ),
     "softcap": (
         ValueError,
-        "softcap must be None or a finite Python number > 0, got {given}. None turns it off; arrays are not taken.",
+        "softcap must be None or a finite Python number > 0, got {given}. None turns it off.",
     ),
     "ignore_index": (
         ValueError,
@@ -289,10 +298,52 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         "labels of the linear loss must be class indices (an integer dtype), got {given}: class probabilities are as "
         "large as the logits that it avoids. Use label_smoothed_cross_entropy on the logits.",
     ),
+    "labels_to_ignore": (
+        UserWarning,
+        "{number} of {total} labels are {value}, which is no class, and ignore_index is None: their losses are NaN. To "
+        "leave such rows out pass ignore_index={value}; bad_labels='raise' names the first bad label. This is said "
+        "once in a process.",
+    ),
+    "smoothing_refused": (
+        TypeError,
+        "{function} does not take {name}: {reason}.",
+    ),
+    "smoothing_at_max": (
+        ValueError,
+        "convention={given} takes its smoothing from the largest logit, which the unsmoothed loss does not tell. "
+        "Use label_smoothed_cross_entropy or linear_label_smoothed_cross_entropy.",
+    ),
+    "smoothing_row_mask": (
+        ValueError,
+        "class_mask must be one mask for all rows: with one for each row, each needs every logit for its mean. "
+        "Use linear_label_smoothed_cross_entropy.",
+    ),
+    "smoothing_num_classes": (
+        ValueError,
+        "convention={given} depends on the number of classes: pass num_classes. Only 'uniform' does not.",
+    ),
+    "smoothing_weights": (
+        ValueError,
+        "class weights need both label_weight (w_y of each row) and mean_weight (the mean of the weights), but "
+        "{missing} is missing. Pass both.",
+    ),
+    "smoothing_soft_labels": (
+        TypeError,
+        "labels must be class indices (an integer dtype), got {given}: smoothing is added at one class. "
+        "For class probabilities use label_smoothed_cross_entropy on the logits.",
+    ),
+    "row_numbers_dtype": (
+        TypeError,
+        "{name} must be floating point (float64, float32, bfloat16 or float16), got {given}. Convert it first.",
+    ),
+    "row_numbers_shape": (
+        ValueError,
+        "{name} must have one number for each row: expected shape {expected}, got {given}. {hint}",
+    ),
     "bad_label": (
         IndexError,
         "label {value} at index {index} is not one of the classes: expected {expected}. "
-        "To leave such rows out use ignore_index or where.",
+        "To leave such rows out pass {ignore_index} or where.",
     ),
 }
 
@@ -303,8 +354,18 @@ def error(key: str, *, wrong_type: bool = False, **given: object) -> Exception:
     `wrong_type` makes it a TypeError: the value is not merely out of range.
 
     Example:
-        >>> print(error("reduction", given="'avg'"))
-        unknown reduction 'avg'. Choose one of: 'none', 'sum', 'mean'.
+        >>> print(error("count", name="class_num", given=0))
+        class_num must be an integer >= 1, got 0.
     """
     kind, text = MESSAGES[key]
-    return (TypeError if wrong_type else kind)(text.format(**given))
+    return (TypeError if wrong_type else kind)(text.format(**given).rstrip())
+
+
+def refused(key: str, name: str, value: object, *, wrong_type: bool, **given: object) -> Exception:
+    """Return the exception for an option whose value is refused: that for `key`, or for an array in its place.
+
+    The text of an array is left out, since traced tensors have none.
+    """
+    if hasattr(value, "dtype"):
+        return error("array_option", name=name, given=type(value).__name__)
+    return error(key, wrong_type=wrong_type, name=name, given=repr(value), **given)

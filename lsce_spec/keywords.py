@@ -7,15 +7,15 @@
     def loss(logits: Array, labels: Array, **keywords: Unpack[LossKeywords]) -> Array: ...
 
 Type checkers and editors read names and types from the TypedDict. `takes` shows the same to `help()` and
-`inspect.signature`, fills in the defaults, and rejects unknown names with the TypeError that Python would raise.
+`inspect.signature`, fills in the defaults, and rejects unknown names with a TypeError that says what was meant.
 """
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar, get_type_hints
 
+from lsce_spec import hints
 from lsce_spec.errors import error
 
 P = ParamSpec("P")
@@ -43,22 +43,10 @@ def defaults_of(keywords: type) -> dict[str, Any]:
     return {name: parameter.default for name, parameter in parameters_of(keywords).items()}
 
 
-def completed(function: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the given keyword arguments and the defaults of all others.
-
-    Raises:
-        TypeError: a name that is not among the defaults.
-
-    Example:
-        >>> completed("loss", {"smoothing": 0.2}, {"smoothing": 0.1, "axis": -1})
-        {'smoothing': 0.2, 'axis': -1}
-    """
-    for name in given:
-        if name not in defaults:
-            close = difflib.get_close_matches(name, defaults, n=1)
-            hint = f"Did you mean {close[0]!r}?" if close else f"help({function}) lists the names."
-            raise error("unexpected_keyword", function=function, name=repr(name), hint=hint)
-    return {**defaults, **given}
+def unexpected(name: str, accepted: Collection[str], function: str) -> Exception:
+    """Return the TypeError for a keyword argument that a function does not take. It says what to do."""
+    hint = hints.for_keyword(name, accepted, function)
+    return error("unexpected_keyword", function=function, name=repr(name), hint=hint)
 
 
 def takes(keywords: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -70,17 +58,57 @@ def takes(keywords: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
     defaults = defaults_of(keywords)
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        @wraps(function)
-        def with_defaults(*operands: P.args, **given: P.kwargs) -> R:
-            named = {name: given.pop(name) for name in positional if name in given}
-            return function(*operands, **named, **completed(function.__name__, given, defaults))  # type: ignore[arg-type]
-
         signature = inspect.signature(function)
         *first, _ = signature.parameters.values()
         positional = [parameter.name for parameter in first]
+        accepted = [name for name in (*positional, *defaults) if name != "self"]
+        qualified = function.__qualname__
+
+        @wraps(function)
+        def with_defaults(*operands: P.args, **given: P.kwargs) -> R:
+            named = {name: given.pop(name) for name in positional if name in given}
+            for name in given:
+                if name not in defaults:
+                    raise unexpected(name, accepted, qualified)
+            return function(*operands, **named, **{**defaults, **given})  # type: ignore[arg-type]
+
         with_defaults.__signature__ = signature.replace(  # type: ignore[attr-defined]
             parameters=[*first, *parameters.values()]
         )
         return with_defaults
+
+    return decorate
+
+
+def hinting(function: Callable[P, R]) -> Callable[P, R]:
+    """Make the TypeError for an unknown keyword argument say what to do, of a function with plain parameters."""
+    accepted = tuple(name for name in inspect.signature(function).parameters if name != "self")
+    qualified = function.__qualname__
+
+    @wraps(function)
+    def with_hint(*operands: P.args, **given: P.kwargs) -> R:
+        for name in given:
+            if name not in accepted:
+                raise unexpected(name, accepted, qualified)
+        return function(*operands, **given)
+
+    return with_hint
+
+
+def refuses(reasons: Mapping[str, str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator for functions that do not take some options: each call with one raises and says why.
+
+    Args:
+        reasons: the reason for each name, with what to do instead.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def checked(*operands: P.args, **given: P.kwargs) -> R:
+            for name in given.keys() & reasons.keys():
+                raise error("smoothing_refused", function=function.__name__, name=name, reason=reasons[name])
+            return function(*operands, **given)
+
+        return checked
 
     return decorate

@@ -15,7 +15,7 @@ from fractions import Fraction
 from typing import Any
 
 from lsce_spec.checks import check_class_num, check_smoothing, is_number
-from lsce_spec.conventions import MAX_SUP, NON_TARGET, UNIFORM, Convention, Number, find_convention
+from lsce_spec.conventions import MAX_SUP, NON_TARGET, UNIFORM, Convention, ConventionName, Number, find_convention
 from lsce_spec.errors import error
 
 # Conventions of the field that have no name here, with what a user would write for them.
@@ -57,7 +57,9 @@ class Reading:
         return f"label_smoothed_cross_entropy(logits, labels, {arguments})"
 
 
-def convert_smoothing(source: str | Convention, target: str | Convention, smoothing: float, num_classes: int) -> float:
+def convert_smoothing(
+    source: ConventionName | Convention, target: ConventionName | Convention, smoothing: float, num_classes: int
+) -> float:
     """Return the smoothing that gives in one convention the target that `smoothing` gives in another.
 
     Args:

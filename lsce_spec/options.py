@@ -3,16 +3,23 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from lsce_spec.checks import check_denominator, check_flag, check_smoothing, is_integral, is_number
 from lsce_spec.conventions import UNIFORM, Convention, find_convention
-from lsce_spec.errors import error
+from lsce_spec.errors import error, refused
+from lsce_spec.hints import for_choice
 
-IMPLEMENTATIONS = ("fused", "reference")
-LINEAR_IMPLEMENTATIONS = ("chunked", "reference")
-REDUCTIONS = ("none", "sum", "mean")
-BAD_LABELS = ("nan", "raise")
+# The names are stated once, as types, for type checkers and editors. The kernels of each package have names there.
+Implementation = Literal["fused", "reference"]
+LinearImplementation = Literal["chunked", "reference"]
+Reduction = Literal["none", "sum", "mean"]
+BadLabels = Literal["nan", "raise"]
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
+LINEAR_IMPLEMENTATIONS: tuple[LinearImplementation, ...] = get_args(LinearImplementation)
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+BAD_LABELS: tuple[BadLabels, ...] = get_args(BadLabels)
 
 
 @dataclass(frozen=True)
@@ -29,8 +36,8 @@ class LossOptions:
     z_loss: float = 0.0
     softcap: float | None = None
     subtract_entropy: bool = False
-    bad_labels: str = BAD_LABELS[0]
-    reduction: str = REDUCTIONS[0]
+    bad_labels: BadLabels = BAD_LABELS[0]
+    reduction: Reduction = REDUCTIONS[0]
     implementation: str | None = None
 
     @staticmethod
@@ -51,7 +58,7 @@ class LossOptions:
         if keywords["prior"] is not None and convention is not UNIFORM:
             raise error("prior_convention", given=repr(convention.name))
         if ignore_index is not None and not _is_int32(ignore_index):
-            raise error("ignore_index", wrong_type=not is_integral(ignore_index), given=repr(ignore_index))
+            raise refused("ignore_index", "ignore_index", ignore_index, wrong_type=not is_integral(ignore_index))
         _check_terms(keywords["z_loss"], softcap, keywords["subtract_entropy"], convention)
         _check_choice("bad_labels", keywords["bad_labels"], BAD_LABELS)
         _check_choice("reduction", keywords["reduction"], REDUCTIONS)
@@ -76,18 +83,19 @@ class LossOptions:
 
 def _check_terms(z_loss: Any, softcap: Any, subtract_entropy: Any, convention: Convention) -> None:
     if not is_number(z_loss) or not 0 <= z_loss < math.inf:
-        raise error("non_negative_number", wrong_type=not is_number(z_loss), name="z_loss", given=repr(z_loss))
+        raise refused("non_negative_number", "z_loss", z_loss, wrong_type=not is_number(z_loss))
     if softcap is not None and (not is_number(softcap) or not 0 < softcap < math.inf):
-        raise error("softcap", wrong_type=not is_number(softcap), given=repr(softcap))
+        raise refused("softcap", "softcap", softcap, wrong_type=not is_number(softcap))
     check_flag("subtract_entropy", subtract_entropy)
     if subtract_entropy and convention.at_max is not None:
         raise error("entropy_at_max", given=repr(convention.name))
 
 
 def _check_choice(name: str, given: Any, known: tuple[str, ...]) -> None:
-    if given not in known:
+    wrong_type = not isinstance(given, str)
+    if wrong_type or given not in known:
         names = ", ".join(repr(choice) for choice in known)
-        raise error(name, wrong_type=not isinstance(given, str), given=repr(given), known=names)
+        raise refused(name, name, given, wrong_type=wrong_type, known=names, hint=for_choice(name, given, known))
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,7 @@ class ChunkOptions:
         given = {name: keywords[name] for name in ("chunk_size", "recompute", "gradient_filter")}
         chunk_size, recompute, gradient_filter = given.values()
         if chunk_size is not None and (not is_integral(chunk_size) or chunk_size < 1):
-            raise error("chunk_size", wrong_type=not is_integral(chunk_size), given=repr(chunk_size))
+            raise refused("chunk_size", "chunk_size", chunk_size, wrong_type=not is_integral(chunk_size))
         if recompute is not None:
             check_flag("recompute", recompute)
         by_row = options.reduction == "none"
@@ -123,7 +131,8 @@ class ChunkOptions:
         if recompute is False and differentiable:
             raise error("differentiable_recompute")
         if not is_number(gradient_filter) or not 0 <= gradient_filter < 1:
-            raise error("gradient_filter", wrong_type=not is_number(gradient_filter), given=repr(gradient_filter))
+            wrong_type = not is_number(gradient_filter)
+            raise refused("gradient_filter", "gradient_filter", gradient_filter, wrong_type=wrong_type)
         if options.implementation == "reference":
             for name, value in (given | {"gradient_filter": gradient_filter or None}).items():
                 if value is not None:

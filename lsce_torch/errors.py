@@ -22,6 +22,17 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         "weight must be None or a tensor of class weights, got {given}. "
         "The smoothing goes to label_smoothing, as in nn.CrossEntropyLoss.",
     ),
+    "trainer_outputs": (
+        TypeError,
+        "outputs must hold the logits, as .logits, ['logits'] or the first of a tuple, or be the logits; got {given}. "
+        "A model that leaves its logits out (use_liger_kernel=True does so) needs a loss within the model.",
+    ),
+    "trainer_labels": (
+        TypeError,
+        "labels must be class indices (an integer dtype), got {given}. For None, name the column of the data 'labels'. "
+        "For class probabilities, whose elements the Trainer would count, override compute_loss and take "
+        "label_smoothed_cross_entropy there.",
+    ),
     "bad_labels_compiled": (
         RuntimeError,
         "bad_labels='raise' reads the labels' values, which a compiled or vmapped function cannot. "
@@ -51,10 +62,6 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         RuntimeError,
         "these logits were overwritten by their gradient, as inplace_backward=True allows. "
         "Use them before backward(), or pass inplace_backward=False.",
-    ),
-    "no_torchmetrics": (
-        ModuleNotFoundError,
-        "lsce_torch.metrics needs torchmetrics, which is not installed. Run: pip install 'lsce[metrics]'.",
     ),
 }
 

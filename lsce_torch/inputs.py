@@ -28,6 +28,7 @@ from lsce_spec import (
     check_prior_values,
     check_smoothing_dtype,
     check_smoothing_values,
+    ignored,
     is_number,
 )
 from lsce_torch.device import is_on_cpu
@@ -198,6 +199,8 @@ def canonical(given: Given, options: LossOptions) -> Batch:
     if options.ignore_index is not None:
         batch = batch.counting_only(labels != options.ignore_index)
     _check_smoothing_of_rows(batch)
+    if batch.bad is not None and options.ignore_index is None and options.bad_labels == "nan":
+        _warn_of_labels(labels, batch.bad)
     if options.bad_labels == "raise" and batch.bad is not None:
         _raise_bad_label(labels, batch.bad, given.class_mask is not None, given.logits.shape[-1])
     return batch
@@ -373,6 +376,18 @@ def _is_tracing() -> bool:
     return tracing or torch.compiler.is_compiling()
 
 
+def _warn_of_labels(labels: Tensor, bad: Tensor) -> None:
+    """Warn, once in a process, of labels that seem to be meant to be ignored, where they are at hand."""
+    # The order is that of cost. A count that torch.compile reads would make it compile again.
+    if torch.compiler.is_compiling() or not ignored.is_looking() or not is_on_cpu(labels) or _is_tracing():
+        return
+    ignored.count_call()
+    try:
+        ignored.warn_of(labels[bad].tolist(), labels.numel())
+    except RuntimeError:  # within vmap, or a tensor without data
+        return
+
+
 def _raise_bad_label(labels: Tensor, bad: Tensor, masked: bool, num_classes: int) -> None:
     if torch.compiler.is_compiling():
         raise error("bad_labels_compiled")
@@ -383,4 +398,6 @@ def _raise_bad_label(labels: Tensor, bad: Tensor, masked: bool, num_classes: int
     if found:
         expected = f"0 to {num_classes - 1}" + (", inside class_mask" if masked else "")
         index = bad.nonzero()[0].tolist()
-        raise error("bad_label", value=labels[tuple(index)].item(), index=index, expected=expected)
+        value = labels[tuple(index)].item()
+        ignore_index = f"ignore_index={value}" if value < 0 else "ignore_index"
+        raise error("bad_label", value=value, index=index, expected=expected, ignore_index=ignore_index)

@@ -4,13 +4,16 @@ A new option is one line here. The small classes exist for the order of the argu
 the base classes first, from left to right. Modules take all options but `smoothing`, `where` and `denominator`.
 """
 
-from typing import Annotated, TypedDict
+from typing import Annotated, Literal, TypedDict
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lsce_spec import Convention
+from lsce_spec import BadLabels, Convention, ConventionName, Implementation, LinearImplementation, Reduction
 from lsce_spec.keywords import Default
+
+# The name of the kernels, which `kernels/` reads here.
+Kernel = Literal["triton"]
 
 
 class _Bias(TypedDict, total=False):
@@ -21,8 +24,11 @@ class _Smoothing(TypedDict, total=False):
     smoothing: Annotated[float | Float[Tensor, "..."], Default(0.1)]
 
 
-class _Target(TypedDict, total=False):
-    convention: Annotated[str | Convention, Default("uniform")]
+class _Convention(TypedDict, total=False):
+    convention: Annotated[ConventionName | Convention, Default("uniform")]
+
+
+class _Target(_Convention, total=False):
     prior: Annotated[Float[Tensor, " K"] | None, Default(None)]
 
 
@@ -34,21 +40,34 @@ class _Where(TypedDict, total=False):
     where: Annotated[Bool[Tensor, "..."] | None, Default(None)]
 
 
-class _Counted(TypedDict, total=False):
+class _Ignored(TypedDict, total=False):
     ignore_index: Annotated[int | None, Default(None)]
+
+
+class _ClassWeight(TypedDict, total=False):
     class_weight: Annotated[Float[Tensor, " K"] | None, Default(None)]
 
 
-class _Terms(TypedDict, total=False):
+class _Counted(_Ignored, _ClassWeight, total=False):
+    pass
+
+
+class _ClassMask(TypedDict, total=False):
     class_mask: Annotated[Bool[Tensor, "..."] | None, Default(None)]
+
+
+class _ZLoss(TypedDict, total=False):
     z_loss: Annotated[float, Default(0.0)]
+
+
+class _Terms(_ClassMask, _ZLoss, total=False):
     softcap: Annotated[float | None, Default(None)]
     subtract_entropy: Annotated[bool, Default(False)]
-    bad_labels: Annotated[str, Default("nan")]
+    bad_labels: Annotated[BadLabels, Default("nan")]
 
 
 class _Reduction(TypedDict, total=False):
-    reduction: Annotated[str, Default("mean")]
+    reduction: Annotated[Reduction, Default("mean")]
 
 
 class _Rows(_Counted, _Terms, _Reduction, total=False):
@@ -60,7 +79,11 @@ class _Denominator(TypedDict, total=False):
 
 
 class _Implementation(TypedDict, total=False):
-    implementation: Annotated[str | None, Default(None)]
+    implementation: Annotated[Implementation | Kernel | None, Default(None)]
+
+
+class _LinearImplementation(TypedDict, total=False):
+    implementation: Annotated[LinearImplementation | Kernel | None, Default(None)]
 
 
 class _Memory(TypedDict, total=False):
@@ -73,15 +96,19 @@ class _Chunks(TypedDict, total=False):
     gradient_filter: Annotated[float, Default(0.0)]
 
 
-class LossKeywords(_Smoothing, _Target, _Where, _Rows, _Denominator, _Implementation, total=False):
+class LossKeywords(_Smoothing, _Target, _Where, _Rows, _Denominator, total=False):
     """The options that every loss takes."""
+
+
+class TrainerLossKeywords(_Smoothing, _Target, _ClassWeight, _Terms, _Implementation, _Memory, total=False):
+    """The options of the losses in `lsce_torch.trainers`."""
 
 
 class DenseLossKeywords(_Smoothing, _Target, _Axis, _Where, _Rows, _Denominator, _Implementation, _Memory, total=False):
     """The options of `label_smoothed_cross_entropy`."""
 
 
-class LinearLossKeywords(_Bias, LossKeywords, _Chunks, total=False):
+class LinearLossKeywords(_Bias, LossKeywords, _LinearImplementation, _Chunks, total=False):
     """The options of `linear_label_smoothed_cross_entropy`."""
 
 
@@ -98,9 +125,28 @@ class LinearStatsKeywords(LinearLossKeywords, _Differentiable, total=False):
     """The options of `linear_label_smoothed_cross_entropy_with_stats`."""
 
 
+class CrossEntropyKeywords(_Target, _Where, _Terms, _Denominator, _Implementation, _Memory, total=False):
+    """The options of `cross_entropy` that torch's function does not have."""
+
+
 class DenseModuleKeywords(_Target, _Terms, _Implementation, _Memory, total=False):
     """The options of `LabelSmoothedCrossEntropyLoss` that `nn.CrossEntropyLoss` does not have."""
 
 
-class LinearModuleKeywords(_Target, _Rows, _Implementation, _Chunks, total=False):
+class LinearModuleKeywords(_Target, _Rows, _LinearImplementation, _Chunks, total=False):
     """The options of `LinearLabelSmoothedCrossEntropyLoss` besides `smoothing`."""
+
+
+class _OfLogits(TypedDict, total=False):
+    num_classes: Annotated[int | None, Default(None)]
+    where: Annotated[Bool[Tensor, "..."] | None, Default(None)]
+    label_weight: Annotated[Float[Tensor, "..."] | None, Default(None)]
+    mean_weight: Annotated[float | Float[Tensor, "..."] | None, Default(None)]
+
+
+class AddSmoothingKeywords(_Smoothing, _Convention, _OfLogits, _ZLoss, total=False):
+    """The options of `add_smoothing`."""
+
+
+class LinearAddSmoothingKeywords(_Bias, _Smoothing, _Target, _Where, _Counted, _ClassMask, _ZLoss, total=False):
+    """The options of `linear_add_smoothing`."""

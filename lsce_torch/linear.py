@@ -129,7 +129,7 @@ def _evaluate(
     options = LossOptions.of(keywords, kernels.LINEAR_IMPLEMENTATIONS)
     check_flag("differentiable", differentiable)
     chunks = ChunkOptions.of(keywords, options, differentiable=differentiable)
-    layer, num_classes = _prepare_layer(hidden, weight, labels, keywords["bias"])
+    layer, num_classes = prepare_layer(hidden, weight, labels, keywords["bias"])
     if labels.is_floating_point():
         raise error("linear_soft_labels", given=dtype_name(labels))
     logits = layer.hidden.new_zeros(1).expand(*layer.hidden.shape[:-1], num_classes)
@@ -160,7 +160,7 @@ def _is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _prepare_layer(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> tuple[Layer, int]:
+def prepare_layer(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> tuple[Layer, int]:
     """Check the tensors of the layer; return it and the number of classes."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("labels", labels), ("bias", bias)):
         if tensor is not None:

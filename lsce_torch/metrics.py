@@ -23,14 +23,14 @@ from lsce_spec import (
     check_denominator_array,
     is_number,
 )
+from lsce_spec.extras import require
 from lsce_torch.errors import error
 from lsce_torch.inputs import at_labels, dtype_name, prepare, tensor_of
 from lsce_torch.stats import LossStats
 
-try:
-    from torchmetrics import Metric
-except ModuleNotFoundError as problem:
-    raise error("no_torchmetrics") from problem
+require("lsce_torch.metrics", "metrics", "torchmetrics")
+
+from torchmetrics import Metric
 
 
 class _Sums(Metric):

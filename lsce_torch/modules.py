@@ -10,15 +10,17 @@ from torch import Tensor, nn
 from lsce_spec import (
     ChunkOptions,
     Convention,
+    ConventionName,
     LossOptions,
+    Reduction,
     check_class_count,
     check_class_num,
     check_smoothing,
     find_convention,
 )
-from lsce_spec.keywords import parameters_of, takes
+from lsce_spec.keywords import hinting, parameters_of, takes
 from lsce_torch import kernels
-from lsce_torch.errors import error
+from lsce_torch.drop_in import check_weight, with_names_of_torch
 from lsce_torch.functional import label_smoothed_cross_entropy
 from lsce_torch.inputs import check_prior
 from lsce_torch.keywords import DenseModuleKeywords, LinearModuleKeywords
@@ -83,6 +85,7 @@ class LabelSmoothedCrossEntropyLoss(_LossModule, nn.CrossEntropyLoss):
     """
 
     _options = tuple(parameters_of(DenseModuleKeywords))
+    reduction: Reduction
 
     @takes(DenseModuleKeywords)
     def __init__(  # positions as in nn.CrossEntropyLoss
@@ -91,13 +94,12 @@ class LabelSmoothedCrossEntropyLoss(_LossModule, nn.CrossEntropyLoss):
         size_average: bool | None = None,
         ignore_index: int = -100,
         reduce: bool | None = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         label_smoothing: float = 0.0,
         **options: Unpack[DenseModuleKeywords],
     ) -> None:
         """Check the options and keep them; see the class."""
-        if weight is not None and not isinstance(weight, Tensor):
-            raise error("weight_type", given=repr(weight))
+        check_weight(weight)
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         own = {"smoothing": label_smoothing, "ignore_index": ignore_index, "reduction": self.reduction}
         LossOptions.of({**own, **options}, kernels.IMPLEMENTATIONS)
@@ -109,6 +111,7 @@ class LabelSmoothedCrossEntropyLoss(_LossModule, nn.CrossEntropyLoss):
         convention = find_convention(self.convention).name
         return f"label_smoothing={self.label_smoothing}, convention={convention!r}, reduction={self.reduction!r}"
 
+    @hinting
     def forward(
         self,
         input: Float[Tensor, "..."],  # noqa: A002  # nn.CrossEntropyLoss calls it so
@@ -129,18 +132,14 @@ class LabelSmoothedCrossEntropyLoss(_LossModule, nn.CrossEntropyLoss):
             smoothing: replaces `label_smoothing` for this call, as a schedule does.
             denominator: the number that reduction="mean" divides by.
         """
-        soft = isinstance(target, Tensor) and target.is_floating_point()
-        if soft and self.ignore_index is not None and self.ignore_index >= 0:
-            raise error("ignore_index_soft", given=self.ignore_index)
-        return label_smoothed_cross_entropy(
+        return with_names_of_torch(
             input,
             target,
-            smoothing=self.label_smoothing if smoothing is None else smoothing,
-            axis=0 if isinstance(input, Tensor) and input.ndim == 1 else 1,
+            self.weight,
+            self.ignore_index,
+            self.reduction,
+            self.label_smoothing if smoothing is None else smoothing,
             where=where,
-            ignore_index=None if soft else self.ignore_index,
-            class_weight=self.weight,
-            reduction=self.reduction,
             denominator=denominator,
             **self._kept(class_mask),
         )
@@ -182,6 +181,7 @@ class LinearLabelSmoothedCrossEntropyLoss(_LossModule):
         convention = find_convention(self.convention).name
         return f"smoothing={self.smoothing}, convention={convention!r}, reduction={self.reduction!r}"
 
+    @hinting
     def forward(
         self,
         hidden: Float[Tensor, "... D"],
@@ -241,12 +241,13 @@ class CELossWithLabelSmoothing(nn.Module):
         '1.054075'
     """
 
+    @hinting
     def __init__(
         self,
         label_smooth: float | None = 0.1,
         class_num: int = 3755,
         *,
-        convention: str | Convention = "clamp",
+        convention: ConventionName | Convention = "clamp",
     ) -> None:
         """Check the options and keep them; see the class."""
         super().__init__()
@@ -258,6 +259,7 @@ class CELossWithLabelSmoothing(nn.Module):
         self.class_num = class_num
         self.convention = convention
 
+    @hinting
     def forward(self, logits: Float[Tensor, "N K"], labels: Int[Tensor, " N"]) -> Float[Tensor, ""]:
         """Return the mean loss of logits [N, K] and labels [N]; further dimensions may follow both.
 

@@ -3,6 +3,11 @@
 import sys
 import traceback
 
+from lsce_spec.extras import require_for_command
+
+# What every command needs.
+require_for_command("lsce-parity", "parity", "numpy", "ml_dtypes", "mpmath", "safetensors", "typer", "rich")
+
 import typer
 
 from parity_tests.commands.common import CANNOT_RUN

@@ -370,8 +370,11 @@ def test_without_the_compiler(target: str, module: str, message: str, monkeypatc
 def test_without_what_shows_the_table() -> None:
     hide = "import sys; sys.modules['typer'] = None; import lsce_jax.aot, lsce_jax.aot.__main__"
     outcome = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, check=False)
-    assert outcome.returncode == 1
-    assert outcome.stderr.splitlines()[-1] == "cannot run: typer is not installed. Run: pip install 'lsce[cost]'"
+    assert outcome.returncode == 2
+    assert outcome.stderr == (
+        "cannot run: lsce-cost needs typer, which is not installed. "
+        "Run: pip install 'lsce[cost]', or, from a clone, pip install -e '.[cost]'.\n"
+    )
 
 
 def test_an_unknown_way() -> None:

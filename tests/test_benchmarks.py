@@ -16,7 +16,18 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as main
-from benchmarks import dense_jax, dense_torch, device_report, linear_jax, linear_torch, report, tpu
+from benchmarks import (
+    dense_jax,
+    dense_torch,
+    device_report,
+    linear_jax,
+    linear_torch,
+    logit_scale,
+    report,
+    smoothing_jax,
+    smoothing_torch,
+    tpu,
+)
 from benchmarks.__main__ import DOCS, PAGES, QUICK_LINEAR_SHAPE, QUICK_SCALING_SHAPES, QUICK_SHAPE, app
 from benchmarks.tables import print_table
 from benchmarks.timing import Case, LinearShape, Schedule, Shape, time_in_turns
@@ -100,6 +111,25 @@ def test_every_number_of_rows_is_printed(quick_scaling):
         for row in table["rows"]:
             assert len(re.findall(rf"^{row['name']}(?: +[\d.]+){{5}} *$", output, re.MULTILINE)) == 2
             assert row["memory"] > 0
+
+
+def test_every_row_of_added_smoothing_is_printed(tmp_path):
+    path = tmp_path / "figures.json"
+    result = run("smoothing", "--quick", "--json", path)
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.stdout.replace(f"wrote {path}", "").splitlines())) <= 80
+    modules = {"jax": smoothing_jax, "torch": smoothing_torch}
+    for table in json.loads(path.read_text(encoding="utf-8"))["smoothing"]:
+        losses = modules[table["framework"]].LOSSES
+        assert [row["name"] for row in table["rows"]] == [name for name in losses for _ in range(2)]
+        assert table["errors"].keys() == {*losses, "lsce linear, smoothed itself", "lsce, of all logits"}
+        for name, errors in table["errors"].items():
+            assert (
+                re.search(rf"^{re.escape(name)}( +[\d.]+){{6}} *$", result.stdout, re.MULTILINE) or name not in losses
+            )
+            assert re.search(rf"^{re.escape(name)}( +[\de.-]+){{3}} *$", result.stdout, re.MULTILINE)
+            # Of a mean: bfloat16 keeps 8 bits, and each gradient is rounded a few times.
+            assert 0 < max(errors) < 2.0**-5
 
 
 # --- What is timed --------------------------------------------------------------------------------------------------
@@ -486,3 +516,11 @@ def test_readme_has_the_range_of_the_records():
     ranges = {name: f"{min(of):.2f} to {max(of):.2f}" for name, of in ratios.items()}
     text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
     assert f"| {ranges['torch']} in torch, {ranges['jax']} in JAX |" in text
+
+
+def test_logit_scale(capsys):
+    logit_scale.main(["--quick"])
+    output = capsys.readouterr().out
+    for framework in ("jax", "torch"):
+        assert f"{framework}: loss and gradients" in output
+    assert output.count("dense loss, of logits, 32 x 50") == output.count("linear loss, of features, 32 x 50") == 2

@@ -163,7 +163,11 @@ LINEAR_WRONG_TYPES: dict[str, list[dict[str, Any]]] = {
 }
 
 ELSEWHERE = {
+    # in test_manners.py
     "unexpected_keyword",
+    "array_option",
+    "labels_to_ignore",
+    "not_installed",  # in test_isolation.py
     "array_type",
     "convention_functions",
     "label_smooth",
@@ -184,6 +188,14 @@ ELSEWHERE = {
     "identify_rows",
     "kernel",
     "differentiable_recompute",
+    # in test_smoothing.py
+    "smoothing_refused",
+    "smoothing_at_max",
+    "smoothing_num_classes",
+    "smoothing_weights",
+    "smoothing_soft_labels",
+    "row_numbers_dtype",
+    "row_numbers_shape",
 }
 # The kernels of each package, which only its own messages name; "kernel" is in test_torch_kernels.py and
 # test_jax_kernels.py.
@@ -195,13 +207,15 @@ TORCH_ELSEWHERE = {
     "layout",
     "weight_type",
     "bad_labels_compiled",
-    "no_torchmetrics",  # in test_isolation.py
     # in test_torch_fused.py
     "inplace_reference",
     "inplace_logits",
     "inplace_needs_reference",
     "inplace_transformed",
     "overwritten",
+    # in test_trainers.py
+    "trainer_outputs",
+    "trainer_labels",
 }
 
 

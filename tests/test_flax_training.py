@@ -18,6 +18,7 @@ from lsce_jax import (
     LabelSmoothedCrossEntropyLoss,
     label_smoothed_cross_entropy,
     label_smoothed_cross_entropy_with_stats,
+    linear_label_smoothed_cross_entropy,
     smoothing_weights,
 )
 from parity_tests.truth.arithmetic import Arithmetic, tree_depth
@@ -147,6 +148,44 @@ def test_accumulated_gradient(denominators: list[float | None], average: bool, r
     )(LINEAR)["weight"]
     share = np.abs(accumulated(denominators, average=average) - whole) / gradient_bound(COUNTED)
     assert (share.max() <= 1) if right else (share.max() > 100)
+
+
+def scanned(denominator: float | None = TOTAL, **changes: Any) -> NDArray[np.float64]:
+    """Return the gradient by the weight, of microbatches of four rows in a scan, as docs/trainers.md has it."""
+    options = {**SCANNED_OPTIONS, "reduction": "mean", **changes}
+
+    def loss(weight: jax.Array, images: Any, labels: Any, where: Any) -> jax.Array:
+        given = {"where": where, "denominator": denominator, **options}
+        return linear_label_smoothed_cross_entropy(images, weight, labels, **given)
+
+    def accumulate(total: jax.Array, part: Any) -> tuple[jax.Array, None]:
+        return total + jax.grad(loss)(PADDED_WEIGHT, *part), None
+
+    parts = jax.tree.map(lambda leaf: leaf.reshape(4, 4, *leaf.shape[1:]), (IMAGES, LABELS, COUNTED))
+    gradient, _ = jax.jit(lambda: jax.lax.scan(accumulate, jnp.zeros_like(PADDED_WEIGHT), parts))()
+    return np.asarray(gradient, np.float64)
+
+
+# Three classes, and two that pad the vocabulary.
+PADDED_WEIGHT = jnp.concatenate([LINEAR["weight"], LINEAR["weight"][:, :2] + 1], axis=1)
+SCANNED_OPTIONS = {"smoothing": 0.125, "z_loss": 0.0625, "class_mask": np.arange(5) < NUM_CLASSES}
+
+
+def test_scanned_microbatches_are_the_whole_batch() -> None:
+    """With z-loss, a padded vocabulary and one denominator; the logits are exact."""
+    logits = np.asarray(IMAGES @ PADDED_WEIGHT, np.float64)
+    options = {"reduction": "mean", "z_loss": SCANNED_OPTIONS["z_loss"]}
+    arrays = {"where": COUNTED, "class_mask": SCANNED_OPTIONS["class_mask"]}
+    case = Case("scanned", "float32", logits, LABELS, options, SCANNED_OPTIONS["smoothing"], **arrays)
+    truth = solve(case)
+    # A product and a sum over all rows for each entry.
+    rows = error_bound(case, truth, Arithmetic()).gradient + ROUNDOFF * (NUM_ROWS + 2) * np.abs(truth.gradient.high)
+    expected, bound = IMAGES.T @ truth.gradient.high, np.abs(IMAGES).T @ rows
+    assert np.all(np.abs(scanned() - expected) <= bound)
+    changes = ({"denominator": None}, {"z_loss": 0.0}, {"class_mask": None}, {"smoothing": 0.1251}, {"where": None})
+    for changed in changes:
+        assert not np.all(np.abs(scanned(**changed) - expected) <= bound)
+    assert not np.all(np.abs(scanned(denominator=None) / 4 - expected) <= bound)  # the mean of means
 
 
 # --- Smoothing from a schedule --------------------------------------------------------------------------------------

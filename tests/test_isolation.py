@@ -5,8 +5,12 @@ Each check runs in a fresh interpreter. The last test shows that the checks can 
 
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[1]
 
 # Forbids the import of a module as if it were not installed.
 BLOCK = """
@@ -44,15 +48,11 @@ for name in {forbidden!r}:
     assert name not in sys.modules, f"{{name}} was loaded"
 """
 
-# torchmetrics is no requirement of the loss.
-METRICS_WITHOUT_TORCHMETRICS = """
-import lsce_torch
-try:
-    import lsce_torch.metrics
-except ModuleNotFoundError as problem:
-    assert "pip install 'lsce[metrics]'" in str(problem), problem
-else:
-    raise AssertionError("imported")
+# transformers is no requirement; its Trainer calls the functions of lsce_torch.trainers.
+USE_TRAINERS = """
+import torch
+from lsce_torch.trainers import causal_lm_loss
+assert causal_lm_loss()({"logits": torch.zeros(1, 3, 4)}, torch.tensor([[0, 1, 2]])) > 1
 """
 
 JAX_NAMES = ("jax", "jaxlib", "flax", "optax")
@@ -80,16 +80,65 @@ def test_other_framework_stays_unloaded(use: str, forbidden: tuple[str, ...]) ->
 
 @pytest.mark.parametrize(("use", "blocked"), [
     (USE_JAX, ("torch",)),
-    (USE_TORCH, JAX_NAMES),
-    (METRICS_WITHOUT_TORCHMETRICS, ("torchmetrics",)),
+    (USE_TORCH, (*JAX_NAMES, "torchmetrics")),
+    (USE_TRAINERS, ("transformers", "accelerate", *JAX_NAMES)),
 ])  # fmt: skip
 def test_works_without_what_is_not_required(use: str, blocked: tuple[str, ...]) -> None:
     outcome = run(BLOCK.format(blocked=blocked), use)
     assert outcome.returncode == 0, outcome.stderr
 
 
+@pytest.mark.parametrize(("use", "missing", "user", "extra"), [
+    ("import lsce_torch, lsce_torch.metrics", "torchmetrics", "lsce_torch.metrics", "metrics"),
+    ("import lsce_torch", "torch", "lsce_torch", "torch"),
+    ("import lsce_jax", "jax", "lsce_jax", "jax"),
+    ("import lsce_jax.metrics", "flax", "lsce_jax", "jax"),
+])  # fmt: skip
+def test_what_is_missing_is_named_with_the_command(use: str, missing: str, user: str, extra: str) -> None:
+    """One that works with the installed package, and one from a clone. The exception has the module's name."""
+    code = f"try: {use}\nexcept ModuleNotFoundError as problem: print(problem.name); raise"
+    outcome = run(BLOCK.format(blocked=(missing,)), code)
+    assert outcome.stdout == f"{missing}\n"
+    assert outcome.stderr.splitlines()[-1] == (
+        f"ModuleNotFoundError: {user} needs {missing}, which is not installed. "
+        f"Run: pip install 'lsce[{extra}]', or, from a clone, pip install -e '.[{extra}]'."
+    )
+
+
+@pytest.mark.parametrize(("module", "command", "missing", "extra"), [
+    ("parity_tests", "lsce-parity", "typer", "parity"),
+    ("parity_tests", "lsce-parity", "numpy", "parity"),
+    ("lsce_jax.aot", "lsce-cost", "matplotlib", "cost"),
+])  # fmt: skip
+def test_a_command_without_its_extra(module: str, command: str, missing: str, extra: str) -> None:
+    """It exits with 2, since 1 of lsce-parity means that losses differ."""
+    outcome = run(f"import sys; sys.modules[{missing!r}] = None; import {module}.__main__")
+    assert outcome.returncode == 2, outcome.stderr
+    assert outcome.stderr == (
+        f"cannot run: {command} needs {missing}, which is not installed. "
+        f"Run: pip install 'lsce[{extra}]', or, from a clone, pip install -e '.[{extra}]'.\n"
+    )
+
+
+def test_the_extras_that_are_named_bring_what_is_missing() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {
+        name: " ".join(project["optional-dependencies"][name]) for name in ("jax", "torch", "metrics", "parity", "cost")
+    }
+    named = {
+        "jax": ["jax", "flax"],
+        "torch": ["torch"],
+        "metrics": ["torchmetrics"],
+        "cost": ["typer", "rich", "matplotlib"],
+    }
+    named["parity"] = ["numpy", "ml_dtypes", "mpmath", "safetensors", "typer", "rich", "matplotlib", "jinja2"]
+    for extra, modules in named.items():
+        for module in modules:
+            assert f"{module}>=" in extras[extra]
+
+
 def test_the_checks_fire() -> None:
     assert "torch was loaded" in run("import lsce_torch", LOADED.format(forbidden=("torch",))).stderr
     assert "jax was loaded" in run("import lsce_jax", LOADED.format(forbidden=("jax",))).stderr
     assert "No module named 'torch'" in run(BLOCK.format(blocked=("torch",)), USE_TORCH).stderr
-    assert "No module named 'jax'" in run(BLOCK.format(blocked=("jax",)), USE_JAX).stderr
+    assert "lsce_jax needs jax, which is not installed" in run(BLOCK.format(blocked=("jax",)), USE_JAX).stderr

@@ -14,11 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lsce_jax import kernels, label_smoothed_cross_entropy, linear_label_smoothed_cross_entropy
+from lsce_jax import (
+    LossStats,
+    kernels,
+    label_smoothed_cross_entropy,
+    label_smoothed_cross_entropy_with_stats,
+    linear_label_smoothed_cross_entropy,
+    linear_label_smoothed_cross_entropy_with_stats,
+)
 
 ROWS, CLASSES = 3, 3
 LABELS = np.array([1, 0, 2])
 COUNTED = np.array([True, True, False])
+MASKS = np.array([[True, True, False], [True, True, True], [False, True, True]])
 WEIGHT = np.random.default_rng(0).normal(size=(CLASSES, CLASSES))
 POINT = np.random.default_rng(1).normal(size=(ROWS, CLASSES))
 SMOOTHING = 0.1
@@ -44,8 +52,27 @@ def plain_total(hidden: jax.Array) -> jax.Array:
     return jnp.sum(plain_losses(hidden @ WEIGHT))
 
 
+def plain_of_masks(logits: jax.Array) -> jax.Array:
+    """Return smoothed losses, and products of nll, lse and entropy, over the classes of each row's mask."""
+    masked = jnp.where(MASKS, logits, -1e9)
+    log_p, lse = jax.nn.log_softmax(masked), jax.nn.logsumexp(masked, axis=-1)
+    target = (1 - SMOOTHING) * (np.arange(CLASSES) == LABELS[:, None]) + SMOOTHING * MASKS / MASKS.sum(axis=1)[:, None]
+    nll = -log_p[np.arange(ROWS), LABELS]
+    entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+    return -jnp.sum(target * log_p, axis=-1) + nll * entropy + jnp.sin(lse)
+
+
+def of_masks(loss: Callable[..., tuple[jax.Array, LossStats]], logits: jax.Array) -> jax.Array:
+    losses, stats = loss(logits, class_mask=MASKS, differentiable=True)
+    return losses + stats.nll * stats.entropy + jnp.sin(stats.lse)
+
+
 dense = partial(label_smoothed_cross_entropy, labels=LABELS, smoothing=SMOOTHING)
 linear = partial(linear_label_smoothed_cross_entropy, weight=WEIGHT, labels=LABELS, smoothing=SMOOTHING, chunk_size=1)
+dense_stats = partial(label_smoothed_cross_entropy_with_stats, labels=LABELS, smoothing=SMOOTHING)
+linear_stats = partial(
+    linear_label_smoothed_cross_entropy_with_stats, weight=WEIGHT, labels=LABELS, smoothing=SMOOTHING, chunk_size=1
+)
 
 
 def by_primitives(loss: Function) -> Function:
@@ -75,6 +102,11 @@ LOSSES: dict[str, tuple[Function, Function]] = {
     "linear, by the weight": (
         lambda weight: linear(POINT, weight=weight, reduction="sum"),
         lambda weight: jnp.sum(plain_losses(POINT @ weight)),
+    ),
+    "masks of rows, statistics": (partial(of_masks, dense_stats), plain_of_masks),
+    "masks of rows, statistics, linear": (
+        partial(of_masks, linear_stats),
+        lambda hidden: plain_of_masks(hidden @ WEIGHT),
     ),
     "linear, none": (partial(linear, recompute=True), lambda hidden: plain_losses(hidden @ WEIGHT)),
 }

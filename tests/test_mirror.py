@@ -4,6 +4,7 @@ import ast
 import inspect
 import pathlib
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -38,17 +39,46 @@ def difference(first: Any, second: Any, only_in_second: tuple[str, ...] = ()) ->
 
 
 def public_names(package: Any) -> list[str]:
+    """Return the names that a package imports for others, in order."""
     source = pathlib.Path(package.__file__).read_text()
-    return [alias.asname for node in ast.parse(source).body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    imports = [node for node in ast.parse(source).body if isinstance(node, ast.ImportFrom)]
+    return [alias.asname for node in imports for alias in node.names if alias.asname]
+
+
+# The drop-in for torch's function of that name. Optax's have no classes in dimension 1 and no integer labels to smooth.
+TORCH_NAMES = {"cross_entropy"}
 
 
 def test_public_names() -> None:
+    names = [[n for n in public_names(p) if n not in TORCH_NAMES] for p in (lsce_jax, lsce_torch)]
     # The order is that of the modules; the linter sorts the shared ones by their package's name.
-    assert sorted(public_names(lsce_jax)) == sorted(public_names(lsce_torch))
+    assert sorted(names[0]) == sorted(names[1])
     own = [
-        [n for n in public_names(p) if getattr(p, n).__module__.startswith(p.__name__)] for p in (lsce_jax, lsce_torch)
+        [n for n in of if getattr(p, n).__module__.startswith(p.__name__)]
+        for p, of in zip((lsce_jax, lsce_torch), names, strict=True)
     ]
     assert own[0] == own[1]
+    assert [n for n in lsce_torch.__all__ if n not in TORCH_NAMES] == list(lsce_jax.__all__)
+
+
+@pytest.mark.parametrize("package", [lsce_jax, lsce_torch])
+def test_what_a_package_shows(package: Any) -> None:
+    """dir(), `from package import *` and the imports say the same; the modules behind them do not show."""
+    assert sorted(package.__all__) == sorted(public_names(package))
+    shown = [name for name in dir(package) if not name.startswith("__")]
+    assert sorted([*package.__all__, "metrics"]) == shown
+    namespace: dict[str, Any] = {}
+    exec(f"from {package.__name__} import *", namespace)
+    assert set(package.__all__) == namespace.keys() - {"__builtins__"}
+    assert package.functional  # hidden, and yet there
+    with pytest.raises(AttributeError, match=f"module '{package.__name__}' has no attribute 'label_smooth'"):
+        _ = package.label_smooth
+
+
+@pytest.mark.parametrize("package", [lsce_jax, lsce_torch])
+def test_version(package: Any) -> None:
+    assert package.__version__ == metadata.version("lsce")
+    assert "__version__" in dir(package)
 
 
 def files(package: str) -> set[str]:
@@ -56,8 +86,9 @@ def files(package: str) -> set[str]:
 
 
 # XLA manages memory, threads, saved arrays and fusion for JAX, and knows its platform. In torch each has a file, and so
-# have the operators that torch.compile leaves alone.
+# have the operators that torch.compile leaves alone, and torch's own function with our options.
 TORCH_FILES = {
+    "trainers.py",  # for Hugging Face's Trainer, which JAX does not have
     "plain.py",
     "lean.py",
     "sweeps.py",
@@ -67,6 +98,7 @@ TORCH_FILES = {
     "saved.py",
     "compiled.py",
     "device.py",
+    "drop_in.py",
 }
 # What JAX is told of the sums, and what XLA for CPUs, GPUs and TPUs takes in place of them.
 JAX_FILES = {"row_sums.py", "layer_sums.py", "sum_rules.py", "cpu.py", "gpu.py", "tiles.py", "primitives.py"}
@@ -98,7 +130,7 @@ def definitions(package: str, file: str) -> list[str]:
 # What one package alone defines in a file, and why. All other names are in both, in the same order.
 # JAX: arrays in NNX, ranks, array-likes, 32-bit labels, sharding, tracing; sums of two float32 numbers for float64.
 ONLY_IN_JAX = {
-    "inputs.py": {"as_array", "within_int32", "as_last_axis", "is_sharded", "_is_traced"},
+    "inputs.py": {"as_array", "within_int32", "as_last_axis", "is_sharded", "_is_at_hand", "_is_traced"},
     "modules.py": {"LossConstant"},
     "metrics.py": {"_sum_of_fractions", "_count", "_pair", "_add", "_two_sum"},
 }
@@ -121,7 +153,8 @@ ONLY_IN_TORCH = {
     "functional.py": {"_checked_options", "_options_of"},
     "linear.py": {"_is_transformed", "_why_reference"},
     "reference.py": {"as_tensor"},
-    "keywords.py": {"_Counted", "_Terms", "_Reduction", "_Memory"},
+    "keywords.py": {"_Ignored", "_ClassWeight", "_Terms", "_Reduction", "_Memory", "TrainerLossKeywords"}
+    | {"CrossEntropyKeywords"},
 }
 # One package transforms functions, the other has autograd Functions and sweeps of its own. In these files what both
 # define is in the same order, and the names that other files use are the same.
@@ -131,6 +164,8 @@ OWN_WAYS = {
     "chunked.py": {"losses", "preferred_rows"},
     "layer.py": {"Layer"},
     "accurate.py": {"log1p", "divide"},
+    # torch has an autograd Function, and goes through the rows in parts.
+    "smoothing.py": {"add_smoothing", "linear_add_smoothing", "_smoothed", "_label_and_spread", "_mean_factor"},
 }
 
 
@@ -155,7 +190,7 @@ def test_arguments() -> None:
     ours, theirs = (package.LinearLabelSmoothedCrossEntropyLoss for package in (lsce_jax, lsce_torch))
     assert difference(ours, theirs) == ["reduction: 'none' and 'mean'"]
     assert difference(ours.__call__, theirs.forward) == []
-    for name in ("CELossWithLabelSmoothing",):
+    for name in ("CELossWithLabelSmoothing", "add_smoothing", "linear_add_smoothing"):
         assert difference(getattr(lsce_jax, name), getattr(lsce_torch, name)) == []
     for name in ("smoothing_weights", "convert_smoothing", "identify_targets", "identify_loss", "Convention"):
         assert getattr(lsce_jax, name) is getattr(lsce_torch, name)
@@ -173,6 +208,18 @@ def test_order_of_the_arguments() -> None:
             assert [name for name, _, _ in parameters(function)] == [*dense, *own, *last]
             function = getattr(package, f"linear_label_smoothed_cross_entropy{suffix}")
             assert [name for name, _, _ in parameters(function)] == [*linear, "gradient_filter", *last]
+
+
+def test_order_of_the_arguments_of_added_smoothing() -> None:
+    smoothing, of_logits = (
+        ["smoothing", "convention"],
+        ["num_classes", "where", "label_weight", "mean_weight", "z_loss"],
+    )
+    rows = ["where", "ignore_index", "class_weight", "class_mask", "z_loss"]
+    names = [name for name, _, _ in parameters(lsce_jax.add_smoothing)]
+    assert names == ["nll", "label_logit", "mean_logit", *smoothing, *of_logits]
+    names = [name for name, _, _ in parameters(lsce_jax.linear_add_smoothing)]
+    assert names == ["nll", "hidden", "weight", "labels", "bias", *smoothing, "prior", *rows]
 
 
 def test_metrics_arguments() -> None:

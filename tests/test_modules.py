@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import lsce_jax.modules
+import lsce_torch.drop_in
 import lsce_torch.modules
 
 # Each differs from every default.
@@ -40,7 +41,7 @@ def check(arrived: dict[str, Any], expected: dict[str, Any]) -> None:
 def arrived(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What arrives at the functions."""
     calls: dict[str, Any] = {}
-    for package in (lsce_jax.modules, lsce_torch.modules):
+    for package in (lsce_jax.modules, lsce_torch.modules, lsce_torch.drop_in):
         monkeypatch.setattr(package, "label_smoothed_cross_entropy", lambda *_, **options: calls.update(options))
     return calls
 

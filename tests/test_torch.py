@@ -66,6 +66,20 @@ def test_compiled_as_one_graph(options: dict[str, object]) -> None:
         assert torch.all((ours - eager).abs() <= 64 * EPSILON * (1 + eager.abs()))
 
 
+@pytest.mark.parametrize("legacy", [{}, {"size_average": False}, {"reduce": False}])
+def test_drop_in_function_compiled_as_one_graph(legacy: dict[str, bool]) -> None:
+    logits = LOGITS.reshape(2, 5, 3)  # classes in dimension 1
+    labels = torch.tensor([[0, 4, -100], [2, 1, 3]])
+    torch.compiler.reset()
+    compiled = torch.compile(lsce_torch.cross_entropy, backend="eager", fullgraph=True)
+    loss = compiled(logits, labels, label_smoothing=0.1, **legacy)
+    reduction = {(): "mean", ("size_average",): "sum", ("reduce",): "none"}[tuple(legacy)]
+    assert loss.shape == (labels.shape if legacy == {"reduce": False} else ())
+    expected = label_smoothed_cross_entropy(logits, labels, axis=1, ignore_index=-100, reduction=reduction)
+    assert torch.allclose(loss, expected, rtol=1e-12)
+    torch.compiler.reset()
+
+
 def test_compiled_with_a_schedule_compiles_once() -> None:
     counter = CompileCounter()
     compiled = torch.compile(label_smoothed_cross_entropy, backend=counter, fullgraph=True)

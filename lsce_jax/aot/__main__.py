@@ -7,17 +7,15 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-try:
-    import typer
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from lsce_spec.extras import require_for_command
 
-    from lsce_jax.aot import show
-except ModuleNotFoundError as missing:
-    if missing.name not in {"typer", "rich", "matplotlib"}:
-        raise
-    raise SystemExit(f"cannot run: {missing.name} is not installed. Run: pip install 'lsce[cost]'") from None
+require_for_command("lsce-cost", "cost", "typer", "rich", "matplotlib")
 
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lsce_jax.aot import show
 from lsce_jax.aot.cost import CompilerMissingError, Cost, Request, check_compiler, measure_all
 from lsce_jax.aot.published import LEAST, MOST
 from lsce_spec.devices import LIMITS

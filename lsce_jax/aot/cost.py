@@ -22,6 +22,7 @@ from lsce_jax.aot import hlo, ways
 from lsce_jax.aot.compilers import CompilerEndedError, CompilerProcess, describe_devices, largest_mesh
 from lsce_jax.aot.roofline import Roofline, roofline
 from lsce_spec.devices import CARDS, ENVIRONMENTS, LIMITS, has_cuda_plugin, has_libtpu
+from lsce_spec.extras import install
 
 DTYPES = ("bfloat16", "float32", "float16", "float64")
 # Labels and positions of classes are int32.
@@ -199,13 +200,13 @@ def check_compiler(target: str) -> None:
     """Raise CompilerMissingError if the compiler of a target is not installed."""
     jax_version = jax.__version__
     if target in CARDS and not has_cuda_plugin():
-        install = f"pip install --no-deps jax-cuda12-plugin=={jax_version} jax-cuda12-pjrt=={jax_version}"
+        plugin = f"pip install --no-deps jax-cuda12-plugin=={jax_version} jax-cuda12-pjrt=={jax_version}"
         raise CompilerMissingError(
-            f"{target}: JAX's plugin for CUDA, which has the compiler, is missing. Run: {install}"
+            f"{target}: JAX's plugin for CUDA, which has the compiler, is missing. Run: {plugin}"
         )
     if target not in CARDS and not has_libtpu():
         raise CompilerMissingError(
-            f"{target}: libtpu, which has the compiler, is missing. Run on Linux: pip install 'lsce[cost]', "
+            f"{target}: libtpu, which has the compiler, is missing. Run on Linux: {install('cost')}, "
             f"or pip install 'jax[tpu]=={jax_version}'"
         )
 

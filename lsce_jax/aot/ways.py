@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, Int
 from lsce_jax import kernels
 from lsce_jax.chunked import preferred_rows
 from lsce_jax.functional import label_smoothed_cross_entropy
+from lsce_jax.keywords import Kernel
 from lsce_jax.linear import linear_label_smoothed_cross_entropy
-from lsce_spec import LINEAR_IMPLEMENTATIONS, ChunkOptions
+from lsce_spec import LINEAR_IMPLEMENTATIONS, ChunkOptions, Implementation
 
 Logits: TypeAlias = Float[Array, "N K"]
 Labels: TypeAlias = Int[Array, " N"]
@@ -41,7 +42,7 @@ def integer_labels_float32(logits: Logits, labels: Labels, smoothing: Scalar) ->
     return integer_labels(logits.astype(jnp.float32), labels, smoothing)
 
 
-def ours(implementation: str) -> Loss:
+def ours(implementation: Implementation | Kernel) -> Loss:
     """Return the loss of this package."""
 
     def loss(logits: Logits, labels: Labels, smoothing: Scalar) -> Scalar:
@@ -76,7 +77,7 @@ def of_logits(dtype: str) -> dict[str, Loss]:
     return found | {f"lsce {name}": ours(name) for name in implementations()}
 
 
-def implementations() -> tuple[str, ...]:
+def implementations() -> tuple[Implementation | Kernel, ...]:
     """Return what `implementation` may name, as the package has it, so that a new one is here without a change."""
     return kernels.IMPLEMENTATIONS
 

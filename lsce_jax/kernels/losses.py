@@ -23,7 +23,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ from lsce_jax.accurate import divide
 from lsce_jax.errors import error
 from lsce_jax.inputs import Batch, at_labels, is_sharded
 from lsce_jax.kernels import tpu
+from lsce_jax.keywords import Kernel
 from lsce_jax.primitives import define, is_divided
 from lsce_jax.row_sums import cotangents_of_sums, row_slopes, row_sums
 from lsce_jax.stats import LossStats
@@ -44,7 +45,7 @@ from lsce_jax.sum_rules import is_tangent, no_tangents
 from lsce_jax.sums import Peaks, Sums, class_factor
 from lsce_spec import LossOptions, is_number, smoothing_weights
 
-NAME = "pallas"
+NAME: Kernel = get_args(Kernel)[0]
 _logger = logging.getLogger("lsce_jax")
 
 Divisor = float | Float[Array, ""]

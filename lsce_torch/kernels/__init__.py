@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import os
 from functools import cache
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -20,8 +21,9 @@ from torch._subclasses import FakeTensor
 import lsce_spec
 from lsce_torch import device
 from lsce_torch.errors import error
+from lsce_torch.keywords import Kernel
 
-NAME = "triton"
+NAME: Kernel = get_args(Kernel)[0]
 # What a caller may choose.
 IMPLEMENTATIONS = (*lsce_spec.IMPLEMENTATIONS, NAME)
 LINEAR_IMPLEMENTATIONS = (*lsce_spec.LINEAR_IMPLEMENTATIONS, NAME)

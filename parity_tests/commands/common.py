@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from lsce_spec.extras import require_for_command
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.evidence.ledger import DEVICES
 from parity_tests.evidence.pages import write_block
@@ -259,6 +260,7 @@ def write_page(folder: Path | None, survey: Survey, console: Console, **parts: A
     """Write a web page if a folder is given, and print its path; `parts` are arguments of `write_report`."""
     if folder is None:
         return
+    require_for_command("--report", "parity", "matplotlib", "jinja2")
     from parity_tests.report.page import write_report  # noqa: PLC0415 - matplotlib takes a second
 
     with writing(folder):

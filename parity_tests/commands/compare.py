@@ -2,13 +2,13 @@
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from lsce_spec import check_smoothing, find_convention
+from lsce_spec import ConventionName, check_smoothing, find_convention
 from parity_tests.commands.common import (
     CANNOT_RUN,
     DeviceModelOption,
@@ -158,7 +158,7 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
 def _check(question: Question) -> None:
     try:
         check_smoothing(question.smoothing)
-        find_convention(question.convention or "uniform")
+        find_convention(cast("ConventionName", question.convention or "uniform"))
         if question.softcap is not None and not 0 < question.softcap < float("inf"):
             raise ValueError(f"softcap must be above 0 and finite, got {question.softcap}")
         if not 0 <= question.z_loss < float("inf"):

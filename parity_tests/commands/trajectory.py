@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from lsce_spec.extras import install
 from parity_tests.commands.common import (
     FirstOption,
     JsonOption,
@@ -84,7 +85,7 @@ def _make(specification: str, options: list[str] | None) -> Training:
         try:
             importlib.import_module(framework)
         except ModuleNotFoundError:
-            cannot_run(f"{framework} is not installed. Run: pip install 'lsce[{framework}]'")
+            cannot_run(f"{framework} is not installed. Run: {install(framework)}")
     try:
         made: Any = find(specification)(**parse_options(options or []))
     except SpecificationError as error:

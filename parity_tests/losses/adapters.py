@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from lsce_spec.extras import install
 from parity_tests.truth.arithmetic import NARROW, Arithmetic
 from parity_tests.truth.cases import Case, LinearCase, features
 from parity_tests.truth.comparison import AnyResult, make_result
@@ -338,7 +339,7 @@ def _load(framework: str) -> Any:
     try:
         return importlib.import_module(framework)
     except ModuleNotFoundError as error:
-        raise UnavailableError(f"{framework} is not installed. Run: pip install 'lsce[{framework}]'") from error
+        raise UnavailableError(f"{framework} is not installed. Run: {install(framework)}") from error
 
 
 def _check_shape(case: Case, loss: Any) -> None:

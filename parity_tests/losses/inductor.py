@@ -28,6 +28,7 @@ from typing import Any
 from unittest import mock
 
 from lsce_spec.devices import CARDS, Card
+from lsce_spec.extras import install
 from parity_tests.losses.adapters import UnavailableError
 
 
@@ -103,9 +104,7 @@ def measure(card: str, requests: list[Request]) -> list[Compiled]:
         RuntimeError: a loss could not be compiled; the message has the end of what the process said.
     """
     if any(importlib.util.find_spec(name) is None for name in ("torch", "triton")):
-        raise UnavailableError(
-            "torch or triton is not installed. Run: pip install 'lsce[torch,devices]', or make install-devices"
-        )
+        raise UnavailableError(f"torch or triton is not installed. Run: {install('torch,devices')}")
     given = json.dumps({"card": card, "requests": [asdict(request) for request in requests]})
     command = [sys.executable, "-m", "parity_tests.losses.inductor"]
     with tempfile.TemporaryDirectory() as folder:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lsce_spec.extras import install
 from parity_tests.losses.adapters import UnavailableError
 from parity_tests.losses.interpreted import InterpretedAdapter
 from parity_tests.truth.cases import Case, LinearCase
@@ -214,5 +215,5 @@ def _load(name: str) -> Any:
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
-        message = "IREE is not installed. Run: pip install 'lsce[devices]', or make install-devices"
+        message = f"IREE is not installed. Run: {install('devices')}"
         raise UnavailableError(message) from error

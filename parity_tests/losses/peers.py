@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from lsce_spec.extras import install
 from parity_tests.losses.adapters import Adapter, JaxAdapter, LossError, TorchAdapter, UnavailableError
 from parity_tests.losses.torchax import default_promotion, load_interop
 from parity_tests.truth.cases import Case
@@ -128,13 +129,13 @@ def _evaluate(make: Callable[[], Adapter], case: Case) -> AnyResult | str:
 
 def torch_cross_entropy(device: str = "cpu") -> Adapter:
     """Return `torch.nn.functional.cross_entropy`."""
-    torch = _library("torch", "'lsce[torch]'")
+    torch = _library("torch", "torch")
     return _torch_cross_entropy("torch-cross-entropy", torch.nn.functional.cross_entropy, device)
 
 
 def torch_cross_entropy_compiled(device: str = "cpu") -> Adapter:
     """Return `torch.nn.CrossEntropyLoss` under `torch.compile`, as one graph, compiled anew for each case."""
-    torch = _library("torch", "'lsce[torch]'")
+    torch = _library("torch", "torch")
 
     def loss(logits: Any, labels: Any, weight: Any = None, **options: Any) -> Any:
         # All modules of a class share their compiled code, and the many cases would reach the limit of recompilations.
@@ -174,7 +175,7 @@ def _torch_cross_entropy(name: str, cross_entropy: Callable[..., Any], device: s
 
 def timm_label_smoothing(device: str = "cpu") -> Adapter:
     """Return `timm.loss.LabelSmoothingCrossEntropy`, which only has the mean."""
-    timm_loss = _library("timm.loss", "'lsce[torch,peers]'")
+    timm_loss = _library("timm.loss", "torch,peers")
 
     def loss(logits: Any, labels: Any, *, smoothing: float, reduction: str) -> Any:
         return timm_loss.LabelSmoothingCrossEntropy(smoothing)(logits, labels)
@@ -190,7 +191,7 @@ def timm_label_smoothing(device: str = "cpu") -> Adapter:
 
 def optax_dense(device: str = "cpu") -> Adapter:
     """Return `optax.softmax_cross_entropy` of `optax.smooth_labels`."""
-    optax = _library("optax", "'lsce[jax]'")
+    optax = _library("optax", "jax")
 
     def loss(
         logits: Any,
@@ -227,7 +228,7 @@ def optax_dense(device: str = "cpu") -> Adapter:
 
 def optax_integer(device: str = "cpu") -> Adapter:
     """Return `optax.softmax_cross_entropy_with_integer_labels`, which has no smoothing."""
-    optax = _library("optax", "'lsce[jax]'")
+    optax = _library("optax", "jax")
 
     def loss(logits: Any, labels: Any, *, smoothing: float, reduction: str, axis: int = -1, where: Any = None) -> Any:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels, axis=axis, where=where)
@@ -255,7 +256,7 @@ def t5x(device: str = "cpu") -> Adapter:
     of q, and divides the weighted sum by a factor. Here the entropy is subtracted if the case has that option, and a
     uniform smoothing e is passed as e (K-1)/K, which gives the same target.
     """
-    jax, jnp = (_library(name, "'lsce[jax]'") for name in ("jax", "jax.numpy"))
+    jax, jnp = (_library(name, "jax") for name in ("jax", "jax.numpy"))
 
     def forward(logits: Any, targets: Any, z_loss: float) -> tuple[Any, Any]:
         peak = logits.max(axis=-1, keepdims=True)
@@ -317,7 +318,7 @@ def keras_categorical(backend: str, device: str = "cpu") -> Adapter:
 
 def _keras_here(backend: str) -> Adapter:
     # Found but not imported: an import would fix the backend of this process.
-    _find_library("keras", f"'lsce[{backend},peers]'")
+    _find_library("keras", f"{backend},peers")
 
     def refuse(case: Case) -> str | None:
         return "takes two classes or more" if case.num_classes == 1 else None
@@ -366,21 +367,21 @@ def torchax_module(device: str = "cpu") -> Adapter:
     return PeerAdapter(JaxAdapter(loss, device=device, name="jax-torchax"))
 
 
-def _library(name: str, install: str) -> Any:
+def _library(name: str, extras: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise _missing(error.name, install) from error
+        raise _missing(error.name, extras) from error
 
 
-def _find_library(name: str, install: str) -> None:
+def _find_library(name: str, extras: str) -> None:
     try:
         found = importlib.util.find_spec(name)
     except ModuleNotFoundError:
         found = None
     if found is None:
-        raise _missing(name, install)
+        raise _missing(name, extras)
 
 
-def _missing(name: str | None, install: str) -> UnavailableError:
-    return UnavailableError(f"{name} is not installed. Run: pip install {install}")
+def _missing(name: str | None, extras: str) -> UnavailableError:
+    return UnavailableError(f"{name} is not installed. Run: {install(extras)}")

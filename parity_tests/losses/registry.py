@@ -111,11 +111,11 @@ def _ours() -> list[Entry]:
                 partial(TorchAdapter, name=f"{torch}-compiled", compiled=True, **options),
             ),
         ]
-    for implementation in LINEAR_IMPLEMENTATIONS:
-        options = {"implementation": implementation, "linear": True}
-        jax, torch = f"jax-linear-{implementation}", f"torch-linear-{implementation}"
-        of_jax = partial(JaxAdapter, name=jax, narrow=JAX_NARROW[implementation], **options)
-        of_torch = partial(TorchAdapter, name=torch, narrow=TORCH_NARROW[implementation], **options)
+    for linear in LINEAR_IMPLEMENTATIONS:
+        options = {"implementation": linear, "linear": True}
+        jax, torch = f"jax-linear-{linear}", f"torch-linear-{linear}"
+        of_jax = partial(JaxAdapter, name=jax, narrow=JAX_NARROW[linear], **options)
+        of_torch = partial(TorchAdapter, name=torch, narrow=TORCH_NARROW[linear], **options)
         entries += [
             Entry(jax, "jax", "ours", of_jax, twin=torch),
             Entry(torch, "torch", "ours", of_torch, twin=jax),

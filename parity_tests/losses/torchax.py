@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from lsce_spec.extras import install
 from parity_tests.losses.adapters import JaxAdapter, UnavailableError
 from parity_tests.truth.arithmetic import NARROW
 from parity_tests.truth.cases import Case, LinearCase
@@ -73,7 +74,7 @@ def load_interop() -> Any:
     try:
         return importlib.import_module("torchax.interop")
     except ModuleNotFoundError as error:
-        raise UnavailableError(f"{error.name} is not installed. Run: pip install 'lsce[jax,torch]' torchax") from error
+        raise UnavailableError(f"{error.name} is not installed. Run: {install('jax,torch', also='torchax')}") from error
     except Exception as error:
         raise UnavailableError(
             f"torchax cannot be imported ({error}). torchax 0.0.13 works with torch 2.12, builds of 0.0.14 with torch "

@@ -21,6 +21,7 @@ from unittest import mock
 import numpy as np
 
 from lsce_spec.devices import CARDS
+from lsce_spec.extras import install
 from parity_tests.losses.adapters import TorchAdapter, UnavailableError
 from parity_tests.truth.cases import Case
 from parity_tests.truth.comparison import AnyResult
@@ -60,9 +61,7 @@ class TritonAdapter(TorchAdapter):
 
 def _check_interpreter() -> None:
     if importlib.util.find_spec("triton") is None:
-        raise UnavailableError(
-            "Triton is not installed. Run: pip install 'lsce[torch,devices]', or make install-devices"
-        )
+        raise UnavailableError(f"Triton is not installed. Run: {install('torch,devices')}")
     if os.environ.get(INTERPRET) != "1":
         raise UnavailableError(
             f"on a CPU the kernels run in Triton's interpreter. Set {INTERPRET}=1 in the environment"
@@ -199,9 +198,7 @@ def compile_launch(launch: Launch, target: str) -> Machine:
     if os.environ.get(INTERPRET) == "1":
         raise UnavailableError(f"{INTERPRET}=1 chooses Triton's interpreter, which compiles nothing")
     if importlib.util.find_spec("triton") is None:
-        raise UnavailableError(
-            "Triton is not installed. Run: pip install 'lsce[torch,devices]', or make install-devices"
-        )
+        raise UnavailableError(f"Triton is not installed. Run: {install('torch,devices')}")
     triton: Any = importlib.import_module("triton")
     source, options = _source_of(launch, is_nvidia=TARGETS[target][0] == "cuda")
     made = triton.compile(

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lsce_spec.extras import install
 from parity_tests.losses.adapters import Adapter, LossError, UnavailableError
 from parity_tests.losses.peers import PeerAdapter, WorkerAdapter
 from parity_tests.losses.registry import ENTRIES, FaultyAdapter, make_adapter
@@ -325,12 +326,12 @@ def made_without(blocked: tuple[str, ...], names: tuple[str, ...]) -> list[str]:
 def test_missing_libraries() -> None:
     names = ("torch-timm", "torch-keras", "jax-keras", "jax-optax", "jax-optax-integer", "jax-torchax")
     assert made_without(("timm", "keras", "optax", "torchax"), (*names, "jax-t5x", "torch-cross-entropy")) == [
-        "torch-timm timm is not installed. Run: pip install 'lsce[torch,peers]'",
-        "torch-keras keras is not installed. Run: pip install 'lsce[torch,peers]'",
-        "jax-keras keras is not installed. Run: pip install 'lsce[jax,peers]'",
-        "jax-optax optax is not installed. Run: pip install 'lsce[jax]'",
-        "jax-optax-integer optax is not installed. Run: pip install 'lsce[jax]'",
-        "jax-torchax torchax is not installed. Run: pip install 'lsce[jax,torch]' torchax",
+        f"torch-timm timm is not installed. Run: {install('torch,peers')}",
+        f"torch-keras keras is not installed. Run: {install('torch,peers')}",
+        f"jax-keras keras is not installed. Run: {install('jax,peers')}",
+        f"jax-optax optax is not installed. Run: {install('jax')}",
+        f"jax-optax-integer optax is not installed. Run: {install('jax')}",
+        f"jax-torchax torchax is not installed. Run: {install('jax,torch', also='torchax')}",
         "jax-t5x is jax-t5x",
         "torch-cross-entropy is torch-cross-entropy",
     ]
@@ -340,15 +341,15 @@ def test_missing_frameworks() -> None:
     assert made_without(
         ("torch",), ("torch-cross-entropy", "torch-cross-entropy-compiled", "torch-timm", "jax-t5x")
     ) == [
-        "torch-cross-entropy torch is not installed. Run: pip install 'lsce[torch]'",
-        "torch-cross-entropy-compiled torch is not installed. Run: pip install 'lsce[torch]'",
-        "torch-timm torch is not installed. Run: pip install 'lsce[torch,peers]'",
+        f"torch-cross-entropy torch is not installed. Run: {install('torch')}",
+        f"torch-cross-entropy-compiled torch is not installed. Run: {install('torch')}",
+        f"torch-timm torch is not installed. Run: {install('torch,peers')}",
         "jax-t5x is jax-t5x",
     ]
     assert made_without(("jax", "jaxlib"), ("jax-t5x", "jax-optax", "jax-keras", "torch-cross-entropy")) == [
-        "jax-t5x jax is not installed. Run: pip install 'lsce[jax]'",
-        "jax-optax jax is not installed. Run: pip install 'lsce[jax]'",
-        "jax-keras jax is not installed. Run: pip install 'lsce[jax]'",
+        f"jax-t5x jax is not installed. Run: {install('jax')}",
+        f"jax-optax jax is not installed. Run: {install('jax')}",
+        f"jax-keras jax is not installed. Run: {install('jax')}",
         "torch-cross-entropy is torch-cross-entropy",
     ]
 

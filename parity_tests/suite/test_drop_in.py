@@ -55,6 +55,33 @@ each_implementation = pytest.mark.parametrize("implementation", [None, "referenc
 @each_implementation
 @each_shape
 @pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
+def test_torch_function(soft: bool, form: str, implementation: str | None) -> None:
+    """`F.cross_entropy` becomes `lsce_torch.cross_entropy`, called as it was: by position, and by name."""
+    tally = Tally()
+    for setting in torch_settings(form, soft):
+        if setting.divides_by_zero:
+            continue  # chosen difference, tested below
+        given = arguments(setting)
+        weight, ignore_index, reduction, smoothing = given.values()
+        by_position = weight, None, ignore_index, None, reduction, smoothing
+
+        def ours(logits: torch.Tensor, labels: torch.Tensor, by_position: Any = by_position) -> torch.Tensor:
+            return lsce_torch.cross_entropy(logits, labels, *by_position, implementation=implementation)
+
+        peer = run_torch(partial(torch.nn.functional.cross_entropy, **given), setting)
+        shares = verdict(setting, run_torch(ours, setting), peer)
+        assert max(map(max, shares.values())) <= 1, (setting.case.name, shares)
+        by_name = run_torch(partial(lsce_torch.cross_entropy, implementation=implementation, **given), setting)
+        module = run_torch(lsce_torch.LabelSmoothedCrossEntropyLoss(**given, implementation=implementation), setting)
+        for same in (by_name, module):
+            assert np.array_equal(same.loss, run_torch(ours, setting).loss)
+        tally.add(shares)
+    print(tally)
+
+
+@each_implementation
+@each_shape
+@pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
 def test_torch_module(soft: bool, form: str, implementation: str | None) -> None:
     """The class name alone is swapped: same losses and gradients of the logits, in every layout of memory."""
     tally = Tally()
@@ -129,6 +156,11 @@ def test_torch_signatures() -> None:
         shared = [(of.name, of.kind, of.default) for of in theirs]
         assert [(of.name, of.kind, of.default) for of in ours][: len(shared)] == shared
         assert all(of.kind == inspect.Parameter.KEYWORD_ONLY for of in list(ours)[len(shared) :])
+    theirs = inspect.signature(torch.nn.functional.cross_entropy).parameters.values()
+    ours = inspect.signature(lsce_torch.cross_entropy).parameters.values()
+    shared = [(of.name, of.kind, of.default) for of in theirs]
+    assert [(of.name, of.kind, of.default) for of in ours][: len(shared)] == shared
+    assert all(of.kind == inspect.Parameter.KEYWORD_ONLY for of in list(ours)[len(shared) :])
 
 
 @pytest.mark.parametrize("reduce", [None, True, False])
@@ -148,6 +180,10 @@ def test_torch_deprecated_arguments(size_average: bool | None, reduce: bool | No
     setting = make_setting(replace(setting.case, options=options, smoothing=0.1, upstream=upstream), TORCH)
     shares = verdict(setting, run_torch(ours, setting), run_torch(peer, setting))
     assert max(map(max, shares.values())) <= 1, shares
+    logits, labels = torch.from_numpy(setting.case.logits), torch.from_numpy(setting.case.labels)
+    with pytest.warns(UserWarning, match="size_average") if deprecated else nullcontext():
+        losses = lsce_torch.cross_entropy(logits, labels, None, size_average, -100, reduce, "mean", 0.1)
+    assert torch.equal(losses, ours(logits, labels))
 
 
 def test_torch_attributes_set_later() -> None:

@@ -1,0 +1,500 @@
+"""What new users type, and what they read: other libraries' names, wrong values, arrays for options, labels of -100.
+
+Each message is the same in both packages, but where a package's names differ.
+"""
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+import torch.nn.functional as F
+from mypy import api as mypy
+
+import lsce_jax
+import lsce_jax.kernels
+import lsce_torch
+import lsce_torch.kernels
+from lsce_jax import keywords as jax_keywords
+from lsce_spec import CONVENTIONS, ConventionName, hints, ignored
+from lsce_spec.hints import for_choice, for_keyword
+from lsce_spec.keywords import parameters_of
+from lsce_torch import keywords as torch_keywords
+
+TYPING = Path(__file__).parent / "typing"
+
+LOGITS, LABELS = np.zeros((4, 3), np.float32), np.array([0, 1, 2, 0])
+HIDDEN, KERNEL = np.zeros((4, 2), np.float32), np.zeros((2, 3), np.float32)
+IN_JAX = {"lsce_jax": lsce_jax, "logits": LOGITS, "labels": LABELS, "hidden": HIDDEN, "weight": KERNEL, "np": np}
+IN_TORCH = {name: torch.from_numpy(value) for name, value in IN_JAX.items() if isinstance(value, np.ndarray)}
+IN_TORCH |= {"lsce_torch": lsce_torch, "torch": torch, "weight": torch.from_numpy(KERNEL.T)}
+
+
+def raised(call: Callable[[], Any]) -> Exception:
+    with pytest.raises(Exception) as caught:  # noqa: PT011  # the type is what the callers compare
+        call()
+    return caught.value
+
+
+def answer(typed: str) -> str:
+    """Return the TypeError or ValueError for what a user types."""
+    problem = raised(lambda: eval(typed, IN_JAX if "lsce_jax" in typed else IN_TORCH))
+    assert isinstance(problem, TypeError | ValueError), problem
+    return str(problem)
+
+
+# --- Names of other libraries ---------------------------------------------------------------------------------------
+
+DENSE, LINEAR = (
+    "label_smoothed_cross_entropy(logits, labels, ",
+    "linear_label_smoothed_cross_entropy(hidden, weight, labels, ",
+)
+TYPED = [
+    # what follows the package's name, and the end of the message
+    *((f"{DENSE}{name}=0.2)", "Did you mean 'smoothing'?") for name in ("label_smoothing", "eps", "epsilon", "alpha")),
+    *((f"{DENSE}{name}=None)", "Did you mean 'class_weight'?") for name in ("weight", "ce_weight")),
+    *(
+        (f"{DENSE}{name}=None)", "Did you mean 'where'? True keeps a row.")
+        for name in ("mask", "padding_mask", "valid")
+    ),
+    *((f"{DENSE}{name}=0)", "Did you mean 'ignore_index'?") for name in ("ignore_label", "padding_idx", "ignore_idx")),
+    *((f"{DENSE}{name}=1)", "Did you mean 'axis'?") for name in ("dim", "class_axis")),
+    *(
+        (f"{DENSE}{name}=0.0)", "Did you mean 'z_loss'?")
+        for name in ("lse_square_scale", "z_loss_weight", "z_loss_coef")
+    ),
+    *((f"{DENSE}{name}=30.0)", "Did you mean 'softcap'?") for name in ("logit_cap", "final_logit_softcapping")),
+    (f"{DENSE}num_items_in_batch=4)", "Did you mean 'denominator'?"),
+    (f"{DENSE}smothing=0.2)", "Did you mean 'smoothing'?"),
+    (f"{DENSE}q=0.2)", "help(label_smoothed_cross_entropy) lists the names."),
+    (f"{DENSE}from_logits=True)", "log-probabilities are logits too."),
+    (f"{DENSE}chunk_size=4)", "chunk_size belongs to the linear loss, linear_label_smoothed_cross_entropy."),
+    (f"{DENSE}process_group=None)", "which jax.jit does by itself."),
+    ("label_smoothed_cross_entropy(input=logits, target=labels)", "Did you mean 'logits'?"),
+    (f"{LINEAR}ce_weight=None)", "Did you mean 'class_weight'?"),
+    (f"{LINEAR}filter_eps=1e-4)", "Did you mean 'gradient_filter'?"),
+    (f"{LINEAR}dim=1)", "label_smoothed_cross_entropy takes axis."),
+    (f"{LINEAR}shift=True)", "Shift before the call: logits[:, :-1] and labels[:, 1:]."),
+    ("linear_label_smoothed_cross_entropy(_input=hidden, lin_weight=weight, target=labels)", "Did you mean 'hidden'?"),
+    ("LinearLabelSmoothedCrossEntropyLoss(label_smoothing=0.1)", "Did you mean 'smoothing'?"),
+    ("LinearLabelSmoothedCrossEntropyLoss(where=None)", "Pass where to each call of the module."),
+    (
+        "LinearLabelSmoothedCrossEntropyLoss()(hidden, weight, labels, mask=None)",
+        "Did you mean 'where'? True keeps a row.",
+    ),
+    (
+        "LinearLabelSmoothedCrossEntropyLoss()(hidden, weight, labels, class_weight=None)",
+        "It is an option of the module: pass it where the module is made.",
+    ),
+    ("CELossWithLabelSmoothing(smoothing=0.1)", "Did you mean 'label_smooth'?"),
+    ("CELossWithLabelSmoothing(num_classes=3)", "Did you mean 'class_num'?"),
+    ("CELossWithLabelSmoothing(0.1, 3)(logits, target=labels)", "Did you mean 'labels'?"),
+    ("LabelSmoothedCrossEntropyLoss(denominator=3)", "Pass denominator to each call of the module."),
+    ("LabelSmoothedCrossEntropyLoss(lse_square_scale=1e-4)", "Did you mean 'z_loss'?"),
+    # values
+    (f"{DENSE}reduction='avg')", "Choose one of: 'none', 'sum', 'mean'. Did you mean 'mean'?"),
+    (f"{DENSE}reduction='batchmean')", "pass reduction='mean' and that number as denominator."),
+    (f"{DENSE}reduction='valid')", "for another number pass denominator."),
+    (f"{DENSE}reduction=None)", "Did you mean 'none'?"),
+    (f"{DENSE}convention='fairseq')", "Did you mean 'non_target'?"),
+    (f"{DENSE}convention='torch')", "Did you mean 'uniform'?"),
+    (f"{DENSE}implementation='Fused')", "Did you mean 'fused'?"),
+]
+TYPED_IN_JAX = [
+    (f"lsce_jax.{DENSE}inplace_backward=True)", "logits are donated, with donate_argnums."),
+    ("lsce_jax.LabelSmoothedCrossEntropyLoss(label_smoothing=0.1)", "Did you mean 'smoothing'?"),
+    ("lsce_jax.LabelSmoothedCrossEntropyLoss(weight=None)", "Did you mean 'class_weight'?"),
+    (
+        "lsce_jax.LabelSmoothedCrossEntropyLoss()(logits, labels, reduction='mean')",
+        "It is an option of the module: pass it where the module is made.",
+    ),
+]
+TYPED_IN_TORCH = [
+    # torch's names where torch's function or module is meant
+    ("lsce_torch.LabelSmoothedCrossEntropyLoss(smoothing=0.1)", "Did you mean 'label_smoothing'?"),
+    ("lsce_torch.LabelSmoothedCrossEntropyLoss(class_weight=None)", "Did you mean 'weight'?"),
+    ("lsce_torch.LabelSmoothedCrossEntropyLoss(axis=-1)", "label_smoothed_cross_entropy takes axis."),
+    ("lsce_torch.LabelSmoothedCrossEntropyLoss()(logits=logits, labels=labels)", "Did you mean 'input'?"),
+    ("lsce_torch.LabelSmoothedCrossEntropyLoss()(logits, labels, label_smoothing=0.1)", "Did you mean 'smoothing'?"),
+    ("lsce_torch.cross_entropy(logits, labels, smoothing=0.1)", "Did you mean 'label_smoothing'?"),
+    ("lsce_torch.cross_entropy(logits, labels=labels)", "Did you mean 'target'?"),
+    ("lsce_torch.cross_entropy(logits, labels, dim=1)", "label_smoothed_cross_entropy takes axis."),
+    (f"lsce_torch.{LINEAR}inplace_backward=True)", "logits are donated, with donate_argnums."),
+]
+
+
+@pytest.mark.parametrize(("typed", "end"), TYPED)
+def test_what_both_packages_answer(typed: str, end: str) -> None:
+    answers = [answer(f"{package}.{typed}") for package in ("lsce_jax", "lsce_torch")]
+    without_kernels = [text.replace(", 'pallas'", "").replace(", 'triton'", "") for text in answers]
+    # The call of a module has another name.
+    assert len({text.replace("__call__", "forward") for text in without_kernels}) == 1
+    assert answers[0].endswith(end)
+
+
+@pytest.mark.parametrize(("typed", "end"), TYPED_IN_JAX + TYPED_IN_TORCH)
+def test_what_one_package_answers(typed: str, end: str) -> None:
+    assert answer(typed).endswith(end)
+
+
+def test_the_name_of_the_function_is_there() -> None:
+    assert answer("lsce_jax.LabelSmoothedCrossEntropyLoss(eps=0.1)").startswith(
+        "LabelSmoothedCrossEntropyLoss.__init__() got an unexpected keyword argument 'eps'."
+    )
+
+
+def groups(table: str) -> list[list[str]]:
+    return [line.split() for line in table.strip().replace("\n  ", " ").splitlines()]
+
+
+def every_parameter() -> set[str]:
+    """Return the names of the arguments of all public functions and modules."""
+    names: set[str] = set()
+    for package in (lsce_jax, lsce_torch):
+        for name in package.__all__:
+            public = getattr(package, name)
+            functions = [public.__init__, public.__call__] if inspect.isclass(public) else [public]
+            functions += [public.forward] if hasattr(public, "forward") else []
+            for function in functions:
+                names |= set(inspect.signature(function).parameters)
+    return names
+
+
+def test_each_name_is_in_the_tables_once_and_ours_are_ours() -> None:
+    for table in (hints._SYNONYMS, hints._LAYER_SYNONYMS):
+        names = [name for group in groups(table) for name in group]
+        assert len(names) == len(set(names))
+        assert {group[0] for group in groups(table)} <= every_parameter()
+    ours = {group[0] for group in groups(hints._SYNONYMS)}
+    assert set(hints._PER_CALL) | set(hints._PER_MODULE.split()) | set(hints._LINEAR_ONLY) <= every_parameter()
+    # Advice is read where no function takes a name of the same meaning.
+    assert not {name for group in groups(hints._SYNONYMS) for name in group[1:]} & set(hints.ADVICE)
+    assert {name for name in hints.ADVICE if name in every_parameter()} <= ours | {"reduce", "size_average"}
+    for text in hints.ADVICE.values():
+        assert text.endswith(".")
+
+
+@pytest.mark.parametrize("group", groups(hints._SYNONYMS), ids=lambda group: group[0])
+def test_other_names_lead_to_ours(group: list[str]) -> None:
+    accepted = {"logits", "labels", *parameters_of(torch_keywords.DenseLossKeywords), "chunk_size", "gradient_filter"}
+    accepted.add("class_num")
+    for theirs in group[1:]:
+        assert for_keyword(theirs, accepted, "loss").startswith(f"Did you mean {group[0]!r}?")
+
+
+@pytest.mark.parametrize(
+    "theirs", [F.cross_entropy, optax.softmax_cross_entropy, optax.smooth_labels, torch.nn.KLDivLoss]
+)
+def test_every_argument_of_the_frameworks_has_an_answer(theirs: Callable[..., Any]) -> None:
+    accepted = ("logits", "labels", *parameters_of(jax_keywords.DenseLossKeywords))
+    for name in inspect.signature(theirs).parameters:
+        if name not in (*accepted, "log_target"):
+            assert "lists the names" not in for_keyword(name, accepted, "loss"), name
+
+
+def test_values_of_other_libraries_lead_to_ours() -> None:
+    for convention, libraries in hints.CONVENTIONS.items():
+        assert convention in CONVENTIONS
+        for library in libraries:
+            assert for_choice("convention", library, CONVENTIONS) == f"Did you mean {convention!r}?"
+    assert for_choice("convention", "nothing like it", CONVENTIONS) == ""
+
+
+# --- Types ----------------------------------------------------------------------------------------------------------
+
+
+def test_types_are_the_names_at_run_time() -> None:
+    assert get_args(ConventionName) == tuple(CONVENTIONS) == tuple(each.name for each in CONVENTIONS.values())
+    for keywords, kernels in ((jax_keywords, lsce_jax.kernels), (torch_keywords, lsce_torch.kernels)):
+        typed = parameters_of(keywords.DenseLossKeywords)["implementation"].annotation
+        names = [name for part in get_args(typed) for name in get_args(part)]
+        assert tuple(names) == kernels.IMPLEMENTATIONS
+    typed = parameters_of(torch_keywords.LinearLossKeywords)["implementation"].annotation
+    names = [name for part in get_args(typed) for name in get_args(part)]
+    assert tuple(names) == lsce_torch.kernels.LINEAR_IMPLEMENTATIONS
+
+
+@pytest.fixture(scope="module")
+def found_by_mypy(request: pytest.FixtureRequest) -> dict[str, dict[int, list[str]]]:
+    """Return what mypy --strict finds in the files of tests/typing, by file and line."""
+    cache = getattr(request.config, "cache", None)  # none with -p no:cacheprovider
+    folder = str(cache.mkdir("mypy")) if cache is not None else os.devnull
+    options = ["--strict", "--config-file=", "--follow-imports=silent", "--hide-error-context", "--cache-dir", folder]
+    files = sorted(map(str, TYPING.glob("*.py")))
+    output, problem, _ = mypy.run([*options, "--show-absolute-path", *files])
+    assert not problem
+    found: dict[str, dict[int, list[str]]] = {Path(file).name: {} for file in files}
+    for file, line, text in re.findall(r"^(.+?):(\d+): error: (.*)$", output, flags=re.MULTILINE):
+        found[Path(file).name].setdefault(int(line), []).append(text)
+    return found
+
+
+@pytest.mark.slow
+def test_right_uses_pass(found_by_mypy: dict[str, dict[int, list[str]]]) -> None:
+    assert found_by_mypy["right_uses.py"] == {}
+
+
+@pytest.mark.slow
+def test_each_wrong_use_fails(found_by_mypy: dict[str, dict[int, list[str]]]) -> None:
+    found = found_by_mypy["wrong_uses.py"]
+    lines = (TYPING / "wrong_uses.py").read_text().splitlines()
+    expected = {number: line.split("# error: ")[1] for number, line in enumerate(lines, 1) if "# error: " in line}
+    uses = [number for number, line in enumerate(lines, 1) if line.startswith("    lsce_")]
+    assert list(expected) == uses
+    assert found.keys() == expected.keys()
+    for number, wanted in expected.items():
+        code, _, words = wanted.partition(" ")
+        assert found[number][0].endswith(f"[{code}]"), (number, found[number])
+        assert words in found[number][0], (number, found[number])
+
+
+# --- Arrays where plain values are needed ---------------------------------------------------------------------------
+
+PLAIN = {
+    "axis": 1,
+    "ignore_index": -100,
+    "z_loss": 1e-4,
+    "softcap": 30.0,
+    "subtract_entropy": True,
+    "convention": 0,
+    "reduction": 0,
+    "bad_labels": 0,
+    "implementation": 0,
+}
+PLAIN_OF_LINEAR = {"chunk_size": 2, "recompute": True, "gradient_filter": 0.1}
+ARRAYS = {
+    "smoothing": np.float32(0.1),
+    "prior": np.full(3, 1 / 3, np.float32),
+    "where": np.ones(4, bool),
+    "class_weight": np.ones(3, np.float32),
+    "class_mask": np.ones(3, bool),
+    "denominator": np.float32(4),
+}
+SAYS = (
+    r"{} must be a plain Python value, which no array or tensor is, got \w+. Of a tensor pass .item\(\), outside of "
+    r"torch.compile; under jax.jit name the argument in static_argnames, or close over the value."
+)
+
+
+def test_each_option_is_tried_as_an_array() -> None:
+    assert set(PLAIN) | set(ARRAYS) == set(parameters_of(jax_keywords.DenseLossKeywords))
+    linear = set(parameters_of(jax_keywords.LinearLossKeywords))
+    assert set(PLAIN_OF_LINEAR) == linear - set(PLAIN) - set(ARRAYS) - {"bias"}
+
+
+def losses_with(name: str) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """Return functions of an option's value: the loss of JAX, and that of torch."""
+    fixed = {} if name in {"reduction", "denominator"} else {"reduction": "mean"}
+    if name in PLAIN_OF_LINEAR:
+        operands = HIDDEN, KERNEL, LABELS
+        tensors = IN_TORCH["hidden"], IN_TORCH["weight"], IN_TORCH["labels"]
+        in_jax, in_torch = (p.linear_label_smoothed_cross_entropy for p in (lsce_jax, lsce_torch))
+    else:
+        operands, tensors = (LOGITS, LABELS), (IN_TORCH["logits"], IN_TORCH["labels"])
+        in_jax, in_torch = (p.label_smoothed_cross_entropy for p in (lsce_jax, lsce_torch))
+    fixed |= {"reduction": "mean"} if name == "denominator" else {}
+    return (
+        lambda value: in_jax(*operands, **{name: value}, **fixed),
+        lambda value: in_torch(*tensors, **{name: value}, **fixed),
+    )
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *PLAIN_OF_LINEAR])
+def test_options_that_no_array_can_be(name: str) -> None:
+    value = {**PLAIN, **PLAIN_OF_LINEAR}[name]
+    in_jax, in_torch = losses_with(name)
+    for call in (lambda: in_jax(jnp.asarray(value)), lambda: jax.jit(in_jax)(value)):
+        problem = raised(call)
+        assert isinstance(problem, TypeError)
+        assert re.fullmatch(SAYS.format(name), str(problem))
+    problem = raised(lambda: in_torch(torch.as_tensor(value)))
+    assert isinstance(problem, TypeError)
+    assert re.fullmatch(SAYS.format(name), str(problem))
+    torch._dynamo.reset()
+    compiled = torch.compile(in_torch, backend="eager", fullgraph=True)
+    assert re.search(SAYS.format(name), str(raised(lambda: compiled(torch.as_tensor(value)))))
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_options_that_may_be_traced(name: str) -> None:
+    in_jax, in_torch = losses_with(name)
+    assert np.isfinite(jax.jit(in_jax)(ARRAYS[name])).all()
+    torch._dynamo.reset()
+    compiled = torch.compile(in_torch, backend="eager", fullgraph=True)
+    assert compiled(torch.as_tensor(ARRAYS[name])).isfinite().all()
+
+
+def test_static_argnames_are_the_cure() -> None:
+    loss = jax.jit(lsce_jax.label_smoothed_cross_entropy, static_argnames=("reduction", "z_loss", "axis"))
+    assert np.isfinite(loss(LOGITS, LABELS, reduction="mean", z_loss=1e-4, axis=1))
+    assert "static_argnames" in str(
+        raised(lambda: jax.jit(lsce_jax.label_smoothed_cross_entropy)(LOGITS, LABELS, axis=1))
+    )
+
+
+def test_hints_under_compilation() -> None:
+    """Names are checked within jit and torch.compile too, and right calls compile whole."""
+    assert "'smoothing'" in str(
+        raised(lambda: jax.jit(lambda z: lsce_jax.label_smoothed_cross_entropy(z, LABELS, eps=0.1))(LOGITS))
+    )
+    module = lsce_torch.LabelSmoothedCrossEntropyLoss(label_smoothing=0.1)
+    logits, labels = IN_TORCH["logits"], IN_TORCH["labels"]
+    compiled = torch.compile(lambda z: module(z, labels, where=labels > 0), backend="eager", fullgraph=True)
+    assert compiled(logits).isfinite()
+    wrong = torch.compile(lambda z: module(z, labels, mask=labels > 0), backend="eager", fullgraph=True)
+    assert "Did you mean 'where'?" in str(raised(lambda: wrong(logits)))
+    for options, words in (
+        ({"smothing": 0.1}, "unexpected keyword argument 'smothing'"),
+        ({"reduction": "avg"}, "Did you mean 'mean'?"),
+        ({"reduction": "summ"}, "unknown reduction 'summ'"),
+        ({"convention": "keras"}, "Did you mean 'uniform'?"),
+    ):
+        torch._dynamo.reset()
+        wrong = torch.compile(
+            lambda z, o=options: lsce_torch.label_smoothed_cross_entropy(z, labels, **o),
+            backend="eager",
+            fullgraph=True,
+        )
+        assert words in str(raised(lambda wrong=wrong: wrong(logits)))
+
+
+# --- Labels that are meant to be ignored ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def first_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make this the start of a process."""
+    monkeypatch.setattr(ignored, "_calls_left", 32)
+
+
+PADDED = np.array([0, -100, 1, -100])
+HALF = "2 of 4 labels are -100, which is no class, and ignore_index is None: their losses are NaN. To leave such rows"
+
+
+def each_loss() -> Iterator[Any]:
+    for package, names in (("jax", IN_JAX), ("torch", IN_TORCH)):
+        functions = (lsce_jax, lsce_torch)[package == "torch"]
+        convert = torch.from_numpy if package == "torch" else np.asarray
+        dense, linear = functions.label_smoothed_cross_entropy, functions.linear_label_smoothed_cross_entropy
+        with_stats = functions.label_smoothed_cross_entropy_with_stats
+        module = functions.LinearLabelSmoothedCrossEntropyLoss(reduction="mean")
+        for name, call in (
+            ("dense", lambda y, f=dense, n=names, **o: f(n["logits"], y, reduction="mean", **o)),
+            ("stats", lambda y, f=with_stats, n=names, **o: f(n["logits"], y, reduction="mean", **o)[0]),
+            ("linear", lambda y, f=linear, n=names, **o: f(n["hidden"], n["weight"], y, reduction="mean", **o)),
+            ("module", lambda y, f=module, n=names, **o: f(n["hidden"], n["weight"], y, **o)),
+        ):
+            yield pytest.param(lambda y, call=call, convert=convert, **o: call(convert(y), **o), id=f"{package}-{name}")
+
+
+@pytest.mark.usefixtures("first_calls")
+@pytest.mark.parametrize("loss", list(each_loss()))
+def test_labels_of_minus_100_are_pointed_out_once(loss: Callable[..., Any]) -> None:
+    with pytest.warns(UserWarning, match=HALF) as caught:
+        assert np.isnan(float(loss(PADDED)))
+    assert [Path(warning.filename).name for warning in caught] == ["test_manners.py"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isnan(float(loss(PADDED)))
+
+
+@pytest.mark.usefixtures("first_calls")
+@pytest.mark.parametrize("loss", list(each_loss()))
+def test_no_word_where_nothing_is_wrong(loss: Callable[..., Any]) -> None:
+    """Labels that are left out, and a single label that is negative by mistake, are not meant."""
+    counted = PADDED >= 0
+    kind = torch.from_numpy if type(loss(LABELS)) is torch.Tensor else np.asarray
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isfinite(float(loss(PADDED, where=kind(counted))))
+        assert np.isnan(float(loss(np.array([0, -7, 1, 2]))))
+        assert np.isnan(float(loss(np.array([0, 7, 7, 7]))))
+    with pytest.warns(UserWarning, match="2 of 4 labels are -1, "):
+        loss(np.array([0, -1, -1, 2]))
+
+
+@pytest.mark.usefixtures("first_calls")
+def test_nothing_is_looked_at_under_transforms() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss = lsce_jax.label_smoothed_cross_entropy
+        assert np.isnan(jax.jit(loss)(LOGITS, PADDED)).any()
+        assert np.isnan(jax.vmap(loss)(LOGITS, PADDED)).any()
+        padded, torch_loss = torch.from_numpy(PADDED), lsce_torch.label_smoothed_cross_entropy
+        compiled = torch.compile(torch_loss, backend="eager", fullgraph=True)
+        assert compiled(IN_TORCH["logits"], padded).isnan()
+        assert torch.func.vmap(torch_loss)(IN_TORCH["logits"], padded).isnan().any()
+    assert ignored._calls_left > 0
+
+
+@pytest.mark.usefixtures("first_calls")
+@pytest.mark.parametrize("package", ["jax", "torch"])
+def test_only_the_first_calls_are_looked_at(package: str) -> None:
+    names, labels = (IN_JAX, PADDED) if package == "jax" else (IN_TORCH, torch.from_numpy(PADDED))
+    loss = (lsce_jax, lsce_torch)[package == "torch"].label_smoothed_cross_entropy
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(40):
+            loss(names["logits"], labels, where=labels >= 0)
+        loss(names["logits"], labels)
+    assert ignored._calls_left == 0
+
+
+def test_bad_labels_raise_says_what_to_pass() -> None:
+    for typed in ("lsce_jax", "lsce_torch"):
+        names = IN_JAX if typed == "lsce_jax" else IN_TORCH
+        labels = PADDED if typed == "lsce_jax" else torch.from_numpy(PADDED)
+        loss = names[typed].label_smoothed_cross_entropy
+        problem = raised(
+            lambda loss=loss, names=names, labels=labels: loss(names["logits"], labels, bad_labels="raise")
+        )
+        assert isinstance(problem, IndexError)
+        assert str(problem).endswith("To leave such rows out pass ignore_index=-100 or where.")
+
+
+# --- A user's first script ------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import {package}, {array} as np
+
+logits, labels = np.zeros((4, 3)), np.{make}([0, -100, 1, -100])
+
+def attempt(function, *arguments, **options):
+    try:
+        return function(*arguments, **options)
+    except (TypeError, ValueError) as problem:
+        print(problem)
+
+attempt({package}.label_smoothed_cross_entropy, logits, labels, label_smoothing=0.1)
+attempt({package}.label_smoothed_cross_entropy, logits, labels, smoothing=0.1, reduction="avg")
+attempt({package}.label_smoothed_cross_entropy, logits, labels, smoothing=0.1, reduction="mean")
+loss = attempt({package}.label_smoothed_cross_entropy, logits, labels, ignore_index=-100, reduction="mean")
+print(f"{{loss:.4f}}", [name for name in dir({package}) if "smooth" in name.lower()][:2])
+"""
+
+
+@pytest.mark.parametrize(
+    ("package", "array", "make"), [("lsce_jax", "jax.numpy", "array"), ("lsce_torch", "torch", "tensor")]
+)
+def test_a_first_script(package: str, array: str, make: str) -> None:
+    script = SCRIPT.format(package=package, array=array, make=make)
+    outcome = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stdout.splitlines() == [
+        "label_smoothed_cross_entropy() got an unexpected keyword argument 'label_smoothing'. "
+        "Did you mean 'smoothing'?",
+        "unknown reduction 'avg'. Choose one of: 'none', 'sum', 'mean'. Did you mean 'mean'?",
+        "1.0986 ['CELossWithLabelSmoothing', 'LabelSmoothedCrossEntropyLoss']",
+    ]
+    assert outcome.stderr.count(f"UserWarning: {HALF}") == 1
