@@ -31,13 +31,13 @@ from lsce_torch.device import may_wait, takes_plain_operations
 from lsce_torch.inputs import Batch, tensor_of
 from lsce_torch.layer import Layer, Settings, layer_gradients, losses_and_gradients, scaled
 from lsce_torch.overwrite import has_memory
-from lsce_torch.plain import plain_gradients, plain_slopes, tangent_of
+from lsce_torch.plain import Tangents, plain_gradients, plain_tangents
 from lsce_torch.stats import LossStats
-from lsce_torch.sums import ROWS, Operands, target_gradients, target_slopes, unstacked
+from lsce_torch.sums import ROWS, Operands, Upstreams, target_gradients, target_slopes, unstacked
 
 
 def losses(
-    batch: Batch, layer: Layer, options: LossOptions, chunks: ChunkOptions, with_stats: bool
+    batch: Batch, layer: Layer, options: LossOptions, chunks: ChunkOptions, with_stats: bool, differentiable: bool
 ) -> tuple[Float[Tensor, "..."], LossStats | None]:
     """Return the loss of each row, or their sum if gradients are computed with it, and the statistics if asked.
 
@@ -47,18 +47,23 @@ def losses(
         options: of the loss.
         chunks: how to go through the rows.
         with_stats: whether to return statistics.
+        differentiable: whether gradients flow through them.
     """
     layer = layer._replace(hidden=layer.hidden.reshape(batch.labels.numel(), layer.hidden.shape[-1]))
     index = _rows_that_count(batch, layer)
     if index is None:
-        return _losses_of_all(batch, layer, options, chunks, with_stats)
+        return _losses_of_all(batch, layer, options, chunks, with_stats, differentiable)
     selected = layer._replace(hidden=layer.hidden[index])
-    some, some_stats = _losses_of_all(_selected(batch, index), selected, options, chunks, with_stats)
+    some, some_stats = _losses_of_all(_selected(batch, index), selected, options, chunks, with_stats, differentiable)
 
-    def scattered(values: Tensor) -> Tensor:
-        return values.new_zeros(batch.labels.numel()).index_put((index,), values).reshape(batch.batch_shape)
+    def scattered(values: Tensor, rest: int = 0) -> Tensor:
+        whole = values.new_full((batch.labels.numel(),), rest)
+        return whole.index_put((index,), values).reshape(batch.batch_shape)
 
-    stats = None if some_stats is None else LossStats(*map(scattered, some_stats))
+    stats = None
+    if some_stats is not None:
+        stats = LossStats(*map(scattered, some_stats))
+        stats = stats._replace(prediction=scattered(some_stats.prediction, -1))
     return (scattered(some) if chunks.recompute else some), stats
 
 
@@ -76,19 +81,21 @@ def preferred_rows(num_features: int, *, on_tpu: bool = False) -> int:
 
 
 def _losses_of_all(
-    batch: Batch, layer: Layer, options: LossOptions, chunks: ChunkOptions, with_stats: bool
+    batch: Batch, layer: Layer, options: LossOptions, chunks: ChunkOptions, with_stats: bool, differentiable: bool
 ) -> tuple[Float[Tensor, "..."], LossStats | None]:
     """Return what `losses` does, from all rows; those of the layer are in one dimension."""
-    operands, entropy = fused.make_operands(batch, options, with_stats)
+    operands, entropy = fused.make_operands(batch, options, with_stats, differentiable)
     in_batch = {name: getattr(operands, name) for name in ROWS}
     operands = operands._replace(**{name: _flat(value, batch.batch_shape) for name, value in in_batch.items()})
+    if batch.class_mask is not None and batch.has_row_masks:
+        operands = operands._replace(class_mask=batch.class_mask.reshape(-1, layer.weight.shape[0]))
     preferred = preferred_rows(layer.hidden.shape[1], on_tpu=takes_plain_operations(layer.hidden))
     chunk_size = chunks.rows_at_most(preferred, layer.weight.shape[0])
     settings = Settings(chunk_size, not chunks.recompute, chunks.gradient_filter, _needs(layer, chunks))
     if torch.compiler.is_compiling():
-        result, stacked, first = compiled.chunked_losses(layer, operands, settings)
+        result, stacked, first, *found = compiled.chunked_losses(layer, operands, settings)
     else:
-        result, stacked, first = _ChunkedLosses.apply(*layer, *operands, *settings)[:3]  # type: ignore[no-untyped-call]
+        result, stacked, first, *found = _ChunkedLosses.apply(*layer, *operands, *settings)[:6]  # type: ignore[no-untyped-call]
     if not settings.total:
         result = result.reshape(batch.batch_shape)
     if entropy is not None:
@@ -100,7 +107,12 @@ def _losses_of_all(
         return result, None
     sums = unstacked(stacked.reshape(-1, *batch.batch_shape))
     operands = operands._replace(**in_batch)
-    return result, fused.stats_of(batch, options, operands, entropy, sums, first.reshape(batch.batch_shape))
+    statistics = None
+    if differentiable:
+        nll, lse, model_entropy = (of_rows.reshape(batch.batch_shape) for of_rows in found)
+        statistics = nll, lse, model_entropy
+    first = first.reshape(batch.batch_shape)
+    return result, fused.stats_of(batch, options, operands, entropy, sums, first, statistics)
 
 
 def _needs(layer: Layer, chunks: ChunkOptions) -> tuple[bool, ...]:
@@ -137,9 +149,11 @@ def _rows_that_count(batch: Batch, layer: Layer) -> Int[Tensor, " n"] | None:
 
 def _selected(batch: Batch, index: Int[Tensor, " n"]) -> Batch:
     """Return a batch of these rows only, all of which count."""
-    smoothing = batch.smoothing
+    smoothing, class_mask = batch.smoothing, batch.class_mask
     if isinstance(smoothing, Tensor):
         smoothing = smoothing.reshape(-1, 1)[index]
+    if class_mask is not None and batch.has_row_masks:
+        class_mask = class_mask.reshape(-1, class_mask.shape[-1])[index]
     return replace(
         batch,
         logits=batch.logits.new_zeros(1).expand(index.numel(), batch.logits.shape[-1]),
@@ -147,6 +161,7 @@ def _selected(batch: Batch, index: Int[Tensor, " n"]) -> Batch:
         smoothing=smoothing,
         counted=None,
         bad=None if batch.bad is None else batch.bad.reshape(-1)[index],
+        class_mask=class_mask,
     )
 
 
@@ -158,52 +173,57 @@ class _ChunkedLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor | None, ...]:
-        """Return the losses or their sum, the `Sums`, the first largest logits' indices, and the layer's gradients."""
-        result, stacked, first, gradients = losses_and_gradients(*saved.grouped(arguments, *_ARGUMENTS))
-        return result, stacked, first, *saved.in_order(gradients, Layer)
+        """Return the losses or their sum, the `Sums`, the first largest logits' indices, and the layer's gradients.
+
+        Before the gradients come the statistics that gradients flow through, or None for each.
+        """
+        layer, operands, settings = saved.grouped(arguments, *_ARGUMENTS)
+        result, stacked, first, gradients = losses_and_gradients(layer, operands, settings)
+        statistics = fused.statistics_or_none(operands, stacked)
+        return result, stacked, first, *statistics, *saved.in_order(gradients, Layer)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         """Keep the arguments, the sums and the gradients."""
-        _, stacked, *others = output
+        stacked, first, gradients = output[1], output[2], output[6:]
         assert stacked is not None
-        ctx.mark_non_differentiable(stacked, *(tensor for tensor in others if tensor is not None))
+        ctx.mark_non_differentiable(stacked, *(tensor for tensor in (first, *gradients) if tensor is not None))
         saved.save(ctx, (stacked,), inputs)
         # Not as saved tensors: `backward` takes them out.
-        _, *gradients = others
         ctx.gradients = {name: of for name, of in zip(Layer._fields, gradients, strict=True) if of is not None}
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients with respect to the layer and to `on`, `off` and `at_max`."""
         (stacked,), layer, operands, settings = saved.saved(ctx, *_ARGUMENTS)
         gradients: dict[str, Tensor | None] = {}
-        if upstream is None:
+        upstreams = Upstreams(upstream, *others[2:5])
+        if not upstreams.present:
             return saved.in_order(gradients, *_ARGUMENTS)
         needed = saved.needed_by(ctx, *_ARGUMENTS)
-        if torch.is_grad_enabled() or not has_memory(upstream, layer.hidden, layer.weight):
-            gradients = _plain_gradients(layer, operands, needed, upstream.expand(layer.hidden.shape[0]))
+        rows = None if upstream is None else upstream.expand(layer.hidden.shape[0])
+        if torch.is_grad_enabled() or not has_memory(*upstreams.present, layer.hidden, layer.weight):
+            gradients = _plain_gradients(layer, operands, needed, upstreams._replace(loss=rows))
             return saved.in_order(gradients, *_ARGUMENTS)
         of_layer = [name for name in Layer._fields if name in needed]
-        if all(name in ctx.gradients for name in of_layer):
+        if upstream is not None and all(name in ctx.gradients for name in of_layer):
             # Taken out, so that nothing else holds them and autograd need not copy them.
             of_total = {name: ctx.gradients.pop(name) for name in of_layer}
             gradients |= {name: scaled(of, upstream, getattr(layer, name).dtype) for name, of in of_total.items()}
         else:
             settings = settings._replace(needs=tuple(name in needed for name in Layer._fields))
-            gradients |= layer_gradients(layer, operands, settings, stacked, upstream)
-        rows = upstream.expand(layer.hidden.shape[0])
-        gradients |= target_gradients(operands, target_slopes(operands, unstacked(stacked), needed), rows)
+            gradients |= layer_gradients(layer, operands, settings, stacked, upstreams)
+        if rows is not None:
+            gradients |= target_gradients(operands, target_slopes(operands, unstacked(stacked), needed), rows)
         return saved.in_order(gradients, *_ARGUMENTS)
 
     @staticmethod
     @saved.nestable
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        """Return the tangent of the losses."""
+        """Return the tangents of the losses and the statistics."""
         _, layer, operands, settings = saved.saved(ctx, *_ARGUMENTS)
-        given = saved.given(tangents, *_ARGUMENTS)
-        tangent = _plain_tangent(layer, operands, given)
-        return tangent.sum() if settings.total else tangent, None, None, *(None for _ in Layer._fields)
+        of_loss, *others = _plain_tangents(layer, operands, saved.given(tangents, *_ARGUMENTS))
+        return of_loss.sum() if settings.total else of_loss, None, None, *others, *(None for _ in Layer._fields)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
@@ -228,11 +248,11 @@ class _ChunkedLosses(torch.autograd.Function):
 
 
 def _plain_gradients(
-    layer: Layer, operands: Operands, needed: Sequence[str], upstream: Float[Tensor, " n"]
+    layer: Layer, operands: Operands, needed: Sequence[str], upstreams: Upstreams
 ) -> dict[str, Tensor | None]:
     """Return the gradients with respect to what is needed of the layer and of the operands."""
     rounded = _rounded(layer, operands)
-    gradients = plain_gradients(_logits(rounded), operands, ["logits", *needed], upstream)
+    gradients = plain_gradients(_logits(rounded), operands, ["logits", *needed], upstreams)
     of_logits = cast("Tensor", gradients.pop("logits")).to(rounded.hidden.dtype)
     if "hidden" in needed:
         of_hidden = of_logits @ rounded.weight
@@ -244,8 +264,8 @@ def _plain_gradients(
     return gradients
 
 
-def _plain_tangent(layer: Layer, operands: Operands, tangents: dict[str, Tensor]) -> Float[Tensor, " n"]:
-    """Return the tangents of the losses."""
+def _plain_tangents(layer: Layer, operands: Operands, tangents: dict[str, Tensor]) -> Tangents:
+    """Return the tangents of the losses and the statistics."""
     rounded = _rounded(layer, operands)
     tangents = dict(tangents)
     of_layer = {name: tangents.pop(name) for name in Layer._fields if name in tangents}
@@ -259,7 +279,7 @@ def _plain_tangent(layer: Layer, operands: Operands, tangents: dict[str, Tensor]
         if "bias" in of_layer and given.bias is not None:
             parts.append(given.bias)
         tangents["logits"] = functools.reduce(torch.add, parts)
-    return tangent_of(plain_slopes(_logits(rounded), operands, list(tangents)), tangents)
+    return plain_tangents(_logits(rounded), operands, tangents)
 
 
 def _rounded(layer: Layer, operands: Operands) -> Layer:

@@ -13,13 +13,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lsce_spec import LossOptions, check_denominator, check_denominator_array, check_denominator_values, is_number
+from lsce_spec import (
+    LossOptions,
+    check_denominator,
+    check_denominator_array,
+    check_denominator_values,
+    check_flag,
+    is_number,
+)
 from lsce_spec.keywords import takes
 from lsce_torch import fused, lean, reference
 from lsce_torch.accurate import divide
 from lsce_torch.inputs import Batch, at_labels, canonical, check, dtype_name, extremes
 from lsce_torch.kernels import IMPLEMENTATIONS, NAME, whole
-from lsce_torch.keywords import DenseLossKeywords
+from lsce_torch.keywords import DenseLossKeywords, DenseStatsKeywords
 from lsce_torch.overwrite import check_inplace, tensors_to_overwrite
 from lsce_torch.stats import LossStats
 
@@ -59,12 +66,15 @@ def label_smoothed_cross_entropy(
             "max_sup" (Max Suppression): lse - z_y + e (max z - mean z), which takes e from the largest logit, not from
             the label's. Or a `Convention`.
         prior: K probabilities that replace the uniform distribution in "uniform". Values are checked on the
-            CPU, in eager mode.
+            CPU, in eager mode. Not with a mask for each row.
         axis: dimension of the classes in logits and soft labels.
         where: booleans that broadcast to the losses; False leaves a row out: loss 0, gradient 0, not counted.
         ignore_index: rows with this label are left out likewise.
         class_weight: K factors w.
-        class_mask: K booleans; classes marked False take no part, whatever their logits hold.
+        class_mask: K booleans, or a mask for each row: booleans with the dimensions of the logits, which broadcast to
+            them, with K at `axis`. Classes marked False take no part, whatever their logits hold. The smoothing goes to
+            the other classes of the row, and a label outside the mask is a bad label. Rows that do not count may have
+            an empty mask.
         z_loss: factor of the squared log-partition function, which keeps it near 0.
         softcap: c of z <- c tanh(z / c), applied first.
         subtract_entropy: subtract the entropy of the target: Kullback-Leibler divergence, 0 at the optimum.
@@ -109,22 +119,25 @@ def label_smoothed_cross_entropy(
     return _evaluate(logits, labels, keywords, with_stats=False)[0]
 
 
-@takes(DenseLossKeywords)
+@takes(DenseStatsKeywords)
 def label_smoothed_cross_entropy_with_stats(
     logits: Float[Tensor, "..."],
     labels: Int[Tensor, "..."] | Float[Tensor, "..."],
-    **keywords: Unpack[DenseLossKeywords],
+    **keywords: Unpack[DenseStatsKeywords],
 ) -> tuple[Float[Tensor, "..."], LossStats]:
     """Return the loss of `label_smoothed_cross_entropy` and statistics of each row from the same sweep over the logits.
 
     Args:
         logits: see `label_smoothed_cross_entropy`.
         labels: see `label_smoothed_cross_entropy`.
+        differentiable: whether gradients flow through nll, lse and entropy, for losses made of them. Nothing as large
+            as the logits is kept for that, except with implementation="reference" and for soft labels.
         keywords: the options of `label_smoothed_cross_entropy`, with the same defaults.
 
     Returns:
         The loss, reduced as asked, and `LossStats` with one value per row: nll (neither smoothed nor weighted),
-        smoothed, z, lse, confidence, correct and valid. No gradient flows through the statistics.
+        smoothed, z, lse, confidence, prediction, entropy, correct and valid. Without `differentiable` no gradient flows
+        through them. They come from the same sweep over the logits as the loss.
 
     Raises:
         TypeError, ValueError, IndexError: see `label_smoothed_cross_entropy`.
@@ -137,29 +150,43 @@ def label_smoothed_cross_entropy_with_stats(
         >>> valid = stats.valid.sum()
         >>> f"{loss:.4f} {torch.exp(stats.nll.sum() / valid):.4f} {stats.correct.sum() / valid:.2f}"
         '1.6839 5.2975 0.50'
+
+    Example: policy gradient with an entropy bonus, of the log-probabilities of the actions taken.
+        >>> actions, advantages = torch.tensor([0, 1, 2]), torch.tensor([1.0, -0.5, 0.2])
+        >>> leaf = logits.clone().requires_grad_()
+        >>> _, stats = label_smoothed_cross_entropy_with_stats(leaf, actions, smoothing=0.0, differentiable=True)
+        >>> (stats.nll * advantages - 0.01 * stats.entropy).mean().backward()
+        >>> [f"{value:.3f}" for value in leaf.grad[0]]
+        ['-0.070', '0.035', '0.035']
+
+    References:
+        The entropy and its gradient: `lsce_spec.model_row`.
     """
-    loss, stats = _evaluate(logits, labels, keywords, with_stats=True)
+    differentiable = keywords.pop("differentiable")
+    loss, stats = _evaluate(logits, labels, keywords, with_stats=True, differentiable=differentiable)
     assert stats is not None
     return loss, stats
 
 
 def _evaluate(
-    logits: Tensor, labels: Tensor, keywords: DenseLossKeywords, *, with_stats: bool
+    logits: Tensor, labels: Tensor, keywords: DenseLossKeywords, *, with_stats: bool, differentiable: bool = False
 ) -> tuple[Float[Tensor, "..."], LossStats | None]:
     """Return the loss, and the statistics if asked for. See `label_smoothed_cross_entropy`."""
     options = _checked_options(keywords)
+    check_flag("differentiable", differentiable)
     check_inplace(keywords)
     given = check(logits, labels, options, keywords)
-    by_kernels = whole.loss(
-        given,
-        options,
-        keywords["denominator"],
-        logits,
-        inplace_backward=keywords["inplace_backward"],
-        with_stats=with_stats,
-    )
-    if by_kernels is not None:
-        return by_kernels
+    if not differentiable:
+        by_kernels = whole.loss(
+            given,
+            options,
+            keywords["denominator"],
+            logits,
+            inplace_backward=keywords["inplace_backward"],
+            with_stats=with_stats,
+        )
+        if by_kernels is not None:
+            return by_kernels
     batch = canonical(given, options)
     if keywords["inplace_backward"]:
         batch = replace(batch, overwritten=tensors_to_overwrite(logits))
@@ -168,7 +195,7 @@ def _evaluate(
         loss = lean.loss(batch, options, divisor)
         if loss is not None:
             return loss, None
-    losses, stats = _ROW_LOSSES[options.implementation](batch, options, with_stats)
+    losses, stats = _ROW_LOSSES[options.implementation](batch, options, with_stats, differentiable)
     return reduce_losses(losses, options, divisor), stats
 
 

@@ -20,7 +20,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lsce_spec import LossOptions
@@ -31,54 +31,90 @@ from lsce_torch.errors import error
 from lsce_torch.inputs import Batch, at_labels
 from lsce_torch.memory import in_large_pages
 from lsce_torch.overwrite import forbid_use, has_memory, is_wrapper
-from lsce_torch.plain import plain_gradients, plain_slopes, plain_sums, tangent_of
+from lsce_torch.plain import plain_gradients, plain_sums, plain_tangents
 from lsce_torch.stats import LossStats, make_stats
-from lsce_torch.sums import ROWS, Operands, Sums, losses_of, target_gradients, target_slopes, unstacked
+from lsce_torch.sums import (
+    ROWS,
+    Operands,
+    Sums,
+    Upstreams,
+    losses_of,
+    statistics_of,
+    target_gradients,
+    target_slopes,
+    unstacked,
+)
 from lsce_torch.sweeps import logits_gradient, sweep
 
 
 def row_losses(
-    batch: Batch, options: LossOptions, with_stats: bool = False
+    batch: Batch, options: LossOptions, with_stats: bool = False, differentiable: bool = False
 ) -> tuple[Float[Tensor, "*batch"], LossStats | None]:
-    """Return the loss of each row, 0 for rows that do not count and NaN for bad labels, and the statistics if asked."""
+    """Return the loss of each row, 0 for rows that do not count and NaN for bad labels, and the statistics if asked.
+
+    `differentiable` says whether gradients flow through the statistics.
+    """
     reason = why_reference(batch, options, with_stats)
     kernels.check_choice(options.implementation, batch.logits, reason, "fused")
     if reason is not None:
         if batch.overwritten is not None:
             raise error("inplace_needs_reference", reason=reason)
-        return reference.row_losses(batch, options, with_stats)
-    operands, entropy = make_operands(batch, options, with_stats)
+        return reference.row_losses(batch, options, with_stats, differentiable)
+    operands, entropy = make_operands(batch, options, with_stats, differentiable)
     losses: Tensor
+    statistics: tuple[Tensor, Tensor, Tensor] | None = None
     if torch.compiler.is_compiling() or takes_plain_operations(batch.logits):
         sums, first = plain_sums(batch.logits, operands)
         losses = losses_of(operands, sums)[0]
     else:
-        losses, stacked, first = _RowLosses.apply(batch.logits, batch.overwritten, *operands)  # type: ignore[no-untyped-call]
+        losses, stacked, first, *rows = _RowLosses.apply(batch.logits, batch.overwritten, *operands)  # type: ignore[no-untyped-call]
         sums = unstacked(stacked)
+        statistics = (rows[0], rows[1], rows[2]) if differentiable else None
     if entropy is not None:
         losses = losses - entropy
         if batch.counted is not None:
             losses = torch.where(batch.counted, losses, 0)
     if first is None:
         return losses, None
-    return losses, stats_of(batch, options, operands, entropy, sums, first)
+    return losses, stats_of(batch, options, operands, entropy, sums, first, statistics)
 
 
 def stats_of(
     batch: Batch,
     options: LossOptions,
     operands: Operands,
-    entropy: float | Float[Tensor, "*#batch"] | None,
+    target_entropy: float | Float[Tensor, "*#batch"] | None,
     sums: Sums,
     first: Int[Tensor, "*batch"],
+    statistics: tuple[Tensor, Tensor, Tensor] | None,
 ) -> LossStats:
-    """Return the statistics of rows from their sums; `first` is the index of the first largest logit."""
+    """Return the statistics of rows from their sums.
+
+    Args:
+        batch: of these rows.
+        options: of the call.
+        operands: of these rows.
+        target_entropy: what the loss subtracts, or None.
+        sums: of these rows.
+        first: index of the first largest logit.
+        statistics: those of `statistics_of` with their derivatives, or None if these are those of the sums.
+    """
+    nll, lse, entropy = statistics_of(operands, sums) if statistics is None else statistics
     with torch.no_grad():
-        _, smoothed, lse = losses_of(operands, sums)
-        if entropy is not None:
-            smoothed = smoothed - entropy
-        nll, correct = sums.log_sum + sums.label_gap, torch.eq(first, batch.labels)
-        return make_stats(batch, options, nll=nll, smoothed=smoothed, lse=lse, log_sum=sums.log_sum, correct=correct)
+        smoothed = losses_of(operands, sums)[1]
+        if target_entropy is not None:
+            smoothed = smoothed - target_entropy
+    return make_stats(
+        batch,
+        options,
+        nll=nll,
+        smoothed=smoothed,
+        lse=lse,
+        log_sum=sums.log_sum,
+        first=first,
+        entropy=entropy,
+        differentiable=operands.differentiable,
+    )
 
 
 def why_reference(batch: Batch, options: LossOptions, with_stats: bool) -> str | None:
@@ -104,6 +140,10 @@ def _why_reference_of_soft(batch: Batch, options: LossOptions, with_stats: bool)
     return "the statistics of soft labels need the labels once more" if with_stats else None
 
 
+# Products of class weights and masks that are added up at a time.
+_MOST_PRODUCTS = 2**20
+
+
 class _Target(NamedTuple):
     """The weighted target of rows, as `Operands` describes it, and its entropy if the loss subtracts it."""
 
@@ -116,7 +156,7 @@ class _Target(NamedTuple):
 
 
 def make_operands(
-    batch: Batch, options: LossOptions, with_stats: bool
+    batch: Batch, options: LossOptions, with_stats: bool, differentiable: bool
 ) -> tuple[Operands, float | Float[Tensor, "*#batch"] | None]:
     """Return the operands, and the entropy of the target if the loss subtracts it."""
     target = _soft_target(batch, options) if batch.soft else _index_target(batch, options)
@@ -133,6 +173,7 @@ def make_operands(
         z_loss=options.z_loss,
         softcap=options.softcap,
         with_stats=with_stats,
+        differentiable=differentiable,
         kernels=kernels.may_compute(options.implementation, batch.logits),
     ), target.entropy
 
@@ -150,7 +191,7 @@ def _index_target(batch: Batch, options: LossOptions) -> _Target:
     on: float | Tensor
     off: float | Tensor
     num_others: float | Tensor
-    factor, num_others = batch.class_weight, reference.count_allowed(batch) - 1
+    factor, num_others = batch.class_weight, _per_row(reference.count_allowed(batch)) - 1
     if batch.prior is None:
         on, off = (_per_row(value) for value in reference.on_off(batch, options))
     else:
@@ -193,10 +234,25 @@ def _sum_of_others(values: Float[Tensor, " K"], batch: Batch) -> Float[Tensor, "
 
     In float64: the label's value may be most of the sum, and the difference is the whole target if `on` is 0.
     """
-    if batch.class_mask is not None:
-        values = torch.where(batch.class_mask, values, 0)
-    values = values.double()
-    return (torch.sum(values) - at_labels(values, batch.labels)).to(batch.dtype)
+    values, mask = values.double(), batch.class_mask
+    at_label = at_labels(values, batch.labels)
+    if mask is not None and batch.has_row_masks:
+        of_label = at_label.masked_fill(~at_labels(mask, batch.labels), 0)
+        return (_sums_of_rows(values, mask) - of_label).to(batch.dtype)
+    if mask is not None:
+        values = torch.where(mask, values, 0)
+        at_label = at_labels(values, batch.labels)
+    return (torch.sum(values) - at_label).to(batch.dtype)
+
+
+def _sums_of_rows(values: Float[Tensor, " K"], mask: Bool[Tensor, "*batch K"]) -> Float[Tensor, "*batch"]:
+    """Return the sum of the values in the mask of each row, some rows at a time: the products are as many as logits."""
+    rows = mask.reshape(-1, mask.shape[-1])
+    step = rows.shape[0] if torch.compiler.is_compiling() else max(1, _MOST_PRODUCTS // mask.shape[-1])
+    if rows.shape[0] <= step:
+        return torch.sum(torch.where(mask, values, 0), dim=-1)
+    sums = [torch.sum(torch.where(part, values, 0), dim=-1) for part in torch.split(rows, step)]
+    return torch.cat(sums).reshape(mask.shape[:-1])
 
 
 class _Logits(NamedTuple):
@@ -208,49 +264,56 @@ class _RowLosses(torch.autograd.Function):
     """The losses of rows from one sweep over the logits, and the gradient from another."""
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the losses, their `Sums`, stacked, and the index of the first largest logit."""
+    def forward(*arguments: Any) -> tuple[Tensor | None, ...]:
+        """Return the losses, their `Sums`, stacked, and the index of the first largest logit.
+
+        Behind them come the statistics that gradients flow through, or None for each.
+        """
         (logits, _), operands = saved.grouped(arguments, _Logits, Operands)
-        return sweep(logits, operands)
+        losses, stacked, first = sweep(logits, operands)
+        return losses, stacked, first, *statistics_or_none(operands, stacked)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         """Keep the arguments and the sums."""
-        _, stacked, first = output
+        _, stacked, first, *_ = output
+        assert stacked is not None
         ctx.mark_non_differentiable(*([stacked] if first is None else [stacked, first]))
         saved.save(ctx, (stacked,), inputs)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
         """Return the gradients with respect to the logits, `on`, `off` and `at_max`."""
         (stacked,), (logits, overwritten), operands = saved.saved(ctx, _Logits, Operands)
         gradients: dict[str, Tensor | None] = {}
-        if upstream is None:
+        upstreams = Upstreams(upstream, *others[2:])
+        if not upstreams.present:
             return saved.in_order(gradients, _Logits, Operands)
         needed = saved.needed_by(ctx, _Logits, Operands)
-        if torch.is_grad_enabled() or not has_memory(upstream, logits):
+        if torch.is_grad_enabled() or not has_memory(*upstreams.present, logits):
             if overwritten is not None:
                 raise error("inplace_transformed")
-            gradients = plain_gradients(logits, operands, needed, upstream)
+            gradients = plain_gradients(logits, operands, needed, upstreams)
             of_logits = gradients.get("logits")
             if of_logits is not None:
                 gradients["logits"] = of_logits.to(logits.dtype)
         else:
-            gradients = target_gradients(operands, target_slopes(operands, unstacked(stacked), needed), upstream)
+            if upstream is not None:
+                gradients = target_gradients(operands, target_slopes(operands, unstacked(stacked), needed), upstream)
             if "logits" in needed:
                 gradient = in_large_pages(torch.empty_like(logits)) if overwritten is None else logits.detach()
-                logits_gradient(logits, operands, stacked, upstream, gradient)
+                logits_gradient(logits, operands, stacked, upstreams, gradient)
                 forbid_use(overwritten or ())
                 gradients["logits"] = gradient
         return saved.in_order(gradients, _Logits, Operands)
 
     @staticmethod
     @saved.nestable
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, None, None]:
-        """Return the tangent of the losses."""
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the tangents of the losses and the statistics."""
         _, (logits, _), operands = saved.saved(ctx, _Logits, Operands)
-        given = saved.given(tangents, _Logits, Operands)
-        return tangent_of(plain_slopes(logits, operands, list(given)), given), None, None
+        of_loss, *others = plain_tangents(logits, operands, saved.given(tangents, _Logits, Operands))
+        return of_loss, None, None, *others
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
@@ -275,5 +338,11 @@ class _RowLosses(torch.autograd.Function):
         moved = {name: in_front(getattr(operands, name), getattr(dims, name), last) for name, last in last_dims.items()}
         for name in ("labels", "counted", "bad"):
             moved[name] = None if moved[name] is None else moved[name].expand(logits.shape[:-1])
-        losses, stacked, first = _RowLosses.apply(logits, None, *operands._replace(**moved))  # type: ignore[no-untyped-call]
-        return (losses, stacked, first), (0, 1, None if first is None else 0)
+        results = _RowLosses.apply(logits, None, *operands._replace(**moved))  # type: ignore[no-untyped-call]
+        _, _, *others = results
+        return results, (0, 1, *(None if of_rows is None else 0 for of_rows in others))
+
+
+def statistics_or_none(operands: Operands, stacked: Float[Tensor, "sums ..."]) -> tuple[Tensor | None, ...]:
+    """Return the statistics of `statistics_of` if gradients flow through them, otherwise None for each."""
+    return statistics_of(operands, unstacked(stacked)) if operands.differentiable else (None, None, None)

@@ -21,6 +21,7 @@ from lsce_spec import (
     LossOptions,
     check_axis,
     check_batch_operand,
+    check_class_mask,
     check_class_vector,
     check_labels,
     check_logits,
@@ -49,7 +50,7 @@ class Batch:
         bad: True for rows that count and whose label is not a class; None for soft labels, or if no label can be bad.
         prior: probabilities that replace the uniform distribution, in the compute dtype, or None.
         class_weight: in the compute dtype, or None.
-        class_mask: True for the classes that take part, or None.
+        class_mask: True for the classes that take part, for all rows or for each, or None.
         overwritten: the tensors that the gradient of the logits will overwrite; None if it gets memory of its own.
     """
 
@@ -60,13 +61,18 @@ class Batch:
     bad: Bool[Tensor, "*batch"] | None
     prior: Float[Tensor, " K"] | None
     class_weight: Float[Tensor, " K"] | None
-    class_mask: Bool[Tensor, " K"] | None
+    class_mask: Bool[Tensor, " K"] | Bool[Tensor, "*batch K"] | None
     overwritten: tuple[weakref.ref[Tensor], ...] | None = None
 
     @property
     def soft(self) -> bool:
         """Whether the labels are class probabilities."""
         return self.labels.is_floating_point()
+
+    @property
+    def has_row_masks(self) -> bool:
+        """Whether rows have class masks of their own."""
+        return self.class_mask is not None and self.class_mask.ndim > 1
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -88,7 +94,11 @@ class Batch:
             # Rows that do not count must give the smoothing a derivative of 0. The entropy's is infinite at 0.
             smoothing = torch.where(counted[..., None], smoothing, 0.5)
         bad = None if self.bad is None else self.bad & counted
-        return replace(self, counted=counted, smoothing=smoothing, bad=bad)
+        class_mask = self.class_mask
+        if class_mask is not None and self.has_row_masks:
+            # Without any class the sums of a row would be NaN.
+            class_mask = class_mask | ~counted[..., None]
+        return replace(self, counted=counted, smoothing=smoothing, bad=bad, class_mask=class_mask)
 
 
 def compute_dtype(logits: Tensor) -> torch.dtype:
@@ -121,7 +131,7 @@ class Given:
     where: Bool[Tensor, "*#batch"] | None
     prior: Float[Tensor, " K"] | None
     class_weight: Float[Tensor, " K"] | None
-    class_mask: Bool[Tensor, " K"] | None
+    class_mask: Bool[Tensor, " K"] | Bool[Tensor, "*batch K"] | None
 
 
 def check(
@@ -148,12 +158,12 @@ def check(
         raise error("labels_device", logits=logits.device, labels=labels.device)
     axis = _checked_axis(logits, labels, keywords.get("axis", -1))
     dtype = compute_dtype(logits)
+    class_mask = _class_mask(keywords.get("class_mask"), logits, axis)
 
     if axis != logits.ndim - 1:
         logits = logits.movedim(axis, -1)
     batch_shape = tuple(logits.shape[:-1])
     class_weight = _class_vector("class_weight", keywords, logits, dtype)
-    class_mask = _class_vector("class_mask", keywords, logits, None)
     prior = _class_vector("prior", keywords, logits, dtype)
     if prior is not None:
         # The caller's values, not those rounded to dtype; and after the shape, since values are checked by class.
@@ -258,7 +268,7 @@ def extremes(tensor: Tensor) -> list[float]:
 
 
 def _class_indices(
-    labels: Int[Tensor, "*batch"], num_classes: int, class_mask: Bool[Tensor, " K"] | None
+    labels: Int[Tensor, "*batch"], num_classes: int, class_mask: Bool[Tensor, "*#batch K"] | None
 ) -> tuple[Int[Tensor, "*batch"], Bool[Tensor, "*batch"] | None]:
     """Return labels in a signed dtype that is wide enough for any class index, and which of them are not a class.
 
@@ -277,8 +287,10 @@ def _class_indices(
     return labels, bad if class_mask is None else bad | ~at_labels(class_mask, labels.masked_fill(bad, 0))
 
 
-def at_labels(vector: Shaped[Tensor, " K"], labels: Int[Tensor, "*batch"]) -> Shaped[Tensor, "*batch"]:
-    """Return the entry of a vector over the classes at each label."""
+def at_labels(vector: Shaped[Tensor, "*#batch K"], labels: Int[Tensor, "*batch"]) -> Shaped[Tensor, "*batch"]:
+    """Return the entry of a vector over the classes, or of one for each row, at each label."""
+    if vector.ndim > 1:
+        return torch.gather(vector, -1, labels[..., None]).squeeze(-1)
     # One dimension, since torch 2.9 cannot index with a tensor that has none under vmap.
     return vector[labels.reshape(-1)].reshape(labels.shape)
 
@@ -320,22 +332,33 @@ def _as_tensor(name: str, value: object, device: torch.device) -> Tensor:
         raise error("array_type", name=name, expected="a tensor", given=given) from problem
 
 
+def _class_mask(value: object, logits: Tensor, axis: int) -> Bool[Tensor, " K"] | Bool[Tensor, "*batch K"] | None:
+    """Return one mask for all rows, or one for each, classes last; None if the call has none."""
+    if value is None:
+        return None
+    mask = _as_tensor("class_mask", value, logits.device)
+    by_row = check_class_mask(tuple(mask.shape), dtype_name(mask), tuple(logits.shape), axis)
+    return mask.expand(logits.shape).movedim(axis, -1) if by_row else mask.reshape(-1)
+
+
 def _class_vector(
-    name: str, keywords: Mapping[str, Any], logits: Tensor, dtype: torch.dtype | None
-) -> Shaped[Tensor, " K"] | None:
+    name: str, keywords: Mapping[str, Any], logits: Tensor, dtype: torch.dtype
+) -> Float[Tensor, " K"] | None:
     """Return a tensor with one value per class, in that dtype, or None if the call has none of that name."""
     if keywords.get(name) is None:
         return None
     vector = _as_tensor(name, keywords[name], logits.device)
     check_class_vector(name, tuple(vector.shape), dtype_name(vector), logits.shape[-1])
-    return vector if dtype is None else vector.to(dtype)
+    return vector.to(dtype)
 
 
 def check_prior(prior: Tensor, class_mask: Tensor | None) -> None:
-    """Raise unless the prior is a distribution over the classes of the mask.
+    """Raise unless the prior is a distribution over the classes of the mask, which is the same for all rows.
 
     Values are read only where that costs no synchronisation: on the CPU, outside torch.compile and vmap.
     """
+    if class_mask is not None and class_mask.ndim > 1:
+        raise error("prior_row_mask", given=list(class_mask.shape))
     prior = _as_tensor("prior", prior, torch.device("cpu") if not isinstance(prior, Tensor) else prior.device)
     check_class_vector("prior", tuple(prior.shape), dtype_name(prior), prior.numel())
     if torch.compiler.is_compiling() or not is_on_cpu(prior):

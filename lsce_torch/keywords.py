@@ -53,7 +53,7 @@ class _Counted(_Ignored, _ClassWeight, total=False):
 
 
 class _ClassMask(TypedDict, total=False):
-    class_mask: Annotated[Bool[Tensor, " K"] | None, Default(None)]
+    class_mask: Annotated[Bool[Tensor, "..."] | None, Default(None)]
 
 
 class _ZLoss(TypedDict, total=False):
@@ -110,6 +110,19 @@ class DenseLossKeywords(_Smoothing, _Target, _Axis, _Where, _Rows, _Denominator,
 
 class LinearLossKeywords(_Bias, LossKeywords, _LinearImplementation, _Chunks, total=False):
     """The options of `linear_label_smoothed_cross_entropy`."""
+
+
+# Of the functions that return statistics.
+class _Differentiable(TypedDict, total=False):
+    differentiable: Annotated[bool, Default(False)]
+
+
+class DenseStatsKeywords(DenseLossKeywords, _Differentiable, total=False):
+    """The options of `label_smoothed_cross_entropy_with_stats`."""
+
+
+class LinearStatsKeywords(LinearLossKeywords, _Differentiable, total=False):
+    """The options of `linear_label_smoothed_cross_entropy_with_stats`."""
 
 
 class CrossEntropyKeywords(_Target, _Where, _Terms, _Denominator, _Implementation, _Memory, total=False):

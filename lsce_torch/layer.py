@@ -25,7 +25,7 @@ from torch._subclasses import FakeTensor
 from lsce_torch.device import is_on_cpu, may_wait, takes_plain_operations
 from lsce_torch.inputs import compute_dtype, tensor_of
 from lsce_torch.memory import in_large_pages
-from lsce_torch.sums import ROWS, Operands
+from lsce_torch.sums import ROWS, Operands, Upstreams
 from lsce_torch.sweeps import Results, logits_gradient, sweep_into
 
 # Classes of a part of the weight's gradient, if the product has a narrower dtype than the sum. The product of a part
@@ -84,7 +84,7 @@ def losses_and_gradients(
 
 
 def layer_gradients(
-    layer: Layer, operands: Operands, settings: Settings, stacked: Tensor, upstream: Tensor
+    layer: Layer, operands: Operands, settings: Settings, stacked: Tensor, upstreams: Upstreams
 ) -> dict[str, Tensor]:
     """Return the gradients with respect to the layer, in its dtypes, from recomputed logits and the given sums."""
     multiplied = _multiplied(layer, settings)
@@ -93,12 +93,12 @@ def layer_gradients(
         results = Results.empty((layer.hidden.shape[0],), operands, stacked.dtype, stacked.device)
         for part, logits, rows in _chunks(multiplied, operands, settings):
             if settings.total:
-                # The same arithmetic as with the loss, to the last bit. `upstream` is multiplied in at the end.
+                # The same arithmetic as with the loss, to the last bit. The upstream gradient comes in at the end.
                 sweep_into(results.of_rows(part), logits, rows, with_gradient=True)
             else:
-                logits_gradient(logits, rows, stacked[:, part], upstream[part], logits)
+                logits_gradient(logits, rows, stacked[:, part], upstreams.of_rows(part), logits)
             gradients.add(part, logits, rows)
-    factor = upstream if settings.total else None
+    factor = upstreams.loss if settings.total else None
     return {name: scaled(of, factor, getattr(layer, name).dtype) for name, of in gradients.finish().items()}
 
 
@@ -144,6 +144,8 @@ def _chunks(layer: Layer, operands: Operands, settings: Settings) -> Iterator[tu
                 logits = torch.addmm(layer.bias, hidden, layer.weight.T, out=out)
         rows = {name: getattr(operands, name) for name in ROWS}
         rows = {name: v[part] if isinstance(v, Tensor) and v.ndim else v for name, v in rows.items()}
+        if operands.class_mask is not None and operands.class_mask.ndim > 1:
+            rows["class_mask"] = operands.class_mask[part]
         yield part, logits, operands._replace(**rows)
 
 

@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from lsce_spec import ChunkOptions, LossOptions, check_layer
+from lsce_spec import ChunkOptions, LossOptions, check_flag, check_layer
 from lsce_spec.keywords import takes
 from lsce_torch import chunked, fused, kernels, reference
 from lsce_torch.errors import error
 from lsce_torch.functional import mean_divisor, reduce_losses
 from lsce_torch.inputs import Batch, check_tensor, dtype_name, prepare
-from lsce_torch.keywords import LinearLossKeywords
+from lsce_torch.keywords import LinearLossKeywords, LinearStatsKeywords
 from lsce_torch.layer import Layer
 from lsce_torch.overwrite import is_wrapper
 from lsce_torch.stats import LossStats
@@ -41,8 +41,10 @@ def linear_label_smoothed_cross_entropy(
             is added up in float32 or wider and returned in the weight's dtype.
         labels: [...] class indices, of any integer dtype.
         bias: K numbers, or None.
-        smoothing, convention, prior, where, ignore_index, class_weight, class_mask, z_loss, softcap, subtract_entropy,
-            bad_labels, reduction, denominator: see `label_smoothed_cross_entropy`.
+        class_mask: K booleans, or a mask for each row, which broadcasts to [..., K]; see
+            `label_smoothed_cross_entropy`.
+        smoothing, convention, prior, where, ignore_index, class_weight, z_loss, softcap, subtract_entropy, bad_labels,
+            reduction, denominator: see `label_smoothed_cross_entropy`.
         implementation: "chunked"; "triton", the same with kernels for GPUs; "reference", which computes all logits at
             once. None chooses "triton" for tensors on a CUDA device, otherwise "chunked".
         chunk_size: how many rows' logits to hold in memory at most. None chooses 3/4 D, on TPUs 2 D, but at least
@@ -51,7 +53,8 @@ def linear_label_smoothed_cross_entropy(
             reduction="none", which allows nothing else.
         gradient_filter: leave a class out of the two matrix products for the gradient if its part of the gradient of
             the logits, not counting the part from smoothing alone, is at most this in every row of a chunk. The part
-            from smoothing is always included. 0 leaves nothing out. On GPUs and TPUs it saves no time.
+            from smoothing is always included. 0 leaves nothing out. On GPUs and TPUs it saves no time. Not with a mask
+            for each row.
 
     Returns:
         Losses, with `reduction="none"` of shape [...], else a scalar. float64 for float64 hidden, otherwise float32.
@@ -76,12 +79,12 @@ def linear_label_smoothed_cross_entropy(
     return _evaluate(hidden, weight, labels, keywords, with_stats=False)[0]
 
 
-@takes(LinearLossKeywords)
+@takes(LinearStatsKeywords)
 def linear_label_smoothed_cross_entropy_with_stats(
     hidden: Float[Tensor, "... D"],
     weight: Float[Tensor, "K D"],
     labels: Int[Tensor, "..."],
-    **keywords: Unpack[LinearLossKeywords],
+    **keywords: Unpack[LinearStatsKeywords],
 ) -> tuple[Float[Tensor, "..."], LossStats]:
     """Return the loss of `linear_label_smoothed_cross_entropy` and statistics of each row.
 
@@ -89,6 +92,8 @@ def linear_label_smoothed_cross_entropy_with_stats(
         hidden: see `linear_label_smoothed_cross_entropy`.
         weight: see `linear_label_smoothed_cross_entropy`.
         labels: see `linear_label_smoothed_cross_entropy`.
+        differentiable: whether gradients flow through nll, lse and entropy as well, to hidden, weight and bias. The
+            logits are then computed again for the gradient, a chunk at a time, as with recompute=True.
         keywords: the options of `linear_label_smoothed_cross_entropy`, with the same defaults.
 
     Returns:
@@ -105,28 +110,39 @@ def linear_label_smoothed_cross_entropy_with_stats(
         >>> f"{torch.exp(stats.nll.mean()):.4f}"
         '1.1820'
     """
-    loss, stats = _evaluate(hidden, weight, labels, keywords, with_stats=True)
+    differentiable = keywords.pop("differentiable")
+    loss, stats = _evaluate(hidden, weight, labels, keywords, with_stats=True, differentiable=differentiable)
     assert stats is not None
     return loss, stats
 
 
 def _evaluate(
-    hidden: Tensor, weight: Tensor, labels: Tensor, keywords: LinearLossKeywords, *, with_stats: bool
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    keywords: LinearLossKeywords,
+    *,
+    with_stats: bool,
+    differentiable: bool = False,
 ) -> tuple[Float[Tensor, "..."], LossStats | None]:
     """Return the loss, and the statistics if asked for. See `linear_label_smoothed_cross_entropy`."""
     options = LossOptions.of(keywords, kernels.LINEAR_IMPLEMENTATIONS)
-    chunks = ChunkOptions.of(keywords, options)
+    check_flag("differentiable", differentiable)
+    chunks = ChunkOptions.of(keywords, options, differentiable=differentiable)
     layer, num_classes = prepare_layer(hidden, weight, labels, keywords["bias"])
     if labels.is_floating_point():
         raise error("linear_soft_labels", given=dtype_name(labels))
     logits = layer.hidden.new_zeros(1).expand(*layer.hidden.shape[:-1], num_classes)
     batch, divisor = mean_divisor(prepare(logits, labels, options, keywords), options, keywords["denominator"])
+    if chunks.gradient_filter and batch.has_row_masks:
+        raise error("filter_row_mask")
     reason = _why_reference(batch, layer, options, with_stats)
     kernels.check_choice(options.implementation, batch.logits, reason, "chunked")
     if options.implementation != "reference" and batch.labels.numel() and reason is None:
-        losses, stats = chunked.losses(batch, layer, options, chunks, with_stats)
+        losses, stats = chunked.losses(batch, layer, options, chunks, with_stats, differentiable)
     else:
-        losses, stats = reference.row_losses(replace(batch, logits=_all_logits(layer, batch)), options, with_stats)
+        batch = replace(batch, logits=_all_logits(layer, batch))
+        losses, stats = reference.row_losses(batch, options, with_stats, differentiable)
     return reduce_losses(losses, options, divisor), stats
 
 

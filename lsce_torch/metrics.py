@@ -174,6 +174,39 @@ class Perplexity(MeanNLL):
         return torch.exp(super().compute())
 
 
+def _mean_entropy_sums(stats: LossStats, mask: Bool[Tensor, "..."] | None) -> dict[str, Tensor]:
+    rows = _rows(stats, mask)
+    return {"entropy": _sum(torch.where(rows, stats.entropy, 0)), "count": _sum(rows)}
+
+
+class MeanEntropy(_Sums):
+    """Mean entropy of the model's distribution, in nats: how uncertain its predictions are, whatever the labels.
+
+    Example:
+        >>> import torch
+        >>> from lsce_torch import label_smoothed_cross_entropy_with_stats
+        >>> metric = MeanEntropy()
+        >>> _, stats = label_smoothed_cross_entropy_with_stats(torch.zeros((3, 8)), torch.tensor([0, 1, 2]))
+        >>> metric.update(stats=stats)
+        >>> f"{metric.compute():.4f}"  # log 8
+        '2.0794'
+    """
+
+    higher_is_better = None
+
+    def __init__(self, **options: Any) -> None:
+        """Start with nothing seen."""
+        super().__init__("entropy", "count", **options)
+
+    def update(self, *, stats: LossStats, mask: Bool[Tensor, "..."] | None = None) -> None:
+        """Add a batch; see `MeanLoss.update` for `stats` and `mask`."""
+        self._add(**_mean_entropy_sums(stats, mask))
+
+    def compute(self) -> Float[Tensor, ""]:
+        """Return the mean; NaN if no row was seen."""
+        return self._ratio("entropy", "count")
+
+
 def _accuracy_sums(stats: LossStats, mask: Bool[Tensor, "..."] | None) -> dict[str, Tensor]:
     rows = _rows(stats, mask)
     return {"correct": _sum(rows & stats.correct), "count": _sum(rows)}
@@ -271,7 +304,7 @@ class TopKAccuracy(_Sums):
         logits: Float[Tensor, "..."],
         labels: Int[Tensor, "..."] | Float[Tensor, "..."],
         axis: int = -1,
-        class_mask: Bool[Tensor, " K"] | None = None,
+        class_mask: Bool[Tensor, "..."] | None = None,
         mask: Bool[Tensor, "..."] | None = None,
     ) -> None:
         """Add a batch.

@@ -50,9 +50,10 @@ class _LossModule(nn.Module):
         if self.prior is not None:
             check_prior(self.prior, self.class_mask)
 
-    def _kept(self) -> dict[str, Any]:
-        """Return the options for one call."""
-        return {name: getattr(self, name) for name in self._options}
+    def _kept(self, class_mask: Bool[Tensor, "..."] | None) -> dict[str, Any]:
+        """Return the options for one call, with a class mask in place of the module's own unless it is None."""
+        kept = {name: getattr(self, name) for name in self._options}
+        return kept if class_mask is None else {**kept, "class_mask": class_mask}
 
 
 class LabelSmoothedCrossEntropyLoss(_LossModule, nn.CrossEntropyLoss):
@@ -117,6 +118,7 @@ class LabelSmoothedCrossEntropyLoss(_LossModule, nn.CrossEntropyLoss):
         target: Int[Tensor, "..."] | Float[Tensor, "..."],
         *,
         where: Bool[Tensor, "..."] | None = None,
+        class_mask: Bool[Tensor, "..."] | None = None,
         smoothing: float | Float[Tensor, "..."] | None = None,
         denominator: float | Float[Tensor, ""] | None = None,
     ) -> Float[Tensor, "..."]:
@@ -126,6 +128,7 @@ class LabelSmoothedCrossEntropyLoss(_LossModule, nn.CrossEntropyLoss):
             input: logits [K], [N, K] or [N, K, d1, ...].
             target: class indices without the class dimension, or probabilities with it.
             where: booleans that broadcast to the losses; False leaves a row out.
+            class_mask: replaces the module's own for this call, as masks of rows do.
             smoothing: replaces `label_smoothing` for this call, as a schedule does.
             denominator: the number that reduction="mean" divides by.
         """
@@ -138,7 +141,7 @@ class LabelSmoothedCrossEntropyLoss(_LossModule, nn.CrossEntropyLoss):
             self.label_smoothing if smoothing is None else smoothing,
             where=where,
             denominator=denominator,
-            **self._kept(),
+            **self._kept(class_mask),
         )
 
 
@@ -187,6 +190,7 @@ class LinearLabelSmoothedCrossEntropyLoss(_LossModule):
         *,
         bias: Float[Tensor, " K"] | None = None,
         where: Bool[Tensor, "..."] | None = None,
+        class_mask: Bool[Tensor, "..."] | None = None,
         smoothing: float | Float[Tensor, "..."] | None = None,
         denominator: float | Float[Tensor, ""] | None = None,
     ) -> Float[Tensor, "..."]:
@@ -198,6 +202,7 @@ class LinearLabelSmoothedCrossEntropyLoss(_LossModule):
             labels: [...] class indices.
             bias: K numbers, or None.
             where: booleans that broadcast to the losses; False leaves a row out.
+            class_mask: replaces the module's own for this call, as masks of rows do.
             smoothing: replaces the module's own for this call, as a schedule does.
             denominator: the number that reduction="mean" divides by.
         """
@@ -209,7 +214,7 @@ class LinearLabelSmoothedCrossEntropyLoss(_LossModule):
             smoothing=self.smoothing if smoothing is None else smoothing,
             where=where,
             denominator=denominator,
-            **self._kept(),
+            **self._kept(class_mask),
         )
 
 

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lsce_torch.accurate import log1p
+from lsce_torch.accurate import divide, log1p
 from lsce_torch.inputs import compute_dtype, tensor_of
-from lsce_torch.sums import Operands, Sums, target_gradients, target_mass, target_slopes
+from lsce_torch.sums import Operands, Sums, Upstreams, target_gradients, target_mass, target_slopes
 
 
 class _Classes(NamedTuple):
@@ -84,10 +84,18 @@ def _sums(
 ) -> Sums:
     gap, factor = classes.gap, operands.factor
     # Each term that is 1 becomes 0, and all of these but one are added again, so that small losses keep their accuracy.
-    terms = torch.exp(-gap) - classes.is_peak
+    exponentials = torch.exp(-gap)
+    terms = exponentials - classes.is_peak
     if operands.class_mask is not None:
         terms = torch.where(operands.class_mask, terms, 0)
     rest = torch.sum(terms, dim=-1) + (torch.sum(classes.is_peak, dim=-1) - 1)
+    if operands.class_mask is not None:
+        # Below 0 without any class.
+        rest = torch.where(rest < 0, torch.nan, rest)
+    mean_gap = None
+    if operands.with_stats:
+        # Outside the mask the gap is 0. 0 * inf counts as 0.
+        mean_gap = divide(torch.sum(exponentials * torch.where(torch.isinf(gap), 0, gap), dim=-1), 1 + rest)
     label_gap, other_gap = torch.zeros_like(rest), gap
     if classes.is_label is not None:
         label_gap = torch.sum(torch.where(classes.is_label, gap, 0), dim=-1)
@@ -104,6 +112,7 @@ def _sums(
         label_gap=label_gap,
         other_gaps=torch.sum(other_gap, dim=-1),
         largest=largest,
+        mean_gap=mean_gap,
         num_largest=None if classes.num_largest is None else classes.num_largest.squeeze(-1),
         largest_mass=largest_mass,
         largest_gap=largest_gap,
@@ -125,7 +134,7 @@ def plain_slopes(
 
 
 def _logit_slopes(classes: _Classes, sums: Sums, operands: Operands) -> Float[Tensor, "*batch K"]:
-    """Return what `sweeps.logits_gradient` writes for an upstream gradient of 1."""
+    """Return what `sweeps.logits_gradient` writes for an upstream gradient of 1 with respect to the loss alone."""
     slope = target_mass(operands, sums)
     if operands.z_loss:
         slope = slope + 2 * operands.z_loss * (sums.peak + sums.log_sum)
@@ -137,7 +146,35 @@ def _logit_slopes(classes: _Classes, sums: Sums, operands: Operands) -> Float[Te
         target = torch.where(classes.is_label, on, target)
     if classes.share is not None:
         target = target + at_max * classes.share
-    slopes = _column(slope, classes.gap) * (torch.exp(-classes.gap) * torch.exp(-sums.log_sum)[..., None]) - target
+    return _masked(_column(slope, classes.gap) * _probabilities(classes, sums) - target, classes, operands)
+
+
+def _statistics_gradient(
+    classes: _Classes, sums: Sums, operands: Operands, upstreams: Upstreams
+) -> Float[Tensor, "*batch K"]:
+    """Return what `sweeps.logits_gradient` writes for the statistics alone."""
+    slope = torch.zeros_like(sums.peak)
+    for upstream in (upstreams.nll, upstreams.lse):
+        if upstream is not None:
+            slope = slope + upstream
+    if operands.bad is not None and upstreams.nll is not None:
+        slope = slope * torch.where(operands.bad, torch.nan, 1)
+    slopes = slope[..., None]
+    if upstreams.entropy is not None and sums.mean_gap is not None:
+        finite = torch.where(torch.isinf(classes.gap), 0, classes.gap)
+        slopes = slopes + upstreams.entropy[..., None] * (finite - sums.mean_gap[..., None])
+    slopes = slopes * _probabilities(classes, sums)
+    if upstreams.nll is not None and classes.is_label is not None:
+        slopes = slopes - torch.where(classes.is_label, upstreams.nll[..., None], 0)
+    return _masked(slopes, classes, operands)
+
+
+def _probabilities(classes: _Classes, sums: Sums) -> Float[Tensor, "*batch K"]:
+    return torch.exp(-classes.gap) * torch.exp(-sums.log_sum)[..., None]
+
+
+def _masked(slopes: Float[Tensor, "*batch K"], classes: _Classes, operands: Operands) -> Float[Tensor, "*batch K"]:
+    """Return slopes with respect to the capped logits as those with respect to the logits, 0 where none count."""
     if classes.cap_slope is not None:
         slopes = slopes * classes.cap_slope
     if operands.class_mask is not None:
@@ -161,19 +198,51 @@ def _factor_slopes(classes: _Classes, sums: Sums, operands: Operands) -> Float[T
 
 
 def plain_gradients(
-    logits: Float[Tensor, "*batch K"], operands: Operands, names: Sequence[str], upstream: Float[Tensor, "*batch"]
+    logits: Float[Tensor, "*batch K"], operands: Operands, names: Sequence[str], upstreams: Upstreams
 ) -> dict[str, Tensor | None]:
     """Return the gradients with respect to what is named, as in `plain_slopes`; for the logits in the compute dtype."""
-    slopes = plain_slopes(logits, operands, names)
-    gradients = target_gradients(operands, slopes, upstream)
+    gradients: dict[str, Tensor | None] = {}
+    peak, largest, classes = _classes(logits, operands)
+    sums = _sums(peak, largest, classes, operands)
+    upstream = upstreams.loss
+    if upstream is not None:
+        gradients |= target_gradients(operands, target_slopes(operands, sums, names), upstream)
+        if "factor" in names and operands.factor is not None:
+            slopes = upstream[..., None] * _factor_slopes(classes, sums, operands)
+            gradients["factor"] = slopes.sum_to_size(operands.factor.shape)
     if "logits" in names:
-        gradients["logits"] = upstream[..., None] * slopes["logits"]
-    if "factor" in names and operands.factor is not None:
-        gradients["factor"] = (upstream[..., None] * slopes["factor"]).sum_to_size(operands.factor.shape)
+        parts = [] if upstream is None else [upstream[..., None] * _logit_slopes(classes, sums, operands)]
+        if any(of_rows is not None for of_rows in upstreams[1:]):
+            parts.append(_statistics_gradient(classes, sums, operands, upstreams))
+        gradients["logits"] = functools.reduce(torch.add, parts)
     return gradients
 
 
-def tangent_of(slopes: Mapping[str, Tensor], tangents: Mapping[str, Tensor]) -> Float[Tensor, "*batch"]:
+class Tangents(NamedTuple):
+    """Tangents of the losses, and of the statistics that have any."""
+
+    loss: Float[Tensor, "*batch"]
+    nll: Float[Tensor, "*batch"] | None = None
+    lse: Float[Tensor, "*batch"] | None = None
+    entropy: Float[Tensor, "*batch"] | None = None
+
+
+def plain_tangents(logits: Float[Tensor, "*batch K"], operands: Operands, tangents: Mapping[str, Tensor]) -> Tangents:
+    """Return the tangents from those of what is named as in `plain_slopes`."""
+    loss = _tangent_of(plain_slopes(logits, operands, list(tangents)), tangents)
+    if not operands.differentiable:
+        return Tangents(loss)
+    if "logits" not in tangents:
+        return Tangents(loss, *(torch.zeros_like(loss) for _ in range(3)))
+    peak, largest, classes = _classes(logits, operands)
+    sums = _sums(peak, largest, classes, operands)
+    one = torch.ones_like(sums.peak)
+    units = (Upstreams(None, **{name: one}) for name in Upstreams._fields[1:])
+    slopes = (_statistics_gradient(classes, sums, operands, unit) for unit in units)
+    return Tangents(loss, *(torch.sum(of_one * tangents["logits"].to(of_one.dtype), dim=-1) for of_one in slopes))
+
+
+def _tangent_of(slopes: Mapping[str, Tensor], tangents: Mapping[str, Tensor]) -> Float[Tensor, "*batch"]:
     """Return the tangent of the losses from their slopes and the tangents of what these are with respect to."""
     terms = {name: slopes[name] * tangent.to(slopes[name].dtype) for name, tangent in tangents.items()}
     for name in ("logits", "factor"):

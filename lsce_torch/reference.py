@@ -10,19 +10,23 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lsce_spec import LossOptions, smoothing_weights
-from lsce_torch.accurate import entr, log1p
+from lsce_torch.accurate import divide, entr, log1p
 from lsce_torch.inputs import Batch, tensor_of
 from lsce_torch.stats import LossStats, make_stats
 
 
 def row_losses(
-    batch: Batch, options: LossOptions, with_stats: bool = False
+    batch: Batch, options: LossOptions, with_stats: bool = False, differentiable: bool = False
 ) -> tuple[Float[Tensor, "*batch"], LossStats | None]:
-    """Return the loss of each row, 0 for rows that do not count and NaN for bad labels, and statistics if asked for."""
+    """Return the loss of each row, 0 for rows that do not count and NaN for bad labels, and statistics if asked for.
+
+    `differentiable` says whether gradients flow through the statistics.
+    """
     target = target_distribution(batch, options)
     uncapped, allowed = _counted_logits(batch)
     logits = uncapped if options.softcap is None else options.softcap * torch.tanh(uncapped / options.softcap)
-    peak, gap, log_sum = _log_sum_exp(logits, allowed)
+    peak, gap, rest = _log_sum_exp(logits, allowed)
+    log_sum = log1p(rest)
     if options.convention.at_max is not None:
         target = target + at_max(batch, options) * _share_of_largest(uncapped, allowed)
         if batch.bad is not None:
@@ -45,8 +49,17 @@ def row_losses(
         losses = torch.where(batch.counted, losses, 0)
     if not with_stats:
         return losses, None
-    nll, correct = _nll(batch, gap, log_sum, allowed), _is_correct(batch, uncapped, allowed)
-    return losses, make_stats(batch, options, nll=nll, smoothed=smoothed, lse=lse, log_sum=log_sum, correct=correct)
+    return losses, make_stats(
+        batch,
+        options,
+        nll=_nll(batch, gap, log_sum, allowed),
+        smoothed=smoothed,
+        lse=lse,
+        log_sum=log_sum,
+        first=torch.argmax(_constant(uncapped, allowed), dim=-1),
+        entropy=log_sum + _mean_gap(gap, rest),
+        differentiable=differentiable,
+    )
 
 
 def is_nothing(target: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
@@ -54,7 +67,7 @@ def is_nothing(target: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
     return torch.abs(target) < torch.finfo(target.dtype).tiny
 
 
-def _counted_logits(batch: Batch) -> tuple[Float[Tensor, "*batch K"], Bool[Tensor, " K"] | None]:
+def _counted_logits(batch: Batch) -> tuple[Float[Tensor, "*batch K"], Bool[Tensor, "*#batch K"] | None]:
     """Return the logits in the compute dtype, 0 where they do not count, and the mask."""
     logits = batch.logits.to(batch.dtype)
     if batch.counted is not None:
@@ -88,7 +101,7 @@ def target_distribution(batch: Batch, options: LossOptions) -> Float[Tensor, "*b
 
 
 def _share_of_largest(
-    logits: Float[Tensor, "*batch K"], allowed: Bool[Tensor, " K"] | None
+    logits: Float[Tensor, "*batch K"], allowed: Bool[Tensor, "*#batch K"] | None
 ) -> Float[Tensor, "*batch K"]:
     """Return 1 at the largest logit and 0 elsewhere; equal shares of 1 if several logits are the largest."""
     constant = _constant(logits, allowed)
@@ -100,11 +113,13 @@ def _nll(
     batch: Batch,
     gap: Float[Tensor, "*batch K"],
     log_sum: Float[Tensor, "*batch"],
-    allowed: Bool[Tensor, " K"] | None,
+    allowed: Bool[Tensor, "*#batch K"] | None,
 ) -> Float[Tensor, "*batch"]:
-    """Return the cross-entropy with the labels as they are."""
+    """Return the cross-entropy with the labels as they are, NaN for bad labels."""
     if not batch.soft:
-        return torch.gather(gap, -1, batch.labels[..., None])[..., 0] + log_sum
+        nll = torch.gather(gap, -1, batch.labels[..., None])[..., 0] + log_sum
+        # As a factor, so that the gradient of the row becomes NaN as well.
+        return nll if batch.bad is None else nll * torch.where(batch.bad, torch.nan, 1)
     labels = batch.labels.to(gap.dtype)
     if allowed is not None:
         labels = torch.where(allowed, labels, 0)
@@ -112,12 +127,10 @@ def _nll(
     return torch.sum(terms, dim=-1) + torch.sum(labels, dim=-1) * log_sum
 
 
-def _is_correct(
-    batch: Batch, logits: Float[Tensor, "*batch K"], allowed: Bool[Tensor, " K"] | None
-) -> Bool[Tensor, "*batch"]:
-    """Return whether the first largest logit is at the label, or at the label's first largest probability."""
-    labels = torch.argmax(batch.labels, dim=-1) if batch.soft else batch.labels
-    return torch.argmax(_constant(logits, allowed), dim=-1) == labels
+def _mean_gap(gap: Float[Tensor, "*batch K"], rest: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+    """Return the mean of the gaps under the softmax; 0 * inf counts as 0."""
+    finite = torch.where(torch.isinf(gap), 0, gap)
+    return divide(torch.sum(torch.exp(-gap) * finite, dim=-1), 1 + rest)
 
 
 def entropy_terms(target: Float[Tensor, "*batch K"], batch: Batch) -> Float[Tensor, "*batch K"]:
@@ -143,10 +156,8 @@ def _smoothed(
             return probabilities
         target: Tensor = options.convention.soft_target(probabilities, smoothing, num_allowed)
         return target
-    # With one class nothing is spread. The branch not taken then counts two classes, so that it never divides by 0.
-    spread_over = torch.where(num_allowed == 1, 2, num_allowed)
-    smoothed = options.convention.soft_target(probabilities, smoothing, spread_over)
-    return torch.where(num_allowed == 1, probabilities, smoothed)
+    smoothed = options.convention.soft_target(probabilities, smoothing, _two_or_more(num_allowed))
+    return torch.where(num_allowed <= 1, probabilities, smoothed)
 
 
 def on_off(batch: Batch, options: LossOptions) -> tuple[float | Tensor, float | Tensor]:
@@ -154,11 +165,11 @@ def on_off(batch: Batch, options: LossOptions) -> tuple[float | Tensor, float | 
     num_allowed = count_allowed(batch)
     if isinstance(num_allowed, int):
         return smoothing_weights(options.convention, batch.smoothing, num_allowed)
-    spread_over = torch.where(num_allowed == 1, 2, num_allowed)
+    spread_over = _two_or_more(num_allowed)
     # From the number itself, not a tensor: in float32 1 - 0.99999 would be 0.1 % off.
     on = as_tensor(options.convention.on(batch.smoothing, spread_over), batch)
     off = as_tensor(options.convention.off(batch.smoothing, spread_over), batch)
-    return torch.where(num_allowed == 1, 1, on), torch.where(num_allowed == 1, 0, off)
+    return torch.where(num_allowed <= 1, 1, on), torch.where(num_allowed <= 1, 0, off)
 
 
 def at_max(batch: Batch, options: LossOptions) -> float | Tensor:
@@ -169,20 +180,29 @@ def at_max(batch: Batch, options: LossOptions) -> float | Tensor:
         return 0.0
     if isinstance(num_allowed, int):
         return 0.0 if num_allowed == 1 else added(batch.smoothing, num_allowed)
-    return torch.where(num_allowed == 1, 0, as_tensor(added(batch.smoothing, num_allowed), batch))
+    return torch.where(num_allowed <= 1, 0, as_tensor(added(batch.smoothing, _two_or_more(num_allowed)), batch))
 
 
-def count_allowed(batch: Batch) -> int | Float[Tensor, ""]:
+def _two_or_more(num_allowed: Float[Tensor, "*#batch"]) -> Float[Tensor, "*#batch"]:
+    """Return the number of classes to spread over, 2 if there are fewer.
+
+    With one class nothing is spread, and without any every label is bad. So the results for 2 are not used, and are
+    computed without a division by 0.
+    """
+    return torch.clamp(num_allowed, min=2)
+
+
+def count_allowed(batch: Batch) -> int | Float[Tensor, "*#batch 1"]:
     """Return the number of classes that take part; a tensor if there is a class mask, whose values are not read."""
     if batch.class_mask is None:
         return int(batch.logits.shape[-1])
-    return torch.sum(batch.class_mask).to(batch.dtype)
+    return torch.sum(batch.class_mask, dim=-1, keepdim=batch.has_row_masks).to(batch.dtype)
 
 
 def _log_sum_exp(
-    logits: Float[Tensor, "*batch K"], allowed: Bool[Tensor, " K"] | None
+    logits: Float[Tensor, "*batch K"], allowed: Bool[Tensor, "*#batch K"] | None
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch K"], Float[Tensor, "*batch"]]:
-    """Return the maximum m, the gaps m - z, and log sum exp(z - m)."""
+    """Return the maximum m, the gaps m - z, and the sum of exp(z - m) less 1."""
     constant = _constant(logits, allowed)
     peak = torch.amax(constant, dim=-1, keepdim=True)
     gap = peak - logits
@@ -195,11 +215,16 @@ def _log_sum_exp(
     terms = torch.exp(-gap) - is_peak
     if allowed is not None:
         is_peak, terms = torch.where(allowed, is_peak, 0), torch.where(allowed, terms, 0)
-    log_sum = log1p(torch.sum(terms, dim=-1) + (torch.sum(is_peak, dim=-1) - 1))
-    return peak.squeeze(-1), gap, log_sum
+    rest = torch.sum(terms, dim=-1) + (torch.sum(is_peak, dim=-1) - 1)
+    if allowed is not None:
+        # Below 0 without any class.
+        rest = torch.where(rest < 0, torch.nan, rest)
+    return peak.squeeze(-1), gap, rest
 
 
-def _constant(logits: Float[Tensor, "*batch K"], allowed: Bool[Tensor, " K"] | None) -> Float[Tensor, "*batch K"]:
+def _constant(
+    logits: Float[Tensor, "*batch K"], allowed: Bool[Tensor, "*#batch K"] | None
+) -> Float[Tensor, "*batch K"]:
     """Return the logits for comparisons: -inf outside the mask, and without a derivative."""
     constant = logits.detach()
     return constant if allowed is None else torch.where(allowed, constant, -torch.inf)

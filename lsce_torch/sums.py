@@ -28,6 +28,7 @@ class Operands(NamedTuple):
     z_loss: float
     softcap: float | None
     with_stats: bool
+    differentiable: bool  # whether gradients flow through the statistics
     kernels: bool  # whether the kernels for GPUs may compute it
 
 
@@ -45,6 +46,8 @@ class Sums(NamedTuple):
     label_gap: Float[Tensor, "*batch"]  # m - z at the label
     other_gaps: Float[Tensor, "*batch"]  # sum of w (m - z) over all classes but the label
     largest: Float[Tensor, "*batch"]  # the largest logit before the softcap, which makes large logits equal
+    # Only with statistics; 0 if there is only `at_max`:
+    mean_gap: Float[Tensor, "*batch"] | None = None  # mean of m - z under the softmax
     # Only with `at_max`:
     num_largest: Float[Tensor, "*batch"] | None = None  # how many logits equal the largest
     largest_mass: Float[Tensor, "*batch"] | None = None  # mean of w over them
@@ -52,9 +55,29 @@ class Sums(NamedTuple):
     largest_gap: Float[Tensor, "*batch"] | None = None  # mean of w (m - z) over the largest logits
 
 
+class Upstreams(NamedTuple):
+    """Gradients with respect to what follows from the sums, one number per row of each; None for 0."""
+
+    loss: Float[Tensor, "*#batch"] | None
+    nll: Float[Tensor, "*batch"] | None = None
+    lse: Float[Tensor, "*batch"] | None = None
+    entropy: Float[Tensor, "*batch"] | None = None
+
+    @property
+    def present(self) -> list[Tensor]:
+        """The gradients that are not 0."""
+        return [of_rows for of_rows in self if of_rows is not None]
+
+    def of_rows(self, part: slice) -> "Upstreams":
+        """Return those of some rows, which are in one dimension."""
+        return Upstreams(*(None if of_rows is None else of_rows[part] for of_rows in self))
+
+
 def num_sums(operands: Operands) -> int:
     """Return how many of the `Sums` the sweeps compute."""
-    return Sums._fields.index("num_largest" if operands.at_max is None else "largest_gap")
+    if operands.at_max is not None:
+        return Sums._fields.index("largest_gap")
+    return Sums._fields.index("num_largest" if operands.with_stats else "mean_gap")
 
 
 def unstacked(stacked: Float[Tensor, "sums ..."]) -> Sums:
@@ -64,8 +87,8 @@ def unstacked(stacked: Float[Tensor, "sums ..."]) -> Sums:
 
 def stacked_of(operands: Operands, sums: Sums) -> Float[Tensor, "sums ..."]:
     """Return in one tensor the sums that the sweeps compute."""
-    present = [of_rows for of_rows in sums[: num_sums(operands)] if of_rows is not None]
-    return torch.stack(present)
+    of_rows = (torch.zeros_like(sums.peak) if value is None else value for value in sums[: num_sums(operands)])
+    return torch.stack(list(of_rows))
 
 
 def target_mass(operands: Operands, sums: Sums) -> float | Tensor:
@@ -90,6 +113,15 @@ def losses_of(operands: Operands, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
     if operands.counted is not None:
         losses = losses.masked_fill(~operands.counted, 0)
     return losses, smoothed, lse
+
+
+def statistics_of(operands: Operands, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the statistics that may have gradients: nll, lse and entropy. See `LossStats`."""
+    assert sums.mean_gap is not None
+    nll = sums.log_sum + sums.label_gap
+    if operands.bad is not None:
+        nll = nll * torch.where(operands.bad, torch.nan, 1)  # as in `losses_of`
+    return nll, sums.peak + sums.log_sum, sums.log_sum + sums.mean_gap
 
 
 def _product(target: float | Tensor, gap: Tensor) -> Tensor | float:

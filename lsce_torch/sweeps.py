@@ -19,12 +19,17 @@ from torch import Tensor
 from lsce_torch.device import is_on_cpu, takes_plain_operations
 from lsce_torch.inputs import compute_dtype, tensor_of
 from lsce_torch.kernels import launch, reason_against
-from lsce_torch.plain import plain_slopes, plain_sums, plain_sums_and_slopes
-from lsce_torch.sums import Operands, Sums, losses_of, num_sums, stacked_of, target_mass, unstacked
+from lsce_torch.plain import plain_gradients, plain_sums, plain_sums_and_slopes
+from lsce_torch.sums import Operands, Sums, Upstreams, losses_of, num_sums, stacked_of, target_mass, unstacked
 from lsce_torch.threads import in_threads
 
 # Elements of a block: 4 MiB in float32.
 _BLOCK_SIZE = 2**20
+# A gap at least this large has a probability of 0, in float64 as well.
+_LARGEST_GAP = 1000.0
+# Classes among which the first largest logit is searched in one go: torch takes ten times as long to find it as to
+# compare. Of fewer classes, and of fewer logits, starting operations would take longer.
+_SEARCHED, _FEW_CLASSES, _FEW_LOGITS = 64, 512, 2**17
 
 
 class Block(NamedTuple):
@@ -35,7 +40,7 @@ class Block(NamedTuple):
     # Rows and classes, or a vector over the classes.
     logits: Float[Tensor, "*rows K"]
     gradient: Float[Tensor, "*rows K"] | None  # written; may be the logits
-    excluded: Bool[Tensor, "*#rows K"] | None  # True for classes outside the mask
+    allowed: Bool[Tensor, "*#rows K"] | None  # True for classes of the mask
     factor: Float[Tensor, "*#rows K"] | None
     # One value per row.
     labels: Int[Tensor, "*rows"] | None
@@ -45,12 +50,15 @@ class Block(NamedTuple):
     on: Float[Tensor, "*rows"] | None = None
     off: Float[Tensor, "*rows"] | None = None
     mass: Float[Tensor, "*rows"] | None = None  # of the target
-    # The gradient of a row is p_slope p - other_slope w, replaced by label_gradient at the label, minus max_slope w at
-    # the largest logits.
+    # The gradient of a row is (p_slope + gap_slope (m - z)) p - other_slope w, replaced by label_gradient at the label,
+    # minus max_slope w at the largest logits.
     p_slope: Float[Tensor, "*rows"] | None = None
+    gap_slope: Float[Tensor, "*rows"] | None = None
     other_slope: Float[Tensor, "*rows"] | None = None
     label_gradient: Float[Tensor, "*rows"] | None = None
     max_slope: Float[Tensor, "*rows"] | None = None
+    # Made for one block at a time: of all rows it may be as many as there are logits.
+    excluded: Bool[Tensor, "*#rows K"] | None = None  # True for classes outside the mask
 
 
 class Results(NamedTuple):
@@ -74,7 +82,7 @@ class Results(NamedTuple):
         return Results(self.losses[part], self.stacked[:, part], None if self.first is None else self.first[part])
 
 
-_WIDE = ("logits", "gradient", "excluded", "factor")
+_WIDE = ("logits", "gradient", "allowed", "factor")
 
 
 def sweep(logits: Float[Tensor, "*batch K"], operands: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -85,7 +93,7 @@ def sweep(logits: Float[Tensor, "*batch K"], operands: Operands) -> tuple[Tensor
     if _takes_kernels(logits, operands):
         return launch.sums(logits, operands)
     whole = _block_of_sums(logits, operands)
-    _run(partial(_fill_sums, softcap=operands.softcap), whole)
+    _run(partial(_fill_sums, softcap=operands.softcap), whole, with_spare=operands.with_stats)
     return _with_losses(operands, *_without_uncounted(whole))
 
 
@@ -111,7 +119,7 @@ def sweep_with_gradient(logits: Float[Tensor, "*batch K"], operands: Operands) -
         return launch.sums(logits, operands, with_gradient=True)
     if operands.softcap is not None or operands.at_max is not None:
         losses, stacked, first = sweep(logits, operands)
-        logits_gradient(logits, operands, stacked, torch.ones_like(losses), logits)
+        logits_gradient(logits, operands, stacked, Upstreams(torch.ones_like(losses)), logits)
         return losses, stacked, first
     whole = _block_of_sums(logits, operands)
     on, off, mass = (
@@ -119,7 +127,12 @@ def sweep_with_gradient(logits: Float[Tensor, "*batch K"], operands: Operands) -
         for value in (operands.on, operands.off, operands.on + operands.off * operands.other_mass)
     )
     whole = whole._replace(gradient=logits, bad=operands.bad, on=on, off=off, mass=mass)
-    _run(partial(_fill_both, z_loss=operands.z_loss), whole, in_gradient=logits.dtype == whole.stacked.dtype)
+    _run(
+        partial(_fill_both, z_loss=operands.z_loss),
+        whole,
+        in_gradient=logits.dtype == whole.stacked.dtype,
+        with_spare=operands.with_stats,
+    )
     return _with_losses(operands, *_without_uncounted(whole))
 
 
@@ -138,7 +151,7 @@ def logits_gradient(
     logits: Float[Tensor, "*batch K"],
     operands: Operands,
     stacked: Float[Tensor, "sums ..."],
-    upstream: Float[Tensor, "*batch"],
+    upstreams: Upstreams,
     gradient: Float[Tensor, "*batch K"],
 ) -> None:
     """Write the gradient with respect to the logits.
@@ -147,55 +160,91 @@ def logits_gradient(
         logits: of the rows.
         operands: of the rows.
         stacked: the sums of these rows.
-        upstream: gradient with respect to the losses.
+        upstreams: gradients with respect to the losses and the statistics, of which one at least is there.
         gradient: memory to write to, such as the logits.
     """
     if takes_plain_operations(logits):
-        gradient.copy_(plain_slopes(logits, operands, ["logits"])["logits"] * upstream[..., None])
+        of_logits = plain_gradients(logits, operands, ["logits"], upstreams)["logits"]
+        assert of_logits is not None
+        gradient.copy_(of_logits)
         return
     if _takes_kernels(logits, operands):
-        launch.logits_gradient(logits, operands, stacked, upstream, gradient)
+        launch.logits_gradient(logits, operands, stacked, upstreams, gradient)
         return
-    sums = unstacked(stacked)
+    whole = _with_slopes(
+        Block(
+            stacked=stacked,
+            logits=logits,
+            gradient=gradient,
+            allowed=operands.class_mask,
+            factor=operands.factor,
+            labels=operands.labels,
+            counted=operands.counted,
+        ),
+        operands,
+        upstreams,
+    )
+    is_plain = stacked.dtype == logits.dtype and logits.is_contiguous() and operands.softcap is None
+    _run(
+        partial(_fill_gradient, softcap=operands.softcap),
+        whole,
+        in_gradient=is_plain and whole.max_slope is None,
+        with_spare=whole.gap_slope is not None,
+    )
+
+
+def _with_slopes(whole: Block, operands: Operands, upstreams: Upstreams) -> Block:
+    """Return all rows with the slopes of their gradients."""
+    sums = unstacked(whole.stacked)
     if operands.counted is not None:
-        upstream = upstream.masked_fill(~operands.counted, 0)
+        uncounted = ~operands.counted
+        upstreams = Upstreams(*(None if u is None else u.masked_fill(uncounted, 0) for u in upstreams))
+    of_loss, of_nll, of_lse, of_entropy = upstreams
+    p_slope, at_label = torch.zeros_like(sums.peak), None
+    if of_loss is not None:
+        p_slope, whole = _slopes_of_loss(whole, operands, sums, of_loss)
+        at_label = of_loss * operands.on
+    if of_nll is not None:
+        p_slope = p_slope + of_nll
+        at_label = of_nll if at_label is None else at_label + of_nll
+    if operands.bad is not None and at_label is not None:
+        p_slope = p_slope.masked_fill(operands.bad, torch.nan)
+    if of_lse is not None:
+        p_slope = p_slope + of_lse
+    at_gap = p_slope
+    if of_entropy is not None and sums.mean_gap is not None:
+        p_slope = p_slope - of_entropy * sums.mean_gap
+        at_gap = p_slope + of_entropy * sums.label_gap.clamp(max=_LARGEST_GAP)
+    label_gradient = None
+    if operands.labels is not None:
+        # Not the exponential of the sum of both: the sum rounds away digits of `log_sum` beside a large gap.
+        label_gradient = at_gap * (torch.exp(-sums.label_gap) * torch.exp(-sums.log_sum))
+        label_gradient = label_gradient if at_label is None else label_gradient - at_label
+    return whole._replace(p_slope=p_slope, gap_slope=of_entropy, label_gradient=label_gradient)
+
+
+def _slopes_of_loss(
+    whole: Block, operands: Operands, sums: Sums, upstream: Float[Tensor, "*batch"]
+) -> tuple[Float[Tensor, "*batch"], Block]:
+    """Return the slope of p in the gradient of the loss, and all rows with the others but the label's."""
     p_slope = upstream * target_mass(operands, sums)
     if operands.z_loss:
         p_slope = p_slope + upstream * (2 * operands.z_loss * (sums.peak + sums.log_sum))
-    if operands.bad is not None:
-        p_slope = p_slope.masked_fill(operands.bad, torch.nan)
-    label_gradient = max_slope = None
-    if operands.labels is not None:
-        # Not the exponential of the sum of both: the sum rounds away digits of `log_sum` beside a large gap.
-        p_label = torch.exp(-sums.label_gap) * torch.exp(-sums.log_sum)
-        label_gradient = p_slope * p_label - upstream * operands.on
+    max_slope = None
     if operands.at_max is not None and sums.num_largest is not None:
         max_slope = upstream * operands.at_max / sums.num_largest
-    whole = Block(
-        stacked=stacked,
-        logits=logits,
-        gradient=gradient,
-        excluded=None if operands.class_mask is None else ~operands.class_mask,
-        factor=operands.factor,
-        labels=operands.labels,
-        counted=operands.counted,
-        p_slope=p_slope,
-        other_slope=None if isinstance(operands.off, float) and not operands.off else upstream * operands.off,
-        label_gradient=label_gradient,
-        max_slope=max_slope,
-    )
-    is_plain = stacked.dtype == logits.dtype and logits.is_contiguous() and operands.softcap is None
-    _run(partial(_fill_gradient, softcap=operands.softcap), whole, in_gradient=is_plain and max_slope is None)
+    is_nothing = isinstance(operands.off, float) and not operands.off
+    return p_slope, whole._replace(other_slope=None if is_nothing else upstream * operands.off, max_slope=max_slope)
 
 
 def _block_of_sums(logits: Float[Tensor, "*batch K"], operands: Operands) -> Block:
     """Return all rows, and room for their sums."""
     dtype, shape, device = compute_dtype(logits), logits.shape[:-1], logits.device
     return Block(
-        stacked=torch.empty((num_sums(operands), *shape), dtype=dtype, device=device),
+        stacked=torch.zeros((num_sums(operands), *shape), dtype=dtype, device=device),
         logits=logits,
         gradient=None,
-        excluded=None if operands.class_mask is None else ~operands.class_mask,
+        allowed=operands.class_mask,
         factor=operands.factor,
         labels=operands.labels,
         counted=operands.counted,
@@ -211,46 +260,77 @@ def _without_uncounted(whole: Block) -> tuple[Tensor, Tensor | None]:
     return whole.stacked, whole.first
 
 
-def _run(kernel: Callable[[Block, Tensor], None], whole: Block, *, in_gradient: bool = False) -> None:
-    """Call a kernel with each block and an array of its size to compute in: the gradient's memory, or scratch."""
+def _run(kernel: Callable[..., None], whole: Block, *, in_gradient: bool = False, with_spare: bool = False) -> None:
+    """Call a kernel with each block and an array of its size to compute in: the gradient's memory, or scratch.
+
+    `with_spare` says that the kernel takes a second one.
+    """
     dtype = whole.stacked.dtype
 
     def work(blocks: Iterator[Block]) -> None:
-        scratch = None
+        scratch: list[Tensor] = []
         for block in blocks:
-            if in_gradient:
-                scratch = block.gradient
-            elif scratch is None or scratch.shape != block.logits.shape:
-                scratch = torch.empty(block.logits.shape, dtype=dtype, device=block.logits.device)
-            assert scratch is not None
-            kernel(block, scratch)
+            if block.allowed is not None:
+                block = block._replace(excluded=~block.allowed)  # noqa: PLW2901
+            if not scratch or scratch[0].shape != block.logits.shape:
+                shape, device, number = block.logits.shape, block.logits.device, with_spare + (not in_gradient)
+                scratch = [torch.empty(shape, dtype=dtype, device=device) for _ in range(number)]
+            kernel(block, *([block.gradient] if in_gradient else []), *scratch)
 
     in_threads(work, _blocks(whole))
 
 
-def _fill_sums(block: Block, work: Float[Tensor, "*rows K"], *, softcap: float | None) -> None:
-    """Compute the sums of a block."""
+def _fill_sums(
+    block: Block,
+    work: Float[Tensor, "*rows K"],
+    spare: Float[Tensor, "*rows K"] | None = None,
+    *,
+    softcap: float | None,
+) -> None:
+    """Compute the sums of a block. For statistics it takes a second array."""
     sums = _fill_gaps(block, work, softcap)
-    _exponentials(work, work, is_shifted=True)
+    exponentials = work if spare is None else spare
+    _exponentials(work, exponentials, is_shifted=True)
+    total = torch.sum(exponentials, dim=-1)
+    if spare is not None:
+        _fill_mean_gap(sums, work, exponentials, total)
     # A quotient by 1 would not do elsewhere: a device without exact quotients need not return what it divides.
-    scale = torch.amax(work, dim=-1) if is_on_cpu(work) else None
-    total = torch.sum(work, dim=-1)
+    scale = torch.amax(exponentials, dim=-1) if is_on_cpu(work) else None
 
     def rest() -> Tensor:
         # Of terms between 0 and 1, frac sets those to 0 that are 1.
-        terms = work if scale is None else work.div_(scale[..., None])
+        terms = exponentials if scale is None else exponentials.div_(scale[..., None])
         return torch.sum(terms.frac_(), dim=-1)
 
     _fill_log_sum(sums, total if scale is None else total.div_(scale), rest)
 
 
-def _fill_both(block: Block, work: Float[Tensor, "*rows K"], *, z_loss: float) -> None:
-    """Compute the sums and the gradient of a block."""
+def _fill_mean_gap(
+    sums: Sums,
+    differences: Float[Tensor, "*rows K"],
+    exponentials: Float[Tensor, "*rows K"],
+    total: Float[Tensor, "*rows"],
+) -> None:
+    """Compute the mean of m - z under the softmax from z - m, which is overwritten, and exponentials with their sum."""
+    assert sums.mean_gap is not None
+    # The product is NaN, and counts as 0, for a logit of -inf, or if all are NaN. Then the log of the sum is NaN too.
+    torch.nansum(differences.mul_(exponentials), dim=-1, out=sums.mean_gap)
+    sums.mean_gap.div_(total).neg_()
+
+
+def _fill_both(
+    block: Block, work: Float[Tensor, "*rows K"], spare: Float[Tensor, "*rows K"] | None = None, *, z_loss: float
+) -> None:
+    """Compute the sums and the gradient of a block. For statistics it takes a second array."""
     sums = _fill_gaps(block, work, None)
+    if spare is not None:
+        spare.copy_(work)
     # Not `_exponentials`, whose factor for each row the gradient would have to divide out again; beside the matrix
     # products of the linear loss the time of exp does not show.
     torch.exp_(work)
     total = torch.sum(work, dim=-1)
+    if spare is not None:
+        _fill_mean_gap(sums, spare, work, total)
 
     def rest() -> Tensor:
         place = (torch.argmax(work, dim=-1) if block.first is None else block.first)[..., None]
@@ -271,8 +351,14 @@ def _fill_both(block: Block, work: Float[Tensor, "*rows K"], *, z_loss: float) -
     _finish_gradient(block, work, total)
 
 
-def _fill_gradient(block: Block, work: Float[Tensor, "*rows K"], *, softcap: float | None) -> None:
-    """Compute the gradient of a block from its sums."""
+def _fill_gradient(
+    block: Block,
+    work: Float[Tensor, "*rows K"],
+    spare: Float[Tensor, "*rows K"] | None = None,
+    *,
+    softcap: float | None,
+) -> None:
+    """Compute the gradient of a block from its sums. With a slope of the gaps it takes a second array."""
     z = _load(block, work, copy=softcap is not None)
     is_largest = slope = None
     if block.max_slope is not None:
@@ -281,8 +367,10 @@ def _fill_gradient(block: Block, work: Float[Tensor, "*rows K"], *, softcap: flo
         _softcap_(work, softcap, block.excluded)
         # 1 - tanh^2
         slope = torch.div(work, softcap).square_().neg_().add_(1)
+    if spare is not None:
+        torch.sub(unstacked(block.stacked).peak[..., None], z, out=spare)
     _exponentials(z, work)
-    _finish_gradient(block, work, torch.sum(work, dim=-1), is_largest, slope)
+    _finish_gradient(block, work, torch.sum(work, dim=-1), is_largest, slope, spare)
 
 
 def _load(block: Block, work: Float[Tensor, "*rows K"], *, copy: bool) -> Float[Tensor, "*rows K"]:
@@ -306,7 +394,7 @@ def _fill_gaps(block: Block, work: Float[Tensor, "*rows K"], softcap: float | No
     if block.first is None:
         torch.amax(z, dim=-1, out=sums.largest)
     else:
-        torch.max(z, dim=-1, out=(sums.largest, block.first))
+        _first_largest(z, sums.largest, block.first)
     if sums.num_largest is not None and sums.largest_mass is not None:
         is_largest = z == sums.largest[..., None]
         torch.sum(is_largest, dim=-1, dtype=work.dtype, out=sums.num_largest)
@@ -341,23 +429,45 @@ def _fill_gaps(block: Block, work: Float[Tensor, "*rows K"], softcap: float | No
     return sums
 
 
+def _first_largest(z: Float[Tensor, "*rows K"], largest: Float[Tensor, "*rows"], first: Int[Tensor, "*rows"]) -> None:
+    """Write the largest logit of each row and the index of the first one.
+
+    Of many classes: the largest of each part, then where it is in the first part that has it.
+    """
+    num_classes = z.shape[-1]
+    num_parts = num_classes // _SEARCHED
+    if num_classes < _FEW_CLASSES or z.numel() < _FEW_LOGITS or not is_on_cpu(z):
+        torch.max(z, dim=-1, out=(largest, first))
+        return
+    end = num_parts * _SEARCHED
+    peaks = torch.amax(z[..., :end].view(*z.shape[:-1], num_parts, _SEARCHED), dim=-1)
+    if end < num_classes:
+        peaks = torch.cat([peaks, torch.amax(z[..., end:], dim=-1, keepdim=True)], dim=-1)
+    torch.max(peaks, dim=-1, out=(largest, first))
+    begin = first[..., None] * _SEARCHED
+    # Beyond the last class the last once more, which cannot be the first.
+    places = torch.clamp(begin + torch.arange(_SEARCHED), max=num_classes - 1)
+    torch.add(begin.squeeze(-1), torch.argmax(torch.gather(z, -1, places), dim=-1), out=first)
+
+
 def _exponentials(
     z: Float[Tensor, "*rows K"], work: Float[Tensor, "*rows K"], *, is_shifted: bool = False
 ) -> Float[Tensor, "*rows K"]:
     """Write exp(z - max z) times a factor for each row to `work`. `is_shifted` says that max z is 0."""
     if is_on_cpu(work):
         return torch.softmax(z, dim=-1, out=work)
-    if not is_shifted:
-        torch.sub(z, torch.amax(z, dim=-1, keepdim=True), out=work)
-    return work.exp_()
+    shifted = z if is_shifted else torch.sub(z, torch.amax(z, dim=-1, keepdim=True), out=work)
+    return torch.exp(shifted, out=work)
 
 
 def _fill_log_sum(sums: Sums, total: Float[Tensor, "*rows"], rest: Callable[[], Tensor]) -> None:
     """Compute the log of a sum of exponentials from the sum, or, if that is small, from its rest.
 
-    Without its largest term, which is 1, a sum below 2 keeps the relative accuracy of small losses.
+    Without its largest term, which is 1, a sum below 2 keeps the relative accuracy of small losses. Without any class
+    the sum is 0 or NaN, and the log NaN.
     """
-    total_less_1, is_small = total - 1, total < 2
+    is_there = total > 0
+    total_less_1, is_small = torch.where(is_there, total - 1, torch.nan), (total < 2) & is_there
     if not is_on_cpu(total) or _any(is_small):
         total_less_1 = torch.where(is_small, rest(), total_less_1)
     torch.log1p(total_less_1, out=sums.log_sum)
@@ -377,6 +487,7 @@ def _finish_gradient(
     total: Float[Tensor, "*rows"],
     is_largest: Bool[Tensor, "*rows K"] | None = None,
     slope: Float[Tensor, "*rows K"] | None = None,
+    gaps: Float[Tensor, "*rows K"] | None = None,
 ) -> None:
     """Make the gradient from the exponentials in `work`, and write it to the block.
 
@@ -386,10 +497,15 @@ def _finish_gradient(
         total: their sum.
         is_largest: True at the largest logits, for `max_slope`.
         slope: derivative of the softcap.
+        gaps: m - z, for `gap_slope`; overwritten.
     """
     assert block.p_slope is not None
     assert block.gradient is not None
-    work.mul_((block.p_slope / total)[..., None])
+    p_slope = (block.p_slope / total)[..., None]
+    if gaps is not None and block.gap_slope is not None:
+        # Where the gap is infinite the probability is 0.
+        p_slope = gaps.clamp_(max=_LARGEST_GAP).mul_((block.gap_slope / total)[..., None]).add_(p_slope)
+    work.mul_(p_slope)
     if block.other_slope is not None:
         if block.factor is None:
             work.sub_(block.other_slope[..., None])

@@ -193,9 +193,9 @@ def counted(framework: Framework, count: int) -> Any:
 
 def stats_of(framework: Framework, **columns: Any) -> Any:
     size = len(next(iter(columns.values())))
-    blank = {name: np.zeros(size, np.float32) for name in ("nll", "smoothed", "z", "lse", "confidence")}
-    flags = {"correct": np.zeros(size, bool), "valid": np.ones(size, bool)}
-    return framework.stats(**{name: framework.array(of) for name, of in {**blank, **flags, **columns}.items()})
+    blank = {name: np.zeros(size, np.float32) for name in ("nll", "smoothed", "z", "lse", "confidence", "entropy")}
+    blank |= {"prediction": np.zeros(size, np.int32), "correct": np.zeros(size, bool), "valid": np.ones(size, bool)}
+    return framework.stats(**{name: framework.array(of) for name, of in {**blank, **columns}.items()})
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -185,7 +185,6 @@ def test_arguments() -> None:
         # In JAX the caller donates the logits to jit.
         found = difference(getattr(lsce_jax, name), getattr(lsce_torch, name), only_in_second=("inplace_backward",))
         assert found == ["reduction: 'none' and 'mean'"]
-        assert parameters(getattr(lsce_torch, name))[-1][0] == "inplace_backward"
     for name in ("linear_label_smoothed_cross_entropy", "linear_label_smoothed_cross_entropy_with_stats"):
         assert difference(getattr(lsce_jax, name), getattr(lsce_torch, name)) == ["reduction: 'none' and 'mean'"]
     ours, theirs = (package.LinearLabelSmoothedCrossEntropyLoss for package in (lsce_jax, lsce_torch))
@@ -203,12 +202,12 @@ def test_order_of_the_arguments() -> None:
     terms = ["z_loss", "softcap", "subtract_entropy", "bad_labels", "reduction", "denominator", "implementation"]
     dense = ["logits", "labels", *target, "axis", *rows, *terms]
     linear = ["hidden", "weight", "labels", "bias", *target, *rows, *terms, "chunk_size", "recompute"]
-    for suffix in ("", "_with_stats"):
+    for suffix, last in (("", []), ("_with_stats", ["differentiable"])):
         for package, own in ((lsce_jax, []), (lsce_torch, ["inplace_backward"])):
             function = getattr(package, f"label_smoothed_cross_entropy{suffix}")
-            assert [name for name, _, _ in parameters(function)] == dense + own
+            assert [name for name, _, _ in parameters(function)] == [*dense, *own, *last]
             function = getattr(package, f"linear_label_smoothed_cross_entropy{suffix}")
-            assert [name for name, _, _ in parameters(function)] == [*linear, "gradient_filter"]
+            assert [name for name, _, _ in parameters(function)] == [*linear, "gradient_filter", *last]
 
 
 def test_order_of_the_arguments_of_added_smoothing() -> None:
@@ -227,7 +226,7 @@ def test_metrics_arguments() -> None:
     """Flax hands every metric what any of its neighbours takes; torchmetrics has options for all metrics."""
     names = [name for name, of in vars(lsce_jax.metrics).items() if getattr(of, "__module__", "") == "lsce_jax.metrics"]
     classes = [name for name in names if name[0].isupper()]
-    assert len(classes) == 6
+    assert len(classes) == 7
     for name in classes:
         ours, theirs = (getattr(package.metrics, name) for package in (lsce_jax, lsce_torch))
         assert difference(ours, theirs, only_in_second=("options",)) == []

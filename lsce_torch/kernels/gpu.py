@@ -7,7 +7,10 @@ exp(z - m) over the lane's logits without one that is m,
     s <- (s + 1) e   if z > m, which m becomes,   else s + e
 
 takes one exponential for each logit, and keeps small losses accurate: the 1 of the largest is never added. At the end
-the lanes are added up relative to the largest logit of all, of which exactly one is left out.
+the lanes are added up relative to the largest logit of all, of which exactly one is left out. For the entropy a lane
+adds up exp(z - m) (m - z) likewise: if m grows by d, each of these gaps grows by d, and
+
+    t <- (t + d (s + 1)) e   if z > m,   else t + e (m - z)
 
 Lanes begin at -1e30 and not at -inf, whose difference to itself is NaN. A row without a logit above that is computed
 again, from its largest logit.
@@ -30,6 +33,8 @@ _LOG_2 = tl.constexpr(0.6931471805599453)
 _MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
 # Below this a product with a target counts as 0; some devices flush smaller numbers to 0.
 _TINY = tl.constexpr(1.1754943508222875e-38)
+# A gap at least this large has a probability of 0, in float64 as well.
+_LARGEST_GAP = tl.constexpr(1000.0)
 
 
 # --- Numbers ----------------------------------------------------------------------------------------------------------
@@ -258,14 +263,20 @@ def _lean_step(lanes, raw, count, GAPS: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
-def _step(lanes, tops, block, label, softcap, APART: tl.constexpr, GAPS: tl.constexpr, TOP: tl.constexpr):
+def _step(
+    lanes, tops, block, label, softcap,
+    APART: tl.constexpr, GAPS: tl.constexpr, TOP: tl.constexpr, STATISTICS: tl.constexpr,
+):  # fmt: skip
     """Add a block of logits to the lanes. With APART the label's gap is left out."""
-    peaks, rests, gaps, masses = lanes
+    peaks, rests, gaps, masses, means = lanes
     largest, numbers, top_masses, firsts = tops
     col, raw, valid, weight = block
     x = tl.where(valid, _capped(raw, softcap), -_INF)
     z = tl.maximum(x, _LOW, propagate_nan=_ALL)
     e = tl.where(valid, tl.exp(-tl.abs(z - peaks)), 0.0)
+    if STATISTICS:
+        moved = e * tl.abs(z - peaks)
+        means = tl.where(z > peaks, means * e + moved * (rests + 1), means + moved)
     rests = tl.where(z > peaks, rests * e + e, rests + e)
     above = tl.maximum(peaks, z)
     if GAPS:
@@ -283,7 +294,7 @@ def _step(lanes, tops, block, label, softcap, APART: tl.constexpr, GAPS: tl.cons
         numbers = tl.where(is_above, 1.0, numbers + equal)
         top_masses = tl.where(is_above, weight, top_masses + equal * weight)
         largest = tl.maximum(largest, raw)
-    return (above, rests, gaps, masses), (largest, numbers, top_masses, firsts)
+    return (above, rests, gaps, masses, means), (largest, numbers, top_masses, firsts)
 
 
 @triton.jit
@@ -299,6 +310,7 @@ def _sums_of_block(block, label, softcap, APART: tl.constexpr):
     is_peak = valid & (x == peak[:, None])
     terms = tl.where(valid & (is_peak == 0), tl.exp(-gap), 0.0)
     rest = tl.sum(terms, 1) + (tl.sum(tl.where(is_peak, 1.0, 0.0), 1) - 1)
+    mean_gap = tl.sum(tl.where(terms == 0, 0.0, terms * gap), 1) / (1 + rest)
     is_label = col == label[:, None]
     # A compiler may compute a softcap twice, and not the same: at the largest logit the gap is 0.
     label_gap = tl.sum(tl.where(is_label & valid & (is_largest == 0), gap, 0.0), 1)
@@ -308,14 +320,15 @@ def _sums_of_block(block, label, softcap, APART: tl.constexpr):
     number = tl.sum(tl.where(is_largest, 1.0, 0.0), 1)
     top_mass = tl.sum(tl.where(is_largest, block[3], 0.0), 1) / number
     first = tl.min(tl.where(is_largest, col, 2147483647), 1)
-    return peak, rest, label_gap, gaps, (largest, number, top_mass, first)
+    return peak, rest, label_gap, gaps, mean_gap, (largest, number, top_mass, first)
 
 
 @triton.jit
 def _sums_of_stream(
     classes, row, reads, start, base, head, label, softcap,
     NUM_ROWS: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr,
-    APART: tl.constexpr, GAPS: tl.constexpr, TOP: tl.constexpr, LEAN: tl.constexpr, PTX: tl.constexpr,
+    APART: tl.constexpr, GAPS: tl.constexpr, TOP: tl.constexpr, STATISTICS: tl.constexpr, LEAN: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
     """The sums of rows of any length, which are read once, block by block."""
     lane = tl.arange(0, BLOCK)[None, :]
@@ -329,31 +342,32 @@ def _sums_of_stream(
             raw = _block(classes, row, reads, base, head, at, DTYPE, True, BLOCK)[1]
             lean = _lean_step(lean, raw, count, GAPS, PTX)
             count += 1.0
-        lanes = (lean[0], lean[1], lean[2], zeros + count)
+        lanes = (lean[0], lean[1], lean[2], zeros + count, zeros)
     else:
-        lanes = (zeros + _LOW, zeros, zeros, zeros)
+        lanes = (zeros + _LOW, zeros, zeros, zeros, zeros)
         for at in tl.range(begin, end, BLOCK):
             block = _block(classes, row, reads, base, head, at, DTYPE, NUM_ROWS == 1, BLOCK)
-            lanes, tops = _step(lanes, tops, block, label, softcap, APART, GAPS, TOP)
+            lanes, tops = _step(lanes, tops, block, label, softcap, APART, GAPS, TOP, STATISTICS)
     # The first block if it begins before the row, and the last if it ends after it.
     for edge in tl.static_range(2):
         if tl.where(edge == 0, begin, span - end) > 0:
             at = tl.where(edge == 0, 0, end)
             block = _block(classes, row, reads, base, head, at, DTYPE, False, BLOCK)
-            lanes, tops = _step(lanes, tops, block, label, softcap, APART, GAPS, TOP)
+            lanes, tops = _step(lanes, tops, block, label, softcap, APART, GAPS, TOP, STATISTICS)
 
-    peaks, rests, gaps, masses = lanes
+    peaks, rests, gaps, masses, means = lanes
     largest, numbers, top_masses, firsts = tops
     peak = tl.max(peaks, 1)
     scale = tl.exp(peaks - peak[:, None])
     rest = tl.sum(rests * scale + tl.where(lane == tl.argmax(peaks, 1)[:, None], 0.0, scale), 1)
     gap = tl.sum(gaps + masses * (peak[:, None] - peaks), 1)
+    mean_gap = tl.sum(scale * (means + (peak[:, None] - peaks) * (rests + 1)), 1) / (1 + rest)
     top = tl.max(largest, 1)
     is_top = largest == top[:, None]
     number = tl.sum(tl.where(is_top, numbers, 0.0), 1)
     top_mass = tl.sum(tl.where(is_top, top_masses, 0.0), 1) / number
     first = tl.min(tl.where(is_top & (numbers > 0), firsts, 2147483647), 1)
-    return peak, rest, gap, (top, number, top_mass, first)
+    return peak, rest, gap, mean_gap, (top, number, top_mass, first)
 
 
 @triton.jit
@@ -416,15 +430,40 @@ def _slopes_of(upstream, is_bad, sums, targets, z_loss):
 
 
 @triton.jit
+def _with_statistics(slopes, of_nll, of_lse, of_entropy, row, there, sums, sums_step, log_sum, label_gap):
+    """The slopes with those of the statistics, but for that of the gaps."""
+    p_slope, off_slope, max_slope, at_label = slopes
+    of_p, of_gap, of_label = log_sum * 0, log_sum * 0, log_sum * 0
+    if of_nll is not None:
+        of_label += tl.load(of_nll + row, mask=there, other=0).to(log_sum.dtype)
+        of_p += of_label
+    if of_lse is not None:
+        of_p += tl.load(of_lse + row, mask=there, other=0).to(log_sum.dtype)
+    if of_entropy is not None:
+        of_gap += tl.load(of_entropy + row, mask=there, other=0).to(log_sum.dtype)
+        of_p -= of_gap * tl.load(sums + 5 * sums_step + row, mask=there, other=0)
+    p_label = tl.exp(-label_gap) * tl.exp(-log_sum)
+    at_label += (of_p + of_gap * tl.minimum(label_gap, _LARGEST_GAP)) * p_label - of_label
+    return p_slope + of_p * tl.exp(-log_sum), off_slope, max_slope, at_label
+
+
+@triton.jit
 def _write_gradient(
-    gradient, classes, row, there, counts, base, head, at, block, label, peak, largest, slopes, softcap,
+    gradient, classes, row, there, counts, base, head, at, block, label, peak, largest, slopes, gap_slope, softcap,
     AT_MAX: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of a block: p_slope p - off_slope w, at_label at the label, - max_slope w at the largest."""
+    """Write the gradient of a block: p_slope p - off_slope w, at_label at the label, - max_slope w at the largest.
+
+    Unless `gap_slope` is None, gap_slope (m - z) p is added.
+    """
     col, raw, valid, weight = block
     p_slope, off_slope, max_slope, at_label = slopes
     x = _capped(raw, softcap)
-    slope = p_slope[:, None] * tl.exp(x - peak[:, None]) - off_slope[:, None] * weight
+    if gap_slope is None:
+        slope = p_slope[:, None] * tl.exp(x - peak[:, None]) - off_slope[:, None] * weight
+    else:
+        of_p = p_slope[:, None] + gap_slope[:, None] * tl.minimum(peak[:, None] - x, _LARGEST_GAP)
+        slope = of_p * tl.exp(x - peak[:, None]) - off_slope[:, None] * weight
     slope = tl.where(col == label[:, None], at_label[:, None], slope)
     if AT_MAX:
         slope = tl.where(raw == largest[:, None], slope - max_slope[:, None] * weight, slope)
@@ -455,7 +494,8 @@ def forward(
         all_mass: sum of `factor`, in memory and in float64, if `on` and `other_mass` are to be made of the label's
             factor; otherwise None.
         losses: to write.
-        sums: to write, the fields of `Sums` one after the other: with APART all of them, otherwise the first three.
+        sums: to write, the fields of `Sums` one after the other: with APART all of them that the loss has, otherwise
+            the first three.
         first: index of the first largest logit, to write, or None.
         gradient: to write, may be the logits; or None.
         divisor: what the sum of the losses is divided by; None for 1. If it is in memory and 0, no row counts.
@@ -493,14 +533,15 @@ def forward(
     base, head = _first_block(program, row_stride, start, ALIGN)
     if ALIGN == 0:
         block = _block(classes, row, counts, start, 0, 0, DTYPE, False, BLOCK)
-        peak, rest, label_gap, gaps, tops = _sums_of_block(block, label, softcap, APART)
+        peak, rest, label_gap, gaps, mean_gap, tops = _sums_of_block(block, label, softcap, APART)
     else:
         GAPS: tl.constexpr = off is not None or APART
         TOP: tl.constexpr = first is not None or softcap is not None or AT_MAX
         PLAIN: tl.constexpr = class_mask is None and factor is None and softcap is None
-        peak, rest, gaps, tops = _sums_of_stream(
+        peak, rest, gaps, mean_gap, tops = _sums_of_stream(
             classes, row, counts, start, base, head, label, softcap,
-            NUM_ROWS, BLOCK, DTYPE, APART, GAPS, TOP, PLAIN and NUM_ROWS == 1 and not (APART or TOP), PTX,
+            NUM_ROWS, BLOCK, DTYPE, APART, GAPS, TOP, first is not None,
+            PLAIN and NUM_ROWS == 1 and not (APART or TOP), PTX,
         )  # fmt: skip
         if tl.min(tl.where(counts, peak, 0.0), 0) <= _LOW:
             low_peak, low_rest, low_gaps = _sums_of_low_rows(
@@ -510,6 +551,8 @@ def forward(
             peak = tl.where(is_low, low_peak, peak)
             rest = tl.where(is_low, low_rest, rest)
             gaps = tl.where(is_low, low_gaps, gaps)
+            # Logits so low are equal, or so far apart that all but the largest have a probability of 0.
+            mean_gap = tl.where(is_low, 0.0, mean_gap)
         label_gap = tl.zeros([NUM_ROWS], DTYPE)
         if labels is not None:
             place = start + label if inner is None else start + label.to(tl.int64) * inner
@@ -543,16 +586,18 @@ def forward(
     if APART:
         tl.store(sums + 3 * sums_step + row, tl.where(counts, gaps, 0.0), mask=there)
         tl.store(sums + 4 * sums_step + row, tl.where(counts, largest, 0.0), mask=there)
+    if AT_MAX or first is not None:
+        tl.store(sums + 5 * sums_step + row, tl.where(counts, mean_gap, 0.0), mask=there)
     if AT_MAX:
-        tl.store(sums + 5 * sums_step + row, tl.where(counts, number, 0.0), mask=there)
-        tl.store(sums + 6 * sums_step + row, tl.where(counts, top_mass, 0.0), mask=there)
+        tl.store(sums + 6 * sums_step + row, tl.where(counts, number, 0.0), mask=there)
+        tl.store(sums + 7 * sums_step + row, tl.where(counts, top_mass, 0.0), mask=there)
     if first is not None:
         tl.store(first + row, tl.where(counts & (index < num_classes), index, 0).to(tl.int64), mask=there)
     if gradient is not None:
         if ALIGN == 0:
             _write_gradient(
-                gradient, classes, row, there, counts, start, 0, 0, block, label, peak, largest, slopes, softcap,
-                AT_MAX, False, BLOCK,
+                gradient, classes, row, there, counts, start, 0, 0, block, label, peak, largest, slopes, None,
+                softcap, AT_MAX, False, BLOCK,
             )  # fmt: skip
         else:
             # The gradient may be over the logits, of which every thread has to have read the label's.
@@ -561,8 +606,8 @@ def forward(
             for at in tl.range(begin, end, BLOCK):
                 block = _block(classes, row, counts, base, head, at, DTYPE, NUM_ROWS == 1, BLOCK)
                 _write_gradient(
-                    gradient, classes, row, there, counts, base, head, at, block, label, peak, largest, slopes, softcap,
-                    AT_MAX, NUM_ROWS == 1, BLOCK,
+                    gradient, classes, row, there, counts, base, head, at, block, label, peak, largest, slopes, None,
+                    softcap, AT_MAX, NUM_ROWS == 1, BLOCK,
                 )  # fmt: skip
             for edge in tl.static_range(2):
                 if tl.where(edge == 0, begin, span - end) > 0:
@@ -570,14 +615,14 @@ def forward(
                     block = _block(classes, row, counts, base, head, at, DTYPE, False, BLOCK)
                     _write_gradient(
                         gradient, classes, row, there, counts, base, head, at, block, label, peak, largest, slopes,
-                        softcap, AT_MAX, False, BLOCK,
+                        None, softcap, AT_MAX, False, BLOCK,
                     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows", "sums_step", "ignore_index", "num_blocks", "programs_of_row"])
 def backward(
     logits, labels, counted, bad, class_mask, factor, on, off, other_mass, at_max, z_loss, softcap,
-    all_mass, sums, upstream, divisor, gradient,
+    all_mass, sums, upstream, of_nll, of_lse, of_entropy, divisor, gradient,
     num_rows, num_classes, inner, row_stride, sums_step, mask_stride, factor_stride, ignore_index, num_blocks,
     programs_of_row,
     DTYPE: tl.constexpr, NUM_ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
@@ -586,7 +631,8 @@ def backward(
     """The gradient from the sums: a block of classes of some rows in a program.
 
     Args:
-        upstream: gradient with respect to the losses; with BY_ROW one for each row, otherwise one for all.
+        upstream: gradient with respect to the losses; with BY_ROW one for each row, otherwise one for all; None for 0.
+        of_nll, of_lse, of_entropy: gradients with respect to these statistics, one for each row; None for 0.
         num_blocks: blocks of a row.
         programs_of_row: how many programs share the blocks of a row.
         BY_ROW: see `upstream`.
@@ -617,12 +663,16 @@ def backward(
     number, top_mass, largest = nothing + 1, nothing, nothing
     if AT_MAX:
         largest = tl.load(sums + 4 * sums_step + row, mask=there, other=0)
-        number = tl.load(sums + 5 * sums_step + row, mask=there, other=1)
-        top_mass = tl.load(sums + 6 * sums_step + row, mask=there, other=0)
+        number = tl.load(sums + 6 * sums_step + row, mask=there, other=1)
+        top_mass = tl.load(sums + 7 * sums_step + row, mask=there, other=0)
     peak = tl.load(sums + row, mask=there, other=0)
     log_sum = tl.load(sums + sums_step + row, mask=there, other=0)
     label_gap = tl.load(sums + 2 * sums_step + row, mask=there, other=0)
-    if BY_ROW:
+    if upstream is None:
+        factor_of_row = nothing
+        if of_nll is None:
+            is_bad = is_bad & (row < 0)
+    elif BY_ROW:
         factor_of_row = tl.load(upstream + row, mask=there, other=0).to(DTYPE)
     else:
         factor_of_row = nothing + tl.load(upstream).to(DTYPE)
@@ -632,6 +682,11 @@ def backward(
     if softcap is not None:
         softcap = _of_all(softcap, DTYPE)
     _, slopes = _slopes_of(factor_of_row, is_bad, (peak, log_sum, label_gap, number, top_mass), targets, z_loss)
+    gap_slope = None
+    if of_nll is not None or of_lse is not None or of_entropy is not None:
+        slopes = _with_statistics(slopes, of_nll, of_lse, of_entropy, row, there, sums, sums_step, log_sum, label_gap)
+    if of_entropy is not None:
+        gap_slope = tl.load(of_entropy + row, mask=there, other=0).to(DTYPE) * tl.exp(-log_sum)
     base, head = _first_block(program, row_stride, start, ALIGN)
     for number_of_block in tl.range(tl.program_id(0) % programs_of_row, num_blocks, programs_of_row):
         at = number_of_block * BLOCK
@@ -639,14 +694,14 @@ def backward(
         if is_whole and NUM_ROWS == 1 and ALIGN > 0:
             block = _block(classes, row, counts, base, head, at, DTYPE, True, BLOCK)
             _write_gradient(
-                gradient, classes, row, there, counts, base, head, at, block, label, peak, largest, slopes, softcap,
-                AT_MAX, True, BLOCK,
+                gradient, classes, row, there, counts, base, head, at, block, label, peak, largest, slopes, gap_slope,
+                softcap, AT_MAX, True, BLOCK,
             )  # fmt: skip
         else:
             block = _block(classes, row, counts, base, head, at, DTYPE, False, BLOCK)
             _write_gradient(
-                gradient, classes, row, there, counts, base, head, at, block, label, peak, largest, slopes, softcap,
-                AT_MAX, False, BLOCK,
+                gradient, classes, row, there, counts, base, head, at, block, label, peak, largest, slopes, gap_slope,
+                softcap, AT_MAX, False, BLOCK,
             )  # fmt: skip
 
 
@@ -659,11 +714,12 @@ def statistics(
     """The statistics of rows from their sums, a row in a lane.
 
     Args:
-        numbers: to write, the fields of `LossStats` that are numbers one after the other.
-        flags: to write, the others.
+        first: index of the first largest logit, to overwrite by the prediction.
+        numbers: to write, the fields of `LossStats` that are floating-point numbers one after the other.
+        flags: to write, those that are booleans.
         num_rows: number of rows, and the step from one field to the next.
         BLOCK: rows of a program.
-        labels, counted, on, off, other_mass, factor, all_mass, z_loss, sums, first, divisor, num_classes, sums_step,
+        labels, counted, on, off, other_mass, factor, all_mass, z_loss, sums, divisor, num_classes, sums_step,
             ignore_index, DTYPE: see `forward`.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -688,8 +744,12 @@ def statistics(
     tl.store(numbers + 2 * step + row, tl.where(counts, z, 0.0), mask=there)
     tl.store(numbers + 3 * step + row, tl.where(counts, lse, 0.0), mask=there)
     tl.store(numbers + 4 * step + row, tl.where(counts, tl.exp(-log_sum), 0.0), mask=there)
+    entropy = log_sum + tl.load(sums + 5 * sums_step + row, mask=there, other=0)
+    tl.store(numbers + 5 * step + row, tl.where(counts, entropy, 0.0), mask=there)
     # Neither a bad label nor a row of NaN is correct.
-    correct = counts & (tl.load(first + row, mask=there, other=0) == label) & (tl.abs(nll) >= 0)
+    largest = tl.load(first + row, mask=there, other=0)
+    correct = counts & (largest == label) & (tl.abs(nll) >= 0)
+    tl.store(first + row, tl.where(counts & (tl.abs(lse) >= 0), largest, -1), mask=there)
     tl.store(flags + row, correct, mask=there)
     tl.store(flags + step + row, counts, mask=there)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lsce_torch.inputs import at_labels, compute_dtype
 from lsce_torch.kernels import is_interpreted
-from lsce_torch.sums import Operands, num_sums
+from lsce_torch.sums import Operands, Upstreams, num_sums
 
 # Up to this many bytes of logits a program keeps its rows, and reads them once.
 _RESIDENT_BYTES = 2**14
@@ -156,12 +156,12 @@ def logits_gradient(
     logits: Float[Tensor, "*batch K"],
     operands: Operands,
     stacked: Float[Tensor, "sums ..."],
-    upstream: Float[Tensor, "*batch"],
+    upstreams: Upstreams,
     gradient: Float[Tensor, "*batch K"],
 ) -> None:
     """Write the gradient with respect to the logits; see `sweeps.logits_gradient`."""
     with _in_known_layout(logits, written=gradient) as (laid, written):
-        backward(laid, operands, stacked, upstream, written)
+        backward(laid, operands, stacked, upstreams, written)
 
 
 @contextmanager
@@ -215,7 +215,7 @@ def backward(
     logits: Float[Tensor, "*batch K"],
     operands: Operands,
     stacked: Float[Tensor, "sums ..."],
-    upstream: Float[Tensor, "*#batch"],
+    upstreams: Upstreams,
     gradient: Float[Tensor, "*batch K"],
     *,
     whole: Whole = _PART,
@@ -231,7 +231,11 @@ def backward(
     num_blocks = -(-(layout.num_classes + max(plan.align - 1, 0)) // plan.block)
     # Many programs that have nothing to do would take time to start.
     programs_of_row = 1 if is_written else num_blocks
-    by_row = any(upstream.stride())  # not if it is one number for all, expanded
+    upstream, *others = upstreams
+    by_row = upstream is not None and any(upstream.stride())  # not if it is one number for all, expanded
+    if upstream is not None:
+        upstream = upstream.expand(logits.shape[:-1]).contiguous() if by_row else upstream.detach()
+    of_nll, of_lse, of_entropy = (_of_rows(of_rows, logits.shape[:-1], logits) for of_rows in others)
     _start(
         "backward",
         logits,
@@ -240,7 +244,10 @@ def backward(
         **_arguments(logits, operands, layout, whole.ignore_index),
         sums=stacked,
         sums_step=stacked.stride(0),
-        upstream=upstream.expand(logits.shape[:-1]).contiguous() if by_row else upstream.detach(),
+        upstream=upstream,
+        of_nll=of_nll,
+        of_lse=of_lse,
+        of_entropy=of_entropy,
         divisor=_constant(whole.divisor, logits),
         all_mass=whole.all_mass,
         gradient=gradient,
@@ -258,9 +265,9 @@ def statistics(
     first: Int[Tensor, "*batch"],
     whole: Whole,
 ) -> tuple[Float[Tensor, "numbers ..."], Bool[Tensor, "flags ..."]]:
-    """Return the numbers and the flags of the `LossStats`, from the sums of `forward`."""
+    """Return the numbers and flags of the `LossStats`, from the sums of `forward`, and make `first` the prediction."""
     shape, device = logits.shape[:-1], logits.device
-    numbers = torch.empty((5, *shape), dtype=stacked.dtype, device=device)
+    numbers = torch.empty((6, *shape), dtype=stacked.dtype, device=device)
     flags = torch.empty((2, *shape), dtype=torch.bool, device=device)
     given = _arguments(logits, operands, _known_layout(logits), whole.ignore_index)
     names = ("labels", "counted", "on", "off", "other_mass", "factor", "z_loss", "num_rows", "num_classes")

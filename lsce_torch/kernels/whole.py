@@ -31,7 +31,7 @@ from lsce_torch.kernels import check_choice, launch, may_compute, reason_against
 from lsce_torch.overwrite import forbid_use, has_memory, tensors_to_overwrite
 from lsce_torch.plain import plain_gradients
 from lsce_torch.stats import LossStats
-from lsce_torch.sums import Operands
+from lsce_torch.sums import Operands, Upstreams, num_sums
 
 # How much wider than its classes a row may be.
 _WIDEST = 1.25
@@ -104,6 +104,7 @@ def loss(
         z_loss=options.z_loss,
         softcap=options.softcap,
         with_stats=with_stats,
+        differentiable=False,
         kernels=True,
     )
     divisor: float | Tensor | None = None
@@ -131,8 +132,11 @@ def loss(
         overwritten=overwritten,
     )
     tensors = given.labels, given.where, given.class_weight, divisor if isinstance(divisor, Tensor) else None
-    result, numbers, flags = _WholeLoss.apply(given.logits, *tensors, call)  # type: ignore[no-untyped-call]
-    return result, None if numbers is None else LossStats(*numbers.unbind(), *flags.unbind())
+    result, numbers, prediction, flags = _WholeLoss.apply(given.logits, *tensors, call)  # type: ignore[no-untyped-call]
+    if numbers is None:
+        return result, None
+    (nll, smoothed, z, lse, confidence, entropy), (correct, valid) = numbers.unbind(), flags.unbind()
+    return result, LossStats(nll, smoothed, z, lse, confidence, prediction, entropy, correct, valid)
 
 
 def _is_usual(given: Given, options: LossOptions, denominator: float | Tensor | None) -> bool:
@@ -183,11 +187,11 @@ class _WholeLoss(torch.autograd.Function):
         class_weight: Tensor | None,
         denominator: Tensor | None,
         call: _Call,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the loss, and for statistics their numbers and flags."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Return the loss, and for statistics their numbers, the predictions and their flags."""
         dtype, device, shape = compute_dtype(logits), logits.device, logits.shape[:-1]
         losses = torch.empty(shape, dtype=dtype, device=device)
-        stacked = torch.empty((5 if call.apart else 3, *shape), dtype=dtype, device=device)
+        stacked = torch.empty((num_sums(call.operands) if call.apart else 3, *shape), dtype=dtype, device=device)
         gradient = _memory_like(logits) if call.with_gradient else None
         divisor = call.divisor if denominator is None else denominator
         first = torch.empty(shape, dtype=torch.int64, device=device) if call.operands.with_stats else None
@@ -197,11 +201,12 @@ class _WholeLoss(torch.autograd.Function):
         numbers = flags = None
         if first is not None:
             numbers, flags = launch.statistics(logits, operands, stacked, first, whole)
-            ctx.mark_non_differentiable(numbers, flags)
+            ctx.mark_non_differentiable(numbers, first, flags)
         ctx.call, ctx.gradient = call, gradient
         ctx.save_for_backward(logits, stacked, labels, where, class_weight, denominator)
         ctx.set_materialize_grads(False)
-        return losses if call.options.reduction == "none" else launch.total(losses, divisor), numbers, flags
+        result = losses if call.options.reduction == "none" else launch.total(losses, divisor)
+        return result, numbers, first, flags
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -232,7 +237,7 @@ def _backward(ctx: Any, upstream: Float[Tensor, "*#batch"]) -> Float[Tensor, "*b
         logits.detach(),
         _with_tensors(call.operands, labels, where, class_weight),
         stacked,
-        upstream,
+        Upstreams(upstream),
         gradient,
         whole=launch.Whole(
             call.options.ignore_index, call.divisor if denominator is None else denominator, call.all_mass
@@ -258,7 +263,7 @@ def _differentiable_gradient(
         other_mass = (call.all_mass - weights.double()).to(batch.dtype)
         operands = operands._replace(factor=batch.class_weight, on=operands.on * weights, other_mass=other_mass)
     rows = upstream.expand(batch.batch_shape)
-    gradient = plain_gradients(batch.logits, operands, ["logits"], rows)["logits"]
+    gradient = plain_gradients(batch.logits, operands, ["logits"], Upstreams(rows))["logits"]
     assert gradient is not None
     return gradient.to(batch.logits.dtype)
 

@@ -89,10 +89,10 @@ def in_rows(case: Case, gradient: Any) -> FloatArray:
 
 @cache
 def truth_and_bounds(name: str, dtype: str, framework: str) -> dict[str, tuple[Exact, FloatArray]]:
-    return _truth_and_bounds(make_case(name, dtype), ARITHMETIC[framework])
+    return truth_and_bounds_of(make_case(name, dtype), ARITHMETIC[framework])
 
 
-def _truth_and_bounds(case: Case, arithmetic: Arithmetic) -> dict[str, tuple[Exact, FloatArray]]:
+def truth_and_bounds_of(case: Case, arithmetic: Arithmetic) -> dict[str, tuple[Exact, FloatArray]]:
     factor = factors(case).reshape(-1, 1)
     kept = {name: value for name, value in case.options.items() if name in ("softcap", "ignore_index")}
     unsmoothed = replace(case, options=kept, smoothing=0.0, class_weight=None, prior=None, upstream=factors(case))

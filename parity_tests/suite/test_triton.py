@@ -21,12 +21,15 @@ from lsce_torch import (
     label_smoothed_cross_entropy,
     label_smoothed_cross_entropy_with_stats,
     linear_label_smoothed_cross_entropy,
+    linear_label_smoothed_cross_entropy_with_stats,
 )
 from lsce_torch.kernels import launch
 from parity_tests.losses.registry import make_adapter
 from parity_tests.losses.triton_kernels import INTERPRET, Launch, interpret, on_pretended_gpu
 from parity_tests.plugin import Recorder
-from parity_tests.truth.cases import Case, case_names, make_case
+from parity_tests.suite.test_differentiable_stats import agrees, in_rows, torch_gradients, truth_and_bounds_of
+from parity_tests.suite.test_stats import assert_entropy, assert_statistics, torch_statistics
+from parity_tests.truth.cases import Case, case_names, features, make_case
 from parity_tests.truth.comparison import Comparison, against_oracle
 from parity_tests.truth.linear_cases import linear_case_names, make_linear_case
 from parity_tests.truth.oracle import solve
@@ -36,7 +39,7 @@ pytestmark = [
     pytest.mark.devices,
     pytest.mark.skipif(os.environ.get(INTERPRET) != "1", reason="make test-triton runs it"),
 ]
-REFERENCE_ONLY = {"soft_max_sup"}
+REFERENCE_ONLY = {"soft_max_sup", "class_mask_of_rows_soft"}
 
 
 def compared(case: Case, adapter: str = "torch-triton") -> Comparison:
@@ -449,6 +452,82 @@ def test_statistics(options: dict[str, Any]) -> None:
     assert statistics_agree(options)
 
 
+FIELDS = ("nll", "lse", "entropy")
+
+
+def gradients_agree(case: Case) -> bool:
+    """Whether the gradients of the statistics are within their bounds."""
+    found = torch_gradients("triton", case)
+    truth = truth_and_bounds_of(case, make_adapter("torch-triton").arithmetic)
+    return all(agrees(*truth[field], in_rows(case, found[field])) for field in FIELDS)
+
+
+def assert_statistics_of(case: Case) -> None:
+    """Hold the statistics and their gradients against the truth."""
+    loss, stats = torch_statistics("triton", case)
+    assert_statistics(case, loss, stats, make_adapter("torch-triton").arithmetic)
+    assert gradients_agree(case)
+
+
+@pytest.mark.parametrize("name", [name for name in case_names() if name != "wide"])
+def test_differentiable_statistics(name: str) -> None:
+    case = make_case(name, "float32")
+    if "soft labels" in features(case):
+        with pytest.raises(ValueError, match="cannot compute this call"):
+            torch_gradients("triton", case)
+    else:
+        assert_statistics_of(case)
+
+
+def streamed_statistics() -> list[Case]:
+    """Return rows of many classes: plain, capped, with a mask for each, and with all logits very low."""
+    case = replace(case_of(3, 2100, "float32"), options={})
+    mask = np.random.default_rng(0).random((3, 2100)) < 0.5
+    mask[np.arange(3), case.labels] = True
+    low = case.logits.copy()
+    low[1] = -np.inf
+    low[1, [7, 2000]] = -1e34, -2e34
+    capped = replace(case, options={"softcap": 5.0})
+    labels = np.array([5, 7, 2000])
+    return [case, capped, replace(case, class_mask=mask), replace(case, logits=round_to(low, "float32"), labels=labels)]
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_differentiable_statistics_of_streamed_rows(number: int) -> None:
+    case = streamed_statistics()[number]
+    _, stats = torch_statistics("triton", case)
+    assert_entropy(case, stats["entropy"], stats["valid"], make_adapter("torch-triton").arithmetic)
+    assert gradients_agree(case)
+
+
+@pytest.mark.parametrize("num_classes", [6, 2100])
+def test_all_gradients_at_once(num_classes: int) -> None:
+    """Loss and statistics together, dense and linear, and what is not asked for is not loaded."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 3, dtype=torch.float64, generator=generator) for n in (6, num_classes))
+    labels = torch.tensor([0, 4, num_classes, -100, 1, 3])
+    mask = torch.rand(6, num_classes, generator=generator) < 0.7
+    mask[torch.arange(6), labels.clamp(0, num_classes - 1)] = True
+    options: dict[str, Any] = {"ignore_index": -100, "class_mask": mask, "softcap": 3.0, "z_loss": 0.1}
+    for used in ({"entropy"}, {"nll", "lse"}, {"loss", *FIELDS}):
+        outcomes = []
+        for implementation in ("triton", "reference"):
+            leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+            for function, given in (
+                (label_smoothed_cross_entropy_with_stats, [leaves[0] @ leaves[1].T]),
+                (linear_label_smoothed_cross_entropy_with_stats, leaves),
+            ):
+                loss, stats = function(
+                    *given, labels, differentiable=True, reduction="none", implementation=implementation, **options
+                )
+                parts = {"loss": loss, **stats._asdict()}
+                total = sum((parts[name] * torch.linspace(1, 2, 6)).sum() for name in used)
+                outcomes.append((implementation, *torch.autograd.grad(total, leaves)))
+        for ours, theirs in zip(outcomes[:2], outcomes[2:], strict=True):
+            for one, other in zip(ours[1:], theirs[1:], strict=True):
+                torch.testing.assert_close(one, other, rtol=2**-40, atol=2**-42, equal_nan=True)
+
+
 @pytest.mark.parametrize("num_rows", [1, 127, 128, 300])
 def test_statistics_of_more_rows_than_a_program_has(num_rows: int) -> None:
     logits = torch.arange(6 * num_rows).reshape(num_rows, 6) % 7 / 8
@@ -583,6 +662,22 @@ MUTANTS = {
     "statistics: ignored rows": ("tl.store(flags + step + row, counts", "tl.store(flags + step + row, there"),
     "statistics: rows of NaN": ("& (tl.abs(nll) >= 0)", ""),
     "statistics: confidence": ("tl.where(counts, tl.exp(-log_sum), 0.0)", "tl.where(counts, tl.exp(-lse), 0.0)"),
+    "entropy: the sum is not moved": ("means * e + moved * (rests + 1)", "means * e + moved"),
+    "entropy: the lanes are not moved": ("(means + (peak[:, None] - peaks) * (rests + 1))", "means"),
+    "entropy: not divided": (
+        "mean_gap = tl.sum(scale * (means + (peak[:, None] - peaks) * (rests + 1)), 1) / (1 + rest)",
+        "mean_gap = tl.sum(scale * (means + (peak[:, None] - peaks) * (rests + 1)), 1) / rest",
+    ),
+    "entropy: low rows": ("tl.where(is_low, 0.0, mean_gap)", "tl.where(is_low, 1.0, mean_gap)"),
+    "entropy: resident": ("tl.where(terms == 0, 0.0, terms * gap), 1) / (1 + rest)", "terms * gap, 1)"),
+    "statistics: entropy": ("entropy = log_sum + tl.load(", "entropy = tl.load("),
+    "statistics: prediction": ("largest, -1), mask=there)", "largest, 0), mask=there)"),
+    "slope of nll": ("of_label += tl.load(of_nll", "of_p += tl.load(of_nll"),
+    "slope of lse": ("of_p += tl.load(of_lse", "of_gap += tl.load(of_lse"),
+    "slope of the mean gap": ("of_p -= of_gap *", "of_p += of_gap *"),
+    "slope of the gaps": ("gap_slope[:, None] * tl.minimum(", "0.999 * gap_slope[:, None] * tl.minimum("),
+    "slope at the label": ("(of_p + of_gap * tl.minimum(label_gap, _LARGEST_GAP))", "of_p"),
+    "a bad label without nll": ("is_bad = is_bad & (row < 0)", "is_bad = is_bad"),
     "statistics: the divisor": ("(tl.zeros([BLOCK], DTYPE) + _share(divisor, DTYPE) != 0)", "there"),
     "what is written already": ("if tl.load(upstream) == 1:", "if tl.load(upstream) != 0:"),
 }
@@ -631,10 +726,18 @@ def test_wrong_kernels_are_rejected(name: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "mutant", mutant)
     spec.loader.exec_module(mutant)
     monkeypatch.setattr(launch, "_kernels", lambda: mutant)
-    statistics = all(map(statistics_agree, STATISTICS.values()))
-    assert not (statistics and finds_the_first() and all(compared(case).agrees for case in some_cases()))
+    assert not everything_agrees()
+
+
+def everything_agrees() -> bool:
+    """Whether losses, statistics and gradients of some cases are within their bounds."""
+    if not all(map(statistics_agree, STATISTICS.values())) or not finds_the_first():
+        return False
+    named = [make_case(name, "float32") for name in ("bad_labels", "class_mask_of_rows")]
+    if not all(map(gradients_agree, (*named, *streamed_statistics()))):
+        return False
+    return all(compared(case).agrees for case in some_cases())
 
 
 def test_right_kernels_are_not() -> None:
-    assert all(compared(case).agrees for case in some_cases())
-    assert finds_the_first()
+    assert everything_agrees()
