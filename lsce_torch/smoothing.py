@@ -173,6 +173,8 @@ def linear_add_smoothing(
         raise error("smoothing_soft_labels", given=dtype_name(labels))
     logits = layer.hidden.new_zeros(1).expand(*layer.hidden.shape[:-1], num_classes)
     batch = prepare(logits, labels, options, keywords)
+    if batch.has_row_masks:
+        raise error("smoothing_row_mask")
     check_tensor("nll", nll)
     check_row_numbers("nll", tuple(nll.shape), dtype_name(nll), batch.batch_shape)
     factor, allowed = _mean_factor(batch, num_classes), batch.class_mask

@@ -380,6 +380,7 @@ def test_what_is_not_taken_is_refused_by_name(function: str, names: dict[str, st
 @pytest.mark.parametrize(("key", "function", "operands", "options"), [
     ("smoothing_at_max", "linear_add_smoothing", LINEAR, {"convention": "max_sup"}),
     ("smoothing_at_max", "add_smoothing", DENSE, {"convention": "max_sup", "num_classes": 3}),
+    ("smoothing_row_mask", "linear_add_smoothing", LINEAR, {"class_mask": np.ones((N, K), bool)}),
     ("smoothing_num_classes", "add_smoothing", DENSE, {"convention": "non_target"}),
     ("smoothing_weights", "add_smoothing", DENSE, {"label_weight": ROW}),
     ("smoothing_weights", "add_smoothing", DENSE, {"mean_weight": 1.0}),
