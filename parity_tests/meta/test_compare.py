@@ -454,7 +454,7 @@ def test_report(tmp_path: Path) -> None:
 SHOWING = (
     *("everything", "class_mask", "class_weight", "ignored", "dominant", "large_logits", "minus_infinity", "softcap"),
     *("ties_max_sup", "max_sup_none", "prior_distribution", "classes_9", "subtract_entropy", "z_loss", "uniform_mean"),
-    *("non_target_mean", "large_offset"),
+    *("non_target_mean", "large_offset", "class_mask_of_groups"),
 )
 
 

@@ -25,7 +25,7 @@ def test_ours_agree() -> None:
         "run", "--adapter", "*-fused", "--case", "uniform_mean", "--case", "class_mask*", "--dtype", "float32"
     )
     assert outcome.exit_code == 0, outcome.output
-    assert "AGREE: 2 adapters, 12 results, 6 of them in pairs, at most 0." in outcome.output
+    assert "AGREE: 2 adapters, 18 results, 9 of them in pairs, at most 0." in outcome.output
 
 
 def test_a_mutant_does_not() -> None:

@@ -237,7 +237,14 @@ def _trainings() -> dict[str, Case]:
         ),
         "max_sup": make(labels=labels, options={"convention": "max_sup"}),
         "prior": make(labels=labels, prior=prior),
+        "masks of rows": make(labels=labels, class_mask=_masks_of_rows(labels)),
     }
+
+
+def _masks_of_rows(labels: NDArray[np.int64]) -> NDArray[np.bool_]:
+    mask = np.random.default_rng(2).random((BATCH, 7)) < 0.6
+    mask[np.arange(BATCH), labels] = True
+    return mask
 
 
 def _train(

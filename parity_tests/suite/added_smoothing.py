@@ -21,6 +21,7 @@ NOT_ADDED = {
     "linear_softcap": "not linear in the logits",
     "linear_max_sup": "needs the largest logit",
     "linear_everything": "softcap",
+    "linear_class_mask_of_rows": "needs every logit for the mean of each row",
 }
 
 
