@@ -68,13 +68,18 @@ class Convention:
 
 
 def _at_most(value: Number, high: Number) -> Number:
-    return value.clip(max=high) if hasattr(value, "clip") else min(value, high)
+    return min(value, high) if _is_scalar(value) else value.clip(max=high)
 
 
 def _clip(value: Number, low: Number, high: Number) -> Number:
     """Limit `value` to [low, high], `high` winning where the two cross."""
     # In two steps, since one bound may be a number and the other an array.
-    return value.clip(min=low).clip(max=high) if hasattr(value, "clip") else min(max(value, low), high)
+    return min(max(value, low), high) if _is_scalar(value) else value.clip(min=low).clip(max=high)
+
+
+def _is_scalar(value: Number) -> bool:
+    # The types first: torch.compile cannot ask a symbolic number for its attributes.
+    return isinstance(value, (int, float)) or not hasattr(value, "clip")
 
 
 UNIFORM = Convention(

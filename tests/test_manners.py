@@ -180,7 +180,8 @@ def test_each_name_is_in_the_tables_once_and_ours_are_ours() -> None:
     assert set(hints._PER_CALL) | set(hints._PER_MODULE.split()) | set(hints._LINEAR_ONLY) <= every_parameter()
     # Advice is read where no function takes a name of the same meaning.
     assert not {name for group in groups(hints._SYNONYMS) for name in group[1:]} & set(hints.ADVICE)
-    assert {name for name in hints.ADVICE if name in every_parameter()} <= ours | {"reduce", "size_average"}
+    of_some = {"reduce", "size_average", "differentiable"}
+    assert {name for name in hints.ADVICE if name in every_parameter()} <= ours | of_some
     for text in hints.ADVICE.values():
         assert text.endswith(".")
 

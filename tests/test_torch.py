@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -64,6 +65,17 @@ def test_compiled_as_one_graph(options: dict[str, object]) -> None:
         outcomes.append((loss.detach(), logits.grad))
     for ours, eager in zip(*outcomes, strict=True):
         assert torch.all((ours - eager).abs() <= 64 * EPSILON * (1 + eager.abs()))
+
+
+@pytest.mark.parametrize("convention", ["uniform", "non_target", "clamp", "max_sup"])
+def test_compiled_for_any_number_of_classes(convention: str) -> None:
+    torch.compiler.reset()
+    loss = partial(label_smoothed_cross_entropy, convention=convention)
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="eager")
+    for num_classes in (3, 5):
+        logits = LOGITS[:, :num_classes]
+        eager = loss(logits, LABELS % num_classes)
+        assert torch.all((compiled(logits, LABELS % num_classes) - eager).abs() <= 1e-14 * (1 + eager.abs()))
 
 
 @pytest.mark.parametrize("legacy", [{}, {"size_average": False}, {"reduce": False}])
