@@ -192,7 +192,7 @@ def _two_or_more(num_allowed: Float[Tensor, "*#batch"]) -> Float[Tensor, "*#batc
     return torch.clamp(num_allowed, min=2)
 
 
-def count_allowed(batch: Batch) -> int | Float[Tensor, "*#batch 1"]:
+def count_allowed(batch: Batch) -> int | Float[Tensor, ""] | Float[Tensor, "*batch 1"]:
     """Return the number of classes that take part; a tensor if there is a class mask, whose values are not read."""
     if batch.class_mask is None:
         return int(batch.logits.shape[-1])
