@@ -89,11 +89,11 @@ def _sums(
     if operands.class_mask is not None:
         terms = torch.where(operands.class_mask, terms, 0)
     rest = torch.sum(terms, dim=-1) + (torch.sum(classes.is_peak, dim=-1) - 1)
-    if operands.class_mask is not None:
-        # Below 0 without any class.
-        rest = torch.where(rest < 0, torch.nan, rest)
     mean_gap = None
     if operands.with_stats:
+        if operands.class_mask is not None:
+            # Below 0 without any class. The loss is NaN without this, and takes one kernel less on a GPU.
+            rest = torch.where(rest < 0, torch.nan, rest)
         # Outside the mask the gap is 0. 0 * inf counts as 0.
         mean_gap = divide(torch.sum(exponentials * torch.where(torch.isinf(gap), 0, gap), dim=-1), 1 + rest)
     label_gap, other_gap = torch.zeros_like(rest), gap

@@ -7,6 +7,7 @@ Kernels, moves, registers, spills and instructions are held against a record, in
 
 import importlib.util
 import json
+import re
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -185,7 +186,7 @@ def test_each_card_is_one_of_the_table_of_devices() -> None:
 def test_without_triton_the_error_says_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else found(name))
-    with pytest.raises(UnavailableError, match="make install-devices"):
+    with pytest.raises(UnavailableError, match=re.escape("pip install 'lsce[torch,devices]'")):
         measure("gpu-h100", [])
 
 

@@ -30,7 +30,10 @@ FEW_LINEAR = ("linear_everything", "linear_many_chunks")
 REFUSED = {
     "linear_batch_of_sequences",
     "axis_in_the_middle",
+    "class_mask_of_groups",
+    "class_mask_of_rows",
     "class_weight",
+    "linear_class_mask_of_rows",
     "linear_class_weight",
     "linear_everything",
     "linear_no_rows",
