@@ -92,7 +92,7 @@ def test_a_blind_training_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(power, "LEARNING_RATE", 0.0)
         assert trajectory_trial("zero_gradient").survives == "no training shows it"
     monkeypatch.setattr(power, "rounding_floor", lambda losses, batch: np.full(losses.shape, 1e3))
-    assert trajectory_trial("stale_lse").survives == "accepted in max_sup, options, plain, prior"
+    assert trajectory_trial("stale_lse").survives == "accepted in masks of rows, max_sup, options, plain, prior"
 
 
 def test_wrong_class_of_number_is_rejected() -> None:
