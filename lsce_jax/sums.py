@@ -38,7 +38,8 @@ class Operands:
 
 
 CLASS_VECTORS = ("class_mask", "prior", "class_weight")
-NO_CLASS = np.int32(2**31 - 1)
+NO_CLASS = np.int32(2**30)  # beyond all classes, also as a float32 number
+_MOST_NUMBERED = 2**24  # up to here float32 numbers tell classes apart
 MASSLESS = -1000.0  # a difference of logits whose exponential is 0 in float64
 
 
@@ -105,8 +106,12 @@ def peaks_at(operands: Operands, largest: Float[Array, "*batch"], peak: Float[Ar
     if operands.largest:
         num_largest = jnp.sum(is_largest, axis=-1, dtype=raw.dtype)
     if operands.stats:
-        # Not argmax, which is a sweep of its own.
-        first = jnp.min(jnp.where(is_largest, _classes(raw), NO_CLASS), axis=-1)
+        # Not argmax, which is a sweep of its own. Nor a minimum of integers, which XLA for TPUs joins to no other sums.
+        classes, num_classes = _classes(raw), raw.shape[-1]
+        if isinstance(num_classes, int) and num_classes <= _MOST_NUMBERED:
+            classes = classes.astype(raw.dtype)
+        beyond = jnp.asarray(NO_CLASS, classes.dtype)
+        first = jnp.min(jnp.where(is_largest, classes, beyond), axis=-1).astype(jnp.int32)
     return Peaks(peak, largest, num_largest, first)
 
 
