@@ -51,7 +51,15 @@ DENSE = [f"jax-{implementation}" for implementation in IMPLEMENTATIONS]
 LINEAR = [f"jax-linear-{implementation}" for implementation in LINEAR_IMPLEMENTATIONS]
 EVERY_DEVICE = (*TOPOLOGIES, *CARDS)
 # These have every option between them.
-FEW = {"everything", "class_mask_max_sup", "class_mask_of_rows", "soft_clamp", "linear_everything", "linear_max_sup"}
+FEW = {
+    "everything",
+    "class_mask_max_sup",
+    "class_mask_of_rows",
+    "soft_clamp",
+    "linear_everything",
+    "linear_max_sup",
+    "linear_class_mask_of_rows",
+}
 
 
 def combination(name: str) -> tuple[Any, ...]:
