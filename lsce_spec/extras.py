@@ -21,7 +21,7 @@ def require(user: str, extras: str, *modules: str) -> None:
     """Raise a ModuleNotFoundError with the command to run, unless all modules are installed.
 
     Args:
-        user: what needs them, for people.
+        user: name of the package or command that needs the modules, for the message.
         extras: which of this distribution bring them, such as "jax".
         modules: names of top-level modules. None is loaded.
     """

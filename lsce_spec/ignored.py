@@ -34,7 +34,7 @@ def warn_of(bad_labels: Sequence[int], total: int) -> None:
     """Warn, and never look again, if the labels that are no class seem to be meant to be ignored.
 
     Args:
-        bad_labels: of the rows that count, those that are no class.
+        bad_labels: the labels that are not classes, without those of rows that do not count.
         total: number of labels.
     """
     global _calls_left  # noqa: PLW0603  # as above

@@ -1,4 +1,4 @@
-"""What a package shows: its public names and its version, and none of the modules that it is made of."""
+"""Hides the internal modules of a package from `dir()`, and reads its version when it is first asked for."""
 
 import sys
 from collections.abc import Callable, Sequence

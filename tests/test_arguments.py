@@ -204,8 +204,8 @@ def table() -> list[tuple[str, str, str]]:
     return each
 
 
-# Our lines that are options, and those that are computed from the results. Of the others, the first three have tests of
-# their own below; the rest is text.
+# Rows of the table whose line for this library is an option, and rows where it reads the statistics. Of the others, the
+# first three of APART have tests below, and the rest is text.
 OPTIONS = [row for row in table() if re.fullmatch(r"`\w+=\S+(, \w+=\S+)*`", row[2])]
 RESULTS = [row for row in table() if "stats." in row[2]]
 APART = {"logit_scale", "shift", "out_features", "filter_eps", "accum_dtype", "half_to_float", "process_group"}
@@ -231,7 +231,7 @@ def setting(ours: dict[str, Any], labels: np.ndarray, logits: np.ndarray = LOGIT
     return case, error_bound(case, solve(case), ARITHMETIC)
 
 
-# Arguments of a `Case` of their own, and those that change no result.
+# Options that a `Case` holds in fields of its own, and options that change no result.
 ELSEWHERE = {"smoothing", "class_weight", "bias", "chunk_size", "inplace_backward"}
 
 
@@ -349,7 +349,7 @@ def test_results(argument: str, library: str, ours: str) -> None:
         bound_of_result = 2 * U * np.abs(expected) if "correct" in ours else 0.0
     elif "stats.z" in ours:
         lse, counted = np.logaddexp.reduce(LOGITS, axis=-1), LABELS != -100
-        # lse is off by what the loss is, and one rounding; then a square, a product, a sum and a quotient.
+        # The error of lse is that of the loss, and one rounding. The square, product, sum and quotient round as well.
         of_lse = np.where(counted, 2 * np.abs(lse) * (bound.loss + U * np.abs(lse)) + 8 * U * lse**2, 0.0)
         bound_of_result = NAMES["z"] * of_lse.sum() / COUNT
     else:

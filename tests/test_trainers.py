@@ -182,7 +182,7 @@ def make_trainer(
 
 
 def record(trainer: Any) -> Recorded:
-    """Train, and return the weights and losses: those that the Trainer reports, unless it rounds them."""
+    """Train; return the weights and the losses, as the Trainer reports them unless its report rounds them."""
     losses: list[float] = []
     compute_loss, parts = trainer.compute_loss_func, trainer.args.gradient_accumulation_steps
 

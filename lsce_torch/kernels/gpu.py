@@ -716,7 +716,7 @@ def statistics(
     Args:
         first: index of the first largest logit, to overwrite by the prediction.
         numbers: to write, the fields of `LossStats` that are floating-point numbers one after the other.
-        flags: to write, those that are booleans.
+        flags: to write, the boolean fields of `LossStats` one after the other.
         num_rows: number of rows, and the step from one field to the next.
         BLOCK: rows of a program.
         labels, counted, on, off, other_mass, factor, all_mass, z_loss, sums, divisor, num_classes, sums_step,
