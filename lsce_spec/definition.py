@@ -105,8 +105,8 @@ def model_row(
 ) -> ModelRow:
     """Return log-sum-exp and entropy of one row, with their derivatives.
 
-    With d_k = max(z) - z_k and L = log sum exp(-d), the entropy is L + sum p_k d_k. Its derivative with respect to z_k is
-    p_k (d_k - sum p_j d_j).
+    With d_k = max(z) - z_k and L = log sum exp(-d), the entropy is L + sum p_k d_k. Its derivative with respect to z_k
+    is p_k (d_k - sum p_j d_j).
 
     Args:
         logits: K numbers; those outside the mask may be anything.

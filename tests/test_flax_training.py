@@ -151,7 +151,7 @@ def test_accumulated_gradient(denominators: list[float | None], average: bool, r
 
 
 def scanned(denominator: float | None = TOTAL, **changes: Any) -> NDArray[np.float64]:
-    """Return the gradient of the weight, accumulated by a scan over microbatches of four rows as in docs/trainers.md."""
+    """Return the gradient of the weight, added up by a scan over microbatches of four rows as in docs/trainers.md."""
     options = {**SCANNED_OPTIONS, "reduction": "mean", **changes}
 
     def loss(weight: jax.Array, images: Any, labels: Any, where: Any) -> jax.Array:
