@@ -73,7 +73,7 @@ class Results(NamedTuple):
         """Return memory for rows of that shape. Sums that nothing uses are not written, and 0."""
         return Results(
             losses=torch.empty(shape, dtype=dtype, device=device),
-            stacked=torch.zeros((num_sums(operands), *shape), dtype=dtype, device=device),
+            stacked=_room_for_sums(shape, operands, dtype, device),
             first=torch.empty(shape, dtype=torch.int64, device=device) if operands.with_stats else None,
         )
 
@@ -200,8 +200,10 @@ def _with_slopes(whole: Block, operands: Operands, upstreams: Upstreams) -> Bloc
         uncounted = ~operands.counted
         upstreams = Upstreams(*(None if u is None else u.masked_fill(uncounted, 0) for u in upstreams))
     of_loss, of_nll, of_lse, of_entropy = upstreams
-    p_slope, at_label = torch.zeros_like(sums.peak), None
-    if of_loss is not None:
+    at_label = None
+    if of_loss is None:
+        p_slope = torch.zeros_like(sums.peak)
+    else:
         p_slope, whole = _slopes_of_loss(whole, operands, sums, of_loss)
         at_label = of_loss * operands.on
     if of_nll is not None:
@@ -237,11 +239,19 @@ def _slopes_of_loss(
     return p_slope, whole._replace(other_slope=None if is_nothing else upstream * operands.off, max_slope=max_slope)
 
 
+def _room_for_sums(
+    shape: tuple[int, ...], operands: Operands, dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, "sums ..."]:
+    """Return memory for the sums of rows of that shape. Of those, `at_max` alone leaves `mean_gap` unwritten, and 0."""
+    make = torch.zeros if operands.at_max is not None and not operands.with_stats else torch.empty
+    return make((num_sums(operands), *shape), dtype=dtype, device=device)
+
+
 def _block_of_sums(logits: Float[Tensor, "*batch K"], operands: Operands) -> Block:
     """Return all rows, and room for their sums."""
     dtype, shape, device = compute_dtype(logits), logits.shape[:-1], logits.device
     return Block(
-        stacked=torch.zeros((num_sums(operands), *shape), dtype=dtype, device=device),
+        stacked=_room_for_sums(shape, operands, dtype, device),
         logits=logits,
         gradient=None,
         allowed=operands.class_mask,
@@ -302,7 +312,7 @@ def _fill_sums(
         terms = exponentials if scale is None else exponentials.div_(scale[..., None])
         return torch.sum(terms.frac_(), dim=-1)
 
-    _fill_log_sum(sums, total if scale is None else total.div_(scale), rest)
+    _fill_log_sum(sums, total if scale is None else total.div_(scale), rest, is_masked=block.excluded is not None)
 
 
 def _fill_mean_gap(
@@ -338,7 +348,7 @@ def _fill_both(
         work.scatter_(-1, place, 1)
         return rest
 
-    _fill_log_sum(sums, total, rest)
+    _fill_log_sum(sums, total, rest, is_masked=block.excluded is not None)
     p_slope = block.mass
     assert p_slope is not None
     assert block.on is not None
@@ -460,14 +470,16 @@ def _exponentials(
     return torch.exp(shifted, out=work)
 
 
-def _fill_log_sum(sums: Sums, total: Float[Tensor, "*rows"], rest: Callable[[], Tensor]) -> None:
+def _fill_log_sum(sums: Sums, total: Float[Tensor, "*rows"], rest: Callable[[], Tensor], *, is_masked: bool) -> None:
     """Compute the log of a sum of exponentials from the sum, or, if that is small, from its rest.
 
-    Without its largest term, which is 1, a sum below 2 keeps the relative accuracy of small losses. Without any class
-    the sum is 0 or NaN, and the log NaN.
+    Without its largest term, which is 1, a sum below 2 keeps the relative accuracy of small losses. A mask may leave no
+    class: then the sum is 0 or NaN, and the log NaN.
     """
-    is_there = total > 0
-    total_less_1, is_small = torch.where(is_there, total - 1, torch.nan), (total < 2) & is_there
+    total_less_1, is_small = total - 1, total < 2
+    if is_masked:
+        is_there = total > 0
+        total_less_1, is_small = torch.where(is_there, total_less_1, torch.nan), is_small & is_there
     if not is_on_cpu(total) or _any(is_small):
         total_less_1 = torch.where(is_small, rest(), total_less_1)
     torch.log1p(total_less_1, out=sums.log_sum)
