@@ -73,7 +73,7 @@ class Results(NamedTuple):
         """Return memory for rows of that shape. Sums that nothing uses are not written, and 0."""
         return Results(
             losses=torch.empty(shape, dtype=dtype, device=device),
-            stacked=_room_for_sums(shape, operands, dtype, device),
+            stacked=torch.zeros((num_sums(operands), *shape), dtype=dtype, device=device),
             first=torch.empty(shape, dtype=torch.int64, device=device) if operands.with_stats else None,
         )
 
@@ -239,19 +239,13 @@ def _slopes_of_loss(
     return p_slope, whole._replace(other_slope=None if is_nothing else upstream * operands.off, max_slope=max_slope)
 
 
-def _room_for_sums(
-    shape: tuple[int, ...], operands: Operands, dtype: torch.dtype, device: torch.device
-) -> Float[Tensor, "sums ..."]:
-    """Return memory for the sums of rows of that shape. Of those, `at_max` alone leaves `mean_gap` unwritten, and 0."""
-    make = torch.zeros if operands.at_max is not None and not operands.with_stats else torch.empty
-    return make((num_sums(operands), *shape), dtype=dtype, device=device)
-
-
 def _block_of_sums(logits: Float[Tensor, "*batch K"], operands: Operands) -> Block:
     """Return all rows, and room for their sums."""
     dtype, shape, device = compute_dtype(logits), logits.shape[:-1], logits.device
+    # Of these sums, `at_max` without statistics leaves `mean_gap` unwritten, and 0.
+    make = torch.zeros if operands.at_max is not None and not operands.with_stats else torch.empty
     return Block(
-        stacked=_room_for_sums(shape, operands, dtype, device),
+        stacked=make((num_sums(operands), *shape), dtype=dtype, device=device),
         logits=logits,
         gradient=None,
         allowed=operands.class_mask,
