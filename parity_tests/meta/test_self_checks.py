@@ -97,8 +97,8 @@ MEANT_FOR = {
 }
 # Narrow logits only.
 MEANT_FOR_NARROW = {"upcast": {"padding_joins", "stale_lse"}}
-# Faults of options that no check uses: class weights, prior, z-loss, softcap, entropy, Max Suppression; and of a
-# loss near 0, where the frameworks' own cross-entropy has the same fault.
+# Faults of options that no check uses: class weights, class masks, prior, z-loss, softcap, entropy, Max Suppression;
+# and of a loss near 0, where the frameworks' own cross-entropy has the same fault.
 OUT_OF_REACH = {
     "weight_not_in_smoothing",
     "weight_not_in_denominator",
@@ -111,6 +111,8 @@ OUT_OF_REACH = {
     "max_sup_at_label",
     "max_sup_first",
     "prior_ignored",
+    "masked_classes_smoothed",
+    "first_class_mask",
     "log_for_log1p",
 }
 
