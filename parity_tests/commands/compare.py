@@ -170,7 +170,7 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
     try:
         for side in sides:
             on_model(side.adapter, explain_precision)
-        sides = [replace(side, adapter=on_model(side.adapter, device_model)) for side in sides]
+        sides = [replace(side, adapter=on_model(side.adapter, device_model), exact=side.adapter) for side in sides]
     except UnavailableError as error:
         cannot_run(str(error))
     tolerance = None if rtol is None and atol is None else Tolerance(rtol or 0.0, atol or 0.0)

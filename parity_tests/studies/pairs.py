@@ -48,10 +48,12 @@ class Side:
         adapter: the loss.
         reduction: the reduction that it returns, "none", "mean" or "elements"; None if it takes the reduction from the
             case.
+        exact: the loss without the simulated errors of a device, if `adapter` has them; None if it has none.
     """
 
     adapter: Adapter
     reduction: str | None = None
+    exact: Adapter | None = None
 
 
 @dataclass(frozen=True)
@@ -475,7 +477,8 @@ class _Wide:
     def runs(self, i: int, dtype: str) -> Runs:
         """Return the results of one side in a wide dtype."""
         if (i, dtype) not in self._runs:
-            self._runs[i, dtype] = Runs(self.sides[i].adapter, self.cases, lambda case: not is_edge(case), dtype)
+            side = self.sides[i]
+            self._runs[i, dtype] = Runs(side.exact or side.adapter, self.cases, lambda case: not is_edge(case), dtype)
         return self._runs[i, dtype]
 
     def formula(self, i: int) -> Recognised | None:
@@ -513,7 +516,8 @@ class _Wide:
             same = replace(same, same=False)
         accuracy: list[Accuracy] = []
         if same.same:
-            found = (compare_accuracy(runs, (attempts[0], attempts[1]), each) for each in dtypes)
+            arithmetic = (self.sides[0].adapter.arithmetic, self.sides[1].adapter.arithmetic)
+            found = (compare_accuracy(runs, (attempts[0], attempts[1]), each, arithmetic) for each in dtypes)
             accuracy = [_by_truth(pair, each) for each in found]
         readings = pair.readings
         if same.same is not True and question.has_oracle and not question.linear:
