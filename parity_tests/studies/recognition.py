@@ -38,8 +38,8 @@ from parity_tests.truth.precision import FloatArray
 FITS = {"float64": 1e-6, "float32": 2e-5}
 # The distance up to which a formula is fitted to all cases, and to how many cases it is fitted first.
 ROUGH, FEW = 1e-3, 2
-# How far the numbers that a reduction multiplies gradients with may be off, in units of the largest distance. Near the optimum, where
-# gradients are small, their rounding is a large share of them.
+# How far the numbers that a reduction multiplies gradients with may be off, in units of the largest distance. Near the
+# optimum, where gradients are small, their rounding is a large share of them.
 SAME_FACTOR = 50
 # Parameters beside the smoothing, with the values that the fit starts at.
 STARTS = {
