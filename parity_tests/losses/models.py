@@ -127,8 +127,8 @@ class Model(Protocol):
             key: of the call.
             given: its arrays.
             dtype: to run in; None for that of the arrays.
-            bits: significant bits of float32 operands that matrix products and convolutions keep in a simulation on the
-                CPU; None for what the device does.
+            bits: significant bits of float32 operands that matrix products and convolutions keep, in a simulation on
+                the CPU; 24 are all. None for what the device does.
             stream: number of the stream of random numbers.
         """
         ...

@@ -80,11 +80,14 @@ class JaxModel:
     def _layer(self, name: str, tensors: list[Path]) -> Layer:
         own = [_name(path) for path in tensors if _name(path[:-1]) == name]
         parts = name.split(".") if name != MODEL else []
-        # The list of an nnx.Sequential has no counterpart in torch.
+        sequential = [
+            isinstance(self._modules.get(_name(tuple(parts[:end]))), nnx.Sequential) for end in range(len(parts))
+        ]
+        # The list of an nnx.Sequential, not the last part, has no counterpart in torch.
         kept = [
             part
-            for index, part in enumerate(parts)
-            if not (part == "layers" and isinstance(self._modules.get(_name(tuple(parts[:index]))), nnx.Sequential))
+            for part, within, rest in zip(parts, sequential, range(len(parts) - 1, -1, -1), strict=True)
+            if not (within and rest and part == "layers")
         ]
         module = self._modules[name]
         return Layer(name, tuple(kept), type(module).__name__, tuple(own), settings_of(module))
@@ -149,9 +152,10 @@ class JaxModel:
         self, key: str, given: Given, dtype: str | None = None, *, bits: int | None = None, stream: int = 0
     ) -> Result:
         """Run a recorded call again, alone; see `parity_tests.losses.models.Model`."""
+        on_cpu = bits is not None and jax.default_backend() != "cpu"
         with _precision(dtype), nullcontext() if bits is None else _on_cpu():
-            traced, run, operands, result = self._prepared(key, given, dtype, stream)
-            if bits is None:
+            traced, run, operands, result = self._prepared(key, given, dtype, stream, on_cpu)
+            if bits is None or bits == FULL:
                 return result(run(*operands))
             values = _RoundedProducts(bits).run(traced.jaxpr, jax.tree.leaves(operands))
             return result(jax.tree.unflatten(jax.tree.structure(traced.out_info), values))
@@ -159,16 +163,16 @@ class JaxModel:
     def narrowest(self, key: str, given: Given, dtype: str | None = None) -> str:
         """Return the floating-point dtype with the fewest bits that a call computes anything in."""
         with _precision(dtype):
-            traced, _, operands, _ = self._prepared(key, given, dtype, 0)
+            traced, _, operands, _ = self._prepared(key, given, dtype, 0, False)
         found = {str(each.dtype) for each in jax.tree.leaves(operands) if _is_floating(each)}
         return max(found | set(_dtypes(traced.jaxpr.jaxpr)), key=lambda name: FORMATS[name].roundoff)
 
     def _prepared(
-        self, key: str, given: Given, dtype: str | None, stream: int
+        self, key: str, given: Given, dtype: str | None, stream: int, on_cpu: bool
     ) -> tuple[Any, Any, tuple[Any, ...], Callable[[Any], Result]]:
         """Return the program of a call, traced and compiled, its operands, and what makes a result of its results."""
         program, operands, result = self._program(key, given, dtype, stream)
-        place = self._tapped, key, dtype
+        place = self._tapped, key, dtype, on_cpu
         if place not in self._compiled:
             traced = jax.jit(program).trace(*operands)
             self._compiled[place] = traced, traced.lower().compile()
@@ -215,7 +219,7 @@ class JaxModel:
                 {name: np.asarray(each) for name, each in of_weights.items()},
             )
 
-        return program, (differentiated, others, fixed, seeds, jnp.uint32(stream)), result
+        return program, (differentiated, others, fixed, seeds, np.uint32(stream)), result
 
     def _tensors_of(self, path: str) -> dict[str, NDArray[Any]]:
         """Return all tensors that a layer may use."""
@@ -386,10 +390,9 @@ def _is_dtype(value: Any) -> bool:
 
 
 def _cast(tree: Any, dtype: str | None) -> Any:
-    """Return the arrays of a tree on JAX's device, those of floating-point numbers in a dtype."""
+    """Return the arrays of a tree, those of floating-point numbers in a dtype."""
 
     def cast(value: Any) -> Any:
-        value = jnp.asarray(value)
         return value.astype(dtype) if dtype is not None and _is_floating(value) else value
 
     return jax.tree.map(cast, tree)
@@ -409,7 +412,7 @@ def _partition(tree: Any) -> tuple[list[Any], list[Any], Callable[[list[Any], li
 
 
 def _zeros(shapes: list[Any]) -> list[Any]:
-    return [jnp.zeros(each.shape, each.dtype) if _is_floating(each) else None for each in shapes]
+    return [np.zeros(each.shape, each.dtype) if _is_floating(each) else None for each in shapes]
 
 
 def _added(array: Any, zeros: Any) -> Any:

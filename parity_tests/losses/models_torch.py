@@ -35,6 +35,7 @@ from parity_tests.losses.models import (
     settings_of,
     take_apart,
 )
+from parity_tests.truth.arithmetic import FULL
 from parity_tests.truth.precision import FORMATS
 from parity_tests.truth.simulation import rounded_to_bits
 
@@ -141,7 +142,8 @@ class TorchModel:
         if bits is None:
             return self._run(key, given, dtype, stream)
         with sdpa_kernel(SDPBackend.MATH):  # as one kernel, attention has no matrix products of its own
-            return self._run(key, given, dtype, stream, _RoundedProducts(bits), on_cpu=True)
+            mode = None if bits == FULL else _RoundedProducts(bits)
+            return self._run(key, given, dtype, stream, mode, on_cpu=True)
 
     def narrowest(self, key: str, given: Given, dtype: str | None = None) -> str:
         """Return the floating-point dtype with the fewest bits that a call computes anything in."""

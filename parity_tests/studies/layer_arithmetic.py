@@ -8,7 +8,7 @@ is given, weights and gradients too, moved up or down by one unit in the last pl
                bounds the number of terms in any sum
     allowed  = 2 (envelope + floor)
 
-u is the unit roundoff of the narrowest dtype in which a layer computes anything: of the two, the one that has more bits.
+u is the unit roundoff of the narrowest dtype in which a layer computes anything; of the two layers, the smaller one.
 
 In float64, `allowed` is 4096 times that. Formulas that lose digits, such as E[x^2] - E[x]^2 for the variance, are then
 still the same function, while a difference far below the rounding of float32 is none.
@@ -105,18 +105,18 @@ def as_float64(given: Given) -> Given:
 
 
 def room_for_rounding(
-    run: Run, given: Given, results: Named, dtype: str, replicas: int, random: np.random.Generator
+    run: Run, given: Given, dtype: str, replicas: int, random: np.random.Generator
 ) -> dict[Key, float]:
     """Return envelope + floor of each result; see the module.
 
     Args:
         run: runs the layer on what it is given.
         given: that.
-        results: what the layer made of it.
         dtype: the narrowest in which it computes.
         replicas: number of runs with everything moved.
         random: generator of the directions.
     """
+    results = run(given)
     moved = [run(_changed(given, lambda values: _moved(values, dtype, random))) for _ in range(replicas)]
     depth = math.ceil(math.log2(max(2, *(array.size for array in _arrays(given))))) + 2
     room = {}

@@ -111,15 +111,16 @@ def match(first: Model, second: Model, mapping: Mapping[str, str]) -> Matches:
         ModelError: a name in the mapping is none.
     """
     _check_mapping(first, second, mapping)
-    theirs = _unique({tokens(".".join(layer.parts)): path for path, layer in second.layers.items()}, second)
-    theirs.update({tokens(path): path for path in second.layers if path != MODEL})
+    theirs = {tokens(".".join(layer.parts)): path for path, layer in second.layers.items()}
+    theirs.update({tokens(path): path for path in second.layers})
     layers = {MODEL: MODEL}
     taken = {MODEL}
     for path, layer in first.layers.items():
         if path == MODEL:
             continue
         target = _mapped(path, mapping)
-        found = theirs.get(tokens(".".join(layer.parts) if target is None else target))
+        names = [".".join(layer.parts), path] if target is None else [target]
+        found = next((theirs[tokens(name)] for name in names if tokens(name) in theirs), None)
         if found is not None and found not in taken:
             layers[path] = found
             taken.add(found)
@@ -160,10 +161,6 @@ def _meaning(name: str) -> str:
 def is_statistic(name: str) -> bool:
     """Return whether a tensor is a mean or variance that training keeps."""
     return _meaning(name) in STATISTICS
-
-
-def _unique(names: dict[tuple[str, ...], str], model: Model) -> dict[tuple[str, ...], str]:
-    return names if len(names) == len(model.layers) else {}
 
 
 def _mapped(name: str, mapping: Mapping[str, str]) -> str | None:
@@ -227,7 +224,7 @@ def weight_layout(first: Model, second: Model, name: str, other: str, declared: 
     if fitting:
         raise ModelError(
             f"{name} and {other}, {list(shape)}, may have the same layout or transposed ones: say "
-            f"--layout {name}={SAME} or --layout {name}={MOVED}"
+            f"--layout '{name}={SAME}' or --layout '{name}={MOVED}'"
         )
     raise ModelError(
         f"{name} has shape {list(shape)} and {other} {list(target)}, and no rule makes one of the other. Are the "
@@ -316,7 +313,7 @@ def activation_layout(
     if fitting:
         raise ModelError(
             f"{where}, {list(shape)}, may have the same layout on both sides, or channels last on one only: say "
-            f"--layout {where}={SAME} or --layout {where}={MOVED}"
+            f"--layout '{where}={SAME}' or --layout '{where}={MOVED}'"
         )
     raise ModelError(f"{where} has shape {list(shape)} in the first model and {list(target)} in the second")
 

@@ -48,6 +48,7 @@ from parity_tests.studies.layer_pairs import (
     unmatched_weights,
     weight_layout,
 )
+from parity_tests.truth.arithmetic import FULL
 from parity_tests.truth.precision import FORMATS
 
 Track = Callable[[list[str]], Iterable[str]]
@@ -185,7 +186,7 @@ class _Comparison:
         seed: int,
     ) -> None:
         if first.has_loss != second.has_loss:
-            raise ModelError("only one of the models comes with a loss; return one on both sides or on neither")
+            raise ModelError("only one of the models has a loss; return one on both sides or on neither")
         self.first, self.second, self.declared, self.bits = first, second, layouts, bits
         self.frameworks = first.framework, second.framework
         self.replicas, self.random = replicas, np.random.default_rng(seed)
@@ -245,27 +246,28 @@ class _Comparison:
         self.wrong_weights.setdefault(path if path in self.matches.layers else MODEL, []).append(what)
 
     def _copy_weights(self) -> None:
-        filled = 0
+        filled = sum(self._fill(self.first, name) for name in self.first.tensors)
+        filled += sum(self._fill(self.second, name) for name in self.matches.only_tensors[1])
         for name, other in self.matches.tensors.items():
             ours, theirs = self.first.tensors[name], self.second.tensors[other]
             if ours.dtype != theirs.dtype:
                 raise ModelError(f"{name} is of dtype {ours.dtype} and {other} of {theirs.dtype}; make both the same")
             layout = weight_layout(self.first, self.second, name, other, self.declared)
-            if self._is_initial(name):
-                moved = ours.astype(np.float64) + 0.1 * np.abs(self.random.normal(size=ours.shape))
-                self.first.tensors[name] = ours = moved.astype(ours.dtype)
-                filled += 1
             self.second.tensors[other] = layout.to_second(ours)
             self.weight_layouts[name] = layout
         self.notes.append(f"{len(self.matches.tensors)} tensors copied from A to B")
         if filled:
-            self.notes[-1] += f"; to {filled} constant ones, such as biases of 0, random numbers were added in both"
+            self.notes[-1] += f"; to {filled} constant ones, such as biases of 0, random numbers were added before"
 
-    def _is_initial(self, name: str) -> bool:
-        """Return whether a weight is constant: what is done wrong with it would not show."""
-        values = self.first.tensors[name]
-        known = name in self.first.trainable or is_statistic(name)
-        return known and values.size > 1 and values.dtype.kind not in "biu" and bool(np.all(values == values.flat[0]))
+    def _fill(self, model: Model, name: str) -> bool:
+        """Add random numbers to a weight if it is constant, since what is done wrong with it would not show."""
+        values = model.tensors[name]
+        known = is_floating(values) and (name in model.trainable or is_statistic(name))
+        if not known or values.size < 2 or not np.all(values == values.flat[0]):
+            return False
+        moved = values.astype(np.float64) + 0.1 * np.abs(self.random.normal(size=values.shape))
+        model.tensors[name] = moved.astype(values.dtype)
+        return True
 
     def _compare_weights(self) -> None:
         for name, other in self.matches.tensors.items():
@@ -393,7 +395,10 @@ class _Comparison:
         children = {child: child.removeprefix(f"{name}.") for child in given.child_outputs}
 
         def run_first(given: Given = given, dtype: str | None = None, **options: Any) -> Named:
-            return named(self.first.run(name, given, dtype, **options), children)
+            result = self.first.run(name, given, dtype, **options)
+            # Weights that only one side has are told apart by their names.
+            kept = {each: values for each, values in result.weight_gradients.items() if each in self.weight_layouts}
+            return named(replace(result, weight_gradients=kept), children)
 
         def run_second(dtype: str | None = None, **options: Any) -> Named:
             result = self.second.run(other_name, other, dtype, **options)
@@ -408,12 +413,14 @@ class _Comparison:
             return
         verdict.narrow = self.first.narrowest(name, given), self.second.narrowest(other_name, other)
         verdict.dtype = min(verdict.narrow, key=lambda dtype: FORMATS[dtype].roundoff)
-        room = room_for_rounding(run_first, given, first, verdict.dtype, self.replicas, self.random)
+        # On the CPU, since a device with matrix products of fewer bits makes steps of what should be one ulp.
+        run_full = partial(run_first, bits=FULL)
+        room = room_for_rounding(run_full, given, verdict.dtype, self.replicas, self.random)
         exact = self._exact(verdict, given, other, run_first, run_second)
         exact_room = dict.fromkeys(room, 0.0)
         if exact[0] is not None and exact[1] is not None:
             run_exact, wide = partial(run_first, dtype="float64"), as_float64(given)
-            exact_room = room_for_rounding(run_exact, wide, exact[0], "float64", self.replicas, self.random)
+            exact_room = room_for_rounding(run_exact, wide, "float64", self.replicas, self.random)
         for key, values in first.items():
             true = [None if each is None else each[key] for each in exact]
             verdict.parts.append(part_of(key, (values, second[key]), room[key], true, exact_room[key]))
