@@ -86,7 +86,7 @@ def layers(  # noqa: PLR0913 - options of a command
     Exit code 0: they agree, 1: they differ, 2: they cannot be compared.
 
     Example, a transformer block in Flax and in torch:
-        lsce-parity layers jax:examples.layers_models:JaxBlock torch:examples.layers_models:TorchBlock
+        lsce-parity layers jax:examples.ported_block:in_flax torch:examples.ported_block:in_torch
     """
     console = PlainConsole()
     if weights not in ("copy", "own"):
@@ -113,6 +113,7 @@ def layers(  # noqa: PLR0913 - options of a command
         "agrees": verdict.agrees,
         "models": [first, second],
         "first": verdict.first.name if verdict.first else None,
+        "explained_by": verdict.common_cause,
         "notes": verdict.notes,
         "left_out": verdict.left_out,
         "layers": [_as_json(each) for each in verdict.layers],
@@ -231,7 +232,8 @@ def _print(verdict: ModelsVerdict, names: tuple[str, str], console: Console) -> 
 def _wrong(verdict: ModelsVerdict) -> list[LayerVerdict]:
     """Return the layers that part or cannot be compared, the first to part first."""
     first = verdict.first
-    others = [each for each in verdict.layers if each is not first and (each.is_open or not each.agrees)]
+    wrong = (each for each in verdict.layers if each is not first and (each.is_open or not each.agrees))
+    others = sorted(wrong, key=lambda each: each.order)
     return ([first] if first else []) + others
 
 
@@ -246,14 +248,15 @@ def _word(each: LayerVerdict) -> str:
     if any(part.is_function for part in beyond):
         return "another function"
     if beyond:
-        return f"less accurate: {' and '.join(each.causes)}" if each.causes and not each.no_exact else "differs"
+        known = each.causes and (not each.no_exact or all(each.causes.values()))
+        return f"less accurate: {' and '.join(each.causes)}" if known else "differs"
     return "same"
 
 
 def _lines(each: LayerVerdict) -> list[str]:
     """Return what is wrong with a layer, in sentences."""
     kinds = "" if each.kinds == ("", "") else f" ({' | '.join(each.kinds)})"
-    lines = [f"{each.name}{kinds}: {_word(each)}"]
+    lines = [f"{each.name}{kinds}: {_word(each)}{_place(each)}"]
     if each.error is not None:
         return [*lines, f"    {each.error}"]
     if each.random:
@@ -270,10 +273,22 @@ def _lines(each: LayerVerdict) -> list[str]:
     if len(lines) > 1:
         lines += [f"    {what}" for what in each.settings]
     for side, cause in each.causes.items():
-        lines.append(f"    {side} is less accurate than rounding in {each.dtype} explains: {cause}")
+        explained = ": ".join(filter(None, cause)) if cause else "no matrix products of fewer bits explain it"
+        lines.append(f"    {side} is less accurate than rounding in {each.dtype} explains: {explained}")
     for side, reason in each.no_exact.items():
         lines.append(f"    {side} has no float64 run: {reason}")
     return lines
+
+
+def _place(each: LayerVerdict) -> str:
+    """Return where in its own code a layer with others within parts."""
+    part = each.beyond("forward") or each.beyond("backward")
+    if part is None or not any(result.what.startswith("input of ") for result in each.parts):
+        return ""
+    for begin, relation in (("input of ", "before"), ("gradient of the output of ", "after")):
+        if part.what.startswith(begin):
+            return f", by its own code {relation} {part.what.removeprefix(begin)}"
+    return ", by its own code after the layers within" if part.what.startswith("output") else ", by its own code"
 
 
 def _element(part: Part) -> str:
@@ -300,6 +315,7 @@ def _conclusion(verdict: ModelsVerdict) -> str:
     parting = sum(not each.agrees and not each.is_open for each in verdict.layers)
     return (
         f"DISAGREE: {parting} of {len(verdict.layers)} layers part; first {verdict.first.name}, in the {direction} pass"
+        + (f"; explained by {verdict.common_cause}" if verdict.common_cause else "")
         + (f"; {open_ones} cannot be compared" if open_ones else "")
     )
 

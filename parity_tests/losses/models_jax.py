@@ -58,7 +58,11 @@ class JaxModel:
         self._modules = {_name(path): module for path, module in nnx.iter_modules(model)}
         self._modules = {MODEL: self._modules.pop(MODEL), **dict(reversed(self._modules.items()))}
         self._names = {id(module): name for name, module in self._modules.items()}
-        flat = [(path, variable) for path, variable in nnx.to_flat_state(nnx.state(model)) if _is_number(variable[...])]
+        flat = [
+            (path, variable)
+            for path, variable in nnx.to_flat_state(nnx.state(model))
+            if _is_number(variable[...]) and not isinstance(variable, nnx.RngState)
+        ]
         self._tensor_names: dict[int, str] = {}
         for path, _ in flat:
             self._tensor_names.setdefault(id(_at(model, path)), _name(path))

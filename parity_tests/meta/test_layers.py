@@ -1,6 +1,7 @@
 """Where two models part: right ports agree, and each mistake is found in its layer and direction."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ import torch
 import torch.nn.functional as F
 from flax import nnx
 
-from examples import layers_models
+from examples import ported_block
 from parity_tests.losses.models import LOSS, MODEL, ModelError
 from parity_tests.losses.models_jax import JaxModel
 from parity_tests.losses.models_torch import TorchModel
 from parity_tests.meta.running import invoke, run_code
 from parity_tests.studies.layer_pairs import tokens
 from parity_tests.studies.layers import LayerVerdict, ModelsVerdict, compare_layers
+
+# Rounding, which the machine determines, and indices of the largest share.
+NUMBER = r"-?\d+(\.\d+)?(e[+-]\d+)?|\[[\d, ]+\]"
 
 
 @pytest.fixture(autouse=True)
@@ -48,10 +52,10 @@ def layer(verdict: ModelsVerdict, name: str) -> LayerVerdict:
 def block() -> JaxModel:
     """The block in Flax. It is compiled once."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return JaxModel(*layers_models.JaxBlock())
+        return JaxModel(*ported_block.in_flax())
 
 
-class Attention(layers_models.TorchAttention):
+class Attention(ported_block.TorchAttention):
     """The attention of the example, with something wrong."""
 
     def __init__(self, scale: float = 1.0, dropout: float = 0.0, detached: bool = False, narrow: bool = False) -> None:
@@ -60,7 +64,7 @@ class Attention(layers_models.TorchAttention):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         query, key, value = (
-            each(x).view(*x.shape[:2], layers_models.HEADS, -1).transpose(1, 2)
+            each(x).view(*x.shape[:2], ported_block.HEADS, -1).transpose(1, 2)
             for each in (self.query, self.key, self.value)
         )
         if self.detached:
@@ -74,7 +78,7 @@ class Attention(layers_models.TorchAttention):
 
 def port(change: Callable[[Any], None] | None = None, **options: Any) -> TorchModel:
     """Return the block in torch, after a change."""
-    model, inputs, loss = layers_models.TorchBlock(**options)
+    model, inputs, loss = ported_block.in_torch(**options)
     if change is not None:
         change(model)
     return TorchModel(model, inputs, loss)
@@ -85,7 +89,7 @@ def with_attention(**options: Any) -> Callable[[Any], None]:
 
 
 def without_bias(model: Any) -> None:
-    model.narrow = torch.nn.Linear(2 * layers_models.WIDTH, layers_models.WIDTH, bias=False)
+    model.narrow = torch.nn.Linear(2 * ported_block.WIDTH, ported_block.WIDTH, bias=False)
 
 
 def test_right_ports_agree(block: JaxModel) -> None:
@@ -157,8 +161,8 @@ def test_dropout_left_on_in_both() -> None:
 
 
 @pytest.mark.parametrize(("bits", "side", "cause"), [
-    ((8, None), "A", "matrix products in one bfloat16 pass: a simulation of them has the same results"),
-    ((None, 11), "B", "matrix products in TF32: a simulation of them has the same results"),
+    ((8, None), "A", "matrix products in one bfloat16 pass"),
+    ((None, 11), "B", "matrix products in TF32"),
 ])  # fmt: skip
 def test_matrix_products_of_fewer_bits_are_named(
     block: JaxModel, bits: tuple[int | None, int | None], side: str, cause: str
@@ -173,8 +177,9 @@ def test_matrix_products_of_fewer_bits_are_named(
     ]
     assert set(parting(verdict)) == {*linear}
     for name in linear:
-        assert layer(verdict, name).causes == {side: cause}, name
+        assert layer(verdict, name).causes == {side: (cause, "a simulation of them has the same results")}, name
         assert not any(part.is_function for part in layer(verdict, name).parts)
+    assert verdict.common_cause == f"{cause} in {side}"
 
 
 def test_a_narrow_dtype_on_one_side(block: JaxModel) -> None:
@@ -201,7 +206,7 @@ def test_products_are_not_blamed_for_other_roundings() -> None:
     found = layer(verdict, "0")
     assert [part.off for part in found.parts if part.share > 1] == ["B"]
     assert not any(part.is_function for part in found.parts)
-    assert "same results" not in found.causes["B"]
+    assert (found.causes["B"] or ("", ""))[1] != "a simulation of them has the same results"
 
 
 # --- Weights ----------------------------------------------------------------------------------------------------------
@@ -307,16 +312,14 @@ def test_images_have_channels_last_and_first() -> None:
 
     verdict = compare_layers(one, torch_images(), bits=(None, 11))
     assert parting(verdict) == ["layers.0", "layers.1", "head"]
-    assert all(
-        "TF32: a simulation of them has the same" in layer(verdict, name).causes["B"] for name in parting(verdict)
-    )
+    assert verdict.common_cause == "matrix products in TF32 in B"
 
 
 @pytest.mark.slow
 def test_convolutions_of_fewer_bits_in_flax() -> None:
     verdict = compare_layers(jax_images(), torch_images(), bits=(8, None))
     assert parting(verdict) == ["layers.0", "layers.1", "head"]
-    assert all("one bfloat16 pass" in layer(verdict, name).causes["A"] for name in parting(verdict))
+    assert verdict.common_cause == "matrix products in one bfloat16 pass in A"
 
 
 class Flattened(torch.nn.Module):
@@ -469,6 +472,36 @@ def test_two_models_of_flax() -> None:
     assert parting(verdict) == ["layers.1"]
 
 
+def test_a_dtype_given_to_a_layer_of_flax() -> None:
+    """The layer casts to it, but not in the float64 run."""
+
+    def make(dtype: Any) -> JaxModel:
+        return JaxModel(nnx.Linear(4, 4, dtype=dtype, rngs=nnx.Rngs(0)), np.ones((2, 4), np.float32))
+
+    verdict = compare_layers(make(jnp.bfloat16), make(jnp.bfloat16))
+    assert verdict.agrees
+    assert (verdict.layers[0].dtype, verdict.layers[0].no_exact) == ("bfloat16", {})
+    verdict = compare_layers(make(jnp.bfloat16), make(jnp.float32))
+    assert verdict.common_cause == "it computes in bfloat16 in A"
+
+
+class Conv1D(torch.nn.Module):
+    """The linear layer of Hugging Face's transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = torch.nn.Parameter(torch.randn(4, 4)), torch.nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight + self.bias
+
+
+def test_weights_of_hugging_face_are_not_transposed() -> None:
+    x = np.random.default_rng(0).normal(size=(2, 4, 4)).astype(np.float32)
+    verdict = compare_layers(JaxModel(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), x), TorchModel(Conv1D(), torch.tensor(x)))
+    assert verdict.agrees, shares(verdict)
+
+
 def test_bfloat16_models() -> None:
     def make(eps: float = 1e-5) -> TorchModel:
         layers = torch.nn.Linear(16, 16), torch.nn.LayerNorm(16, eps=eps)
@@ -562,3 +595,15 @@ def test_frameworks_that_are_missing(
     assert outcome.returncode == code, outcome.stderr
     if code:
         assert "lsce-parity layers needs flax" in outcome.stderr
+
+
+def test_the_page_shows_what_the_commands_print() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\nlsce-parity (layers [^\n]*)\n```\n\n```text\n(.*?)```", page, flags=re.DOTALL)
+    assert len(blocks) == 2
+    for command, shown in blocks:
+        outcome = invoke(*command.split())
+        assert outcome.exit_code == 1, outcome.output
+        printed = {re.sub(NUMBER, "#", " ".join(line.split())) for line in outcome.output.splitlines()}
+        for line in shown.splitlines():
+            assert line == "..." or re.sub(NUMBER, "#", " ".join(line.split())) in printed, line

@@ -228,8 +228,10 @@ def _is_same(result: Named, other: Named, room: Mapping[Key, float]) -> bool:
     return all(np.max(_shares(values, other[key], 2 * room[key])) <= 1 for key, values in result.items())
 
 
-def explain_by_passes(result: Named, exact: Named, room: Mapping[Key, float], run: Run) -> str | None:
-    """Return which matrix products of fewer bits explain that a layer is far from its float64 run; None if none do.
+def explain_by_passes(result: Named, exact: Named, room: Mapping[Key, float], run: Run) -> tuple[str, str] | None:
+    """Return which matrix products of fewer bits explain that a layer is far from its float64 run, and why.
+
+    None if none do.
 
     Args:
         result: of the layer.
@@ -243,12 +245,12 @@ def explain_by_passes(result: Named, exact: Named, room: Mapping[Key, float], ru
     for bits, name in PASSES.items():
         simulated = run(bits=bits)
         if _is_same(result, simulated, room):
-            return f"{name}: a simulation of them has the same results"
+            return name, "a simulation of them has the same results"
         errors = [
             (float(np.max(distance(values, exact[key]))), float(np.max(distance(simulated[key], exact[key]))))
             for key, values in result.items()
             if np.max(_shares(values, exact[key], room[key])) > 1
         ]
         if all(theirs / 2 <= ours <= 2 * theirs for ours, theirs in errors):
-            similar = similar or f"{name}: a simulation of them has errors of that size"
+            similar = similar or (name, "a simulation of them has errors of that size")
     return similar

@@ -31,6 +31,8 @@ _ALIASES = {
 _IGNORED = ("num_batches_tracked",)
 STATISTICS = ("mean", "var")
 _CHANNELS_FIRST = ("Conv", "BatchNorm", "GroupNorm", "InstanceNorm", "MaxPool", "AvgPool", "AdaptiveAvgPool")
+# A linear layer of Hugging Face's transformers, with weights [in, out].
+_TRANSPOSED_LINEAR = "Conv1D"
 _CHANNELS_LAST = ("Linear", "LayerNorm", "RMSNorm", "Embed", "Embedding")
 
 
@@ -212,9 +214,10 @@ def weight_layout(first: Model, second: Model, name: str, other: str, declared: 
     if first.framework == second.framework:
         options = {SAME: _unchanged(shape, shape)}
     elif first.framework == "jax":
-        options = _in_torch(_owner(first, name), name, shape)
+        options = _in_torch(_owner(first, name), _owner(second, other), name, shape)
     else:
-        options = {key: layout.inverse() for key, layout in _in_torch(_owner(second, other), other, target).items()}
+        options = _in_torch(_owner(second, other), _owner(first, name), other, target)
+        options = {key: layout.inverse() for key, layout in options.items()}
     fitting = {key: layout for key, layout in options.items() if (layout.first, layout.second) == (shape, target)}
     choice = declaration(name, declared)
     if choice is not None:
@@ -232,7 +235,7 @@ def weight_layout(first: Model, second: Model, name: str, other: str, declared: 
     )
 
 
-def _in_torch(layer: Layer, name: str, shape: tuple[int, ...]) -> dict[str, Layout]:
+def _in_torch(layer: Layer, other: Layer, name: str, shape: tuple[int, ...]) -> dict[str, Layout]:
     """Return the layouts that a weight of a layer in JAX may have in torch, by their names."""
     last = name.rpartition(".")[2]
     if layer.kind == "LinearGeneral":
@@ -245,7 +248,7 @@ def _in_torch(layer: Layer, name: str, shape: tuple[int, ...]) -> dict[str, Layo
             if last == "kernel"
             else Layout(whole, (0,), shape, whole)
         }
-    if len(shape) < 2 or last not in ("kernel", "weight"):
+    if len(shape) < 2 or last not in ("kernel", "weight") or other.kind == _TRANSPOSED_LINEAR:
         return {SAME: _unchanged(shape, shape)}
     if layer.kind == "ConvTranspose":
         return {}  # whether it is flipped depends on an option
@@ -319,7 +322,7 @@ def activation_layout(
 
 
 def _by_kind(kinds: tuple[str, str]) -> str | None:
-    if any(kind.startswith(_CHANNELS_FIRST) for kind in kinds):
+    if any(kind.startswith(_CHANNELS_FIRST) and kind != _TRANSPOSED_LINEAR for kind in kinds):
         return MOVED
     return SAME if any(kind in _CHANNELS_LAST for kind in kinds) else None
 

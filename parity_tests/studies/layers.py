@@ -53,7 +53,7 @@ from parity_tests.truth.precision import FORMATS
 
 Track = Callable[[list[str]], Iterable[str]]
 # Modules that hold others and are never called.
-_HOLDERS = ("List", "Dict", "ModuleList", "ModuleDict")
+_HOLDERS = ("List", "Dict", "ModuleList", "ModuleDict", "Rngs", "RngStream")
 
 
 @dataclass
@@ -71,7 +71,8 @@ class LayerVerdict:
         parts: its results in the order of forward and backward pass.
         random: the sides that draw random numbers.
         weights: what is different about the weights.
-        causes: for each side that is less accurate than rounding explains, what explains it.
+        causes: for each side that is less accurate than rounding explains, what explains it and how that is known;
+            None if no matrix products of fewer bits do.
         settings: attributes that differ, such as epsilon.
         no_exact: for each side without a float64 run, why.
         error: why it cannot be compared; None if it can.
@@ -87,7 +88,7 @@ class LayerVerdict:
     parts: list[Part] = field(default_factory=list)
     random: str = ""
     weights: list[str] = field(default_factory=list)
-    causes: dict[str, str] = field(default_factory=dict)
+    causes: dict[str, tuple[str, str] | None] = field(default_factory=dict)
     settings: list[str] = field(default_factory=list)
     no_exact: dict[str, str] = field(default_factory=dict)
     error: str | None = None
@@ -133,6 +134,16 @@ class ModelsVerdict:
         )
         forward = [each for each in wrong if each.random or each.weights or each.beyond("forward")]
         return next(iter(forward or wrong[::-1]), None)
+
+    @property
+    def common_cause(self) -> str | None:
+        """What explains all that parts, if it is one thing."""
+        wrong = [each for each in self.layers if not each.agrees and not each.is_open]
+        found = {(side, cause and cause[0]) for each in wrong for side, cause in each.causes.items()}
+        if len(found) != 1 or not all(each.causes for each in wrong):
+            return None
+        ((side, cause),) = found
+        return cause and f"{cause} in {side}"
 
     @property
     def agrees(self) -> bool | None:
@@ -386,7 +397,7 @@ class _Comparison:
         try:
             self._measure(verdict, given)
         except Exception as error:  # a layer of the user's may raise anything
-            verdict.error = f"{type(error).__name__}: {error}"
+            verdict.error = _said(error)
         return verdict
 
     def _measure(self, verdict: LayerVerdict, given: Given) -> None:
@@ -441,7 +452,7 @@ class _Comparison:
                 reason = f"computes in {narrowest}, whatever it is given"
             except Exception as error:  # a layer of the user's may raise anything
                 exact.append(None)
-                reason = f"{type(error).__name__}: {error}"
+                reason = _said(error)
             if exact[-1] is None:
                 verdict.no_exact[side] = reason
         return exact
@@ -462,10 +473,9 @@ class _Comparison:
             true = exact[index] or exact[1 - index]
             if true is not None and any(side in part.off for part in beyond):
                 if verdict.narrow[index] != verdict.dtype:
-                    verdict.causes[side] = f"it computes in {verdict.narrow[index]}"
+                    verdict.causes[side] = f"it computes in {verdict.narrow[index]}", ""
                     continue
-                cause = explain_by_passes(results[index], true, room, runs[index])
-                verdict.causes[side] = cause or "no matrix products of fewer bits explain it"
+                verdict.causes[side] = explain_by_passes(results[index], true, room, runs[index])
 
     def _own_weights(self, path: str) -> dict[str, NDArray[Any]]:
         """Return the weights of the first model that a layer may use."""
@@ -514,6 +524,12 @@ class _Comparison:
                 if theirs in result.weight_gradients and ours in self.weight_layouts
             },
         )
+
+
+def _said(error: Exception) -> str:
+    """Return the first line of what an error says, as far as it can be printed."""
+    text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    return "".join(character for character in text if character.isprintable())
 
 
 def _are_equal(one: Named, other: Named) -> bool:

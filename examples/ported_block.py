@@ -1,6 +1,6 @@
 """One network in Flax NNX and in torch, and a port of it with a mistake, for `lsce-parity layers`.
 
-    lsce-parity layers jax:examples.layers_models:JaxBlock torch:examples.layers_models:TorchBlock
+    lsce-parity layers jax:examples.ported_block:in_flax torch:examples.ported_block:in_torch
 
 Each of the functions that are named there returns the model, an example batch, and a loss of the model's output. The
 harness copies the weights from the first to the second. Write the same for a model of your own: docs/models.md.
@@ -62,7 +62,7 @@ class JaxModel(nnx.Module):
         return self.head(x)
 
 
-def JaxBlock() -> tuple[Any, Any, Any]:  # noqa: N802 - named like the model
+def in_flax() -> tuple[Any, Any, Any]:
     """Return the model in Flax, its batch, and its loss."""
     words, following = batch()
 
@@ -113,7 +113,7 @@ class TorchModel(torch.nn.Module):
         return self.head(x)
 
 
-def TorchBlock(**options: Any) -> tuple[Any, Any, Any]:  # noqa: N802 - named like the model
+def in_torch(**options: Any) -> tuple[Any, Any, Any]:
     """Return the model in torch, the same batch, and the same loss."""
     words, following = batch()
 
