@@ -284,6 +284,7 @@ def settings_of(module: Any) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(module).items()
-        if not name.startswith("_")
+        if isinstance(name, str)  # lists of Flax 0.12.2 have numbers
+        and not name.startswith("_")
         and (isinstance(value, plain) or (isinstance(value, tuple) and all(isinstance(each, plain) for each in value)))
     }
