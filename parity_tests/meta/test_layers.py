@@ -452,6 +452,44 @@ def test_layers_that_are_called_differently() -> None:
     assert parting(verdict) == [MODEL]
 
 
+def test_weights_of_layers_that_are_not_called() -> None:
+    """A layer around them uses their weights, as the attention of torch.nn does."""
+
+    class Around(torch.nn.Module):
+        def __init__(self, bias: bool) -> None:
+            super().__init__()
+            self.inner = torch.nn.Linear(4, 4, bias=bias)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(x, self.inner.weight, self.inner.bias)
+
+    def make(bias: bool) -> TorchModel:
+        return TorchModel(torch.nn.Sequential(Around(bias)), torch.eye(4))
+
+    assert compare_layers(make(True), make(True)).agrees
+    verdict = compare_layers(make(True), make(False))
+    assert verdict.left_out == {"0.inner": "never called"}
+    assert parting(verdict) == ["0"]
+    assert layer(verdict, "0").weights == ["only A has 0.inner.bias"]
+
+
+def test_shapes_that_do_not_fit() -> None:
+    """Layers that only one side calls with the sequence first are compared as a part of the layer around them."""
+
+    class Turned(torch.nn.Module):
+        def __init__(self, turned: bool) -> None:
+            super().__init__()
+            self.inner, self.turned = torch.nn.Linear(4, 4), turned
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x.transpose(0, 1)).transpose(0, 1) if self.turned else self.inner(x)
+
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    verdict = compare_layers(TorchModel(Turned(False), x), TorchModel(Turned(True), x))
+    assert verdict.agrees
+    assert verdict.left_out == {"inner": "its inputs have shape [2, 3, 4] in A, [3, 2, 4] in B"}
+
+
 def test_a_layer_that_raises() -> None:
     class Once(torch.nn.Module):
         calls = 0

@@ -284,8 +284,8 @@ def activation_layout(
     frameworks: tuple[str, str],
     arrays: tuple[NDArray[Any], NDArray[Any]],
     declared: Mapping[str, str],
-) -> Layout:
-    """Return how an input or output of a layer is laid out in the second model.
+) -> Layout | None:
+    """Return how an input or output of a layer is laid out in the second model; None if the shapes do not fit.
 
     Args:
         where: name of the layer in the first model.
@@ -295,7 +295,7 @@ def activation_layout(
         declared: layouts that the user has declared.
 
     Raises:
-        ModelError: the shapes do not fit, or fit in more than one way and the numbers do not tell which.
+        ModelError: the shapes fit in more than one way, and the numbers do not tell which.
     """
     shape, target = arrays[0].shape, arrays[1].shape
     options = {SAME: _unchanged(shape, shape)}
@@ -318,7 +318,7 @@ def activation_layout(
             f"{where}, {list(shape)}, may have the same layout on both sides, or channels last on one only: say "
             f"--layout '{where}={SAME}' or --layout '{where}={MOVED}'"
         )
-    raise ModelError(f"{where} has shape {list(shape)} in the first model and {list(target)} in the second")
+    return None
 
 
 def _by_kind(kinds: tuple[str, str]) -> str | None:

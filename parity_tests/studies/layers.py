@@ -317,6 +317,12 @@ class _Comparison:
                 self.left_out[path] = reason
                 del tapped[path]
         called = {call.path for call in calls.values()}
+        for path, what in list(self.wrong_weights.items()):
+            if path not in called:  # they are of the layer around it
+                around = path.rpartition(".")[0]
+                while around and around not in called:
+                    around = around.rpartition(".")[0]
+                self.wrong_weights.setdefault(around or MODEL, []).extend(what)
         for path in tapped:
             if path not in called and self.first.layers[path].kind not in _HOLDERS:
                 self.left_out[path] = "never called"
@@ -345,9 +351,12 @@ class _Comparison:
                 if len(ours) != len(theirs):
                     found.setdefault(path, f"{len(ours)} arrays are its {which} in A, {len(theirs)} in B")
                     break
-                self.layouts[name, which] = [
-                    self._layout(path, tapped[path], which, *pair) for pair in zip(ours, theirs, strict=True)
-                ]
+                laid_out = [self._layout(path, tapped[path], which, *pair) for pair in zip(ours, theirs, strict=True)]
+                self.layouts[name, which] = [each for each in laid_out if each is not None]
+                if None in laid_out:
+                    index = laid_out.index(None)
+                    shapes = list(ours[index].shape), list(theirs[index].shape)
+                    found.setdefault(path, f"its {which} have shape {shapes[0]} in A, {shapes[1]} in B")
         if MODEL in found:
             raise ModelError(f"the models cannot be compared: {found[MODEL]}")
         return found
@@ -355,7 +364,7 @@ class _Comparison:
     def _key_in_first_of(self, key: str, others: Mapping[str, Call]) -> str | None:
         return next((name for name, call in others.items() if call.key == key), None)
 
-    def _layout(self, path: str, other: str, which: str, ours: NDArray[Any], theirs: NDArray[Any]) -> Layout:
+    def _layout(self, path: str, other: str, which: str, ours: NDArray[Any], theirs: NDArray[Any]) -> Layout | None:
         if path == MODEL and which == "inputs":
             found = equal_layout(ours.astype(np.float64), theirs.astype(np.float64))
             assert found is not None  # checked
