@@ -490,6 +490,24 @@ def test_shapes_that_do_not_fit() -> None:
     assert verdict.left_out == {"inner": "its inputs have shape [2, 3, 4] in A, [3, 2, 4] in B"}
 
 
+def test_one_wrong_backward_pass() -> None:
+    """The gradients are a hundredth too small from one layer on; the others get those of the first model."""
+
+    class Damped(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = super().forward(x)
+            return y + 0.01 * (y.detach() - y)
+
+    def make(kind: type[torch.nn.Linear]) -> TorchModel:
+        layers = torch.nn.Linear(4, 4), kind(4, 4), torch.nn.Linear(4, 4)
+        return TorchModel(torch.nn.Sequential(*layers), torch.ones(2, 4), torch.sum)
+
+    verdict = compare_layers(make(torch.nn.Linear), make(Damped))
+    assert parting(verdict) == ["1"]
+    beyond = [part.what for part in layer(verdict, "1").parts if part.share > 1]
+    assert beyond == ["gradient of the input", "gradient of 1.bias", "gradient of 1.weight"]
+
+
 def test_a_layer_that_raises() -> None:
     class Once(torch.nn.Module):
         calls = 0
