@@ -200,24 +200,26 @@ def test_a_narrow_dtype_on_one_side(block: JaxModel) -> None:
     assert layer(verdict, "attention").causes == {}  # neither side has a float64 run
 
 
-def test_products_are_not_blamed_for_other_roundings() -> None:
-    """A cast of the output is no matrix product, though its error is as large."""
+@pytest.mark.parametrize("kind", [torch.nn.Tanh, torch.nn.Linear])
+def test_products_are_not_blamed_for_other_roundings(kind: Any) -> None:
+    """An output that is rounded to 16 bits has no product as its cause, whether or not the layer has products."""
 
-    class Rounded(torch.nn.Linear):
+    class Rounded(kind):  # type: ignore[misc]
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             y = super().forward(x)
             return y + ((y * 257 - (y * 257 - y)) - y).detach() if y.dtype == torch.float32 else y  # Veltkamp's split
 
-    def make(kind: type[torch.nn.Linear]) -> TorchModel:
-        torch.manual_seed(0)
-        return TorchModel(torch.nn.Sequential(kind(16, 16)), torch.randn(8, 16))
+    def make(kind: Any) -> TorchModel:
+        layer = kind(16, 16) if issubclass(kind, torch.nn.Linear) else kind()
+        return TorchModel(torch.nn.Sequential(layer), torch.randn(8, 16, generator=torch.Generator().manual_seed(0)))
 
-    verdict = compare_layers(make(torch.nn.Linear), make(Rounded))
+    verdict = compare_layers(make(kind), make(Rounded))
     assert parting(verdict) == ["0"]
     found = layer(verdict, "0")
     assert [part.off for part in found.parts if part.share > 1] == ["B"]
     assert not any(part.is_function for part in found.parts)
     assert (found.causes["B"] or ("", ""))[1] != "a simulation of them has the same results"
+    assert found.causes["B"] is None or kind is torch.nn.Linear
 
 
 # --- Weights ----------------------------------------------------------------------------------------------------------
