@@ -208,13 +208,16 @@ def _print(verdict: ModelsVerdict, names: tuple[str, str], console: Console) -> 
     for note in verdict.notes:
         console.print(note, soft_wrap=True, highlight=False)
     console.print()
-    table = make_table("layer of A", "of B", ">forward", ">backward", "")
+    # Only where names differ does B need a column.
+    renamed = any(each.name != each.other for each in verdict.layers)
+    table = make_table("layer of A", *(["of B"] if renamed else []), ">forward", ">backward", "")
     for column in table.columns:
         column.overflow = "fold"
     for each in verdict.layers:
         shares = (f"{each.share('forward'):.2g}", f"{each.share('backward'):.2g}") if each.parts else ("", "")
         style = "" if each.agrees and not each.is_open else "bold"
-        table.add_row(Text("  " * each.depth + each.name), Text(each.other), *shares, Text(_word(each), style=style))
+        others = [Text(each.other)] if renamed else []
+        table.add_row(Text("  " * each.depth + each.name), *others, *shares, Text(_word(each), style=style))
     console.print(table)
     console.print("shares of what rounding explains: at most 1 is the same", highlight=False)
     for name, reason in verdict.left_out.items():
