@@ -16,6 +16,7 @@ from parity_tests.commands.devices import devices
 from parity_tests.commands.fingerprint import fingerprint
 from parity_tests.commands.hunt import hunt
 from parity_tests.commands.kit import kit
+from parity_tests.commands.layers import layers
 from parity_tests.commands.matrix import matrix
 from parity_tests.commands.peer_tests import peer_tests
 from parity_tests.commands.power import power
@@ -38,6 +39,7 @@ app.command()(devices)
 app.command()(fingerprint)
 app.command()(hunt)
 app.command()(kit)
+app.command()(layers)
 app.command()(matrix)
 app.command()(peer_tests)
 app.command()(power)
