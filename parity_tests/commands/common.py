@@ -1,4 +1,4 @@
-"""Shared parts of the subcommands: exit codes, options and their checks, progress, tables, JSON."""
+"""Shared parts of the subcommands: exit codes, options and their checks, progress, JSON and pages."""
 
 import json
 import math
@@ -11,10 +11,8 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import numpy as np
 import typer
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from lsce_spec.extras import require_for_command
@@ -25,6 +23,7 @@ from parity_tests.losses.adapters import Adapter, UnavailableError
 from parity_tests.losses.simulated import CannotSimulateError, simulate
 from parity_tests.studies.replays import adapters_here
 from parity_tests.studies.survey import Survey
+from parity_tests.texts import visible, with_nearest
 from parity_tests.truth.comparison import Comparison, Worst
 from parity_tests.truth.devices import arithmetic_of
 from parity_tests.truth.linear_cases import all_case_names, default_case_names
@@ -61,24 +60,9 @@ DeviceModelOption = Annotated[
 Item = TypeVar("Item")
 
 
-class PlainConsole(Console):
-    """A console that prints brackets as they are: names and messages come from users."""
-
-    def __init__(self) -> None:
-        """Switch markup off."""
-        super().__init__(markup=False)
-
-    def on_broken_pipe(self) -> None:
-        """Exit with 2 if the reader of a pipe is gone: Rich exits with 1, which here means that losses disagree."""
-        try:
-            super().on_broken_pipe()
-        except SystemExit:
-            raise SystemExit(CANNOT_RUN) from None
-
-
 def cannot_run(message: str) -> NoReturn:
     """Print why the command cannot run, and exit with 2."""
-    typer.echo(f"cannot run: {message}", err=True)
+    typer.echo(f"cannot run: {visible(message)}", err=True)
     raise typer.Exit(code=CANNOT_RUN)
 
 
@@ -86,14 +70,14 @@ def check_dtypes(given: Sequence[str] | None, default: Sequence[str]) -> tuple[s
     """Return the given dtypes, or the default; exit with 2 if one is unknown."""
     for dtype in given or ():
         if dtype not in DTYPES:
-            cannot_run(f"there is no dtype {dtype!r} here; the dtypes are {', '.join(DTYPES)}")
+            cannot_run(with_nearest(f"there is no dtype {dtype!r} here", dtype, DTYPES, "dtypes"))
     return tuple(given or default)
 
 
 def check_device(given: str) -> None:
     """Exit with 2 if no device has that name. Making an adapter tells whether this machine has the device."""
     if given not in DEVICES:
-        cannot_run(f"there is no device {given!r} here; the devices are {', '.join(DEVICES)}")
+        cannot_run(with_nearest(f"there is no device {given!r} here", given, DEVICES, "devices"))
 
 
 def check_free(folder: Path, what: str, marker: str, force: bool) -> None:
@@ -184,10 +168,15 @@ def select_cases(patterns: Sequence[str] | None) -> list[str]:
     """Return the names of the cases that match a pattern with * and ?; without patterns the default cases."""
     if not patterns:
         return default_case_names()
-    names = [name for name in all_case_names() if any(fnmatch(name, pattern) for pattern in patterns)]
-    if not names:
-        cannot_run(f"no case is called {' or '.join(patterns)}; the cases are {', '.join(all_case_names())}")
-    return names
+    return matching(patterns, all_case_names(), "case")
+
+
+def matching(patterns: Sequence[str], known: Sequence[str], kind: str) -> list[str]:
+    """Return the known names that match a pattern with * and ?; exit with 2 if a pattern matches none of them."""
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name in known):
+            cannot_run(with_nearest(f"no {kind} is called {pattern}", pattern, known, f"{kind}s"))
+    return [name for name in known if any(fnmatch(name, pattern) for pattern in patterns)]
 
 
 def exit_with(agrees: bool) -> NoReturn:
@@ -197,7 +186,7 @@ def exit_with(agrees: bool) -> NoReturn:
 
 def announce(text: str) -> None:
     """Print on stderr what the command is doing."""
-    typer.echo(text, err=True)
+    typer.echo(visible(text), err=True)
 
 
 def track(items: Iterable[Item], total: int, title: str) -> Iterator[Item]:
@@ -215,14 +204,6 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         cannot_run(f"{path} cannot be written: {error.strerror}")
-
-
-def make_table(*headings: str, **options: Any) -> Table:
-    """Return a table without rows. A column whose heading starts with > is aligned to the right."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, **options)
-    for heading in headings:
-        table.add_column(heading.removeprefix(">"), justify="right" if heading.startswith(">") else "left")
-    return table
 
 
 def write_table(page: Path | None, command: str, text: str, console: Console) -> None:

@@ -16,7 +16,6 @@ from parity_tests.commands.common import (
     DtypeOption,
     FirstOption,
     JsonOption,
-    PlainConsole,
     ReportOption,
     SecondOption,
     cannot_run,
@@ -25,12 +24,12 @@ from parity_tests.commands.common import (
     check_dtypes,
     describe,
     exit_with,
-    make_table,
     on_model,
     survey_as_json,
     write_json,
     write_page,
 )
+from parity_tests.commands.terminal import FittingTable, PlainConsole
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.losses.adapters import Adapter, UnavailableError
 from parity_tests.losses.user_losses import (
@@ -218,7 +217,7 @@ def _print(pair: Pair, console: Console) -> None:
 
 def _print_effects(effects: Effects, console: Console) -> None:
     parts = list(effects.changes[OBSERVED])
-    table = make_table("source", *(f">{part}" for part in parts))
+    table = FittingTable("source", *(f">{part}" for part in parts))
     for source, changes in effects.changes.items():
         table.add_row(source, *(f"{changes[part]:.1e}" for part in parts))
     console.print(

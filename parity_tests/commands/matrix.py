@@ -39,6 +39,10 @@ def matrix(
     `lsce-parity kit` makes, every result is compared with the truth as it is here, and what agrees is added.
 
     Exit code 0: written, or up to date; 1: a page is out of date; 2: a file is missing or malformed.
+
+    Examples:
+        lsce-parity matrix --ledger docs/ledger.json --devices docs/devices.md --check
+        lsce-parity matrix --ledger docs/ledger.json --devices docs/devices.md --add my-gpu
     """
     if check and add:
         cannot_run("--check writes nothing, and --add does; give one of them")
