@@ -11,6 +11,7 @@ from difflib import get_close_matches
 # no output can encode.
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 SUGGESTED = 3
+SHORTEST_PART = 3
 
 
 def visible(text: str) -> str:
@@ -37,15 +38,19 @@ def one_line(text: str) -> str:
 
 
 def nearest(given: str, known: Iterable[str]) -> list[str]:
-    """Return the known names that are spelt most like a given name or pattern, the nearest first; none if none is near.
+    """Return the known names that a given name or pattern may mean: those spelt most like it, or those that contain it.
 
     Example:
         >>> nearest("Jax-fusd", ["jax-fused", "torch-fused", "oracle"])
         ['jax-fused']
+        >>> nearest("h100", ["cpu", "gpu-a100", "gpu-h100"])
+        ['gpu-h100']
     """
     by_lower = {name.lower(): name for name in known}
     wanted = given.lower().translate(str.maketrans("", "", "*?[]"))
-    return [by_lower[name] for name in get_close_matches(wanted, by_lower, n=SUGGESTED, cutoff=0.7)]
+    containing = [name for name in by_lower if len(wanted) >= SHORTEST_PART and wanted in name]
+    close = get_close_matches(wanted, by_lower, n=SUGGESTED, cutoff=0.7) or containing[:SUGGESTED]
+    return [by_lower[name] for name in close]
 
 
 def with_nearest(problem: str, given: str, known: Iterable[str], plural: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -18,8 +19,9 @@ from rich.text import Text
 from lsce_spec.extras import require_for_command
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.evidence.ledger import DEVICES
-from parity_tests.evidence.pages import write_block
+from parity_tests.evidence.pages import replace_block, write_block
 from parity_tests.losses.adapters import Adapter, UnavailableError
+from parity_tests.losses.registry import ENTRIES, make_adapter, match_names
 from parity_tests.losses.simulated import CannotSimulateError, simulate
 from parity_tests.studies.replays import adapters_here
 from parity_tests.studies.survey import Survey
@@ -31,11 +33,30 @@ from parity_tests.truth.precision import DTYPES
 
 AGREE, DISAGREE, CANNOT_RUN = 0, 1, 2
 
+
+def why_unwritable(path: Path) -> str | None:
+    """Return why a path cannot be written, or None: to be asked before hours of work, not after."""
+    there = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if there != path and not there.is_dir():
+        return f"{there} is a file, so {path} cannot be in it"
+    return None if os.access(there, os.W_OK) else f"{there} cannot be written to"
+
+
+def _check_output(path: Path | None) -> Path | None:
+    if path is not None and (reason := why_unwritable(path)):
+        raise typer.BadParameter(reason)
+    return path
+
+
 JsonOption = Annotated[
-    Path | None, typer.Option("--json", dir_okay=False, help="Write all results to this file, as JSON.")
+    Path | None,
+    typer.Option("--json", dir_okay=False, callback=_check_output, help="Write all results to this file, as JSON."),
 ]
 ReportOption = Annotated[
-    Path | None, typer.Option("--report", file_okay=False, help="Write the results to this folder, as a web page.")
+    Path | None,
+    typer.Option(
+        "--report", file_okay=False, callback=_check_output, help="Write the results to this folder, as a web page."
+    ),
 ]
 DtypeOption = Annotated[
     list[str] | None, typer.Option("--dtype", help="float64, float32, bfloat16 or float16; may be repeated.")
@@ -76,8 +97,12 @@ def check_dtypes(given: Sequence[str] | None, default: Sequence[str]) -> tuple[s
 
 def check_device(given: str) -> None:
     """Exit with 2 if no device has that name. Making an adapter tells whether this machine has the device."""
-    if given not in DEVICES:
-        cannot_run(with_nearest(f"there is no device {given!r} here", given, DEVICES, "devices"))
+    if given in DEVICES:
+        return
+    problem = f"there is no device {given!r} here"
+    if given.lower() == "gpu":
+        cannot_run(f"{problem}; did you mean cuda?")
+    cannot_run(with_nearest(problem, given, DEVICES, "devices"))
 
 
 def check_free(folder: Path, what: str, marker: str, force: bool) -> None:
@@ -91,12 +116,24 @@ def check_free(folder: Path, what: str, marker: str, force: bool) -> None:
     """
     if folder.exists() and not folder.is_dir():
         cannot_run(f"{folder} is a file; name a folder")
+    if reason := why_unwritable(folder):
+        cannot_run(reason)
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not (folder / marker).is_file():
         cannot_run(f"{folder} is not empty and holds no {what}; name another folder")
     if not force:
         cannot_run(f"{folder} holds a {what}; name another folder, or pass --force to write over it")
+
+
+def check_adapters(names: Sequence[str]) -> None:
+    """Exit with 2 if no adapter has one of these names, which may have * and ?. No framework is loaded."""
+    for name in match_names(names):
+        if name not in ENTRIES:
+            try:
+                make_adapter(name)
+            except ValueError as error:
+                cannot_run(str(error))
 
 
 def find_adapters(
@@ -175,7 +212,8 @@ def matching(patterns: Sequence[str], known: Sequence[str], kind: str) -> list[s
     """Return the known names that match a pattern with * and ?; exit with 2 if a pattern matches none of them."""
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in known):
-            cannot_run(with_nearest(f"no {kind} is called {pattern}", pattern, known, f"{kind}s"))
+            problem = f"no {kind} is called {pattern or repr(pattern)}"
+            cannot_run(with_nearest(problem, pattern, known, f"{kind}s"))
     return [name for name in known if any(fnmatch(name, pattern) for pattern in patterns)]
 
 
@@ -203,7 +241,22 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        cannot_run(f"{path} cannot be written: {error.strerror}")
+        cannot_run(f"{path} cannot be written: {reason_of(error)}")
+
+
+def check_page(page: Path | None, command: str) -> None:
+    """Exit with 2 if a table cannot be written into a page later, if a page is given."""
+    if page is None:
+        return
+    try:
+        replace_block(page.read_text(encoding="utf-8"), command, "")
+    except (OSError, ValueError) as error:
+        cannot_run(f"{page} cannot be updated: {reason_of(error)}")
+
+
+def reason_of(error: OSError | ValueError) -> str:
+    """Return what an error says, without its number."""
+    return str((isinstance(error, OSError) and error.strerror) or error)
 
 
 def write_table(page: Path | None, command: str, text: str, console: Console) -> None:
@@ -213,7 +266,7 @@ def write_table(page: Path | None, command: str, text: str, console: Console) ->
     try:
         write_block(page, command, text)
     except (OSError, ValueError) as error:
-        cannot_run(f"{page} cannot be updated: {error}")
+        cannot_run(f"{page} cannot be updated: {reason_of(error)}")
     console.print(f"wrote {page}", soft_wrap=True, highlight=False)
 
 

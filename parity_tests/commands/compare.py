@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from lsce_spec import ConventionName, check_smoothing, find_convention
+from lsce_spec import CONVENTIONS, ConventionName, check_smoothing, find_convention
 from parity_tests.commands.common import (
     CANNOT_RUN,
     DeviceModelOption,
@@ -43,6 +43,7 @@ from parity_tests.losses.user_losses import (
 from parity_tests.report.words import values_text
 from parity_tests.studies.pairs import NUM_CLASSES, SHOWN, Pair, Question, Side, compare_sides, is_edge, plain_cases
 from parity_tests.studies.precision_effects import OBSERVED, Effects, find_effects
+from parity_tests.texts import did_you_mean
 from parity_tests.truth.cases import Case
 
 SideArgument = Annotated[
@@ -167,7 +168,9 @@ def _check(question: Question) -> None:
         if question.reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be mean or sum, got {question.reduction!r}")
     except (TypeError, ValueError) as error:
-        cannot_run(str(error))
+        given = question.convention or "uniform"
+        has_hint = given in CONVENTIONS or "Did you mean" in str(error)
+        cannot_run(str(error) if has_hint else f"{error}{did_you_mean(given, CONVENTIONS)}")
 
 
 def _load(specification: str, options: list[str] | None, device: str, linear: bool) -> Adapter:

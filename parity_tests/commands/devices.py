@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from parity_tests.commands.common import JsonOption, write_json, write_table
+from parity_tests.commands.common import JsonOption, check_page, write_json, write_table
 from parity_tests.commands.terminal import FittingTable, PlainConsole
 from parity_tests.truth.arithmetic import ERRORS, name_of_depth
 from parity_tests.truth.devices import DEVICES, Device
@@ -31,6 +31,7 @@ def devices(
         lsce-parity devices
         lsce-parity devices --json devices.json
     """
+    check_page(markdown, COMMAND)
     console = PlainConsole()
     table = FittingTable(*COLUMNS, titles=2)
     for row in _rows():

@@ -20,6 +20,7 @@ from parity_tests.commands.common import (
     cannot_run,
     check_device_model,
     check_dtypes,
+    check_free,
     dtypes_on,
     exit_with,
     find_adapters,
@@ -34,7 +35,7 @@ from parity_tests.losses.adapters import Adapter
 from parity_tests.losses.registry import ENTRIES
 from parity_tests.report.verdict import Banner
 from parity_tests.report.words import PageTable
-from parity_tests.studies.bundle import BundleError, read_bundle, record, write_bundle
+from parity_tests.studies.bundle import MANIFEST, BundleError, read_bundle, record, write_bundle
 from parity_tests.studies.hunt import Find, describe, parts_of, share_of
 from parity_tests.studies.hunt import hunt as search
 from parity_tests.studies.survey import Survey
@@ -124,6 +125,7 @@ def _known(folder: Path | None) -> list[Case]:
     """Return the cases of the bundle in a folder; none if there is no bundle."""
     if folder is None or not folder.is_dir() or not any(folder.iterdir()):
         return []
+    check_free(folder, "bundle", MANIFEST, force=True)
     try:
         return read_bundle(folder).cases
     except BundleError as error:

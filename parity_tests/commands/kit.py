@@ -20,6 +20,7 @@ from parity_tests.commands.common import (
     JsonOption,
     announce,
     cannot_run,
+    check_adapters,
     check_device,
     check_dtypes,
     check_free,
@@ -95,8 +96,7 @@ def kit(
     dtypes = check_dtypes(dtype, DTYPES[1:] if device == "tpu" else DTYPES)
     names = select_cases(case or (FEW_CASES if quick else all_case_names()))
     check_free(folder, "kit", REPORT, force)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    check_adapters(adapter or ADAPTERS)
     # JAX would take most of a card from torch. The benchmarks come first: a TPU serves one process at a time.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     figures = run_benchmarks(device, quick) if benchmarks else {"missing": "left out"}

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from parity_tests.commands.common import JsonOption, exit_with, track, write_json, write_table
+from parity_tests.commands.common import JsonOption, check_page, exit_with, track, write_json, write_table
 from parity_tests.commands.terminal import FittingTable, PlainConsole
 from parity_tests.faults.dense import FAULTS
 from parity_tests.studies.published_comparisons import (
@@ -52,6 +52,7 @@ def peer_tests(
         lsce-parity peer-tests
         lsce-parity peer-tests --json peer-tests.json
     """
+    check_page(markdown, COMMAND)
     console = PlainConsole()
     for fault in track(FAULTS, len(FAULTS), "wrong losses"):
         verdicts_on(fault)

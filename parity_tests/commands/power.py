@@ -12,6 +12,7 @@ from parity_tests.commands.common import (
     ReportOption,
     cannot_run,
     check_dtypes,
+    dtypes_on,
     exit_with,
     matching,
     track,
@@ -27,7 +28,6 @@ from parity_tests.studies.power import HARMLESS, LOOSEST, Trial, all_trials, sou
 from parity_tests.studies.self_check_power import faults_caught
 from parity_tests.studies.survey import Survey
 from parity_tests.truth.devices import arithmetic_of
-from parity_tests.truth.precision import DTYPES
 
 # Number of faults printed for each self-check; --json has all.
 SHOWN = 4
@@ -69,7 +69,7 @@ def power(
         device = None if device_model is None else arithmetic_of(device_model, own=True)
     except ValueError as error:
         cannot_run(str(error))
-    dtypes = check_dtypes(dtype, DTYPES)
+    dtypes = check_dtypes(dtype, dtypes_on(device_model))
     faults = matching(fault or ["*"], list(BANK), "fault")
     tried = [each for trials in track(all_trials(faults, dtypes, device), len(faults), "faults") for each in trials]
     table = _table(tried, dtypes)

@@ -67,6 +67,8 @@ def record(
     cases = make_cases(names, dtypes)
     if not adapter:  # default adapters that can handle none of the cases are left out
         adapters = [each for each in adapters if any(each.unsupported(case) is None for case in cases)]
+    if not any(each.unsupported(case) is None for each in adapters for case in cases):
+        cannot_run("no adapter can handle these cases")
     announce(f"recording {', '.join(each.name for each in adapters)} in {len(cases)} cases")
     try:
         with writing(folder):

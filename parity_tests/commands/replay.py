@@ -111,7 +111,7 @@ def _recorded(name: str) -> str:
 
 def print_replay(found: Replay, console: Console) -> None:
     """Print each comparison, then the worst case of each that disagrees."""
-    table = FittingTable("~here", "~recorded", ">cases", ">share", "verdict", titles=2)
+    table = FittingTable("~here", "~recorded", ">cases", ">share", "verdict")
     lines = [line for line in found.lines() if line.cases]
     here = {each.name: f"{each.name} on {each.device}" for each in found.adapters}
     recorded = {name: f"{name} on {each.device}" for name, each in found.bundle.adapters.items()}

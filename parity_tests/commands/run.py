@@ -119,7 +119,8 @@ def find_members(
             continue
         members[name] = Member(made, entry is None or entry.kind == "ours", entry.twin if entry else None)
     if not any(member.ours for member in members.values()) and not patterns:
-        cannot_run(f"none of our adapters is here for {device}: " + "; ".join(sorted(set(missing.values()))))
+        reasons = {reason for name, reason in missing.items() if ENTRIES[name].kind == "ours"}
+        cannot_run(f"none of our adapters is here for {device}: " + "; ".join(sorted(reasons)))
     if not members:
         cannot_run("; ".join(sorted(set(missing.values()))))
     return members, missing

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.padding import Padding
 from rich.table import Column, Table
@@ -78,7 +79,7 @@ class FittingTable(Table):
         if self._needed(console) > options.max_width:
             self.columns = [each for each in self.columns if any(map(_plain, each.cells)) or not self.rows]
         if self._needed(console) > options.max_width:
-            yield from self._paragraphs()
+            yield from self._paragraphs(options.max_width)
             return
         for column in self.columns:
             natural = self._natural_width(column, console)
@@ -95,13 +96,24 @@ class FittingTable(Table):
     def _natural_width(column: Column, console: Console) -> int:
         return max(console.measure(cell).maximum for cell in (column.header, *column.cells))
 
-    def _paragraphs(self) -> Iterator[Text | Padding]:
+    def _paragraphs(self, width: int) -> Iterator[Text | Padding]:
         for row in zip(*(column.cells for column in self.columns), strict=True):
             cells = [_plain(cell) for cell in row]
             yield Text("  ".join(filter(None, cells[: self.titles])), style="bold", overflow="fold")
             pairs = zip(self.columns[self.titles :], cells[self.titles :], strict=True)
             parts = [f"{_plain(column.header)}: {cell}" for column, cell in pairs if cell]
-            yield Padding(Text("; ".join(parts), overflow="fold"), (0, 0, 0, 2))
+            yield Padding(Text(_packed(parts, width - 2), overflow="fold"), (0, 0, 0, 2))
+
+
+def _packed(parts: list[str], width: int) -> str:
+    """Return parts with semicolons between them, in lines that break between parts."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and cell_len(lines[-1]) + cell_len(part) + 3 <= width:
+            lines[-1] += f"; {part}"
+        else:
+            lines.append(part)
+    return ";\n".join(lines)
 
 
 def _cell(cell: Any) -> Any:

@@ -22,7 +22,6 @@ their own dtypes in place of float64. All are read.
 
 import hashlib
 import json
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -266,7 +265,10 @@ def _truth_from_arrays(arrays: Arrays) -> Truth:
     for name in (each.name for each in fields(kind) if each.name not in values or f"{each.name}.high" in arrays):
         pair = f"{name}.high" in arrays
         values[name] = Exact(arrays[f"{name}.high"], arrays[f"{name}.low"]) if pair else arrays[name]
-    return kind(**values)
+    truth = kind(**values)
+    if arrays.keys() != truth_to_arrays(truth).keys():
+        raise ValueError(f"a truth has the arrays {', '.join(arrays)}")
+    return truth
 
 
 def differing(first: Arrays, second: Arrays) -> list[str]:
@@ -472,33 +474,47 @@ def _read_arrays(folder: Path, manifest: dict[str, Any]) -> Arrays:
 
 
 def _put_together(manifest: dict[str, Any], arrays: Arrays) -> Bundle:
-    folders: dict[str, Arrays] = defaultdict(dict)
+    folders: dict[str, Arrays] = {}
     for path, array in arrays.items():
         folder, _, name = path.rpartition("/")
-        folders[folder][name] = array
-    adapters = {
-        name: RecordedAdapter(name, entry["framework"], entry["device"], _arithmetic_from_json(entry["arithmetic"]))
-        for name, entry in manifest["adapters"].items()
-    }
-    for adapter in adapters.values():
-        if adapter.device not in DEVICES:
-            raise ValueError(f"{adapter.name} ran on {adapter.device!r}; the devices are {', '.join(DEVICES)}")
+        folders.setdefault(folder, {})[name] = array
+    adapters = _adapters_from_json(manifest["adapters"])
     if len({(entry["name"], entry["dtype"]) for entry in manifest["cases"]}) != len(manifest["cases"]):
         raise ValueError("two cases have the same name and dtype")
     if not manifest["cases"]:
         raise ValueError("it has no case")
     records = []
     for i, entry in enumerate(manifest["cases"]):
-        case = _checked(case_from_arrays(entry, folders[f"cases/{i}"]))
-        truth = solve(case) if manifest["format"] == COMPACT else _truth_from_arrays(folders[f"truths/{i}"])
+        case = _checked(case_from_arrays(entry, folders.pop(f"cases/{i}", {})))
+        truth = solve(case) if manifest["format"] == COMPACT else _truth_from_arrays(folders.pop(f"truths/{i}", {}))
         records.append(Record(case, truth))
         for name, dtypes in entry["results"].items():
-            given = {part.removesuffix("_dtype"): dtype for part, dtype in dtypes.items()}
-            parts = {part: _as_float64(array) for part, array in folders[f"results/{i}/{name}"].items()}
-            adapters[name].results[_key(case)] = make_result(parts, given)
+            adapters[name].results[_key(case)] = _result_from_arrays(folders.pop(f"results/{i}/{name}", {}), dtypes)
         for name, reason in entry["failures"].items():
             adapters[name].failures[_key(case)] = reason
+    if folders:
+        raise ValueError(f"arrays of {next(iter(folders))} are those of no case")
     return Bundle(records, adapters, manifest["environment"])
+
+
+def _adapters_from_json(entries: dict[str, Any]) -> dict[str, RecordedAdapter]:
+    adapters = {}
+    for name, entry in entries.items():
+        if entry["device"] not in DEVICES:
+            raise ValueError(f"{name} ran on {entry['device']!r}; the devices are {', '.join(DEVICES)}")
+        arithmetic = _arithmetic_from_json(entry["arithmetic"])
+        adapters[name] = RecordedAdapter(name, entry["framework"], entry["device"], arithmetic)
+    return adapters
+
+
+def _result_from_arrays(arrays: Arrays, dtypes: dict[str, str]) -> AnyResult:
+    given = {part.removesuffix("_dtype"): dtype for part, dtype in dtypes.items()}
+    if arrays.keys() != given.keys():
+        raise ValueError(f"a result has the parts {', '.join(arrays)}, and dtypes of {', '.join(given)}")
+    wrong = [array.dtype.name for array in arrays.values() if not _is_floating(array)]
+    if wrong:
+        raise ValueError(f"a result has the dtype {wrong[0]}")
+    return make_result({part: array.astype(np.float64) for part, array in arrays.items()}, given)
 
 
 def _checked(case: Case) -> Case:
@@ -518,9 +534,3 @@ def _checked(case: Case) -> Case:
             raise ValueError(f"case {case.name!r} has {name} of dtype {values.dtype}")
     case.rows()
     return case
-
-
-def _as_float64(array: NDArray[Any]) -> NDArray[np.float64]:
-    if not _is_floating(array):
-        raise ValueError(f"a result has the dtype {array.dtype}")
-    return array.astype(np.float64)

@@ -184,7 +184,10 @@ def read_kit(path: Path) -> tuple[dict[str, Any], list[Bundle]]:
         bundles = [_read_part(file.parent, dtype, digest) for dtype, digest in kit["bundles"].items()]
         there = kit["environment"]["versions"]["lsce"]
     except OSError as error:
-        raise KitError(f"there is no kit: {file}: {error.strerror}") from error
+        hint = "Make one with `lsce-parity kit DIR`."
+        if file.with_name(MANIFEST).is_file():
+            hint = "That is a bundle, which `lsce-parity replay` reads."
+        raise KitError(f"there is no kit: {file}: {error.strerror}. {hint}") from error
     except KitError:
         raise
     except (KeyError, RecursionError, TypeError, ValueError) as error:
