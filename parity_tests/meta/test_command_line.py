@@ -262,7 +262,7 @@ def test_columns_without_an_entry_are_left_out_before_the_table_is(monkeypatch: 
     (("compare", "oracle", "oracle", "--convention", "fairseq"), "Did you mean 'non_target'?\n"),
     (("compare", "torch:torch.nn:CrossEntropyLos", "oracle"), "has no CrossEntropyLos; did you mean CrossEntropyLoss"),
     (("trajectory", "torch:steps:Step", "oracle"), "steps has no Step; did you mean Steps?"),
-    (("comapre",), "Did you mean 'compare'?"),
+    (("compar",), "Did you mean 'compare'?"),
     (("run", "--adaptr", "numpy"), "--adapter"),
 ])  # fmt: skip
 @pytest.mark.usefixtures("there")
