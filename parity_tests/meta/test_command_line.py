@@ -1,6 +1,7 @@
 """Manners of the command line: help, completion, messages, widths, pipes, and control characters in what it prints."""
 
 import inspect
+import io
 import json
 import os
 import re
@@ -17,8 +18,9 @@ from typer.testing import Result as CommandResult
 from parity_tests import __main__ as command_line
 from parity_tests.__main__ import PANELS, app
 from parity_tests.commands.help_texts import split_examples
-from parity_tests.commands.terminal import FittingTable, PlainConsole
+from parity_tests.commands.terminal import FittingTable, PlainConsole, may_lose_its_reader
 from parity_tests.meta.running import invoke
+from parity_tests.report import page as page_module
 from parity_tests.texts import nearest, one_line, visible
 
 FUNCTIONS = {each.__name__.replace("_", "-"): each for commands in PANELS.values() for each in commands}
@@ -182,6 +184,16 @@ def test_head_is_no_error(arguments: tuple[str, ...], code: int, also_errors: bo
     assert "Traceback" not in error
     assert "Broken pipe" not in error
     assert "Exception ignored" not in error
+
+
+def test_a_stream_goes_on_without_its_reader() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = may_lose_its_reader(io.TextIOWrapper(os.fdopen(writer, "wb"), encoding="ascii"))
+    for _ in range(3):
+        assert stream.write("line\n" * 100_000) == 500_000
+    stream.write("é\n")
+    stream.close()
 
 
 # Widths.
@@ -350,7 +362,7 @@ def test_a_simulated_tpu_has_no_float64() -> None:
 # Pages.
 
 
-def test_a_page_counts_steps_as_the_terminal_does(there: Path, tmp_path: Path) -> None:
+def test_a_page_counts_steps_as_the_terminal_does(there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong update shows in the weights at once, and in the loss, which is taken before it, one step later."""
     before = STEPS.replace(
         "    def step(self, number):", "    def step(self, number):\n        loss = self.weights.sum()"
@@ -358,6 +370,9 @@ def test_a_page_counts_steps_as_the_terminal_does(there: Path, tmp_path: Path) -
     before = before.replace("float(self.weights.sum())", "float(loss)")
     (there / "right.py").write_text(before)
     (there / "wrong.py").write_text(before.replace("float32(0.5)", "float32(0.5 if number != 2 else 0.4)"))
+    drawn = []
+    draw = page_module.draw_trajectory
+    monkeypatch.setattr(page_module, "draw_trajectory", lambda *given: drawn.append(draw(*given)) or drawn[-1])
     done = invoke("trajectory", "jax:right:Steps", "torch:wrong:Steps", "--steps", "5", "--report", str(tmp_path))
     assert done.exit_code == 1, done.output
     steps = re.findall(r"part at step (\d+), a long name", done.stdout)
@@ -365,6 +380,9 @@ def test_a_page_counts_steps_as_the_terminal_does(there: Path, tmp_path: Path) -
     banner = page.split('<div class="verdict')[1].split("</div>")[0]
     assert re.findall(r"part at step (\d+), a long name", banner) == steps == ["2", "2"]
     assert "step 3" not in banner
+    legend = drawn[0].axes[0].get_legend()
+    assert legend is not None
+    assert "trainings part (step 2)" in [text.get_text() for text in legend.get_texts()]
     for mode in ("free-running", "teacher-forced"):
         table = page.split(f"<h2>Tensors, {mode}</h2>")[1].split("</table>")[0]
         assert re.findall(r'<span class="name">(.*?)</span>', table) == [
