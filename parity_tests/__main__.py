@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from lsce_spec.extras import require_for_command
 
 # What every command needs.
-require_for_command("lsce-parity", "parity", "numpy", "ml_dtypes", "mpmath", "safetensors", "typer", "rich")
+require_for_command("lsce-parity", "parity", "numpy", "ml_dtypes", "mpmath", "safetensors", "scipy", "typer", "rich")
 
 import typer
 

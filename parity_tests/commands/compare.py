@@ -1,8 +1,8 @@
 """`lsce-parity compare A B`."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -18,6 +18,7 @@ from parity_tests.commands.common import (
     JsonOption,
     ReportOption,
     SecondOption,
+    announce,
     cannot_run,
     check_device,
     check_device_model,
@@ -40,9 +41,22 @@ from parity_tests.losses.user_losses import (
     parse_options,
     take_mean,
 )
+from parity_tests.report.verdict import Banner
 from parity_tests.report.words import values_text
-from parity_tests.studies.pairs import NUM_CLASSES, SHOWN, Pair, Question, Side, compare_sides, is_edge, plain_cases
+from parity_tests.studies.pairs import SHOWN, Pair, Side, Tolerance, compare_sides
 from parity_tests.studies.precision_effects import OBSERVED, Effects, find_effects
+from parity_tests.studies.probes import (
+    LABEL_KINDS,
+    LOGIT_KINDS,
+    NUM_CLASSES,
+    LabelKind,
+    LogitKind,
+    Question,
+    is_edge,
+    is_edge_name,
+    plain_cases,
+)
+from parity_tests.studies.sameness import Accuracy, Sameness
 from parity_tests.texts import did_you_mean
 from parity_tests.truth.cases import Case
 
@@ -82,6 +96,17 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
     linear: Annotated[
         bool, typer.Option("--linear", help="Both are linear losses, called as loss(hidden, weight, labels).")
     ] = False,
+    logits_are: Annotated[str, typer.Option(help=f"What both take for logits: {', '.join(LOGIT_KINDS)}.")] = "logits",
+    labels_are: Annotated[
+        str,
+        typer.Option(help=f"What both take for labels: {', '.join(LABEL_KINDS)}; all but classes are [N, K] arrays."),
+    ] = "classes",
+    rtol: Annotated[
+        float | None, typer.Option(min=0, help="Allow this relative difference, in place of what rounding explains.")
+    ] = None,
+    atol: Annotated[
+        float | None, typer.Option(min=0, help="Allow this difference, in place of what rounding explains.")
+    ] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
     device_model: DeviceModelOption = None,
@@ -92,16 +117,19 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
     json_file: JsonOption = None,
     report: ReportOption = None,
 ) -> None:
-    """Compare two losses, values and gradients; if they differ, name the known difference.
+    """Compare two losses, values and gradients; if they differ, name the difference.
 
-    The first loss is the reference if the harness knows it, else the second. Or define the reference by --convention,
-    --reduction, --smoothing, --z-loss, --softcap, --subtract-entropy.
+    The losses may be any functions of logits and labels. The first loss is the reference if the harness knows it, else
+    the second. Or define the reference by --convention, --reduction, --smoothing, --z-loss, --softcap,
+    --subtract-entropy. If neither is known, both run in float64, which tells a mistake from rounding.
 
-    Exit code 0: they agree, 1: they differ, 2: one of them gives no result at all.
+    Exit code 0: they agree, 1: they differ, 2: it cannot be said, for example because one gives no result at all.
 
     Examples:
         lsce-parity compare torch:torch.nn:CrossEntropyLoss jax:my.losses:smooth_ce --a label_smoothing=0.1
         lsce-parity compare jax:my.losses:smooth_ce oracle --convention non_target
+        lsce-parity compare torch:my.losses:focal jax:my.losses:focal --a gamma=2 --b gamma=2
+        lsce-parity compare torch:my.losses:asymmetric jax:my.losses:asymmetric --labels-are multi_hot
         lsce-parity compare torch:my.losses:fused_linear oracle --linear
         lsce-parity compare torch:my.losses:smooth_ce jax:my.losses:smooth_ce --device-model tpu-v5e
         lsce-parity compare jax:my.losses:head torch:my.losses:head --linear --explain-precision tpu-v5e
@@ -118,6 +146,8 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
         softcap=softcap,
         subtract_entropy=subtract_entropy,
         linear=linear,
+        logit_kind=cast("LogitKind", logits_are),
+        label_kind=cast("LabelKind", labels_are),
         chosen=any(value is not None for value in told),
     )
     _check(question)
@@ -130,6 +160,8 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
         _load(specification, option, device, linear)
         for specification, option in ((first, first_option), (second, second_option))
     ]
+    if not question.has_oracle and not (is_user_loss(first) and is_user_loss(second)):
+        cannot_run("--logits-are and --labels-are are for two losses of your own: torch:... or jax:...")
     if not (is_user_loss(first) or is_user_loss(second)) and (question.chosen or classes or ignore_index is not None):
         cannot_run(
             "these losses take all options and are compared in every named case: leave out --classes, --ignore-index "
@@ -142,7 +174,8 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
         sides = [replace(side, adapter=on_model(side.adapter, device_model)) for side in sides]
     except UnavailableError as error:
         cannot_run(str(error))
-    pair = compare_sides(sides[0], sides[1], question, dtypes)
+    tolerance = None if rtol is None and atol is None else Tolerance(rtol or 0.0, atol or 0.0)
+    pair = compare_sides(sides[0], sides[1], question, dtypes, tolerance, announce)
     _print(pair, console)
     effects = None
     if explain_precision is not None:
@@ -150,13 +183,14 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
         effects = find_effects(adapters, ordinary, explain_precision)
         _print_effects(effects, console)
     _write(pair, question, effects, json_file, report, console)
-    if pair.silent:
+    if pair.agrees is None:
         raise typer.Exit(code=CANNOT_RUN)
     exit_with(pair.agrees)
 
 
 def _check(question: Question) -> None:
     try:
+        _check_kinds(question)
         check_smoothing(question.smoothing)
         find_convention(cast("ConventionName", question.convention or "uniform"))
         if question.softcap is not None and not 0 < question.softcap < float("inf"):
@@ -173,6 +207,24 @@ def _check(question: Question) -> None:
         cannot_run(str(error) if has_hint else f"{error}{did_you_mean(given, CONVENTIONS)}")
 
 
+def _check_kinds(question: Question) -> None:
+    for option, given, kinds in (
+        ("--logits-are", question.logit_kind, LOGIT_KINDS),
+        ("--labels-are", question.label_kind, LABEL_KINDS),
+    ):
+        if given not in kinds:
+            raise ValueError(f"{option} must be one of {', '.join(kinds)}, got {given!r}")
+    if question.label_kind != "classes" and question.ignore_index is not None:
+        raise ValueError(f"--ignore-index is for class labels, not for --labels-are {question.label_kind}")
+    if not question.has_oracle and question.linear:
+        raise ValueError("--linear is for logits and class labels: leave out --logits-are and --labels-are")
+    if not question.has_oracle and question.chosen:
+        raise ValueError(
+            "no true values are known of such losses: leave out --smoothing, --convention, --reduction, --z-loss, "
+            "--softcap and --subtract-entropy"
+        )
+
+
 def _load(specification: str, options: list[str] | None, device: str, linear: bool) -> Adapter:
     try:
         return load_adapter(specification, parse_options(options or []), device, linear=linear)
@@ -187,10 +239,11 @@ def _with_reductions(
     found = [find_reduction(adapter, probes) if is_user_loss(adapter.name) else None for adapter in adapters]
     if "mean" in found:
         for adapter, reduction in zip(adapters, found, strict=True):
-            if reduction == "none":
-                console.print(Text(f"{adapter.name} returns a loss per row: its mean is compared."))
+            if reduction in ("none", "elements"):
+                unit = "row" if reduction == "none" else "logit"
+                console.print(Text(f"{adapter.name} returns a loss per {unit}: its mean is compared."))
                 take_mean(adapter, ignore_index)
-    common = "mean" if "mean" in found else "none"
+    common = "mean" if "mean" in found else "elements" if found == ["elements", "elements"] else "none"
     return [Side(adapter, common if is_user_loss(adapter.name) else None) for adapter in adapters]
 
 
@@ -200,22 +253,29 @@ def _print(pair: Pair, console: Console) -> None:
         for line in reading.lines():
             console.print(Text(f"   {line}"))
     console.print()
+    for line in pair.functions():
+        console.print(Text(line))
+    for name, of_first, of_second in pair.formula_differences:
+        console.print(Text(f"they differ in the {name}: A {of_first} | B {of_second}"))
     differences = pair.survey.differences
+    explained = f"what {pair.tolerance} allows" if pair.tolerance else "what rounding explains"
     for part, name in (("loss", "values"), ("gradient", "gradients")):
         if differences:
             word = "the same" if pair.part_agrees(part) else "DIFFERENT"
             largest = max(getattr(each.comparison, part) for each in differences)
-            console.print(f"{name}: {word} (up to {_share(largest)} of what rounding explains)", highlight=False)
+            console.print(f"{name}: {word} (up to {_share(largest)} of {explained})", highlight=False)
     for line in pair.troubles():
         console.print(Text(line))
     _print_differences(pair, console)
-    verdict = "NO VERDICT" if pair.silent else "AGREE" if pair.agrees else "DISAGREE"
-    right = f"Right is: {pair.definition}"
-    if not pair.known:
-        right = (
-            "Neither is a loss that is known here: whether they are right was not asked, only whether they are the same"
-        )
-    console.print(f"\n{verdict} in {len(pair.survey.outcomes) // 2} cases. {right}", highlight=False)
+    console.print(f"\n{pair.verdict} in {len(pair.cases)} cases. {_right_is(pair)}", highlight=False)
+
+
+def _right_is(pair: Pair) -> str:
+    if pair.tolerance:
+        return f"You chose what is allowed: {pair.tolerance}"
+    if pair.known:
+        return f"Right is: {pair.definition}"
+    return "Neither is a loss that is known here: whether they are right was not asked, only whether they are the same"
 
 
 def _print_effects(effects: Effects, console: Console) -> None:
@@ -243,9 +303,11 @@ def _print_differences(pair: Pair, console: Console) -> None:
     differing = [each for each in pair.survey.differences if not each.agrees]
     if not differing:
         return
-    differing.sort(key=lambda each: each.comparison.share, reverse=True)
+    # A loss that is wrong in ordinary cases is not judged by the edges.
+    differing.sort(key=lambda each: (is_edge_name(each.case), -each.comparison.share))
     count = f"{len(differing)} of {len(pair.survey.differences)} cases differ"
-    console.print(f"\n{count}; the largest, as shares of what rounding explains (at most 1 is the same):\n")
+    allowed = "the tolerance" if pair.tolerance else "what rounding explains"
+    console.print(f"\n{count}; the largest, as shares of {allowed} (at most 1 is the same):\n", highlight=False)
     for each in differing[:SHOWN]:
         comparison = each.comparison
         found = [f"{_share(comparison.share)} in {each.case}, {each.dtype}", comparison.problem, pair.off(each)]
@@ -260,6 +322,11 @@ def _share(value: float) -> str:
     return f"{value:.2g}"
 
 
+def _plain(found: Sameness | Accuracy) -> dict[str, Any]:
+    """Return the fields for JSON, without the differences, which the survey has."""
+    return {each.name: getattr(found, each.name) for each in fields(found) if each.name != "differences"}
+
+
 def _write(
     pair: Pair,
     question: Question,
@@ -271,19 +338,31 @@ def _write(
     content = {
         "command": "compare",
         "agrees": pair.agrees,
+        "verdict": pair.verdict,
         "values_agree": pair.part_agrees("loss"),
         "gradients_agree": pair.part_agrees("gradient"),
         "question": asdict(question),
         "definition": str(pair.definition) if pair.known else None,
         "readings": [
-            {"name": each.name, "computes": each.computes, "mutants": each.mutants, "not_told_from": each.others}
+            {
+                "name": each.name,
+                "computes": each.computes,
+                "mutants": each.mutants,
+                "not_told_from": each.others,
+                "formula": each.formula,
+            }
             for each in pair.readings
         ],
+        "formula_differences": pair.formula_differences,
+        "function": None if pair.sameness is None else {**_plain(pair.sameness), "text": pair.functions()},
+        "accuracy": [{**_plain(each), "less_accurate": each.less_accurate} for each in pair.accuracy],
+        "tolerance": pair.tolerance,
         "notes": pair.notes(),
         "precision": None if effects is None else {**asdict(effects), "explained": effects.explained},
-        "survey": survey_as_json(pair.judged),
+        "survey": survey_as_json(pair.survey),
         "environment": describe_environment(),
     }
     write_json(json_file, content, console)
     names = " and ".join(reading.name for reading in pair.readings)
-    write_page(report, pair.judged, console, title=names, notes=pair.notes(), agrees=pair.agrees)
+    banner = Banner("NO VERDICT", "nothing", []) if pair.agrees is None else None
+    write_page(report, pair.survey, console, title=names, notes=pair.notes(), agrees=pair.agrees, banner=banner)

@@ -346,7 +346,9 @@ def _check_shape(case: Case, loss: Any) -> None:
     if not hasattr(loss, "shape"):
         raise ShapeError(f"the loss is a {type(loss).__name__}; a scalar or a loss per row is expected, as an array")
     shape = tuple(loss.shape)
-    wanted = case.batch_shape if case.options.get("reduction", "none") == "none" else ()
+    # A user's loss may have one value for each logit, as those of multi-label problems do: "elements".
+    of_reduction = {"none": case.batch_shape, "elements": case.logits.shape}
+    wanted = of_reduction.get(case.options.get("reduction", "none"), ())
     if shape != wanted:
         raise ShapeError(f"the loss has shape {list(shape)}, expected {list(wanted)}")
 

@@ -143,12 +143,13 @@ def _to_jax(values: list[Any]) -> Any:
 
 
 def find_reduction(adapter: Adapter, cases: Sequence[Case]) -> str | None:
-    """Return "none" if the loss returns one number per row, "mean" if it returns a scalar of any reduction.
+    """Return the reduction that the loss returns.
 
+    That is "none" for one number per row, "mean" for a scalar of any reduction, and "elements" for one per logit.
     None if it returns neither in any of the cases; the comparison reports why, case by case.
     """
     for case in cases:
-        for reduction in ("none", "mean"):
+        for reduction in ("none", "mean", "elements"):
             try:
                 adapter(replace(case, options={**case.options, "reduction": reduction}))
             except ShapeError:

@@ -410,6 +410,7 @@ def test_exceptions_of_a_loss_do_not_reach_the_terminal(there: Path, tmp_path: P
     assert r"\x1b]0;owned\x1b[31m\x9b2J\u202e\ud800" in done.output  # Rich drops the bell
     assert not has_codes(done.output)
     page = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+    assert "<strong>NO VERDICT</strong>" in page
     assert r"\x1b]0;owned\x07\x1b[31m" in page
     assert not has_codes(page)
     assert not has_codes(file.read_text(encoding="utf-8"))

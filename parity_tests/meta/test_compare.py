@@ -13,8 +13,8 @@ from parity_tests.faults.dense import FAULTS, evaluate
 from parity_tests.losses.user_losses import SpecificationError, find, parse_options
 from parity_tests.meta.running import invoke
 from parity_tests.studies.diagnosis import Candidate, Diagnosis, departures, faults_as_candidates
-from parity_tests.studies.pairs import Question, plain_cases
 from parity_tests.studies.power import HARMLESS
+from parity_tests.studies.probes import Question, plain_cases
 from parity_tests.truth.cases import make_case
 
 # What a user brings: right and wrong losses in both frameworks, each by its own formula.
@@ -308,7 +308,7 @@ def test_a_denominator_that_counts_ignored_rows_is_named() -> None:
 
 
 @pytest.mark.parametrize(("name", "second", "lines"), [
-    ("scaled", "oracle", ["computes: no loss that is known here"]),
+    ("scaled", "oracle", ["computes: uniform convention, smoothing 0.1, 1.5 times the mean"]),
     ("from_probabilities", "oracle", [
         "computes: uniform convention, mean; in the edge cases something else", "large logits, N = 7, K = 10",
     ]),
@@ -340,11 +340,18 @@ def test_a_loss_that_gives_nothing_is_reported(name: str, message: str) -> None:
 
 
 def test_nan_agrees_with_nothing(tmp_path: Path) -> None:
-    for second in ("jax:brought_losses:jax_uniform", "torch:brought_losses:not_a_number"):
+    for second, exit_code, finding in (
+        (
+            "jax:brought_losses:jax_uniform",
+            1,
+            "NaN where there is none: torch:brought_losses:not_a_number in plain, N = 7",
+        ),
+        ("torch:brought_losses:not_a_number", 2, "cannot be said: A has no finite loss in any ordinary case"),
+    ):
         outcome = compare("torch:brought_losses:not_a_number", second, "--report", str(tmp_path))
-        assert outcome.exit_code == 1, outcome.output
+        assert outcome.exit_code == exit_code, outcome.output
         for text in (outcome.output, (tmp_path / "index.html").read_text()):
-            assert "NaN where there is none: torch:brought_losses:not_a_number in plain, N = 7, K = 10; " in text
+            assert finding in text
 
 
 def test_losses_that_are_not_known_are_held_against_each_other_by_their_size() -> None:
@@ -505,7 +512,8 @@ def test_plain_cases_hold_what_they_promise() -> None:
         assert len({case.name for case in cases}) == len(cases) == 30
         assert all(case.options == {"ignore_index": -7, "z_loss": 0.1} for case in cases)
         assert all(case.smoothing == 0.2 for case in cases)
-        assert {(case.num_classes, len(case.labels)) for case in cases} == {(1, 7), (1, 13), (5, 7), (5, 1), (6, 7)}
+        shapes = {(case.num_classes, len(case.labels)) for case in cases}
+        assert shapes == {(1, 1), (1, 7), (1, 13), (1, 64), (5, 1), (5, 5), (5, 7), (6, 2), (6, 7)}
 
 
 def test_what_is_found() -> None:

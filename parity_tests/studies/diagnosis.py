@@ -9,6 +9,7 @@ candidates give the same results in these cases, all are named, the plainest fir
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from parity_tests.faults.dense import FAULTS
 from parity_tests.faults.linear import BANK, OF_LAYER, PREFIX, wrong_result
@@ -20,6 +21,8 @@ from parity_tests.truth.oracle import Truth, solve
 # The loosest arithmetic of any adapter.
 ARITHMETIC = Arithmetic()
 CLOSER = 20
+# Options of a candidate that have a number.
+OWN_OPTIONS = ("smoothing", "z_loss", "softcap")
 
 
 @dataclass(frozen=True)
@@ -31,25 +34,32 @@ class Candidate:
         reduction: "none", "sum" or "mean".
         subtract_entropy: whether the entropy of the target is subtracted.
         fault: name of its fault in the mutant bank, if it has one.
+        smoothing, z_loss, softcap: these options of the loss.
     """
 
     convention: str | None = None
     reduction: str | None = None
     subtract_entropy: bool | None = None
     fault: str | None = None
+    smoothing: float | None = None
+    z_loss: float | None = None
+    softcap: float | None = None
 
     def apply(self, case: Case) -> Case:
         """Return the case with the options of this candidate."""
         convention = "uniform" if self.convention == "none" else self.convention
-        own = {"convention": convention, "reduction": self.reduction, "subtract_entropy": self.subtract_entropy}
+        own: dict[str, Any] = {"convention": convention, "reduction": self.reduction}
+        own |= {"subtract_entropy": self.subtract_entropy, "z_loss": self.z_loss, "softcap": self.softcap}
         options = {**case.options, **{name: value for name, value in own.items() if value is not None}}
         if self.convention == "none":
             return replace(case, options=options, smoothing=0.0, prior=None)
-        return replace(case, options=options)
+        return replace(case, options=options, smoothing=case.smoothing if self.smoothing is None else self.smoothing)
 
     def __str__(self) -> str:
         """Return a description."""
         parts = ["no smoothing" if self.convention == "none" else f"{self.convention or 'the stated'} convention"]
+        own = {name: getattr(self, name) for name in OWN_OPTIONS}
+        parts += [f"{name.replace('_', '-')} {value:.6g}" for name, value in own.items() if value is not None]
         if self.reduction not in (None, "none"):
             parts.append(str(self.reduction))
         if self.subtract_entropy:
@@ -193,6 +203,8 @@ def departures(candidate: Candidate, expected: Candidate) -> list[str]:
             names.append("other_off")
         else:
             names.append("no_smoothing" if candidate.convention == "none" else f"{candidate.convention}_convention")
+    own = {name: getattr(candidate, name) for name in OWN_OPTIONS}
+    names += [f"{name} {value:.6g}" for name, value in own.items() if value not in (None, getattr(expected, name))]
     if candidate.reduction != expected.reduction:
         names.append(f"{candidate.reduction}_for_{expected.reduction}")
     if candidate.subtract_entropy != expected.subtract_entropy:

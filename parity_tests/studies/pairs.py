@@ -1,9 +1,13 @@
-"""Compares two losses, values and gradients, and names the known difference between them."""
+"""Compares two losses, values and gradients, and names the known difference between them.
 
+Where one of the two is a loss that the harness knows, the results are held against its true values. Where that leaves a
+difference, or neither is known, both run in float64: are they the same function, and is each as accurate?
+"""
+
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from itertools import chain, repeat
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +15,6 @@ import numpy as np
 from parity_tests.faults.linear import BANK
 from parity_tests.losses.adapters import Adapter
 from parity_tests.studies.diagnosis import (
-    ARITHMETIC,
     AS_STATED,
     Candidate,
     Diagnosis,
@@ -20,111 +23,21 @@ from parity_tests.studies.diagnosis import (
     faults_as_candidates,
     plain_candidates,
 )
+from parity_tests.studies.probes import Question, is_edge, is_edge_name, plain_cases
+from parity_tests.studies.recognition import ENTROPY_SUBTRACTED, Recognised, Sample, recognise
+from parity_tests.studies.sameness import Accuracy, Runs, Sameness, are_the_same, compare_accuracy
 from parity_tests.studies.survey import Member, Survey
 from parity_tests.studies.verdicts import Difference, Outcome, attempt, compare_outcomes, judge
-from parity_tests.truth.cases import Case, LinearCase, random_case
-from parity_tests.truth.comparison import AnyResult, Parts, bounds_of, within
-from parity_tests.truth.linear_cases import all_case_names, make_any_case, with_logits
-from parity_tests.truth.oracle import Truth, solve
-from parity_tests.truth.precision import FloatArray, round_to
+from parity_tests.truth.cases import CONVENTIONS, Case, LinearCase
+from parity_tests.truth.comparison import AnyResult, Result, within
+from parity_tests.truth.linear_cases import all_case_names, make_any_case
+from parity_tests.truth.oracle import solve
 
-# With one number of rows, a sum divided by a constant would pass as the mean. JAX compiles for each shape, so only
-# "spread" has other numbers of rows: 13 with the first number of classes, 1 with the second.
-NUM_ROWS = 7
-OTHER_NUM_ROWS = (13, 1)
-NUM_CLASSES = (2, 10, 130)
 # How many of many findings are named.
 SHOWN = 5
-# Cases that many losses do not handle. If nothing explains a loss, it is diagnosed again without these cases.
-EDGES = frozenset({"large logits", "large offset", "minus infinity", "small loss", "all ignored"})
-
-
-@dataclass(frozen=True)
-class Question:
-    """The computation expected of both losses; the options are those of `label_smoothed_cross_entropy`.
-
-    Args:
-        smoothing: the smoothing that both were given, or have built in.
-        convention: the expected convention; None for that of the first loss, if both are a user's.
-        reduction: the expected reduction of a loss that returns a scalar: "mean" or "sum".
-        num_classes: numbers of classes to try.
-        ignore_index, z_loss, softcap, subtract_entropy: other options that both were given.
-        linear: whether both take a linear layer, (hidden, weight, labels), and not (logits, labels).
-        chosen: whether the user chose any of these; if not, the first loss is the reference.
-    """
-
-    smoothing: float = 0.1
-    convention: str | None = None
-    reduction: str = "mean"
-    num_classes: tuple[int, ...] = NUM_CLASSES
-    ignore_index: int | None = None
-    z_loss: float = 0.0
-    softcap: float | None = None
-    subtract_entropy: bool = False
-    linear: bool = False
-    chosen: bool = False
-
-
-def plain_cases(question: Question, dtype: str) -> list[Case]:
-    """Return cases of logits [N, K], or hidden [N, D] and weight, with only the options of the question."""
-    options = {name: getattr(question, name) for name in ("ignore_index", "z_loss", "softcap", "subtract_entropy")}
-    options = {name: value for name, value in options.items() if value}
-    if question.ignore_index is not None:
-        options["ignore_index"] = question.ignore_index
-    cases = []
-    for num_classes, num_spread in zip(question.num_classes, chain(OTHER_NUM_ROWS, repeat(NUM_ROWS)), strict=False):
-        generator = np.random.default_rng(num_classes)
-        for name, logits, labels in _inputs(generator, num_classes, question, dtype):
-            rows = slice(num_spread if name == "spread" else NUM_ROWS)
-            case = random_case(dtype, generator, rows.stop, num_classes, labels=labels[rows], options=dict(options))
-            case = replace(case, logits=round_to(logits[rows], dtype), smoothing=question.smoothing)
-            if question.linear and not np.isfinite(logits).all():
-                continue
-            case = _in_layer(case, generator) if question.linear else case
-            cases.append(replace(case, name=f"{name}, N = {rows.stop}, K = {num_classes}"))
-    return cases
-
-
-def _in_layer(case: Case, generator: np.random.Generator) -> LinearCase:
-    """Return a linear case with the logits of a case, up to rounding: the weight is a random rotation."""
-    rotation, _ = np.linalg.qr(generator.normal(size=(case.num_classes, case.num_classes)))
-    hidden, weight = round_to(case.logits @ rotation.T, case.dtype), round_to(rotation, case.dtype)
-    given: dict[str, Any] = {each.name: getattr(case, each.name) for each in fields(case)}
-    layer: dict[str, Any] = {"hidden": hidden, "weight": weight, "weight_dtype": case.dtype, "chunk_size": 3}
-    return with_logits(LinearCase(**given, **layer))
-
-
-def _inputs(
-    generator: np.random.Generator, num_classes: int, question: Question, dtype: str
-) -> Iterator[tuple[str, FloatArray, Any]]:
-    most_rows = max(NUM_ROWS, *OTHER_NUM_ROWS)
-    labels = generator.integers(num_classes, size=most_rows)
-    rows = np.arange(most_rows)
-    normal = generator.normal(size=(most_rows, num_classes))
-    kept = labels.copy()
-    if question.ignore_index is not None:
-        kept[1::3] = question.ignore_index
-        yield "all ignored", normal, np.full(most_rows, question.ignore_index)
-    yield "plain", 2 * normal, kept
-    yield "spread", 10 * normal, kept
-    yield "near uniform", 0.05 * normal, kept
-    optimum = np.full((most_rows, num_classes), np.log(question.smoothing / num_classes + 1e-3))
-    optimum[rows, labels] = np.log(1 - question.smoothing + question.smoothing / num_classes + 1e-3)
-    yield "near the optimum", optimum + 0.01 * normal, kept
-    yield "ties", np.round(normal), kept
-    yield "large logits", 1e4 * normal, kept
-    yield "large offset", normal + (1e6 if dtype == "float64" else 1e3), kept
-    small = 0.1 * normal
-    small[rows, labels] = 20
-    yield "small loss", small, kept
-    infinite = 2 * normal
-    infinite[rows[:3], (labels[:3] + 1) % num_classes] = -np.inf
-    yield "minus infinity", infinite, kept
-
-
-def is_edge(case: Case) -> bool:
-    """Return whether many losses do not handle a case of `plain_cases`."""
-    return case.name.partition(",")[0] in EDGES
+# Parameters of a formula that the oracle has, and the relative distance up to which they are those of the question.
+OF_ORACLE = {"z-loss": "z_loss", "softcap": "softcap"}
+SAME_PARAMETER = 1e-6
 
 
 @dataclass(frozen=True)
@@ -133,11 +46,24 @@ class Side:
 
     Args:
         adapter: the loss.
-        reduction: the reduction that it returns, "none" or "mean"; None if it takes the reduction from the case.
+        reduction: the reduction that it returns, "none", "mean" or "elements"; None if it takes the reduction from the
+            case.
     """
 
     adapter: Adapter
     reduction: str | None = None
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What the user allows in place of what rounding explains: two values may differ by atol + rtol |value|."""
+
+    rtol: float
+    atol: float
+
+    def __str__(self) -> str:
+        """Return the options that set it."""
+        return f"--rtol {self.rtol:g} --atol {self.atol:g}"
 
 
 @dataclass(frozen=True)
@@ -151,6 +77,7 @@ class SideReading:
         others: mutants that these cases do not tell apart from the best explanation.
         only_ordinary: whether the explanation leaves out the edge cases.
         gave_results: whether it gave a result in any case.
+        formula: what it computes according to a fit, if that was looked for and found.
     """
 
     name: str
@@ -159,15 +86,18 @@ class SideReading:
     others: list[str]
     only_ordinary: bool
     gave_results: bool
+    formula: Recognised | None = None
 
     @property
     def computes(self) -> str:
         """The diagnosis as text."""
         if not self.gave_results:
             return "nothing that can be compared"
-        if not self.explanations:
+        best = self.explanations[0] if self.explanations else None
+        if self.formula is not None and (best is None or not best.exact):
+            return str(self.formula)
+        if best is None:
             return "no loss that is known here"
-        best = self.explanations[0]
         closeness = "" if best.exact else ", but for roundings elsewhere"
         where = "; in the edge cases something else" if self.only_ordinary else ""
         return f"{best.candidate}{closeness}{where}"
@@ -175,6 +105,8 @@ class SideReading:
     def lines(self) -> list[str]:
         """Return the findings in lines."""
         found = [f"computes: {self.computes}"]
+        if self.formula is not None:
+            found.append(f"evidence: {self.formula.evidence}")
         if self.mutants:
             found.append(f"known difference: {', '.join(self.mutants)}")
             found += [f"    {name}: {BANK[name]}" for name in self.mutants if name in BANK]
@@ -192,8 +124,13 @@ class Pair:
         chosen: whether the user chose the definition; otherwise it is that of the first loss.
         known: whether one of the losses is the definition, or the user chose it.
         readings: the diagnosis of each loss.
-        survey: comparisons of both with the truth, and with each other.
+        survey: comparisons with the truth, if it is known, and of the two losses with each other.
         cases: what both were compared in.
+        failures: of both losses, what they raised and in how many cases.
+        sameness: whether they are the same function; None if the true values settle it, or if it was not asked.
+        accuracy: for each dtype how accurate they are, if they are the same function.
+        tolerance: what the user allows in place of what rounding explains.
+        strict: whether one of the two is a loss of the harness: the bounds then decide, and the dtypes count.
     """
 
     definition: Candidate
@@ -202,16 +139,41 @@ class Pair:
     readings: tuple[SideReading, SideReading]
     survey: Survey
     cases: list[Case]
+    failures: tuple[Counter[str], Counter[str]]
+    sameness: Sameness | None = None
+    accuracy: tuple[Accuracy, ...] = ()
+    tolerance: Tolerance | None = None
+    strict: bool = False
 
     @property
-    def agrees(self) -> bool:
-        """Whether both gave results in every case, and these agree with each other and with a chosen definition."""
+    def agrees(self) -> bool | None:
+        """Whether both gave results in every case, and these agree with each other and with a chosen definition.
+
+        None if it cannot be said.
+        """
+        if self.silent:
+            return None
         if self.chosen and any(reading.mutants or not reading.explanations for reading in self.readings):
             return False
-        if self.with_nan:
+        if self.with_nan or any(self.failures):
             return False
-        failed = any(outcome.status == "failed" for outcome in self.survey.outcomes)
-        return not failed and bool(self.survey.differences) and all(each.agrees for each in self.survey.differences)
+        if self.within_bounds or self.sameness is None or self.tolerance or (self.strict and self.known):
+            return self.within_bounds
+        if self.sameness.same is not True:
+            return self.sameness.same
+        return all(each.alike for each in self.accuracy)
+
+    @property
+    def within_bounds(self) -> bool:
+        """Whether the two are within the sum of their bounds of each other, or within the tolerance, in every case."""
+        settled = self.known or self.tolerance is not None
+        differences = self.survey.differences
+        return settled and bool(differences) and all(each.agrees for each in differences)
+
+    @property
+    def verdict(self) -> str:
+        """The verdict in a word or two."""
+        return {True: "AGREE", False: "DISAGREE", None: "NO VERDICT"}[self.agrees]
 
     @property
     def with_nan(self) -> list[str]:
@@ -235,45 +197,103 @@ class Pair:
         """Whether the losses ("loss") or all gradients ("gradient") agree wherever both gave results."""
         return all(getattr(each.comparison, part) <= 1 for each in self.survey.differences)
 
-    @property
-    def judged(self) -> Survey:
-        """The survey, without comparisons with a truth that is not that of these losses."""
-        return self.survey if self.known else replace(self.survey, outcomes=[])
-
     def off(self, difference: Difference) -> str:
         """Return which of the two is wrong in the case of a difference; empty if it is not known what is right."""
-        if not self.known:
-            return ""
         key = difference.case, difference.dtype
         outcomes = [each for each in self.survey.outcomes if (each.case, each.dtype) == key]
+        if not outcomes:
+            return ""
         wrong = [letter for letter, each in zip("AB", outcomes, strict=False) if each.status == "disagree"]
         if len(wrong) == 1:
             return f"{wrong[0]} is off"
         return "both are off" if wrong else "each is within its own bounds"
 
+    @property
+    def formula_differences(self) -> list[tuple[str, str, str]]:
+        """What differs in the formulas of the two, if both are known: name, of A, of B."""
+        formulas = [reading.formula for reading in self.readings]
+        first, second = ({} if formula is None else formula.facts() for formula in formulas)
+        if not first or not second:
+            return []
+        names = dict.fromkeys((*first, *second))
+        return [
+            (name, first.get(name, "-"), second.get(name, "-")) for name in names if first.get(name) != second.get(name)
+        ]
+
     def troubles(self) -> list[str]:
         """Return sentences on failures and NaN."""
-        outcomes = self.survey.outcomes
-        failures = Counter(("AB"[i % 2], each.reason) for i, each in enumerate(outcomes) if each.status == "failed")
         found = [
-            f"{letter} failed in {count} of {len(outcomes) // 2} cases: {reason}"
-            for (letter, reason), count in failures.items()
+            f"{letter} failed in {count} of {len(self.cases)} cases: {reason}"
+            for letter, reasons in zip("AB", self.failures, strict=True)
+            for reason, count in reasons.items()
         ]
         if self.with_nan:
             more = f" and {len(self.with_nan) - SHOWN} more" if len(self.with_nan) > SHOWN else ""
             found.append(f"NaN where there is none: {'; '.join(self.with_nan[:SHOWN])}{more}")
         return found
 
+    def functions(self) -> list[str]:
+        """Return sentences on whether the two are the same function, and as accurate."""
+        found = []
+        same = self.sameness
+        if same is not None:
+            found.append(f"function: {_function_text(same)}")
+            found += [
+                f"    {letter} computes in {precision}, whatever it is given"
+                for letter, precision in zip("AB", same.precisions, strict=True)
+                if precision != same.dtype
+            ]
+        return found + [f"accuracy in {each.dtype}: {_accuracy_text(each)}" for each in self.accuracy]
+
     def notes(self) -> list[str]:
         """Return the findings in sentences."""
         sides = zip("AB", self.readings, strict=True)
-        return [f"{letter}: {each.name} {'; '.join(each.lines())}" for letter, each in sides] + self.troubles()
+        readings = [f"{letter}: {each.name} {'; '.join(each.lines())}" for letter, each in sides]
+        formulas = [f"they differ: {name}: A {first} | B {second}" for name, first, second in self.formula_differences]
+        return [*readings, *formulas, *self.functions(), *self.troubles()]
 
 
-def compare_sides(first: Side, second: Side, question: Question, dtypes: Sequence[str]) -> Pair:
+def _function_text(same: Sameness) -> str:
+    left_out = f"; {same.left_out} values left out, where a loss jumps" if same.left_out else ""
+    if same.same is None:
+        return f"cannot be said: {same.why}"
+    if same.same:
+        return (
+            f"the same, {same.why}; a difference of {same.sees:.0e} of a typical value would have been seen{left_out}"
+        )
+    apart = [each for each in same.differences if not each.agrees]
+    count = f"DIFFERENT in {len(apart)} of {len(same.differences)} cases run in {same.dtype}"
+    edges = all(is_edge_name(each.case) for each in apart)
+    return count + ("; in the ordinary ones the same" if edges else "") + left_out
+
+
+def _accuracy_text(each: Accuracy) -> str:
+    errors = f"errors of up to {each.errors[0]:.2g} (A) and {each.errors[1]:.2g} (B) of what rounding explains"
+    if each.alike:
+        return f"alike, {errors}"
+    side = "AB".index(each.less_accurate)
+    return f"{each.less_accurate} is less accurate, {errors}; worst in {each.worst[side]}"
+
+
+def compare_sides(
+    first: Side,
+    second: Side,
+    question: Question,
+    dtypes: Sequence[str],
+    tolerance: Tolerance | None = None,
+    announce: Callable[[str], None] = lambda text: None,
+) -> Pair:
     """Compare two losses with each other and with the truth, and diagnose each.
 
     Losses that take all options are compared in every named case, others in plain cases.
+
+    Args:
+        first: one loss.
+        second: the other.
+        question: what is expected of them, and in which cases they are compared.
+        dtypes: the dtypes of the cases.
+        tolerance: what is allowed in place of what rounding explains.
+        announce: called with what takes long, before it starts.
     """
     sides = (first, second)
     plain = any(side.reduction is not None for side in sides)
@@ -285,22 +305,38 @@ def compare_sides(first: Side, second: Side, question: Question, dtypes: Sequenc
     linear = any(isinstance(case, LinearCase) for case in cases)
     candidates = faults_as_candidates(linear)
     if plain:
-        rows = all(side.reduction in ("none", None) for side in sides)
-        reductions = ["none"] if rows else [question.reduction, *({"mean", "sum"} - {question.reduction})]
+        rows = all(side.reduction in ("none", "elements", None) for side in sides)
+        common = next((side.reduction for side in sides if side.reduction), "none")
+        reductions = [common] if rows else [question.reduction, *({"mean", "sum"} - {question.reduction})]
         expected = Candidate(question.convention or "uniform", reductions[0], question.subtract_entropy)
-        candidates = plain_candidates(reductions, question.smoothing, linear)
+        candidates = plain_candidates(reductions, question.smoothing, linear) if question.has_oracle else []
         cases = [expected.apply(case) for case in cases]
+    announce(f"running both losses in {len(cases)} cases")
     attempts = [[attempt(side.adapter, case) for case in cases] for side in sides]
+    wide = _Wide(sides, cases, announce)
     diagnosed = _diagnose(cases, attempts, expected, candidates)
-    definition = expected
-    known = True
+    if plain and question.has_oracle:
+        diagnosed = [wide.recognise(i, found, question) for i, found in enumerate(diagnosed)]
+    definition, known = expected, question.has_oracle or question.chosen
     if not question.chosen and all(side.reduction is not None for side in sides):
         found = _definition(diagnosed)
         definition, known = found or expected, found is not None
-    readings = [_read(side.adapter.name, found, definition) for side, found in zip(sides, diagnosed, strict=True)]
     cases = [definition.apply(case) for case in cases]
-    judged = _judge(sides, cases, attempts, scaled=not known)
-    return Pair(definition, question.chosen, known, (readings[0], readings[1]), judged, cases)
+    survey = _judge(sides, cases, attempts, known, tolerance)
+    pair = Pair(
+        definition=definition,
+        chosen=question.chosen,
+        known=known,
+        readings=_read(sides, diagnosed, definition),
+        survey=survey,
+        cases=cases,
+        failures=_failures(attempts),
+        tolerance=tolerance,
+        strict=any(side.reduction is None for side in sides),
+    )
+    if pair.silent or pair.within_bounds or not plain:
+        return pair
+    return wide.examine(pair, question, attempts)
 
 
 def _named_cases(dtype: str) -> list[Case]:
@@ -313,6 +349,12 @@ class _Diagnosed(NamedTuple):
     explanations: list[Explanation]
     only_ordinary: bool
     gave_results: bool
+    formula: Recognised | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether a known loss explains the results exactly."""
+        return bool(self.explanations) and self.explanations[0].exact
 
 
 def _diagnose(
@@ -326,7 +368,7 @@ def _diagnose(
             None if isinstance(result, str) or (ordinary and is_edge(case)) else result
             for case, result in zip(cases, results, strict=True)
         ]
-        return diagnosis.explain(given, expected) if any(given) else []
+        return diagnosis.explain(given, expected) if candidates and any(given) else []
 
     found = []
     for results in attempts:
@@ -342,28 +384,41 @@ def _diagnose(
 
 
 def _definition(diagnosed: list[_Diagnosed]) -> Candidate | None:
-    """Return the sound loss that explains the first side exactly, or else the second; or None."""
-    for explanations, _, _ in diagnosed:
-        if explanations and explanations[0].exact and explanations[0].candidate.fault is None:
-            return explanations[0].candidate
+    """Return the sound loss that the first side is, or else the second, by its results or its formula; or None."""
+    for found in diagnosed:
+        if (found.exact or found.formula) and found.explanations and found.explanations[0].candidate.fault is None:
+            return found.explanations[0].candidate
     return None
 
 
-def _read(name: str, diagnosed: _Diagnosed, definition: Candidate) -> SideReading:
+def _read(
+    sides: tuple[Side, Side], diagnosed: list[_Diagnosed], definition: Candidate
+) -> tuple[SideReading, SideReading]:
+    first, second = (
+        _read_side(side.adapter.name, found, definition) for side, found in zip(sides, diagnosed, strict=True)
+    )
+    return first, second
+
+
+def _read_side(name: str, diagnosed: _Diagnosed, definition: Candidate) -> SideReading:
     if not diagnosed.explanations:
-        return SideReading(name, [], [], [], False, diagnosed.gave_results)
+        return SideReading(name, [], [], [], False, diagnosed.gave_results, diagnosed.formula)
     best = diagnosed.explanations[0]
     mutants = departures(best.candidate, definition)
     alike = [departures(each.candidate, definition) for each in diagnosed.explanations if each.exact == best.exact]
     others = {names[0] for names in alike if len(names) == 1 and names != mutants}
-    return SideReading(name, diagnosed.explanations, mutants, sorted(others), diagnosed.only_ordinary, True)
+    only_ordinary = diagnosed.only_ordinary
+    return SideReading(name, diagnosed.explanations, mutants, sorted(others), only_ordinary, True, diagnosed.formula)
 
 
-def _judge(sides: tuple[Side, Side], cases: list[Case], attempts: list[list[AnyResult | str]], scaled: bool) -> Survey:
-    """Compare both results with the truth and with each other.
-
-    If neither is a known loss (`scaled`), the definition is not the truth, and its bounds are scaled to the size of
-    their results, since an error that is small relative to the definition may be large relative to them.
+def _judge(
+    sides: tuple[Side, Side],
+    cases: list[Case],
+    attempts: list[list[AnyResult | str]],
+    known: bool,
+    tolerance: Tolerance | None,
+) -> Survey:
+    """Compare both results with the truth, if it is known, and with each other.
 
     The cases may have another convention or reduction now than when the losses were called. A user's loss was given
     neither, and if the other loss takes them, they have not changed.
@@ -371,26 +426,139 @@ def _judge(sides: tuple[Side, Side], cases: list[Case], attempts: list[list[AnyR
     first, second = sides[0].adapter, sides[1].adapter
     members = {adapter.name: Member(adapter, True) for adapter in (first, second)}
     outcomes: list[Outcome] = []
-    differences = []
+    differences: list[Difference | None] = []
     for case, *attempted in zip(cases, *attempts, strict=True):
-        truth = solve(case)
-        pair = (judge(first, case, truth, attempted[0]), judge(second, case, truth, attempted[1]))
-        outcomes += pair
-        difference = compare_outcomes(case, truth, pair, (first, second))
-        if difference and scaled and pair[0].result and pair[1].result:
-            bounds = _scaled_bounds(case, truth, pair[0].result)
-            comparison = within(case, truth, pair[0].result, bounds, pair[1].result)
-            worst = replace(comparison.worst, true=None) if comparison.worst else None
-            difference = replace(difference, comparison=replace(comparison, worst=worst), blame=None)
-        differences += [difference] if difference else []
-    return Survey(members, outcomes, differences)
+        if tolerance is None and known:
+            truth = solve(case)
+            pair = (judge(first, case, truth, attempted[0]), judge(second, case, truth, attempted[1]))
+            outcomes += pair
+            differences.append(compare_outcomes(case, truth, pair, (first, second)))
+        elif tolerance is not None and not any(isinstance(each, str) for each in attempted):
+            differences.append(_within_tolerance(case, (first, second), attempted, tolerance))
+    return Survey(members, outcomes, [each for each in differences if each])
 
 
-def _scaled_bounds(case: Case, truth: Truth, result: AnyResult) -> Parts:
+def _within_tolerance(
+    case: Case, adapters: tuple[Adapter, Adapter], results: Sequence[AnyResult | str], tolerance: Tolerance
+) -> Difference:
+    first, second = (result for result in results if not isinstance(result, str))
+    with np.errstate(invalid="ignore"):
+        bounds = {
+            part: tolerance.atol + tolerance.rtol * np.nan_to_num(np.abs(values), posinf=0.0)
+            for part, values in second.parts.items()
+        }
+    comparison = within(case, None, first, bounds, second)
+    return Difference(case.name, case.dtype, (adapters[0].name, adapters[1].name), comparison, None)
 
-    def scale(values: FloatArray, true: FloatArray) -> float:
-        sizes = [float(np.max(np.abs(each[np.isfinite(each)]), initial=0.0)) for each in (values, true)]
-        return sizes[0] / sizes[1] if sizes[1] else 1.0
 
-    bounds, right = bounds_of(case, truth, ARITHMETIC), truth.parts
-    return {part: 2 * scale(result.parts[part], right[part].high) * bound for part, bound in bounds.items()}
+def _failures(attempts: list[list[AnyResult | str]]) -> tuple[Counter[str], Counter[str]]:
+    """Return what each side raised and how often; messages that differ only in numbers, such as shapes, are one."""
+    found: list[Counter[str]] = []
+    for results in attempts:
+        first_of: dict[str, str] = {}
+        reasons = [each for each in results if isinstance(each, str)]
+        found.append(Counter(first_of.setdefault(re.sub(r"\d+", "0", each), each) for each in reasons))
+    return found[0], found[1]
+
+
+# --- In float64 -------------------------------------------------------------------------------------------------------
+
+
+class _Wide:
+    """Both losses in float64, each run only when it is needed."""
+
+    def __init__(self, sides: tuple[Side, Side], cases: list[Case], announce: Callable[[str], None]) -> None:
+        self.sides, self.cases, self.announce = sides, cases, announce
+        self._runs: dict[tuple[int, str], Runs] = {}
+        self._formulas: dict[int, Recognised | None] = {}
+
+    def runs(self, i: int, dtype: str) -> Runs:
+        """Return the results of one side in a wide dtype."""
+        if (i, dtype) not in self._runs:
+            self._runs[i, dtype] = Runs(self.sides[i].adapter, self.cases, lambda case: not is_edge(case), dtype)
+        return self._runs[i, dtype]
+
+    def formula(self, i: int) -> Recognised | None:
+        """Return the formula of one side, if it is found."""
+        if i not in self._formulas:
+            runs = self.runs(i, "float64")
+            samples = [
+                Sample(runs.cases[j], result)
+                for j in runs.ordinary
+                if isinstance(result := runs.results[j], Result) and runs.cases[j].dtype == runs.cases[0].dtype
+            ]
+            self.announce(f"looking for the formula of {'AB'[i]}")
+            self._formulas[i] = recognise(samples, runs.precision) if samples else None
+        return self._formulas[i]
+
+    def recognise(self, i: int, diagnosed: _Diagnosed, question: Question) -> _Diagnosed:
+        """Explain a side by its formula, if no known loss explains its results exactly."""
+        if diagnosed.exact or self.sides[i].reduction is None or question.linear:
+            return diagnosed
+        formula = self.formula(i)
+        candidate = None if formula is None else as_candidate(formula, question)
+        explanations = (
+            [Explanation(candidate, float("inf"))] if candidate else [] if formula else diagnosed.explanations
+        )
+        return diagnosed._replace(explanations=explanations, formula=formula)
+
+    def examine(self, pair: Pair, question: Question, attempts: list[list[AnyResult | str]]) -> Pair:
+        """Return the comparison with what float64 says of the function and of the accuracy."""
+        self.announce("running both losses in float64")
+        dtype = "float64" if all(self.runs(i, "float64").gave_results for i in (0, 1)) else "float32"
+        runs = (self.runs(0, dtype), self.runs(1, dtype))
+        same = are_the_same(*runs)
+        dtypes = list(dict.fromkeys(case.dtype for case in self.cases))
+        if same.same and same.constants and "float64" in dtypes:
+            same = replace(same, same=False)
+        accuracy: list[Accuracy] = []
+        if same.same:
+            found = (compare_accuracy(runs, (attempts[0], attempts[1]), each) for each in dtypes)
+            accuracy = [_by_truth(pair, each) for each in found]
+        readings = pair.readings
+        if same.same is not True and question.has_oracle and not question.linear:
+            first, second = (replace(reading, formula=self.formula(i)) for i, reading in enumerate(readings))
+            readings = (first, second)
+        pair = replace(pair, readings=readings, sameness=same, accuracy=tuple(accuracy))
+        if pair.tolerance is None and (pair.agrees or not pair.known):
+            in_dtypes = [difference for each in accuracy for difference in each.differences]
+            pair = replace(pair, survey=Survey(pair.survey.members, [], in_dtypes or list(same.differences)))
+        return pair
+
+
+def as_candidate(formula: Recognised, question: Question) -> Candidate | None:
+    """Return the loss of the oracle that a formula is, or None."""
+    reductions = {"mean": "mean", "sum": "sum", "a loss per row": "none"}
+    constants = {"": False, ENTROPY_SUBTRACTED: True}
+    known = formula.parameters.keys() <= OF_ORACLE.keys() and formula.convention in (*CONVENTIONS, "none")
+    if not known or formula.shift or formula.class_weights or formula.ignored not in (None, question.ignore_index):
+        return None
+    if formula.reduction not in reductions or formula.constant not in constants:
+        return None
+    own: dict[str, Any] = {OF_ORACLE[name]: value for name, value in formula.parameters.items()}
+    own |= {} if formula.convention == "none" else {"smoothing": formula.smoothing}
+    other = {
+        name: value
+        for name, value in own.items()
+        if not np.isclose(value, getattr(question, name) or 0.0, rtol=SAME_PARAMETER, atol=0)
+    }
+    return Candidate(formula.convention, reductions[formula.reduction], constants[formula.constant], **other)
+
+
+def _by_truth(pair: Pair, accuracy: Accuracy) -> Accuracy:
+    """Return the accuracy with errors as shares of the bounds of the truth, where there are such.
+
+    In narrower dtypes a loss may round where it likes, and return its result in them.
+    """
+    outcomes = [each for each in pair.survey.outcomes if each.dtype == accuracy.dtype and each.comparison]
+    if not outcomes or accuracy.dtype not in ("float64", "float32"):
+        return accuracy
+    errors, worst = [], []
+    for name in (reading.name for reading in pair.readings):
+        share, case = max(
+            ((each.comparison.share, each.case) for each in outcomes if each.adapter == name and each.comparison),
+            default=(0.0, ""),
+        )
+        errors.append(share)
+        worst.append(case)
+    return replace(accuracy, errors=(errors[0], errors[1]), worst=(worst[0], worst[1]))

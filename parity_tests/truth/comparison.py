@@ -13,6 +13,8 @@ from parity_tests.truth.oracle import Exact, LinearTruth, Truth
 from parity_tests.truth.precision import FloatArray, ulp
 
 Parts = Mapping[str, FloatArray]
+# Options of a case that a loss which is not known may not have.
+OPTIONS_OF_OURS = frozenset({"convention", "smoothing", "subtract_entropy"})
 
 
 @dataclass(frozen=True)
@@ -165,9 +167,19 @@ def bounds_of(case: Case, truth: Truth, arithmetic: Arithmetic) -> Parts:
     return error_bound(case, truth, arithmetic).parts
 
 
-def within(case: Case, truth: Truth, result: AnyResult, bounds: Parts, other: AnyResult | None = None) -> Comparison:
-    """Compare a result with the truth, or with another result, within bounds that are given."""
-    target = truth.parts if other is None else {part: exactly(values) for part, values in other.parts.items()}
+def within(
+    case: Case, truth: Truth | None, result: AnyResult, bounds: Parts, other: AnyResult | None = None
+) -> Comparison:
+    """Compare a result with the truth, or with another result, within bounds that are given.
+
+    Without a truth, no value of the comparison is called true, and the dtypes of the result are its own affair.
+    """
+    if other is not None:
+        target: Mapping[str, Exact] = {part: exactly(values) for part, values in other.parts.items()}
+    elif truth is not None:
+        target = truth.parts
+    else:
+        raise TypeError("without a truth, the result is compared with another: pass other")
     given = {part: list(values.shape) for part, values in result.parts.items()}
     wanted = {part: list(exact.high.shape) for part, exact in target.items()}
     if given != wanted:
@@ -178,7 +190,7 @@ def within(case: Case, truth: Truth, result: AnyResult, bounds: Parts, other: An
             f"{shapes}; {'expected' if other is None else 'the other has'} {_list(wanted)}",
         )
     problem = None
-    if result.dtypes != case.result_dtypes:
+    if truth is not None and result.dtypes != case.result_dtypes:
         dtypes = ", ".join(f"{part} in {dtype}" for part, dtype in result.dtypes.items())
         problem = f"{dtypes}; expected {_list(case.result_dtypes)}"
     errors = {part: exact.error_of(result.parts[part]) for part, exact in target.items()}
@@ -188,11 +200,15 @@ def within(case: Case, truth: Truth, result: AnyResult, bounds: Parts, other: An
     worst = None
     if shares[part].size:
         index = tuple(int(i) for i in np.unravel_index(np.argmax(shares[part]), shares[part].shape))
-        numbers = (result.parts[part], target[part].high, truth.parts[part].high, bounds[part], shares[part])
-        value, against, true, allowed, share = (float(array[index]) for array in numbers)
+        numbers = (result.parts[part], target[part].high, bounds[part], shares[part])
+        value, against, allowed, share = (float(array[index]) for array in numbers)
         second = None if other is None else against
-        worst = Worst(part, index, value, second, true, allowed, share, describe_inputs(case, index, part))
-    ulps = _scaled_ulps(case, truth, errors["gradient"]) if "gradient" in errors else np.zeros(0)
+        true = None if truth is None else float(truth.parts[part].high[index])
+        inputs = describe_inputs(case, index, part)
+        if truth is None:
+            inputs = {name: text for name, text in inputs.items() if name not in OPTIONS_OF_OURS}
+        worst = Worst(part, index, value, second, true, allowed, share, inputs)
+    ulps = np.zeros(0) if truth is None or "gradient" not in errors else _scaled_ulps(case, truth, errors["gradient"])
     return Comparison(largest, worst, problem, ulps)
 
 

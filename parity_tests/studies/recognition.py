@@ -1,0 +1,442 @@
+"""Names the formula of a loss, with its parameters, from its results in float64.
+
+The model of one row has logits u, which are z, z/T or c tanh(z/c), log p = log softmax u, and a target q, the one-hot
+label with smoothing e in some convention. Its loss is
+
+    - sum_k f_k q_k log p_k + lambda lse^2 + epsilon (1 - p_y)
+
+with the focal factor f_k = (1 - p_y)^gamma or (1 - p_k)^gamma; the label may be that of the next class or row. With
+a_k, the derivative by log p_k, the gradient is
+
+    d loss / d u_k = a_k - p_k sum_j a_j + 2 lambda lse p_k.
+
+A reduction only multiplies the gradient of a row by a number, which the fit leaves open: the gradients of a case are
+compared with the model's times one number, or times one for each label. What is found for these numbers names the
+reduction, the denominator, ignored rows and class weights. The loss then names constants, such as the entropy of the
+target, that a gradient does not show.
+
+Parameters are fitted by least squares: first in formulas with one departure from smoothed cross-entropy, then in those
+with two. In float64 a wrong formula is off by far more than rounding, so a formula is accepted only if it fits every
+ordinary case to 1e-9 of the largest gradient.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+
+from parity_tests.truth.cases import Case
+from parity_tests.truth.comparison import Result
+from parity_tests.truth.precision import FloatArray
+
+# Largest distance of an accepted formula from the gradients, as a share of the largest of a case, by the dtype that the
+# loss computes in.
+FITS = {"float64": 1e-9, "float32": 2e-5}
+# The distance up to which a formula is fitted to all cases, and to how many cases it is fitted first.
+ROUGH, FEW = 1e-3, 2
+# Largest relative distance of the numbers that a reduction multiplies gradients with.
+SAME_FACTOR = 1e-6
+# Parameters beside the smoothing, with the values that the fit starts at.
+STARTS = {
+    "temperature": 1.5,
+    "focal gamma": 1.0,
+    "focal gamma of each class": 1.0,
+    "softcap": 10.0,
+    "z-loss": 1e-3,
+    "poly-1 epsilon": 0.5,
+}
+ENTROPY_SUBTRACTED = "entropy of the target subtracted"
+FOCAL = ("focal gamma", "focal gamma of each class")
+SHIFTS = ("next class", "class before", "next row", "row before")
+MODELLED = ("uniform", "non_target", "max_sup", "leaky")
+COMMON = ("uniform", "non_target")
+
+
+class Formula(NamedTuple):
+    """The structure of a model of one row: a convention, which parameters it has, whose label it takes."""
+
+    convention: str
+    parameters: tuple[str, ...] = ()
+    shift: str = ""
+
+
+def formulas() -> Iterator[Formula]:
+    """Yield the formulas with at most two departures from smoothed cross-entropy, the plainest first."""
+    for convention in MODELLED:
+        yield Formula(convention)
+    for convention in MODELLED:
+        yield from (Formula(convention, (name,)) for name in STARTS)
+        yield from (Formula(convention, shift=shift) for shift in SHIFTS)
+    for convention in COMMON:
+        yield from (Formula(convention, pair) for pair in combinations(STARTS, 2) if set(pair) != set(FOCAL))
+        yield from (Formula(convention, (name,), shift) for name in STARTS for shift in SHIFTS)
+
+
+class Model(NamedTuple):
+    """The loss of each row, and its gradient with respect to the logits; the loss without a constant."""
+
+    loss: FloatArray
+    gradient: FloatArray
+
+
+def evaluate(formula: Formula, case: Case, smoothing: float, values: Iterable[float]) -> Model:
+    """Return the model of a formula with these values of its parameters."""
+    given = dict(zip(formula.parameters, values, strict=True))
+    logits, labels = case.logits, shifted(formula.shift, case)
+    rows = np.arange(len(logits))
+    slope: FloatArray | float = 1.0
+    if "temperature" in given:
+        logits, slope = logits / given["temperature"], 1 / given["temperature"]
+    if "softcap" in given:
+        bent = np.tanh(logits / given["softcap"])
+        logits, slope = given["softcap"] * bent, slope * (1 - bent**2)
+    top = logits.max(-1, keepdims=True)
+    lse = top + np.log(np.exp(logits - top).sum(-1, keepdims=True))
+    log_p = logits - lse
+    p = np.exp(log_p)
+    one_hot = _one_hot(formula, case)
+    target = _target(formula.convention, one_hot, smoothing, logits)
+    own_p = p[rows, labels][:, None]
+    derivative, loss = -target, -(target * log_p).sum(-1)
+    if gamma := given.get("focal gamma"):
+        factor = (1 - own_p) ** gamma
+        derivative = factor * derivative - one_hot * loss[:, None] * gamma * (1 - own_p) ** (gamma - 1) * own_p
+        loss = factor[:, 0] * loss
+    if gamma := given.get("focal gamma of each class"):
+        factor = (1 - p) ** gamma
+        derivative = target * (gamma * (1 - p) ** (gamma - 1) * p * log_p - factor)
+        loss = -(target * factor * log_p).sum(-1)
+    if epsilon := given.get("poly-1 epsilon"):
+        derivative = derivative - epsilon * one_hot * own_p
+        loss = loss + epsilon * (1 - own_p[:, 0])
+    strength = given.get("z-loss", 0.0)
+    gradient = derivative - p * derivative.sum(-1, keepdims=True) + 2 * strength * lse * p
+    return Model(loss + strength * lse[:, 0] ** 2, gradient * slope)
+
+
+def shifted(shift: str, case: Case) -> FloatArray:
+    """Return the labels of a case that a loss with this shift takes."""
+    num_classes = case.num_classes
+    # Ignored labels, which are no classes, belong to rows that do not count.
+    labels = np.where((case.labels >= 0) & (case.labels < num_classes), case.labels, 0)
+    moved = {
+        "next class": (labels + 1) % num_classes,
+        "class before": (labels - 1) % num_classes,
+        "next row": np.roll(labels, -1),
+        "row before": np.roll(labels, 1),
+    }
+    return moved.get(shift, labels)
+
+
+def _target(convention: str, one_hot: FloatArray, smoothing: float, logits: FloatArray) -> FloatArray:
+    num_classes = one_hot.shape[-1]
+    at_max = logits == logits.max(-1, keepdims=True)
+    target: FloatArray = {
+        "uniform": (1 - smoothing) * one_hot + smoothing / num_classes,
+        "non_target": (1 - smoothing) * one_hot + smoothing / max(num_classes - 1, 1) * (1 - one_hot),
+        "leaky": (1 - smoothing) * one_hot + smoothing / num_classes * (1 - one_hot),
+        "max_sup": one_hot - smoothing * at_max / at_max.sum(-1, keepdims=True) + smoothing / num_classes,
+    }[convention]
+    return target
+
+
+# --- The fit of a formula ---------------------------------------------------------------------------------------------
+
+
+class Sample(NamedTuple):
+    """A case, with what a loss gave for it in float64."""
+
+    case: Case
+    result: Result
+
+
+class Fit(NamedTuple):
+    """A fitted formula: the smoothing, the values of its parameters, and the largest distance from the gradients."""
+
+    formula: Formula
+    smoothing: float
+    values: tuple[float, ...]
+    by_label: bool
+    distance: float
+
+
+def fit(formula: Formula, samples: Sequence[Sample], start: Sequence[float], by_label: bool, fine: bool) -> Fit:
+    """Fit a formula to the gradients of some samples by least squares.
+
+    Args:
+        formula: the formula.
+        samples: ordinary cases.
+        start: the smoothing and the parameters to start at.
+        by_label: whether the gradient of a row may be multiplied by a number for each label, not for each case.
+        fine: whether to fit to the last digits.
+    """
+
+    def distances(values: FloatArray) -> FloatArray:
+        with np.errstate(all="ignore"):
+            found = [_distance(formula, sample, float(values[0]), values[1:], by_label) for sample in samples]
+        return np.nan_to_num(np.concatenate(found), nan=1e3, posinf=1e3, neginf=-1e3)
+
+    tolerance = 1e-15 if fine else 1e-6
+    solution = least_squares(
+        distances, np.asarray(start, float), method="lm", xtol=tolerance, ftol=tolerance, gtol=tolerance, max_nfev=100
+    )
+    largest = float(np.max(np.abs(distances(solution.x))))
+    return Fit(formula, float(solution.x[0]), tuple(map(float, solution.x[1:])), by_label, largest)
+
+
+def _distance(formula: Formula, sample: Sample, smoothing: float, values: FloatArray, by_label: bool) -> FloatArray:
+    """Return the gradients less the model's, as shares of the largest, with the best number for each case or label."""
+    given = sample.result.gradient
+    model = evaluate(formula, sample.case, smoothing, values).gradient
+    counted = np.any(given != 0, axis=-1)
+    factors = _factors(given, model, counted, sample.case.labels if by_label else np.zeros(len(given), int))
+    distance: FloatArray = (given - factors[:, None] * model)[counted] / np.max(np.abs(given), initial=1e-300)
+    return distance.ravel()
+
+
+def _factors(given: FloatArray, model: FloatArray, counted: FloatArray, groups: FloatArray) -> FloatArray:
+    """Return for each row the number that brings the model's gradients of its group closest to those given."""
+    factors = np.zeros(len(given))
+    for group in np.unique(groups[counted]):
+        rows = counted & (groups == group)
+        square = np.sum(model[rows] ** 2)
+        factors[rows] = np.sum(given[rows] * model[rows]) / square if square else 0.0
+    return factors
+
+
+# --- What a loss computes ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """What a loss computes.
+
+    Args:
+        convention: "uniform", "non_target", "max_sup", "leaky" (1 - e at the label, e/K elsewhere), or "none".
+        smoothing: the smoothing.
+        parameters: other parameters, by name.
+        shift: whose label it takes, if not its own.
+        ignored: the label whose rows it leaves out, or None.
+        reduction: in words, such as "mean", "sum over N - 1".
+        class_weights: for each number of classes, the weight of each label that occurs, relative to the first; empty
+            without class weights.
+        constant: what the loss has beside the model, in words; empty if there is nothing.
+        distance: how far the gradients are from the formula, as a share of the largest of a case.
+        num_cases: how many cases it was fitted to.
+    """
+
+    convention: str
+    smoothing: float
+    parameters: dict[str, float]
+    shift: str
+    ignored: int | None
+    reduction: str
+    class_weights: dict[int, dict[int, float]]
+    constant: str
+    distance: float
+    num_cases: int
+
+    def facts(self) -> dict[str, str]:
+        """Return what it computes, by name."""
+        found = {"convention": self.convention}
+        if self.convention != "none":
+            found["smoothing"] = f"{self.smoothing:.6g}"
+        found |= {name: f"{value:.6g}" for name, value in self.parameters.items()}
+        if self.shift:
+            found["label of the"] = self.shift
+        if self.ignored is not None:
+            found["ignored label"] = str(self.ignored)
+        if self.class_weights:
+            found["class weights"] = _weights_text(self.class_weights)
+        found["reduction"] = self.reduction
+        if self.constant:
+            found["constant"] = self.constant
+        return found
+
+    def __str__(self) -> str:
+        """Return what it computes in one line."""
+        found = self.facts()
+        convention = "no smoothing" if self.convention == "none" else f"{self.convention} convention"
+        ends = [found.pop("reduction"), *([found.pop("constant")] if self.constant else [])]
+        found.pop("convention")
+        return ", ".join([convention, *(f"{name} {value}" for name, value in found.items()), *ends])
+
+    @property
+    def evidence(self) -> str:
+        """How well the formula fits."""
+        return f"fits the gradients of {self.num_cases} ordinary cases in float64 to {self.distance:.0e} of the largest"
+
+
+def _weights_text(weights: dict[int, dict[int, float]]) -> str:
+    num_classes = min(weights)
+    few = sorted(weights[num_classes].items())[:5]
+    return ", ".join(f"{value:.4g} for label {label}" for label, value in few) + f" of {num_classes} classes"
+
+
+def recognise(samples: Sequence[Sample], precision: str) -> Recognised | None:
+    """Return what a loss computes, or None if no formula fits.
+
+    Args:
+        samples: ordinary cases with class labels, with the results of the loss in float64.
+        precision: the dtype that the loss computes in.
+    """
+    largest = FITS.get(precision, 0.0)
+    numbers = sorted({sample.case.num_classes for sample in samples})
+    # Two classes say nothing of the target: the gradients of all rows are multiples of each other.
+    screened = next((number for number in numbers if number > 2), numbers[-1])
+    few = [sample for sample in samples if sample.case.num_classes == screened][:FEW]
+    for by_label in (False, True):
+        for formula in formulas():
+            if by_label and formula.parameters[1:]:
+                break
+            start = (0.1, *(STARTS[name] for name in formula.parameters))
+            rough = fit(formula, few, start, by_label, fine=False)
+            if rough.distance > ROUGH:
+                continue
+            found = fit(formula, samples, (rough.smoothing, *rough.values), by_label, fine=True)
+            if found.distance <= largest:
+                return _interpret(found, samples, largest)
+    return None
+
+
+def _interpret(found: Fit, samples: Sequence[Sample], largest: float) -> Recognised:
+    """Name the reduction, the ignored label, the class weights and the constant of a fitted formula."""
+    rows = [_rows_of(found, sample) for sample in samples]
+    smooth = abs(found.smoothing) > largest
+    weights = _class_weights(samples, rows) if found.by_label else {}
+    parameters = dict(zip(found.formula.parameters, found.values, strict=True))
+    return Recognised(
+        convention=found.formula.convention if smooth else "none",
+        smoothing=found.smoothing if smooth else 0.0,
+        parameters=parameters,
+        shift=found.formula.shift,
+        ignored=_ignored(samples),
+        reduction=_reduction(samples, rows, weights, largest),
+        class_weights=weights,
+        constant=_constant(found, samples, rows, largest),
+        distance=found.distance,
+        num_cases=len(samples),
+    )
+
+
+class _Rows(NamedTuple):
+    """Of each row of a sample: whether it counts, the number that its gradient is multiplied with, the model's loss."""
+
+    counted: NDArray[np.bool_]
+    factors: FloatArray
+    loss: FloatArray
+
+
+def _rows_of(found: Fit, sample: Sample) -> _Rows:
+    given = sample.result.gradient
+    model = evaluate(found.formula, sample.case, found.smoothing, found.values)
+    counted = np.any(given != 0, axis=-1)
+    groups = sample.case.labels if found.by_label else np.zeros(len(given), int)
+    return _Rows(counted, _factors(given, model.gradient, counted, groups), model.loss)
+
+
+def _ignored(samples: Sequence[Sample]) -> int | None:
+    """Return the label of all rows without a gradient, if it is one label that no other row has."""
+    without: set[int] = set()
+    others: set[int] = set()
+    for sample in samples:
+        has_gradient = np.any(sample.result.gradient != 0, axis=-1)
+        without |= set(sample.case.labels[~has_gradient].tolist())
+        others |= set(sample.case.labels[has_gradient].tolist())
+    return without.pop() if len(without) == 1 and not without & others else None
+
+
+def _class_weights(samples: Sequence[Sample], rows: Sequence[_Rows]) -> dict[int, dict[int, float]]:
+    weights: dict[int, dict[int, float]] = {}
+    for sample, of_rows in zip(samples, rows, strict=True):
+        counted = np.flatnonzero(of_rows.counted)
+        if not len(counted):
+            continue
+        of_labels = weights.setdefault(sample.case.num_classes, {})
+        labels = sample.case.labels[counted].tolist()
+        # Relative to a label that has a weight already, or to the first.
+        known = next((i for i, label in zip(counted, labels, strict=True) if label in of_labels), counted[0])
+        unit = of_rows.factors[known] / of_labels.get(int(sample.case.labels[known]), 1.0)
+        for i, label in zip(counted, labels, strict=True):
+            of_labels.setdefault(label, float(of_rows.factors[i] / unit))
+    return weights
+
+
+def _reduction(
+    samples: Sequence[Sample], rows: Sequence[_Rows], weights: dict[int, dict[int, float]], largest: float
+) -> str:
+    """Return in words what the numbers of the rows are."""
+    cases = [(sample.case, each) for sample, each in zip(samples, rows, strict=True) if each.counted.any()]
+    if not cases:
+        return "no row counts"
+    totals = np.array([each.factors[each.counted].sum() for _, each in cases])
+    counts = np.array([each.counted.sum() for _, each in cases], float)
+    all_rows = np.array([len(each.counted) for _, each in cases], float)
+    classes = np.array([case.num_classes for case, _ in cases], float)
+    if weights and np.allclose(totals, 1, rtol=0, atol=SAME_FACTOR):
+        return "mean weighted by the class weights"
+    if weights:
+        unit = np.array(
+            [
+                each.factors[each.counted][0] / weights[case.num_classes][int(case.labels[each.counted][0])]
+                for case, each in cases
+            ]
+        )
+    else:
+        unit = totals / counts
+    per_row = samples[0].result.loss.ndim > 0
+    if per_row:
+        choices = {"a loss per row": np.ones_like(unit)}
+    else:
+        choices = {
+            "mean": 1 / counts,
+            "mean, ignored rows counted": 1 / all_rows,
+            "sum": np.ones_like(unit),
+            "sum over N K": 1 / (all_rows * classes),
+            "sum over K": 1 / classes,
+            "sum over N - 1": 1 / np.maximum(all_rows - 1, 1),
+        }
+    relative = {name: unit / choice for name, choice in choices.items()}
+    for name, ratio in relative.items():
+        if np.allclose(ratio, 1, rtol=0, atol=SAME_FACTOR):
+            return name
+    for name, ratio in relative.items():
+        if np.allclose(ratio, ratio[0], rtol=SAME_FACTOR, atol=0):
+            return f"{ratio[0]:.6g} times the {name}" if not per_row else f"{ratio[0]:.6g} times a loss per row"
+    return "another number for each case"
+
+
+def _constant(found: Fit, samples: Sequence[Sample], rows: Sequence[_Rows], largest: float) -> str:
+    """Return in words how the losses differ from the model's, which has the same gradients."""
+    differences, entropies, scales = [], [], []
+    for sample, each in zip(samples, rows, strict=True):
+        target = _target(
+            found.formula.convention, _one_hot(found.formula, sample.case), found.smoothing, sample.case.logits
+        )
+        entropy = -np.sum(target * np.log(np.where(target > 0, target, 1.0)), axis=-1)
+        per_row = sample.result.loss.ndim > 0
+        expected, lost = (
+            each.factors * values if per_row else np.sum(each.factors * values) for values in (each.loss, entropy)
+        )
+        differences.append(np.atleast_1d(sample.result.loss - expected))
+        entropies.append(np.atleast_1d(lost))
+        scales.append(np.atleast_1d(np.abs(expected) + np.abs(lost) + 1))
+    difference, entropy, scale = (np.concatenate(each) for each in (differences, entropies, scales))
+    tolerance = max(SAME_FACTOR, 10 * largest) * scale
+    if np.all(np.abs(difference) <= tolerance):
+        return ""
+    if np.all(np.abs(difference + entropy) <= tolerance):
+        return ENTROPY_SUBTRACTED
+    if np.ptp(difference) <= np.max(tolerance):
+        return f"{np.mean(difference):+.6g} in the loss"
+    return "a value that its gradient is not of"
+
+
+def _one_hot(formula: Formula, case: Case) -> FloatArray:
+    one_hot = np.zeros_like(case.logits)
+    one_hot[np.arange(len(one_hot)), shifted(formula.shift, case)] = 1
+    return one_hot
