@@ -128,7 +128,7 @@ def kit(
         console.print(f"no benchmarks: {figures['missing']}", highlight=False)
     write_json(json_file, {"command": "kit", **content}, console)
     console.print(f"wrote {folder}: {REPORT} and a bundle for each dtype", soft_wrap=True, highlight=False)
-    console.print(f"\n{content['verdict']}", highlight=False)
+    console.print(f"\n{content['verdict']}", soft_wrap=True, highlight=False)
     exit_with(_agrees(lines, fingerprints))
 
 

@@ -208,7 +208,7 @@ def test_nothing_is_cut_at_any_width(name: str, there: Path) -> None:
         assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
         for line in done.stdout.splitlines():
             # Paths and reasons can be copied in one piece.
-            is_whole = line.startswith("wrote ") or (": " in line and "/" in line)
+            is_whole = line.startswith(("wrote ", "AGREE on ")) or (": " in line and "/" in line)
             assert cell_len(line.rstrip()) <= width or is_whole, (width, line)
             assert not line.endswith(cut), (width, line)
         numbers[width] = sorted(re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", done.stdout))
