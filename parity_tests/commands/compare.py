@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from lsce_spec import ConventionName, check_smoothing, find_convention
+from lsce_spec import CONVENTIONS, ConventionName, check_smoothing, find_convention
 from parity_tests.commands.common import (
     CANNOT_RUN,
     DeviceModelOption,
@@ -16,7 +16,6 @@ from parity_tests.commands.common import (
     DtypeOption,
     FirstOption,
     JsonOption,
-    PlainConsole,
     ReportOption,
     SecondOption,
     announce,
@@ -26,12 +25,12 @@ from parity_tests.commands.common import (
     check_dtypes,
     describe,
     exit_with,
-    make_table,
     on_model,
     survey_as_json,
     write_json,
     write_page,
 )
+from parity_tests.commands.terminal import FittingTable, PlainConsole
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.losses.adapters import Adapter, UnavailableError
 from parity_tests.losses.user_losses import (
@@ -42,6 +41,7 @@ from parity_tests.losses.user_losses import (
     parse_options,
     take_mean,
 )
+from parity_tests.report.verdict import Banner
 from parity_tests.report.words import values_text
 from parity_tests.studies.pairs import SHOWN, Pair, Side, Tolerance, compare_sides
 from parity_tests.studies.precision_effects import OBSERVED, Effects, find_effects
@@ -57,6 +57,7 @@ from parity_tests.studies.probes import (
     plain_cases,
 )
 from parity_tests.studies.sameness import Accuracy, Sameness
+from parity_tests.texts import did_you_mean
 from parity_tests.truth.cases import Case
 
 SideArgument = Annotated[
@@ -201,7 +202,9 @@ def _check(question: Question) -> None:
         if question.reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be mean or sum, got {question.reduction!r}")
     except (TypeError, ValueError) as error:
-        cannot_run(str(error))
+        given = question.convention or "uniform"
+        has_hint = given in CONVENTIONS or "Did you mean" in str(error)
+        cannot_run(str(error) if has_hint else f"{error}{did_you_mean(given, CONVENTIONS)}")
 
 
 def _check_kinds(question: Question) -> None:
@@ -277,7 +280,7 @@ def _right_is(pair: Pair) -> str:
 
 def _print_effects(effects: Effects, console: Console) -> None:
     parts = list(effects.changes[OBSERVED])
-    table = make_table("source", *(f">{part}" for part in parts))
+    table = FittingTable("source", *(f">{part}" for part in parts))
     for source, changes in effects.changes.items():
         table.add_row(source, *(f"{changes[part]:.1e}" for part in parts))
     console.print(
@@ -361,4 +364,7 @@ def _write(
     }
     write_json(json_file, content, console)
     names = " and ".join(reading.name for reading in pair.readings)
-    write_page(report, pair.survey, console, title=names, notes=pair.notes(), agrees=pair.agrees)
+    banner = None
+    if pair.agrees is None:
+        banner = Banner("NO VERDICT", "nothing", [*pair.functions(), *pair.troubles()])
+    write_page(report, pair.survey, console, title=names, notes=pair.notes(), agrees=pair.agrees, banner=banner)

@@ -7,26 +7,26 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from lsce_spec.extras import require_for_command
 from parity_tests.commands.common import (
     CANNOT_RUN,
     FirstOption,
     JsonOption,
-    PlainConsole,
     ReportOption,
     SecondOption,
     cannot_run,
     exit_with,
-    make_table,
     track,
     write_json,
     write_page,
 )
+from parity_tests.commands.terminal import FittingTable, PlainConsole
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.losses.models import Model, ModelError
 from parity_tests.losses.user_losses import SpecificationError, find, parse_options
+from parity_tests.report.verdict import Banner
+from parity_tests.report.words import PageTable
 from parity_tests.studies.layer_arithmetic import Part
 from parity_tests.studies.layer_pairs import MOVED, SAME
 from parity_tests.studies.layers import LayerVerdict, ModelsVerdict, compare_layers
@@ -43,6 +43,7 @@ ModelArgument = Annotated[
 ]
 # Layers to show in full.
 SHOWN = 5
+SHARES = "shares of what rounding explains: at most 1 is the same"
 
 
 def layers(  # noqa: PLR0913 - options of a command
@@ -121,10 +122,13 @@ def layers(  # noqa: PLR0913 - options of a command
     }
     write_json(json_file, content, console)
     lines = [line for each in _wrong(verdict) for line in _lines(each)]
-    notes = [_conclusion(verdict), *verdict.notes, *lines]
-    write_page(
-        report, Survey({}, [], []), console, title=f"{first} and {second}", agrees=verdict.agrees is True, notes=notes
-    )
+    word, _, rest = _conclusion(verdict).partition(": ") if verdict.agrees is not True else ("AGREE", "", "")
+    style = {True: "agree", False: "disagree", None: "nothing"}[verdict.agrees]
+    banner = Banner(word, style, [rest or _conclusion(verdict)])
+    table = PageTable("Layers", *_rows(verdict), note=SHARES)
+    notes = [*verdict.notes, *lines]
+    title = f"{first} and {second}"
+    write_page(report, Survey({}, [], []), console, title=title, banner=banner, tables=[table], notes=notes)
     console.print(_conclusion(verdict), soft_wrap=True, highlight=False)
     if verdict.agrees is None:
         raise typer.Exit(code=CANNOT_RUN)
@@ -202,24 +206,29 @@ def _bits(given: Sequence[str] | None, frameworks: tuple[str, str]) -> tuple[int
 # --- What is shown ----------------------------------------------------------------------------------------------------
 
 
+def _rows(verdict: ModelsVerdict) -> tuple[list[str], list[list[str]]]:
+    """Return the headings and the rows of the table of layers."""
+    # Only where names differ does B need a column.
+    renamed = any(each.name != each.other for each in verdict.layers)
+    rows = []
+    for each in verdict.layers:
+        shares = [f"{each.share('forward'):.2g}", f"{each.share('backward'):.2g}"] if each.parts else ["", ""]
+        rows.append([each.name, *([each.other] if renamed else []), *shares, _word(each)])
+    return ["layer of A", *(["of B"] if renamed else []), ">forward", ">backward", "finding"], rows
+
+
 def _print(verdict: ModelsVerdict, names: tuple[str, str], console: Console) -> None:
     for side, name in zip("AB", names, strict=True):
         console.print(f"{side}  {name}", soft_wrap=True, highlight=False)
     for note in verdict.notes:
         console.print(note, soft_wrap=True, highlight=False)
     console.print()
-    # Only where names differ does B need a column.
-    renamed = any(each.name != each.other for each in verdict.layers)
-    table = make_table("layer of A", *(["of B"] if renamed else []), ">forward", ">backward", "")
-    for column in table.columns:
-        column.overflow = "fold"
-    for each in verdict.layers:
-        shares = (f"{each.share('forward'):.2g}", f"{each.share('backward'):.2g}") if each.parts else ("", "")
-        style = "" if each.agrees and not each.is_open else "bold"
-        others = [Text(each.other)] if renamed else []
-        table.add_row(Text("  " * each.depth + each.name), *others, *shares, Text(_word(each), style=style))
+    headings, rows = _rows(verdict)
+    table = FittingTable(*headings)
+    for each, row in zip(verdict.layers, rows, strict=True):
+        table.add_row("  " * each.depth + row[0], *row[1:], style="" if each.agrees and not each.is_open else "bold")
     console.print(table)
-    console.print("shares of what rounding explains: at most 1 is the same", highlight=False)
+    console.print(SHARES, highlight=False)
     for name, reason in verdict.left_out.items():
         console.print(f"not compared by itself: {name}, {reason}", soft_wrap=True, highlight=False)
     console.print()

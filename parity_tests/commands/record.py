@@ -8,7 +8,7 @@ import typer
 from parity_tests.commands.common import (
     DeviceOption,
     DtypeOption,
-    PlainConsole,
+    JsonOption,
     announce,
     cannot_run,
     check_dtypes,
@@ -18,10 +18,12 @@ from parity_tests.commands.common import (
     print_missing,
     select_cases,
     track,
+    write_json,
     writing,
 )
 from parity_tests.commands.hunt import DEFAULT as ADAPTERS
 from parity_tests.commands.replay import print_replay
+from parity_tests.commands.terminal import PlainConsole
 from parity_tests.studies.bundle import MANIFEST, BundleError, read_bundle, write_bundle
 from parity_tests.studies.bundle import record as record_cases
 from parity_tests.studies.kit import FEW_CASES
@@ -45,6 +47,7 @@ def record(
     ] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
+    json_file: JsonOption = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing bundle.")] = False,
 ) -> None:
     """Record inputs, truth and results of adapters, for `replay` with another framework or on another machine.
@@ -53,9 +56,7 @@ def record(
 
     Examples:
         lsce-parity record from-the-gpu-machine --device cuda
-
         lsce-parity record ties --adapter torch-fused --case "ties*" --dtype float32
-
         lsce-parity record layers --case "linear_*"
     """
     console = PlainConsole()
@@ -66,6 +67,8 @@ def record(
     cases = make_cases(names, dtypes)
     if not adapter:  # default adapters that can handle none of the cases are left out
         adapters = [each for each in adapters if any(each.unsupported(case) is None for case in cases)]
+    if not any(each.unsupported(case) is None for each in adapters for case in cases):
+        cannot_run("no adapter can handle these cases")
     announce(f"recording {', '.join(each.name for each in adapters)} in {len(cases)} cases")
     try:
         with writing(folder):
@@ -76,5 +79,7 @@ def record(
         cannot_run(str(error))
     print_replay(found, console)
     print_missing(missing, console)
+    content = {"command": "record", "agrees": found.agrees, "lines": found.lines(), "missing": missing}
+    write_json(json_file, {**content, "environment": found.bundle.environment}, console)
     console.print(f"wrote {folder}: {len(cases)} cases", soft_wrap=True, highlight=False)
     exit_with(found.agrees)

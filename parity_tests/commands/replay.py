@@ -1,6 +1,7 @@
 """`lsce-parity replay DIR`."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,19 +12,21 @@ from rich.text import Text
 from parity_tests.commands.common import (
     DeviceOption,
     JsonOption,
-    PlainConsole,
+    ReportOption,
     cannot_run,
     exit_with,
     find_adapters,
-    make_table,
     print_missing,
     track,
     write_json,
+    write_page,
 )
+from parity_tests.commands.terminal import FittingTable, PlainConsole
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.studies.bundle import BundleError, read_bundle
 from parity_tests.studies.replays import Replay
 from parity_tests.studies.replays import replay as replay_bundle
+from parity_tests.studies.survey import Member, Survey
 
 AdapterOption = Annotated[
     list[str] | None,
@@ -37,6 +40,7 @@ def replay(
     adapter: AdapterOption = None,
     device: DeviceOption = "cpu",
     json_file: JsonOption = None,
+    report: ReportOption = None,
 ) -> None:
     """Compare adapters on this machine with values recorded elsewhere, on the same input bits.
 
@@ -46,8 +50,8 @@ def replay(
 
     Examples:
         lsce-parity replay from-the-gpu-machine
-
         lsce-parity replay from-the-gpu-machine --adapter jax-fused --json replayed.json
+        lsce-parity replay from-the-gpu-machine --report page
     """
     console = PlainConsole()
     try:
@@ -78,21 +82,43 @@ def replay(
         "environment": environment,
     }
     write_json(json_file, content, console)
+    notes = [
+        f"{title} {_in_words(where)}" for title, where in (("Recorded", bundle.environment), ("Here", environment))
+    ]
+    title = f"Replay of {folder}"
+    write_page(
+        report, _as_survey(found), console, title=title, notes=notes, evidence=found.evidence(), agrees=found.agrees
+    )
     verdict = "AGREE" if found.agrees else "DISAGREE"
     console.print(f"\n{verdict}: {len(bundle.records)} recorded cases", highlight=False)
     exit_with(found.agrees)
 
 
+def _as_survey(found: Replay) -> Survey:
+    """Return the comparisons for a page; the name of a recorded adapter says so, since one here may have the same."""
+    members = {each.name: Member(each, ours=True) for each in found.adapters}
+    members |= {_recorded(name): Member(each, ours=True) for name, each in found.bundle.adapters.items()}
+    recorded = [replace(each, adapter=_recorded(each.adapter)) for each in found.recorded]
+    differences = [
+        replace(each, adapters=(each.adapters[0], _recorded(each.adapters[1]))) for each in found.differences
+    ]
+    return Survey(members, [*found.outcomes, *recorded], differences)
+
+
+def _recorded(name: str) -> str:
+    return f"{name}, recorded"
+
+
 def print_replay(found: Replay, console: Console) -> None:
     """Print each comparison, then the worst case of each that disagrees."""
-    table = make_table("here", "recorded", ">cases", ">share", "verdict")
+    table = FittingTable("~here", "~recorded", ">cases", ">share", "verdict")
     lines = [line for line in found.lines() if line.cases]
     here = {each.name: f"{each.name} on {each.device}" for each in found.adapters}
     recorded = {name: f"{name} on {each.device}" for name, each in found.bundle.adapters.items()}
     for line in lines:
         verdict = "agree" if line.agrees else "DISAGREE"
         names = (here.get(line.here, line.here), recorded.get(line.recorded, line.recorded))
-        table.add_row(*map(Text, names), str(line.cases), f"{line.share:.2g}", verdict)
+        table.add_row(*names, str(line.cases), f"{line.share:.2g}", verdict)
     console.print("Share: the largest error as a share of what rounding explains; at most 1 is right.\n")
     console.print(table)
     console.print()

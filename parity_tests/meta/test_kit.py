@@ -312,7 +312,7 @@ def off_by_little(bundle: Bundle) -> None:
 def with_wide_bounds(bundle: Bundle) -> None:
     off_by_little(bundle)
     adapter = bundle.adapters["torch-fused"]
-    adapter.arithmetic = Arithmetic(*(1e6 for _ in range(2)))
+    adapter.arithmetic = Arithmetic(*(6e4 for _ in range(2)))
 
 
 def failed(bundle: Bundle) -> None:

@@ -1,8 +1,7 @@
 """`run`, `adapters` and `power` on the command line."""
 
 import json
-import subprocess
-import sys
+import re
 from pathlib import Path
 
 import pytest
@@ -70,15 +69,6 @@ def test_what_cannot_run(arguments: list[str], message: str) -> None:
     outcome = invoke("run", *arguments)
     assert outcome.exit_code == 2, outcome.output
     assert message in outcome.output
-
-
-def test_output_that_nobody_reads_is_no_disagreement() -> None:
-    """As in `lsce-parity ... | head`: Rich ends with 1 there."""
-    command = [sys.executable, "-m", "parity_tests", "run", "--adapter", "numpy", "--case", "one_row"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.close()
-        assert process.wait() == 2
 
 
 def test_json_and_report(tmp_path: Path) -> None:
@@ -189,7 +179,9 @@ def test_adapters_are_listed_with_what_they_lack(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(ENTRIES, "jax-somelib", Entry("jax-somelib", "jax", "peer", missing))
     outcome = invoke("adapters")
     assert outcome.exit_code == 0
-    assert "no: somelib is not installed. Run: pip install somelib" in outcome.output
+    assert re.search(
+        r"^jax-somelib .* no, reason (\d+) *$(?s:.*)^reason \1: somelib is not installed", outcome.output, re.M
+    )
     outcome = invoke("run", "--adapter", "jax-some*", "--adapter", "oracle", "--case", "one_row", "--dtype", "float32")
     assert outcome.exit_code == 0
     assert "not here: jax-somelib (somelib is not installed." in outcome.output

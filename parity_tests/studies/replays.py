@@ -15,9 +15,19 @@ from dataclasses import dataclass, field, replace
 from parity_tests.evidence.ledger import Evidence
 from parity_tests.losses.adapters import Adapter, UnavailableError
 from parity_tests.losses.registry import ELSEWHERE, ENTRIES, make_adapter, match_names
-from parity_tests.studies.bundle import AGAIN, Bundle, BundleError, Record, case_to_arrays, differing, truth_to_arrays
+from parity_tests.studies.bundle import (
+    AGAIN,
+    Bundle,
+    BundleError,
+    Record,
+    case_to_arrays,
+    differing,
+    refusing,
+    truth_to_arrays,
+)
 from parity_tests.studies.verdicts import Difference, Outcome, compare_outcomes, examine
 from parity_tests.truth.arithmetic import Arithmetic
+from parity_tests.truth.cases import Case
 from parity_tests.truth.comparison import Result, against_each_other
 from parity_tests.truth.linear_cases import all_case_names, make_any_case
 from parity_tests.truth.oracle import WIDE, Truth, solve
@@ -213,6 +223,11 @@ def truth_of_today(recorded: Record) -> Truth:
         BundleError: it differs from the recorded one, or this checkout makes a different case of that name.
     """
     case, title = recorded.case, f"case {recorded.case.name!r} in {recorded.case.dtype}"
+    with refusing(f"the bundle has no valid {title}"):
+        return _truth_of_today(recorded, case, title)
+
+
+def _truth_of_today(recorded: Record, case: Case, title: str) -> Truth:
     if case.name in all_case_names():
         (entry, arrays), (entry_today, arrays_today) = map(case_to_arrays, (case, make_any_case(case.name, case.dtype)))
         changed = [name for name in entry if entry[name] != entry_today.get(name)] + differing(arrays, arrays_today)
