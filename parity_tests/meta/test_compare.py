@@ -328,7 +328,7 @@ def test_a_loss_that_is_wrong_is_described(name: str, second: str, lines: list[s
 @pytest.mark.parametrize(("name", "message"), [
     ("raises", "failed in 9 of 9 cases: RuntimeError: out of luck"),
     ("exits", "failed in 9 of 9 cases: SystemExit: 0"),
-    ("column", "failed in 8 of 9 cases: ShapeError: the loss has shape [7, 1], expected []"),
+    ("column", "failed in 9 of 9 cases: ShapeError: the loss has shape [7, 1], expected []"),
     ("pair", "failed in 9 of 9 cases: ShapeError: the loss is a tuple; a scalar or a loss per row is expected"),
     ("without_gradient", "failed in 9 of 9 cases: LossError: the loss has no gradient"),
 ])  # fmt: skip
