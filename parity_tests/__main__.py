@@ -22,7 +22,9 @@ from parity_tests.commands.power import power
 from parity_tests.commands.record import record
 from parity_tests.commands.replay import replay
 from parity_tests.commands.run import adapters, run
+from parity_tests.commands.signals import ended_by_signals
 from parity_tests.commands.trajectory import trajectory
+from parity_tests.truth.stored import truths_on_disk
 
 app = typer.Typer(
     add_completion=False,
@@ -50,7 +52,8 @@ app.command()(trajectory)
 def main() -> None:
     """Run the command line. An internal error exits with 2 too, since 1 means that losses disagree."""
     try:
-        app()
+        with ended_by_signals(), truths_on_disk():
+            app()
     except Exception:
         traceback.print_exc()
         sys.exit(CANNOT_RUN)

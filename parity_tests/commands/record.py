@@ -1,5 +1,6 @@
 """`lsce-parity record DIR`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -69,7 +70,8 @@ def record(
     announce(f"recording {', '.join(each.name for each in adapters)} in {len(cases)} cases")
     try:
         with writing(folder):
-            write_bundle(folder, record_cases(adapters, track(cases, len(cases), "cases")))
+            shown = partial(track, total=len(cases), title="cases")
+            write_bundle(folder, record_cases(adapters, cases, track=shown))
             # The verdict is on the files as read back.
             found = replay_bundle(read_bundle(folder), [])
     except BundleError as error:

@@ -1,6 +1,7 @@
 """`lsce-parity replay DIR`."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,8 +54,7 @@ def replay(
     try:
         bundle = read_bundle(folder)
         adapters, missing = find_adapters(adapter, device)
-        records = track(bundle.records, len(bundle.records), "cases")
-        found = replay_bundle(bundle, adapters, records)
+        found = replay_bundle(bundle, adapters, partial(track, total=len(bundle.records), title="cases"))
     except BundleError as error:
         cannot_run(str(error))
     if not any(outcome.status != "unsupported" for outcome in found.outcomes):

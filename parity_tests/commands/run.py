@@ -37,8 +37,10 @@ from parity_tests.losses.registry import ELSEWHERE, ENTRIES, make_adapter, match
 from parity_tests.studies.survey import Member, Survey, examine_each, make_cases
 from parity_tests.studies.verdicts import Difference, Outcome
 
-# torch.compile takes seconds for each combination of options, and so does JAX for each linear case.
-SLOW = frozenset(name for name in ENTRIES if name.endswith(("-compiled", "-linear-reference", "-triton", *ELSEWHERE)))
+# torch.compile takes seconds for each combination of options, and so does JAX for each linear case. Outside of `jit`
+# JAX compiles every operation for each shape.
+_SLOW = ("-compiled", "-eager", "-linear-reference", "-triton", *ELSEWHERE)
+SLOW = frozenset(name for name in ENTRIES if name.endswith(_SLOW))
 SHOWN = 20
 
 
@@ -67,6 +69,7 @@ def run(
     check_device_model(device_model, device)
     dtypes = check_dtypes(dtype, dtypes_on(device_model))
     names = select_cases(case)
+    announce("loading the adapters")
     members, missing = find_members(adapter, device, device_model)
     cases = make_cases(names, dtypes)
     where = f" on the simulated arithmetic of {device_model}" if device_model else ""

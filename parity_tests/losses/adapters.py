@@ -1,6 +1,7 @@
 """Adapters call a framework's loss and return loss and gradients as NumPy arrays. Making one loads its framework."""
 
 import importlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,8 @@ class Adapter(Protocol):
         framework: "jax", "torch" or "numpy".
         device: "cpu", "cuda" or "tpu".
         arithmetic: accuracy of its elementary functions.
+
+    An adapter that may be called while others are, each in a thread of its own, has an attribute `concurrent` = True.
     """
 
     name: str
@@ -169,6 +172,8 @@ class JaxAdapter(FrameworkAdapter):
         _load("jax")
         super().__init__(loss, **options)
         self.jit, self.compiler_options = jit, compiler_options
+        # Subclasses change settings of JAX, or modules, for all threads.
+        self.concurrent = type(self) is JaxAdapter
 
     def _device_kind(self) -> str:
         kind: str = self._jax_device.device_kind
@@ -333,6 +338,12 @@ def _compiled_anew(loss: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(loss, fullgraph=True)(*operands, **options)
 
     return call
+
+
+def forget_programs() -> None:
+    """Have JAX drop its compiled programs. It keeps thousands, and those of one case are seldom those of another."""
+    if jax := sys.modules.get("jax"):
+        jax.clear_caches()
 
 
 def _load(framework: str) -> Any:

@@ -18,6 +18,7 @@ from parity_tests.report.tables import environment_tables, ledger, pair_sentence
 from parity_tests.report.verdict import verdict
 from parity_tests.studies.survey import Survey
 from parity_tests.trainings.trajectory import TrajectoryVerdict
+from parity_tests.truth.files import write_whole
 
 LONGEST_DISAGREEMENTS, LONGEST_FAILURES = 20, 20
 
@@ -58,9 +59,8 @@ def write_report(
         notes=notes,
         agrees=agrees,
     )
-    folder.mkdir(parents=True, exist_ok=True)
     # A user's message may hold half a surrogate pair, which UTF-8 does not have.
-    page.write_text(text, encoding="utf-8", errors="backslashreplace")
+    write_whole(page, text, errors="backslashreplace")
     return page
 
 

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from parity_tests.evidence.ledger import Evidence, Kind
 from parity_tests.losses.adapters import Adapter
 from parity_tests.losses.simulated import simulated_device
+from parity_tests.studies.concurrent_calls import call_each
 from parity_tests.studies.verdicts import Difference, Outcome, compare_outcomes, examine
 from parity_tests.truth.cases import Case
 from parity_tests.truth.linear_cases import make_any_case
@@ -100,15 +101,21 @@ class Survey:
 
 
 def make_cases(names: Iterable[str], dtypes: Sequence[str]) -> list[Case]:
-    """Return the cases of these names at each dtype."""
-    return [make_any_case(name, dtype) for dtype in dtypes for name in names]
+    """Return the cases of these names at each dtype.
+
+    The dtypes of a case follow each other: outside of `jit` JAX compiles most operations once for three of them.
+    """
+    return [make_any_case(name, dtype) for name in names for dtype in dtypes]
 
 
 def examine_each(members: dict[str, Member], cases: Iterable[Case]) -> Iterator[tuple[list[Outcome], list[Difference]]]:
-    """Run every adapter on each case in turn."""
-    for case in cases:
+    """Run every adapter on each case in turn. The outcomes are without results, which would fill the memory."""
+    for case, calls in call_each([member.adapter for member in members.values()], cases):
         truth = solve(case)
-        outcomes = {name: examine(member.adapter, case, truth) for name, member in members.items()}
+        outcomes = {
+            name: examine(member.adapter, case, truth, calls.get(member.adapter.name))
+            for name, member in members.items()
+        }
         differences = []
         for name, member in members.items():
             # Each pair once.
@@ -116,7 +123,8 @@ def examine_each(members: dict[str, Member], cases: Iterable[Case]) -> Iterator[
                 pair = (outcomes[name], outcomes[member.twin])
                 adapters = (member.adapter, members[member.twin].adapter)
                 differences.append(compare_outcomes(case, truth, pair, adapters))
-        yield list(outcomes.values()), [difference for difference in differences if difference]
+        found = [replace(outcome, result=None) for outcome in outcomes.values()]
+        yield found, [difference for difference in differences if difference]
 
 
 def survey(members: dict[str, Member], cases: Iterable[Case]) -> Survey:
