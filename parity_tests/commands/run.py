@@ -1,6 +1,7 @@
 """`lsce-parity run` and `lsce-parity adapters`."""
 
 from collections import Counter
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -41,6 +42,8 @@ from parity_tests.studies.verdicts import Difference, Outcome
 # JAX compiles every operation for each shape.
 _SLOW = ("-compiled", "-eager", "-linear-reference", "-triton", *ELSEWHERE)
 SLOW = frozenset(name for name in ENTRIES if name.endswith(_SLOW))
+# Those of the losses of other libraries, which in narrow dtypes are computed or returned in these: unless asked for.
+PEER_DTYPES = ("float32",)
 SHOWN = 20
 
 
@@ -63,7 +66,8 @@ def run(
     against the bounds of that device; see docs/devices.md.
 
     Exit code 0: all of ours are within their bounds, 1: one is not, 2: a named adapter does not run here. The
-    frameworks' own losses and those of other libraries are shown for comparison; their errors are no failure.
+    frameworks' own losses and those of other libraries are shown for comparison, by default in float32; their errors
+    are no failure.
     """
     console = PlainConsole()
     check_device_model(device_model, device)
@@ -71,6 +75,8 @@ def run(
     names = select_cases(case)
     announce("loading the adapters")
     members, missing = find_members(adapter, device, device_model)
+    if not adapter and not dtype:
+        members = {name: each if each.ours else replace(each, dtypes=PEER_DTYPES) for name, each in members.items()}
     cases = make_cases(names, dtypes)
     where = f" on the simulated arithmetic of {device_model}" if device_model else ""
     announce(f"running {', '.join(members)} in {len(names)} cases in {', '.join(dtypes)}{where}")

@@ -8,11 +8,12 @@ from typing import NamedTuple
 from parity_tests.evidence.ledger import Evidence, Kind
 from parity_tests.losses.adapters import Adapter
 from parity_tests.losses.simulated import simulated_device
-from parity_tests.studies.concurrent_calls import call_each
+from parity_tests.studies.concurrent_calls import Call, call_each
 from parity_tests.studies.verdicts import Difference, Outcome, compare_outcomes, examine
 from parity_tests.truth.cases import Case
 from parity_tests.truth.linear_cases import make_any_case
-from parity_tests.truth.oracle import solve
+from parity_tests.truth.oracle import Truth, solve
+from parity_tests.truth.precision import DTYPES
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,20 @@ class Member:
         adapter: the adapter.
         ours: whether it must be within its bounds; a peer is shown for comparison.
         twin: name of the adapter that it is also compared with.
+        dtypes: the dtypes in which it is called.
     """
 
     adapter: Adapter
     ours: bool
     twin: str | None = None
+    dtypes: tuple[str, ...] = DTYPES
+
+    def examine(self, case: Case, truth: Truth, call: Call | None) -> Outcome:
+        """Compare the result of `call` with the truth."""
+        if case.dtype not in self.dtypes:
+            reason = f"is called in {', '.join(self.dtypes)} alone"
+            return Outcome(self.adapter.name, case.name, case.dtype, "unsupported", reason)
+        return examine(self.adapter, case, truth, call)
 
 
 class Closeness(NamedTuple):
@@ -110,11 +120,15 @@ def make_cases(names: Iterable[str], dtypes: Sequence[str]) -> list[Case]:
 
 def examine_each(members: dict[str, Member], cases: Iterable[Case]) -> Iterator[tuple[list[Outcome], list[Difference]]]:
     """Run every adapter on each case in turn. The outcomes are without results, which would fill the memory."""
-    for case, calls in call_each([member.adapter for member in members.values()], cases):
+    dtypes = {member.adapter.name: member.dtypes for member in members.values()}
+
+    def takes(adapter: Adapter, case: Case) -> bool:
+        return case.dtype in dtypes[adapter.name]
+
+    for case, calls in call_each([member.adapter for member in members.values()], cases, takes):
         truth = solve(case)
         outcomes = {
-            name: examine(member.adapter, case, truth, calls.get(member.adapter.name))
-            for name, member in members.items()
+            name: member.examine(case, truth, calls.get(member.adapter.name)) for name, member in members.items()
         }
         differences = []
         for name, member in members.items():
