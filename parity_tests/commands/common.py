@@ -30,7 +30,7 @@ from lsce_spec.extras import require_for_command
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.evidence.ledger import DEVICES
 from parity_tests.evidence.pages import write_block
-from parity_tests.losses.adapters import Adapter, UnavailableError
+from parity_tests.losses.adapters import Adapter, UnavailableError, keep_programs
 from parity_tests.losses.simulated import CannotSimulateError, simulate
 from parity_tests.studies.replays import adapters_here
 from parity_tests.studies.survey import Survey
@@ -39,6 +39,7 @@ from parity_tests.truth.devices import arithmetic_of
 from parity_tests.truth.files import write_whole
 from parity_tests.truth.linear_cases import all_case_names, default_case_names
 from parity_tests.truth.precision import DTYPES
+from parity_tests.truth.stored import cache_folder
 
 AGREE, DISAGREE, CANNOT_RUN = 0, 1, 2
 # Between two lines of progress where there is no terminal.
@@ -205,6 +206,13 @@ def select_cases(patterns: Sequence[str] | None) -> list[str]:
 def exit_with(agrees: bool) -> NoReturn:
     """Exit with 0 if the losses agree, else with 1."""
     raise typer.Exit(code=AGREE if agrees else DISAGREE)
+
+
+def keep_compiled() -> None:
+    """Keep what JAX compiles for the next run, in the user's folder for caches, unless that is switched off."""
+    folder = cache_folder()
+    if folder is not None:
+        keep_programs(folder)
 
 
 def announce(text: str) -> None:

@@ -16,6 +16,7 @@ from parity_tests.commands.common import (
     check_free,
     exit_with,
     find_adapters,
+    keep_compiled,
     print_missing,
     select_cases,
     track,
@@ -64,6 +65,7 @@ def record(
     dtypes = check_dtypes(dtype, DTYPES)
     names = select_cases(case or FEW_CASES)
     adapters, missing = find_adapters(adapter or ADAPTERS, device, asked=bool(adapter))
+    keep_compiled()
     cases = make_cases(names, dtypes)
     if not adapter:  # default adapters that can handle none of the cases are left out
         adapters = [each for each in adapters if any(each.unsupported(case) is None for case in cases)]

@@ -16,6 +16,7 @@ from parity_tests.commands.common import (
     cannot_run,
     exit_with,
     find_adapters,
+    keep_compiled,
     make_table,
     print_missing,
     track,
@@ -54,6 +55,7 @@ def replay(
     try:
         bundle = read_bundle(folder)
         adapters, missing = find_adapters(adapter, device)
+        keep_compiled()
         found = replay_bundle(bundle, adapters, partial(track, total=len(bundle.records), title="cases"))
     except BundleError as error:
         cannot_run(str(error))

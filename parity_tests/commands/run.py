@@ -23,6 +23,7 @@ from parity_tests.commands.common import (
     describe,
     dtypes_on,
     exit_with,
+    keep_compiled,
     make_table,
     on_model,
     print_missing,
@@ -75,6 +76,7 @@ def run(
     names = select_cases(case)
     announce("loading the adapters")
     members, missing = find_members(adapter, device, device_model)
+    keep_compiled()
     if not adapter and not dtype:
         members = {name: each if each.ours else replace(each, dtypes=PEER_DTYPES) for name, each in members.items()}
     cases = make_cases(names, dtypes)

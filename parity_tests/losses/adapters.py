@@ -1,12 +1,16 @@
 """Adapters call a framework's loss and return loss and gradients as NumPy arrays. Making one loads its framework."""
 
+import hashlib
 import importlib
+import platform
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -338,6 +342,28 @@ def _compiled_anew(loss: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(loss, fullgraph=True)(*operands, **options)
 
     return call
+
+
+def keep_programs(folder: Path) -> None:
+    """Have JAX, if it is loaded, keep compiled programs in a folder, unless its user has chosen one.
+
+    Programs are for the instructions of one CPU, which JAX does not check. A damaged file is compiled again.
+    """
+    jax = sys.modules.get("jax")
+    if jax is None or jax.config.jax_compilation_cache_dir is not None:
+        return
+    try:
+        cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
+        kind = hashlib.sha256("".join(re.findall("(?m)^(?:model name|flags|Features).*", cpu)).encode()).hexdigest()[
+            :16
+        ]
+        programs = folder / f"programs-{platform.machine()}-{kind}"
+        programs.mkdir(parents=True, exist_ok=True)
+    except OSError:  # another system, or a folder that cannot be written to
+        return
+    jax.config.update("jax_compilation_cache_dir", str(programs))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def forget_programs() -> None:

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from parity_tests.commands.signals import Stopped
 from parity_tests.truth import files
 from parity_tests.truth.files import write_folder, write_whole
 
-# `run` of an adapter in a process of its own, and of one in a thread, which is in the middle of a long call.
+# `run` of an adapter in a process of its own, and of one in a thread; a call of one of them takes long.
 RUN = """
 import sys, time
 from pathlib import Path
@@ -27,8 +29,8 @@ class Slow(FaultyAdapter):
         super().__init__()
         self.name = name
     def __call__(self, case):
-        Path(__file__).with_name("begun").touch()
-        time.sleep({seconds})
+        Path(__file__).with_name(f"{{self.name}} was called").touch()
+        time.sleep(120 if self.name == {slow!r} else 0)
         return super().__call__(case)
 
 if __name__ == "__main__":
@@ -40,10 +42,29 @@ if __name__ == "__main__":
 """
 
 
-def start(folder: Path, adapters: str, seconds: float) -> subprocess.Popen[str]:
-    """Return a `run` that writes to `folder/out`, once an adapter has been called."""
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Return `_start`. What it has started is gone after the test, even if that fails."""
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(folder: Path, adapters: str, slow: str = "") -> subprocess.Popen[str]:
+        started.append(_start(folder, adapters, slow))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def _start(folder: Path, adapters: str, slow: str) -> subprocess.Popen[str]:
+    """Return a `run` that writes to `folder/out`, once its adapters have been called."""
     script, out = folder / "script.py", folder / "out"
-    script.write_text(RUN.format(seconds=seconds))
+    script.write_text(RUN.format(slow=slow))
     out.mkdir()
     arguments = ["run", "--case", "ties", "--dtype", "float32", "--json", str(out / "run.json")]
     process = subprocess.Popen(
@@ -53,15 +74,15 @@ def start(folder: Path, adapters: str, seconds: float) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
-    while not (folder / "begun").exists():
+    while not all((folder / f"{name} was called").exists() for name in adapters.split(",")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     return process
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_signal_ends_all_processes(number: signal.Signals, tmp_path: Path) -> None:
-    process = start(tmp_path, "worker", seconds=120)
+def test_a_signal_ends_all_processes(number: signal.Signals, tmp_path: Path, start: Start) -> None:
+    process = start(tmp_path, "worker", slow="worker")
     process.send_signal(number)
     # The pipe ends when nobody is left who could write to it: neither the worker nor a tracker of resources.
     output, _ = process.communicate(timeout=60)
@@ -71,24 +92,26 @@ def test_a_signal_ends_all_processes(number: signal.Signals, tmp_path: Path) -> 
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_ctrl_c_reaches_all_processes_and_none_prints_a_traceback(tmp_path: Path) -> None:
-    """A terminal sends it to the whole group."""
-    process = start(tmp_path, "worker", seconds=120)
+@pytest.mark.parametrize("slow", ["worker", "thread"])
+def test_ctrl_c_reaches_all_processes_and_none_prints_a_traceback(slow: str, tmp_path: Path, start: Start) -> None:
+    """A terminal sends it to the whole group: to a worker that computes, and to one that waits."""
+    process = start(tmp_path, "worker,thread", slow)
+    time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT
     assert "Traceback" not in output
 
 
-def test_a_call_in_a_thread_is_not_waited_for(tmp_path: Path) -> None:
-    process = start(tmp_path, "thread", seconds=120)
+def test_a_call_in_a_thread_is_not_waited_for(tmp_path: Path, start: Start) -> None:
+    process = start(tmp_path, "thread", slow="thread")
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGTERM
 
 
-def test_without_a_signal_the_same_run_writes_its_files(tmp_path: Path) -> None:
-    process = start(tmp_path, "worker,thread", seconds=0)
+def test_without_a_signal_the_same_run_writes_its_files(tmp_path: Path, start: Start) -> None:
+    process = start(tmp_path, "worker,thread")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert sorted(each.name for each in (tmp_path / "out").iterdir()) == ["page", "run.json"]

@@ -1,5 +1,8 @@
-"""Truths on disk are those that are computed, bit for bit, and changed inputs, code or files find none."""
+"""What is kept on disk is what is computed, bit for bit; changed inputs, code or files find nothing."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -147,7 +150,11 @@ def test_a_folder_that_cannot_be_written_to_is_no_error(tmp_path: Path, computed
 
 def test_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for given, wanted in ((None, tmp_path / "lsce" / "truths"), (str(tmp_path / "x"), tmp_path / "x"), ("off", None)):
+    for given, wanted in (
+        (None, tmp_path / "lsce" / "truths"),
+        (f"{tmp_path}/x", tmp_path / "x" / "truths"),
+        ("off", None),
+    ):
         if given is None:
             monkeypatch.delenv("LSCE_PARITY_CACHE", raising=False)
         else:
@@ -155,3 +162,42 @@ def test_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         with truths_on_disk():
             assert (oracle.disk and oracle.disk.folder) == wanted  # type: ignore[attr-defined]
         assert oracle.disk is None
+
+
+PROGRAM = """
+import collections, sys, warnings
+from pathlib import Path
+import jax, jax.monitoring
+from parity_tests.losses.adapters import JaxAdapter, keep_programs
+from parity_tests.truth.cases import make_case
+chosen = jax.config.jax_compilation_cache_dir
+keep_programs(Path(sys.argv[1]))
+assert chosen is None or jax.config.jax_compilation_cache_dir == chosen
+found = collections.Counter()
+jax.monitoring.register_event_listener(lambda event, **_: found.update([event.rpartition("/")[2]]))
+result = JaxAdapter()(make_case("ties", "float32"))
+print(found["cache_hits"], found["cache_misses"], result.gradient.tobytes().hex())
+"""
+
+
+@pytest.mark.slow
+def test_compiled_programs_are_kept_and_damaged_ones_compiled_again(tmp_path: Path) -> None:
+    def hits_misses_result(**environment: str) -> list[str]:
+        given = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+        command = [sys.executable, "-W", "ignore", "-c", PROGRAM, str(tmp_path / "cache")]
+        done = subprocess.run(
+            command, env={**given, **environment}, capture_output=True, text=True, check=False, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    first, second = hits_misses_result(), hits_misses_result()
+    assert first[0] == "0"
+    assert second == [first[1], "0", first[2]]
+    (programs,) = (tmp_path / "cache").iterdir()
+    for file in programs.iterdir():
+        file.write_bytes(file.read_bytes()[:-20])
+    damaged = hits_misses_result()
+    assert damaged == ["0", damaged[1], first[2]]
+    # What the user has chosen stays.
+    assert hits_misses_result(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own"))[2] == first[2]

@@ -4,7 +4,7 @@ A file is named by the SHA-256 of everything that its truth depends on: the bits
 the definition and of the oracle, and the versions that compute it. So a changed input or changed code finds no file.
 A file starts with the SHA-256 of the rest; where it does not fit, the truth is computed again.
 
-They are in `lsce/truths` of the user's folder for caches. `LSCE_PARITY_CACHE` names another folder, or is "off".
+They are in `truths` of the folder that `LSCE_PARITY_CACHE` names, by default `lsce` of the user's folder for caches.
 """
 
 import hashlib
@@ -81,20 +81,21 @@ class TruthFolder:
 @contextmanager
 def truths_on_disk() -> Iterator[None]:
     """Have `solve` store truths in the user's folder in the body of the `with` statement."""
-    folder, before = _folder(), oracle.disk
-    oracle.disk = None if folder is None else TruthFolder(folder)
+    folder, before = cache_folder(), oracle.disk
+    oracle.disk = None if folder is None else TruthFolder(folder / "truths")
     try:
         yield
     finally:
         oracle.disk = before
 
 
-def _folder() -> Path | None:
+def cache_folder() -> Path | None:
+    """Return the folder for what another process need not compute again; None if `LSCE_PARITY_CACHE` is "off"."""
     given = os.environ.get(VARIABLE)
     if given:
         return None if given == "off" else Path(given)
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(caches) / "lsce" / "truths"
+    return Path(caches) / "lsce"
 
 
 def _name(case: Case, maths: Any) -> str | None:
