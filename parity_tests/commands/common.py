@@ -240,7 +240,7 @@ def _track_in_lines(items: Iterable[Item], total: int, title: str) -> Iterator[I
             minutes, seconds = divmod(int(time.monotonic() - begin), 60)
             announce(f"{title} {done} of {total}, {minutes:02}:{seconds:02} elapsed")
 
-    threading.Thread(target=report, daemon=True).start()
+    threading.Thread(target=report, name="progress", daemon=True).start()
     try:
         for item in items:
             yield item

@@ -75,8 +75,10 @@ def test_as_many_random_draws_find_less() -> None:
     assert found.share > drawn
 
 
-@pytest.mark.parametrize("fault", [None, "other_off"])
-def test_compilation_and_simpler_cases_are_within_the_time(fault: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("fault", "seconds"), [(None, 30.0), ("other_off", 4.5)])
+def test_compilation_and_simpler_cases_are_within_the_time(
+    fault: str | None, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a clock that moves with calls of the adapter alone, by as much as JAX takes to compile a loss."""
     clock = [1000.0]
 
@@ -86,14 +88,13 @@ def test_compilation_and_simpler_cases_are_within_the_time(fault: str | None, mo
             return super().__call__(case)
 
     monkeypatch.setattr(hunt_module.time, "monotonic", lambda: clock[0])
-    found = hunt(Compiled(fault), "float32", "gradient", seconds=30.0)
+    found = hunt(Compiled(fault), "float32", "gradient", seconds=seconds)
     assert found.agrees == (fault is None)
     spent = clock[0] - 1000.0
     if fault is None:
         assert found.evaluations == 32  # 0.8 of the time
-        assert spent > 30.0
     # A call that has begun ends, and so does the one that measures the share of what is left.
-    assert spent <= 30.0 + 2 * 0.75
+    assert seconds <= spent <= seconds + 2 * 0.75
 
 
 def test_a_seed_finds_the_same() -> None:
