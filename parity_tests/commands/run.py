@@ -69,6 +69,9 @@ def run(
     Exit code 0: all of ours are within their bounds, 1: one is not, 2: a named adapter does not run here. The
     frameworks' own losses and those of other libraries are shown for comparison, by default in float32; their errors
     are no failure.
+
+    The first run takes minutes, most of them in JAX's compiler. What it compiles is kept for the next, in ~/.cache/lsce
+    or the folder that LSCE_PARITY_CACHE names ("off" for none). docs/parity.md has the times.
     """
     console = PlainConsole()
     check_device_model(device_model, device)
