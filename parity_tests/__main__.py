@@ -1,5 +1,6 @@
 """The command line of the harness: `lsce-parity`, or `python -m parity_tests`."""
 
+import gc
 import io
 import sys
 import traceback
@@ -27,10 +28,12 @@ from parity_tests.commands.power import power
 from parity_tests.commands.record import record
 from parity_tests.commands.replay import replay
 from parity_tests.commands.run import adapters, run
+from parity_tests.commands.signals import ended_by_signals
 from parity_tests.commands.terminal import may_lose_its_reader
 from parity_tests.commands.trajectory import trajectory
 from parity_tests.evidence.environment import installed_versions
 from parity_tests.texts import one_line
+from parity_tests.truth.stored import truths_on_disk
 
 TRACEBACK = "--traceback"
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
@@ -82,8 +85,11 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             setattr(sys, name, may_lose_its_reader(stream))
     arguments = [each for each in sys.argv[1:] if each != TRACEBACK]
+    # The collector would walk through the many small objects of JAX so often that it takes a fifth of the time.
+    gc.set_threshold(100_000, 20, 100)
     try:
-        app(arguments)
+        with ended_by_signals(), truths_on_disk():
+            app(arguments)
     except Exception as error:
         if TRACEBACK in sys.argv[1:]:
             traceback.print_exc()

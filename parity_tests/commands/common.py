@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -13,14 +15,21 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from lsce_spec.extras import require_for_command
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.evidence.ledger import DEVICES
 from parity_tests.evidence.pages import replace_block, write_block
-from parity_tests.losses.adapters import Adapter, UnavailableError
+from parity_tests.losses.adapters import Adapter, UnavailableError, keep_programs
 from parity_tests.losses.registry import ENTRIES, make_adapter, match_names
 from parity_tests.losses.simulated import CannotSimulateError, simulate
 from parity_tests.studies.replays import adapters_here
@@ -28,10 +37,14 @@ from parity_tests.studies.survey import Survey
 from parity_tests.texts import visible, with_nearest
 from parity_tests.truth.comparison import Comparison, Worst
 from parity_tests.truth.devices import arithmetic_of
+from parity_tests.truth.files import write_whole
 from parity_tests.truth.linear_cases import all_case_names, default_case_names
 from parity_tests.truth.precision import DTYPES
+from parity_tests.truth.stored import cache_folder
 
 AGREE, DISAGREE, CANNOT_RUN = 0, 1, 2
+# Between two lines of progress where there is no terminal.
+SECONDS_OF_LINE = 5.0
 
 
 def why_unwritable(path: Path) -> str | None:
@@ -222,17 +235,45 @@ def exit_with(agrees: bool) -> NoReturn:
     raise typer.Exit(code=AGREE if agrees else DISAGREE)
 
 
+def keep_compiled() -> None:
+    """Keep what JAX compiles for the next run, in the user's folder for caches, unless that is switched off."""
+    folder = cache_folder()
+    if folder is not None:
+        keep_programs(folder)
+
+
 def announce(text: str) -> None:
     """Print on stderr what the command is doing."""
     typer.echo(visible(text), err=True)
 
 
 def track(items: Iterable[Item], total: int, title: str) -> Iterator[Item]:
-    """Yield items with a progress bar on stderr. It vanishes at the end, and appears on terminals only."""
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    """Yield items and show on stderr how many are done: on a terminal a bar, elsewhere a line every few seconds."""
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield from _track_in_lines(items, total, title)
+        return
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, redirect_stdout=False) as progress:
         yield from progress.track(items, total=total)
+
+
+def _track_in_lines(items: Iterable[Item], total: int, title: str) -> Iterator[Item]:
+    """Yield items. A thread prints the lines: a single item may take longer than the time between them."""
+    begin, over, done = time.monotonic(), threading.Event(), 0
+
+    def report() -> None:
+        while not over.wait(SECONDS_OF_LINE):
+            minutes, seconds = divmod(int(time.monotonic() - begin), 60)
+            announce(f"{title} {done} of {total}, {minutes:02}:{seconds:02} elapsed")
+
+    threading.Thread(target=report, name="progress", daemon=True).start()
+    try:
+        for item in items:
+            yield item
+            done += 1
+    finally:
+        over.set()
 
 
 @contextmanager
@@ -345,6 +386,5 @@ def write_json(path: Path | None, content: Any, console: Console) -> None:
     """Write a JSON file if a path is given, and print the path."""
     if path is not None:
         with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(jsonable(content), indent=1) + "\n", encoding="utf-8")
+            write_whole(path, json.dumps(jsonable(content), indent=1) + "\n")
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)

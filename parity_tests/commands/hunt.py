@@ -59,7 +59,8 @@ def hunt(  # noqa: PLR0913 - each option of the command line is a parameter
     ] = None,
     dtype: DtypeOption = None,
     seconds: Annotated[
-        float | None, typer.Option(help=f"Time for each adapter, dtype and part. [default: {SECONDS:g}]")
+        float | None,
+        typer.Option(help=f"Time for each adapter, dtype and part, compilation included. [default: {SECONDS:g}]"),
     ] = None,
     examples: Annotated[
         int | None, typer.Option(help="Number of calls of the adapter, in place of the time: reproducible.")

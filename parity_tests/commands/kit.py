@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -177,7 +178,8 @@ def _record(folder: Path, adapters: Sequence[Adapter], names: Sequence[str], dty
     announce(f"running {len(adapters)} adapters in {len(cases)} cases in {dtype}")
     try:
         with writing(part):
-            write_bundle(part, record(adapters, track(cases, len(cases), "cases"), takes), compact=True)
+            shown = partial(track, total=len(cases), title="cases")
+            write_bundle(part, record(adapters, cases, takes, shown), compact=True)
             return lines_of(read_bundle(part))
     except BundleError as error:
         cannot_run(str(error))

@@ -1,5 +1,6 @@
 """`lsce-parity record DIR`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ from parity_tests.commands.common import (
     check_free,
     exit_with,
     find_adapters,
+    keep_compiled,
     print_missing,
     select_cases,
     track,
@@ -64,6 +66,7 @@ def record(
     dtypes = check_dtypes(dtype, DTYPES)
     names = select_cases(case or FEW_CASES)
     adapters, missing = find_adapters(adapter or ADAPTERS, device, asked=bool(adapter))
+    keep_compiled()
     cases = make_cases(names, dtypes)
     if not adapter:  # default adapters that can handle none of the cases are left out
         adapters = [each for each in adapters if any(each.unsupported(case) is None for case in cases)]
@@ -72,7 +75,8 @@ def record(
     announce(f"recording {', '.join(each.name for each in adapters)} in {len(cases)} cases")
     try:
         with writing(folder):
-            write_bundle(folder, record_cases(adapters, track(cases, len(cases), "cases")))
+            shown = partial(track, total=len(cases), title="cases")
+            write_bundle(folder, record_cases(adapters, cases, track=shown))
             # The verdict is on the files as read back.
             found = replay_bundle(read_bundle(folder), [])
     except BundleError as error:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from parity_tests.commands.common import (
     cannot_run,
     exit_with,
     find_adapters,
+    keep_compiled,
     print_missing,
     track,
     write_json,
@@ -57,8 +59,8 @@ def replay(
     try:
         bundle = read_bundle(folder)
         adapters, missing = find_adapters(adapter, device)
-        records = track(bundle.records, len(bundle.records), "cases")
-        found = replay_bundle(bundle, adapters, records)
+        keep_compiled()
+        found = replay_bundle(bundle, adapters, partial(track, total=len(bundle.records), title="cases"))
     except BundleError as error:
         cannot_run(str(error))
     if not any(outcome.status != "unsupported" for outcome in found.outcomes):

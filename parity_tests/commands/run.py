@@ -1,6 +1,7 @@
 """`lsce-parity run` and `lsce-parity adapters`."""
 
 from collections import Counter
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -21,6 +22,7 @@ from parity_tests.commands.common import (
     describe,
     dtypes_on,
     exit_with,
+    keep_compiled,
     on_model,
     print_missing,
     select_cases,
@@ -36,8 +38,12 @@ from parity_tests.losses.registry import ELSEWHERE, ENTRIES, make_adapter, match
 from parity_tests.studies.survey import Member, Survey, examine_each, make_cases
 from parity_tests.studies.verdicts import Difference, Outcome
 
-# torch.compile takes seconds for each combination of options, and so does JAX for each linear case.
-SLOW = frozenset(name for name in ENTRIES if name.endswith(("-compiled", "-linear-reference", "-triton", *ELSEWHERE)))
+# torch.compile takes seconds for each combination of options, and so does JAX for each linear case. Outside of `jit`
+# JAX compiles every operation for each shape.
+_SLOW = ("-compiled", "-eager", "-linear-reference", "-triton", *ELSEWHERE)
+SLOW = frozenset(name for name in ENTRIES if name.endswith(_SLOW))
+# Those of the losses of other libraries, which in narrow dtypes are computed or returned in these: unless asked for.
+PEER_DTYPES = ("float32",)
 SHOWN = 20
 
 
@@ -60,7 +66,11 @@ def run(
     against the bounds of that device; see docs/devices.md.
 
     Exit code 0: all of ours are within their bounds, 1: one is not, 2: a named adapter does not run here. The
-    frameworks' own losses and those of other libraries are shown for comparison; their errors are no failure.
+    frameworks' own losses and those of other libraries are shown for comparison, by default in float32; their errors
+    are no failure.
+
+    The first run takes minutes, most of them in JAX's compiler. What it compiles is kept for the next, in ~/.cache/lsce
+    or the folder that LSCE_PARITY_CACHE names ("off" for none). docs/parity.md has the times.
 
     Examples:
         lsce-parity run --report page
@@ -71,7 +81,11 @@ def run(
     check_device_model(device_model, device)
     dtypes = check_dtypes(dtype, dtypes_on(device_model))
     names = select_cases(case)
+    announce("loading the adapters")
     members, missing = find_members(adapter, device, device_model)
+    keep_compiled()
+    if not adapter and not dtype:
+        members = {name: each if each.ours else replace(each, dtypes=PEER_DTYPES) for name, each in members.items()}
     cases = make_cases(names, dtypes)
     where = f" on the simulated arithmetic of {device_model}" if device_model else ""
     announce(f"running {', '.join(members)} in {len(names)} cases in {', '.join(dtypes)}{where}")

@@ -24,7 +24,6 @@ from parity_tests.studies.bundle import (
     differing,
     read_bundle,
     record,
-    truth_to_arrays,
     write_bundle,
 )
 from parity_tests.studies.replays import replay
@@ -33,6 +32,7 @@ from parity_tests.truth.arithmetic import Arithmetic
 from parity_tests.truth.cases import Case, make_case
 from parity_tests.truth.linear_cases import all_case_names
 from parity_tests.truth.precision import DTYPES, as_dtype
+from parity_tests.truth.stored import truth_to_arrays
 
 # Every bit is kept.
 

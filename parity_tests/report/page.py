@@ -24,6 +24,7 @@ from parity_tests.report.words import PageTable
 from parity_tests.studies.survey import Survey
 from parity_tests.texts import visible
 from parity_tests.trainings.trajectory import TrajectoryVerdict
+from parity_tests.truth.files import write_whole
 
 LONGEST_DISAGREEMENTS, LONGEST_FAILURES = 20, 20
 # A table of fewer rows is shown without a filter.
@@ -97,7 +98,7 @@ def write_report(  # noqa: PLR0913 - each part of a page is a parameter
     )
     page = folder / "index.html"
     folder.mkdir(parents=True, exist_ok=True)
-    page.write_text(text, encoding="utf-8")
+    write_whole(page, text)
     return page
 
 

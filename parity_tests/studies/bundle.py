@@ -24,7 +24,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,17 @@ from parity_tests.evidence.environment import describe_environment
 from parity_tests.evidence.ledger import DEVICES
 from parity_tests.json_files import NUMBER, Optional, check_form, parse_json
 from parity_tests.losses.adapters import Adapter, LossError
+from parity_tests.studies.concurrent_calls import Calls, call_each
 from parity_tests.studies.verdicts import examine
 from parity_tests.texts import one_line
 from parity_tests.truth.arithmetic import DEPTHS, ERRORS, FULL, NARROW, Arithmetic, name_of_depth
 from parity_tests.truth.cases import Case, LinearCase
 from parity_tests.truth.comparison import AnyResult, make_result
+from parity_tests.truth.files import write_folder
 from parity_tests.truth.linear_cases import with_logits
-from parity_tests.truth.oracle import Exact, LinearTruth, Truth, solve
+from parity_tests.truth.oracle import Truth, solve
 from parity_tests.truth.precision import DTYPES, as_dtype, compute_dtype
+from parity_tests.truth.stored import truth_from_arrays, truth_to_arrays
 
 FORMATS = (1, 2, 3)
 COMPACT = 3
@@ -179,6 +182,7 @@ def record(
     adapters: Sequence[Adapter],
     cases: Iterable[Case],
     takes: Callable[[Adapter, Case], bool] = lambda adapter, case: True,
+    track: Callable[[Iterator[Calls]], Iterable[Calls]] = iter,
 ) -> Bundle:
     """Run every adapter on every case. An exception of an adapter is recorded as its failure.
 
@@ -186,6 +190,7 @@ def record(
         adapters: the adapters.
         cases: the cases.
         takes: returns whether an adapter is called in a case.
+        track: shows the progress of an iterator that yields once for each case.
 
     Raises:
         BundleError: the bounds of an adapter cannot be recorded.
@@ -196,11 +201,11 @@ def record(
             raise BundleError(f"{adapter.name} has a depth of its own; only those of DEPTHS can be recorded.")
         recorded[adapter.name] = RecordedAdapter(adapter.name, adapter.framework, adapter.device, adapter.arithmetic)
     records = []
-    for case in cases:
+    for case, calls in track(call_each(adapters, cases, takes)):
         truth = solve(case)
         records.append(Record(case, truth))
         for adapter in (each for each in adapters if takes(each, case)):
-            outcome = examine(adapter, case, truth)
+            outcome = examine(adapter, case, truth, calls.get(adapter.name))
             if outcome.result is not None:
                 recorded[adapter.name].results[_key(case)] = outcome.result
             elif outcome.status == "failed":
@@ -248,29 +253,6 @@ def case_from_arrays(entry: dict[str, Any], arrays: Arrays) -> Case:
     return with_logits(LinearCase(**values, logits=np.zeros(()))) if "hidden" in arrays else Case(**values)
 
 
-def truth_to_arrays(truth: Truth) -> Arrays:
-    """Return a truth as arrays; a pair of float64 numbers becomes two arrays."""
-    arrays: Arrays = {}
-    for name, value in vars(truth).items():
-        if value is None:  # a layer without a bias
-            continue
-        parts = {f"{name}.high": value.high, f"{name}.low": value.low} if isinstance(value, Exact) else {name: value}
-        arrays |= {part: np.asarray(array) for part, array in parts.items()}
-    return arrays
-
-
-def _truth_from_arrays(arrays: Arrays) -> Truth:
-    kind = LinearTruth if "hidden.high" in arrays else Truth
-    values: dict[str, Any] = {"bias": None} if kind is LinearTruth else {}
-    for name in (each.name for each in fields(kind) if each.name not in values or f"{each.name}.high" in arrays):
-        pair = f"{name}.high" in arrays
-        values[name] = Exact(arrays[f"{name}.high"], arrays[f"{name}.low"]) if pair else arrays[name]
-    truth = kind(**values)
-    if arrays.keys() != truth_to_arrays(truth).keys():
-        raise ValueError(f"a truth has the arrays {', '.join(arrays)}")
-    return truth
-
-
 def differing(first: Arrays, second: Arrays) -> list[str]:
     """Return the names of arrays that are in one only, or differ in dtype, shape or bits."""
     digests = [{name: _digest(name, array) for name, array in arrays.items()} for arrays in (first, second)]
@@ -315,9 +297,7 @@ def write_bundle(folder: Path, bundle: Bundle, *, compact: bool = False) -> None
     }
     manifest["arrays_sha256"] = hashlib.sha256(data).hexdigest()
     manifest["sha256"] = _digest_of_manifest(manifest)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / ARRAYS).write_bytes(data)
-    (folder / MANIFEST).write_text(_as_text(manifest), encoding="utf-8")
+    write_folder(folder, {ARRAYS: data, MANIFEST: _as_text(manifest).encode()})
 
 
 def _take_apart(bundle: Bundle) -> tuple[dict[str, Any], Arrays]:
@@ -486,7 +466,7 @@ def _put_together(manifest: dict[str, Any], arrays: Arrays) -> Bundle:
     records = []
     for i, entry in enumerate(manifest["cases"]):
         case = _checked(case_from_arrays(entry, folders.pop(f"cases/{i}", {})))
-        truth = solve(case) if manifest["format"] == COMPACT else _truth_from_arrays(folders.pop(f"truths/{i}", {}))
+        truth = solve(case) if manifest["format"] == COMPACT else truth_from_arrays(folders.pop(f"truths/{i}", {}))
         records.append(Record(case, truth))
         for name, dtypes in entry["results"].items():
             adapters[name].results[_key(case)] = _result_from_arrays(folders.pop(f"results/{i}/{name}", {}), dtypes)

@@ -26,6 +26,7 @@ from parity_tests.studies.verdicts import Outcome, examine
 from parity_tests.texts import one_line
 from parity_tests.truth.cases import Case
 from parity_tests.truth.devices import device_of_kind, of_own_losses
+from parity_tests.truth.files import write_whole
 from parity_tests.truth.linear_cases import all_case_names
 
 FORMAT = 1
@@ -154,7 +155,7 @@ def write_kit(folder: Path, content: dict[str, Any], dtypes: Iterable[str]) -> N
     bundles = {dtype: _sha256(bundle_folder(folder, dtype) / MANIFEST) for dtype in dtypes}
     kit = {"command": "kit", "format": FORMAT, **content, "bundles": bundles}
     kit["sha256"] = _digest(kit)
-    (folder / REPORT).write_text(json.dumps(kit, indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / REPORT, json.dumps(kit, indent=1) + "\n")
 
 
 def is_kit(path: Path) -> bool:
