@@ -44,6 +44,8 @@ _SLOW = ("-compiled", "-eager", "-linear-reference", "-triton", *ELSEWHERE)
 SLOW = frozenset(name for name in ENTRIES if name.endswith(_SLOW))
 # Those of the losses of other libraries, which in narrow dtypes are computed or returned in these: unless asked for.
 PEER_DTYPES = ("float32",)
+# What most train in: by default no others, since JAX compiles for each.
+DEFAULT_DTYPES = ("float32", "bfloat16")
 SHOWN = 20
 
 
@@ -62,6 +64,8 @@ def run(
 ) -> None:
     """Compare adapters with the truth and with each other, in every case and dtype.
 
+    With --adapter, --case, or a device that is simulated, the default is every dtype, and else float32 and bfloat16.
+
     With --device-model each is computed operation by operation with errors as large as the device's may be, and held
     against the bounds of that device; see docs/devices.md.
 
@@ -79,7 +83,8 @@ def run(
     """
     console = PlainConsole()
     check_device_model(device_model, device)
-    dtypes = check_dtypes(dtype, dtypes_on(device_model))
+    chosen = bool(adapter or case or device_model)
+    dtypes = check_dtypes(dtype, dtypes_on(device_model) if chosen else DEFAULT_DTYPES)
     names = select_cases(case)
     announce("loading the adapters")
     members, missing = find_members(adapter, device, device_model)

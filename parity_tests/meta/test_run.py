@@ -87,8 +87,8 @@ def test_by_default_what_is_slow_stays_away_and_peers_are_called_in_float32(
     monkeypatch.setattr(registry, "ENTRIES", made)
     file = tmp_path / "run.json"
 
-    def called(*arguments: str) -> set[tuple[str, str]]:
-        outcome = invoke("run", "--case", "ties", "--json", str(file), *arguments)
+    def called(*arguments: str, case: tuple[str, ...] = ("--case", "ties")) -> set[tuple[str, str]]:
+        outcome = invoke("run", *case, "--json", str(file), *arguments)
         assert outcome.exit_code == 0, outcome.output
         outcomes = json.loads(file.read_text())["survey"]["outcomes"]
         shown = {(each["adapter"], each["dtype"]) for each in outcomes if each["status"] != "unsupported"}
@@ -98,6 +98,8 @@ def test_by_default_what_is_slow_stays_away_and_peers_are_called_in_float32(
 
     ours = {("jax-fused", dtype) for dtype in DTYPES}
     assert called() == ours | {("torch-keras", "float32")}
+    monkeypatch.setattr("parity_tests.commands.common.default_case_names", lambda: ["ties"])
+    assert called(case=()) == {("jax-fused", "float32"), ("jax-fused", "bfloat16"), ("torch-keras", "float32")}
     assert called("--dtype", "float16") == {("jax-fused", "float16"), ("torch-keras", "float16")}
     assert called("--adapter", "torch-keras") == {("torch-keras", dtype) for dtype in DTYPES}
     assert called("--adapter", "*-eager") == {("jax-fused-eager", dtype) for dtype in DTYPES}
