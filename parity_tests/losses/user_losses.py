@@ -89,26 +89,64 @@ def load_adapter(
             return make_adapter(specification, device)
         except ValueError as error:
             raise SpecificationError(f"{error}; or torch:package.module:name, jax:package.module:name") from None
-    torch = specification.startswith("torch:")
+    framework = specification.partition(":")[0]
     # Load the framework first, so that its absence does not look like an error of the user's module.
-    adapter = (
-        TorchAdapter(device=device, linear=linear) if torch else JaxAdapter(None, jit, device=device, linear=linear)
-    )
-    operands = ("hidden", "weight", "labels") if linear else ("logits", "labels")
-    loss = _bind(specification, options, operands, _to_torch if torch else _to_jax)
+    adapter = _make_adapter(framework, device, jit, linear)
+    return _take(adapter, specification, find(specification), options)
+
+
+def adapt(
+    loss: Callable[..., Any],
+    framework: str,
+    name: str,
+    options: Mapping[str, Any],
+    device: str = "cpu",
+    linear: bool = False,
+) -> Adapter:
+    """Return the adapter of a loss that is at hand.
+
+    Args:
+        loss: a function of (logits, labels) or (hidden, weight, labels); a class is instantiated.
+        framework: "torch" or "jax".
+        name: name in reports; `framework:package.module:name`.
+        options: keyword arguments of the function or class.
+        device: the device.
+        linear: whether it takes a linear layer.
+
+    Raises:
+        SpecificationError: the loss does not take the options.
+        UnavailableError: the framework or the device is not on this machine.
+    """
+    return _take(_make_adapter(framework, device, False, linear), name, loss, options)
+
+
+def _make_adapter(framework: str, device: str, jit: bool, linear: bool) -> TorchAdapter | JaxAdapter:
+    if framework == "torch":
+        return TorchAdapter(device=device, linear=linear)
+    return JaxAdapter(None, jit, device=device, linear=linear)
+
+
+def _take(adapter: TorchAdapter | JaxAdapter, name: str, found: Any, options: Mapping[str, Any]) -> Adapter:
+    operands = ("hidden", "weight", "labels") if adapter.linear else ("logits", "labels")
+    loss = _bind(name, found, options, operands, _to_torch if adapter.framework == "torch" else _to_jax)
 
     def call(*inputs: Any, labels: Any, **settings: Any) -> Any:
-        return loss(*inputs, labels)
+        # The loss has its own options. Arrays, such as `where`, are there only if the user gave them with a batch.
+        arrays = {name: value for name, value in settings.items() if hasattr(value, "shape")}
+        return loss(*inputs, labels, **arrays)
 
-    adapter.name = specification
+    adapter.name = name
     adapter.take(call)
     return adapter
 
 
 def _bind(
-    specification: str, options: Mapping[str, Any], operands: Sequence[str], as_array: Callable[[list[Any]], Any]
+    specification: str,
+    found: Any,
+    options: Mapping[str, Any],
+    operands: Sequence[str],
+    as_array: Callable[[list[Any]], Any],
 ) -> Callable[..., Any]:
-    found = find(specification)
     arguments = {key: as_array(value) if isinstance(value, list) else value for key, value in options.items()}
     try:
         if inspect.isclass(found):
@@ -160,15 +198,42 @@ def find_reduction(adapter: Adapter, cases: Sequence[Case]) -> str | None:
     return None
 
 
+def keep_shape(adapter: Any, shapes: Mapping[int, tuple[int, ...]], per_row: frozenset[str]) -> None:
+    """Make the adapter of a user's loss call it with the leading shapes that its batches had, instead of rows.
+
+    Args:
+        adapter: the adapter, which gets rows.
+        shapes: the leading shape of a batch, by its number of rows.
+        per_row: names of the arrays, besides inputs and labels, that have a value for each row.
+    """
+    of_rows = adapter.loss
+
+    def call(*inputs: Any, labels: Any, **settings: Any) -> Any:
+        shape = shapes[labels.shape[0]]
+
+        def folded(array: Any) -> Any:
+            return array.reshape((*shape, *array.shape[1:]))
+
+        given = {name: folded(value) if name in per_row else value for name, value in settings.items()}
+        loss = of_rows(folded(inputs[0]), *inputs[1:], labels=folded(labels), **given)
+        whole = tuple(getattr(loss, "shape", ()))
+        return loss.reshape((-1, *whole[len(shape) :])) if whole and whole[: len(shape)] == shape else loss
+
+    adapter.loss = call
+
+
 def take_mean(adapter: Any, ignore_index: int | None) -> None:
-    """Make the adapter of a user's loss return the mean over the rows that are not ignored."""
+    """Make the adapter of a user's loss return the mean over the rows that are not ignored, nor masked by `where`."""
     rows = adapter.loss
 
     def mean(*inputs: Any, labels: Any, **settings: Any) -> Any:
-        losses = rows(*inputs, labels=labels)
-        if ignore_index is None:
+        losses = rows(*inputs, labels=labels, **settings)
+        counted = settings.get("where")
+        if ignore_index is not None:
+            counted = labels != ignore_index if counted is None else counted & (labels != ignore_index)
+        if counted is None:
             return losses.mean()
-        counted = (labels != ignore_index).sum()
+        counted = counted.sum()
         return losses.sum() / (counted.astype if hasattr(counted, "astype") else counted.to)(losses.dtype)
 
     adapter.loss = mean

@@ -282,10 +282,11 @@ def compare_sides(
     dtypes: Sequence[str],
     tolerance: Tolerance | None = None,
     announce: Callable[[str], None] = lambda text: None,
+    batches: Sequence[Case] = (),
 ) -> Pair:
     """Compare two losses with each other and with the truth, and diagnose each.
 
-    Losses that take all options are compared in every named case, others in plain cases.
+    Losses that take all options are compared in every named case, others in plain cases; or all in given batches.
 
     Args:
         first: one loss.
@@ -294,10 +295,12 @@ def compare_sides(
         dtypes: the dtypes of the cases.
         tolerance: what is allowed in place of what rounding explains.
         announce: called with what takes long, before it starts.
+        batches: the cases, if the user gave their own.
     """
     sides = (first, second)
     plain = any(side.reduction is not None for side in sides)
-    cases = [case for dtype in dtypes for case in (plain_cases(question, dtype) if plain else _named_cases(dtype))]
+    drawn = (case for dtype in dtypes for case in (plain_cases(question, dtype) if plain else _named_cases(dtype)))
+    cases = list(batches) or list(drawn)
     cases = [case for case in cases if not any(side.adapter.unsupported(case) for side in sides)]
     # If both take dense and linear cases, such as a fault and the oracle, the dense cases are enough.
     cases = [case for case in cases if not isinstance(case, LinearCase)] or cases
