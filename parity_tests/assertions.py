@@ -192,7 +192,7 @@ def _compare(first: Loss, second: Loss, dtypes: tuple[str, ...], options: Compar
     frameworks = options.get("frameworks", (None, None))
     keywords, device = options.get("options", ({}, {})), options.get("device", "cpu")
     adapters = [
-        _adapter(loss, framework, own_options, device, question.linear)
+        _adapter(loss, framework, own_options, device, question.linear, own.arrays if own else ())
         for loss, framework, own_options in zip((first, second), frameworks, keywords, strict=True)
     ]
     chose = sizes is not None or (question.ignore_index is not None and own is None)
@@ -204,9 +204,16 @@ def _compare(first: Loss, second: Loss, dtypes: tuple[str, ...], options: Compar
     return compare_sides(*sides, question, dtypes, tolerance, batches=own.cases if own else ())
 
 
-def _adapter(loss: Loss, framework: str | None, options: Mapping[str, Any], device: str, linear: bool) -> Adapter:
+def _adapter(
+    loss: Loss,
+    framework: str | None,
+    options: Mapping[str, Any],
+    device: str,
+    linear: bool,
+    arrays: Sequence[str],
+) -> Adapter:
     if isinstance(loss, str):
-        return load_adapter(loss, options, device, linear=linear)
+        return load_adapter(loss, options, device, linear=linear, arrays=arrays)
     if not callable(loss):
         raise TypeError(f"a loss is a callable, or a text such as torch:package.module:name; got {loss!r}")
     if framework is None:
@@ -216,7 +223,7 @@ def _adapter(loss: Loss, framework: str | None, options: Mapping[str, Any], devi
             raise FrameworkError(f'{error}. Pass frameworks=("torch", "jax"), one for each loss') from None
     if framework not in FRAMEWORKS:
         raise ValueError(f"frameworks are torch and jax, got {framework!r}")
-    return adapt(loss, framework, f"{framework}:{name_of(loss)}", options, device, linear)
+    return adapt(loss, framework, f"{framework}:{name_of(loss)}", options, device, linear, arrays)
 
 
 def _several(dtypes: str | Sequence[str]) -> tuple[str, ...]:

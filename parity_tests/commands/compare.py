@@ -1,5 +1,6 @@
 """`lsce-parity compare A B`."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -162,7 +163,7 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
     check_device_model(device_model, device)
     check_device_model(explain_precision, "cpu")
     adapters = [
-        _load(specification, option, device, question.linear)
+        _load(specification, option, device, question.linear, own.arrays if own else ())
         for specification, option in ((first, first_option), (second, second_option))
     ]
     if own is not None:
@@ -189,18 +190,17 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
     exit_with(pair.agrees)
 
 
-def _load(specification: str, options: list[str] | None, device: str, linear: bool) -> Adapter:
+def _load(specification: str, options: list[str] | None, device: str, linear: bool, arrays: Sequence[str]) -> Adapter:
     try:
-        return load_adapter(specification, parse_options(options or []), device, linear=linear)
+        return load_adapter(specification, parse_options(options or []), device, linear=linear, arrays=arrays)
     except (SpecificationError, UnavailableError) as error:
         cannot_run(str(error))
 
 
 def _announce_batches(question: Question, own: Own) -> None:
+    also = f", also {', '.join(own.arrays)}" if own.arrays else ""
     for case in own.cases:
-        others = [*([] if case.where is None else ["where"]), *case.keywords]
-        inputs = f"{case.dtype} {list(case.logits.shape)}, labels {list(case.labels.shape)}"
-        announce(f"{case.name}: {inputs}{f', also {chr(44).join(others)}' if others else ''}")
+        announce(f"{case.name}: {case.dtype} {list(case.logits.shape)}, labels {list(case.labels.shape)}{also}")
     if question.beyond:
         announce(question.beyond)
 

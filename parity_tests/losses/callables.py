@@ -66,7 +66,8 @@ def _evidence(loss: Any) -> Iterator[set[str]]:
     """Yield the frameworks that say so, from the strongest evidence to the weakest."""
     yield _of_module(type(loss).__module__)
     inner = _unwrapped(loss)
-    kind = inner if inspect.isclass(inner) else type(inner)
+    owner = loss.__self__ if inspect.ismethod(loss) else inner
+    kind = owner if inspect.isclass(owner) else type(owner)
     yield set().union(*(_of_module(base.__module__) for base in kind.__mro__))
     yield _of_module(getattr(inner, "__module__", None))
     function = inner if isinstance(inner, types.FunctionType) else getattr(kind, "__call__", None)  # noqa: B004
@@ -85,7 +86,7 @@ def _of_function(function: types.FunctionType, depth: int) -> set[str]:
     """Return the frameworks that the code of a function names, and of those that it calls."""
     names = set(_names(function.__code__))
     # A module that is imported within the function is a name of its code too.
-    found = set().union(*(_of_module(name) for name in names if name in _FRAMEWORKS))
+    found = set().union(*map(_of_module, names))
     values = [function.__globals__[name] for name in names if name in function.__globals__]
     for cell in function.__closure__ or ():
         try:

@@ -74,9 +74,22 @@ def find(specification: str) -> Any:
 
 
 def load_adapter(
-    specification: str, options: Mapping[str, Any], device: str = "cpu", jit: bool = False, linear: bool = False
+    specification: str,
+    options: Mapping[str, Any],
+    device: str = "cpu",
+    jit: bool = False,
+    linear: bool = False,
+    arrays: Sequence[str] = (),
 ) -> Adapter:
     """Return the adapter of a user's loss, or of a name that `make_adapter` knows.
+
+    Args:
+        specification: name of the loss.
+        options: keyword arguments of the function or class.
+        device: the device.
+        jit: whether to compile a loss of JAX.
+        linear: whether the loss takes a linear layer.
+        arrays: names of further arrays that a user's loss takes by keyword.
 
     Raises:
         SpecificationError: there is no such loss, it does not take the options, or an adapter was given options.
@@ -92,7 +105,7 @@ def load_adapter(
     framework = specification.partition(":")[0]
     # Load the framework first, so that its absence does not look like an error of the user's module.
     adapter = _make_adapter(framework, device, jit, linear)
-    return _take(adapter, specification, find(specification), options)
+    return _take(adapter, specification, find(specification), options, arrays)
 
 
 def adapt(
@@ -102,6 +115,7 @@ def adapt(
     options: Mapping[str, Any],
     device: str = "cpu",
     linear: bool = False,
+    arrays: Sequence[str] = (),
 ) -> Adapter:
     """Return the adapter of a loss that is at hand.
 
@@ -112,12 +126,13 @@ def adapt(
         options: keyword arguments of the function or class.
         device: the device.
         linear: whether it takes a linear layer.
+        arrays: names of further arrays that it takes by keyword.
 
     Raises:
         SpecificationError: the loss does not take the options.
         UnavailableError: the framework or the device is not on this machine.
     """
-    return _take(_make_adapter(framework, device, False, linear), name, loss, options)
+    return _take(_make_adapter(framework, device, False, linear), name, loss, options, arrays)
 
 
 def _make_adapter(framework: str, device: str, jit: bool, linear: bool) -> TorchAdapter | JaxAdapter:
@@ -126,14 +141,15 @@ def _make_adapter(framework: str, device: str, jit: bool, linear: bool) -> Torch
     return JaxAdapter(None, jit, device=device, linear=linear)
 
 
-def _take(adapter: TorchAdapter | JaxAdapter, name: str, found: Any, options: Mapping[str, Any]) -> Adapter:
+def _take(
+    adapter: TorchAdapter | JaxAdapter, name: str, found: Any, options: Mapping[str, Any], arrays: Sequence[str]
+) -> Adapter:
     operands = ("hidden", "weight", "labels") if adapter.linear else ("logits", "labels")
-    loss = _bind(name, found, options, operands, _to_torch if adapter.framework == "torch" else _to_jax)
+    as_array = _to_torch if adapter.framework == "torch" else _to_jax
+    loss = _bind(name, found, options, operands, arrays, as_array)
 
     def call(*inputs: Any, labels: Any, **settings: Any) -> Any:
-        # The loss has its own options. Arrays, such as `where`, are there only if the user gave them with a batch.
-        arrays = {name: value for name, value in settings.items() if hasattr(value, "shape")}
-        return loss(*inputs, labels, **arrays)
+        return loss(*inputs, labels, **{name: settings[name] for name in arrays if name in settings})
 
     adapter.name = name
     adapter.take(call)
@@ -145,15 +161,17 @@ def _bind(
     found: Any,
     options: Mapping[str, Any],
     operands: Sequence[str],
+    arrays: Sequence[str],
     as_array: Callable[[list[Any]], Any],
 ) -> Callable[..., Any]:
     arguments = {key: as_array(value) if isinstance(value, list) else value for key, value in options.items()}
     try:
         if inspect.isclass(found):
             return _make(specification, found, arguments)
-        inspect.signature(found).bind(*operands, **arguments)
+        inspect.signature(found).bind(*operands, **arguments, **dict.fromkeys(arrays))
     except TypeError as error:
-        raise SpecificationError(f"{specification} does not take these options: {error}") from error
+        also = f", nor {', '.join(arrays)} of your batch by keyword" if arrays else ""
+        raise SpecificationError(f"{specification} does not take these options{also}: {error}") from error
     except SpecificationError:
         raise
     except ValueError:

@@ -488,7 +488,9 @@ class _Wide:
             samples = [
                 Sample(runs.cases[j], result)
                 for j in runs.ordinary
-                if isinstance(result := runs.results[j], Result) and runs.cases[j].dtype == runs.cases[0].dtype
+                if isinstance(result := runs.results[j], Result)
+                and runs.cases[j].dtype == runs.cases[0].dtype
+                and runs.cases[j].where is None  # the formulas know of no mask
             ]
             self.announce(f"looking for the formula of {'AB'[i]}")
             self._formulas[i] = recognise(samples, runs.precision) if samples else None

@@ -117,6 +117,12 @@ class Own:
     shapes: Mapping[int, tuple[int, ...]]
     per_row: frozenset[str]
 
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """The names of arrays besides inputs and labels, which losses take by keyword."""
+        where = ["where"] if any(case.where is not None for case in self.cases) else []
+        return tuple(dict.fromkeys([*where, *(name for case in self.cases for name in case.keywords)]))
+
 
 def take_batches(question: Question, given: Sequence[Any]) -> tuple[Question, Own]:
     """Return the question for batches of the user's, and the batches.
@@ -191,6 +197,9 @@ def make_sides(
                 unit = "row" if reduction == "none" else "logit"
                 say(f"{adapter.name} returns a loss per {unit}: its mean is compared.")
                 take_mean(adapter, question.ignore_index)
+    if adapters[0].name == adapters[1].name and all(is_user_loss(each.name) for each in adapters):
+        for letter, adapter in zip("AB", adapters, strict=True):
+            adapter.name += f" ({letter})"  # reports tell losses apart by their names
     common = "mean" if "mean" in found else "elements" if found == ["elements", "elements"] else "none"
     first, second = (Side(adapter, common if is_user_loss(adapter.name) else None) for adapter in adapters)
     return first, second

@@ -71,7 +71,7 @@ class Runs:
         """Run the loss in every case."""
         self.adapter, self.cases, self.dtype = adapter, cases, dtype
         self.ordinary = [i for i, case in enumerate(cases) if is_ordinary(case)]
-        self.results = [attempt(adapter, replace(case, dtype=dtype)) for case in cases]
+        self.results = [attempt(adapter, _in_dtype(case, dtype)) for case in cases]
         self._moved: dict[tuple[int, float], Parts] = {}
         self._typical: dict[int, dict[str, float]] = {}
 
@@ -121,7 +121,7 @@ class Runs:
         return largest
 
     def _again(self, i: int, operand: FloatArray) -> AnyResult | str:
-        return attempt(self.adapter, _with_operand(replace(self.cases[i], dtype=self.dtype), operand))
+        return attempt(self.adapter, _with_operand(_in_dtype(self.cases[i], self.dtype), operand))
 
     def result(self, i: int) -> AnyResult:
         """Return the result in case i, which must have one."""
@@ -180,6 +180,12 @@ class Runs:
 
 def _operand(case: Case) -> FloatArray:
     return case.hidden if isinstance(case, LinearCase) else case.logits
+
+
+def _in_dtype(case: Case, dtype: str) -> Case:
+    if isinstance(case, LinearCase):
+        return replace(case, dtype=dtype, weight_dtype=dtype)
+    return replace(case, dtype=dtype)
 
 
 def _with_operand(case: Case, operand: FloatArray) -> Case:
