@@ -163,11 +163,11 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
     check_device_model(device_model, device)
     check_device_model(explain_precision, "cpu")
     adapters = [
-        _load(specification, option, device, question.linear, own.arrays if own else ())
+        load_loss(specification, option, device, question.linear, own.arrays if own else ())
         for specification, option in ((first, first_option), (second, second_option))
     ]
     if own is not None:
-        _announce_batches(question, own)
+        announce_batches(question, own)
     probes = [case for case in plain_cases(question, dtypes[0]) if case.name.startswith("plain")]
     sides = make_sides(adapters, own.cases if own else probes, question, own, lambda text: console.print(Text(text)))
     try:
@@ -178,26 +178,30 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
         cannot_run(str(error))
     tolerance = None if rtol is None and atol is None else Tolerance(rtol or 0.0, atol or 0.0)
     pair = compare_sides(first_side, second_side, question, dtypes, tolerance, announce, own.cases if own else ())
-    _print(pair, console)
+    print_pair(pair, console)
     effects = None
     if explain_precision is not None:
         ordinary = [case for case in pair.cases if not is_edge(case)]
         effects = find_effects(adapters, ordinary, explain_precision)
         _print_effects(effects, console)
-    _write(pair, question, effects, json_file, report, console)
+    write_pair("compare", pair, question, effects, json_file, report, console)
     if pair.agrees is None:
         raise typer.Exit(code=CANNOT_RUN)
     exit_with(pair.agrees)
 
 
-def _load(specification: str, options: list[str] | None, device: str, linear: bool, arrays: Sequence[str]) -> Adapter:
+def load_loss(
+    specification: str, options: list[str] | None, device: str, linear: bool, arrays: Sequence[str]
+) -> Adapter:
+    """Return the adapter of a loss, or exit with 2."""
     try:
         return load_adapter(specification, parse_options(options or []), device, linear=linear, arrays=arrays)
     except (SpecificationError, UnavailableError) as error:
         cannot_run(str(error))
 
 
-def _announce_batches(question: Question, own: Own) -> None:
+def announce_batches(question: Question, own: Own) -> None:
+    """Print on stderr what the user's batches are."""
     also = f", also {', '.join(own.arrays)}" if own.arrays else ""
     for case in own.cases:
         announce(f"{case.name}: {case.dtype} {list(case.logits.shape)}, labels {list(case.labels.shape)}{also}")
@@ -205,7 +209,8 @@ def _announce_batches(question: Question, own: Own) -> None:
         announce(question.beyond)
 
 
-def _print(pair: Pair, console: Console) -> None:
+def print_pair(pair: Pair, console: Console) -> None:
+    """Print the comparison of two losses."""
     for line in lines_of(pair):
         console.print(Text(line, style="bold" if line.startswith(("A  ", "B  ")) else ""))
     console.print()
@@ -242,7 +247,8 @@ def _plain(found: Sameness | Accuracy) -> dict[str, Any]:
     return {each.name: getattr(found, each.name) for each in fields(found) if each.name != "differences"}
 
 
-def _write(
+def write_pair(
+    command: str,
     pair: Pair,
     question: Question,
     effects: Effects | None,
@@ -250,8 +256,9 @@ def _write(
     report: Path | None,
     console: Console,
 ) -> None:
+    """Write the comparison of two losses to the files that were asked for."""
     content = {
-        "command": "compare",
+        "command": command,
         "agrees": pair.agrees,
         "verdict": pair.verdict,
         "values_agree": pair.part_agrees("loss"),

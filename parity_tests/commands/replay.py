@@ -12,6 +12,7 @@ from parity_tests.commands.common import (
     DeviceOption,
     JsonOption,
     PlainConsole,
+    SecondOption,
     cannot_run,
     exit_with,
     find_adapters,
@@ -20,8 +21,11 @@ from parity_tests.commands.common import (
     track,
     write_json,
 )
+from parity_tests.commands.recorded_losses import replay_own
 from parity_tests.evidence.environment import describe_environment
+from parity_tests.losses.user_losses import is_user_loss
 from parity_tests.studies.bundle import BundleError, read_bundle
+from parity_tests.studies.recorded_losses import MANIFEST
 from parity_tests.studies.replays import Replay
 from parity_tests.studies.replays import replay as replay_bundle
 
@@ -37,6 +41,7 @@ def replay(
     adapter: AdapterOption = None,
     device: DeviceOption = "cpu",
     json_file: JsonOption = None,
+    option: SecondOption = None,
 ) -> None:
     """Compare adapters on this machine with values recorded elsewhere, on the same input bits.
 
@@ -48,7 +53,13 @@ def replay(
         lsce-parity replay from-the-gpu-machine
 
         lsce-parity replay from-the-gpu-machine --adapter jax-fused --json replayed.json
+
+        lsce-parity replay from-torch --adapter jax:my.losses:focal --b gamma=2
     """
+    if (folder / MANIFEST).is_file():
+        replay_own(folder, adapter, option, device, json_file, None)
+    if option or any(map(is_user_loss, adapter or ())):
+        cannot_run(f"{folder} holds no recorded loss of a user: record one with --adapter torch:package.module:name")
     console = PlainConsole()
     try:
         bundle = read_bundle(folder)

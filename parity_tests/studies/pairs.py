@@ -6,8 +6,8 @@ difference, or neither is known, both run in float64: are they the same function
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,10 +48,12 @@ class Side:
         adapter: the loss.
         reduction: the reduction that it returns, "none", "mean" or "elements"; None if it takes the reduction from the
             case.
+        recorded: its runs by wide dtype, if they were recorded; otherwise it is run.
     """
 
     adapter: Adapter
     reduction: str | None = None
+    recorded: Mapping[str, Runs] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -478,7 +480,9 @@ class _Wide:
     def runs(self, i: int, dtype: str) -> Runs:
         """Return the results of one side in a wide dtype."""
         if (i, dtype) not in self._runs:
-            self._runs[i, dtype] = Runs(self.sides[i].adapter, self.cases, lambda case: not is_edge(case), dtype)
+            side = self.sides[i]
+            runs = side.recorded or {dtype: Runs(side.adapter, self.cases, lambda case: not is_edge(case), dtype)}
+            self._runs[i, dtype] = runs[dtype]
         return self._runs[i, dtype]
 
     def formula(self, i: int) -> Recognised | None:

@@ -190,7 +190,7 @@ def make_sides(
         own: the user's batches.
         say: called with what was done to a loss.
     """
-    found = [_reduction(adapter, cases, own, say) if is_user_loss(adapter.name) else None for adapter in adapters]
+    found = [reduction_of(adapter, cases, own, say) if is_user_loss(adapter.name) else None for adapter in adapters]
     if "mean" in found:
         for adapter, reduction in zip(adapters, found, strict=True):
             if reduction in ("none", "elements"):
@@ -205,7 +205,8 @@ def make_sides(
     return first, second
 
 
-def _reduction(adapter: Any, cases: Sequence[Case], own: Own | None, say: Callable[[str], None]) -> str | None:
+def reduction_of(adapter: Any, cases: Sequence[Case], own: Own | None, say: Callable[[str], None]) -> str | None:
+    """Return the reduction of a user's loss, which is called with its batches' leading shapes if it takes no rows."""
     found = find_reduction(adapter, cases)
     if found is not None or own is None or all(len(shape) == 1 for shape in own.shapes.values()):
         return found

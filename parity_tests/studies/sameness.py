@@ -178,6 +178,42 @@ class Runs:
         }
 
 
+class RecordedRuns(Runs):
+    """The runs of a loss on another machine, which cannot be run again.
+
+    Args:
+        adapter: stands for the loss: its name and arithmetic.
+        cases, is_ordinary, dtype: as in `Runs`.
+        results: the results in every case, or what was raised.
+        moved: the largest changes, by case and roundoff.
+        precision: the dtype that it computes in.
+        random: whether a second call gave another result.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        cases: Sequence[Case],
+        is_ordinary: Callable[[Case], bool],
+        dtype: str,
+        *,
+        results: list[AnyResult | str],
+        moved: dict[tuple[int, float], Parts],
+        precision: str,
+        random: bool,
+    ) -> None:
+        """Take what was recorded."""
+        self.adapter, self.cases, self.dtype, self.results = adapter, cases, dtype, results
+        self.ordinary = [i for i, case in enumerate(cases) if is_ordinary(case)]
+        self._moved, self._typical = moved, {}
+        self.__dict__["precision"] = precision  # in place of what `Runs` finds by running
+        self._random = random
+
+    def is_random(self) -> bool:
+        """Return whether a second call gave another result."""
+        return self._random
+
+
 def _operand(case: Case) -> FloatArray:
     return case.hidden if isinstance(case, LinearCase) else case.logits
 

@@ -94,7 +94,7 @@ def _write(path: Path, given: Mapping[str, Any]) -> None:
         if path.suffix == ".npz":
             np.savez(half, **arrays)  # type: ignore[arg-type]  # its options are not arrays
         else:
-            half.write_bytes(save({name: np.asarray(array, order="C") for name, array in arrays.items()}))
+            half.write_bytes(to_safetensors(arrays))
         half.replace(path)
     except OSError as error:
         raise BatchError(f"{path} cannot be written: {error.strerror}") from error
@@ -155,20 +155,34 @@ def _read(path: Path) -> Arrays:
     if path.suffix not in SUFFIXES:
         raise BatchError(f"a batch is a file that ends in {' or '.join(SUFFIXES)}")
     data = path.read_bytes()
-    deserialize: Any = safetensors.deserialize  # has no types
     try:
         if path.suffix == ".npz":
             with np.load(io.BytesIO(data), allow_pickle=False) as file:
                 return {name: file[name] for name in file.files}
-        return {
-            name: np.frombuffer(view["data"], _DTYPES[view["dtype"]]).reshape(view["shape"])
-            for name, view in deserialize(data)
-        }
+        return from_safetensors(data)
     except KeyError as error:
         raise BatchError(f"an array has the dtype {error}; expected is one of {', '.join(_DTYPES)}") from error
     except Exception as error:  # a damaged file may raise anything
         what = "file of plain arrays" if path.suffix == ".npz" else "safetensors file"
         raise BatchError(f"damaged or cut off, or no {what}: {type(error).__name__}: {error}") from error
+
+
+def from_safetensors(data: bytes) -> Arrays:
+    """Return the arrays of a file of safetensors, those of bfloat16 too, which `safetensors.numpy` cannot read.
+
+    Raises:
+        Exception: of any kind, if these are no safetensors.
+    """
+    deserialize: Any = safetensors.deserialize  # has no types
+    return {
+        name: np.frombuffer(view["data"], _DTYPES[view["dtype"]]).reshape(view["shape"])
+        for name, view in deserialize(data)
+    }
+
+
+def to_safetensors(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """Return the file of safetensors with these arrays."""
+    return save({name: np.asarray(array, order="C") for name, array in arrays.items()})
 
 
 def make_batch(given: Mapping[str, Any], name: str, ignore_index: int | None = None) -> Batch:
