@@ -22,6 +22,7 @@ from parity_tests.commands.power import power
 from parity_tests.commands.record import record
 from parity_tests.commands.replay import replay
 from parity_tests.commands.run import adapters, run
+from parity_tests.commands.self_check import self_check
 from parity_tests.commands.trajectory import trajectory
 
 app = typer.Typer(
@@ -44,6 +45,7 @@ app.command()(power)
 app.command()(record)
 app.command()(replay)
 app.command()(run)
+app.command()(self_check)
 app.command()(trajectory)
 
 

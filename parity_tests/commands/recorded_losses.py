@@ -82,6 +82,8 @@ def replay_own(
     first, second = sides_of(recording, loss, lambda text: console.print(Text(text)))
     dtypes = list(dict.fromkeys(case.dtype for case in recording.cases))
     pair = compare_sides(first, second, question, dtypes, announce=announce, batches=recording.cases)
+    versions = ", ".join(f"{name} {version}" for name, version in recording.environment["versions"].items())
+    console.print(Text(f"recorded with Python {recording.environment['python']}, {versions}"), soft_wrap=True)
     print_pair(pair, console)
     write_pair("replay", pair, question, None, json_file, report, console)
     if pair.agrees is None:

@@ -247,6 +247,10 @@ def _side(
             if not isinstance(result, str)
             for name in PRECISIONS
         }
+        for (i, _), parts in moved.items():
+            result = of_wide[i]
+            if isinstance(result, str) or _shapes(parts) != _shapes(result.parts):
+                raise ValueError(f"what moves in case {i} does not fit its result")
         wide[dtype] = RecordedRuns(
             adapter,
             reduced,
@@ -258,6 +262,10 @@ def _side(
             random=found["random"],
         )
     return Side(adapter, reduction, wide)
+
+
+def _shapes(parts: Parts) -> dict[str, tuple[int, ...]]:
+    return {part: values.shape for part, values in parts.items()}
 
 
 def _results(entries: Sequence[Any], path: str, folders: dict[str, Arrays]) -> list[AnyResult | str]:
