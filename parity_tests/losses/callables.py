@@ -47,7 +47,7 @@ def name_of(loss: Callable[..., Any]) -> str:
     """Return the name of a callable, as "package.module:name"."""
     inner = _unwrapped(loss)
     named = inner if hasattr(inner, "__qualname__") else type(inner)
-    return f"{named.__module__}:{named.__qualname__}"
+    return f"{named.__module__ or '__main__'}:{named.__qualname__}"
 
 
 def _unwrapped(loss: Any) -> Any:
