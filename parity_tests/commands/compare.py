@@ -156,7 +156,6 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
             if classes or dtype or logits_are != "logits" or labels_are != "classes":
                 raise ValueError("--inputs says it all: leave out --classes, --dtype, --logits-are and --labels-are")
             question, own = take_batches(question, inputs)
-        check_pair(question, (first, second), drawn=bool(classes) or (ignore_index is not None and not own))
     except (TypeError, ValueError) as error:
         cannot_run(str(error))
     check_device(device)
@@ -166,6 +165,10 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
         load_loss(specification, option, device, question.linear, own.arrays if own else ())
         for specification, option in ((first, first_option), (second, second_option))
     ]
+    try:
+        check_pair(question, (first, second), drawn=bool(classes) or (ignore_index is not None and not own))
+    except ValueError as error:
+        cannot_run(str(error))
     if own is not None:
         announce_batches(question, own)
     probes = [case for case in plain_cases(question, dtypes[0]) if case.name.startswith("plain")]

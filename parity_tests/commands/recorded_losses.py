@@ -73,12 +73,15 @@ def replay_own(
         cannot_run(f"{folder} holds a loss: name one to compare with it, as in --adapter jax:package.module:name")
     try:
         recording = read_recording(folder)
-        recorded = next(iter(recording.sides.values())).adapter.name
-        check_pair(recording.question, (recorded, adapter[0]), drawn=False)
-    except ValueError as error:
+    except RecordingError as error:
         cannot_run(str(error))
     own, question = recording.own, recording.question
     loss = load_loss(adapter[0], options, device, question.linear, own.arrays if own else ())
+    try:
+        recorded = recording.sides[recording.reduction].adapter.name
+        check_pair(question, (recorded, loss.name), drawn=False)
+    except ValueError as error:
+        cannot_run(str(error))
     first, second = sides_of(recording, loss, lambda text: console.print(Text(text)))
     dtypes = list(dict.fromkeys(case.dtype for case in recording.cases))
     pair = compare_sides(first, second, question, dtypes, announce=announce, batches=recording.cases)
