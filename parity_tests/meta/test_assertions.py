@@ -228,7 +228,7 @@ def test_all_names_are_there() -> None:
 
 
 SUITE = """
-import functools, torch
+import functools, pytest, torch
 
 mean = torch.nn.functional.binary_cross_entropy_with_logits
 multi_hot = {"labels_are": "multi_hot", "classes": 3}
@@ -247,6 +247,14 @@ def test_silent(assert_same_loss):
 
 def test_device(parity_device, assert_same_loss):
     assert_same_loss(mean, rows, **multi_hot)
+
+class TestOther:
+    @pytest.fixture
+    def parity_device(self):
+        return "tpu"
+
+    def test_absent(self, parity_device, assert_same_loss):
+        assert_same_loss(mean, rows, **multi_hot)
 """
 
 
@@ -256,7 +264,8 @@ def test_the_fixture(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch)
     # Of its own process: the plugin here keeps the evidence of this session.
     result = pytester.runpytest_subprocess("-p", "parity_tests.plugin")
     text = result.stdout.str()
-    result.assert_outcomes(passed=1, failed=2, skipped=2)
+    result.assert_outcomes(passed=1, failed=3, skipped=2)
     assert "AssertionError: DISAGREE in 8 cases." in text
     assert "no verdict: NO VERDICT in 8 cases." in text
+    assert "no verdict: torch finds no tpu device" in text
     assert "assertions.py" not in text  # the traceback ends in the test
