@@ -217,7 +217,8 @@ def test_a_missing_file_and_another_kind() -> None:
 
 
 def test_a_mask_goes_to_both_losses_and_to_the_truth() -> None:
-    save_batch("batch.safetensors", logits=LOGITS, labels=LABELS, where=MASK)
+    labels = np.where(MASK, LABELS % 3, 3)
+    save_batch("batch.safetensors", logits=LOGITS, labels=labels, where=MASK)
     outcome = compare("masked", "masked_rows", "--inputs", "batch.safetensors", "--json", "found.json")
     assert outcome.exit_code == 0, outcome.output
     assert "AGREE in 1 case" in outcome.output

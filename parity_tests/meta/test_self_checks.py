@@ -299,8 +299,8 @@ import torch.nn.functional as F
 def right(logits, labels, smoothing):
     return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
 
-def wrong(logits, labels, smoothing, scale=1.0):
-    return scale * right(logits, labels, smoothing / 2)
+def scaled(logits, labels, smoothing, scale=1.0):
+    return scale * right(logits, labels, smoothing)
 
 def plain(logits, labels):
     return F.cross_entropy(logits, labels)
@@ -316,7 +316,7 @@ def test_a_users_loss_is_checked_by_name(tmp_path: Path, monkeypatch: pytest.Mon
     assert right.exit_code == (0 if agreement(expected) else 1), right.output
     found = json.loads(Path("found.json").read_text())["outcomes"]
     assert [each["verdict"] for each in found] == [each.verdict for each in expected]
-    wrong = invoke("self-check", "torch:self_checked:wrong", "--dtype", "float32", "--a", "scale=1.01")
+    wrong = invoke("self-check", "torch:self_checked:scaled", "--dtype", "float32", "--a", "scale=1.01")
     assert wrong.exit_code == 1, wrong.output
     assert wrong.output.count("disagree") > right.output.count("disagree")
     for loss, message in (("plain", "has no argument 'smoothing', which the checks vary"), ("none", "has no none")):
