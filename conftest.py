@@ -1,6 +1,7 @@
 """The strictest settings of JAX, for all tests, since a user may set them; code in Markdown pages runs as tests."""
 
 import gc
+import os
 
 import jax
 import pytest
@@ -14,6 +15,9 @@ jax.config.update("jax_num_cpu_devices", 2)
 
 # The collector would walk through the many small objects of JAX so often that it takes a fifth of the time.
 gc.set_threshold(100_000, 20, 100)
+
+# No test reads or writes the user's files.
+os.environ.setdefault("LSCE_PARITY_CACHE", "off")
 
 # It loads Triton, which not every machine has, and holds no examples.
 collect_ignore = ["lsce_torch/kernels/gpu.py"]

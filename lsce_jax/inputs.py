@@ -302,7 +302,7 @@ def _is_traced(array: object) -> bool:
 
 def _warn_of_labels(labels: Array, bad: Array) -> None:
     """Warn, once in a process, of labels that seem to be meant to be ignored, where they are at hand."""
-    if ignored.is_looking() and _is_at_hand(bad):
+    if ignored.is_looking() and _is_at_hand(bad) and _is_at_hand(labels):
         ignored.count_call()
         ignored.warn_of(np.asarray(labels)[np.asarray(bad)].tolist(), labels.size)
 

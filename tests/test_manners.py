@@ -440,6 +440,19 @@ def test_nothing_is_looked_at_under_transforms() -> None:
 
 
 @pytest.mark.usefixtures("first_calls")
+def test_labels_may_be_traced_where_the_bad_ones_are_known() -> None:
+    """As where a user's custom_jvp calls jax.jvp of the loss, and is differentiated."""
+
+    def loss(logits: jax.Array) -> jax.Array:
+        return lsce_jax.label_smoothed_cross_entropy(logits, jnp.asarray(LABELS), reduction="mean", softcap=3.0)
+
+    of_user = jax.custom_jvp(loss)
+    of_user.defjvp(lambda primals, tangents: jax.jvp(loss, primals, tangents))
+    _, pullback = jax.vjp(of_user, jnp.asarray(LOGITS))
+    np.testing.assert_array_equal(pullback(jnp.float32(1))[0], jax.grad(loss)(jnp.asarray(LOGITS)))
+
+
+@pytest.mark.usefixtures("first_calls")
 @pytest.mark.parametrize("package", ["jax", "torch"])
 def test_only_the_first_calls_are_looked_at(package: str) -> None:
     names, labels = (IN_JAX, PADDED) if package == "jax" else (IN_TORCH, torch.from_numpy(PADDED))

@@ -1,7 +1,10 @@
-"""Shared parts of the subcommands: exit codes, options and their checks, progress, tables, JSON."""
+"""Shared parts of the subcommands: exit codes, options and their checks, progress, JSON and pages."""
 
 import json
 import math
+import os
+import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
@@ -11,32 +14,62 @@ from typing import Annotated, Any, NoReturn, TypeVar
 
 import numpy as np
 import typer
-from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from lsce_spec.extras import require_for_command
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.evidence.ledger import DEVICES
-from parity_tests.evidence.pages import write_block
-from parity_tests.losses.adapters import Adapter, UnavailableError
+from parity_tests.evidence.pages import replace_block, write_block
+from parity_tests.losses.adapters import Adapter, UnavailableError, keep_programs
+from parity_tests.losses.registry import ENTRIES, make_adapter, match_names
 from parity_tests.losses.simulated import CannotSimulateError, simulate
 from parity_tests.studies.replays import adapters_here
 from parity_tests.studies.survey import Survey
+from parity_tests.texts import visible, with_nearest
 from parity_tests.truth.comparison import Comparison, Worst
 from parity_tests.truth.devices import arithmetic_of
+from parity_tests.truth.files import write_whole
 from parity_tests.truth.linear_cases import all_case_names, default_case_names
 from parity_tests.truth.precision import DTYPES
+from parity_tests.truth.stored import cache_folder
 
 AGREE, DISAGREE, CANNOT_RUN = 0, 1, 2
+# Between two lines of progress where there is no terminal.
+SECONDS_OF_LINE = 5.0
+
+
+def why_unwritable(path: Path) -> str | None:
+    """Return why a path cannot be written, or None: to be asked before hours of work, not after."""
+    there = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if there != path and not there.is_dir():
+        return f"{there} is a file, so {path} cannot be in it"
+    return None if os.access(there, os.W_OK) else f"{there} cannot be written to"
+
+
+def _check_output(path: Path | None) -> Path | None:
+    if path is not None and (reason := why_unwritable(path)):
+        raise typer.BadParameter(reason)
+    return path
+
 
 JsonOption = Annotated[
-    Path | None, typer.Option("--json", dir_okay=False, help="Write all results to this file, as JSON.")
+    Path | None,
+    typer.Option("--json", dir_okay=False, callback=_check_output, help="Write all results to this file, as JSON."),
 ]
 ReportOption = Annotated[
-    Path | None, typer.Option("--report", file_okay=False, help="Write the results to this folder, as a web page.")
+    Path | None,
+    typer.Option(
+        "--report", file_okay=False, callback=_check_output, help="Write the results to this folder, as a web page."
+    ),
 ]
 DtypeOption = Annotated[
     list[str] | None, typer.Option("--dtype", help="float64, float32, bfloat16 or float16; may be repeated.")
@@ -61,24 +94,9 @@ DeviceModelOption = Annotated[
 Item = TypeVar("Item")
 
 
-class PlainConsole(Console):
-    """A console that prints brackets as they are: names and messages come from users."""
-
-    def __init__(self) -> None:
-        """Switch markup off."""
-        super().__init__(markup=False)
-
-    def on_broken_pipe(self) -> None:
-        """Exit with 2 if the reader of a pipe is gone: Rich exits with 1, which here means that losses disagree."""
-        try:
-            super().on_broken_pipe()
-        except SystemExit:
-            raise SystemExit(CANNOT_RUN) from None
-
-
 def cannot_run(message: str) -> NoReturn:
     """Print why the command cannot run, and exit with 2."""
-    typer.echo(f"cannot run: {message}", err=True)
+    typer.echo(f"cannot run: {visible(message)}", err=True)
     raise typer.Exit(code=CANNOT_RUN)
 
 
@@ -86,14 +104,18 @@ def check_dtypes(given: Sequence[str] | None, default: Sequence[str]) -> tuple[s
     """Return the given dtypes, or the default; exit with 2 if one is unknown."""
     for dtype in given or ():
         if dtype not in DTYPES:
-            cannot_run(f"there is no dtype {dtype!r} here; the dtypes are {', '.join(DTYPES)}")
+            cannot_run(with_nearest(f"there is no dtype {dtype!r} here", dtype, DTYPES, "dtypes"))
     return tuple(given or default)
 
 
 def check_device(given: str) -> None:
     """Exit with 2 if no device has that name. Making an adapter tells whether this machine has the device."""
-    if given not in DEVICES:
-        cannot_run(f"there is no device {given!r} here; the devices are {', '.join(DEVICES)}")
+    if given in DEVICES:
+        return
+    problem = f"there is no device {given!r} here"
+    if given.lower() == "gpu":
+        cannot_run(f"{problem}; did you mean cuda?")
+    cannot_run(with_nearest(problem, given, DEVICES, "devices"))
 
 
 def check_free(folder: Path, what: str, marker: str, force: bool) -> None:
@@ -107,12 +129,24 @@ def check_free(folder: Path, what: str, marker: str, force: bool) -> None:
     """
     if folder.exists() and not folder.is_dir():
         cannot_run(f"{folder} is a file; name a folder")
+    if reason := why_unwritable(folder):
+        cannot_run(reason)
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not (folder / marker).is_file():
         cannot_run(f"{folder} is not empty and holds no {what}; name another folder")
     if not force:
         cannot_run(f"{folder} holds a {what}; name another folder, or pass --force to write over it")
+
+
+def check_adapters(names: Sequence[str]) -> None:
+    """Exit with 2 if no adapter has one of these names, which may have * and ?. No framework is loaded."""
+    for name in match_names(names):
+        if name not in ENTRIES:
+            try:
+                make_adapter(name)
+            except ValueError as error:
+                cannot_run(str(error))
 
 
 def find_adapters(
@@ -184,10 +218,16 @@ def select_cases(patterns: Sequence[str] | None) -> list[str]:
     """Return the names of the cases that match a pattern with * and ?; without patterns the default cases."""
     if not patterns:
         return default_case_names()
-    names = [name for name in all_case_names() if any(fnmatch(name, pattern) for pattern in patterns)]
-    if not names:
-        cannot_run(f"no case is called {' or '.join(patterns)}; the cases are {', '.join(all_case_names())}")
-    return names
+    return matching(patterns, all_case_names(), "case")
+
+
+def matching(patterns: Sequence[str], known: Sequence[str], kind: str) -> list[str]:
+    """Return the known names that match a pattern with * and ?; exit with 2 if a pattern matches none of them."""
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name in known):
+            problem = f"no {kind} is called {pattern or repr(pattern)}"
+            cannot_run(with_nearest(problem, pattern, known, f"{kind}s"))
+    return [name for name in known if any(fnmatch(name, pattern) for pattern in patterns)]
 
 
 def exit_with(agrees: bool) -> NoReturn:
@@ -195,17 +235,45 @@ def exit_with(agrees: bool) -> NoReturn:
     raise typer.Exit(code=AGREE if agrees else DISAGREE)
 
 
+def keep_compiled() -> None:
+    """Keep what JAX compiles for the next run, in the user's folder for caches, unless that is switched off."""
+    folder = cache_folder()
+    if folder is not None:
+        keep_programs(folder)
+
+
 def announce(text: str) -> None:
     """Print on stderr what the command is doing."""
-    typer.echo(text, err=True)
+    typer.echo(visible(text), err=True)
 
 
 def track(items: Iterable[Item], total: int, title: str) -> Iterator[Item]:
-    """Yield items with a progress bar on stderr. It vanishes at the end, and appears on terminals only."""
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    """Yield items and show on stderr how many are done: on a terminal a bar, elsewhere a line every few seconds."""
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield from _track_in_lines(items, total, title)
+        return
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, redirect_stdout=False) as progress:
         yield from progress.track(items, total=total)
+
+
+def _track_in_lines(items: Iterable[Item], total: int, title: str) -> Iterator[Item]:
+    """Yield items. A thread prints the lines: a single item may take longer than the time between them."""
+    begin, over, done = time.monotonic(), threading.Event(), 0
+
+    def report() -> None:
+        while not over.wait(SECONDS_OF_LINE):
+            minutes, seconds = divmod(int(time.monotonic() - begin), 60)
+            announce(f"{title} {done} of {total}, {minutes:02}:{seconds:02} elapsed")
+
+    threading.Thread(target=report, name="progress", daemon=True).start()
+    try:
+        for item in items:
+            yield item
+            done += 1
+    finally:
+        over.set()
 
 
 @contextmanager
@@ -214,15 +282,22 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        cannot_run(f"{path} cannot be written: {error.strerror}")
+        cannot_run(f"{path} cannot be written: {reason_of(error)}")
 
 
-def make_table(*headings: str, **options: Any) -> Table:
-    """Return a table without rows. A column whose heading starts with > is aligned to the right."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, **options)
-    for heading in headings:
-        table.add_column(heading.removeprefix(">"), justify="right" if heading.startswith(">") else "left")
-    return table
+def check_page(page: Path | None, command: str) -> None:
+    """Exit with 2 if a table cannot be written into a page later, if a page is given."""
+    if page is None:
+        return
+    try:
+        replace_block(page.read_text(encoding="utf-8"), command, "")
+    except (OSError, ValueError) as error:
+        cannot_run(f"{page} cannot be updated: {reason_of(error)}")
+
+
+def reason_of(error: OSError | ValueError) -> str:
+    """Return what an error says, without its number."""
+    return str((isinstance(error, OSError) and error.strerror) or error)
 
 
 def write_table(page: Path | None, command: str, text: str, console: Console) -> None:
@@ -232,7 +307,7 @@ def write_table(page: Path | None, command: str, text: str, console: Console) ->
     try:
         write_block(page, command, text)
     except (OSError, ValueError) as error:
-        cannot_run(f"{page} cannot be updated: {error}")
+        cannot_run(f"{page} cannot be updated: {reason_of(error)}")
     console.print(f"wrote {page}", soft_wrap=True, highlight=False)
 
 
@@ -311,6 +386,5 @@ def write_json(path: Path | None, content: Any, console: Console) -> None:
     """Write a JSON file if a path is given, and print the path."""
     if path is not None:
         with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(jsonable(content), indent=1) + "\n", encoding="utf-8")
+            write_whole(path, json.dumps(jsonable(content), indent=1) + "\n")
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)

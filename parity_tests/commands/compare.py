@@ -16,7 +16,6 @@ from parity_tests.commands.common import (
     DtypeOption,
     FirstOption,
     JsonOption,
-    PlainConsole,
     ReportOption,
     SecondOption,
     announce,
@@ -25,12 +24,12 @@ from parity_tests.commands.common import (
     check_device_model,
     check_dtypes,
     exit_with,
-    make_table,
     on_model,
     survey_as_json,
     write_json,
     write_page,
 )
+from parity_tests.commands.terminal import FittingTable, PlainConsole
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.losses.adapters import Adapter, UnavailableError
 from parity_tests.losses.user_losses import (
@@ -39,6 +38,7 @@ from parity_tests.losses.user_losses import (
     parse_options,
 )
 from parity_tests.report.pairs import lines_of, verdict_line
+from parity_tests.report.verdict import Banner
 from parity_tests.studies.pairs import Pair, Tolerance, compare_sides
 from parity_tests.studies.precision_effects import OBSERVED, Effects, find_effects
 from parity_tests.studies.probes import (
@@ -176,7 +176,9 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
     try:
         for side in sides:
             on_model(side.adapter, explain_precision)
-        first_side, second_side = (replace(side, adapter=on_model(side.adapter, device_model)) for side in sides)
+        first_side, second_side = (
+            replace(side, adapter=on_model(side.adapter, device_model), exact=side.adapter) for side in sides
+        )
     except UnavailableError as error:
         cannot_run(str(error))
     tolerance = None if rtol is None and atol is None else Tolerance(rtol or 0.0, atol or 0.0)
@@ -222,7 +224,7 @@ def print_pair(pair: Pair, console: Console) -> None:
 
 def _print_effects(effects: Effects, console: Console) -> None:
     parts = list(effects.changes[OBSERVED])
-    table = make_table("source", *(f">{part}" for part in parts))
+    table = FittingTable("source", *(f">{part}" for part in parts))
     for source, changes in effects.changes.items():
         table.add_row(source, *(f"{changes[part]:.1e}" for part in parts))
     console.print(
@@ -289,4 +291,7 @@ def write_pair(
     }
     write_json(json_file, content, console)
     names = " and ".join(reading.name for reading in pair.readings)
-    write_page(report, pair.survey, console, title=names, notes=pair.notes(), agrees=pair.agrees)
+    banner = None
+    if pair.agrees is None:
+        banner = Banner("NO VERDICT", "nothing", [*pair.functions(), *pair.troubles()])
+    write_page(report, pair.survey, console, title=names, notes=pair.notes(), agrees=pair.agrees, banner=banner)

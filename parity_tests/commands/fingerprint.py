@@ -3,23 +3,22 @@
 from typing import Annotated
 
 import typer
-from rich import box
-from rich.table import Table
 from rich.text import Text
 
 from parity_tests.commands.common import (
     DeviceOption,
     JsonOption,
-    PlainConsole,
     announce,
     cannot_run,
     check_device,
     exit_with,
     write_json,
 )
+from parity_tests.commands.terminal import FittingTable, PlainConsole
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.losses.adapters import UnavailableError
 from parity_tests.studies.fingerprint import BACKENDS, Fingerprint, measured_row, rows_that_fit, take_fingerprint
+from parity_tests.texts import with_nearest
 
 
 def fingerprint(
@@ -33,9 +32,13 @@ def fingerprint(
     Also says which rows of the table of devices (docs/devices.md) the measurements fit, and prints a row of their own.
 
     Exit code 0: all measurements are within the assumptions, 1: one is not, 2: no such framework or device here.
+
+    Examples:
+        lsce-parity fingerprint --framework jax
+        lsce-parity fingerprint --device cuda --json fingerprint.json
     """
     if framework is not None and framework not in BACKENDS:
-        cannot_run(f"there is no framework {framework!r} here; the frameworks are {', '.join(BACKENDS)}")
+        cannot_run(with_nearest(f"there is no framework {framework!r} here", framework, BACKENDS, "frameworks"))
     check_device(device)
     console = PlainConsole()
     taken: list[Fingerprint] = []
@@ -48,19 +51,25 @@ def fingerprint(
             continue
         announce(f"measuring {name} on {device}")
         taken.append(take_fingerprint(backend))
+        console.print(Text(_title(taken[-1]), style="bold"))
         console.print(_table(taken[-1]))
         for line in _rows(taken[-1]):
-            console.print(line, markup=False, highlight=False)
+            console.print(line, highlight=False)
     if not taken:
         cannot_run("; ".join(missing.values()))
     for name, reason in missing.items():
-        console.print(f"{name} not measured: {reason}", markup=False, highlight=False)
+        console.print(f"{name} not measured: {reason}", highlight=False)
     environment = describe_environment()
     flags = ", ".join(f"{flag}={value}" for flag, value in environment["flags"].items())
-    console.print(f"what the flags claim: {flags}", markup=False, highlight=False)
+    console.print(f"what the flags claim: {flags or 'nothing'}", highlight=False)
     content = {"command": "fingerprint", "environment": environment, "fingerprints": taken, "missing": missing}
     write_json(json_file, content, console)
     exit_with(all(each.within for each in taken))
+
+
+def _title(taken: Fingerprint) -> str:
+    name = taken.device if taken.model == taken.device else f"{taken.device}, as {taken.model}"
+    return f"{taken.framework} on {name}"
 
 
 def _rows(taken: Fingerprint) -> list[str]:
@@ -77,15 +86,9 @@ def _rows(taken: Fingerprint) -> list[str]:
     ]
 
 
-def _table(taken: Fingerprint) -> Table:
-    name = taken.device if taken.model == taken.device else f"{taken.device}, as {taken.model}"
-    table = Table(title=f"{taken.framework} on {name}", box=box.SIMPLE, title_justify="left")
-    for column in ("dtype", "probe", "measured", "what the\nbounds\nassume", "verdict"):
-        table.add_column(column, no_wrap=column == "probe")
-    before = None
+def _table(taken: Fingerprint) -> FittingTable:
+    table = FittingTable("dtype", "probe", "~measured", "~the bounds assume", "verdict", titles=2)
     for each in taken.findings:
         verdict = Text("within") if each.within else Text("exceeds", style="bold red")
-        dtype = each.dtype if each.dtype != before else ""
-        table.add_row(dtype, Text(each.probe), Text(each.measured), Text(each.assumed), verdict)
-        before = each.dtype
+        table.add_row(each.dtype, each.probe, each.measured, each.assumed, verdict)
     return table

@@ -15,28 +15,35 @@ from parity_tests.commands.common import (
     DeviceOption,
     DtypeOption,
     JsonOption,
-    PlainConsole,
+    ReportOption,
     announce,
     cannot_run,
     check_device_model,
     check_dtypes,
+    check_free,
     dtypes_on,
     exit_with,
     find_adapters,
-    make_table,
     track,
     write_json,
+    write_page,
     writing,
 )
+from parity_tests.commands.terminal import FittingTable, PlainConsole
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.losses.adapters import Adapter
 from parity_tests.losses.registry import ENTRIES
-from parity_tests.studies.bundle import BundleError, read_bundle, record, write_bundle
+from parity_tests.report.verdict import Banner
+from parity_tests.report.words import PageTable
+from parity_tests.studies.bundle import MANIFEST, BundleError, read_bundle, record, write_bundle
 from parity_tests.studies.hunt import Find, describe, parts_of, share_of
 from parity_tests.studies.hunt import hunt as search
+from parity_tests.studies.survey import Survey
 from parity_tests.truth.cases import Case
 
 SECONDS = 20.0
+HEADINGS = ("adapter", "dtype", "part", ">share", ">calls", "~in")
+NOTE = "Largest error that was found, as a share of its bound beyond the rounding of the result."
 # Under `jit` only: without it JAX compiles every operation for each shape, and torch.compile takes seconds a case.
 DEFAULT = [
     entry.name
@@ -45,14 +52,15 @@ DEFAULT = [
 ]
 
 
-def hunt(
+def hunt(  # noqa: PLR0913 - each option of the command line is a parameter
     *,
     adapter: Annotated[
         list[str] | None, typer.Option("--adapter", help=f"May be repeated. [default: {', '.join(DEFAULT)}]")
     ] = None,
     dtype: DtypeOption = None,
     seconds: Annotated[
-        float | None, typer.Option(help=f"Time for each adapter, dtype and part. [default: {SECONDS:g}]")
+        float | None,
+        typer.Option(help=f"Time for each adapter, dtype and part, compilation included. [default: {SECONDS:g}]"),
     ] = None,
     examples: Annotated[
         int | None, typer.Option(help="Number of calls of the adapter, in place of the time: reproducible.")
@@ -65,6 +73,7 @@ def hunt(
     device: DeviceOption = "cpu",
     device_model: DeviceModelOption = None,
     json_file: JsonOption = None,
+    report: ReportOption = None,
 ) -> None:
     """Search for inputs with the largest errors relative to the bounds, of the loss and of each gradient.
 
@@ -72,9 +81,7 @@ def hunt(
 
     Examples:
         lsce-parity hunt --adapter jax-fused --dtype float32 --seconds 60
-
         lsce-parity hunt --examples 500 --save worst-cases
-
         lsce-parity hunt --adapter jax-fused --dtype bfloat16 --device-model tpu-v5e
     """
     console = PlainConsole()
@@ -94,6 +101,7 @@ def hunt(
         ]
     except ValueError as error:
         cannot_run(str(error))
+    verdict = _verdict(finds)
     _print(finds, console)
     content = {
         "command": "hunt",
@@ -106,6 +114,11 @@ def hunt(
     write_json(json_file, content, console)
     if save is not None:
         _save(save, known, finds, adapters, console)
+    word, _, sentence = verdict.partition(": ")
+    banner = Banner(word, word.lower(), [sentence, *(_problem(find) for find in finds if not find.agrees)])
+    tables = [PageTable("Searches", HEADINGS, [_row(find) for find in finds], note=NOTE)]
+    write_page(report, Survey({}, [], []), console, title="Search for the largest errors", banner=banner, tables=tables)
+    console.print(f"\n{verdict}", highlight=False)
     exit_with(all(find.agrees for find in finds))
 
 
@@ -113,6 +126,7 @@ def _known(folder: Path | None) -> list[Case]:
     """Return the cases of the bundle in a folder; none if there is no bundle."""
     if folder is None or not folder.is_dir() or not any(folder.iterdir()):
         return []
+    check_free(folder, "bundle", MANIFEST, force=True)
     try:
         return read_bundle(folder).cases
     except BundleError as error:
@@ -135,24 +149,30 @@ def _save(
 
 
 def _print(finds: Sequence[Find], console: Console) -> None:
-    table = make_table("adapter", "dtype", "part", ">share", ">calls", "in")
+    table = FittingTable(*HEADINGS, titles=3)
     for find in finds:
-        row = (find.adapter, find.dtype, find.part, f"{find.share:.2g}", str(find.evaluations), describe(find.case))
-        table.add_row(*map(Text, row), style="" if find.agrees else "bold")
-    console.print("Largest error that was found, as a share of its bound beyond the rounding of the result.\n")
+        table.add_row(*_row(find), style="" if find.agrees else "bold")
+    console.print(f"{NOTE}\n")
     console.print(table)
-    broken = [find for find in finds if not find.agrees]
-    for find in broken:
-        console.print(Text(f"\n{find.adapter} in {find.dtype}, {describe(find.case)}: {find.problem}"), soft_wrap=True)
+    for find in (each for each in finds if not each.agrees):
+        console.print(Text(f"\n{_problem(find)}"), soft_wrap=True)
         console.print(Text(_as_code(find.case)), soft_wrap=True)
+
+
+def _row(find: Find) -> list[str]:
+    return [find.adapter, find.dtype, find.part, f"{find.share:.2g}", str(find.evaluations), describe(find.case)]
+
+
+def _problem(find: Find) -> str:
+    return f"{find.adapter} in {find.dtype}, {describe(find.case)}: {find.problem}"
+
+
+def _verdict(finds: Sequence[Find]) -> str:
+    """Return the verdict in one line."""
+    broken = sum(not find.agrees for find in finds)
     if broken:
-        console.print(
-            f"\nDISAGREE: {len(broken)} of {len(finds)} searches found a result beyond its bound", highlight=False
-        )
-    else:
-        console.print(
-            f"\nAGREE: no result beyond its bound in {sum(find.evaluations for find in finds)} calls", highlight=False
-        )
+        return f"DISAGREE: {broken} of {len(finds)} searches found a result beyond its bound"
+    return f"AGREE: no result beyond its bound in {sum(find.evaluations for find in finds)} calls"
 
 
 def _as_code(case: Case) -> str:

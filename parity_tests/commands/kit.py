@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -17,21 +18,23 @@ from rich.text import Text
 from parity_tests.commands.common import (
     DeviceOption,
     DtypeOption,
-    PlainConsole,
+    JsonOption,
     announce,
     cannot_run,
+    check_adapters,
     check_device,
     check_dtypes,
     check_free,
     exit_with,
     find_adapters,
     jsonable,
-    make_table,
     print_missing,
     select_cases,
     track,
+    write_json,
     writing,
 )
+from parity_tests.commands.terminal import FittingTable, PlainConsole
 from parity_tests.evidence.cards import find_device
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.losses.adapters import Adapter
@@ -73,6 +76,7 @@ def kit(
         bool, typer.Option("--quick", help="Few cases and small benchmarks, to see that it works: no evidence.")
     ] = False,
     benchmarks: Annotated[bool, typer.Option(help="Time the losses and their peers; needs a clone.")] = True,
+    json_file: JsonOption = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a kit that is there.")] = False,
 ) -> None:
     """Find out what holds on a device of this machine, and write it down for others to check.
@@ -83,14 +87,17 @@ def kit(
 
     Exit code 0: all of ours are within their bounds, and the arithmetic is as the bounds assume, 1: something is not
     (the kit is written all the same), 2: no framework finds the device, or DIR cannot be written.
+
+    Examples:
+        lsce-parity kit my-gpu --device cuda
+        lsce-parity kit try-it --device cuda --quick
     """
     console = PlainConsole()
     check_device(device)
     dtypes = check_dtypes(dtype, DTYPES[1:] if device == "tpu" else DTYPES)
     names = select_cases(case or (FEW_CASES if quick else all_case_names()))
     check_free(folder, "kit", REPORT, force)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    check_adapters(adapter or ADAPTERS)
     # JAX would take most of a card from torch. The benchmarks come first: a TPU serves one process at a time.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     figures = run_benchmarks(device, quick) if benchmarks else {"missing": "left out"}
@@ -120,6 +127,7 @@ def kit(
         console.print(_fingerprint_line(taken), highlight=False)
     if "missing" in figures:
         console.print(f"no benchmarks: {figures['missing']}", highlight=False)
+    write_json(json_file, {"command": "kit", **content}, console)
     console.print(f"wrote {folder}: {REPORT} and a bundle for each dtype", soft_wrap=True, highlight=False)
     console.print(f"\n{content['verdict']}", soft_wrap=True, highlight=False)
     exit_with(_agrees(lines, fingerprints))
@@ -170,7 +178,8 @@ def _record(folder: Path, adapters: Sequence[Adapter], names: Sequence[str], dty
     announce(f"running {len(adapters)} adapters in {len(cases)} cases in {dtype}")
     try:
         with writing(part):
-            write_bundle(part, record(adapters, track(cases, len(cases), "cases"), takes), compact=True)
+            shown = partial(track, total=len(cases), title="cases")
+            write_bundle(part, record(adapters, cases, takes, shown), compact=True)
             return lines_of(read_bundle(part))
     except BundleError as error:
         cannot_run(str(error))
@@ -186,11 +195,11 @@ def _commit() -> str:
 
 def print_lines(lines: Sequence[Line], console: Console) -> None:
     """Print a row for each adapter and dtype, then what is wrong with ours."""
-    table = make_table("adapter", "dtype", ">cases", ">agree", ">share", "in case")
+    table = FittingTable("adapter", "dtype", ">cases", ">agree", ">share", "~in case", titles=2)
     for line in sorted(lines, key=lambda line: not line.ours):
         share = f"{line.share:.2f}" if line.share < 1000 else f"{line.share:.0e}"
         cells = (line.adapter, line.dtype, str(line.cases), str(line.agree), share, line.worst)
-        table.add_row(*(Text(cell, style="" if line.ours else "dim", overflow="fold") for cell in cells))
+        table.add_row(*(Text(cell, style="" if line.ours else "dim") for cell in cells))
     console.print("Share: the largest error, as a share of its bound. Dim: other libraries, for comparison.\n")
     console.print(table)
     console.print()

@@ -2,11 +2,21 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from parity_tests.commands.common import announce, cannot_run, exit_with, track
+from parity_tests.commands.common import (
+    JsonOption,
+    announce,
+    cannot_run,
+    check_page,
+    exit_with,
+    reason_of,
+    track,
+    write_json,
+)
+from parity_tests.commands.terminal import PlainConsole
 from parity_tests.evidence import ledger
 from parity_tests.evidence.pages import replace_block
 from parity_tests.studies.kit import evidence_of, is_kit, read_kit
@@ -29,6 +39,7 @@ def matrix(
     devices: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Page with the comments for the evidence of every device.")
     ] = None,
+    json_file: JsonOption = None,
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; exit code 1 if the page is out of date.")
     ] = False,
@@ -39,28 +50,43 @@ def matrix(
     `lsce-parity kit` makes, every result is compared with the truth as it is here, and what agrees is added.
 
     Exit code 0: written, or up to date; 1: a page is out of date; 2: a file is missing or malformed.
+
+    Examples:
+        lsce-parity matrix --ledger docs/ledger.json --devices docs/devices.md --check
+        lsce-parity matrix --ledger docs/ledger.json --devices docs/devices.md --add my-gpu
     """
     if check and add:
         cannot_run("--check writes nothing, and --add does; give one of them")
+    commands = {readme: COMMAND} | ({} if devices is None else {devices: DETAILS_COMMAND})
+    for page, command in commands.items():
+        check_page(page, command)
     try:
+        known = ledger.read(ledger_file)
         added = [session for path in add or () for session in (_read_kit(path) if is_kit(path) else ledger.read(path))]
-        sessions = ledger.merge([*ledger.read(ledger_file), *added])
-        pages = {readme: (COMMAND, ledger.matrix(sessions))}
-        if devices is not None:
-            pages[devices] = (DETAILS_COMMAND, ledger.details(sessions))
-        old = {path: path.read_text(encoding="utf-8") for path in pages}
-        new = {path: replace_block(old[path], command, text) for path, (command, text) in pages.items()}
-        if check:
-            for path in (path for path in pages if new[path] != old[path]):
-                typer.echo(f"{path} is not what {ledger_file} gives; run this without --check", err=True)
-            exit_with(new == old)
+        sessions = ledger.merge([*known, *added])
+        texts = {COMMAND: ledger.matrix(sessions), DETAILS_COMMAND: ledger.details(sessions)}
+        old = {page: page.read_text(encoding="utf-8") for page in commands}
+        new = {page: replace_block(old[page], command, texts[command]) for page, command in commands.items()}
+        stale = [page for page in commands if new[page] != old[page]]
         if add:
             ledger.write(ledger_file, sessions)
-        for path, text in new.items():
-            path.write_text(text, encoding="utf-8")
-    except (OSError, ValueError) as error:
+        for page in commands if not check else ():
+            page.write_text(new[page], encoding="utf-8")
+    except OSError as error:
+        cannot_run(f"{error.filename}: {reason_of(error)}")
+    except ValueError as error:
         cannot_run(str(error))
+    found = {"command": "matrix", "changed": list(map(str, stale)), "sessions": [_as_json(each) for each in sessions]}
+    write_json(json_file, found, PlainConsole())
+    if check:
+        for page in stale:
+            announce(f"{page} is not what {ledger_file} gives; run this without --check")
+        exit_with(not stale)
     typer.echo(f"wrote {', '.join(map(str, new))}")
+
+
+def _as_json(session: ledger.Session) -> dict[str, Any]:
+    return {"versions": session.versions, "date": session.date, "evidence": sorted(session.evidence)}
 
 
 def _read_kit(path: Path) -> Iterator[ledger.Session]:

@@ -1,14 +1,14 @@
 """`lsce-parity peer-tests`, and the tables of docs/peer-tests.md."""
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich import box
-from rich.table import Table
 
-from parity_tests.commands.common import PlainConsole, exit_with, track, write_table
+from parity_tests.commands.common import JsonOption, check_page, exit_with, track, write_json, write_table
+from parity_tests.commands.terminal import FittingTable, PlainConsole
 from parity_tests.faults.dense import FAULTS
 from parity_tests.studies.published_comparisons import (
     Compare,
@@ -39,6 +39,7 @@ AGAINST: dict[Compare, str] = {
 
 def peer_tests(
     *,
+    json_file: JsonOption = None,
     markdown: Annotated[
         Path | None, typer.Option("--markdown", dir_okay=False, help="Page whose table is replaced.")
     ] = None,
@@ -46,7 +47,12 @@ def peer_tests(
     """Show which wrong losses the published label-smoothing tests of other libraries catch.
 
     Exit code 0: the bounds reject every fault that one of these tests rejects, 1: they do not.
+
+    Examples:
+        lsce-parity peer-tests
+        lsce-parity peer-tests --json peer-tests.json
     """
+    check_page(markdown, COMMAND)
     console = PlainConsole()
     for fault in track(FAULTS, len(FAULTS), "wrong losses"):
         verdicts_on(fault)
@@ -54,6 +60,7 @@ def peer_tests(
     names = [f"{number} {peer.name}" for number, peer in enumerate(PEER_TESTS, 1)]
     console.print(f"{', '.join(names)}, B computed bounds", highlight=False)
     console.print("✓ caught, ✗ survives, — no visible effect, ~ close", highlight=False)
+    write_json(json_file, {"command": "peer-tests", "faults": _as_json()}, console)
     write_table(markdown, COMMAND, generated_markdown(), console)
     accepted = [fault for fault in shown_faults() if bounds_symbol(fault) != SYMBOLS["caught"]]
     for fault in accepted:
@@ -61,15 +68,21 @@ def peer_tests(
     exit_with(not accepted)
 
 
-def _table() -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=0)
-    table.add_column("wrong in this way", no_wrap=True)
-    for number in range(1, len(PEER_TESTS) + 1):
-        table.add_column(str(number), justify="center", min_width=2)
-    table.add_column("B", justify="center")
+def _table() -> FittingTable:
+    table = FittingTable("wrong in this way", *map(str, range(1, len(PEER_TESTS) + 1)), "B")
     for fault in shown_faults():
         table.add_row(fault, *map(symbol, verdicts_on(fault).values()), bounds_symbol(fault))
     return table
+
+
+def _as_json() -> dict[str, dict[str, Any]]:
+    """Return for each fault what every test finds, and whether the bounds reject it on the inputs of these tests."""
+    found = {}
+    for fault in FAULTS:
+        verdicts = verdicts_on(fault)
+        tests = {peer.name: asdict(verdict) for peer, verdict in zip(PEER_TESTS, verdicts.values(), strict=True)}
+        found[fault] = {"tests": tests, "bounds": any(verdict.ours for verdict in verdicts.values())}
+    return found
 
 
 def symbol(verdict: Verdict) -> str:

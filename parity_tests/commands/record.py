@@ -1,5 +1,6 @@
 """`lsce-parity record DIR`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -9,21 +10,24 @@ from parity_tests.commands.common import (
     DeviceOption,
     DtypeOption,
     FirstOption,
-    PlainConsole,
+    JsonOption,
     announce,
     cannot_run,
     check_dtypes,
     check_free,
     exit_with,
     find_adapters,
+    keep_compiled,
     print_missing,
     select_cases,
     track,
+    write_json,
     writing,
 )
 from parity_tests.commands.hunt import DEFAULT as ADAPTERS
 from parity_tests.commands.recorded_losses import record_own
 from parity_tests.commands.replay import print_replay
+from parity_tests.commands.terminal import PlainConsole
 from parity_tests.losses.user_losses import is_user_loss
 from parity_tests.studies.bundle import MANIFEST, BundleError, read_bundle, write_bundle
 from parity_tests.studies.bundle import record as record_cases
@@ -52,6 +56,7 @@ def record(  # noqa: PLR0913 - each option of the command line is a parameter
     ] = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
+    json_file: JsonOption = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing bundle.")] = False,
     option: FirstOption = None,
     classes: Annotated[
@@ -71,11 +76,8 @@ def record(  # noqa: PLR0913 - each option of the command line is a parameter
 
     Examples:
         lsce-parity record from-the-gpu-machine --device cuda
-
         lsce-parity record ties --adapter torch-fused --case "ties*" --dtype float32
-
         lsce-parity record layers --case "linear_*"
-
         lsce-parity record from-torch --adapter torch:my.losses:focal --a gamma=2 --inputs batch.safetensors
     """
     if adapter and any(map(is_user_loss, adapter)):
@@ -87,7 +89,7 @@ def record(  # noqa: PLR0913 - each option of the command line is a parameter
             )
         except ValueError as error:
             cannot_run(str(error))
-        record_own(folder, adapter[0], option, question, inputs or (), dtype, device, force)
+        record_own(folder, adapter[0], option, question, inputs or (), dtype, device, force, json_file)
         return
     if option or classes or ignore_index is not None or linear or inputs or (logits_are, labels_are) != PLAIN:
         cannot_run(
@@ -99,18 +101,24 @@ def record(  # noqa: PLR0913 - each option of the command line is a parameter
     dtypes = check_dtypes(dtype, DTYPES)
     names = select_cases(case or FEW_CASES)
     adapters, missing = find_adapters(adapter or ADAPTERS, device, asked=bool(adapter))
+    keep_compiled()
     cases = make_cases(names, dtypes)
     if not adapter:  # default adapters that can handle none of the cases are left out
         adapters = [each for each in adapters if any(each.unsupported(case) is None for case in cases)]
+    if not any(each.unsupported(case) is None for each in adapters for case in cases):
+        cannot_run("no adapter can handle these cases")
     announce(f"recording {', '.join(each.name for each in adapters)} in {len(cases)} cases")
     try:
         with writing(folder):
-            write_bundle(folder, record_cases(adapters, track(cases, len(cases), "cases")))
+            shown = partial(track, total=len(cases), title="cases")
+            write_bundle(folder, record_cases(adapters, cases, track=shown))
             # The verdict is on the files as read back.
             found = replay_bundle(read_bundle(folder), [])
     except BundleError as error:
         cannot_run(str(error))
     print_replay(found, console)
     print_missing(missing, console)
+    content = {"command": "record", "agrees": found.agrees, "lines": found.lines(), "missing": missing}
+    write_json(json_file, {**content, "environment": found.bundle.environment}, console)
     console.print(f"wrote {folder}: {len(cases)} cases", soft_wrap=True, highlight=False)
     exit_with(found.agrees)

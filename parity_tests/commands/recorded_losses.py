@@ -8,16 +8,17 @@ from rich.text import Text
 
 from parity_tests.commands.common import (
     CANNOT_RUN,
-    PlainConsole,
     announce,
     cannot_run,
     check_device,
     check_dtypes,
     check_free,
     exit_with,
+    write_json,
     writing,
 )
 from parity_tests.commands.compare import announce_batches, load_loss, print_pair, write_pair
+from parity_tests.commands.terminal import PlainConsole
 from parity_tests.studies.pairs import compare_sides
 from parity_tests.studies.probes import Question, plain_cases
 from parity_tests.studies.questions import check_pair, take_batches
@@ -33,6 +34,7 @@ def record_own(
     dtype: list[str] | None,
     device: str,
     force: bool,
+    json_file: Path | None,
 ) -> None:
     """Record a user's loss."""
     check_free(folder, "recorded loss", MANIFEST, force)
@@ -55,7 +57,9 @@ def record_own(
         read_recording(folder)
     except RecordingError as error:
         cannot_run(str(error))
-    PlainConsole().print(Text(f"wrote {folder}: {specification} in {len(cases)} cases"), soft_wrap=True)
+    console = PlainConsole()
+    write_json(json_file, {"command": "record", "loss": specification, "cases": [case.name for case in cases]}, console)
+    console.print(Text(f"wrote {folder}: {specification} in {len(cases)} cases"), soft_wrap=True)
 
 
 def replay_own(

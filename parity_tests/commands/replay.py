@@ -1,6 +1,8 @@
 """`lsce-parity replay DIR`."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,23 +13,26 @@ from rich.text import Text
 from parity_tests.commands.common import (
     DeviceOption,
     JsonOption,
-    PlainConsole,
+    ReportOption,
     SecondOption,
     cannot_run,
     exit_with,
     find_adapters,
-    make_table,
+    keep_compiled,
     print_missing,
     track,
     write_json,
+    write_page,
 )
 from parity_tests.commands.recorded_losses import replay_own
+from parity_tests.commands.terminal import FittingTable, PlainConsole
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.losses.user_losses import is_user_loss
 from parity_tests.studies.bundle import BundleError, read_bundle
 from parity_tests.studies.recorded_losses import MANIFEST
 from parity_tests.studies.replays import Replay
 from parity_tests.studies.replays import replay as replay_bundle
+from parity_tests.studies.survey import Member, Survey
 
 AdapterOption = Annotated[
     list[str] | None,
@@ -42,6 +47,7 @@ def replay(
     device: DeviceOption = "cpu",
     json_file: JsonOption = None,
     option: SecondOption = None,
+    report: ReportOption = None,
 ) -> None:
     """Compare adapters on this machine with values recorded elsewhere, on the same input bits.
 
@@ -51,21 +57,20 @@ def replay(
 
     Examples:
         lsce-parity replay from-the-gpu-machine
-
         lsce-parity replay from-the-gpu-machine --adapter jax-fused --json replayed.json
-
+        lsce-parity replay from-the-gpu-machine --report page
         lsce-parity replay from-torch --adapter jax:my.losses:focal --b gamma=2
     """
     if (folder / MANIFEST).is_file():
-        replay_own(folder, adapter, option, device, json_file, None)
+        replay_own(folder, adapter, option, device, json_file, report)
     if option or any(map(is_user_loss, adapter or ())):
         cannot_run(f"{folder} holds no recorded loss of a user: record one with --adapter torch:package.module:name")
     console = PlainConsole()
     try:
         bundle = read_bundle(folder)
         adapters, missing = find_adapters(adapter, device)
-        records = track(bundle.records, len(bundle.records), "cases")
-        found = replay_bundle(bundle, adapters, records)
+        keep_compiled()
+        found = replay_bundle(bundle, adapters, partial(track, total=len(bundle.records), title="cases"))
     except BundleError as error:
         cannot_run(str(error))
     if not any(outcome.status != "unsupported" for outcome in found.outcomes):
@@ -89,21 +94,43 @@ def replay(
         "environment": environment,
     }
     write_json(json_file, content, console)
+    notes = [
+        f"{title} {_in_words(where)}" for title, where in (("Recorded", bundle.environment), ("Here", environment))
+    ]
+    title = f"Replay of {folder}"
+    write_page(
+        report, _as_survey(found), console, title=title, notes=notes, evidence=found.evidence(), agrees=found.agrees
+    )
     verdict = "AGREE" if found.agrees else "DISAGREE"
     console.print(f"\n{verdict}: {len(bundle.records)} recorded cases", highlight=False)
     exit_with(found.agrees)
 
 
+def _as_survey(found: Replay) -> Survey:
+    """Return the comparisons for a page; the name of a recorded adapter says so, since one here may have the same."""
+    members = {each.name: Member(each, ours=True) for each in found.adapters}
+    members |= {_recorded(name): Member(each, ours=True) for name, each in found.bundle.adapters.items()}
+    recorded = [replace(each, adapter=_recorded(each.adapter)) for each in found.recorded]
+    differences = [
+        replace(each, adapters=(each.adapters[0], _recorded(each.adapters[1]))) for each in found.differences
+    ]
+    return Survey(members, [*found.outcomes, *recorded], differences)
+
+
+def _recorded(name: str) -> str:
+    return f"{name}, recorded"
+
+
 def print_replay(found: Replay, console: Console) -> None:
     """Print each comparison, then the worst case of each that disagrees."""
-    table = make_table("here", "recorded", ">cases", ">share", "verdict")
+    table = FittingTable("~here", "~recorded", ">cases", ">share", "verdict")
     lines = [line for line in found.lines() if line.cases]
     here = {each.name: f"{each.name} on {each.device}" for each in found.adapters}
     recorded = {name: f"{name} on {each.device}" for name, each in found.bundle.adapters.items()}
     for line in lines:
         verdict = "agree" if line.agrees else "DISAGREE"
         names = (here.get(line.here, line.here), recorded.get(line.recorded, line.recorded))
-        table.add_row(*map(Text, names), str(line.cases), f"{line.share:.2g}", verdict)
+        table.add_row(*names, str(line.cases), f"{line.share:.2g}", verdict)
     console.print("Share: the largest error as a share of what rounding explains; at most 1 is right.\n")
     console.print(table)
     console.print()

@@ -1,6 +1,7 @@
 """`lsce-parity run` and `lsce-parity adapters`."""
 
 from collections import Counter
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -12,7 +13,6 @@ from parity_tests.commands.common import (
     DeviceOption,
     DtypeOption,
     JsonOption,
-    PlainConsole,
     ReportOption,
     announce,
     cannot_run,
@@ -22,7 +22,7 @@ from parity_tests.commands.common import (
     describe,
     dtypes_on,
     exit_with,
-    make_table,
+    keep_compiled,
     on_model,
     print_missing,
     select_cases,
@@ -31,14 +31,19 @@ from parity_tests.commands.common import (
     write_json,
     write_page,
 )
+from parity_tests.commands.terminal import FittingTable, PlainConsole
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.losses.adapters import UnavailableError
 from parity_tests.losses.registry import ELSEWHERE, ENTRIES, make_adapter, match_names
 from parity_tests.studies.survey import Member, Survey, examine_each, make_cases
 from parity_tests.studies.verdicts import Difference, Outcome
 
-# torch.compile takes seconds for each combination of options, and so does JAX for each linear case.
-SLOW = frozenset(name for name in ENTRIES if name.endswith(("-compiled", "-linear-reference", "-triton", *ELSEWHERE)))
+# torch.compile takes seconds for each combination of options, and so does JAX for each linear case. Outside of `jit`
+# JAX compiles every operation for each shape.
+_SLOW = ("-compiled", "-eager", "-linear-reference", "-triton", *ELSEWHERE)
+SLOW = frozenset(name for name in ENTRIES if name.endswith(_SLOW))
+# Those of the losses of other libraries, which in narrow dtypes are computed or returned in these: unless asked for.
+PEER_DTYPES = ("float32",)
 SHOWN = 20
 
 
@@ -61,13 +66,26 @@ def run(
     against the bounds of that device; see docs/devices.md.
 
     Exit code 0: all of ours are within their bounds, 1: one is not, 2: a named adapter does not run here. The
-    frameworks' own losses and those of other libraries are shown for comparison; their errors are no failure.
+    frameworks' own losses and those of other libraries are shown for comparison, by default in float32; their errors
+    are no failure.
+
+    The first run takes minutes, most of them in JAX's compiler. What it compiles is kept for the next, in ~/.cache/lsce
+    or the folder that LSCE_PARITY_CACHE names ("off" for none). docs/parity.md has the times.
+
+    Examples:
+        lsce-parity run --report page
+        lsce-parity run --adapter "*-fused" --case "ties*" --dtype bfloat16
+        lsce-parity run --device-model tpu-v5e --json simulated.json
     """
     console = PlainConsole()
     check_device_model(device_model, device)
     dtypes = check_dtypes(dtype, dtypes_on(device_model))
     names = select_cases(case)
+    announce("loading the adapters")
     members, missing = find_members(adapter, device, device_model)
+    keep_compiled()
+    if not adapter and not dtype:
+        members = {name: each if each.ours else replace(each, dtypes=PEER_DTYPES) for name, each in members.items()}
     cases = make_cases(names, dtypes)
     where = f" on the simulated arithmetic of {device_model}" if device_model else ""
     announce(f"running {', '.join(members)} in {len(names)} cases in {', '.join(dtypes)}{where}")
@@ -115,7 +133,8 @@ def find_members(
             continue
         members[name] = Member(made, entry is None or entry.kind == "ours", entry.twin if entry else None)
     if not any(member.ours for member in members.values()) and not patterns:
-        cannot_run(f"none of our adapters is here for {device}: " + "; ".join(sorted(set(missing.values()))))
+        reasons = {reason for name, reason in missing.items() if ENTRIES[name].kind == "ours"}
+        cannot_run(f"none of our adapters is here for {device}: " + "; ".join(sorted(reasons)))
     if not members:
         cannot_run("; ".join(sorted(set(missing.values()))))
     return members, missing
@@ -123,7 +142,7 @@ def find_members(
 
 def print_survey(found: Survey, console: Console) -> None:
     """Print a row for each adapter, then the disagreements."""
-    table = make_table("adapter", ">cases", ">agree", ">differ", ">failed", ">loss", ">gradient", "in case")
+    table = FittingTable("adapter", ">cases", ">agree", ">differ", ">failed", ">loss", ">gradient", "~in case")
     for name, member in found.members.items():
         outcomes = found.of(name)
         status = Counter(outcome.status for outcome in outcomes)
@@ -131,7 +150,7 @@ def print_survey(found: Survey, console: Console) -> None:
         worst = max(with_result, key=_share, default=None)
         shares = [max((getattr(o.comparison, part) for o in with_result), default=0.0) for part in ("loss", "gradient")]
         table.add_row(
-            Text(name, style="" if member.ours else "dim", overflow="fold"),  # names differ in their last letters
+            Text(name, style="" if member.ours else "dim"),
             str(len(outcomes)),
             *(str(status[key] or "") for key in ("agree", "disagree", "failed")),
             *(f"{share:.2f}" if share < 1000 else f"{share:.0e}" for share in shares),
@@ -200,16 +219,31 @@ def verdict_line(found: Survey) -> str:
     return f"DISAGREE: {wrong} results and {differing} pairs of them ({scope})"
 
 
-def adapters(*, device: DeviceOption = "cpu") -> None:
-    """List the adapters, and why some do not run here."""
+def adapters(*, device: DeviceOption = "cpu", json_file: JsonOption = None) -> None:
+    """List the adapters, and why some do not run here.
+
+    Examples:
+        lsce-parity adapters
+        lsce-parity adapters --device cuda --json adapters.json
+    """
     console = PlainConsole()
     check_device(device)
-    table = make_table("adapter", "framework", "whose", "here")
-    for name, entry in ENTRIES.items():
+    reasons: dict[str, str] = {}
+    for name in ENTRIES:
         try:
             make_adapter(name, device)
-            here = "yes"
         except UnavailableError as error:
-            here = f"no: {error}"
+            reasons[name] = str(error)
+    numbers = {reason: number for number, reason in enumerate(dict.fromkeys(reasons.values()), 1)}
+    table = FittingTable("adapter", "framework", "whose", "here")
+    for name, entry in ENTRIES.items():
+        here = f"no, reason {numbers[reasons[name]]}" if name in reasons else "yes"
         table.add_row(name, entry.framework, entry.kind, here)
     console.print(table)
+    for reason, number in numbers.items():
+        console.print(f"reason {number}: {reason}", highlight=False)
+    rows = [
+        {"name": name, "framework": entry.framework, "whose": entry.kind, "reason_not_here": reasons.get(name)}
+        for name, entry in ENTRIES.items()
+    ]
+    write_json(json_file, {"command": "adapters", "device": device, "adapters": rows}, console)

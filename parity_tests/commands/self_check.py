@@ -12,15 +12,14 @@ from parity_tests.commands.common import (
     DtypeOption,
     FirstOption,
     JsonOption,
-    PlainConsole,
     announce,
     cannot_run,
     check_device,
     check_dtypes,
     exit_with,
-    make_table,
     write_json,
 )
+from parity_tests.commands.terminal import FittingTable, PlainConsole
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.losses.user_losses import SpecificationError, find, parse_options
 from parity_tests.self_checks import SMOOTHING, UnsupportedError, agreement, make_subject, options_of, run_checks
@@ -52,7 +51,6 @@ def self_check(
 
     Examples:
         lsce-parity self-check torch:my.losses:smoothed --dtype float32
-
         lsce-parity self-check jax:lsce_jax:label_smoothed_cross_entropy --device cpu --dtype bfloat16
     """
     check_device(device)
@@ -70,7 +68,7 @@ def self_check(
         cannot_run(f"{loss}: {type(error).__name__}: {error}")
     announce(f"checking {loss} in {', '.join(dtypes)}")
     outcomes = [outcome for each in dtypes for outcome in run_checks(subject, each)]
-    table = make_table("dtype", "check", ">error/bound", "verdict", "detail")
+    table = FittingTable("dtype", "check", ">error/bound", "verdict", "detail")
     for each in outcomes:
         shown = "" if each.verdict == "not applicable" else f"{each.share:.3f}"
         table.add_row(each.dtype, each.check, shown, each.verdict, Text(each.detail))

@@ -4,26 +4,28 @@ import importlib
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from lsce_spec.extras import install
 from parity_tests.commands.common import (
     FirstOption,
     JsonOption,
-    PlainConsole,
     ReportOption,
     SecondOption,
     cannot_run,
     exit_with,
-    make_table,
     write_json,
     write_page,
 )
+from parity_tests.commands.terminal import FittingTable, PlainConsole
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.losses.user_losses import SpecificationError, find, parse_options
+from parity_tests.report.verdict import Banner
+from parity_tests.report.words import PageTable
 from parity_tests.studies.survey import Survey
 from parity_tests.trainings.stepwise import StepwiseVerdict, Training, TrainingError, compare_step_by_step
+
+HEADINGS = ("~tensor", ">largest share", ">at step", ">first", ">second")
 
 TrainingArgument = Annotated[
     str,
@@ -50,8 +52,9 @@ def trajectory(
 
     Exit code 0: they agree, 1: they differ, 2: they cannot be compared.
 
-    Example, the trainings of the demo:
+    Examples, the first with the trainings of the demo:
         lsce-parity trajectory jax:examples.digits_steps:JaxSteps torch:examples.digits_steps:TorchSteps
+        lsce-parity trajectory jax:my.trainings:Jax torch:my.trainings:Torch --a seed=1 --b seed=1 --report page
     """
     console = PlainConsole()
     one, other = _make(first, first_option), _make(second, second_option)
@@ -63,7 +66,9 @@ def trajectory(
         cannot_run(f"a training raised {type(error).__name__}: {error}")
     agrees = all(verdict.agrees for verdict in verdicts)
     for verdict in verdicts:
-        _print(verdict, console)
+        console.print(Text(f"{verdict.mode}: {_sentence(verdict)}", style="bold"))
+        console.print(FittingTable.of(HEADINGS, _rows(verdict)))
+        console.print()
     content = {
         "command": "trajectory",
         "agrees": agrees,
@@ -72,10 +77,21 @@ def trajectory(
         "environment": describe_environment(),
     }
     write_json(json_file, content, console)
-    notes = [f"{verdict.mode}: {_sentence(verdict)}" for verdict in verdicts]
-    parts = {"trajectory": verdicts[0].losses, "agrees": agrees, "notes": notes}
-    write_page(report, Survey({}, [], []), console, title=f"{first} and {second}", **parts)
-    console.print(f"{'AGREE' if agrees else 'DISAGREE'} over {steps} steps", highlight=False)
+    word = "AGREE" if agrees else "DISAGREE"
+    sentences = [f"{verdict.mode}: {_sentence(verdict)}" for verdict in verdicts]
+    tables = [PageTable(f"Tensors, {verdict.mode}", HEADINGS, _rows(verdict)) for verdict in verdicts]
+    parted = verdicts[0].first_divergence
+    write_page(
+        report,
+        Survey({}, [], []),
+        console,
+        title=f"{first} and {second}",
+        banner=Banner(word, word.lower(), [f"Over {steps} steps, counted from 0.", *sentences]),
+        trajectory=verdicts[0].losses,
+        parted=parted and parted.step,
+        tables=tables,
+    )
+    console.print(f"{word} over {steps} steps, counted from 0", highlight=False)
     exit_with(agrees)
 
 
@@ -99,16 +115,13 @@ def _make(specification: str, options: list[str] | None) -> Training:
     return training
 
 
-def _print(verdict: StepwiseVerdict, console: Console) -> None:
-    console.print(Text(f"{verdict.mode}: {_sentence(verdict)}", style="bold"))
-    table = make_table("tensor", ">largest share", ">at step", ">first", ">second")
-    for column in table.columns:
-        column.overflow = "fold"
+def _rows(verdict: StepwiseVerdict) -> list[list[str]]:
+    """Return a row for each tensor: its element with the largest share."""
+    rows = []
     for tensor in dict.fromkeys(each.tensor for each in verdict.worst):
         worst = max((each for each in verdict.worst if each.tensor == tensor), key=lambda each: each.share)
-        table.add_row(tensor, f"{worst.share:.2g}", str(worst.step), f"{worst.first:.9g}", f"{worst.second:.9g}")
-    console.print(table)
-    console.print()
+        rows.append([tensor, f"{worst.share:.2g}", str(worst.step), f"{worst.first:.9g}", f"{worst.second:.9g}"])
+    return rows
 
 
 def _sentence(verdict: StepwiseVerdict) -> str:

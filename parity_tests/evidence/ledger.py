@@ -12,6 +12,8 @@ from textwrap import wrap
 from typing import Literal
 
 from parity_tests.evidence.environment import installed_versions
+from parity_tests.json_files import Optional, check_form, read_json
+from parity_tests.texts import one_line
 
 Kind = Literal["executed", "replayed", "interpreted", "simulated", "compiled", "not run"]
 # From the strongest to the weakest.
@@ -135,6 +137,9 @@ def strongest(evidence: Iterable[Evidence]) -> dict[Key, tuple[Kind, list[str]]]
     return found
 
 
+_EVIDENCE = {"adapter": str, "device": str, "dtype": str, "kind": str, "detail": Optional(str)}
+_FORM = {"sessions": [{"versions": {str: str}, "date": Optional(str), "evidence": [_EVIDENCE]}]}
+
 # --- Files ----------------------------------------------------------------------------------------------------------
 
 
@@ -146,19 +151,14 @@ def read(path: Path) -> list[Session]:
         ValueError: the file is no ledger.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
+        check_form(content, _FORM)
         return [
-            Session(
-                dict(each["versions"]),
-                frozenset(Evidence(**entry) for entry in each["evidence"]),
-                str(each.get("date", "")),
-            )
+            Session(each["versions"], frozenset(Evidence(**entry) for entry in each["evidence"]), each.get("date", ""))
             for each in content["sessions"]
         ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is no ledger as --parity-ledger writes it ({type(error).__name__}: {error})"
-        ) from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no ledger as --parity-ledger writes it: {one_line(str(error))}") from error
 
 
 def write(path: Path, sessions: Iterable[Session]) -> None:

@@ -1,11 +1,16 @@
 """Adapters call a framework's loss and return loss and gradients as NumPy arrays. Making one loads its framework."""
 
+import hashlib
 import importlib
+import platform
+import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,6 +44,8 @@ class Adapter(Protocol):
         framework: "jax", "torch" or "numpy".
         device: "cpu", "cuda" or "tpu".
         arithmetic: accuracy of its elementary functions.
+
+    An adapter that may be called while others are, each in a thread of its own, has an attribute `concurrent` = True.
     """
 
     name: str
@@ -169,6 +176,8 @@ class JaxAdapter(FrameworkAdapter):
         _load("jax")
         super().__init__(loss, **options)
         self.jit, self.compiler_options = jit, compiler_options
+        # Subclasses change settings of JAX, or modules, for all threads.
+        self.concurrent = type(self) is JaxAdapter
 
     def _device_kind(self) -> str:
         kind: str = self._jax_device.device_kind
@@ -333,6 +342,34 @@ def _compiled_anew(loss: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(loss, fullgraph=True)(*operands, **options)
 
     return call
+
+
+def keep_programs(folder: Path) -> None:
+    """Have JAX, if it is loaded, keep compiled programs in a folder, unless its user has chosen one.
+
+    Programs are for the instructions of one CPU, which JAX does not check. A damaged file is compiled again.
+    """
+    jax = sys.modules.get("jax")
+    if jax is None or jax.config.jax_compilation_cache_dir is not None:
+        return
+    try:
+        cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
+        kind = hashlib.sha256("".join(re.findall("(?m)^(?:model name|flags|Features).*", cpu)).encode()).hexdigest()[
+            :16
+        ]
+        programs = folder / f"programs-{platform.machine()}-{kind}"
+        programs.mkdir(parents=True, exist_ok=True)
+    except OSError:  # another system, or a folder that cannot be written to
+        return
+    jax.config.update("jax_compilation_cache_dir", str(programs))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def forget_programs() -> None:
+    """Have JAX drop its compiled programs. It keeps thousands, and those of one case are seldom those of another."""
+    if jax := sys.modules.get("jax"):
+        jax.clear_caches()
 
 
 def _load(framework: str) -> Any:

@@ -9,8 +9,11 @@ T5X cannot be installed beside the others, so its formula is written here again.
 
 import importlib
 import importlib.util
+import itertools
 import multiprocessing
 import os
+import signal
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
@@ -23,7 +26,14 @@ from typing import Any
 import numpy as np
 
 from lsce_spec.extras import install
-from parity_tests.losses.adapters import Adapter, JaxAdapter, LossError, TorchAdapter, UnavailableError
+from parity_tests.losses.adapters import (
+    Adapter,
+    JaxAdapter,
+    LossError,
+    TorchAdapter,
+    UnavailableError,
+    forget_programs,
+)
 from parity_tests.losses.torchax import default_promotion, load_interop
 from parity_tests.truth.cases import Case
 from parity_tests.truth.comparison import AnyResult
@@ -38,6 +48,8 @@ NEUTRAL = (
     ("denominator", None),
     ("bad_labels", "nan"),
 )
+# After so many calls a process of its own drops its compiled programs.
+CALLS = 32
 
 
 class PeerAdapter:
@@ -57,6 +69,7 @@ class PeerAdapter:
         self.adapter, self.refuse = adapter, refuse
         self.name, self.framework, self.device = adapter.name, adapter.framework, adapter.device
         self.arithmetic = adapter.arithmetic
+        self.concurrent = getattr(adapter, "concurrent", False)
 
     def unsupported(self, case: Case) -> str | None:
         """Return why the library cannot handle a case, or None."""
@@ -87,6 +100,8 @@ class WorkerAdapter:
         environment: environment variables of the process.
     """
 
+    concurrent = True
+
     def __init__(self, make: Callable[[], Adapter], environment: Mapping[str, str]) -> None:
         """Make the adapter in this process."""
         self.make, self.environment = make, dict(environment)
@@ -103,7 +118,7 @@ class WorkerAdapter:
         """Return loss and gradient of a case."""
         if self._pool is None:
             spawn = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(1, spawn, initializer=_set_environment, initargs=(self.environment,))
+            self._pool = ProcessPoolExecutor(1, spawn, initializer=_begin_worker, initargs=(self.environment,))
             weakref.finalize(self, self._pool.shutdown)
         try:
             outcome = self._pool.submit(_evaluate, self.make, case).result()
@@ -115,12 +130,28 @@ class WorkerAdapter:
         return outcome
 
 
-def _set_environment(environment: Mapping[str, str]) -> None:
+def _begin_worker(environment: Mapping[str, str]) -> None:
     os.environ.update(environment)
+    # A terminal sends Ctrl-C to all processes; this one ends with its parent, without a traceback of its own.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone, however that ended; the queue of a pool does not."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+_calls = itertools.count(1)
 
 
 def _evaluate(make: Callable[[], Adapter], case: Case) -> AnyResult | str:
     """Return the result, or the exception as text: not every exception of a library can be pickled."""
+    if not next(_calls) % CALLS:
+        forget_programs()
     try:
         return make()(case)
     except Exception as error:

@@ -16,6 +16,7 @@ from parity_tests.losses.pallas import PallasAdapter
 from parity_tests.losses.torchax import TorchaxAdapter
 from parity_tests.losses.torchtpu import TorchTpuAdapter
 from parity_tests.losses.triton_kernels import TritonAdapter
+from parity_tests.texts import with_nearest
 from parity_tests.truth.arithmetic import NARROW, Arithmetic
 from parity_tests.truth.cases import Case, LinearCase
 from parity_tests.truth.comparison import AnyResult, make_result
@@ -209,8 +210,9 @@ def make_adapter(name: str, device: str = "cpu") -> Adapter:
     kind, _, fault = name.partition(":")
     if kind == "mutant":
         if fault not in BANK:
-            raise ValueError(f"there is no mutant {fault!r}; the mutants are {', '.join(BANK)}")
+            raise ValueError(with_nearest(f"there is no mutant {fault!r}", fault, BANK, "mutants"))
         return FaultyAdapter(fault)
     if name not in ENTRIES:
-        raise ValueError(f"there is no adapter {name!r}; the adapters are {', '.join(ENTRIES)}, oracle, mutant:FAULT")
+        known = [*ENTRIES, "oracle", "numpy", "mutant:FAULT"]
+        raise ValueError(with_nearest(f"there is no adapter {name!r}", name, known, "adapters"))
     return ENTRIES[name].make(device=device)

@@ -17,6 +17,7 @@ from typing import Any
 
 from parity_tests.losses.adapters import Adapter, JaxAdapter, LossError, ShapeError, TorchAdapter
 from parity_tests.losses.registry import make_adapter
+from parity_tests.texts import did_you_mean
 from parity_tests.truth.cases import Case
 
 FRAMEWORKS = ("torch", "jax")
@@ -66,7 +67,7 @@ def find(specification: str) -> Any:
         raise SpecificationError(f"importing {module_name} raised {type(error).__name__}: {error}") from error
     for part in name.split("."):
         if not hasattr(found, part):
-            raise SpecificationError(f"{module_name} has no {name}")
+            raise SpecificationError(f"{module_name} has no {name}{did_you_mean(part, dir(found))}")
         found = getattr(found, part)
     if not callable(found):
         raise SpecificationError(f"{specification} cannot be called: it is a {type(found).__name__}")
@@ -101,7 +102,8 @@ def load_adapter(
         try:
             return make_adapter(specification, device)
         except ValueError as error:
-            raise SpecificationError(f"{error}; or torch:package.module:name, jax:package.module:name") from None
+            own = "a loss of your own is named torch:package.module:name or jax:package.module:name"
+            raise SpecificationError(f"{error} ({own})") from None
     framework = specification.partition(":")[0]
     # Load the framework first, so that its absence does not look like an error of the user's module.
     adapter = _make_adapter(framework, device, jit, linear)

@@ -125,8 +125,8 @@ def test_what_cannot_be_written() -> None:
         save_batch("batch.pt", logits=LOGITS)
     with pytest.raises(BatchError, match="labels is <U1"):
         save_batch("batch.npz", labels=np.array(["a"]))
-    with pytest.raises(BatchError, match="cannot be written: No such file"):
-        save_batch("nowhere/batch.npz", logits=LOGITS)
+    with pytest.raises(BatchError, match="cannot be written: "):
+        save_batch("brought_losses_of_batches.py/batch.npz", logits=LOGITS)
     assert not [path for path in Path().iterdir() if "batch." in path.name]
 
 

@@ -24,7 +24,6 @@ from parity_tests.studies.bundle import (
     differing,
     read_bundle,
     record,
-    truth_to_arrays,
     write_bundle,
 )
 from parity_tests.studies.replays import replay
@@ -33,6 +32,7 @@ from parity_tests.truth.arithmetic import Arithmetic
 from parity_tests.truth.cases import Case, make_case
 from parity_tests.truth.linear_cases import all_case_names
 from parity_tests.truth.precision import DTYPES, as_dtype
+from parity_tests.truth.stored import truth_to_arrays
 
 # Every bit is kept.
 
@@ -223,8 +223,20 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any], dict[str, Any]], Non
      r"cases/0/labels of .* is int64 \[6, 1\], manifest.json says int64 \[6\]"),
     (lambda manifest, arrays: arrays.update({"cases/0/labels": np.zeros(6, np.int32)}), r"is int32 \[6\]"),
     (lambda manifest, arrays: arrays.update({"cases/0/logits": np.zeros((6, 16), np.float16)}), "says bfloat16"),
-    (lambda manifest, arrays: manifest.pop("environment"), "does not describe a bundle: KeyError"),
-    (lambda manifest, arrays: manifest.update(adapters=[]), "does not describe a bundle: AttributeError"),
+    (lambda manifest, arrays: manifest.pop("environment"), "does not describe a bundle: environment is missing"),
+    (lambda manifest, arrays: manifest.update(environment={}), "bundle: environment.python is missing"),
+    (lambda manifest, arrays: manifest.update(adapters=[]), r"adapters must be an object, got a list"),
+    (lambda manifest, arrays: manifest["adapters"]["numpy"]["arithmetic"].update(exp="3"),
+     "arithmetic.exp must be an integer or a number, got '3'"),
+    (lambda manifest, arrays: manifest["adapters"]["numpy"]["arithmetic"].update(exp=1e300),
+     "arithmetic.exp must be from 0 to 65536, got 1e"),
+    (lambda manifest, arrays: manifest["adapters"]["numpy"].update(device="abacus"), "numpy ran on 'abacus'"),
+    (lambda manifest, arrays: manifest["adapters"]["numpy"]["arithmetic"].update(depth="deep"), "does not know"),
+    (lambda manifest, arrays: manifest["cases"][0].update(dtype="float8"), "has the dtype 'float8'"),
+    (lambda manifest, arrays: manifest["cases"][0].update(axis=True), r"cases\[0\].axis must be an integer"),
+    (lambda manifest, arrays: manifest["cases"][0].update(axis=9), "does not describe a bundle: AxisError"),
+    (lambda manifest, arrays: manifest["cases"].append(manifest["cases"][0]), "two cases have the same name"),
+    (lambda manifest, arrays: manifest.update(cases=[]), "it has no case"),
     (lambda manifest, arrays: (manifest["arrays"].pop("truths/0/bad"), arrays.pop("truths/0/bad")),
      "does not describe a bundle: KeyError"),
     (lambda manifest, arrays: (manifest["arrays"].pop("cases/0/logits"), arrays.pop("cases/0/logits")),

@@ -328,7 +328,7 @@ def test_a_loss_that_is_wrong_is_described(name: str, second: str, lines: list[s
 @pytest.mark.parametrize(("name", "message"), [
     ("raises", "failed in 9 of 9 cases: RuntimeError: out of luck"),
     ("exits", "failed in 9 of 9 cases: SystemExit: 0"),
-    ("column", "failed in 8 of 9 cases: ShapeError: the loss has shape [7, 1], expected []"),
+    ("column", "failed in 9 of 9 cases: ShapeError: the loss has shape [7, 1], expected []"),
     ("pair", "failed in 9 of 9 cases: ShapeError: the loss is a tuple; a scalar or a loss per row is expected"),
     ("without_gradient", "failed in 9 of 9 cases: LossError: the loss has no gradient"),
 ])  # fmt: skip
@@ -406,7 +406,7 @@ def test_options_reach_the_loss() -> None:
     (["torch:brought_losses:number", "oracle"], "cannot be called: it is a int"),
     (["torch:no_such_module:loss", "oracle"], "importing no_such_module raised ModuleNotFoundError"),
     (["torch:brought_losses", "oracle"], "expected torch:package.module:name or jax:package.module:name"),
-    (["torch-fusd", "oracle"], "there is no adapter 'torch-fusd'; the adapters are jax-fused"),
+    (["torch-fusd", "oracle"], "there is no adapter 'torch-fusd'; did you mean torch-fused"),
     (["mutant:unheard_of", "oracle"], "there is no mutant 'unheard_of'; the mutants are zero_gradient"),
     (["oracle", "oracle", "--a", "e=1"], "options are for losses of your own"),
     (["torch:brought_losses:kl", "oracle", "--a", "e"], "an option must be like smoothing=0.1, got 'e'"),
@@ -420,7 +420,7 @@ def test_options_reach_the_loss() -> None:
     (["oracle", "oracle", "--smoothing", "1.5"], "smoothing must be"),
     (["oracle", "oracle", "--convention", "unifrom"], "unifrom"),
     (["oracle", "oracle", "--reduction", "none"], "reduction must be mean or sum"),
-    (["oracle", "oracle", "--dtype", "float8"], "there is no dtype 'float8' here; the dtypes are float64"),
+    (["oracle", "oracle", "--dtype", "float8"], "there is no dtype 'float8' here; did you mean float64"),
 ])  # fmt: skip
 def test_what_cannot_be_compared(arguments: list[str], message: str) -> None:
     outcome = compare(*arguments)

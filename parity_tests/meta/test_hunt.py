@@ -14,6 +14,7 @@ from parity_tests.faults.linear import evaluate_linear
 from parity_tests.losses.adapters import Adapter
 from parity_tests.losses.registry import FaultyAdapter, make_adapter
 from parity_tests.meta.running import invoke
+from parity_tests.studies import hunt as hunt_module
 from parity_tests.studies.bundle import read_bundle
 from parity_tests.studies.drawn_cases import draw_case, draw_linear_case
 from parity_tests.studies.hunt import LINEAR_PARTS, PARTS, hunt, row_shares, share_of
@@ -72,6 +73,28 @@ def test_as_many_random_draws_find_less() -> None:
     assert found.agrees
     assert found.evaluations == 40
     assert found.share > drawn
+
+
+@pytest.mark.parametrize(("fault", "seconds"), [(None, 30.0), ("other_off", 4.5)])
+def test_compilation_and_simpler_cases_are_within_the_time(
+    fault: str | None, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that moves with calls of the adapter alone, by as much as JAX takes to compile a loss."""
+    clock = [1000.0]
+
+    class Compiled(FaultyAdapter):
+        def __call__(self, case: Case) -> AnyResult:
+            clock[0] += 0.75
+            return super().__call__(case)
+
+    monkeypatch.setattr(hunt_module.time, "monotonic", lambda: clock[0])
+    found = hunt(Compiled(fault), "float32", "gradient", seconds=seconds)
+    assert found.agrees == (fault is None)
+    spent = clock[0] - 1000.0
+    if fault is None:
+        assert found.evaluations == 32  # 0.8 of the time
+    # A call that has begun ends, and so does the one that measures the share of what is left.
+    assert seconds <= spent <= seconds + 2 * 0.75
 
 
 def test_a_seed_finds_the_same() -> None:

@@ -103,7 +103,7 @@ BAD_FILES = {
 def test_bad_files(tmp_path: Path, content: str) -> None:
     path = tmp_path / "ledger.json"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"ledger\.json is no ledger as --parity-ledger writes it \(\w+: .+\)"):
+    with pytest.raises(ValueError, match=r"ledger\.json is no ledger as --parity-ledger writes it: .+"):
         ledger.read(path)
 
 

@@ -1,5 +1,7 @@
 """The web page of a survey: its words, its escapes, what it leaves out, and that nothing in it comes from elsewhere."""
 
+import base64
+import hashlib
 import math
 import re
 from dataclasses import replace
@@ -16,9 +18,10 @@ from parity_tests.meta.running import run_code
 from parity_tests.report import plots as report_plots
 from parity_tests.report.disagreements import find_disagreements, find_failures
 from parity_tests.report.heat_map import heat_map
-from parity_tests.report.page import write_report
-from parity_tests.report.tables import closer_than_peers, ledger, summarize, worst_rows
-from parity_tests.report.words import share_text
+from parity_tests.report.page import FILTER, write_report
+from parity_tests.report.tables import case_rows, closer_than_peers, ledger, summarize, worst_rows
+from parity_tests.report.verdict import Banner
+from parity_tests.report.words import PageTable, share_text
 from parity_tests.studies.survey import Member, Survey, make_cases, survey
 from parity_tests.studies.verdicts import Difference, Outcome
 from parity_tests.trainings.trajectory import TrajectoryVerdict, compare_trajectories
@@ -30,7 +33,7 @@ DTYPES = ("float32", "bfloat16")
 EVIL = "<script>alert('$x_')</script> & \"quotes\""
 SECTIONS = {
     "Adapters", "Failures", "Disagreements", "Bound used, case by case", "Errors of the gradient, in scaled ULPs",
-    "Worst cases", "Worst cases of peers", "Failures of peers", "Trajectory", "Ledger", "Environment",
+    "Cases", "Worst cases", "Worst cases of peers", "Failures of peers", "Trajectory", "Ledger", "Environment",
 }  # fmt: skip
 
 
@@ -103,7 +106,7 @@ def page_of(
 
 def words(page: str) -> str:
     """Return what a person reads, white space made single."""
-    body = re.sub(r"<style>.*?</style>", " ", page, flags=re.DOTALL)
+    body = re.sub(r"<(style|script)>.*?</\1>", " ", page, flags=re.DOTALL)
     return " ".join(unescape(re.sub(r"<[^>]*>", " ", body)).split())
 
 
@@ -112,7 +115,8 @@ def headings(page: str) -> set[str]:
 
 
 def loaded_from_elsewhere(page: str) -> list[str]:
-    """Return what a browser would fetch or run."""
+    """Return what a browser would fetch or run, but for the script that filters tables."""
+    page = page.replace(f"<script>{FILTER}</script>", "")
     references = re.findall(r"""(?:src|href|action|data|poster|srcset)\s*=\s*["']?(?!data:)[^"'>\s]+""", page)
     return references + re.findall(r"https?:|url\(|@import|<script|<iframe|<object|<embed|<link|<base", page)
 
@@ -166,7 +170,7 @@ def test_peers_decide_nothing(tmp_path: Path) -> None:
 def test_a_trajectory_decides_too(tmp_path: Path) -> None:
     page = page_of(tmp_path, GOOD, trajectory=DIVERGED)
     assert '<div class="verdict disagree">' in page
-    assert "Trainings part at step 2 of 3: difference 0.1, allowed 0.0002." in words(page)
+    assert "Trainings part at step 2, counted from 0, of 3 steps: difference 0.1, allowed 0.0002." in words(page)
 
 
 def test_nothing_is_no_agreement(tmp_path: Path) -> None:
@@ -360,6 +364,52 @@ def test_ulp_bins() -> None:
     assert str(line) == "float32: 55% exactly right, 70% within half a ULP, largest error ∞"
 
 
+# The list of cases.
+
+
+def test_cases_show_the_worst_of_ours() -> None:
+    outcomes = [
+        outcome("a", 0.2, "one"),
+        outcome("b", 0.4, "one"),
+        outcome("peer", 9.0, "one"),
+        outcome("a", 3.0, "two"),
+        Outcome("b", "two", "float32", "failed", "ValueError: no"),
+        Outcome("a", "three", "float32", "unsupported", "has no softcap"),
+    ]
+    apart = outcome("a", 2.0, "one", "bfloat16").comparison
+    assert apart is not None
+    difference = Difference("one", "bfloat16", ("a", "b"), apart, None)
+    rows = case_rows(made_up(outcomes, ("peer",), (difference,)))
+    assert [tuple(row) for row in rows] == [
+        ("one", "float32", "agrees", "0.40", "b", "gradient[0, 1] 0.4 | true 0"),
+        ("two", "float32", "fails", "–", "b", "ValueError: no"),
+        ("three", "float32", "not called", "–", "a", "has no softcap"),
+        ("one", "bfloat16", "disagrees", "2.00", "a against b", "gradient[0, 1] 2 | true 0"),
+    ]
+
+
+def test_wrong_cases_can_be_told_from_others(tmp_path: Path) -> None:
+    page = page_of(tmp_path, BAD)
+    rows = re.findall(r"<tr( data-wrong)?>", page.split("<h2>Cases</h2>")[1].split("</table>")[0].split("<tbody>")[1])
+    assert rows == [" data-wrong"] * len(NAMES) * len(DTYPES)
+    assert "data-wrong" not in page_of(tmp_path, GOOD).replace(FILTER, "")
+
+
+def test_more_tables_and_a_verdict_of_their_own(tmp_path: Path) -> None:
+    few, many = (
+        PageTable("T", ("name", ">share", "~text"), [["<a>", "1", "b"]] * number, "A note.") for number in (9, 10)
+    )
+    for table in (few, many):
+        page = write_report(
+            tmp_path, Survey({}, [], []), title="A title", evidence=[], environment={}, tables=[table],
+            banner=Banner("2 SURVIVE", "disagree", ["A sentence."]),
+        ).read_text(encoding="utf-8")  # fmt: skip
+        assert "2 SURVIVE A sentence. T A note." in words(page)
+        assert page.count("&lt;a&gt;") == len(table.rows)
+        assert ('<div class="filter"' in page) == (table is many)
+        assert "name share text" in words(page)
+
+
 # The heat map.
 
 
@@ -404,11 +454,27 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
         tmp_path, made_up([wrong, failed]), evidence=(Evidence(EVIL, "cpu", EVIL, "executed", EVIL),),
         environment={EVIL: EVIL, "versions": {EVIL: EVIL}}, notes=(EVIL,),
     )  # fmt: skip
-    assert "<script" not in page
+    assert "<script" not in page.replace(f"<script>{FILTER}</script>", "")
     assert words(page).count(EVIL) > 15
     assert f"ValueError: {EVIL}" in words(page_of(tmp_path, BAD))
     # No attribute ends early: what is left between quotes has no quote.
     assert not re.search(r'="[^"]*"quotes', page)
+
+
+def test_only_the_script_of_the_filters_may_run(tmp_path: Path) -> None:
+    page = page_of(tmp_path, BAD)
+    (allowed,) = re.findall(r"script-src 'sha256-(.*?)'", page)
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() == allowed
+    assert "unsafe-inline" not in page.split("script-src")[1].split(">")[0]
+
+
+def test_control_characters_are_spelt_out(tmp_path: Path) -> None:
+    code = "\x1b[31m\x07\u202e\ud800"
+    failed = Outcome(code, code, "float32", "failed", code)
+    page = page_of(tmp_path, made_up([failed]), notes=(code,), environment={code: code})
+    assert words(page).count(r"\x1b[31m\x07\u202e\ud800") > 5
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", page)
 
 
 def test_nothing_is_loaded_from_elsewhere(tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
 """`run`, `adapters` and `power` on the command line."""
 
 import json
-import subprocess
-import sys
+import re
+import threading
+import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
+from parity_tests.commands import common
 from parity_tests.faults.dense import evaluate
 from parity_tests.losses import registry
 from parity_tests.losses.adapters import Adapter, UnavailableError
@@ -15,9 +18,10 @@ from parity_tests.meta.running import invoke
 from parity_tests.studies.survey import Member, survey
 from parity_tests.studies.verdicts import Outcome
 from parity_tests.truth.arithmetic import Arithmetic
-from parity_tests.truth.cases import make_case
-from parity_tests.truth.comparison import Result, against_each_other
+from parity_tests.truth.cases import Case, make_case
+from parity_tests.truth.comparison import AnyResult, Result, against_each_other
 from parity_tests.truth.oracle import solve
+from parity_tests.truth.precision import DTYPES
 
 
 def test_ours_agree() -> None:
@@ -72,13 +76,77 @@ def test_what_cannot_run(arguments: list[str], message: str) -> None:
     assert message in outcome.output
 
 
-def test_output_that_nobody_reads_is_no_disagreement() -> None:
-    """As in `lsce-parity ... | head`: Rich ends with 1 there."""
-    command = [sys.executable, "-m", "parity_tests", "run", "--adapter", "numpy", "--case", "one_row"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.close()
-        assert process.wait() == 2
+def test_by_default_what_is_slow_stays_away_and_peers_are_called_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {
+        name: Entry(name, "numpy", kind, lambda device, name=name: Named(name))
+        for name, kind in (("jax-fused", "ours"), ("jax-fused-eager", "ours"), ("torch-keras", "peer"))
+    }
+    monkeypatch.setattr("parity_tests.commands.run.ENTRIES", made)
+    monkeypatch.setattr(registry, "ENTRIES", made)
+    file = tmp_path / "run.json"
+
+    def called(*arguments: str) -> set[tuple[str, str]]:
+        outcome = invoke("run", "--case", "ties", "--json", str(file), *arguments)
+        assert outcome.exit_code == 0, outcome.output
+        outcomes = json.loads(file.read_text())["survey"]["outcomes"]
+        shown = {(each["adapter"], each["dtype"]) for each in outcomes if each["status"] != "unsupported"}
+        assert shown == set(Named.calls)
+        Named.calls.clear()
+        return shown
+
+    ours = {("jax-fused", dtype) for dtype in DTYPES}
+    assert called() == ours | {("torch-keras", "float32")}
+    assert called("--dtype", "float16") == {("jax-fused", "float16"), ("torch-keras", "float16")}
+    assert called("--adapter", "torch-keras") == {("torch-keras", dtype) for dtype in DTYPES}
+    assert called("--adapter", "*-eager") == {("jax-fused-eager", dtype) for dtype in DTYPES}
+
+
+class Named(FaultyAdapter):
+    """The sound loss under another name, which notes its calls."""
+
+    calls: ClassVar[list[tuple[str, str]]] = []
+    concurrent = True
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def __call__(self, case: Case) -> AnyResult:
+        self.calls.append((self.name, case.dtype))
+        return super().__call__(case)
+
+
+def test_lines_of_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "SECONDS_OF_LINE", 0.05)
+    monkeypatch.setattr(FaultyAdapter, "__call__", lambda adapter, case: time.sleep(0.2) or evaluate(case))
+    outcome = invoke("run", "--adapter", "numpy", "--case", "ties", "--case", "dominant", "--dtype", "float32")
+    assert outcome.exit_code == 0, outcome.output
+    assert "cases 0 of 2, 00:00 elapsed\n" in outcome.stderr
+    assert "cases 1 of 2, 00:00 elapsed\n" in outcome.stderr
+    assert "elapsed" not in outcome.stdout
+    for thread in threading.enumerate():
+        if thread.name == "progress":
+            thread.join(5)
+            assert not thread.is_alive()
+
+
+def test_what_is_quick_shows_no_progress() -> None:
+    outcome = invoke("run", "--adapter", "numpy", "--case", "ties")
+    assert "elapsed" not in outcome.output
+
+
+def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what makes Rich take any stream for a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(common, "SECONDS_OF_LINE", 0.01)
+    for _ in common.track(range(2), 2, "cases"):
+        time.sleep(0.2)
+    shown = capsys.readouterr().err
+    assert "━" in shown
+    assert "1/2" in shown
+    assert "elapsed" not in shown
 
 
 def test_json_and_report(tmp_path: Path) -> None:
@@ -189,7 +257,9 @@ def test_adapters_are_listed_with_what_they_lack(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(ENTRIES, "jax-somelib", Entry("jax-somelib", "jax", "peer", missing))
     outcome = invoke("adapters")
     assert outcome.exit_code == 0
-    assert "no: somelib is not installed. Run: pip install somelib" in outcome.output
+    assert re.search(
+        r"^jax-somelib .* no, reason (\d+) *$(?s:.*)^reason \1: somelib is not installed", outcome.output, re.M
+    )
     outcome = invoke("run", "--adapter", "jax-some*", "--adapter", "oracle", "--case", "one_row", "--dtype", "float32")
     assert outcome.exit_code == 0
     assert "not here: jax-somelib (somelib is not installed." in outcome.output

@@ -1,9 +1,13 @@
 """The web page of a survey: verdict, tables, heat map and plots in one file that loads nothing from elsewhere.
 
+The only script in it hides rows of tables; its hash is in the page's security policy, so no other script can run.
+
 Tables and the heat map are HTML, so that they can be searched, copied and read aloud; plots are PNG images within the
 page. Names and messages come from a user's loss and stay out of the plots: matplotlib reads `$` as mathematics.
 """
 
+import base64
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +18,22 @@ from parity_tests.evidence.ledger import Evidence
 from parity_tests.report.disagreements import describe, find_disagreements, find_failures
 from parity_tests.report.heat_map import heat_maps
 from parity_tests.report.plots import draw_trajectory, png, ulp_panels
-from parity_tests.report.tables import environment_tables, ledger, pair_sentences, summarize, worst_rows
-from parity_tests.report.verdict import verdict
+from parity_tests.report.tables import case_rows, environment_tables, ledger, pair_sentences, summarize, worst_rows
+from parity_tests.report.verdict import Banner, verdict
+from parity_tests.report.words import PageTable
 from parity_tests.studies.survey import Survey
+from parity_tests.texts import visible
 from parity_tests.trainings.trajectory import TrajectoryVerdict
+from parity_tests.truth.files import write_whole
 
 LONGEST_DISAGREEMENTS, LONGEST_FAILURES = 20, 20
+# A table of fewer rows is shown without a filter.
+SHORTEST_FILTERED = 10
+HERE = Path(__file__).parent
+FILTER = (HERE / "filter.js").read_text(encoding="utf-8").rstrip("\n")  # as a template includes it
 
 
-def write_report(
+def write_report(  # noqa: PLR0913 - each part of a page is a parameter
     folder: Path,
     survey: Survey,
     *,
@@ -32,6 +43,9 @@ def write_report(
     trajectory: TrajectoryVerdict | None = None,
     notes: Sequence[str] = (),
     agrees: bool | None = None,
+    banner: Banner | None = None,
+    tables: Sequence[PageTable] = (),
+    parted: int | None = None,
 ) -> Path:
     """Write the page of a survey. Parts without content are left out.
 
@@ -44,48 +58,29 @@ def write_report(
         trajectory: the comparison of two trainings.
         notes: sentences to show beneath the verdict.
         agrees: the verdict, if it is not to follow from survey and trajectory.
+        banner: the whole verdict, if it is not to follow from them.
+        tables: more tables to show.
+        parted: the step at which the trainings part, if it is not to follow from their losses.
 
     Returns:
         The page's path, `folder/index.html`.
     """
-    page = folder / "index.html"
-    text = render(
-        survey,
-        title=title,
-        evidence=evidence,
-        environment=environment,
-        trajectory=trajectory,
-        notes=notes,
-        agrees=agrees,
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    # A user's message may hold half a surrogate pair, which UTF-8 does not have.
-    page.write_text(text, encoding="utf-8", errors="backslashreplace")
-    return page
-
-
-def render(
-    survey: Survey,
-    *,
-    title: str,
-    evidence: Sequence[Evidence],
-    environment: Mapping[str, Any],
-    trajectory: TrajectoryVerdict | None,
-    notes: Sequence[str],
-    agrees: bool | None = None,
-) -> str:
-    """Return the page, images and all; see `write_report`."""
     templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
+        finalize=_without_control_characters,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     disagreements = find_disagreements(survey)
-    return templates.get_template("page.html.jinja").render(
+    text = templates.get_template("page.html.jinja").render(
         title=title,
-        banner=verdict(survey, trajectory, agrees),
+        script_hash=base64.b64encode(hashlib.sha256(FILTER.encode()).digest()).decode(),
+        shortest_filtered=SHORTEST_FILTERED,
+        banner=banner or verdict(survey, trajectory, agrees),
+        tables=tables,
+        cases=case_rows(survey),
         notes=notes,
         summaries=[summarize(survey, name) for name in survey.members if survey.outcomes],
         pairs=pair_sentences(survey.differences),
@@ -97,10 +92,18 @@ def render(
         heat_maps=heat_maps(survey),
         ulps=ulp_panels(survey),
         worst={who: worst_rows(survey, ours) for who, ours in _WHO},
-        trajectory=png(draw_trajectory(trajectory)) if trajectory else None,
+        trajectory=png(draw_trajectory(trajectory, parted)) if trajectory else None,
         ledger=ledger(evidence),
         environment=environment_tables(environment),
     )
+    page = folder / "index.html"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(page, text)
+    return page
 
 
 _WHO = (("ours", True), ("peers", False))
+
+
+def _without_control_characters(value: Any) -> Any:
+    return visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value

@@ -101,8 +101,14 @@ def _power(exponent: int) -> str:
     return str(2**exponent) if exponent >= 0 else f"1/{2**-exponent}"
 
 
-def draw_trajectory(trajectory: TrajectoryVerdict) -> Figure:
-    """Draw the difference of each step, the difference that rounding explains, and the first divergence."""
+def draw_trajectory(trajectory: TrajectoryVerdict, parted: int | None = None) -> Figure:
+    """Draw the difference of each step, the difference that rounding explains, and the step of the first divergence.
+
+    Args:
+        trajectory: the losses of the trainings.
+        parted: the step, if it is not to follow from the losses.
+    """
+    parted = trajectory.first_divergence if parted is None else parted
     figure = Figure(figsize=(5.6, 4), layout="constrained")
     axes = figure.subplots()
     steps = np.arange(len(trajectory.difference))
@@ -113,9 +119,8 @@ def draw_trajectory(trajectory: TrajectoryVerdict) -> Figure:
     axes.plot(steps[shown], trajectory.difference[shown], ".", color=RUST, markersize=4, label="difference")
     if trajectory.blind_from is not None:
         axes.axvspan(trajectory.blind_from, len(steps), color="#eeeeee", zorder=0, label="says little")
-    if trajectory.first_divergence is not None:
-        label = f"trainings part (step {trajectory.first_divergence})"
-        axes.axvline(trajectory.first_divergence, color=RUST, linestyle="--", linewidth=1.5, label=label)
+    if parted is not None:
+        axes.axvline(parted, label=f"trainings part (step {parted})", color=RUST, linestyle="--", linewidth=1.5)
     axes.set(xlabel="step", ylabel="difference of the losses", xlim=(-0.5, len(steps) - 0.5))
     if np.any(shown) or np.any(trajectory.allowed > 0):
         axes.set_yscale("log")

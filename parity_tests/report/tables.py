@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from parity_tests.evidence.ledger import KINDS, Evidence
 from parity_tests.report.words import known_share, share_text, used_share, values_text
 from parity_tests.studies.survey import Survey
-from parity_tests.studies.verdicts import Difference
+from parity_tests.studies.verdicts import Difference, Outcome
 from parity_tests.truth.comparison import Comparison
 from parity_tests.truth.precision import DTYPES
 
@@ -85,6 +85,41 @@ def pair_sentences(differences: Iterable[Difference]) -> list[str]:
             f"{worst.dtype})."
         )
     return sentences
+
+
+class CaseRow(NamedTuple):
+    """One row of the list of cases: the worst that any loss, or pair of losses, did there."""
+
+    case: str
+    dtype: str
+    verdict: str
+    share: str
+    who: str
+    element: str
+
+
+_RANKS = ("not called", "agrees", "disagrees", "fails")
+
+
+def case_rows(survey: Survey) -> list[CaseRow]:
+    """Return a row for each case and dtype, in the order of the survey. What peers do is left out."""
+    found: dict[tuple[str, str], list[tuple[tuple[int, float], CaseRow]]] = {}
+    ours = [outcome for outcome in survey.outcomes if survey.members[outcome.adapter].ours]
+    words = {"agree": "agrees", "disagree": "disagrees", "failed": "fails", "unsupported": "not called"}
+    items: list[tuple[Outcome | Difference, str, str, str]] = []
+    items += [(each, each.adapter, words[each.status], each.reason or "") for each in ours]
+    items += [
+        (each, " against ".join(each.adapters), "agrees" if each.agrees else "disagrees", "")
+        for each in survey.differences
+    ]
+    for each, who, word, reason in items:
+        share, element, rank = "–", reason, -1.0
+        if each.comparison:
+            rank = known_share(each.comparison.share)
+            share, element = share_text(rank), " ".join(element_texts(each.comparison, each.dtype)[:2])
+        row = CaseRow(each.case, each.dtype, word, share, who, element)
+        found.setdefault((each.case, each.dtype), []).append(((_RANKS.index(word), rank), row))
+    return [max(rows, key=lambda ranked: ranked[0])[1] for rows in found.values()]
 
 
 def worst_rows(survey: Survey, ours: bool) -> list[tuple[str, ...]]:

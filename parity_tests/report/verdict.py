@@ -91,7 +91,8 @@ def trajectory_sentence(trajectory: TrajectoryVerdict) -> str:
         )
     else:
         sentence = (
-            f"Trainings part at step {step} of {steps}: difference {trajectory.difference[step]:.2g}, allowed "
+            f"Trainings part at step {step}, counted from 0, of {count_of(steps, 'step')}: difference "
+            f"{trajectory.difference[step]:.2g}, allowed "
             f"{trajectory.allowed[step]:.2g}."
         )
     if trajectory.blind_from is not None:

@@ -1,8 +1,26 @@
 """Numbers and counts of the page in words."""
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from parity_tests.truth.comparison import Worst
+
+
+class PageTable(NamedTuple):
+    """A table of results.
+
+    Args:
+        title: its heading.
+        headings: of the columns; a first > or ~, which `FittingTable` reads, is left out on a page.
+        rows: the cells.
+        note: a sentence to show above it.
+    """
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
 
 
 def share_text(share: float) -> str:

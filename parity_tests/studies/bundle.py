@@ -22,9 +22,9 @@ their own dtypes in place of float64. All are read.
 
 import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,20 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from parity_tests.evidence.environment import describe_environment
+from parity_tests.evidence.ledger import DEVICES
+from parity_tests.json_files import NUMBER, Optional, check_form, parse_json
 from parity_tests.losses.adapters import Adapter, LossError
+from parity_tests.studies.concurrent_calls import Calls, call_each
 from parity_tests.studies.verdicts import examine
+from parity_tests.texts import one_line
 from parity_tests.truth.arithmetic import DEPTHS, ERRORS, FULL, NARROW, Arithmetic, name_of_depth
 from parity_tests.truth.cases import Case, LinearCase
 from parity_tests.truth.comparison import AnyResult, make_result
+from parity_tests.truth.files import write_folder
 from parity_tests.truth.linear_cases import with_logits
-from parity_tests.truth.oracle import Exact, LinearTruth, Truth, solve
+from parity_tests.truth.oracle import Truth, solve
 from parity_tests.truth.precision import DTYPES, as_dtype, compute_dtype
+from parity_tests.truth.stored import truth_from_arrays, truth_to_arrays
 
 FORMATS = (1, 2, 3)
 COMPACT = 3
@@ -57,7 +63,62 @@ Key = tuple[str, str]
 
 
 class BundleError(ValueError):
-    """A bundle cannot be written, read or trusted; the message says why, and what to do."""
+    """A bundle cannot be written, read or trusted; the message says why, and what to do, in one line."""
+
+    def __init__(self, message: str) -> None:
+        """Take the message; what it quotes of a file may have any characters."""
+        super().__init__(one_line(message))
+
+
+# What Python, NumPy and mpmath raise about content that makes no sense.
+_NONSENSE = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turn whatever the content of a file makes the body of the `with` statement raise into a BundleError."""
+    try:
+        yield
+    except BundleError:
+        raise
+    except _NONSENSE as error:
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise BundleError(f"{what}: {kind}{error}. {AGAIN}") from error
+
+
+# The form of a manifest; what else it must be is checked as it is read.
+_PLAIN = (None, bool, int, float, str)
+_ENVIRONMENT = {
+    "python": str,
+    "platform": str,
+    "versions": {str: str},
+    "devices": {str: [str]},
+    "flags": {str: _PLAIN},
+}
+_ADAPTER = {"framework": str, "device": str, "arithmetic": dict}
+_CASE = {
+    "name": str,
+    "dtype": str,
+    "axis": int,
+    "options": {str: _PLAIN},
+    "smoothing": (None, *NUMBER),
+    "weight_dtype": Optional(str),
+    "chunk_size": Optional((None, int)),
+    "results": {str: {str: str}},
+    "failures": {str: str},
+}
+_ARRAY = {"dtype": str, "shape": [int], "sha256": str}
+_FORM = {
+    "format": int,
+    "sha256": str,
+    "environment": _ENVIRONMENT,
+    "adapters": {str: _ADAPTER},
+    "cases": [_CASE],
+    "arrays": {str: _ARRAY},
+    "arrays_sha256": str,
+}
+# Errors beyond it, in units of the roundoff, are those of no device; they would let every result pass.
+_ROUGHEST = 2.0**16
 
 
 @dataclass(frozen=True)
@@ -121,6 +182,7 @@ def record(
     adapters: Sequence[Adapter],
     cases: Iterable[Case],
     takes: Callable[[Adapter, Case], bool] = lambda adapter, case: True,
+    track: Callable[[Iterator[Calls]], Iterable[Calls]] = iter,
 ) -> Bundle:
     """Run every adapter on every case. An exception of an adapter is recorded as its failure.
 
@@ -128,6 +190,7 @@ def record(
         adapters: the adapters.
         cases: the cases.
         takes: returns whether an adapter is called in a case.
+        track: shows the progress of an iterator that yields once for each case.
 
     Raises:
         BundleError: the bounds of an adapter cannot be recorded.
@@ -138,11 +201,11 @@ def record(
             raise BundleError(f"{adapter.name} has a depth of its own; only those of DEPTHS can be recorded.")
         recorded[adapter.name] = RecordedAdapter(adapter.name, adapter.framework, adapter.device, adapter.arithmetic)
     records = []
-    for case in cases:
+    for case, calls in track(call_each(adapters, cases, takes)):
         truth = solve(case)
         records.append(Record(case, truth))
         for adapter in (each for each in adapters if takes(each, case)):
-            outcome = examine(adapter, case, truth)
+            outcome = examine(adapter, case, truth, calls.get(adapter.name))
             if outcome.result is not None:
                 recorded[adapter.name].results[_key(case)] = outcome.result
             elif outcome.status == "failed":
@@ -190,26 +253,6 @@ def case_from_arrays(entry: dict[str, Any], arrays: Arrays) -> Case:
     return with_logits(LinearCase(**values, logits=np.zeros(()))) if "hidden" in arrays else Case(**values)
 
 
-def truth_to_arrays(truth: Truth) -> Arrays:
-    """Return a truth as arrays; a pair of float64 numbers becomes two arrays."""
-    arrays: Arrays = {}
-    for name, value in vars(truth).items():
-        if value is None:  # a layer without a bias
-            continue
-        parts = {f"{name}.high": value.high, f"{name}.low": value.low} if isinstance(value, Exact) else {name: value}
-        arrays |= {part: np.asarray(array) for part, array in parts.items()}
-    return arrays
-
-
-def _truth_from_arrays(arrays: Arrays) -> Truth:
-    kind = LinearTruth if "hidden.high" in arrays else Truth
-    values: dict[str, Any] = {"bias": None} if kind is LinearTruth else {}
-    for name in (each.name for each in fields(kind) if each.name not in values or f"{each.name}.high" in arrays):
-        pair = f"{name}.high" in arrays
-        values[name] = Exact(arrays[f"{name}.high"], arrays[f"{name}.low"]) if pair else arrays[name]
-    return kind(**values)
-
-
 def differing(first: Arrays, second: Arrays) -> list[str]:
     """Return the names of arrays that are in one only, or differ in dtype, shape or bits."""
     digests = [{name: _digest(name, array) for name, array in arrays.items()} for arrays in (first, second)]
@@ -254,9 +297,7 @@ def write_bundle(folder: Path, bundle: Bundle, *, compact: bool = False) -> None
     }
     manifest["arrays_sha256"] = hashlib.sha256(data).hexdigest()
     manifest["sha256"] = _digest_of_manifest(manifest)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / ARRAYS).write_bytes(data)
-    (folder / MANIFEST).write_text(_as_text(manifest), encoding="utf-8")
+    write_folder(folder, {ARRAYS: data, MANIFEST: _as_text(manifest).encode()})
 
 
 def _take_apart(bundle: Bundle) -> tuple[dict[str, Any], Arrays]:
@@ -313,7 +354,15 @@ def _arithmetic_to_json(arithmetic: Arithmetic, linear: bool) -> dict[str, Any]:
 
 
 def _arithmetic_from_json(entry: dict[str, Any]) -> Arithmetic:
-    given = {**_USUAL, "log": entry["log1p"], "narrow": NARROW, **entry}
+    given = {**_USUAL, "log": entry["log1p"], "narrow": sorted(NARROW), **entry}
+    check_form(
+        given, {**dict.fromkeys(ERRORS, NUMBER), "matmul_bits": int, "depth": str, "narrow": [str]}, "arithmetic"
+    )
+    for name in ERRORS:
+        if not 0 <= given[name] <= _ROUGHEST:
+            raise ValueError(f"arithmetic.{name} must be from 0 to {_ROUGHEST:g}, got {given[name]}")
+    if not 1 <= given["matmul_bits"] <= 53 or given["depth"] not in DEPTHS or not set(given["narrow"]) <= NARROW:
+        raise ValueError(f"arithmetic has a matmul_bits, depth or narrow that this lsce does not know: {given}")
     return Arithmetic(**{**given, "depth": DEPTHS[given["depth"]], "narrow": frozenset(given["narrow"])})
 
 
@@ -346,28 +395,29 @@ def read_bundle(folder: Path) -> Bundle:
         BundleError: there is no bundle, or it was changed after it was written.
     """
     manifest = _read_manifest(folder)
-    try:
+    with refusing(f"{folder / MANIFEST} does not describe a bundle"):
+        check_form(manifest, _FORM)
         return _put_together(manifest, _read_arrays(folder, manifest))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise BundleError(f"{folder / MANIFEST} does not describe a bundle: {error!r}. {AGAIN}") from error
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         text = path.read_text(encoding="utf-8")
-        manifest: Any = json.loads(text)
+        manifest = parse_json(text)
         unchanged = isinstance(manifest, dict) and _as_text(manifest) == text
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         hint = "Record one with `lsce-parity record DIR`."
         raise BundleError(f"there is no bundle in {folder}: {path.name}: {error.strerror}. {hint}") from error
-    except ValueError as error:
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror}.") from error
+    except (RecursionError, ValueError) as error:
         raise BundleError(f"{path} is damaged: {error}. Copy it again, or record the bundle again.") from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
     known = f"this lsce reads formats {', '.join(map(str, FORMATS))}"
-    if isinstance(found, int) and found > max(FORMATS):
+    if isinstance(found, int) and not isinstance(found, bool) and found > max(FORMATS):
         raise BundleError(f"{folder} has format {found}, {known}. Install a newer lsce.")
-    if not isinstance(manifest, dict) or found not in FORMATS:
+    if not isinstance(manifest, dict) or type(found) is not int or found not in FORMATS:
         raise BundleError(f"{folder} has format {found!r}, {known}. {AGAIN}")
     if not unchanged or manifest.get("sha256") != _digest_of_manifest(manifest):
         raise BundleError(f"{path} was edited or damaged: it does not fit its SHA-256. Copy it or record it again.")
@@ -381,7 +431,7 @@ def _read_arrays(folder: Path, manifest: dict[str, Any]) -> Arrays:
         stored = load(data)
     except OSError as error:
         raise BundleError(f"the bundle in {folder} is not whole: {path.name}: {error.strerror}.") from error
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, *_NONSENSE) as error:
         raise BundleError(f"{path} is damaged: {error}. Copy it again, or record the bundle again.") from error
     described = manifest["arrays"]
     if stored.keys() != described.keys():
@@ -404,23 +454,63 @@ def _read_arrays(folder: Path, manifest: dict[str, Any]) -> Arrays:
 
 
 def _put_together(manifest: dict[str, Any], arrays: Arrays) -> Bundle:
-    folders: dict[str, Arrays] = defaultdict(dict)
+    folders: dict[str, Arrays] = {}
     for path, array in arrays.items():
         folder, _, name = path.rpartition("/")
-        folders[folder][name] = array
-    adapters = {
-        name: RecordedAdapter(name, entry["framework"], entry["device"], _arithmetic_from_json(entry["arithmetic"]))
-        for name, entry in manifest["adapters"].items()
-    }
+        folders.setdefault(folder, {})[name] = array
+    adapters = _adapters_from_json(manifest["adapters"])
+    if len({(entry["name"], entry["dtype"]) for entry in manifest["cases"]}) != len(manifest["cases"]):
+        raise ValueError("two cases have the same name and dtype")
+    if not manifest["cases"]:
+        raise ValueError("it has no case")
     records = []
     for i, entry in enumerate(manifest["cases"]):
-        case = case_from_arrays(entry, folders[f"cases/{i}"])
-        truth = solve(case) if manifest["format"] == COMPACT else _truth_from_arrays(folders[f"truths/{i}"])
+        case = _checked(case_from_arrays(entry, folders.pop(f"cases/{i}", {})))
+        truth = solve(case) if manifest["format"] == COMPACT else truth_from_arrays(folders.pop(f"truths/{i}", {}))
         records.append(Record(case, truth))
         for name, dtypes in entry["results"].items():
-            given = {part.removesuffix("_dtype"): dtype for part, dtype in dtypes.items()}
-            parts = {part: array.astype(np.float64) for part, array in folders[f"results/{i}/{name}"].items()}
-            adapters[name].results[_key(case)] = make_result(parts, given)
+            adapters[name].results[_key(case)] = _result_from_arrays(folders.pop(f"results/{i}/{name}", {}), dtypes)
         for name, reason in entry["failures"].items():
             adapters[name].failures[_key(case)] = reason
+    if folders:
+        raise ValueError(f"arrays of {next(iter(folders))} are those of no case")
     return Bundle(records, adapters, manifest["environment"])
+
+
+def _adapters_from_json(entries: dict[str, Any]) -> dict[str, RecordedAdapter]:
+    adapters = {}
+    for name, entry in entries.items():
+        if entry["device"] not in DEVICES:
+            raise ValueError(f"{name} ran on {entry['device']!r}; the devices are {', '.join(DEVICES)}")
+        arithmetic = _arithmetic_from_json(entry["arithmetic"])
+        adapters[name] = RecordedAdapter(name, entry["framework"], entry["device"], arithmetic)
+    return adapters
+
+
+def _result_from_arrays(arrays: Arrays, dtypes: dict[str, str]) -> AnyResult:
+    given = {part.removesuffix("_dtype"): dtype for part, dtype in dtypes.items()}
+    if arrays.keys() != given.keys():
+        raise ValueError(f"a result has the parts {', '.join(arrays)}, and dtypes of {', '.join(given)}")
+    wrong = [array.dtype.name for array in arrays.values() if not _is_floating(array)]
+    if wrong:
+        raise ValueError(f"a result has the dtype {wrong[0]}")
+    return make_result({part: array.astype(np.float64) for part, array in arrays.items()}, given)
+
+
+def _checked(case: Case) -> Case:
+    """Return a case whose arrays fit each other; its truth tells whether its options make sense.
+
+    Raises:
+        ValueError: they do not, or a dtype is not known.
+    """
+    dtypes = [case.dtype, case.weight_dtype] if isinstance(case, LinearCase) else [case.dtype]
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise ValueError(f"case {case.name!r} has the dtype {dtype!r}; the dtypes are {', '.join(DTYPES)}")
+    kinds = {"labels": "iuf", "where": "b", "class_mask": "b"}
+    for name in (*_LAYER, *_CASE_ARRAYS):
+        values = getattr(case, name, None)
+        if values is not None and np.asarray(values).dtype.kind not in kinds.get(name, "f"):
+            raise ValueError(f"case {case.name!r} has {name} of dtype {values.dtype}")
+    case.rows()
+    return case

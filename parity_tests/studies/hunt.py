@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from parity_tests.losses.adapters import Adapter
+from parity_tests.losses.adapters import Adapter, forget_programs
 from parity_tests.studies.drawn_cases import Generator, draw_case, draw_linear_case, vary_layer, vary_options, vary_rows
 from parity_tests.studies.simpler_cases import shrink
 from parity_tests.studies.verdicts import Outcome, examine
@@ -38,6 +38,8 @@ PARTS, LINEAR_PARTS = ("loss", "gradient"), ("loss", "hidden", "weight", "bias")
 LINEAGES = 6  # cases that are varied further
 NEW = 0.6  # how often a new case is drawn instead
 OTHER_OPTIONS = 0.3  # how often an option of a case is varied, and not its rows
+SEARCHED = 0.8  # of the time that is given; the rest is for making the find simpler
+CALLS = 64  # after so many JAX drops its compiled programs
 KEPT_SHARE = 0.98  # how much of its share a case keeps when it is made simpler
 
 
@@ -86,7 +88,8 @@ def hunt(
         dtype: of the logits.
         part: whose share is maximised. Results are held against the bounds of all parts.
         examples: how many calls of the adapter the search may take; the same find each time.
-        seconds: how long it may take; give one of the two. Making the find simpler takes more time.
+        seconds: how long it may take, with all that is compiled; give one of the two. The first case is judged in any
+            time, and a call of the adapter that has begun is not interrupted.
         seed: seed of all random choices.
 
     Raises:
@@ -99,7 +102,11 @@ def hunt(
     if judge.broken is not None:
         return _broken(adapter, judge, judge.broken)
     assert judge.best is not None, "at least one case is judged"
-    case = shrink(judge.best, lambda simpler: share_of(adapter, simpler, part) >= KEPT_SHARE * judge.share)
+    case = shrink(
+        judge.best,
+        lambda simpler: share_of(adapter, simpler, part) >= KEPT_SHARE * judge.share,
+        deadline=judge.deadline,
+    )
     share = share_of(adapter, case, part)
     if share == math.inf:
         # A case beyond its bounds turned up on the way to a simpler one.
@@ -154,7 +161,10 @@ class _Judge:
 
     def __init__(self, adapter: Adapter, part: str, examples: int | None, seconds: float | None) -> None:
         self.adapter, self.part, self.examples = adapter, part, examples
-        self.deadline = None if seconds is None else time.monotonic() + seconds
+        begin, self.deadline = time.monotonic(), math.inf
+        if seconds is not None:
+            self.deadline = begin + seconds
+        self.end_of_search = begin + SEARCHED * (self.deadline - begin)
         self.evaluations, self.share = 0, -math.inf
         self.best: Case | None = None
         self.broken: Case | None = None
@@ -163,12 +173,14 @@ class _Judge:
     def open(self) -> bool:
         """Whether the search may go on. The first case is judged in any time."""
         spent = self.evaluations >= self.examples if self.examples is not None else False
-        late = time.monotonic() >= self.deadline if self.deadline is not None else False
+        late = time.monotonic() >= self.end_of_search
         return self.evaluations == 0 or (self.broken is None and not (spent or late))
 
     def __call__(self, case: Case) -> FloatArray:
         """Return the shares of a case."""
         self.evaluations += 1
+        if not self.evaluations % CALLS:
+            forget_programs()
         truth = _quick_truth(case)
         outcome = examine(self.adapter, case, truth)
         # The truth at 50 digits has the last word.
@@ -258,7 +270,7 @@ def _broken(adapter: Adapter, judge: _Judge, case: Case) -> Find:
         return examine(adapter, case, solve(case))
 
     status = judged(case).status
-    case = shrink(case, lambda simpler: judged(simpler).status == status)
+    case = shrink(case, lambda simpler: judged(simpler).status == status, deadline=judge.deadline)
     outcome = judged(case)
     part, share, problem = (
         judge.part,

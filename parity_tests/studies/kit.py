@@ -10,20 +10,23 @@ another version of lsce, with cases that this checkout makes otherwise, or witho
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from parity_tests.evidence.environment import installed_versions
-from parity_tests.evidence.ledger import PACKAGES, Evidence, Session
+from parity_tests.evidence.ledger import DEVICES, PACKAGES, Evidence, Session
+from parity_tests.json_files import check_form, read_json
 from parity_tests.losses.adapters import Adapter
 from parity_tests.losses.registry import ELSEWHERE, ENTRIES
 from parity_tests.studies.bundle import MANIFEST, Bundle, BundleError, RecordedAdapter, read_bundle
 from parity_tests.studies.replays import truth_of_today
 from parity_tests.studies.verdicts import Outcome, examine
+from parity_tests.texts import one_line
 from parity_tests.truth.cases import Case
 from parity_tests.truth.devices import device_of_kind, of_own_losses
+from parity_tests.truth.files import write_whole
 from parity_tests.truth.linear_cases import all_case_names
 
 FORMAT = 1
@@ -53,7 +56,22 @@ FEW_CASES = (
 
 
 class KitError(ValueError):
-    """A kit cannot be read or trusted; the message says why, and what to do."""
+    """A kit cannot be read or trusted; the message says why, and what to do, in one line."""
+
+    def __init__(self, message: str) -> None:
+        """Take the message; what it quotes of a file may have any characters."""
+        super().__init__(one_line(message))
+
+
+_FORM = {
+    "date": str,
+    "commit": (None, str),
+    "device": str,
+    "cards": {str: str},
+    "bundles": {str: str},
+    "environment": {"versions": {str: str}, ...: None},
+    ...: None,  # what was measured, which is not read
+}
 
 
 @dataclass(frozen=True)
@@ -137,7 +155,7 @@ def write_kit(folder: Path, content: dict[str, Any], dtypes: Iterable[str]) -> N
     bundles = {dtype: _sha256(bundle_folder(folder, dtype) / MANIFEST) for dtype in dtypes}
     kit = {"command": "kit", "format": FORMAT, **content, "bundles": bundles}
     kit["sha256"] = _digest(kit)
-    (folder / REPORT).write_text(json.dumps(kit, indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / REPORT, json.dumps(kit, indent=1) + "\n")
 
 
 def is_kit(path: Path) -> bool:
@@ -156,18 +174,24 @@ def read_kit(path: Path) -> tuple[dict[str, Any], list[Bundle]]:
     """
     file = path / REPORT if path.is_dir() else path
     try:
-        kit = json.loads(file.read_text(encoding="utf-8"))
+        kit = read_json(file)
         if kit["format"] != FORMAT:
             raise KitError(f"{file} has format {kit['format']}, this lsce reads format {FORMAT}. {AGAIN}")
         if kit["sha256"] != _digest({name: value for name, value in kit.items() if name != "sha256"}):
             raise KitError(f"{file} was edited or damaged: it does not fit its SHA-256. Copy it again.")
+        check_form(kit, _FORM)
+        if kit["device"] not in DEVICES:
+            raise ValueError(f"the devices are {', '.join(DEVICES)}, not {kit['device']!r}")
         bundles = [_read_part(file.parent, dtype, digest) for dtype, digest in kit["bundles"].items()]
         there = kit["environment"]["versions"]["lsce"]
     except OSError as error:
-        raise KitError(f"there is no kit: {file}: {error.strerror}") from error
+        hint = "Make one with `lsce-parity kit DIR`."
+        if file.with_name(MANIFEST).is_file():
+            hint = "That is a bundle, which `lsce-parity replay` reads."
+        raise KitError(f"there is no kit: {file}: {error.strerror}. {hint}") from error
     except KitError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise KitError(f"{file} is not what `lsce-parity kit` writes ({type(error).__name__}: {error})") from error
     here = installed_versions(["lsce"]).get("lsce")
     if there != here:
@@ -214,6 +238,7 @@ def evidence_of(kit: dict[str, Any], bundles: Sequence[Bundle]) -> Iterator[tupl
     device, cards = kit["device"], kit["cards"]
     for bundle in bundles:
         _check_whole(bundle)
+        _check_cards(bundle, cards)
         ours = [
             _with_bounds_of_today(adapter, cards[adapter.framework])
             for name, adapter in bundle.adapters.items()
@@ -245,6 +270,12 @@ def _check_whole(bundle: Bundle) -> None:
             f"the kit has {len(bundle.cases)} cases in {bundle.cases[0].dtype}; {some} and others are missing. "
             "Evidence needs all: make the kit again, without --quick and --case."
         )
+
+
+def _check_cards(bundle: Bundle, cards: Mapping[str, str]) -> None:
+    missing = {each.framework for name, each in bundle.adapters.items() if name in ENTRIES} - cards.keys()
+    if missing:
+        raise KitError(f"the kit does not say on which card {', '.join(sorted(missing))} ran. {AGAIN}")
 
 
 def _with_bounds_of_today(adapter: RecordedAdapter, card: str) -> RecordedAdapter:

@@ -49,11 +49,13 @@ class Side:
         reduction: the reduction that it returns, "none", "mean" or "elements"; None if it takes the reduction from the
             case.
         recorded: its runs by wide dtype, if they were recorded; otherwise it is run.
+        exact: the loss without the simulated errors of a device, if `adapter` has them; None if it has none.
     """
 
     adapter: Adapter
     reduction: str | None = None
     recorded: Mapping[str, Runs] = field(default_factory=dict)
+    exact: Adapter | None = None
 
 
 @dataclass(frozen=True)
@@ -481,7 +483,9 @@ class _Wide:
         """Return the results of one side in a wide dtype."""
         if (i, dtype) not in self._runs:
             side = self.sides[i]
-            runs = side.recorded or {dtype: Runs(side.adapter, self.cases, lambda case: not is_edge(case), dtype)}
+            runs = side.recorded or {
+                dtype: Runs(side.exact or side.adapter, self.cases, lambda case: not is_edge(case), dtype)
+            }
             self._runs[i, dtype] = runs[dtype]
         return self._runs[i, dtype]
 
@@ -522,7 +526,8 @@ class _Wide:
             same = replace(same, same=False)
         accuracy: list[Accuracy] = []
         if same.same:
-            found = (compare_accuracy(runs, (attempts[0], attempts[1]), each) for each in dtypes)
+            arithmetic = (self.sides[0].adapter.arithmetic, self.sides[1].adapter.arithmetic)
+            found = (compare_accuracy(runs, (attempts[0], attempts[1]), each, arithmetic) for each in dtypes)
             accuracy = [_by_truth(pair, each) for each in found]
         readings = pair.readings
         if same.same is not True and question.has_oracle and not question.linear:

@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from lsce_spec import ConventionName, check_smoothing, find_convention
+from lsce_spec import CONVENTIONS, ConventionName, check_smoothing, find_convention
 from parity_tests.losses.adapters import Adapter
 from parity_tests.losses.user_losses import find_reduction, is_user_loss, keep_shape, take_mean
 from parity_tests.studies.pairs import Side
 from parity_tests.studies.probes import LABEL_KINDS, LOGIT_KINDS, NUM_CLASSES, LabelKind, LogitKind, Question
+from parity_tests.texts import did_you_mean
 from parity_tests.truth.batches import MOST_LOGITS, Batch, BatchError, make_batch, read_batch
 from parity_tests.truth.cases import Case, LinearCase
 
@@ -50,7 +51,7 @@ def make_question(  # noqa: PLR0913 - each option of the command line is a param
     )
     _check_kinds(question)
     check_smoothing(question.smoothing)
-    find_convention(cast("ConventionName", question.convention or "uniform"))
+    _check_convention(question.convention or "uniform")
     if question.softcap is not None and not 0 < question.softcap < float("inf"):
         raise ValueError(f"softcap must be above 0 and finite, got {question.softcap}")
     if not 0 <= question.z_loss < float("inf"):
@@ -60,6 +61,15 @@ def make_question(  # noqa: PLR0913 - each option of the command line is a param
     if question.reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be mean or sum, got {question.reduction!r}")
     return question
+
+
+def _check_convention(name: str) -> None:
+    try:
+        find_convention(cast("ConventionName", name))
+    except (TypeError, ValueError) as error:
+        if "Did you mean" in str(error):
+            raise
+        raise ValueError(f"{error}{did_you_mean(name, CONVENTIONS)}") from None
 
 
 def _check_kinds(question: Question) -> None:

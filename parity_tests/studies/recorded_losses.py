@@ -36,6 +36,7 @@ from parity_tests.studies.verdicts import attempt
 from parity_tests.truth.batches import from_safetensors, to_safetensors
 from parity_tests.truth.cases import Case
 from parity_tests.truth.comparison import AnyResult, Parts, make_result
+from parity_tests.truth.files import write_folder
 from parity_tests.truth.precision import FORMATS
 
 FORMAT = 1
@@ -131,9 +132,7 @@ def record_loss(
     data = to_safetensors(arrays)
     content["arrays_sha256"] = hashlib.sha256(data).hexdigest()
     text = json.dumps({"content": content, "sha256": _digest(content)}, indent=1, allow_nan=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / ARRAYS).write_bytes(data)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    write_folder(folder, {ARRAYS: data, MANIFEST: f"{text}\n".encode()})
 
 
 def _reduced(case: Case, reduction: str) -> Case:

@@ -9,18 +9,29 @@ computed in float64, so it may depend on the machine's libm; there the two may d
 Results are compared with the newly computed truth, after it was found equal to the recorded one.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from parity_tests.evidence.ledger import Evidence
 from parity_tests.losses.adapters import Adapter, UnavailableError
 from parity_tests.losses.registry import ELSEWHERE, ENTRIES, make_adapter, match_names
-from parity_tests.studies.bundle import AGAIN, Bundle, BundleError, Record, case_to_arrays, differing, truth_to_arrays
+from parity_tests.studies.bundle import (
+    AGAIN,
+    Bundle,
+    BundleError,
+    Record,
+    case_to_arrays,
+    differing,
+    refusing,
+)
+from parity_tests.studies.concurrent_calls import Calls, call_each
 from parity_tests.studies.verdicts import Difference, Outcome, compare_outcomes, examine
 from parity_tests.truth.arithmetic import Arithmetic
+from parity_tests.truth.cases import Case
 from parity_tests.truth.comparison import Result, against_each_other
 from parity_tests.truth.linear_cases import all_case_names, make_any_case
 from parity_tests.truth.oracle import WIDE, Truth, solve
+from parity_tests.truth.stored import truth_to_arrays
 
 TRUTH = "truth"
 
@@ -167,13 +178,17 @@ def adapters_here(names: Sequence[str] | None, device: str) -> tuple[list[Adapte
     return found, missing
 
 
-def replay(bundle: Bundle, adapters: Sequence[Adapter], records: Iterable[Record] | None = None) -> Replay:
+def replay(
+    bundle: Bundle,
+    adapters: Sequence[Adapter],
+    track: Callable[[Iterator[tuple[Record, Calls]]], Iterable[tuple[Record, Calls]]] = iter,
+) -> Replay:
     """Run adapters on the recorded inputs, and compare them with the truth and with the recorded results.
 
     Args:
         bundle: the bundle.
         adapters: the adapters to run; without any, the recorded results are compared with the truth only.
-        records: the records to replay; by default all of the bundle.
+        track: shows the progress of an iterator that yields once for each case.
 
     Raises:
         BundleError: the bundle is stale, or holds results of an adapter that is not known here.
@@ -181,12 +196,12 @@ def replay(bundle: Bundle, adapters: Sequence[Adapter], records: Iterable[Record
     for name in bundle.adapters:
         _check_known(name)
     found = Replay(bundle, adapters)
-    for each in bundle.records if records is None else records:
+    for each, calls in track(zip(bundle.records, call_each(adapters, bundle.cases), strict=True)):
         truth = truth_of_today(each)
         recorded = [(adapter, examine(adapter, each.case, truth)) for adapter in bundle.adapters.values()]
         found.recorded.extend(outcome for _, outcome in recorded)
         for here in adapters:
-            outcome = examine(here, each.case, truth)
+            outcome = examine(here, each.case, truth, calls.of.get(here.name))
             found.outcomes.append(outcome)
             for other, theirs in recorded:
                 difference = compare_outcomes(each.case, truth, (outcome, theirs), (here, other))
@@ -213,6 +228,11 @@ def truth_of_today(recorded: Record) -> Truth:
         BundleError: it differs from the recorded one, or this checkout makes a different case of that name.
     """
     case, title = recorded.case, f"case {recorded.case.name!r} in {recorded.case.dtype}"
+    with refusing(f"the bundle has no valid {title}"):
+        return _truth_of_today(recorded, case, title)
+
+
+def _truth_of_today(recorded: Record, case: Case, title: str) -> Truth:
     if case.name in all_case_names():
         (entry, arrays), (entry_today, arrays_today) = map(case_to_arrays, (case, make_any_case(case.name, case.dtype)))
         changed = [name for name in entry if entry[name] != entry_today.get(name)] + differing(arrays, arrays_today)

@@ -20,8 +20,9 @@ Three finer points:
   1 % may hide, and there is no verdict.
 
 Whether a loss is as accurate as the other is a second question. The results in the training's dtype are compared with
-the loss's own in float64, as shares of the formula above with 8 u for 64 u. A loss is less accurate than the other if
-its share is above 1 and eight times that of the other. Two losses that round in the same rough way agree.
+the loss's own in float64, as shares of the formula above with 8 u, and the errors of the device's exp, log, log1p and
+tanh, for 64 u. A loss is less accurate than the other if its share is above 1 and eight times that of the other. Two
+losses that round in the same rough way agree.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,7 @@ import numpy as np
 
 from parity_tests.losses.adapters import Adapter
 from parity_tests.studies.verdicts import Difference, attempt
+from parity_tests.truth.arithmetic import Arithmetic
 from parity_tests.truth.cases import Case, LinearCase
 from parity_tests.truth.comparison import AnyResult, Parts, error_over_bound, exactly, within
 from parity_tests.truth.precision import FORMATS, FloatArray, compute_dtype, round_to
@@ -152,10 +154,11 @@ class Runs:
             self._typical[num_classes] = {part: float(np.median(each)) for part, each in joined.items() if each.size}
         return self._typical[num_classes]
 
-    def allowed_in(self, i: int, dtype: str) -> dict[str, FloatArray]:
+    def allowed_in(self, i: int, dtype: str, arithmetic: Arithmetic) -> dict[str, FloatArray]:
         """Return how far results in a dtype may be from those in the wide one, element by element in case i."""
-        arithmetic, roundoff = self.adapter.arithmetic, FORMATS[dtype].roundoff
+        roundoff = FORMATS[dtype].roundoff
         functions = arithmetic.exp + arithmetic.log + arithmetic.log1p + arithmetic.tanh
+        # The functions of a narrow dtype are computed in float32.
         return self.allowed(i, roundoff, FEW_ROUNDINGS + functions * FORMATS[compute_dtype(dtype)].roundoff / roundoff)
 
     def allowed(self, i: int, roundoff: float, roundings: float = ROUNDINGS) -> dict[str, FloatArray]:
@@ -363,14 +366,18 @@ class Accuracy:
 
 
 def compare_accuracy(
-    runs: tuple[Runs, Runs], results: tuple[Sequence[AnyResult | str], Sequence[AnyResult | str]], dtype: str
+    runs: tuple[Runs, Runs],
+    results: tuple[Sequence[AnyResult | str], Sequence[AnyResult | str]],
+    dtype: str,
+    arithmetic: tuple[Arithmetic, Arithmetic],
 ) -> Accuracy:
     """Return how accurate two losses are in a dtype, as measured by their own results in the wide dtype.
 
     Args:
-        runs: both losses in the wide dtype, in cases of that dtype.
-        results: of both in that dtype, case by case.
+        runs: both losses in the wide dtype.
+        results: of both in the dtype of each case, case by case.
         dtype: the dtype.
+        arithmetic: the accuracy of the elementary functions of each.
     """
     accurate = [each.precision == each.dtype for each in runs]
     both = [
@@ -380,7 +387,9 @@ def compare_accuracy(
         and not any(isinstance(each[i], str) for each in (*results, *(of.results for of in runs)))
     ]
     errors, worst = [0.0, 0.0], ["", ""]
-    allowed = {i: [each.allowed_in(i, dtype) for each in runs] for i in both}
+    allowed = {
+        i: [of.allowed_in(i, dtype, accuracy) for of, accuracy in zip(runs, arithmetic, strict=True)] for i in both
+    }
     for i in both:
         # What a loss that computes in a narrow dtype returned in the wide one is no reference for the other.
         references = [runs[side if accurate[side] or not accurate[1 - side] else 1 - side].result(i) for side in (0, 1)]

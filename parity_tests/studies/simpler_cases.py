@@ -1,5 +1,7 @@
 """Makes a case simpler: fewer rows, classes and options."""
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,12 +14,19 @@ from parity_tests.truth.linear_cases import with_logits
 from parity_tests.truth.precision import compute_dtype, round_to
 
 
-def shrink(case: Case, keeps: Callable[[Case], bool], tries: int = 300) -> Case:
-    """Return the simplest case found, in at most `tries` steps, of which `keeps` is true."""
+def shrink(case: Case, keeps: Callable[[Case], bool], tries: int = 300, deadline: float = math.inf) -> Case:
+    """Return the simplest case found of which `keeps` is true.
+
+    Args:
+        case: the case.
+        keeps: returns whether a simpler case will do.
+        tries: the largest number of calls of `keeps`.
+        deadline: the value of `time.monotonic` after which `keeps` is called no more.
+    """
     candidates = _simpler(case)
     for _ in range(tries):
         candidate = next(candidates, None)
-        if candidate is None:
+        if candidate is None or time.monotonic() >= deadline:
             break
         if keeps(candidate):
             case, candidates = candidate, _simpler(candidate)

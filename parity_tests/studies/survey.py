@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from parity_tests.evidence.ledger import Evidence, Kind
 from parity_tests.losses.adapters import Adapter
 from parity_tests.losses.simulated import simulated_device
+from parity_tests.studies.concurrent_calls import Call, call_each
 from parity_tests.studies.verdicts import Difference, Outcome, compare_outcomes, examine
 from parity_tests.truth.cases import Case
 from parity_tests.truth.linear_cases import make_any_case
-from parity_tests.truth.oracle import solve
+from parity_tests.truth.oracle import Truth, solve
+from parity_tests.truth.precision import DTYPES
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,20 @@ class Member:
         adapter: the adapter.
         ours: whether it must be within its bounds; a peer is shown for comparison.
         twin: name of the adapter that it is also compared with.
+        dtypes: the dtypes in which it is called.
     """
 
     adapter: Adapter
     ours: bool
     twin: str | None = None
+    dtypes: tuple[str, ...] = DTYPES
+
+    def examine(self, case: Case, truth: Truth, call: Call | None) -> Outcome:
+        """Compare the result of `call` with the truth."""
+        if case.dtype not in self.dtypes:
+            reason = f"is called in {', '.join(self.dtypes)} alone"
+            return Outcome(self.adapter.name, case.name, case.dtype, "unsupported", reason)
+        return examine(self.adapter, case, truth, call)
 
 
 class Closeness(NamedTuple):
@@ -100,15 +111,25 @@ class Survey:
 
 
 def make_cases(names: Iterable[str], dtypes: Sequence[str]) -> list[Case]:
-    """Return the cases of these names at each dtype."""
-    return [make_any_case(name, dtype) for dtype in dtypes for name in names]
+    """Return the cases of these names at each dtype.
+
+    The dtypes of a case follow each other: outside of `jit` JAX compiles most operations once for three of them.
+    """
+    return [make_any_case(name, dtype) for name in names for dtype in dtypes]
 
 
 def examine_each(members: dict[str, Member], cases: Iterable[Case]) -> Iterator[tuple[list[Outcome], list[Difference]]]:
-    """Run every adapter on each case in turn."""
-    for case in cases:
+    """Run every adapter on each case in turn. The outcomes are without results, which would fill the memory."""
+    dtypes = {member.adapter.name: member.dtypes for member in members.values()}
+
+    def takes(adapter: Adapter, case: Case) -> bool:
+        return case.dtype in dtypes[adapter.name]
+
+    for case, calls in call_each([member.adapter for member in members.values()], cases, takes):
         truth = solve(case)
-        outcomes = {name: examine(member.adapter, case, truth) for name, member in members.items()}
+        outcomes = {
+            name: member.examine(case, truth, calls.get(member.adapter.name)) for name, member in members.items()
+        }
         differences = []
         for name, member in members.items():
             # Each pair once.
@@ -116,7 +137,8 @@ def examine_each(members: dict[str, Member], cases: Iterable[Case]) -> Iterator[
                 pair = (outcomes[name], outcomes[member.twin])
                 adapters = (member.adapter, members[member.twin].adapter)
                 differences.append(compare_outcomes(case, truth, pair, adapters))
-        yield list(outcomes.values()), [difference for difference in differences if difference]
+        found = [replace(outcome, result=None) for outcome in outcomes.values()]
+        yield found, [difference for difference in differences if difference]
 
 
 def survey(members: dict[str, Member], cases: Iterable[Case]) -> Survey:

@@ -1,5 +1,6 @@
 """Outcomes of adapters in cases, and differences between two adapters with the one to blame."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -34,18 +35,25 @@ class Outcome:
     result: AnyResult | None = field(default=None, repr=False, compare=False)
 
 
-def examine(adapter: Adapter, case: Case, truth: Truth) -> Outcome:
-    """Run an adapter on a case and compare it with the truth. An exception is an outcome too."""
+def examine(adapter: Adapter, case: Case, truth: Truth, call: Callable[[], AnyResult] | None = None) -> Outcome:
+    """Run an adapter on a case and compare it with the truth. An exception is an outcome too.
+
+    Args:
+        adapter: the adapter.
+        case: the case.
+        truth: the truth about it.
+        call: returns the result of the adapter in this case; by default the adapter is called.
+    """
     unsupported = adapter.unsupported(case)
     if unsupported:
         return Outcome(adapter.name, case.name, case.dtype, "unsupported", unsupported)
-    return judge(adapter, case, truth, attempt(adapter, case))
+    return judge(adapter, case, truth, attempt(adapter, case, call))
 
 
-def attempt(adapter: Adapter, case: Case) -> AnyResult | str:
-    """Return the result of an adapter in a case, or the exception as text."""
+def attempt(adapter: Adapter, case: Case, call: Callable[[], AnyResult] | None = None) -> AnyResult | str:
+    """Return the result of an adapter in a case, or the exception as text. For `call` see `examine`."""
     try:
-        return adapter(case)
+        return adapter(case) if call is None else call()
     except (Exception, SystemExit) as error:  # a user's loss may raise anything, and the other cases must still run
         return _describe(error)
 

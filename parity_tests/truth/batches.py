@@ -6,7 +6,6 @@ name, such as a mask `where` [...]. Safetensors keep the bits of bfloat16, which
 """
 
 import io
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from parity_tests.truth.cases import Case, LinearCase
+from parity_tests.truth.files import write_whole
 from parity_tests.truth.linear_cases import with_logits
 from parity_tests.truth.precision import DTYPES
 
@@ -89,17 +89,16 @@ def _write(path: Path, given: Mapping[str, Any]) -> None:
         raise BatchError(f"a batch holds numbers and booleans only: {kinds}")
     if path.suffix == ".npz" and (narrow := [name for name, array in arrays.items() if array.dtype == _DTYPES["BF16"]]):
         raise BatchError(f".npz has no bfloat16 ({', '.join(narrow)}): write a .safetensors file")
-    half = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
     try:
-        if path.suffix == ".npz":
-            np.savez(half, **arrays)  # type: ignore[arg-type]  # its options are not arrays
-        else:
-            half.write_bytes(to_safetensors(arrays))
-        half.replace(path)
+        write_whole(path, _to_npz(arrays) if path.suffix == ".npz" else to_safetensors(arrays))
     except OSError as error:
         raise BatchError(f"{path} cannot be written: {error.strerror}") from error
-    finally:
-        half.unlink(missing_ok=True)
+
+
+def _to_npz(arrays: Arrays) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **arrays)  # type: ignore[arg-type]  # its options are not arrays
+    return file.getvalue()
 
 
 def to_numpy(array: Any) -> NDArray[Any]:

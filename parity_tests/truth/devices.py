@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from lsce_spec.devices import TPU_KINDS
+from parity_tests.texts import with_nearest
 from parity_tests.truth.arithmetic import ERRORS, FULL, Arithmetic, any_order, tree_depth
 
 BFLOAT16, TF32 = 8, 11  # significant bits
@@ -164,8 +165,8 @@ def device_of_name(name: str, framework: str) -> Device:
 def _called(name: str) -> list[Device]:
     rows = [device for device in DEVICES if device.name == name]
     if not rows:
-        names = ", ".join(dict.fromkeys(device.name for device in DEVICES))
-        raise ValueError(f"there is no device {name!r}; the devices are {names}")
+        known = [device.name for device in DEVICES]
+        raise ValueError(with_nearest(f"there is no device {name!r}", name, known, "devices"))
     return rows
 
 

@@ -7,15 +7,17 @@ is 2^-29 of the error of the results it is compared with. A test compares the tw
 The logits of a linear layer are computed at 50 digits too. Rounded to float64 they are the logits of a dense case, and
 the gradients with respect to hidden, weight and bias are exact sums of products with the gradient of that case.
 
-A process solves each case once: `solve` caches truths by the bits of the inputs, the options and the definition.
+A process solves each case once: `solve` caches truths by the bits of the inputs, the options and the definition. The
+command line caches slow ones on disk too: see `stored.py`.
 """
 
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import mpmath
 import numpy as np
@@ -113,11 +115,28 @@ def solve(case: Case, maths: Any = None) -> Truth:
     key = _key(case, maths)
     truth = _memory.find(key)
     if truth is None:
-        with mpmath.workdps(DIGITS):
-            truth = _solve(case, maths)
-            truth = _with_layer(case, truth, maths is math) if isinstance(case, LinearCase) else truth
+        compute = partial(_compute, case, maths)
+        truth = compute() if disk is None else disk.find_or_compute(case, maths, compute)
         _memory.add(key, truth)
     return truth
+
+
+class Disk(Protocol):
+    """Where truths are kept for other processes."""
+
+    def find_or_compute(self, case: Case, maths: Any, compute: Callable[[], Truth]) -> Truth:
+        """Return the truth about a case that is kept, or else of `compute`."""
+        ...
+
+
+# None: each process computes its own. See `stored.py`.
+disk: Disk | None = None
+
+
+def _compute(case: Case, maths: Any) -> Truth:
+    with mpmath.workdps(DIGITS):
+        truth = _solve(case, maths)
+        return _with_layer(case, truth, maths is math) if isinstance(case, LinearCase) else truth
 
 
 class _Memory:
@@ -150,16 +169,21 @@ def _size(truth: Truth) -> int:
 
 def _key(case: Case, maths: Any) -> Hashable:
     """Return everything that a truth depends on: the bits of the inputs, the options, and the definition itself."""
+    options = tuple(sorted((name, value) for name, value in case.options.items() if name != "convention"))
+    convention = find_convention(case.options.get("convention", "uniform"))
+    definition = (convention, loss_row, target_distribution, mean_denominator)
+    return case.dtype, case.axis, digest_of_arrays(case), options, definition, id(maths)
+
+
+def digest_of_arrays(case: Case) -> bytes:
+    """Return the SHA-256 of the names, dtypes, shapes and bits of a case's arrays."""
     digest = hashlib.sha256()
     for name in _ARRAYS:
         value = getattr(case, name, None)
         if value is not None:
             array = np.asarray(value)
             digest.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
-    options = tuple(sorted((name, value) for name, value in case.options.items() if name != "convention"))
-    convention = find_convention(case.options.get("convention", "uniform"))
-    definition = (convention, loss_row, target_distribution, mean_denominator)
-    return case.dtype, case.axis, digest.digest(), options, definition, id(maths)
+    return digest.digest()
 
 
 def _with_layer(case: LinearCase, truth: Truth, in_float64: bool) -> LinearTruth:

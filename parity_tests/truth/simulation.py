@@ -106,7 +106,7 @@ class Simulation:
         bits = self.arithmetic.matmul_bits if bits is None else bits
         wide = _accumulator(first.dtype)
         if first.dtype == np.float32 and bits < FULL:
-            first, second = _rounded_to_bits(first, bits), _rounded_to_bits(second, bits)
+            first, second = rounded_to_bits(first, bits), rounded_to_bits(second, bits)
         first, second = first.astype(wide), second.astype(wide)
         batch = np.broadcast_shapes(first.shape[:-2], second.shape[:-2])
         total = np.zeros((*batch, first.shape[-2], second.shape[-1]), wide)
@@ -164,7 +164,7 @@ def _accumulator(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
-def _rounded_to_bits(values: Floating, bits: int) -> Floating:
+def rounded_to_bits(values: Floating, bits: int) -> Floating:
     """Round float32 numbers to that many significant bits, ties to even."""
     fraction, exponent = np.frexp(values)
     rounded: Floating = np.ldexp(np.rint(np.ldexp(fraction, bits)), exponent - bits).astype(values.dtype)

@@ -1,0 +1,262 @@
+"""Losses that no oracle knows: two faithful ports agree, two unfaithful ones do not. Some allow no verdict."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from parity_tests.losses.adapters import TorchAdapter
+from parity_tests.meta import losses_brought_to_torch as brought
+from parity_tests.meta.running import invoke
+from parity_tests.studies.probes import Question, is_edge, plain_cases
+from parity_tests.studies.sameness import CONSTANTS, FINE, Runs, are_the_same, compare_accuracy
+from parity_tests.truth.arithmetic import Arithmetic
+from parity_tests.truth.cases import Case
+from parity_tests.truth.comparison import AnyResult, make_result
+from parity_tests.truth.precision import FloatArray
+
+TORCH = "torch:parity_tests.meta.losses_brought_to_torch:"
+JAX = "jax:parity_tests.meta.losses_brought_to_jax:"
+
+# Both sides' losses and arguments, and the options of the command. Half of them have no oracle.
+RIGHT = {
+    "smoothed": ("smoothed", "smoothed", []),
+    "z-loss": ("non_target", "non_target", ["--a", "z=0.001", "--b", "z=0.001"]),
+    "focal": ("focal", "focal", []),
+    "margin": ("cosine_margin", "cosine_margin", ["--logits-are", "cosines"]),
+    "multi-label": ("multi_label", "multi_label", ["--labels-are", "multi_hot"]),
+    "distillation": ("distillation", "distillation", ["--labels-are", "logits"]),
+}
+WRONG = {
+    "smoothing": ("smoothed", "smoothed", ["--a", "e=0.2", "--b", "e=0.05"]),
+    "convention": ("smoothed", "non_target", []),
+    "gamma": ("focal", "focal", ["--b", "gamma=2.1"]),
+    "margin": ("cosine_margin", "cosine_margin", ["--logits-are", "cosines", "--b", "margin=0.34"]),
+    "multi-label": ("asymmetric", "asymmetric", ["--labels-are", "multi_hot", "--b", "clip=0.04"]),
+    "gradient": ("poly", "poly_value_only", []),
+}
+each_dtype = pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+
+
+@each_dtype
+@pytest.mark.parametrize("name", RIGHT)
+def test_faithful_ports_agree(name: str, dtype: str) -> None:
+    first, second, options = RIGHT[name]
+    outcome = invoke("compare", TORCH + first, JAX + second, "--classes", "10", "--dtype", dtype, *options)
+    assert outcome.exit_code == 0, outcome.output
+    assert "AGREE in " in outcome.output
+
+
+@each_dtype
+@pytest.mark.parametrize("name", WRONG)
+def test_unfaithful_ports_do_not(name: str, dtype: str) -> None:
+    first, second, options = WRONG[name]
+    outcome = invoke("compare", TORCH + first, JAX + second, "--classes", "10", "--dtype", dtype, *options)
+    assert outcome.exit_code == 1, outcome.output
+    assert "function: DIFFERENT in " in outcome.output
+    assert "they differ in the " in outcome.output or name in ("margin", "multi-label", "gradient")
+
+
+# --- The rule itself, in torch alone ----------------------------------------------------------------------------------
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+KINDS: dict[str, dict[str, Any]] = {
+    "cosine_margin": {"logit_kind": "cosines"},
+    "multi_label": {"label_kind": "multi_hot"},
+    "asymmetric": {"label_kind": "multi_hot"},
+    "distillation": {"label_kind": "logits"},
+}
+REDUCTIONS = {"focal": "none", "multi_label": "elements"}
+NAMES = ("smoothed", "non_target", "focal", "poly", "hinge", *KINDS)
+
+
+def adapter_of(loss: Loss) -> TorchAdapter:
+    adapter = TorchAdapter()
+    adapter.take(lambda logits, labels, **_: loss(logits, labels))
+    return adapter
+
+
+@cache
+def cases_of(name: str, num_classes: tuple[int, ...] = (10,)) -> tuple[Case, ...]:
+    question = Question(num_classes=num_classes, **KINDS.get(name, {}))
+    reduction = REDUCTIONS.get(name, "mean")
+    return tuple(replace(case, options={"reduction": reduction}) for case in plain_cases(question, "float32"))
+
+
+def run(adapter: Any, name: str = "smoothed") -> Runs:
+    return Runs(adapter, cases_of(name), lambda case: not is_edge(case))
+
+
+class Changed:
+    """A loss whose results are changed."""
+
+    def __init__(self, adapter: TorchAdapter, change: Callable[[dict[str, FloatArray]], None]) -> None:
+        self.adapter, self.change = adapter, change
+        self.name, self.framework, self.device, self.arithmetic = "changed", "torch", "cpu", adapter.arithmetic
+
+    def unsupported(self, case: Case) -> str | None:
+        return self.adapter.unsupported(case)
+
+    def __call__(self, case: Case) -> AnyResult:
+        result = self.adapter(case)
+        parts = {part: values.copy() for part, values in result.parts.items()}
+        self.change(parts)
+        return make_result(parts, result.dtypes)
+
+
+def entry(parts: dict[str, FloatArray]) -> None:
+    """The gradient's entry of median size, among those that are not tiny."""
+    gradient = parts["gradient"]
+    sizes = np.where(np.isfinite(gradient), np.abs(gradient), 0)
+    large = np.flatnonzero(sizes > 1e-3 * sizes.max())
+    gradient.flat[large[np.argsort(sizes.flat[large])[len(large) // 2]]] *= 1.01
+
+
+def one_class(parts: dict[str, FloatArray]) -> None:
+    parts["gradient"][:, 1] *= 1.01
+
+
+def one_row(parts: dict[str, FloatArray]) -> None:
+    parts["gradient"][-1] *= 1.01
+
+
+def whole_gradient(parts: dict[str, FloatArray]) -> None:
+    parts["gradient"] *= 1.01
+
+
+def value(parts: dict[str, FloatArray]) -> None:
+    parts["loss"] *= 1.01
+
+
+def a_millionth(parts: dict[str, FloatArray]) -> None:
+    parts["loss"] *= 1 + 1e-6
+
+
+CHANGES = (entry, one_class, one_row, whole_gradient, value, a_millionth)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_power_of_the_rule(name: str) -> None:
+    """1 % in one entry, one class, one row, the gradient alone, the value alone.
+
+    A millionth of the value might be a constant in float32, and is said to be.
+    """
+    loss = adapter_of(getattr(brought, name))
+    runs = run(loss, name)
+    unchanged = are_the_same(runs, run(Changed(loss, lambda parts: None), name))
+    assert unchanged.same
+    largest = max(each.comparison.share for each in unchanged.differences)
+    shares = {}
+    for change in CHANGES:
+        found = are_the_same(runs, run(Changed(loss, change), name))
+        assert found.same is (change is a_millionth), change.__name__
+        assert found.constants is (change is a_millionth), change.__name__
+        shares[change.__name__] = max(each.comparison.share for each in found.differences if each.comparison.worst)
+    print(name, f"unchanged {largest:.1g}, sees {unchanged.sees:.1g};", {key: f"{x:.0e}" for key, x in shares.items()})
+
+
+def smoothed(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, label_smoothing=0.1)
+
+
+def in_float32(logits: Tensor, labels: Tensor) -> Tensor:
+    return brought.smoothed(logits.float(), labels)
+
+
+def in_bfloat16(logits: Tensor, labels: Tensor) -> Tensor:
+    return brought.smoothed(logits.bfloat16(), labels)
+
+
+def with_a_constant_in_float32(logits: Tensor, labels: Tensor) -> Tensor:
+    e = torch.tensor(0.1, dtype=torch.float32).double()
+    log_p = F.log_softmax(logits, -1)
+    return -((1 - e) * log_p.gather(1, labels[:, None])[:, 0] + e * log_p.mean(-1)).mean()
+
+
+def with_another_smoothing(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, label_smoothing=0.1001)
+
+
+def with_dropout(logits: Tensor, labels: Tensor) -> Tensor:
+    return smoothed(F.dropout(logits, 0.1), labels)
+
+
+def with_nan(logits: Tensor, labels: Tensor) -> Tensor:
+    return smoothed(logits, labels) * float("nan")
+
+
+def test_a_loss_that_computes_in_float32_shows_itself() -> None:
+    plain = run(adapter_of(smoothed))
+    found = are_the_same(plain, run(adapter_of(in_float32)))
+    assert found.same
+    assert found.precisions == ("float64", "float32")
+    assert found.why == "to the rounding of float32"
+    assert are_the_same(run(adapter_of(with_another_smoothing)), run(adapter_of(in_float32))).same is False
+
+
+def test_a_loss_that_computes_in_bfloat16_gets_no_verdict() -> None:
+    runs = run(adapter_of(in_bfloat16))
+    found = are_the_same(run(adapter_of(smoothed)), runs)
+    assert found.same is None
+    assert found.precisions == ("float64", "bfloat16")
+    assert found.sees > FINE
+    assert found.why.startswith("the rounding of bfloat16 explains differences of up to ")
+    # What rounding to bfloat16 does not explain is seen all the same.
+    assert are_the_same(run(adapter_of(lambda z, y: 2 * smoothed(z, y))), runs).same is False
+
+
+def test_a_constant_in_float32_is_no_other_function() -> None:
+    found = are_the_same(run(adapter_of(smoothed)), run(adapter_of(with_a_constant_in_float32)))
+    assert found.same
+    assert found.constants
+    assert found.why == CONSTANTS
+    assert are_the_same(run(adapter_of(smoothed)), run(adapter_of(with_another_smoothing))).same is False
+
+
+@pytest.mark.parametrize(("loss", "why"), [
+    (with_dropout, "B is random: two calls with the same inputs differ"),
+    (with_nan, "B has no finite loss in any ordinary case"),
+])  # fmt: skip
+def test_what_cannot_be_said(loss: Loss, why: str) -> None:
+    found = are_the_same(run(adapter_of(smoothed)), run(adapter_of(loss)))
+    assert found.same is None
+    assert found.why == why
+
+
+def test_elements_at_a_corner_are_left_out() -> None:
+    """Ports may take either slope at the corner of a hinge, and nowhere else."""
+
+    def other_slope(logits: Tensor, labels: Tensor) -> Tensor:
+        gaps = 1 - logits.gather(1, labels[:, None]) + logits
+        others = ~F.one_hot(labels, logits.shape[-1]).bool()
+        return (torch.where(gaps >= 0, gaps, 0) * others).sum(-1).mean() / logits.shape[-1]
+
+    found = are_the_same(run(adapter_of(brought.hinge), "hinge"), run(adapter_of(other_slope), "hinge"))
+    assert found.same
+    assert found.left_out > 0
+    slopes = [run(adapter_of(loss), "hinge").results for loss in (brought.hinge, other_slope)]
+    assert any(not np.array_equal(a.parts["gradient"], b.parts["gradient"]) for a, b in zip(*slopes, strict=True))  # type: ignore[union-attr]
+
+
+def test_a_loss_that_is_less_accurate_is_named() -> None:
+    def rough(logits: Tensor, labels: Tensor) -> Tensor:
+        log_p = torch.log(torch.softmax(logits + 1000, -1))
+        return -(0.9 * log_p.gather(1, labels[:, None])[:, 0] + 0.1 * log_p.mean(-1)).mean()
+
+    ordinary = [case for case in cases_of("smoothed") if not is_edge(case)]
+    adapters = [adapter_of(loss) for loss in (smoothed, rough, rough)]
+    runs = [Runs(adapter, ordinary, lambda case: True) for adapter in adapters]
+    narrow = [[adapter(case) for case in ordinary] for adapter in adapters]
+    arithmetic = (Arithmetic(), Arithmetic())
+    for pair, less_accurate in (((0, 1), "B"), ((1, 0), "A"), ((1, 2), ""), ((0, 0), "")):
+        both, results = (runs[pair[0]], runs[pair[1]]), (narrow[pair[0]], narrow[pair[1]])
+        assert are_the_same(*both).same
+        found = compare_accuracy(both, results, "float32", arithmetic)
+        assert found.less_accurate == less_accurate
+        assert all(each.agrees for each in found.differences) is not bool(less_accurate)
