@@ -68,10 +68,10 @@ def self_check(
         cannot_run(f"{loss}: {type(error).__name__}: {error}")
     announce(f"checking {loss} in {', '.join(dtypes)}")
     outcomes = [outcome for each in dtypes for outcome in run_checks(subject, each)]
-    table = FittingTable("dtype", "check", ">error/bound", "verdict", "detail")
+    table = FittingTable("check", "dtype", ">error/bound", "verdict", "detail")
     for each in outcomes:
         shown = "" if each.verdict == "not applicable" else f"{each.share:.3f}"
-        table.add_row(each.dtype, each.check, shown, each.verdict, Text(each.detail))
+        table.add_row(each.check, each.dtype, shown, each.verdict, Text(each.detail))
     console = PlainConsole()
     console.print(table)
     agrees = agreement(outcomes)
@@ -80,5 +80,6 @@ def self_check(
     if agrees is None:
         console.print("\nNO VERDICT: no check got a result")
         raise typer.Exit(code=CANNOT_RUN)
-    console.print(f"\n{'AGREE' if agrees else 'DISAGREE'}: {len(outcomes)} checks", highlight=False)
+    applied = sum(each.verdict != "not applicable" for each in outcomes)
+    console.print(f"\n{'AGREE' if agrees else 'DISAGREE'}: {applied} checks that apply", highlight=False)
     exit_with(agrees)
