@@ -11,7 +11,7 @@ SIMULATED := test_simulated or test_xla_passes
 # What has targets of its own.
 COMPILED := test_compiled or test_cost or test_triton
 # With parity_tests, the testpaths of pyproject.toml.
-REST := tests examples lsce_spec lsce_jax lsce_torch README.md docs
+REST := tests examples lsce_spec lsce_jax lsce_torch lsce_parity README.md docs
 SELECTED ?= not slow and not devices
 # Make 3.81, which macOS has, would mix the two.
 WHOLE_OUTPUT := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)

@@ -28,6 +28,7 @@ from parity_tests.commands.power import power
 from parity_tests.commands.record import record
 from parity_tests.commands.replay import replay
 from parity_tests.commands.run import adapters, run
+from parity_tests.commands.self_check import self_check
 from parity_tests.commands.signals import ended_by_signals
 from parity_tests.commands.terminal import may_lose_its_reader
 from parity_tests.commands.trajectory import trajectory
@@ -37,7 +38,7 @@ from parity_tests.truth.stored import truths_on_disk
 
 TRACEBACK = "--traceback"
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
-    "For your losses": (compare, trajectory, layers, record, replay, devices, fingerprint),
+    "For your losses": (compare, trajectory, layers, record, replay, self_check, devices, fingerprint),
     "About this library": (run, adapters, power, hunt, kit, matrix, peer_tests),
 }
 

@@ -1,4 +1,7 @@
-"""The pytest plugin: the devices and frameworks that a test needs, and the ledger of the evidence from tests.
+"""The pytest plugin: losses held against each other, devices and frameworks that a test needs, a ledger of evidence.
+
+    def test_port(assert_same_loss):
+        assert_same_loss(torch_loss, jax_loss, dtype="bfloat16")
 
     @pytest.mark.parity_framework("jax")
     def test_loss(parity_device, parity_ledger):  # once for each device
@@ -12,12 +15,14 @@ only, prints nothing unless it is used, and imports a framework only if a test o
 """
 
 import argparse
+import importlib
 import sys
 from collections import Counter
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -129,6 +134,28 @@ def pytest_configure(config: pytest.Config) -> None:
 def parity_device(request: pytest.FixtureRequest) -> str:
     """Run the test once for each device: "cpu", "cuda", "tpu"."""
     return str(request.param)
+
+
+@pytest.fixture
+def assert_same_loss(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Return `lsce_parity.assert_same_loss`, for the device of the test if it uses `parity_device`.
+
+    Where there is no verdict, the test fails with the reason.
+    """
+    try:
+        lsce_parity: Any = importlib.import_module("lsce_parity")
+    except ModuleNotFoundError as error:
+        pytest.fail(str(error), pytrace=False)
+    device = {"device": request.getfixturevalue("parity_device")} if "parity_device" in request.fixturenames else {}
+
+    def call(first: Any, second: Any, **options: Any) -> None:
+        __tracebackhide__ = True
+        try:
+            lsce_parity.assert_same_loss(first, second, **{**device, **options})
+        except (lsce_parity.NoVerdictError, lsce_parity.UnavailableError) as error:
+            pytest.fail(f"no verdict: {error}", pytrace=False)
+
+    return call
 
 
 @dataclass

@@ -591,9 +591,15 @@ def main(arguments: list[str] | None = None) -> int:
         return _cannot_run(error)
     outcomes = [outcome for dtype in chosen.dtype or ("float32", "bfloat16") for outcome in run_checks(subject, dtype)]
     print(f"{chosen.framework} {name}", *table(outcomes), sep="\n")
+    agrees = agreement(outcomes)
+    return _cannot_run("no check got a result") if agrees is None else int(not agrees)
+
+
+def agreement(outcomes: list[CheckOutcome]) -> bool | None:
+    """Return whether every check that applies agrees; None if none got a result."""
     if all(outcome.verdict in ("failed", "not applicable") for outcome in outcomes):
-        return _cannot_run("no check got a result")
-    return int(any(outcome.verdict in ("disagree", "failed") for outcome in outcomes))
+        return None
+    return not any(outcome.verdict in ("disagree", "failed") for outcome in outcomes)
 
 
 def _cannot_run(reason: object) -> int:

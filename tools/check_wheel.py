@@ -68,7 +68,7 @@ SPEC = """
 import lsce_spec
 on, off = lsce_spec.smoothing_weights("uniform", 0.1, 10)
 assert abs(on + 9 * off - 1) < 1e-15
-for package, framework in (("lsce_jax", "jax"), ("lsce_torch", "torch")):
+for package, framework in (("lsce_jax", "jax"), ("lsce_torch", "torch"), ("lsce_parity", "numpy")):
     try:
         __import__(package)
     except ModuleNotFoundError as error:
@@ -101,6 +101,11 @@ keras_loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smooth
 torch.testing.assert_close(keras_loss(targets, logits), ours)
 """
 
+PARITY = """
+from lsce_parity import compare_losses, save_batch
+assert compare_losses("oracle", "oracle").agrees
+"""
+
 JAX = python(readme_block("JAX, Flax and Optax"))
 TORCH = python(readme_block("PyTorch"))
 PORT = ("torch:examples.torch_original_loss:label_smoothed_nll", "jax:examples.jax_ported_loss:ported")
@@ -114,6 +119,7 @@ CHECKS = {
     "parity": Check((
         ("lsce-parity", "--help"),
         ("lsce-parity", "compare", "oracle", "oracle"),
+        python(PARITY),
         cannot_import("jax", "torch"),
     )),
     "peers": Check((python(PEERS),)),

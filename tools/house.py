@@ -15,7 +15,7 @@ import grimp
 from parity_tests.evidence.pages import write_block
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("lsce_spec", "lsce_jax", "lsce_torch", "parity_tests", "examples", "benchmarks")
+PACKAGES = ("lsce_spec", "lsce_jax", "lsce_torch", "lsce_parity", "parity_tests", "examples", "benchmarks")
 TESTS = ("parity_tests.suite", "parity_tests.meta")  # imported by nothing
 
 

@@ -1,14 +1,14 @@
 """`lsce-parity compare A B`."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from lsce_spec import CONVENTIONS, ConventionName, check_smoothing, find_convention
 from parity_tests.commands.common import (
     CANNOT_RUN,
     DeviceModelOption,
@@ -23,7 +23,6 @@ from parity_tests.commands.common import (
     check_device,
     check_device_model,
     check_dtypes,
-    describe,
     exit_with,
     on_model,
     survey_as_json,
@@ -35,30 +34,23 @@ from parity_tests.evidence.environment import describe_environment
 from parity_tests.losses.adapters import Adapter, UnavailableError
 from parity_tests.losses.user_losses import (
     SpecificationError,
-    find_reduction,
-    is_user_loss,
     load_adapter,
     parse_options,
-    take_mean,
 )
+from parity_tests.report.pairs import lines_of, verdict_line
 from parity_tests.report.verdict import Banner
-from parity_tests.report.words import values_text
-from parity_tests.studies.pairs import SHOWN, Pair, Side, Tolerance, compare_sides
+from parity_tests.studies.pairs import Pair, Tolerance, compare_sides
 from parity_tests.studies.precision_effects import OBSERVED, Effects, find_effects
 from parity_tests.studies.probes import (
     LABEL_KINDS,
     LOGIT_KINDS,
     NUM_CLASSES,
-    LabelKind,
-    LogitKind,
     Question,
     is_edge,
-    is_edge_name,
     plain_cases,
 )
+from parity_tests.studies.questions import Own, check_pair, make_question, make_sides, take_batches
 from parity_tests.studies.sameness import Accuracy, Sameness
-from parity_tests.texts import did_you_mean
-from parity_tests.truth.cases import Case
 
 SideArgument = Annotated[
     str,
@@ -101,6 +93,14 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
         str,
         typer.Option(help=f"What both take for labels: {', '.join(LABEL_KINDS)}; all but classes are [N, K] arrays."),
     ] = "classes",
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Option(
+            dir_okay=False,
+            help="File .safetensors or .npz with logits (or hidden and weight) and labels of your own, in place of the "
+            "cases that are drawn; may be repeated.",
+        ),
+    ] = None,
     rtol: Annotated[
         float | None, typer.Option(min=0, help="Allow this relative difference, in place of what rounding explains.")
     ] = None,
@@ -131,151 +131,95 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
         lsce-parity compare torch:my.losses:focal jax:my.losses:focal --a gamma=2 --b gamma=2
         lsce-parity compare torch:my.losses:asymmetric jax:my.losses:asymmetric --labels-are multi_hot
         lsce-parity compare torch:my.losses:fused_linear oracle --linear
+        lsce-parity compare torch:my.losses:smooth_ce jax:my.losses:smooth_ce --inputs batch.safetensors
         lsce-parity compare torch:my.losses:smooth_ce jax:my.losses:smooth_ce --device-model tpu-v5e
         lsce-parity compare jax:my.losses:head torch:my.losses:head --linear --explain-precision tpu-v5e
     """
     console = PlainConsole()
-    told = (smoothing, convention, reduction, z_loss, softcap, subtract_entropy or None)
-    question = Question(
-        smoothing=0.1 if smoothing is None else smoothing,
-        convention=convention,
-        reduction=reduction or "mean",
-        num_classes=tuple(classes or NUM_CLASSES),
-        ignore_index=ignore_index,
-        z_loss=z_loss or 0.0,
-        softcap=softcap,
-        subtract_entropy=subtract_entropy,
-        linear=linear,
-        logit_kind=cast("LogitKind", logits_are),
-        label_kind=cast("LabelKind", labels_are),
-        chosen=any(value is not None for value in told),
-    )
-    _check(question)
+    dtypes = check_dtypes(dtype, ("float32",))
+    own = None
+    try:
+        question = make_question(
+            smoothing=smoothing,
+            convention=convention,
+            reduction=reduction,
+            classes=classes,
+            ignore_index=ignore_index,
+            z_loss=z_loss,
+            softcap=softcap,
+            subtract_entropy=subtract_entropy,
+            linear=linear,
+            logits_are=logits_are,
+            labels_are=labels_are,
+        )
+        if inputs:
+            if classes or dtype or logits_are != "logits" or labels_are != "classes":
+                raise ValueError("--inputs says it all: leave out --classes, --dtype, --logits-are and --labels-are")
+            question, own = take_batches(question, inputs)
+    except (TypeError, ValueError) as error:
+        cannot_run(str(error))
     check_device(device)
     check_device_model(device_model, device)
     check_device_model(explain_precision, "cpu")
-    dtypes = check_dtypes(dtype, ("float32",))
-    probes = [case for case in plain_cases(question, dtypes[0]) if case.name.startswith("plain")]
     adapters = [
-        _load(specification, option, device, linear)
+        load_loss(specification, option, device, question.linear, own.arrays if own else ())
         for specification, option in ((first, first_option), (second, second_option))
     ]
-    if not question.has_oracle and not (is_user_loss(first) and is_user_loss(second)):
-        cannot_run("--logits-are and --labels-are are for two losses of your own: torch:... or jax:...")
-    if not (is_user_loss(first) or is_user_loss(second)) and (question.chosen or classes or ignore_index is not None):
-        cannot_run(
-            "these losses take all options and are compared in every named case: leave out --classes, --ignore-index "
-            "and the options that define the reference"
-        )
-    sides = _with_reductions(adapters, probes, ignore_index, console)
+    try:
+        check_pair(question, (first, second), drawn=bool(classes) or (ignore_index is not None and not own))
+    except ValueError as error:
+        cannot_run(str(error))
+    if own is not None:
+        announce_batches(question, own)
+    probes = [case for case in plain_cases(question, dtypes[0]) if case.name.startswith("plain")]
+    sides = make_sides(adapters, own.cases if own else probes, question, own, lambda text: console.print(Text(text)))
     try:
         for side in sides:
             on_model(side.adapter, explain_precision)
-        sides = [replace(side, adapter=on_model(side.adapter, device_model), exact=side.adapter) for side in sides]
+        first_side, second_side = (
+            replace(side, adapter=on_model(side.adapter, device_model), exact=side.adapter) for side in sides
+        )
     except UnavailableError as error:
         cannot_run(str(error))
     tolerance = None if rtol is None and atol is None else Tolerance(rtol or 0.0, atol or 0.0)
-    pair = compare_sides(sides[0], sides[1], question, dtypes, tolerance, announce)
-    _print(pair, console)
+    pair = compare_sides(first_side, second_side, question, dtypes, tolerance, announce, own.cases if own else ())
+    print_pair(pair, console)
     effects = None
     if explain_precision is not None:
         ordinary = [case for case in pair.cases if not is_edge(case)]
         effects = find_effects(adapters, ordinary, explain_precision)
         _print_effects(effects, console)
-    _write(pair, question, effects, json_file, report, console)
+    write_pair("compare", pair, question, effects, json_file, report, console)
     if pair.agrees is None:
         raise typer.Exit(code=CANNOT_RUN)
     exit_with(pair.agrees)
 
 
-def _check(question: Question) -> None:
+def load_loss(
+    specification: str, options: list[str] | None, device: str, linear: bool, arrays: Sequence[str]
+) -> Adapter:
+    """Return the adapter of a loss, or exit with 2."""
     try:
-        _check_kinds(question)
-        check_smoothing(question.smoothing)
-        find_convention(cast("ConventionName", question.convention or "uniform"))
-        if question.softcap is not None and not 0 < question.softcap < float("inf"):
-            raise ValueError(f"softcap must be above 0 and finite, got {question.softcap}")
-        if not 0 <= question.z_loss < float("inf"):
-            raise ValueError(f"z_loss must be at least 0 and finite, got {question.z_loss}")
-        if question.ignore_index is not None and abs(question.ignore_index) >= 2**31:
-            raise ValueError(f"ignore_index must fit in 32 bits, got {question.ignore_index}")
-        if question.reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction must be mean or sum, got {question.reduction!r}")
-    except (TypeError, ValueError) as error:
-        given = question.convention or "uniform"
-        has_hint = given in CONVENTIONS or "Did you mean" in str(error)
-        cannot_run(str(error) if has_hint else f"{error}{did_you_mean(given, CONVENTIONS)}")
-
-
-def _check_kinds(question: Question) -> None:
-    for option, given, kinds in (
-        ("--logits-are", question.logit_kind, LOGIT_KINDS),
-        ("--labels-are", question.label_kind, LABEL_KINDS),
-    ):
-        if given not in kinds:
-            raise ValueError(f"{option} must be one of {', '.join(kinds)}, got {given!r}")
-    if question.label_kind != "classes" and question.ignore_index is not None:
-        raise ValueError(f"--ignore-index is for class labels, not for --labels-are {question.label_kind}")
-    if not question.has_oracle and question.linear:
-        raise ValueError("--linear is for logits and class labels: leave out --logits-are and --labels-are")
-    if not question.has_oracle and question.chosen:
-        raise ValueError(
-            "no true values are known of such losses: leave out --smoothing, --convention, --reduction, --z-loss, "
-            "--softcap and --subtract-entropy"
-        )
-
-
-def _load(specification: str, options: list[str] | None, device: str, linear: bool) -> Adapter:
-    try:
-        return load_adapter(specification, parse_options(options or []), device, linear=linear)
+        return load_adapter(specification, parse_options(options or []), device, linear=linear, arrays=arrays)
     except (SpecificationError, UnavailableError) as error:
         cannot_run(str(error))
 
 
-def _with_reductions(
-    adapters: list[Adapter], probes: list[Case], ignore_index: int | None, console: Console
-) -> list[Side]:
-    """Return both sides with their reductions. A loss per row is averaged if the other loss is a scalar."""
-    found = [find_reduction(adapter, probes) if is_user_loss(adapter.name) else None for adapter in adapters]
-    if "mean" in found:
-        for adapter, reduction in zip(adapters, found, strict=True):
-            if reduction in ("none", "elements"):
-                unit = "row" if reduction == "none" else "logit"
-                console.print(Text(f"{adapter.name} returns a loss per {unit}: its mean is compared."))
-                take_mean(adapter, ignore_index)
-    common = "mean" if "mean" in found else "elements" if found == ["elements", "elements"] else "none"
-    return [Side(adapter, common if is_user_loss(adapter.name) else None) for adapter in adapters]
+def announce_batches(question: Question, own: Own) -> None:
+    """Print on stderr what the user's batches are."""
+    also = f", also {', '.join(own.arrays)}" if own.arrays else ""
+    for case in own.cases:
+        announce(f"{case.name}: {case.dtype} {list(case.logits.shape)}, labels {list(case.labels.shape)}{also}")
+    if question.beyond:
+        announce(question.beyond)
 
 
-def _print(pair: Pair, console: Console) -> None:
-    for letter, reading in zip("AB", pair.readings, strict=True):
-        console.print(Text(f"{letter}  {reading.name}", style="bold"))
-        for line in reading.lines():
-            console.print(Text(f"   {line}"))
+def print_pair(pair: Pair, console: Console) -> None:
+    """Print the comparison of two losses."""
+    for line in lines_of(pair):
+        console.print(Text(line, style="bold" if line.startswith(("A  ", "B  ")) else ""))
     console.print()
-    for line in pair.functions():
-        console.print(Text(line))
-    for name, of_first, of_second in pair.formula_differences:
-        console.print(Text(f"they differ in the {name}: A {of_first} | B {of_second}"))
-    differences = pair.survey.differences
-    explained = f"what {pair.tolerance} allows" if pair.tolerance else "what rounding explains"
-    for part, name in (("loss", "values"), ("gradient", "gradients")):
-        if differences:
-            word = "the same" if pair.part_agrees(part) else "DIFFERENT"
-            largest = max(getattr(each.comparison, part) for each in differences)
-            console.print(f"{name}: {word} (up to {_share(largest)} of {explained})", highlight=False)
-    for line in pair.troubles():
-        console.print(Text(line))
-    _print_differences(pair, console)
-    console.print(f"\n{pair.verdict} in {len(pair.cases)} cases. {_right_is(pair)}", highlight=False)
-
-
-def _right_is(pair: Pair) -> str:
-    if pair.tolerance:
-        return f"You chose what is allowed: {pair.tolerance}"
-    if pair.known:
-        return f"Right is: {pair.definition}"
-    return "Neither is a loss that is known here: whether they are right was not asked, only whether they are the same"
+    console.print(Text(verdict_line(pair)))
 
 
 def _print_effects(effects: Effects, console: Console) -> None:
@@ -299,25 +243,6 @@ def _print_effects(effects: Effects, console: Console) -> None:
         )
 
 
-def _print_differences(pair: Pair, console: Console) -> None:
-    differing = [each for each in pair.survey.differences if not each.agrees]
-    if not differing:
-        return
-    # A loss that is wrong in ordinary cases is not judged by the edges.
-    differing.sort(key=lambda each: (is_edge_name(each.case), -each.comparison.share))
-    count = f"{len(differing)} of {len(pair.survey.differences)} cases differ"
-    allowed = "the tolerance" if pair.tolerance else "what rounding explains"
-    console.print(f"\n{count}; the largest, as shares of {allowed} (at most 1 is the same):\n", highlight=False)
-    for each in differing[:SHOWN]:
-        comparison = each.comparison
-        found = [f"{_share(comparison.share)} in {each.case}, {each.dtype}", comparison.problem, pair.off(each)]
-        console.print(Text("; ".join(filter(None, found))))
-        if comparison.worst:
-            console.print(Text(f"    {comparison.worst.place}: {values_text(comparison.worst, each.dtype)}"))
-    if differing[0].comparison.worst:
-        console.print(Text(f"\nInputs in {differing[0].case}: {describe(differing[0].comparison.worst)}"))
-
-
 def _share(value: float) -> str:
     return f"{value:.2g}"
 
@@ -327,7 +252,8 @@ def _plain(found: Sameness | Accuracy) -> dict[str, Any]:
     return {each.name: getattr(found, each.name) for each in fields(found) if each.name != "differences"}
 
 
-def _write(
+def write_pair(
+    command: str,
     pair: Pair,
     question: Question,
     effects: Effects | None,
@@ -335,8 +261,9 @@ def _write(
     report: Path | None,
     console: Console,
 ) -> None:
+    """Write the comparison of two losses to the files that were asked for."""
     content = {
-        "command": "compare",
+        "command": command,
         "agrees": pair.agrees,
         "verdict": pair.verdict,
         "values_agree": pair.part_agrees("loss"),

@@ -178,6 +178,8 @@ def _verdict(finds: Sequence[Find]) -> str:
 def _as_code(case: Case) -> str:
     """Return the fields of a case that are set, one a line."""
     values = {each.name: getattr(case, each.name) for each in fields(case)}
-    given = {name: value for name, value in values.items() if value is not None and name not in ("name", "axis")}
+    given = {
+        name: value for name, value in values.items() if value is not None and name not in ("name", "axis", "keywords")
+    }
     lists = {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in given.items()}
     return "\n".join(f"    {name}: {value}" for name, value in lists.items())

@@ -9,6 +9,7 @@ import typer
 from parity_tests.commands.common import (
     DeviceOption,
     DtypeOption,
+    FirstOption,
     JsonOption,
     announce,
     cannot_run,
@@ -24,17 +25,23 @@ from parity_tests.commands.common import (
     writing,
 )
 from parity_tests.commands.hunt import DEFAULT as ADAPTERS
+from parity_tests.commands.recorded_losses import record_own
 from parity_tests.commands.replay import print_replay
 from parity_tests.commands.terminal import PlainConsole
+from parity_tests.losses.user_losses import is_user_loss
 from parity_tests.studies.bundle import MANIFEST, BundleError, read_bundle, write_bundle
 from parity_tests.studies.bundle import record as record_cases
 from parity_tests.studies.kit import FEW_CASES
+from parity_tests.studies.probes import LABEL_KINDS, LOGIT_KINDS
+from parity_tests.studies.questions import make_question
 from parity_tests.studies.replays import replay as replay_bundle
 from parity_tests.studies.survey import make_cases
 from parity_tests.truth.precision import DTYPES
 
+PLAIN = ("logits", "classes")
 
-def record(
+
+def record(  # noqa: PLR0913 - each option of the command line is a parameter
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the bundle.", show_default=False)],
     *,
     adapter: Annotated[
@@ -51,6 +58,17 @@ def record(
     device: DeviceOption = "cpu",
     json_file: JsonOption = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing bundle.")] = False,
+    option: FirstOption = None,
+    classes: Annotated[
+        list[int] | None, typer.Option(min=1, help="Of a loss of yours: number of classes; may be repeated.")
+    ] = None,
+    ignore_index: Annotated[int | None, typer.Option(help="Of a loss of yours: label that it ignores.")] = None,
+    linear: Annotated[bool, typer.Option("--linear", help="Your loss is a linear one.")] = False,
+    logits_are: Annotated[str, typer.Option(help=f"Of a loss of yours: {', '.join(LOGIT_KINDS)}.")] = "logits",
+    labels_are: Annotated[str, typer.Option(help=f"Of a loss of yours: {', '.join(LABEL_KINDS)}.")] = "classes",
+    inputs: Annotated[
+        list[Path] | None, typer.Option(dir_okay=False, help="Of a loss of yours: your own batch, as in `compare`.")
+    ] = None,
 ) -> None:
     """Record inputs, truth and results of adapters, for `replay` with another framework or on another machine.
 
@@ -60,7 +78,24 @@ def record(
         lsce-parity record from-the-gpu-machine --device cuda
         lsce-parity record ties --adapter torch-fused --case "ties*" --dtype float32
         lsce-parity record layers --case "linear_*"
+        lsce-parity record from-torch --adapter torch:my.losses:focal --a gamma=2 --inputs batch.safetensors
     """
+    if adapter and any(map(is_user_loss, adapter)):
+        if len(adapter) > 1 or case:
+            cannot_run("a loss of your own is recorded alone: one --adapter, and no --case")
+        try:
+            question = make_question(
+                classes=classes, ignore_index=ignore_index, linear=linear, logits_are=logits_are, labels_are=labels_are
+            )
+        except ValueError as error:
+            cannot_run(str(error))
+        record_own(folder, adapter[0], option, question, inputs or (), dtype, device, force, json_file)
+        return
+    if option or classes or ignore_index is not None or linear or inputs or (logits_are, labels_are) != PLAIN:
+        cannot_run(
+            "--a, --classes, --ignore-index, --linear, --logits-are, --labels-are and --inputs are for a loss of "
+            "your own: --adapter torch:package.module:name or jax:..."
+        )
     console = PlainConsole()
     check_free(folder, "bundle", MANIFEST, force)
     dtypes = check_dtypes(dtype, DTYPES)

@@ -14,6 +14,7 @@ from parity_tests.commands.common import (
     DeviceOption,
     JsonOption,
     ReportOption,
+    SecondOption,
     cannot_run,
     exit_with,
     find_adapters,
@@ -23,9 +24,12 @@ from parity_tests.commands.common import (
     write_json,
     write_page,
 )
+from parity_tests.commands.recorded_losses import replay_own
 from parity_tests.commands.terminal import FittingTable, PlainConsole
 from parity_tests.evidence.environment import describe_environment
+from parity_tests.losses.user_losses import is_user_loss
 from parity_tests.studies.bundle import BundleError, read_bundle
+from parity_tests.studies.recorded_losses import MANIFEST
 from parity_tests.studies.replays import Replay
 from parity_tests.studies.replays import replay as replay_bundle
 from parity_tests.studies.survey import Member, Survey
@@ -42,6 +46,7 @@ def replay(
     adapter: AdapterOption = None,
     device: DeviceOption = "cpu",
     json_file: JsonOption = None,
+    option: SecondOption = None,
     report: ReportOption = None,
 ) -> None:
     """Compare adapters on this machine with values recorded elsewhere, on the same input bits.
@@ -54,7 +59,12 @@ def replay(
         lsce-parity replay from-the-gpu-machine
         lsce-parity replay from-the-gpu-machine --adapter jax-fused --json replayed.json
         lsce-parity replay from-the-gpu-machine --report page
+        lsce-parity replay from-torch --adapter jax:my.losses:focal --b gamma=2
     """
+    if (folder / MANIFEST).is_file():
+        replay_own(folder, adapter, option, device, json_file, report)
+    if option or any(map(is_user_loss, adapter or ())):
+        cannot_run(f"{folder} holds no recorded loss of a user: record one with --adapter torch:package.module:name")
     console = PlainConsole()
     try:
         bundle = read_bundle(folder)

@@ -413,6 +413,7 @@ def operands_of(case: Case, implementation: str | None = None) -> tuple[dict[str
         "where": case.where,
         "class_mask": case.class_mask,
         "upstream": as_dtype(np.asarray(1.0 if case.upstream is None else case.upstream), compute),
+        **case.keywords,
     }
     options = {"reduction": "none", **case.options}
     if isinstance(case, LinearCase):

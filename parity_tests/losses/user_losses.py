@@ -75,9 +75,22 @@ def find(specification: str) -> Any:
 
 
 def load_adapter(
-    specification: str, options: Mapping[str, Any], device: str = "cpu", jit: bool = False, linear: bool = False
+    specification: str,
+    options: Mapping[str, Any],
+    device: str = "cpu",
+    jit: bool = False,
+    linear: bool = False,
+    arrays: Sequence[str] = (),
 ) -> Adapter:
     """Return the adapter of a user's loss, or of a name that `make_adapter` knows.
+
+    Args:
+        specification: name of the loss.
+        options: keyword arguments of the function or class.
+        device: the device.
+        jit: whether to compile a loss of JAX.
+        linear: whether the loss takes a linear layer.
+        arrays: names of further arrays that a user's loss takes by keyword.
 
     Raises:
         SpecificationError: there is no such loss, it does not take the options, or an adapter was given options.
@@ -91,33 +104,76 @@ def load_adapter(
         except ValueError as error:
             own = "a loss of your own is named torch:package.module:name or jax:package.module:name"
             raise SpecificationError(f"{error} ({own})") from None
-    torch = specification.startswith("torch:")
+    framework = specification.partition(":")[0]
     # Load the framework first, so that its absence does not look like an error of the user's module.
-    adapter = (
-        TorchAdapter(device=device, linear=linear) if torch else JaxAdapter(None, jit, device=device, linear=linear)
-    )
-    operands = ("hidden", "weight", "labels") if linear else ("logits", "labels")
-    loss = _bind(specification, options, operands, _to_torch if torch else _to_jax)
+    adapter = _make_adapter(framework, device, jit, linear)
+    return _take(adapter, specification, find(specification), options, arrays)
+
+
+def adapt(
+    loss: Callable[..., Any],
+    framework: str,
+    name: str,
+    options: Mapping[str, Any],
+    device: str = "cpu",
+    linear: bool = False,
+    arrays: Sequence[str] = (),
+) -> Adapter:
+    """Return the adapter of a loss that is at hand.
+
+    Args:
+        loss: a function of (logits, labels) or (hidden, weight, labels); a class is instantiated.
+        framework: "torch" or "jax".
+        name: name in reports; `framework:package.module:name`.
+        options: keyword arguments of the function or class.
+        device: the device.
+        linear: whether it takes a linear layer.
+        arrays: names of further arrays that it takes by keyword.
+
+    Raises:
+        SpecificationError: the loss does not take the options.
+        UnavailableError: the framework or the device is not on this machine.
+    """
+    return _take(_make_adapter(framework, device, False, linear), name, loss, options, arrays)
+
+
+def _make_adapter(framework: str, device: str, jit: bool, linear: bool) -> TorchAdapter | JaxAdapter:
+    if framework == "torch":
+        return TorchAdapter(device=device, linear=linear)
+    return JaxAdapter(None, jit, device=device, linear=linear)
+
+
+def _take(
+    adapter: TorchAdapter | JaxAdapter, name: str, found: Any, options: Mapping[str, Any], arrays: Sequence[str]
+) -> Adapter:
+    operands = ("hidden", "weight", "labels") if adapter.linear else ("logits", "labels")
+    as_array = _to_torch if adapter.framework == "torch" else _to_jax
+    loss = _bind(name, found, options, operands, arrays, as_array)
 
     def call(*inputs: Any, labels: Any, **settings: Any) -> Any:
-        return loss(*inputs, labels)
+        return loss(*inputs, labels, **{name: settings[name] for name in arrays if name in settings})
 
-    adapter.name = specification
+    adapter.name = name
     adapter.take(call)
     return adapter
 
 
 def _bind(
-    specification: str, options: Mapping[str, Any], operands: Sequence[str], as_array: Callable[[list[Any]], Any]
+    specification: str,
+    found: Any,
+    options: Mapping[str, Any],
+    operands: Sequence[str],
+    arrays: Sequence[str],
+    as_array: Callable[[list[Any]], Any],
 ) -> Callable[..., Any]:
-    found = find(specification)
     arguments = {key: as_array(value) if isinstance(value, list) else value for key, value in options.items()}
     try:
         if inspect.isclass(found):
             return _make(specification, found, arguments)
-        inspect.signature(found).bind(*operands, **arguments)
+        inspect.signature(found).bind(*operands, **arguments, **dict.fromkeys(arrays))
     except TypeError as error:
-        raise SpecificationError(f"{specification} does not take these options: {error}") from error
+        also = f", nor {', '.join(arrays)} of your batch by keyword" if arrays else ""
+        raise SpecificationError(f"{specification} does not take these options{also}: {error}") from error
     except SpecificationError:
         raise
     except ValueError:
@@ -162,15 +218,42 @@ def find_reduction(adapter: Adapter, cases: Sequence[Case]) -> str | None:
     return None
 
 
+def keep_shape(adapter: Any, shapes: Mapping[int, tuple[int, ...]], per_row: frozenset[str]) -> None:
+    """Make the adapter of a user's loss call it with the leading shapes that its batches had, instead of rows.
+
+    Args:
+        adapter: the adapter, which gets rows.
+        shapes: the leading shape of a batch, by its number of rows.
+        per_row: names of the arrays, besides inputs and labels, that have a value for each row.
+    """
+    of_rows = adapter.loss
+
+    def call(*inputs: Any, labels: Any, **settings: Any) -> Any:
+        shape = shapes[labels.shape[0]]
+
+        def folded(array: Any) -> Any:
+            return array.reshape((*shape, *array.shape[1:]))
+
+        given = {name: folded(value) if name in per_row else value for name, value in settings.items()}
+        loss = of_rows(folded(inputs[0]), *inputs[1:], labels=folded(labels), **given)
+        whole = tuple(getattr(loss, "shape", ()))
+        return loss.reshape((-1, *whole[len(shape) :])) if whole and whole[: len(shape)] == shape else loss
+
+    adapter.loss = call
+
+
 def take_mean(adapter: Any, ignore_index: int | None) -> None:
-    """Make the adapter of a user's loss return the mean over the rows that are not ignored."""
+    """Make the adapter of a user's loss return the mean over the rows that are not ignored, nor masked by `where`."""
     rows = adapter.loss
 
     def mean(*inputs: Any, labels: Any, **settings: Any) -> Any:
-        losses = rows(*inputs, labels=labels)
-        if ignore_index is None:
+        losses = rows(*inputs, labels=labels, **settings)
+        counted = settings.get("where")
+        if ignore_index is not None:
+            counted = labels != ignore_index if counted is None else counted & (labels != ignore_index)
+        if counted is None:
             return losses.mean()
-        counted = (labels != ignore_index).sum()
+        counted = counted.sum()
         return losses.sum() / (counted.astype if hasattr(counted, "astype") else counted.to)(losses.dtype)
 
     adapter.loss = mean

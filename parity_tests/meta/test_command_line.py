@@ -41,9 +41,10 @@ QUICK: dict[str, tuple[str, ...]] = {
     "record": ("bundle", "--adapter", "numpy", "--case", "ties", "--dtype", "float32", "--force"),
     "replay": ("recorded", "--adapter", "numpy"),
     "run": ("--adapter", "numpy", "--adapter", "mutant:linear_strided_rows", "--case", "ties", "--case", "linear_sum"),
+    "self-check": ("torch:lsce_torch:label_smoothed_cross_entropy", "--dtype", "float32"),
     "trajectory": ("jax:steps:Steps", "torch:steps:Steps", "--steps", "2"),
 }
-SLOW = ("adapters", "compare", "fingerprint", "hunt", "kit", "peer-tests", "power")  # seconds each
+SLOW = ("adapters", "compare", "fingerprint", "hunt", "kit", "peer-tests", "power", "self-check")  # seconds each
 SOME = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in QUICK]
 WITH_PAGES = ("compare", "hunt", "layers", "power", "replay", "run", "trajectory")
 STEPS = """

@@ -1,5 +1,7 @@
 """The checks without an oracle pass our losses, reject the mutants, and need nothing but one framework and NumPy."""
 
+import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -15,7 +17,7 @@ import lsce_jax
 import lsce_torch
 from parity_tests import self_checks
 from parity_tests.faults.dense import FAULTS
-from parity_tests.meta.running import run_code
+from parity_tests.meta.running import invoke, run_code
 from parity_tests.self_checks import (
     CHECKS,
     SMOOTHING,
@@ -23,6 +25,7 @@ from parity_tests.self_checks import (
     Evaluation,
     Rows,
     Subject,
+    agreement,
     main,
     make_rows,
     make_subject,
@@ -285,3 +288,39 @@ def test_cannot_run_alone(tmp_path: Path) -> None:
     broken = run_alone(tmp_path, "torch", "def loss(logits, labels, *, smoothing):\n    raise TypeError('no')", HARNESS)
     assert broken.returncode == 2
     assert "cannot run: no check got a result" in broken.stderr
+
+
+# --- As a command -----------------------------------------------------------------------------------------------------
+
+USERS = """
+import torch
+import torch.nn.functional as F
+
+def right(logits, labels, smoothing):
+    return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+
+def scaled(logits, labels, smoothing, scale=1.0):
+    return scale * right(logits, labels, smoothing)
+
+def plain(logits, labels):
+    return F.cross_entropy(logits, labels)
+"""
+
+
+def test_a_users_loss_is_checked_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "self_checked.py").write_text(USERS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    right = invoke("self-check", "torch:self_checked:right", "--dtype", "float32", "--json", "found.json")
+    expected = run_checks(make_subject("torch", importlib.import_module("self_checked").right, "cpu", False), "float32")
+    assert right.exit_code == (0 if agreement(expected) else 1), right.output
+    found = json.loads(Path("found.json").read_text())["outcomes"]
+    assert [each["verdict"] for each in found] == [each.verdict for each in expected]
+    wrong = invoke("self-check", "torch:self_checked:scaled", "--dtype", "float32", "--a", "scale=1.01")
+    assert wrong.exit_code == 1, wrong.output
+    assert wrong.output.count("disagree") > right.output.count("disagree")
+    for loss, message in (("plain", "has no argument 'smoothing', which the checks vary"), ("none", "has no none")):
+        outcome = invoke("self-check", f"torch:self_checked:{loss}")
+        assert outcome.exit_code == 2
+        assert message in outcome.output
+    assert "RuntimeError" in invoke("self-check", "torch:self_checked:right", "--device", "tpu").output

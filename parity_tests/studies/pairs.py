@@ -6,8 +6,8 @@ difference, or neither is known, both run in float64: are they the same function
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,11 +48,13 @@ class Side:
         adapter: the loss.
         reduction: the reduction that it returns, "none", "mean" or "elements"; None if it takes the reduction from the
             case.
+        recorded: its runs by wide dtype, if they were recorded; otherwise it is run.
         exact: the loss without the simulated errors of a device, if `adapter` has them; None if it has none.
     """
 
     adapter: Adapter
     reduction: str | None = None
+    recorded: Mapping[str, Runs] = field(default_factory=dict)
     exact: Adapter | None = None
 
 
@@ -284,10 +286,11 @@ def compare_sides(
     dtypes: Sequence[str],
     tolerance: Tolerance | None = None,
     announce: Callable[[str], None] = lambda text: None,
+    batches: Sequence[Case] = (),
 ) -> Pair:
     """Compare two losses with each other and with the truth, and diagnose each.
 
-    Losses that take all options are compared in every named case, others in plain cases.
+    Losses that take all options are compared in every named case, others in plain cases; or all in given batches.
 
     Args:
         first: one loss.
@@ -296,10 +299,12 @@ def compare_sides(
         dtypes: the dtypes of the cases.
         tolerance: what is allowed in place of what rounding explains.
         announce: called with what takes long, before it starts.
+        batches: the cases, if the user gave their own.
     """
     sides = (first, second)
     plain = any(side.reduction is not None for side in sides)
-    cases = [case for dtype in dtypes for case in (plain_cases(question, dtype) if plain else _named_cases(dtype))]
+    drawn = (case for dtype in dtypes for case in (plain_cases(question, dtype) if plain else _named_cases(dtype)))
+    cases = list(batches) or list(drawn)
     cases = [case for case in cases if not any(side.adapter.unsupported(case) for side in sides)]
     # If both take dense and linear cases, such as a fault and the oracle, the dense cases are enough.
     cases = [case for case in cases if not isinstance(case, LinearCase)] or cases
@@ -478,7 +483,10 @@ class _Wide:
         """Return the results of one side in a wide dtype."""
         if (i, dtype) not in self._runs:
             side = self.sides[i]
-            self._runs[i, dtype] = Runs(side.exact or side.adapter, self.cases, lambda case: not is_edge(case), dtype)
+            runs = side.recorded or {
+                dtype: Runs(side.exact or side.adapter, self.cases, lambda case: not is_edge(case), dtype)
+            }
+            self._runs[i, dtype] = runs[dtype]
         return self._runs[i, dtype]
 
     def formula(self, i: int) -> Recognised | None:
@@ -488,7 +496,9 @@ class _Wide:
             samples = [
                 Sample(runs.cases[j], result)
                 for j in runs.ordinary
-                if isinstance(result := runs.results[j], Result) and runs.cases[j].dtype == runs.cases[0].dtype
+                if isinstance(result := runs.results[j], Result)
+                and runs.cases[j].dtype == runs.cases[0].dtype
+                and runs.cases[j].where is None  # the formulas know of no mask
             ]
             self.announce(f"looking for the formula of {'AB'[i]}")
             self._formulas[i] = recognise(samples, runs.precision) if samples else None

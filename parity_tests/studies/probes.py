@@ -42,6 +42,7 @@ class Question:
         label_kind: what they take in place of class labels [N]: [N, K] arrays of the dtype of the logits,
             "multi_hot", zeros and ones; "probabilities", each row of which sums to 1; "logits", those of a teacher.
         chosen: whether the user chose any of the options; if not, the first loss is the reference.
+        beyond: why no true values are known for a batch of the user's; empty if they are, or there is none.
     """
 
     smoothing: float = 0.1
@@ -56,25 +57,29 @@ class Question:
     logit_kind: LogitKind = "logits"
     label_kind: LabelKind = "classes"
     chosen: bool = False
+    beyond: str = ""
 
     @property
     def has_oracle(self) -> bool:
         """Whether the oracle has losses of such inputs."""
-        return (self.logit_kind, self.label_kind) == ("logits", "classes")
+        return (self.logit_kind, self.label_kind) == ("logits", "classes") and not self.beyond
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that every case has."""
+        options = {name: getattr(self, name) for name in ("z_loss", "softcap", "subtract_entropy")}
+        given = {name: value for name, value in options.items() if value}
+        return given if self.ignore_index is None else {**given, "ignore_index": self.ignore_index}
 
 
 def plain_cases(question: Question, dtype: str) -> list[Case]:
     """Return cases of logits [N, K], or hidden [N, D] and weight, with only the options of the question."""
-    options = {name: getattr(question, name) for name in ("ignore_index", "z_loss", "softcap", "subtract_entropy")}
-    options = {name: value for name, value in options.items() if value}
-    if question.ignore_index is not None:
-        options["ignore_index"] = question.ignore_index
     cases = []
     for num_classes, num_rows in zip(question.num_classes, chain(OTHER_NUM_ROWS, repeat({})), strict=False):
         generator = np.random.default_rng(num_classes)
         for name, logits, labels in _inputs(generator, num_classes, question, dtype):
             rows = slice(num_rows.get(name, NUM_ROWS))
-            case = random_case(dtype, generator, rows.stop, num_classes, labels=labels[rows], options=dict(options))
+            case = random_case(dtype, generator, rows.stop, num_classes, labels=labels[rows], options=question.options)
             case = replace(case, logits=round_to(logits[rows], dtype), smoothing=question.smoothing)
             if question.linear and not np.isfinite(logits).all():
                 continue

@@ -73,7 +73,7 @@ class Runs:
         """Run the loss in every case."""
         self.adapter, self.cases, self.dtype = adapter, cases, dtype
         self.ordinary = [i for i, case in enumerate(cases) if is_ordinary(case)]
-        self.results = [attempt(adapter, replace(case, dtype=dtype)) for case in cases]
+        self.results = [attempt(adapter, _in_dtype(case, dtype)) for case in cases]
         self._moved: dict[tuple[int, float], Parts] = {}
         self._typical: dict[int, dict[str, float]] = {}
 
@@ -123,7 +123,7 @@ class Runs:
         return largest
 
     def _again(self, i: int, operand: FloatArray) -> AnyResult | str:
-        return attempt(self.adapter, _with_operand(replace(self.cases[i], dtype=self.dtype), operand))
+        return attempt(self.adapter, _with_operand(_in_dtype(self.cases[i], self.dtype), operand))
 
     def result(self, i: int) -> AnyResult:
         """Return the result in case i, which must have one."""
@@ -181,8 +181,50 @@ class Runs:
         }
 
 
+class RecordedRuns(Runs):
+    """The runs of a loss on another machine, which cannot be run again.
+
+    Args:
+        adapter: stands for the loss: its name and arithmetic.
+        cases, is_ordinary, dtype: as in `Runs`.
+        results: the results in every case, or what was raised.
+        moved: the largest changes, by case and roundoff.
+        precision: the dtype that it computes in.
+        random: whether a second call gave another result.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        cases: Sequence[Case],
+        is_ordinary: Callable[[Case], bool],
+        dtype: str,
+        *,
+        results: list[AnyResult | str],
+        moved: dict[tuple[int, float], Parts],
+        precision: str,
+        random: bool,
+    ) -> None:
+        """Take what was recorded."""
+        self.adapter, self.cases, self.dtype, self.results = adapter, cases, dtype, results
+        self.ordinary = [i for i, case in enumerate(cases) if is_ordinary(case)]
+        self._moved, self._typical = moved, {}
+        self.__dict__["precision"] = precision  # in place of what `Runs` finds by running
+        self._random = random
+
+    def is_random(self) -> bool:
+        """Return whether a second call gave another result."""
+        return self._random
+
+
 def _operand(case: Case) -> FloatArray:
     return case.hidden if isinstance(case, LinearCase) else case.logits
+
+
+def _in_dtype(case: Case, dtype: str) -> Case:
+    if isinstance(case, LinearCase):
+        return replace(case, dtype=dtype, weight_dtype=dtype)
+    return replace(case, dtype=dtype)
 
 
 def _with_operand(case: Case, operand: FloatArray) -> Case:

@@ -45,6 +45,7 @@ class Case:
         where, class_weight, prior: arrays, or None.
         class_mask: [K], or an array with the dimensions of the logits that broadcasts to them; or None.
         upstream: what the losses are multiplied with before the gradient is taken; None for 1.
+        keywords: further arrays that a user's loss takes by these names; no true values are known with any.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Case:
     class_mask: NDArray[np.bool_] | None = None
     prior: FloatArray | None = None
     upstream: FloatArray | None = None
+    keywords: dict[str, NDArray[Any]] = field(default_factory=dict)
 
     @property
     def num_classes(self) -> int:

@@ -1,0 +1,63 @@
+"""The comparison of two losses in lines of text: for a terminal, and for the message of a failed assertion."""
+
+from collections.abc import Iterator
+
+from parity_tests.report.words import count_of, values_text
+from parity_tests.studies.pairs import SHOWN, Pair
+from parity_tests.studies.probes import is_edge_name
+
+
+def lines_of(pair: Pair) -> list[str]:
+    """Return the findings, without the verdict."""
+    return [*_readings(pair), "", *pair.functions(), *_findings(pair), *pair.troubles(), *_differences(pair)]
+
+
+def verdict_line(pair: Pair) -> str:
+    """Return the verdict, in how many cases, and what is right."""
+    return f"{pair.verdict} in {count_of(len(pair.cases), 'case')}. {_right_is(pair)}"
+
+
+def _right_is(pair: Pair) -> str:
+    if pair.tolerance:
+        return f"You chose what is allowed: {pair.tolerance}"
+    if pair.known:
+        return f"Right is: {pair.definition}"
+    return "Neither is a loss that is known here: whether they are right was not asked, only whether they are the same"
+
+
+def _readings(pair: Pair) -> Iterator[str]:
+    for letter, reading in zip("AB", pair.readings, strict=True):
+        yield f"{letter}  {reading.name}"
+        yield from (f"   {line}" for line in reading.lines())
+
+
+def _findings(pair: Pair) -> Iterator[str]:
+    for name, of_first, of_second in pair.formula_differences:
+        yield f"they differ in the {name}: A {of_first} | B {of_second}"
+    differences = pair.survey.differences
+    explained = f"what {pair.tolerance} allows" if pair.tolerance else "what rounding explains"
+    for part, name in (("loss", "values"), ("gradient", "gradients")):
+        if differences:
+            word = "the same" if pair.part_agrees(part) else "DIFFERENT"
+            largest = max(getattr(each.comparison, part) for each in differences)
+            yield f"{name}: {word} (up to {largest:.2g} of {explained})"
+
+
+def _differences(pair: Pair) -> Iterator[str]:
+    differing = [each for each in pair.survey.differences if not each.agrees]
+    if not differing:
+        return
+    # A loss that is wrong in ordinary cases is not judged by the edges.
+    differing.sort(key=lambda each: (is_edge_name(each.case), -each.comparison.share))
+    count = f"{len(differing)} of {len(pair.survey.differences)} cases differ"
+    allowed = "the tolerance" if pair.tolerance else "what rounding explains"
+    yield from ("", f"{count}; the largest, as shares of {allowed} (at most 1 is the same):", "")
+    for each in differing[:SHOWN]:
+        comparison = each.comparison
+        found = [f"{comparison.share:.2g} in {each.case}, {each.dtype}", comparison.problem, pair.off(each)]
+        yield "; ".join(filter(None, found))
+        if comparison.worst:
+            yield f"    {comparison.worst.place}: {values_text(comparison.worst, each.dtype)}"
+    if worst := differing[0].comparison.worst:
+        inputs = "; ".join(f"{name}: {value}" for name, value in worst.inputs.items())
+        yield from ("", f"Inputs in {differing[0].case}: {inputs}")
