@@ -226,7 +226,9 @@ class JaxAdapter(FrameworkAdapter):
         def total(leaves: dict[str, Any], operands: dict[str, Any], upstream: Any) -> tuple[Any, dict[str, Any]]:
             returned = self.parts_of(_call(self.loss, leaves, {**operands, **options}))
             _check_shape(case, returned["loss"])
-            return (returned["loss"] * upstream).sum(), returned
+            # A loss of a user's may come in a narrow dtype, and JAX may be set to promote none.
+            dtype = jax.numpy.promote_types(returned["loss"].dtype, upstream.dtype)
+            return (returned["loss"].astype(dtype) * upstream.astype(dtype)).sum(), returned
 
         def parts(*operands: Any) -> dict[str, Any]:
             gradients, returned = jax.grad(total, has_aux=True)(*operands)

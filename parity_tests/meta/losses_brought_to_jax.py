@@ -7,7 +7,8 @@ from jax import Array
 
 
 def smoothed(logits: Array, labels: Array, e: float = 0.1) -> Array:
-    """Cross-entropy with uniform smoothing, its mean."""
+    """Cross-entropy with uniform smoothing, its mean; computed in float32 at least, as torch's kernel does."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), e)
     return optax.softmax_cross_entropy(logits, targets).mean()
 

@@ -204,7 +204,11 @@ def departures(candidate: Candidate, expected: Candidate) -> list[str]:
         else:
             names.append("no_smoothing" if candidate.convention == "none" else f"{candidate.convention}_convention")
     own = {name: getattr(candidate, name) for name in OWN_OPTIONS}
-    names += [f"{name} {value:.6g}" for name, value in own.items() if value not in (None, getattr(expected, name))]
+    names += [
+        f"{name} {value:.6g}"
+        for name, value in own.items()
+        if value is not None and not math.isclose(value, getattr(expected, name) or 0.0, rel_tol=1e-6)
+    ]
     if candidate.reduction != expected.reduction:
         names.append(f"{candidate.reduction}_for_{expected.reduction}")
     if candidate.subtract_entropy != expected.subtract_entropy:

@@ -25,7 +25,14 @@ from parity_tests.studies.diagnosis import (
 )
 from parity_tests.studies.probes import Question, is_edge, is_edge_name, plain_cases
 from parity_tests.studies.recognition import ENTROPY_SUBTRACTED, Recognised, Sample, recognise
-from parity_tests.studies.sameness import Accuracy, Runs, Sameness, are_the_same, compare_accuracy
+from parity_tests.studies.sameness import (
+    ROUGH_BY_TRUTH,
+    Accuracy,
+    Runs,
+    Sameness,
+    are_the_same,
+    compare_accuracy,
+)
 from parity_tests.studies.survey import Member, Survey
 from parity_tests.studies.verdicts import Difference, Outcome, attempt, compare_outcomes, judge
 from parity_tests.truth.cases import CONVENTIONS, Case, LinearCase
@@ -501,7 +508,7 @@ class _Wide:
                 and runs.cases[j].where is None  # the formulas know of no mask
             ]
             self.announce(f"looking for the formula of {'AB'[i]}")
-            self._formulas[i] = recognise(samples, runs.precision) if samples else None
+            self._formulas[i] = recognise(samples, runs.precision, self.cases[0].smoothing) if samples else None
         return self._formulas[i]
 
     def recognise(self, i: int, diagnosed: _Diagnosed, question: Question) -> _Diagnosed:
@@ -534,10 +541,24 @@ class _Wide:
             first, second = (replace(reading, formula=self.formula(i)) for i, reading in enumerate(readings))
             readings = (first, second)
         pair = replace(pair, readings=readings, sameness=same, accuracy=tuple(accuracy))
-        if pair.tolerance is None and (pair.agrees or not pair.known):
-            in_dtypes = [difference for each in accuracy for difference in each.differences]
-            pair = replace(pair, survey=Survey(pair.survey.members, [], in_dtypes or list(same.differences)))
+        if pair.tolerance is None and (same.same or not pair.known) and not (pair.strict and pair.known):
+            shown = [difference for each in accuracy for difference in each.differences] or list(same.differences)
+            if pair.known and not pair.agrees:
+                shown = _with_truth(pair.cases, shown)
+            pair = replace(pair, survey=Survey(pair.survey.members, [], shown))
         return pair
+
+
+def _with_truth(cases: list[Case], differences: list[Difference]) -> list[Difference]:
+    """Add the true value to the worst element of each difference that is beyond what rounding explains."""
+    found = []
+    for each in differences:
+        worst = each.comparison.worst
+        case = next(case for case in cases if (case.name, case.dtype) == (each.case, each.dtype))
+        if worst is not None and not each.agrees:
+            worst = replace(worst, true=float(solve(case).parts[worst.part].high[worst.index]))
+        found.append(replace(each, comparison=replace(each.comparison, worst=worst)))
+    return found
 
 
 def as_candidate(formula: Recognised, question: Question) -> Candidate | None:
@@ -575,4 +596,4 @@ def _by_truth(pair: Pair, accuracy: Accuracy) -> Accuracy:
         )
         errors.append(share)
         worst.append(case)
-    return replace(accuracy, errors=(errors[0], errors[1]), worst=(worst[0], worst[1]))
+    return replace(accuracy, errors=(errors[0], errors[1]), worst=(worst[0], worst[1]), rough=ROUGH_BY_TRUTH)

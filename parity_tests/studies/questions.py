@@ -210,7 +210,8 @@ def make_sides(
     if adapters[0].name == adapters[1].name and all(is_user_loss(each.name) for each in adapters):
         for letter, adapter in zip("AB", adapters, strict=True):
             adapter.name += f" ({letter})"  # reports tell losses apart by their names
-    common = "mean" if "mean" in found else "elements" if found == ["elements", "elements"] else "none"
+    # A loss that gave nothing has no reduction.
+    common = next((each for each in ("mean", "none", "elements") if each in found), "none")
     first, second = (Side(adapter, common if is_user_loss(adapter.name) else None) for adapter in adapters)
     return first, second
 

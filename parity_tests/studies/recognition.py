@@ -278,12 +278,14 @@ def _weights_text(weights: dict[int, dict[int, float]]) -> str:
     return ", ".join(f"{value:.4g} for label {label}" for label, value in few) + f" of {num_classes} classes"
 
 
-def recognise(samples: Sequence[Sample], precision: str) -> Recognised | None:
+def recognise(samples: Sequence[Sample], precision: str, smoothing: float | FloatArray = 0.1) -> Recognised | None:
     """Return what a loss computes, or None if no formula fits.
 
     Args:
         samples: ordinary cases with class labels, with the results of the loss in float64.
         precision: the dtype that the loss computes in.
+        smoothing: the smoothing that is expected. With one number of classes, uniform smoothing e K / (K - 1) is the
+            same as non_target smoothing e; the one with this smoothing is named.
     """
     largest = FITS.get(precision, 0.0)
     numbers = sorted({sample.case.num_classes for sample in samples})
@@ -300,8 +302,22 @@ def recognise(samples: Sequence[Sample], precision: str) -> Recognised | None:
                 continue
             found = fit(formula, samples, (rough.smoothing, *rough.values), by_label, fine=True)
             if found.distance <= largest:
+                if len(numbers) == 1:
+                    found = _as_expected(found, numbers[0], samples, smoothing)
                 return _interpret(found, samples, largest)
     return None
+
+
+def _as_expected(found: Fit, num_classes: int, samples: Sequence[Sample], smoothing: float | FloatArray) -> Fit:
+    """Return the fit in the convention of `COMMON` whose smoothing is the expected one; as it is if neither's is."""
+    factors = {"uniform": ("non_target", (num_classes - 1) / num_classes), "non_target": ("uniform", 1.0)}
+    if found.formula.convention not in factors or num_classes == 1:
+        return found
+    convention, factor = factors[found.formula.convention]
+    if not np.isclose(found.smoothing * factor, smoothing, rtol=1e-6).all():
+        return found
+    start = (found.smoothing * factor, *found.values)
+    return fit(found.formula._replace(convention=convention), samples, start, found.by_label, fine=True)
 
 
 def _interpret(found: Fit, samples: Sequence[Sample], largest: float) -> Recognised:
@@ -309,10 +325,12 @@ def _interpret(found: Fit, samples: Sequence[Sample], largest: float) -> Recogni
     rows = [_rows_of(found, sample) for sample in samples]
     smooth = abs(found.smoothing) > largest
     weights = _class_weights(samples, rows) if found.by_label else {}
-    parameters = dict(zip(found.formula.parameters, found.values, strict=True))
+    # The last digits are those of the fit.
+    strength, *values = (float(f"{value:.9g}") for value in (found.smoothing, *found.values))
+    parameters = dict(zip(found.formula.parameters, values, strict=True))
     return Recognised(
         convention=found.formula.convention if smooth else "none",
-        smoothing=found.smoothing if smooth else 0.0,
+        smoothing=strength if smooth else 0.0,
         parameters=parameters,
         shift=found.formula.shift,
         ignored=_ignored(samples),

@@ -21,7 +21,7 @@ Three finer points:
 
 Whether a loss is as accurate as the other is a second question. The results in the training's dtype are compared with
 the loss's own in float64, as shares of the formula above with 8 u, and the errors of the device's exp, log, log1p and
-tanh, for 64 u. A loss is less accurate than the other if its share is above 1 and eight times that of the other. Two
+tanh, for 64 u. A loss is less accurate than the other if its share is above 4 and eight times that of the other. Two
 losses that round in the same rough way agree.
 """
 
@@ -48,8 +48,11 @@ ROUNDINGS, FEW_ROUNDINGS = 64, 8
 FINE = 1e-3
 # An element that moves by this share of a typical value jumps.
 JUMP = 1e-2
-# A loss is less accurate than another if its error is this many times as large.
+# A loss is less accurate than another if its error is this many times as large, and this many times what rounding
+# explains: a loss that rounds each of its operations to bfloat16 reaches 3. Bounds of the truth are those of an
+# accurate implementation, and a plain one exceeds them by tens.
 LESS_ACCURATE = 8
+ROUGH, ROUGH_BY_TRUTH = 4.0, 100.0
 # From wide to narrow.
 PRECISIONS = ("float64", "float32", "float16", "bfloat16")
 CONSTANTS = "but for constants that are rounded to float32"
@@ -344,12 +347,14 @@ class Accuracy:
         errors: the largest error of each, as a share of what rounding explains.
         worst: the cases of these errors.
         differences: one for each case in which both gave a result.
+        rough: the share from which on a loss may be less accurate than the other.
     """
 
     dtype: str
     errors: tuple[float, float]
     worst: tuple[str, str]
     differences: tuple[Difference, ...]
+    rough: float = ROUGH
 
     @property
     def alike(self) -> bool:
@@ -360,7 +365,7 @@ class Accuracy:
     def less_accurate(self) -> str:
         """The letter of the loss that is less accurate than the other; empty if neither is."""
         for letter, (own, other) in zip("AB", (self.errors, self.errors[::-1]), strict=True):
-            if own > max(1.0, LESS_ACCURATE * other):
+            if own > max(self.rough, LESS_ACCURATE * other):
                 return letter
         return ""
 
