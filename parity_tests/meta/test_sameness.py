@@ -42,7 +42,17 @@ WRONG = {
     "multi-label": ("asymmetric", "asymmetric", ["--labels-are", "multi_hot", "--b", "clip=0.04"]),
     "gradient": ("poly", "poly_value_only", []),
 }
-each_dtype = pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+# The quick half of the tests. The other pairs and dtypes are slow ones.
+QUICK = ("focal", "multi-label", "distillation", "gamma", "gradient", "hinge", "asymmetric")
+
+
+def each_pair(pairs: dict[str, tuple[str, str, list[str]]]) -> pytest.MarkDecorator:
+    """Parametrize a test with the names of some pairs, and with dtypes."""
+    return pytest.mark.parametrize(("name", "dtype"), [
+        pytest.param(name, dtype, marks=[pytest.mark.slow] * (dtype != "float32" or name not in QUICK))
+        for name in pairs
+        for dtype in ("float32", "bfloat16")
+    ])  # fmt: skip
 
 
 @pytest.fixture
@@ -51,9 +61,8 @@ def _as_users_set_jax() -> Iterator[None]:
         yield
 
 
-@each_dtype
+@each_pair(RIGHT)
 @pytest.mark.usefixtures("_as_users_set_jax")
-@pytest.mark.parametrize("name", RIGHT)
 def test_faithful_ports_agree(name: str, dtype: str) -> None:
     first, second, options = RIGHT[name]
     outcome = invoke("compare", TORCH + first, JAX + second, "--classes", "10", "--dtype", dtype, *options)
@@ -61,9 +70,8 @@ def test_faithful_ports_agree(name: str, dtype: str) -> None:
     assert "AGREE in " in outcome.output
 
 
-@each_dtype
+@each_pair(WRONG)
 @pytest.mark.usefixtures("_as_users_set_jax")
-@pytest.mark.parametrize("name", WRONG)
 def test_unfaithful_ports_do_not(name: str, dtype: str) -> None:
     first, second, options = WRONG[name]
     outcome = invoke("compare", TORCH + first, JAX + second, "--classes", "10", "--dtype", dtype, *options)
@@ -150,7 +158,9 @@ def a_millionth(parts: dict[str, FloatArray]) -> None:
 CHANGES = (entry, one_class, one_row, whole_gradient, value, a_millionth)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in NAMES
+])  # fmt: skip
 def test_the_power_of_the_rule(name: str) -> None:
     """1 % in one entry, one class, one row, the gradient alone, the value alone.
 
