@@ -81,6 +81,7 @@ def test_who_may_be_called_beside_others() -> None:
         assert not getattr(make_adapter(name), "concurrent", False), name
 
 
+@pytest.mark.slow
 def test_results_are_those_of_one_call_at_a_time() -> None:
     names = ("jax-fused", "jax-reference", "jax-optax", "jax-fused-eager", "jax-linear-chunked")
     adapters = [make_adapter(name) for name in names]
