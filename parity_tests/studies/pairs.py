@@ -170,10 +170,9 @@ class Pair:
             return False
         if self.within_bounds or self.sameness is None or self.tolerance or (self.strict and self.known):
             return self.within_bounds
-        if self.sameness.same is None and self.known:
-            return False  # the bounds of the truth tell them apart
         if self.sameness.same is not True:
-            return self.sameness.same
+            # Where the truth is known, its bounds have told them apart.
+            return False if self.known else self.sameness.same
         return all(each.alike for each in self.accuracy)
 
     @property
