@@ -1,4 +1,4 @@
-"""Text for people: names that are not known, and characters that a terminal would obey.
+"""Suggestions for misspelt names, and control characters made visible.
 
 Standard library only, for every part of the harness.
 """
@@ -38,7 +38,7 @@ def one_line(text: str) -> str:
 
 
 def nearest(given: str, known: Iterable[str]) -> list[str]:
-    """Return the known names that a given name or pattern may mean: those spelt most like it, or those that contain it.
+    """Return the known names closest to a given name or pattern: similar spellings, or names that contain it.
 
     Example:
         >>> nearest("Jax-fusd", ["jax-fused", "torch-fused", "oracle"])

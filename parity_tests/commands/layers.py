@@ -69,7 +69,10 @@ def layers(  # noqa: PLR0913 - options of a command
         ),
     ] = None,
     weights: Annotated[
-        str, typer.Option(metavar="copy|own", help="Copy the weights of A to B, or compare those that both have.")
+        str,
+        typer.Option(
+            metavar="copy|own", help="copy: give B the weights of A. own: keep the weights of each, and compare them."
+        ),
     ] = "copy",
     device_model: Annotated[
         list[str] | None,

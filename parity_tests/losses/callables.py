@@ -83,7 +83,7 @@ def _of_module(name: Any) -> set[str]:
 
 
 def _of_function(function: types.FunctionType, depth: int) -> set[str]:
-    """Return the frameworks that the code of a function names, and of those that it calls."""
+    """Return the frameworks named in a function's code, or in the code of functions it calls."""
     names = set(_names(function.__code__))
     # A module that is imported within the function is a name of its code too.
     found = set().union(*map(_of_module, names))

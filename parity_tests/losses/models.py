@@ -27,7 +27,7 @@ class Layer:
 
     Args:
         path: its name in its framework, such as "blocks.0.norm"; "(model)" for the whole.
-        parts: the path in parts, without those that only one framework has.
+        parts: the parts of the path, except parts that exist in one framework only.
         kind: name of its class.
         tensors: names of the weights and statistics that are its own, not those of layers within.
         settings: its attributes that are numbers, booleans, strings, or tuples of numbers.

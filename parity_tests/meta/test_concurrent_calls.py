@@ -73,7 +73,7 @@ def test_an_adapter_is_never_called_twice_at_once() -> None:
 
 
 def test_who_may_be_called_beside_others() -> None:
-    """Not those that change JAX, or modules, for everyone: the interpreted kernel does."""
+    """Adapters that change global state of JAX or of modules, as the interpreted kernel does, are not."""
     assert JaxAdapter().concurrent
     assert PeerAdapter(JaxAdapter()).concurrent
     assert not PallasAdapter(interpreted=True).concurrent

@@ -128,7 +128,7 @@ class Changed:
 
 
 def entry(parts: dict[str, FloatArray]) -> None:
-    """The gradient's entry of median size, among those that are not tiny."""
+    """Change the gradient's entry of median size; tiny entries are not considered."""
     gradient = parts["gradient"]
     sizes = np.where(np.isfinite(gradient), np.abs(gradient), 0)
     large = np.flatnonzero(sizes > 1e-3 * sizes.max())

@@ -172,8 +172,8 @@ def compare_layers(
         second: the other. Their weights may change: see `copy_weights`.
         mapping: names in the second for names in the first that differ; see `layer_pairs.match`.
         layouts: "same" or "moved" for patterns of the first's names, where shapes do not tell.
-        copy_weights: whether to copy the first's weights to the second, those that are constant filled with random
-            numbers. If not, they are compared.
+        copy_weights: whether to copy A's weights to B; constant weights are first filled with random numbers. If False,
+            the weights of both are compared.
         bits: for each model, the significant bits of float32 that its matrix products keep in a simulation.
         replicas: number of runs with everything moved by one unit in the last place.
         seed: of the replicas, and of gradients and weights that are made up.

@@ -6,7 +6,7 @@ label with smoothing e in some convention. Its loss is
     - sum_k f_k q_k log p_k + lambda lse^2 + epsilon (1 - p_y)
 
 with the focal factor f_k = (1 - p_y)^gamma or (1 - p_k)^gamma; the label may be that of the next class or row. With
-a_k, the derivative by log p_k, the gradient is
+a_k, the derivative with respect to log p_k, the gradient is
 
     d loss / d u_k = a_k - p_k sum_j a_j + 2 lambda lse p_k.
 

@@ -34,7 +34,7 @@ from parity_tests.truth.oracle import Exact, LinearTruth, Truth
 VARIABLE = "LSCE_PARITY_CACHE"
 # A truth that is computed in less time than this is not worth a file.
 SECONDS = 0.05
-# Bytes of all files; beyond that those that were used longest ago are removed.
+# Most bytes of all files together. Beyond that, the least recently used files are removed.
 LARGEST = 2**28
 SUFFIX = ".truth"
 
