@@ -1,6 +1,7 @@
 """What is kept on disk is what is computed, bit for bit; changed inputs, code or files find nothing."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -84,20 +85,25 @@ def test_another_input_option_or_convention_has_no_file(folder: Path, computed: 
     assert len(computed) == 3 + len(others)
 
 
+@pytest.mark.parametrize(("spec", "truth"), [("a", "b"), ("b", "a")])
 def test_other_code_has_no_file(
-    folder: Path, computed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spec: str, truth: str, folder: Path, computed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = make_case("uniform_mean", "float32")
     in_a_new_process(case)
-    changed = tmp_path / "lsce_spec"
-    changed.mkdir()
-    for file in Path(stored.inspect.getfile(stored.lsce_spec)).parent.glob("*.py"):
-        (changed / file.name).write_bytes(file.read_bytes())
+    copies = {
+        spec: Path(stored.inspect.getfile(stored.lsce_spec)).parent,
+        truth: Path(stored.__file__).parent,
+    }
+    for name, original in copies.items():
+        shutil.copytree(original, tmp_path / name / original.name)
+    changed = tmp_path / spec / "lsce_spec"
     monkeypatch.setattr(stored.inspect, "getfile", lambda module: str(changed / "__init__.py"))
+    monkeypatch.setattr(stored, "__file__", str(tmp_path / truth / "truth" / "stored.py"))
     stored._version.cache_clear()
     try:
         in_a_new_process(case)
-        assert len(computed) == 1, "the same code elsewhere"
+        assert len(computed) == 1, "the same code elsewhere, in another order of folders"
         (changed / "checks.py").write_bytes((changed / "checks.py").read_bytes() + b"\n")
         stored._version.cache_clear()
         in_a_new_process(case)
