@@ -40,8 +40,9 @@ from parity_tests.truth.precision import FloatArray
 # Largest distance of an accepted formula from the gradients, as a share of the largest of a case, by the dtype that the
 # loss computes in.
 FITS = {"float64": 1e-6, "float32": 2e-5}
-# The distance up to which a formula is fitted to all cases, and to how many cases it is fitted first.
-ROUGH, FEW = 1e-3, 2
+# To how many cases a formula is fitted first, and the distances from these and from all cases up to which it is then
+# fitted to all.
+FEW, ROUGH, FAR = 2, 1e-3, 3e-2
 # How far the numbers that a reduction multiplies gradients with may be off, in units of the largest distance. Near the
 # optimum, where gradients are small, their rounding is a large share of them.
 SAME_FACTOR = 50
@@ -196,11 +197,7 @@ def fit(formula: Formula, samples: Sequence[Sample], start: Sequence[float], wei
     """
 
     def distances(values: FloatArray) -> FloatArray:
-        with np.errstate(all="ignore"):
-            trial = Fit(formula, float(values[0]), tuple(values[1:]), weighted, 0.0)
-            weights = weights_of_terms(trial, samples)
-            found = [_distance(trial, sample, weights) for sample in samples]
-        return np.nan_to_num(np.concatenate(found), nan=1e3, posinf=1e3, neginf=-1e3)
+        return _distances(Fit(formula, float(values[0]), tuple(values[1:]), weighted, 0.0), samples)
 
     tolerance = 1e-15 if fine else 1e-6
     solution = least_squares(
@@ -208,6 +205,13 @@ def fit(formula: Formula, samples: Sequence[Sample], start: Sequence[float], wei
     )
     largest = float(np.max(np.abs(distances(solution.x))))
     return Fit(formula, float(solution.x[0]), tuple(map(float, solution.x[1:])), weighted, largest)
+
+
+def _distances(found: Fit, samples: Sequence[Sample]) -> FloatArray:
+    with np.errstate(all="ignore"):
+        weights = weights_of_terms(found, samples)
+        of_samples = [_distance(found, sample, weights) for sample in samples]
+    return np.nan_to_num(np.concatenate(of_samples), nan=1e3, posinf=1e3, neginf=-1e3)
 
 
 def weights_of_terms(found: Fit, samples: Sequence[Sample]) -> dict[int, FloatArray]:
@@ -358,7 +362,7 @@ def recognise(samples: Sequence[Sample], precision: str, smoothing: float | Floa
     for formula, weighted in formulas_with_weights():
         start = (0.1, *(STARTS[name] for name in formula.parameters))
         rough = fit(formula, few, start, weighted, fine=False)
-        if rough.distance > ROUGH:
+        if rough.distance > ROUGH or np.max(np.abs(_distances(rough, samples))) > FAR:
             continue
         found = fit(formula, samples, (rough.smoothing, *rough.values), weighted, fine=True)
         if found.distance <= largest:
