@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.text import Text
 
 from parity_tests.commands.common import (
+    AtolOption,
     DeviceOption,
     JsonOption,
     ReportOption,
+    RtolOption,
     SecondOption,
     cannot_run,
     exit_with,
@@ -29,6 +31,7 @@ from parity_tests.commands.terminal import FittingTable, PlainConsole
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.losses.user_losses import is_user_loss
 from parity_tests.studies.bundle import BundleError, read_bundle
+from parity_tests.studies.pairs import make_tolerance
 from parity_tests.studies.recorded_losses import MANIFEST
 from parity_tests.studies.replays import Replay
 from parity_tests.studies.replays import replay as replay_bundle
@@ -47,6 +50,8 @@ def replay(
     device: DeviceOption = "cpu",
     json_file: JsonOption = None,
     option: SecondOption = None,
+    rtol: RtolOption = None,
+    atol: AtolOption = None,
     report: ReportOption = None,
 ) -> None:
     """Compare adapters on this machine with values recorded elsewhere, on the same input bits.
@@ -62,7 +67,9 @@ def replay(
         lsce-parity replay from-torch --adapter jax:my.losses:focal --b gamma=2
     """
     if (folder / MANIFEST).is_file():
-        replay_own(folder, adapter, option, device, json_file, report)
+        replay_own(folder, adapter, option, make_tolerance(rtol, atol), device, json_file, report)
+    if rtol is not None or atol is not None:
+        cannot_run("--rtol and --atol are for a recorded loss of yours: in a bundle the true values decide")
     if option or any(map(is_user_loss, adapter or ())):
         cannot_run(f"{folder} holds no recorded loss of a user: record one with --adapter torch:package.module:name")
     console = PlainConsole()

@@ -77,6 +77,11 @@ class Tolerance:
         return f"--rtol {self.rtol:g} --atol {self.atol:g}"
 
 
+def make_tolerance(rtol: float | None, atol: float | None) -> Tolerance | None:
+    """Return the tolerance of two options, either of which may be missing; None if both are."""
+    return None if rtol is None and atol is None else Tolerance(rtol or 0.0, atol or 0.0)
+
+
 @dataclass(frozen=True)
 class SideReading:
     """The diagnosis of one of the losses.
