@@ -22,7 +22,8 @@ from parity_tests.commands.terminal import PlainConsole
 from parity_tests.studies.pairs import Tolerance, compare_sides
 from parity_tests.studies.probes import Question, plain_cases
 from parity_tests.studies.questions import check_pair, take_batches
-from parity_tests.studies.recorded_losses import MANIFEST, RecordingError, read_recording, record_loss, sides_of
+from parity_tests.studies.recorded_losses import MANIFEST, read_recording, record_loss, sides_of
+from parity_tests.studies.sealed_folders import RecordingError
 
 
 def record_own(

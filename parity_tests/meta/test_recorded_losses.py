@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from parity_tests.meta.running import invoke, run_code
-from parity_tests.studies.recorded_losses import ARRAYS, MANIFEST, RecordingError, _digest, read_recording
+from parity_tests.studies.recorded_losses import MANIFEST, read_recording
+from parity_tests.studies.sealed_folders import ARRAYS, RecordingError, digest
 from parity_tests.truth.batches import from_safetensors, save_batch, to_safetensors
 
 TORCH = """
@@ -214,7 +215,7 @@ def test_a_recording_with_hashes_of_its_own_must_be_whole(lost: str) -> None:
     (folder / ARRAYS).write_bytes(data)
     content = json.loads((folder / MANIFEST).read_text())["content"]
     content["arrays_sha256"] = hashlib.sha256(data).hexdigest()
-    (folder / MANIFEST).write_text(json.dumps({"content": content, "sha256": _digest(content)}))
+    (folder / MANIFEST).write_text(json.dumps({"content": content, "sha256": digest(content)}))
     outcome = replay("bce")
     assert outcome.exit_code == 2, outcome.output
     assert "describes no loss" in outcome.output
