@@ -224,6 +224,21 @@ def forge_arrays(folder: Path, times: int, seed: int) -> None:
         assert refusal(done, (number, name, how)) or done.exit_code == 1 or "running/" in name or "forced/" in name
 
 
+@pytest.mark.parametrize(("entry", "value"), [
+    ("spread_of", ["loss", "weight", "speed"]),
+    ("tensors", ["weight", "weight", "count"]),
+    ("steps", 3),
+    ("batch_size", 0),
+    ("environment", {}),
+])  # fmt: skip
+def test_a_recording_with_hashes_of_its_own_must_fit(entry: str, value: Any, recorded: Path) -> None:
+    content = json.loads((recorded / MANIFEST).read_text())["content"] | {entry: value}
+    (recorded / MANIFEST).write_text(json.dumps({"content": content, "sha256": digest(content)}))
+    done = replay()
+    assert refusal(done, entry)
+    assert "recorded describes no training: " in done.stderr
+
+
 STUDIES = (damage, forge_manifests, forge_arrays)
 
 
