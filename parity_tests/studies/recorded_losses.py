@@ -2,7 +2,8 @@
 
 A recording is a folder of `sealed_folders`, with the bits of the inputs and of every result. It has what `compare`
 needs of a loss: the results in the dtypes of the cases, and in float64 and float32, and how far they move when the
-logits move by rounding steps; so that the verdict is the one that both losses would get on one machine.
+logits move by rounding steps, or the results of its operations; so that the verdict is the one that both losses would
+get on one machine.
 
 A loss that returns one value for each row or logit is recorded once more as its mean, for another that is a scalar.
 """
@@ -34,7 +35,7 @@ from parity_tests.truth.cases import Case
 from parity_tests.truth.comparison import AnyResult, Parts, make_result
 from parity_tests.truth.precision import FORMATS
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "loss.json"
 # The wide dtypes in which a loss is run, and the narrowest that it may compute in there.
 WIDE = ("float64", "float32")
@@ -139,6 +140,8 @@ def _take_apart(adapter: Adapter, cases: Sequence[Case], reduction: str) -> tupl
             for name in PRECISIONS:
                 moved = runs.moved(i, FORMATS[name].roundoff)
                 arrays |= {f"{path}/{i}/moved in {name}/{part}": np.asarray(values) for part, values in moved.items()}
+            noise = runs.noise(i, FORMATS[runs.precision].roundoff)
+            arrays |= {f"{path}/{i}/noise/{part}": np.asarray(values) for part, values in noise.items()}
         wide[dtype] = {"results": entries, "precision": runs.precision, "random": runs.is_random()}
     return {"results": narrow, "wide": wide}, arrays
 
@@ -212,7 +215,10 @@ def _side(
             if not isinstance(result, str)
             for name in PRECISIONS
         }
-        for (i, _), parts in moved.items():
+        noise: dict[int, Parts] = {
+            i: folders[f"{path}/{i}/noise"] for i, result in enumerate(of_wide) if not isinstance(result, str)
+        }
+        for i, parts in [*((i, parts) for (i, _), parts in moved.items()), *noise.items()]:
             result = of_wide[i]
             if isinstance(result, str) or _shapes(parts) != _shapes(result.parts):
                 raise ValueError(f"what moves in case {i} does not fit its result")
@@ -223,6 +229,7 @@ def _side(
             dtype,
             results=of_wide,
             moved=moved,
+            noise=noise,
             precision=found["precision"],
             random=found["random"],
         )

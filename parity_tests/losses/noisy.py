@@ -1,0 +1,69 @@
+"""Losses whose operations are off by a rounding step each, at random: how far rounding may move their results.
+
+This is Monte Carlo arithmetic (Parker 1997). It sees what moving the inputs cannot: in log(1 - p) the rounding of a p
+near 1 counts, and a rounding step of the logits leaves that p as it is.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parity_tests.losses.adapters import Adapter, JaxAdapter, TorchAdapter
+from parity_tests.truth.cases import Case
+from parity_tests.truth.comparison import AnyResult
+
+# The result for a step, the largest share that an operation's result is moved by, and a seed.
+Noisy = Callable[[float, int], AnyResult]
+
+
+def noisy(adapter: Adapter, case: Case) -> Noisy | None:
+    """Return the loss of a case with noise in its operations; None for a loss whose operations cannot be replaced.
+
+    The noise is a function of the result of the operation, so that equal numbers stay equal.
+    """
+    if isinstance(adapter, TorchAdapter) and not adapter.compiled:
+        return _of_torch(adapter, case)
+    return _of_jax(adapter, case) if isinstance(adapter, JaxAdapter) else None
+
+
+def _of_torch(adapter: TorchAdapter, case: Case) -> Noisy:
+    from parity_tests.losses.noisy_torch import NoiseMode
+
+    def call(step: float, seed: int) -> AnyResult:
+        with NoiseMode(step, seed):
+            return adapter(case)
+
+    return call
+
+
+def _of_jax(adapter: JaxAdapter, case: Case) -> Noisy:
+    import jax
+
+    from parity_tests.losses.noisy_jax import NoisyDevice
+
+    with adapter.settings(case.dtype):
+        step, operands = adapter.step(case)
+        traced, shapes = jax.make_jaxpr(step, return_shape=True)(*operands)
+
+    def call(step: float, seed: int) -> AnyResult:
+        with adapter.settings(case.dtype):
+            values = NoisyDevice(step, seed).run(traced, jax.tree.leaves(operands))
+            return adapter.result(case, jax.tree.unflatten(jax.tree.structure(shapes), values))
+
+    return call
+
+
+def shares(bits: NDArray[np.int64], seed: int) -> NDArray[np.float64]:
+    """Return a number from -1 to 1 for each of some integers, at random but the same for equal ones.
+
+    Example:
+        >>> shares(np.array([5, 6, 5]), 1).round(3).tolist()
+        [0.251, 0.609, 0.251]
+    """
+    mixed = np.asarray(bits, np.int64).astype(np.uint64)
+    mixed = mixed ^ (mixed >> np.uint64(29)) ^ np.uint64(seed * 0x2545F4914F6CDD1D % 2**64)
+    with np.errstate(over="ignore"):
+        mixed = mixed * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+    return np.asarray((mixed >> np.uint64(11)) * 2.0**-52 - 1.0)
