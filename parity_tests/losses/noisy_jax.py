@@ -4,9 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from parity_tests.losses.noisy import shares
 from parity_tests.losses.simulated_jax import SimulatedDevice, Values
-from parity_tests.truth.simulation import EXACT
+from parity_tests.truth.simulation import EXACT, shares
 
 # Primitives that round.
 _ROUND = frozenset(

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parity_tests.losses.noisy import shares
 from parity_tests.losses.simulated_torch import MADE_OF_OTHERS
+from parity_tests.truth.simulation import shares
 
 # Operations that round. What others do, such as a kernel of a whole loss, stays as it is.
 _ROUND = frozenset(
