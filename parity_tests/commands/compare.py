@@ -37,8 +37,7 @@ from parity_tests.losses.user_losses import (
     load_adapter,
     parse_options,
 )
-from parity_tests.report.pairs import lines_of, verdict_line
-from parity_tests.report.verdict import Banner
+from parity_tests.report.pairs import lines_of, parts_of_page, verdict_line
 from parity_tests.studies.pairs import Pair, Tolerance, compare_sides
 from parity_tests.studies.precision_effects import OBSERVED, Effects, find_effects
 from parity_tests.studies.probes import (
@@ -290,8 +289,4 @@ def write_pair(
         "environment": describe_environment(),
     }
     write_json(json_file, content, console)
-    names = " and ".join(reading.name for reading in pair.readings)
-    banner = None
-    if pair.agrees is None:
-        banner = Banner("NO VERDICT", "nothing", [*pair.functions(), *pair.troubles()])
-    write_page(report, pair.survey, console, title=names, notes=pair.notes(), agrees=pair.agrees, banner=banner)
+    write_page(report, console=console, **parts_of_page(pair))

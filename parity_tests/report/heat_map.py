@@ -66,4 +66,4 @@ def _cell_of(outcome: Outcome) -> Cell:
         return Cell((2, math.inf), "form", "out2", f"{outcome.dtype}: {outcome.comparison.problem}")
     share = outcome.comparison.share
     style = next((style for end, style in LEVELS if share <= end), "out2")
-    return Cell((1, share), share_text(share), style, f"{outcome.dtype}: {used_share(share)} the bound")
+    return Cell((1, share), share_text(share, digits=1), style, f"{outcome.dtype}: {used_share(share)} the bound")
