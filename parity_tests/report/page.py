@@ -22,7 +22,7 @@ from parity_tests.report.heat_map import heat_maps
 from parity_tests.report.plots import draw_trajectory, png, ulp_panels
 from parity_tests.report.tables import case_rows, environment_tables, ledger, pair_sentences, summarize, worst_rows
 from parity_tests.report.verdict import Banner, verdict
-from parity_tests.report.words import PageTable
+from parity_tests.report.words import PageTable, count_of
 from parity_tests.studies.survey import Survey
 from parity_tests.texts import visible
 from parity_tests.trainings.trajectory import TrajectoryVerdict
@@ -93,6 +93,7 @@ def write_report(  # noqa: PLR0913 - each part of a page is a parameter
         banner=banner or verdict(survey, trajectory, agrees),
         tables=tables,
         cases=case_rows(survey),
+        count_of=count_of,
         notes=notes,
         findings={heading: [line.strip() for line in lines] for heading, lines in (findings or {}).items()},
         of_pair=allowed is not None,
