@@ -223,7 +223,7 @@ def test_the_worst_are_shown_and_the_rest_counted(tmp_path: Path) -> None:
     page = page_of(tmp_path, made_up(outcomes))
     shown = re.findall(r"<summary><b>(\w+), float32</b>", page)
     assert shown == [f"case{number}" for number in range(22, 2, -1)]
-    assert "And 3 more, which use smaller shares." in words(page)
+    assert "And 3 more; the list of cases has all." in words(page)
     assert [row[0] for row in worst_rows(made_up(outcomes), ours=True)] == shown[:15]
 
 
