@@ -99,7 +99,8 @@ def replay(
     }
     write_json(json_file, content, console)
     notes = [
-        f"{title} {_in_words(where)}" for title, where in (("Recorded", bundle.environment), ("Here", environment))
+        f"{title} {_in_words(where)}"
+        for title, where in (("Recorded with", bundle.environment), ("Replayed with", environment))
     ]
     title = f"Replay of {folder}"
     wrong = [not line.agrees for line in found.lines() if line.cases]

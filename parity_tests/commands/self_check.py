@@ -92,8 +92,9 @@ def self_check(
     write_json(json_file, {**content, "environment": describe_environment()}, console)
     word = {True: "AGREE", False: "DISAGREE", None: "NO VERDICT"}[agrees]
     applied = sum(each.verdict != "not applicable" for each in outcomes)
-    sentence = "no check got a result" if agrees is None else f"{count_of(applied, 'check')} that apply"
     wrong = [each.verdict not in ("agree", "not applicable") for each in outcomes]
+    beginning = "" if agrees else f"{sum(wrong)} of "
+    sentence = "no check got a result" if agrees is None else f"{beginning}{count_of(applied, 'check')} that apply"
     write_page(
         report,
         Survey({}, [], []),

@@ -8,7 +8,7 @@ from parity_tests.report.words import share_text, used_share
 from parity_tests.studies.survey import Survey
 from parity_tests.studies.verdicts import Outcome
 
-LONGEST_BLOCK = 30
+LONGEST_BLOCK = 35
 
 
 class Cell(NamedTuple):

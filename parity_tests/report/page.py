@@ -125,8 +125,8 @@ _WHO = (("ours", True), ("peers", False))
 
 
 def _pieces(text: str) -> list[str]:
-    """Return the pieces of a name, each with the separator after it, such as "torch:", "my." and "loss"."""
-    return re.split(r"(?<=\w[:._/])(?=[A-Za-z_])", text)
+    """Return the pieces of a name, each with the separator after it, such as "torch:my.", "losses:" and "focal"."""
+    return re.split(r"(?<=\w[:._/])(?<!torch:)(?<!jax:)(?=[A-Za-z_])", text)
 
 
 def _without_control_characters(value: Any) -> Any:
