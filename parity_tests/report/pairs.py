@@ -37,7 +37,7 @@ def parts_of_page(pair: Pair) -> dict[str, Any]:
 
 def _with_letters(pair: Pair) -> Survey:
     """Return the survey with A and B for the names of the losses, which may be long, or the same."""
-    members = [replace(pair.survey.members[reading.name], twin=None) for reading in pair.readings]
+    members = [pair.survey.members[reading.name] for reading in pair.readings]
     outcomes = [replace(each, adapter=LETTERS[place % 2]) for place, each in enumerate(pair.survey.outcomes)]
     wrong = {(each.case, each.dtype, each.adapter) for each in outcomes if each.status != "agree"}
     differences = [
