@@ -27,7 +27,14 @@ from parity_tests.losses.user_losses import SpecificationError, find, parse_opti
 from parity_tests.report.verdict import Banner
 from parity_tests.report.words import PageTable
 from parity_tests.studies.survey import Survey
-from parity_tests.trainings.stepwise import Step, StepwiseVerdict, Training, TrainingError, compare_step_by_step
+from parity_tests.trainings.stepwise import (
+    Divergence,
+    Step,
+    StepwiseVerdict,
+    Training,
+    TrainingError,
+    compare_step_by_step,
+)
 
 STEPS, REPLICAS, BATCH_SIZE = 20, 4, 64
 HEADINGS = ("~tensor", ">largest share", ">at step", ">first", ">second")
@@ -112,7 +119,12 @@ def show_verdicts(
     write_json(json_file, content, console)
     word = "AGREE" if agrees else "DISAGREE"
     sentences = [f"{verdict.mode}: {_sentence(verdict)}" for verdict in verdicts]
-    tables = [PageTable(f"Tensors, {verdict.mode}", HEADINGS, _rows(verdict)) for verdict in verdicts]
+    tables = [
+        PageTable(
+            f"Tensors, {verdict.mode}", HEADINGS, _rows(verdict), wrong=[each.share > 1 for each in _worst(verdict)]
+        )
+        for verdict in verdicts
+    ]
     parted = verdicts[0].first_divergence
     write_page(
         report,
@@ -149,13 +161,20 @@ def make_training(specification: str, options: list[str] | None) -> Training:
     return training
 
 
+def _worst(verdict: StepwiseVerdict) -> list[Divergence]:
+    """Return the element with the largest share of each tensor."""
+    tensors = dict.fromkeys(each.tensor for each in verdict.worst)
+    return [
+        max((each for each in verdict.worst if each.tensor == name), key=lambda each: each.share) for name in tensors
+    ]
+
+
 def _rows(verdict: StepwiseVerdict) -> list[list[str]]:
-    """Return a row for each tensor: its element with the largest share."""
-    rows = []
-    for tensor in dict.fromkeys(each.tensor for each in verdict.worst):
-        worst = max((each for each in verdict.worst if each.tensor == tensor), key=lambda each: each.share)
-        rows.append([tensor, f"{worst.share:.2g}", str(worst.step), f"{worst.first:.9g}", f"{worst.second:.9g}"])
-    return rows
+    """Return a row for each tensor."""
+    return [
+        [each.tensor, f"{each.share:.2g}", str(each.step), f"{each.first:.9g}", f"{each.second:.9g}"]
+        for each in _worst(verdict)
+    ]
 
 
 def _sentence(verdict: StepwiseVerdict) -> str:

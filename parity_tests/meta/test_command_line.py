@@ -46,7 +46,7 @@ QUICK: dict[str, tuple[str, ...]] = {
 }
 SLOW = ("adapters", "compare", "fingerprint", "hunt", "kit", "peer-tests", "power", "self-check")  # seconds each
 SOME = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in QUICK]
-WITH_PAGES = ("compare", "hunt", "layers", "power", "replay", "run", "trajectory")
+WITH_PAGES = ("compare", "hunt", "layers", "power", "replay", "run", "self-check", "trajectory")
 STEPS = """
 import numpy as np
 
