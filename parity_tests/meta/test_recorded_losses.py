@@ -205,7 +205,10 @@ def test_another_manifest_is_one_clear_error(text: str) -> None:
     assert "Traceback" not in outcome.output
 
 
-@pytest.mark.parametrize("lost", ["cases/0/labels", "results/mean/1/loss", "float64/mean/2/moved in float32/gradient"])
+@pytest.mark.parametrize(
+    "lost",
+    ["cases/0/labels", "results/mean/1/loss", "float64/mean/2/moved in float32/gradient", "float64/mean/2/noise/loss"],
+)
 @pytest.mark.usefixtures("recorded")
 def test_a_recording_with_hashes_of_its_own_must_be_whole(lost: str) -> None:
     folder = Path("recorded")
