@@ -11,12 +11,14 @@ from rich.text import Text
 
 from parity_tests.commands.common import (
     CANNOT_RUN,
+    AtolOption,
     DeviceModelOption,
     DeviceOption,
     DtypeOption,
     FirstOption,
     JsonOption,
     ReportOption,
+    RtolOption,
     SecondOption,
     announce,
     cannot_run,
@@ -39,7 +41,7 @@ from parity_tests.losses.user_losses import (
 )
 from parity_tests.report.pairs import lines_of, parts_of_page, verdict_line
 from parity_tests.report.words import PageTable
-from parity_tests.studies.pairs import Pair, Tolerance, compare_sides
+from parity_tests.studies.pairs import Pair, compare_sides, make_tolerance
 from parity_tests.studies.precision_effects import OBSERVED, Effects, find_effects
 from parity_tests.studies.probes import (
     LABEL_KINDS,
@@ -101,12 +103,8 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
             "cases that are drawn; may be repeated.",
         ),
     ] = None,
-    rtol: Annotated[
-        float | None, typer.Option(min=0, help="Allow this relative difference, in place of what rounding explains.")
-    ] = None,
-    atol: Annotated[
-        float | None, typer.Option(min=0, help="Allow this difference, in place of what rounding explains.")
-    ] = None,
+    rtol: RtolOption = None,
+    atol: AtolOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
     device_model: DeviceModelOption = None,
@@ -181,7 +179,7 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
         )
     except UnavailableError as error:
         cannot_run(str(error))
-    tolerance = None if rtol is None and atol is None else Tolerance(rtol or 0.0, atol or 0.0)
+    tolerance = make_tolerance(rtol, atol)
     pair = compare_sides(first_side, second_side, question, dtypes, tolerance, announce, own.cases if own else ())
     print_pair(pair, console)
     effects = None

@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.text import Text
 
 from parity_tests.commands.common import (
+    AtolOption,
     DeviceOption,
     JsonOption,
     ReportOption,
+    RtolOption,
     SecondOption,
     cannot_run,
     exit_with,
@@ -25,12 +27,15 @@ from parity_tests.commands.common import (
     write_page,
 )
 from parity_tests.commands.recorded_losses import replay_own
+from parity_tests.commands.recorded_trainings import replay_steps
 from parity_tests.commands.terminal import FittingTable, PlainConsole
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.losses.user_losses import is_user_loss
 from parity_tests.report.words import PageTable
 from parity_tests.studies.bundle import BundleError, read_bundle
+from parity_tests.studies.pairs import make_tolerance
 from parity_tests.studies.recorded_losses import MANIFEST
+from parity_tests.studies.recorded_trainings import MANIFEST as TRAINING
 from parity_tests.studies.replays import Replay
 from parity_tests.studies.replays import replay as replay_bundle
 from parity_tests.studies.survey import Member, Survey
@@ -48,9 +53,14 @@ def replay(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a bundle.", show_default=False)],
     *,
     adapter: AdapterOption = None,
+    training: Annotated[
+        str | None, typer.Option(help="Your training, to hold against a recorded one: torch:package.module:name.")
+    ] = None,
     device: DeviceOption = "cpu",
     json_file: JsonOption = None,
     option: SecondOption = None,
+    rtol: RtolOption = None,
+    atol: AtolOption = None,
     report: ReportOption = None,
 ) -> None:
     """Compare adapters on this machine with values recorded elsewhere, on the same input bits.
@@ -64,9 +74,18 @@ def replay(
         lsce-parity replay from-the-gpu-machine --adapter jax-fused --json replayed.json
         lsce-parity replay from-the-gpu-machine --report page
         lsce-parity replay from-torch --adapter jax:my.losses:focal --b gamma=2
+        lsce-parity replay from-torch --training jax:my.trainings:Jax
     """
+    if (folder / TRAINING).is_file():
+        if adapter or (rtol, atol) != (None, None) or device != "cpu":
+            cannot_run(f"{folder} holds a training: leave out --adapter, --device, --rtol and --atol")
+        replay_steps(folder, training, option, json_file, report)
+    if training is not None:
+        cannot_run(f"{folder} holds no recorded training: record one with --training torch:package.module:name")
     if (folder / MANIFEST).is_file():
-        replay_own(folder, adapter, option, device, json_file, report)
+        replay_own(folder, adapter, option, make_tolerance(rtol, atol), device, json_file, report)
+    if rtol is not None or atol is not None:
+        cannot_run("--rtol and --atol are for a recorded loss of yours: in a bundle the true values decide")
     if option or any(map(is_user_loss, adapter or ())):
         cannot_run(f"{folder} holds no recorded loss of a user: record one with --adapter torch:package.module:name")
     console = PlainConsole()

@@ -1,7 +1,10 @@
 """`lsce-parity trajectory`."""
 
 import importlib
-from typing import Annotated, Any
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.text import Text
@@ -14,6 +17,7 @@ from parity_tests.commands.common import (
     SecondOption,
     cannot_run,
     exit_with,
+    track,
     write_json,
     write_page,
 )
@@ -25,12 +29,14 @@ from parity_tests.report.words import PageTable
 from parity_tests.studies.survey import Survey
 from parity_tests.trainings.stepwise import (
     Divergence,
+    Step,
     StepwiseVerdict,
     Training,
     TrainingError,
     compare_step_by_step,
 )
 
+STEPS, REPLICAS, BATCH_SIZE = 20, 4, 64
 HEADINGS = ("~tensor", ">largest share", ">at step", ">first", ">second")
 
 TrainingArgument = Annotated[
@@ -48,9 +54,9 @@ def trajectory(
     *,
     first_option: FirstOption = None,
     second_option: SecondOption = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps to take.")] = 20,
-    replicas: Annotated[int, typer.Option(min=1, help="One-ulp replicas of the first training to run.")] = 4,
-    batch_size: Annotated[int, typer.Option(min=1, help="Number of rows that each loss averages.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to take.")] = STEPS,
+    replicas: Annotated[int, typer.Option(min=1, help="One-ulp replicas of the first training to run.")] = REPLICAS,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of rows that each loss averages.")] = BATCH_SIZE,
     json_file: JsonOption = None,
     report: ReportOption = None,
 ) -> None:
@@ -62,23 +68,51 @@ def trajectory(
         lsce-parity trajectory jax:examples.digits_steps:JaxSteps torch:examples.digits_steps:TorchSteps
         lsce-parity trajectory jax:my.trainings:Jax torch:my.trainings:Torch --a seed=1 --b seed=1 --report page
     """
-    console = PlainConsole()
-    one, other = _make(first, first_option), _make(second, second_option)
+    one, other = make_training(first, first_option), make_training(second, second_option)
     try:
-        verdicts = compare_step_by_step(one, other, steps, replicas=replicas, batch_size=batch_size)
+        verdicts = compare_step_by_step(
+            one, other, steps, replicas=replicas, batch_size=batch_size, track=partial(track_steps, steps)
+        )
     except TrainingError as error:
         cannot_run(str(error))
     except (Exception, SystemExit) as error:  # a method of the user's may raise anything
         cannot_run(f"a training raised {type(error).__name__}: {error}")
+    show_verdicts("trajectory", (first, second), verdicts, steps, json_file, report)
+
+
+def track_steps(total: int, steps: Iterator[Step], mode: str) -> Iterator[Step]:
+    """Yield the steps of a mode, and show on stderr how many are done."""
+    return track(steps, total, f"{mode} steps")
+
+
+def show_verdicts(
+    command: str,
+    names: tuple[str, str],
+    verdicts: tuple[StepwiseVerdict, StepwiseVerdict],
+    steps: int,
+    json_file: Path | None,
+    report: Path | None,
+) -> NoReturn:
+    """Print and write the verdicts of both modes, and exit with 0 or 1.
+
+    Args:
+        command: the name of the command.
+        names: the trainings.
+        verdicts: free-running and teacher-forced.
+        steps: how many were taken.
+        json_file: where to write them as JSON, if anywhere.
+        report: the folder for a web page, or None.
+    """
+    console = PlainConsole()
     agrees = all(verdict.agrees for verdict in verdicts)
     for verdict in verdicts:
         console.print(Text(f"{verdict.mode}: {_sentence(verdict)}", style="bold"))
         console.print(FittingTable.of(HEADINGS, _rows(verdict)))
         console.print()
     content = {
-        "command": "trajectory",
+        "command": command,
         "agrees": agrees,
-        "trainings": [first, second],
+        "trainings": names,
         "modes": [_as_json(verdict) for verdict in verdicts],
         "environment": describe_environment(),
     }
@@ -96,7 +130,7 @@ def trajectory(
         report,
         Survey({}, [], []),
         console,
-        title=f"{first} and {second}",
+        title=" and ".join(names),
         banner=Banner(word, word.lower(), [f"Over {steps} steps, counted from 0.", *sentences]),
         trajectory=verdicts[0].losses,
         parted=parted and parted.step,
@@ -106,7 +140,8 @@ def trajectory(
     exit_with(agrees)
 
 
-def _make(specification: str, options: list[str] | None) -> Training:
+def make_training(specification: str, options: list[str] | None) -> Training:
+    """Return a user's training, or exit with 2."""
     framework = specification.partition(":")[0]
     if framework in ("jax", "torch"):
         try:
