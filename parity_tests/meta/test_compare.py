@@ -111,6 +111,12 @@ def raises_sometimes(logits, labels):
 def not_a_number(logits, labels):
     return F.cross_entropy(logits, labels) * float("nan")
 
+def twice_unsmoothed(logits, labels):
+    return 2 * F.cross_entropy(logits, labels)
+
+def dropped(logits, labels):
+    return F.cross_entropy(F.dropout(logits, 0.1), labels, label_smoothing=0.1)
+
 def column(logits, labels):
     return F.cross_entropy(logits, labels, reduction="none")[:, None]
 
@@ -353,6 +359,25 @@ def test_nan_agrees_with_nothing(tmp_path: Path) -> None:
         assert outcome.exit_code == exit_code, outcome.output
         for text in (outcome.output, (tmp_path / "index.html").read_text()):
             assert finding in text
+
+
+@pytest.mark.parametrize("second", ["oracle", "jax:brought_losses:jax_uniform"])
+def test_a_random_loss_gets_no_verdict(second: str, tmp_path: Path) -> None:
+    outcome = compare("torch:brought_losses:dropped", second, "--json", str(tmp_path / "found.json"))
+    assert outcome.exit_code == 2, outcome.output
+    assert "cannot be said: A is random: two calls with the same inputs differ" in outcome.output
+    assert "values:" not in outcome.output
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["agrees"], found["values_agree"], found["gradients_agree"]) == (None, None, None)
+
+
+def test_the_true_values_of_two_losses_without_smoothing_are_known() -> None:
+    plain = "torch:torch.nn.functional:cross_entropy"
+    same = compare(plain, plain)
+    assert (same.exit_code, "AGREE in 9 cases. Right is: no smoothing, mean" in same.output) == (0, True)
+    twice = compare(plain, "torch:brought_losses:twice_unsmoothed")
+    assert (twice.exit_code, "Right is: no smoothing, mean" in twice.output) == (1, True)
+    assert twice.output.count("B is off") == 5
 
 
 def test_losses_that_are_not_known_are_held_against_each_other_by_their_size() -> None:

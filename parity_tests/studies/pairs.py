@@ -45,6 +45,9 @@ SHOWN = 5
 # Parameters of a formula that the oracle has, and the relative distance up to which they are those of the question.
 OF_ORACLE = {"z-loss": "z_loss", "softcap": "softcap"}
 SAME_PARAMETER = 1e-6
+# The fault that is the same function, in other roundings. Most losses without smoothing have it, such as
+# torch.nn.functional.cross_entropy.
+LESS_ACCURATE = "log_for_log1p"
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ class Pair:
 
         None if it cannot be said.
         """
-        if self.silent:
+        if self.silent or (self.sameness is not None and self.sameness.random):
             return None
         if self.chosen and any(reading.mutants or not reading.explanations for reading in self.readings):
             return False
@@ -210,8 +213,10 @@ class Pair:
         """The losses that gave no result in any case."""
         return [reading.name for reading in self.readings if not reading.gave_results]
 
-    def part_agrees(self, part: str) -> bool:
-        """Whether the losses ("loss") or all gradients ("gradient") agree wherever both gave results."""
+    def part_agrees(self, part: str) -> bool | None:
+        """Whether the losses ("loss") or all gradients ("gradient") agree wherever both gave results; None: nowhere."""
+        if not self.survey.differences:
+            return None
         return all(getattr(each.comparison, part) <= 1 for each in self.survey.differences)
 
     def off(self, difference: Difference) -> str:
@@ -406,8 +411,10 @@ def _diagnose(
 def _definition(diagnosed: list[_Diagnosed]) -> Candidate | None:
     """Return the sound loss that the first side is, or else the second, by its results or its formula; or None."""
     for found in diagnosed:
-        if (found.exact or found.formula) and found.explanations and found.explanations[0].candidate.fault is None:
-            return found.explanations[0].candidate
+        if (found.exact or found.formula) and found.explanations:
+            best = found.explanations[0].candidate
+            if best.fault in (None, LESS_ACCURATE):
+                return replace(best, fault=None)
     return None
 
 
@@ -548,6 +555,14 @@ class _Wide:
             arithmetic = (self.sides[0].adapter.arithmetic, self.sides[1].adapter.arithmetic)
             found = (compare_accuracy(runs, (attempts[0], attempts[1]), each, arithmetic) for each in dtypes)
             accuracy = [_by_truth(pair, each) for each in found]
+        if same.random:
+            # What its results happened to be says nothing.
+            silenced = [
+                SideReading(each.name, [], [], [], False, each.gave_results) if letter == same.random else each
+                for letter, each in zip("AB", pair.readings, strict=True)
+            ]
+            survey = Survey(pair.survey.members, [], [])
+            return replace(pair, readings=(silenced[0], silenced[1]), sameness=same, survey=survey)
         readings = pair.readings
         if same.same is not True and question.has_oracle and not question.linear:
             first, second = (replace(reading, formula=self.formula(i)) for i, reading in enumerate(readings))

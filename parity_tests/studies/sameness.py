@@ -91,9 +91,9 @@ class Runs:
         return any(not isinstance(result, str) for result in self.results)
 
     def is_random(self) -> bool:
-        """Return whether a second call gives another result."""
-        found = next((i for i, result in enumerate(self.results) if not isinstance(result, str)), None)
-        return found is not None and not _equal(self.results[found], self._again(found, _operand(self.cases[found])))
+        """Return whether a second call gives another result in any ordinary case: in a few rows it may be the same."""
+        ran = (i for i in self.ordinary if not isinstance(self.results[i], str))
+        return any(not _equal(self.results[i], self._again(i, _operand(self.cases[i]))) for i in ran)
 
     @cached_property
     def precision(self) -> str:
@@ -300,6 +300,7 @@ class Sameness:
         sees: the smallest difference that would have been seen, as a share of a typical value.
         left_out: how many elements were left out because a loss jumps there.
         constants: whether they are the same only but for constants in float32.
+        random: "A" or "B", if that one is random; else empty.
     """
 
     same: bool | None
@@ -310,6 +311,7 @@ class Sameness:
     sees: float = 0.0
     left_out: int = 0
     constants: bool = False
+    random: str = ""
 
 
 def are_the_same(first: Runs, second: Runs) -> Sameness:
@@ -317,7 +319,8 @@ def are_the_same(first: Runs, second: Runs) -> Sameness:
     runs, results = (first, second), (first.results, second.results)
     for letter, each in zip("AB", runs, strict=True):
         if each.is_random():
-            return Sameness(None, f"{letter} is random: two calls with the same inputs differ", first.dtype)
+            why = f"{letter} is random: two calls with the same inputs differ"
+            return Sameness(None, why, first.dtype, random=letter)
         if not any(each.has_numbers(i) for i in each.ordinary):
             return Sameness(None, f"{letter} has no finite loss in any ordinary case", first.dtype)
     precisions = (first.precision, second.precision)
