@@ -243,7 +243,15 @@ HIDDEN: dict[str, tuple[Loss, dict[str, str]]] = {
 }
 
 
-@pytest.mark.parametrize("name", HIDDEN)
+# Each of these is fitted for seconds.
+SLOW = (
+    "class weights of smoothed rows",
+    "class weights, convention and temperature",
+    "no weight for a class, softcap and denominator",
+)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in HIDDEN])
 def test_a_formula_is_named_with_its_parameters(name: str) -> None:
     loss, facts = HIDDEN[name]
     found = recognise(run(loss), "float64")
