@@ -146,14 +146,14 @@ def check_layer(
     return num_classes
 
 
-def check_axis(axis: object, shape: Shape) -> int:
-    """Return `axis` of logits of `shape` counted from the front."""
+def check_axis(axis: object, shape: Shape, *, of_shard: bool = False) -> int:
+    """Return `axis` of logits of `shape` counted from the front. A shard of the classes may have none."""
     rank = len(shape)
     if not is_integral(axis) or not -rank <= int(axis) < rank:  # type: ignore[call-overload]  # numbers.Integral
         wrong_type = not is_integral(axis)
         raise refused("axis", "axis", axis, wrong_type=wrong_type, low=-rank, high=rank - 1, shape=list(shape))
     index: int = int(axis)  # type: ignore[call-overload]  # as above
-    if shape[index] == 0:
+    if shape[index] == 0 and not of_shard:
         raise error("no_classes", shape=list(shape), axis=axis)
     return index % rank
 
@@ -250,11 +250,13 @@ def check_class_vector(name: str, shape: Shape, dtype: str, num_classes: int, hi
 
 
 def check_prior_values(prior: Sequence[float], class_mask: Sequence[bool] | None, unit_roundoff: float) -> None:
-    """Raise unless `prior` is a probability distribution over the classes of `class_mask`.
+    """Raise unless `prior` is a probability distribution over the classes of `class_mask`."""
+    check_prior_entries(prior, class_mask)
+    check_prior_sum(math.fsum(prior), unit_roundoff)
 
-    Each probability was rounded once, so the sum may be off by the unit roundoff; normalising in the same precision
-    adds a few more. 1e-6 is let pass in any precision, for priors typed in by hand.
-    """
+
+def check_prior_entries(prior: Sequence[float], class_mask: Sequence[bool] | None) -> None:
+    """Raise unless the probabilities of some classes are >= 0, and 0 outside of `class_mask`."""
     if class_mask is not None and len(class_mask) != len(prior):
         class_mask = None  # one of the two does not fit the logits: the call will raise for it
     for index, value in enumerate(prior):
@@ -262,6 +264,13 @@ def check_prior_values(prior: Sequence[float], class_mask: Sequence[bool] | None
             raise error("prior_negative", given=value, index=index)
         if class_mask is not None and not class_mask[index] and value != 0:
             raise error("prior_outside_mask", given=value, index=index)
-    total = math.fsum(prior)
+
+
+def check_prior_sum(total: float, unit_roundoff: float) -> None:
+    """Raise unless the probabilities of all classes sum to 1.
+
+    Each probability was rounded once, so the sum may be off by the unit roundoff; normalising in the same precision
+    adds a few more. 1e-6 is let pass in any precision, for priors typed in by hand.
+    """
     if not abs(total - 1) <= max(1e-6, 4 * unit_roundoff):
         raise error("prior_sum", given=total)

@@ -29,6 +29,12 @@ from lsce_torch.modules import LinearLabelSmoothedCrossEntropyLoss as LinearLabe
 from lsce_torch.smoothing import add_smoothing as add_smoothing
 from lsce_torch.smoothing import linear_add_smoothing as linear_add_smoothing
 from lsce_torch.stats import LossStats as LossStats
+from lsce_torch.vocab_parallel import (
+    vocab_parallel_label_smoothed_cross_entropy as vocab_parallel_label_smoothed_cross_entropy,
+)
+from lsce_torch.vocab_parallel import (
+    vocab_parallel_label_smoothed_cross_entropy_with_stats as vocab_parallel_label_smoothed_cross_entropy_with_stats,
+)
 
 __all__ = [
     "CELossWithLabelSmoothing",
@@ -47,6 +53,8 @@ __all__ = [
     "linear_label_smoothed_cross_entropy",
     "linear_label_smoothed_cross_entropy_with_stats",
     "smoothing_weights",
+    "vocab_parallel_label_smoothed_cross_entropy",
+    "vocab_parallel_label_smoothed_cross_entropy_with_stats",
 ]
 __version__: str
 if not TYPE_CHECKING:  # a type checker would take any name for one of the package

@@ -222,15 +222,24 @@ def _options_of(without_prior: bool, without_denominator: bool, *plain: Any) -> 
 
 
 def mean_divisor(
-    batch: Batch, options: LossOptions, denominator: float | Float[Tensor, ""] | None
+    batch: Batch,
+    options: LossOptions,
+    denominator: float | Float[Tensor, ""] | None,
+    label_weights: Float[Tensor, "*batch"] | None = None,
 ) -> tuple[Batch, float | Float[Tensor, ""]]:
     """Return the batch and the number that the mean divides by, 1 for other reductions.
 
     If the number is 0, no row of the returned batch counts, so that neither a NaN nor its derivative gets through.
+
+    Args:
+        batch: of the call.
+        options: of the call.
+        denominator: of the call.
+        label_weights: the class weights of the labels, if the logits are a shard of the classes.
     """
     if options.reduction != "mean":
         return batch, 1
-    divisor = _mean_denominator(batch) if denominator is None else denominator
+    divisor = _mean_denominator(batch, label_weights) if denominator is None else denominator
     if not isinstance(divisor, Tensor):
         if divisor:
             return batch, divisor
@@ -258,10 +267,10 @@ def reduce_losses(
     return torch.where(divisor != 0, divide(total, torch.where(divisor != 0, divisor, 1)), 0)
 
 
-def _mean_denominator(batch: Batch) -> int | Float[Tensor, ""]:
+def _mean_denominator(batch: Batch, label_weights: Float[Tensor, "*batch"] | None) -> int | Float[Tensor, ""]:
     """Return the sum of the labels' class weights over the rows that count; without weights, the number of rows."""
     if batch.class_weight is not None and not batch.soft:
-        weights = at_labels(batch.class_weight, batch.labels)
+        weights = at_labels(batch.class_weight, batch.labels) if label_weights is None else label_weights
         if batch.bad is not None:
             # A bad label weighs 1: if all other weights are 0, the mean is NaN and not 0.
             weights = torch.where(batch.bad, 1, weights)

@@ -125,6 +125,14 @@ class LinearStatsKeywords(LinearLossKeywords, _Differentiable, total=False):
     """The options of `linear_label_smoothed_cross_entropy_with_stats`."""
 
 
+class VocabParallelKeywords(_Smoothing, _Target, _Axis, _Where, _Rows, _Denominator, total=False):
+    """The options of `vocab_parallel_label_smoothed_cross_entropy` besides `group`."""
+
+
+class VocabParallelStatsKeywords(VocabParallelKeywords, _Differentiable, total=False):
+    """The options of `vocab_parallel_label_smoothed_cross_entropy_with_stats` besides `group`."""
+
+
 class CrossEntropyKeywords(_Target, _Where, _Terms, _Denominator, _Implementation, _Memory, total=False):
     """The options of `cross_entropy` that torch's function does not have."""
 

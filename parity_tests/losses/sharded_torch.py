@@ -1,0 +1,190 @@
+"""The losses of `lsce_torch` with their classes divided over processes, as losses of whole arrays."""
+
+import atexit
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import cache
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parity_tests.losses.adapters import LossError, TorchAdapter, operands_of, to_torch
+from parity_tests.losses.sharded import on_shards
+from parity_tests.truth.cases import Case
+from parity_tests.truth.comparison import AnyResult
+
+# How many processes there are, and which of them divide the classes among 1, 2, 3 and 4: not always the first ones.
+PROCESSES = 4
+MEMBERS = {1: (2,), 2: (1, 3), 3: (0, 2, 3), 4: (0, 1, 2, 3)}
+# A process waits so long for the others, and its caller for it.
+_SECONDS = 60
+# Where the classes are divided, as a function of their number and that of the ranks.
+DIVISIONS: dict[str, Callable[[int, int], list[int]]] = {
+    "even": lambda k, n: [k * i // n for i in range(n + 1)],
+    "one class, and the rest": lambda k, n: [0, *(min(i, k) for i in range(1, n)), k],
+    "the first without a class": lambda k, n: [0, *(k * i // max(n - 1, 1) for i in range(n - 1)), k],
+    "all on one rank": lambda k, n: [0] * n + [k] if n < 3 else [0, *[k] * n],
+}
+_CLASS_VECTORS = ("class_weight", "prior")
+
+
+class Processes:
+    """Processes of one group, which run functions of modules that they can import.
+
+    A function is called with the group, and returns what can be pickled. What it raises is raised here.
+    """
+
+    def __init__(self, number: int = PROCESSES) -> None:
+        """Start them."""
+        context = get_context("spawn")
+        self.folder = tempfile.TemporaryDirectory()
+        self.ends: list[Connection] = []
+        self.processes = []
+        for rank in range(number):
+            here, there = context.Pipe()
+            arguments = (rank, number, str(Path(self.folder.name) / "store"), there)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            self.ends.append(here)
+            self.processes.append(process)
+        atexit.register(self.stop)
+
+    def run(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Return what a function returns or raises in each member of a group of so many ranks, by rank.
+
+        Args:
+            function: takes the group, and the arguments of its rank.
+            arguments: those of each rank.
+        """
+        members = MEMBERS[len(arguments)]
+        for member, of_rank in zip(members, arguments, strict=True):
+            self.ends[member].send((function, len(members), of_rank))
+        return [self._receive(member) for member in members]
+
+    def _receive(self, member: int) -> Any:
+        if not self.ends[member].poll(2 * _SECONDS):
+            self.stop()
+            raise TimeoutError(f"process {member} of {len(self.ends)} does not answer")
+        return self.ends[member].recv()
+
+    def stop(self) -> None:
+        """Stop them."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.folder.cleanup()
+
+
+def _serve(rank: int, number: int, store: str, caller: Connection) -> None:
+    import torch
+    from torch import distributed
+
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=_SECONDS)
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=number, timeout=timeout)
+    groups = {size: distributed.new_group(list(members), timeout=timeout) for size, members in MEMBERS.items()}
+    while True:
+        function, size, arguments = caller.recv()
+        try:
+            answer = function(groups[size], *arguments)
+        except Exception as problem:
+            answer = problem
+        caller.send(answer)
+
+
+@cache
+def processes() -> Processes:
+    """Return the processes that all adapters share."""
+    return Processes()
+
+
+def loss_and_gradient(
+    group: Any, options: dict[str, Any], arrays: dict[str, NDArray[Any]], compiled: bool = False
+) -> dict[str, Any]:
+    """Return the loss and the gradient of a rank's slice of the logits."""
+    import torch
+
+    import lsce_torch
+
+    tensors = {name: to_torch(value) for name, value in arrays.items()}
+    upstream, logits = tensors.pop("upstream"), tensors.pop("logits").requires_grad_()
+    loss_of: Any = lsce_torch.vocab_parallel_label_smoothed_cross_entropy
+    if compiled:
+        torch.compiler.reset()
+        loss_of = torch.compile(loss_of, fullgraph=True)
+    loss = loss_of(logits, **tensors, group=group, **options)
+    (loss * upstream).sum().backward()
+    return {"loss": loss.detach(), "logits": logits.grad}
+
+
+def slices_of(arrays: dict[str, NDArray[Any]], axis: int, bounds: Sequence[int]) -> list[dict[str, NDArray[Any]]]:
+    """Return each rank's slices of the arrays of a call.
+
+    Args:
+        arrays: by the names of the arguments.
+        axis: of the classes.
+        bounds: where each rank's classes begin, and the number of classes.
+    """
+    num_dims = arrays["logits"].ndim
+    axes = {"logits": axis % num_dims} | {name: 0 for name in _CLASS_VECTORS if name in arrays}
+    if arrays["labels"].dtype.kind not in "iu":
+        axes["labels"] = axis % num_dims
+    if "class_mask" in arrays:
+        axes["class_mask"] = 0 if arrays["class_mask"].shape == (bounds[-1],) else axis % num_dims
+
+    def part(name: str, start: int, end: int) -> NDArray[Any]:
+        if name not in axes:
+            return arrays[name]
+        return arrays[name][(slice(None),) * axes[name] + (slice(start, end),)]
+
+    return [
+        {name: part(name, start, end) for name in arrays} for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
+
+
+class ShardedTorchAdapter(TorchAdapter):
+    """The dense loss of `lsce_torch` with its classes divided over processes.
+
+    Args:
+        num_ranks: how many processes.
+        division: which of `DIVISIONS`.
+        compiled: whether each process compiles it.
+    """
+
+    def __init__(self, num_ranks: int, division: str = "even", compiled: bool = False) -> None:
+        """Choose the division."""
+        super().__init__(name=f"torch vocab-parallel, {num_ranks} ranks, {division}")
+        self.num_ranks, self.division, self.is_compiled = num_ranks, division, compiled
+        self.arithmetic = on_shards(self.arithmetic, num_ranks)
+
+    def __call__(self, case: Case) -> AnyResult:
+        """Return loss and gradient of a case.
+
+        Raises:
+            LossError: the ranks have different losses.
+        """
+        arrays, options = operands_of(case)
+        bounds = DIVISIONS[self.division](case.num_classes, self.num_ranks)
+        axis = case.axis
+        given = [(options, of_rank, self.is_compiled) for of_rank in slices_of(arrays, axis, bounds)]
+        answers = processes().run(loss_and_gradient, given)
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        losses = [answer["loss"].numpy() for answer in answers]
+        if any(loss.tobytes() != losses[0].tobytes() for loss in losses):
+            raise LossError(f"the ranks have different losses: {losses}")
+        import torch
+
+        gradient = torch.cat([answer["logits"] for answer in answers], dim=axis)
+        return self.result(case, {"loss": answers[0]["loss"], "logits": gradient})
+
+
+def whole_of(parts: Sequence[NDArray[Any]], axis: int) -> NDArray[Any]:
+    """Return the slices of all ranks in one array."""
+    return np.concatenate(parts, axis=axis)
