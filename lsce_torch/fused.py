@@ -291,8 +291,8 @@ def sum_of_others(
 
 def _sums_of_rows(values: Float[Tensor, " K"], mask: Bool[Tensor, "*batch K"]) -> Float[Tensor, "*batch"]:
     """Return the sum of the values in the mask of each row, some rows at a time: the products are as many as logits."""
-    rows = mask.reshape(-1, mask.shape[-1])
-    step = rows.shape[0] if torch.compiler.is_compiling() else max(1, _MOST_PRODUCTS // mask.shape[-1])
+    rows = mask.reshape(math.prod(mask.shape[:-1]), mask.shape[-1])
+    step = rows.shape[0] if torch.compiler.is_compiling() else max(1, _MOST_PRODUCTS // max(1, mask.shape[-1]))
     if rows.shape[0] <= step:
         return torch.sum(torch.where(mask, values, 0), dim=-1)
     sums = [torch.sum(torch.where(part, values, 0), dim=-1) for part in torch.split(rows, step)]

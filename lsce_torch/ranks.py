@@ -150,9 +150,9 @@ def _gathered(vector: Float[Tensor, " n"], group: str) -> Float[Tensor, "ranks t
 
 
 def _find(group: str) -> Any:
-    from torch.distributed.distributed_c10d import _resolve_process_group  # noqa: PLC0415 - see `ranks_of`
+    from torch.distributed import distributed_c10d  # noqa: PLC0415 - see `ranks_of`
 
-    return _resolve_process_group(group)
+    return distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined]
 
 
 def _check_agreement(heard: Sequence[Sequence[float]], names: Sequence[str]) -> None:

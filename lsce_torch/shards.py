@@ -193,10 +193,12 @@ def row_losses(
     if "label in class_mask" in columns:
         bad = columns["label in class_mask"] == 0
         bad = bad if batch.counted is None else bad & batch.counted
-        batch = replace(batch, bad=bad if batch.bad is None else bad | batch.bad)
+        bad = bad if batch.bad is None else bad | batch.bad
         if options.bad_labels == "raise":
-            raise_bad_label(batch.labels, batch.bad, True, shard.num_classes)
+            raise_bad_label(batch.labels, bad, True, shard.num_classes)
+        batch = replace(batch, bad=bad)
     batch, divisor = mean_divisor(batch, options, denominator, columns.get("class_weight at the label"))
+    entropy: float | Tensor | None
     if batch.soft:
         mass, entropy = columns["mass of the target"], columns.get("entropy of the target")
         operands = operands._replace(on=0.0, off=1.0, other_mass=mass)
@@ -347,17 +349,21 @@ def _parts(
     is_compiled = torch.compiler.is_compiling()
     with torch.set_grad_enabled(is_compiled and torch.is_grad_enabled()):
         logits = batch.logits if is_compiled else batch.logits.detach()
-        parts = Parts(*_joined(_by_blocks(parts_of_shard, logits, operands, of_all)))
+        parts = _parts_here(logits, operands, of_all)
         if "mass of the labels" in columns:
             of_labels = operands._replace(factor=_soft_labels(batch), with_stats=False)
-            columns["gap of the labels"] = _joined(_by_blocks(parts_of_shard, logits, of_labels, of_all))[3]
+            columns["gap of the labels"] = _parts_here(logits, of_labels, of_all).other_gaps
         told = torch.stack([value for value in (*parts, *columns.values()) if value is not None])
     heard = iter(_total(told, shard.ranks).unbind())
-    parts = Parts(*(None if value is None else next(heard) for value in parts))
+    parts = Parts._make(None if value is None else next(heard) for value in parts)
     if parts.num_largest is not None and parts.largest_mass is not None and parts.largest_gap is not None:
         masses = {"largest_mass": parts.largest_mass, "largest_gap": parts.largest_gap}
         parts = parts._replace(**{name: mass / parts.num_largest for name, mass in masses.items()})
     return parts, {name: next(heard) for name in columns}
+
+
+def _parts_here(logits: Float[Tensor, "N K"], operands: Operands, of_all: Peaks) -> Parts:
+    return Parts._make(_joined(_by_blocks(parts_of_shard, logits, operands, of_all)))
 
 
 def _total(told: Float[Tensor, "sums N"], ranks: Ranks) -> Float[Tensor, "sums N"]:
@@ -483,10 +489,10 @@ class _ShardGradients(torch.autograd.Function):
     """The gradients of `_ShardLosses`, which have no derivatives."""
 
     @staticmethod
-    def forward(needed: list[str], *arguments: Any) -> tuple[Tensor, ...]:
+    def forward(needed: list[str], *arguments: Any) -> tuple[Tensor | None, ...]:
         """Return the gradients with respect to what is needed."""
         upstreams, (logits, stacked), operands = saved.grouped(arguments, Upstreams, _Kept, Operands)
-        gradients: dict[str, Tensor] = {}
+        gradients: dict[str, Tensor | None] = {}
         if upstreams.loss is not None:
             slopes = target_slopes(operands, unstacked(stacked), needed)
             gradients |= target_gradients(operands, slopes, upstreams.loss)
