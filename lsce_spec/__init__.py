@@ -2,6 +2,7 @@
 
 from lsce_spec.checks import FLOATING as FLOATING
 from lsce_spec.checks import INTEGER as INTEGER
+from lsce_spec.checks import OF_SHARD as OF_SHARD
 from lsce_spec.checks import check_axis as check_axis
 from lsce_spec.checks import check_batch_operand as check_batch_operand
 from lsce_spec.checks import check_class_count as check_class_count

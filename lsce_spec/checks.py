@@ -14,6 +14,8 @@ Shape = tuple[int, ...]
 
 FLOATING = ("float64", "float32", "bfloat16", "float16")
 INTEGER = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+# What is added to the messages about shapes where each device has some of the classes.
+OF_SHARD = "In a vocab-parallel loss each device passes the slice of its own classes."
 
 
 def is_floating(dtype: str) -> bool:
@@ -106,7 +108,12 @@ def check_logits(shape: Shape, dtype: str) -> None:
 
 
 def check_layer(
-    hidden: tuple[Shape, str], weight: tuple[Shape, str], bias: tuple[Shape, str] | None = None, *, features_axis: int
+    hidden: tuple[Shape, str],
+    weight: tuple[Shape, str],
+    bias: tuple[Shape, str] | None = None,
+    *,
+    features_axis: int,
+    hint: str = "",
 ) -> int:
     """Return the number of classes of a linear layer; raise unless shapes and dtypes fit each other.
 
@@ -115,6 +122,7 @@ def check_layer(
         weight: the same of the weight.
         bias: the same of the bias, or None.
         features_axis: which dimension of the weight has the features: 0 in [D, K], 1 in [K, D].
+        hint: what the message about the bias ends with.
     """
     for name, operand in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if operand is not None and not is_floating(operand[1]):
@@ -134,7 +142,7 @@ def check_layer(
         )
     num_classes = shape[1 - features_axis]
     if bias is not None and bias[0] != (num_classes,):
-        raise error("bias_shape", classes=num_classes, expected=[num_classes], given=list(bias[0]))
+        raise error("bias_shape", classes=num_classes, expected=[num_classes], given=list(bias[0]), hint=hint)
     return num_classes
 
 
@@ -150,11 +158,14 @@ def check_axis(axis: object, shape: Shape) -> int:
     return index % rank
 
 
-def check_labels(shape: Shape, dtype: str, logits_shape: Shape, axis: int) -> None:
-    """Raise unless the labels fit logits of `logits_shape` with classes at `axis` (from the front)."""
+def check_labels(shape: Shape, dtype: str, logits_shape: Shape, axis: int, hint: str = "") -> None:
+    """Raise unless the labels fit logits of `logits_shape` with classes at `axis` (from the front).
+
+    The message about soft labels ends with `hint`.
+    """
     if is_floating(dtype):
         if shape != logits_shape:
-            raise error("soft_labels_shape", expected=list(logits_shape), given=list(shape))
+            raise error("soft_labels_shape", expected=list(logits_shape), given=list(shape), hint=hint)
         return
     if not is_integer(dtype):
         raise error("labels_dtype", given=dtype)
@@ -199,7 +210,7 @@ def check_flag(name: str, value: object) -> None:
         raise refused("flag", name, value, wrong_type=True)
 
 
-def check_class_mask(shape: Shape, dtype: str, logits_shape: Shape, axis: int) -> bool:
+def check_class_mask(shape: Shape, dtype: str, logits_shape: Shape, axis: int, hint: str = "") -> bool:
     """Return whether a class mask differs between rows; raise unless it is boolean and fits the logits.
 
     Args:
@@ -207,6 +218,7 @@ def check_class_mask(shape: Shape, dtype: str, logits_shape: Shape, axis: int) -
         dtype: of the mask.
         logits_shape: of the logits.
         axis: of the classes, from the front.
+        hint: what the message about the shape ends with.
     """
     if dtype != "bool":
         raise error("boolean", name="class_mask", given=dtype)
@@ -221,16 +233,20 @@ def check_class_mask(shape: Shape, dtype: str, logits_shape: Shape, axis: int) -
             fits = fits and (size == 1 or size == logits_size)  # noqa: PLR1714
             by_row = by_row or (index != axis and size != 1)
     if not fits:
-        raise error("class_mask_shape", classes=num_classes, logits=list(logits_shape), axis=axis, given=list(shape))
+        shapes = {"logits": list(logits_shape), "axis": axis, "given": list(shape)}
+        raise error("class_mask_shape", classes=num_classes, **shapes, hint=hint)
     return by_row
 
 
-def check_class_vector(name: str, shape: Shape, dtype: str, num_classes: int) -> None:
-    """Raise unless a vector over the classes is floating point and of the right length."""
+def check_class_vector(name: str, shape: Shape, dtype: str, num_classes: int, hint: str = "") -> None:
+    """Raise unless a vector over the classes is floating point and of the right length.
+
+    The message about the length ends with `hint`.
+    """
     if not is_floating(dtype):
         raise error("class_vector_dtype", name=name, given=dtype)
     if shape != (num_classes,):
-        raise error("class_vector_shape", name=name, expected=[num_classes], given=list(shape))
+        raise error("class_vector_shape", name=name, expected=[num_classes], given=list(shape), hint=hint)
 
 
 def check_prior_values(prior: Sequence[float], class_mask: Sequence[bool] | None, unit_roundoff: float) -> None:

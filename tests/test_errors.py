@@ -317,7 +317,7 @@ def test_every_message_has_a_call() -> None:
     assert set(CALLS) | set(LINEAR_CALLS) | ELSEWHERE == set(MESSAGES)
     assert set(lsce_torch.errors.MESSAGES) == TORCH_ELSEWHERE
     assert not set(lsce_torch.errors.MESSAGES) & set(MESSAGES)
-    assert set(lsce_jax.errors.MESSAGES) == {"merge_state"}  # in test_metrics.py
+    assert set(lsce_jax.errors.MESSAGES) == {"merge_state", "axis_name"}  # in test_metrics.py, test_vocab_parallel.py
     assert not set(lsce_jax.errors.MESSAGES) & set(MESSAGES)
 
 
