@@ -228,9 +228,7 @@ def _at_own_labels(
 ) -> dict[str, Array]:
     """Return what the device that has a row's label knows of it, and other devices less."""
     if batch.soft:
-        return (
-            {"label": jnp.max(jax.lax.stop_gradient(batch.labels), axis=-1).astype(batch.dtype)} if with_stats else {}
-        )
+        return {"label": jnp.max(_constant_labels(batch), axis=-1)} if with_stats else {}
     found = {}
     if batch.class_mask is not None:
         found["allowed"] = shard.at_labels(batch.class_mask, batch.labels, elsewhere=False).astype(batch.dtype)
@@ -246,7 +244,7 @@ def _first_largest(
     """Return the peaks with the first of all classes that is as large, and the class of each label."""
     first = [jnp.asarray(peaks.first)]
     if batch.soft:
-        is_largest = batch.labels.astype(batch.dtype) == most["label"][..., None]
+        is_largest = _constant_labels(batch) == most["label"][..., None]
         index = jnp.argmax(is_largest, axis=-1).astype(jnp.int32)
         first.append(jnp.where(jnp.any(is_largest, axis=-1), index, NO_CLASS))
     here = jnp.stack(first)
@@ -317,10 +315,12 @@ def _soft_losses(
             weighted = target * as_last_axis(batch.class_weight, target)
         # What some devices flush to 0 is 0 beside an infinite gap, and keeps its derivative.
         weighted = jnp.where(reference.is_nothing(weighted), weighted - jax.lax.stop_gradient(weighted), weighted)
-        labels = batch.labels.astype(batch.dtype)
+        # Once, so that the cotangents of several sums are added before they are rounded.
+        wide = replace(operands, logits=operands.logits.astype(batch.dtype))
+        labels = _allowed_labels(batch, 0)
         if batch.counted is not None:
             labels = jnp.where(batch.counted[..., None], labels, 0)
-        plain = replace(operands, class_weight=None, prior=None, largest=False)
+        plain = replace(wide, class_weight=None, prior=None, largest=False)
         sums = sums_at(replace(plain, prior=weighted), peaks, None, without=is_owner)
         of_labels = sums_at(replace(plain, prior=labels), peaks, None) if with_stats else None
         of_rows = {
@@ -330,7 +330,7 @@ def _soft_losses(
         if options.subtract_entropy:
             of_rows["entropy"] = jnp.sum(reference.entropy_terms(target, batch), axis=-1)
         if operands.largest:
-            of_largest = _sums_at(replace(operands, prior=None), peaks, None, is_owner)
+            of_largest = _sums_at(replace(wide, prior=None), peaks, None, is_owner)
             sums = sums._replace(largest_gap=of_largest.largest_gap, largest_mass=of_largest.largest_mass)
         return sums, of_rows
 
@@ -350,6 +350,19 @@ def _soft_losses(
         smoothed -= of_rows["entropy"]
     nll = of_rows["nll_gaps"] + of_rows["nll_mass"] * log_sum if with_stats else smoothed
     return batch, fused.with_other_terms(batch, options, peaks, sums, log_sum=log_sum, smoothed=smoothed, nll=nll)
+
+
+def _allowed_labels(batch: Batch, elsewhere: float) -> Float[Array, "*batch K"]:
+    """Return soft labels, with another value outside the class mask, where they may hold anything."""
+    labels = batch.labels.astype(batch.dtype)
+    if batch.class_mask is None:
+        return labels
+    return jnp.where(as_last_axis(batch.class_mask, labels), labels, elsewhere)
+
+
+def _constant_labels(batch: Batch) -> Float[Array, "*batch K"]:
+    """Return soft labels for comparisons."""
+    return jax.lax.stop_gradient(_allowed_labels(batch, -jnp.inf))
 
 
 def _num_allowed(batch: Batch) -> Float[Array, "*batch"] | None:
