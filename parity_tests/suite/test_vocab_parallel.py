@@ -1,4 +1,4 @@
-"""The vocab-parallel losses: on eight devices in a process of their own, and their messages."""
+"""Starts the tests of the vocab-parallel losses on eight devices, in a process of their own."""
 
 import os
 import re
