@@ -101,6 +101,14 @@ class LinearStatsKeywords(LinearLossKeywords, _Differentiable, total=False):
     """The options of `linear_label_smoothed_cross_entropy_with_stats`."""
 
 
+class VocabParallelKeywords(_Smoothing, _Target, _Axis, _Where, _Rows, _Denominator, total=False):
+    """The options of `vocab_parallel_label_smoothed_cross_entropy` besides `axis_name`."""
+
+
+class VocabParallelStatsKeywords(VocabParallelKeywords, _Differentiable, total=False):
+    """The options of `vocab_parallel_label_smoothed_cross_entropy_with_stats` besides `axis_name`."""
+
+
 class DenseModuleKeywords(_Target, _Axis, _Rows, _Implementation, total=False):
     """The options of `LabelSmoothedCrossEntropyLoss` besides `smoothing`."""
 

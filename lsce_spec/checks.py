@@ -233,8 +233,14 @@ def check_class_mask(shape: Shape, dtype: str, logits_shape: Shape, axis: int, h
             fits = fits and (size == 1 or size == logits_size)  # noqa: PLR1714
             by_row = by_row or (index != axis and size != 1)
     if not fits:
-        shapes = {"logits": list(logits_shape), "axis": axis, "given": list(shape)}
-        raise error("class_mask_shape", classes=num_classes, **shapes, hint=hint)
+        raise error(
+            "class_mask_shape",
+            classes=num_classes,
+            logits=list(logits_shape),
+            axis=axis,
+            given=list(shape),
+            hint=hint,
+        )
     return by_row
 
 

@@ -152,7 +152,7 @@ def _gathered(vector: Float[Tensor, " n"], group: str) -> Float[Tensor, "ranks t
 def _find(group: str) -> Any:
     from torch.distributed import distributed_c10d  # noqa: PLC0415 - see `ranks_of`
 
-    return distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined]
+    return distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined,arg-type]
 
 
 def _check_agreement(heard: Sequence[Sequence[float]], names: Sequence[str]) -> None:

@@ -368,7 +368,7 @@ def _parts_here(logits: Float[Tensor, "N K"], operands: Operands, of_all: Peaks)
 
 def _total(told: Float[Tensor, "sums N"], ranks: Ranks) -> Float[Tensor, "sums N"]:
     if torch.compiler.is_compiling():
-        result: Tensor = _Total.apply(told, ranks)  # type: ignore[no-untyped-call]
+        result: Tensor = _Total.apply(told, ranks)  # TI
         return result
     return total(told, ranks)
 
@@ -422,7 +422,7 @@ def _joined(blocks: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
     """Return the tensors of blocks of rows as those of all rows, or None for those that no block has."""
     if len(blocks) == 1:
         return list(blocks[0])
-    return [None if of[0] is None else torch.cat(of) for of in zip(*blocks, strict=True)]  # type: ignore[arg-type]
+    return [None if of[0] is None else torch.cat(of) for of in zip(*blocks, strict=True)]
 
 
 def _losses(

@@ -189,7 +189,7 @@ def test_each_name_is_in_the_tables_once_and_ours_are_ours() -> None:
 @pytest.mark.parametrize("group", groups(hints._SYNONYMS), ids=lambda group: group[0])
 def test_other_names_lead_to_ours(group: list[str]) -> None:
     accepted = {"logits", "labels", *parameters_of(torch_keywords.DenseLossKeywords), "chunk_size", "gradient_filter"}
-    accepted.add("class_num")
+    accepted |= {"class_num", "axis_name"}
     for theirs in group[1:]:
         assert for_keyword(theirs, accepted, "loss").startswith(f"Did you mean {group[0]!r}?")
 

@@ -22,6 +22,7 @@ def divided(loss: Callable[..., Any], num_devices: int, *, check_vma: bool = Tru
     import jax
 
     mesh = jax.make_mesh((num_devices,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+    spec: Any = jax.P
 
     def of_all_classes(logits: Any, labels: Any, **keywords: Any) -> Any:
         arrays = {name: keywords.pop(name) for name in list(keywords) if hasattr(keywords[name], "dtype")}
@@ -31,12 +32,12 @@ def divided(loss: Callable[..., Any], num_devices: int, *, check_vma: bool = Tru
         added = -logits.shape[axis] % num_devices
         if added:
             arrays, class_axes = _filled_up(arrays, class_axes, axis, added)
-        specs = {name: jax.P(*[None] * class_axes[name], AXIS) if name in class_axes else jax.P() for name in arrays}
+        specs = {name: spec(*[None] * class_axes[name], AXIS) if name in class_axes else spec() for name in arrays}
 
         def of_slices(slices: dict[str, Any]) -> Any:
             return loss(slices.pop("logits"), slices.pop("labels"), axis_name=AXIS, **slices, **keywords)
 
-        return jax.shard_map(of_slices, mesh=mesh, in_specs=(specs,), out_specs=jax.P(), check_vma=check_vma)(arrays)
+        return jax.shard_map(of_slices, mesh=mesh, in_specs=(specs,), out_specs=spec(), check_vma=check_vma)(arrays)
 
     return of_all_classes
 
