@@ -52,11 +52,10 @@ def ranks_of(group: "ProcessGroup | None") -> Ranks:
     if group is None:
         group = distributed.group.WORLD
     if not isinstance(group, distributed.ProcessGroup):
+        if group == distributed.GroupMember.NON_GROUP_MEMBER:
+            raise error("group_member")
         raise error("group_type", given=type(group).__name__)
-    rank = distributed.get_rank(group)
-    if rank < 0:
-        raise error("group_member")
-    return Ranks(group.group_name, distributed.get_world_size(group), rank)
+    return Ranks(group.group_name, distributed.get_world_size(group), distributed.get_rank(group))
 
 
 def total(rows: Shaped[Tensor, "..."], ranks: Ranks) -> Shaped[Tensor, "..."]:

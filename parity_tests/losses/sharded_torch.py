@@ -10,7 +10,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from parity_tests.losses.adapters import LossError, TorchAdapter, operands_of, to_torch
@@ -106,7 +105,7 @@ def processes() -> Processes:
 def loss_and_gradient(
     group: Any, options: dict[str, Any], arrays: dict[str, NDArray[Any]], compiled: bool = False
 ) -> dict[str, Any]:
-    """Return the loss and the gradient of a rank's slice of the logits."""
+    """Return the loss and the gradient of a rank's slice of the logits, as tensors."""
     import torch
 
     import lsce_torch
@@ -169,22 +168,38 @@ class ShardedTorchAdapter(TorchAdapter):
             LossError: the ranks have different losses.
         """
         arrays, options = operands_of(case)
-        bounds = DIVISIONS[self.division](case.num_classes, self.num_ranks)
-        axis = case.axis
-        given = [(options, of_rank, self.is_compiled) for of_rank in slices_of(arrays, axis, bounds)]
-        answers = processes().run(loss_and_gradient, given)
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-        losses = [answer["loss"].numpy() for answer in answers]
-        if any(loss.tobytes() != losses[0].tobytes() for loss in losses):
-            raise LossError(f"the ranks have different losses: {losses}")
-        import torch
+        given = [(options, each, self.is_compiled) for each in slices_of(arrays, case.axis, self.bounds(case))]
+        answers = run_on_ranks(loss_and_gradient, given)
+        gradient = joined([answer["logits"] for answer in answers], case.axis)
+        return self.result(case, {"loss": same([answer["loss"] for answer in answers]), "logits": gradient})
 
-        gradient = torch.cat([answer["logits"] for answer in answers], dim=axis)
-        return self.result(case, {"loss": answers[0]["loss"], "logits": gradient})
+    def bounds(self, case: Case) -> list[int]:
+        """Return where each rank's classes begin, and the number of classes."""
+        return DIVISIONS[self.division](case.num_classes, self.num_ranks)
 
 
-def whole_of(parts: Sequence[NDArray[Any]], axis: int) -> NDArray[Any]:
-    """Return the slices of all ranks in one array."""
-    return np.concatenate(parts, axis=axis)
+def run_on_ranks(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Return what a function returns on each rank; raise what it raises on the first that does. See `Processes.run`."""
+    answers = processes().run(function, arguments)
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
+    return answers
+
+
+def same(tensors: Sequence[Any]) -> Any:
+    """Return the tensor that all ranks have, bit for bit.
+
+    Raises:
+        LossError: they have different ones.
+    """
+    if len({tensor.numpy().tobytes() for tensor in tensors}) != 1:
+        raise LossError(f"the ranks have different results: {tensors}")
+    return tensors[0]
+
+
+def joined(slices: Sequence[Any], axis: int) -> Any:
+    """Return the slices of all ranks in one tensor."""
+    import torch
+
+    return torch.cat(list(slices), dim=axis)

@@ -1,0 +1,158 @@
+"""What `test_vocab_parallel_torch.py` runs in each process of a group. It loads no JAX."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lsce_torch
+from parity_tests.losses.adapters import to_torch
+
+loss_of = lsce_torch.vocab_parallel_label_smoothed_cross_entropy
+loss_and_stats = lsce_torch.vocab_parallel_label_smoothed_cross_entropy_with_stats
+STATISTICS = ("nll", "lse", "entropy")
+
+
+def tensors_of(arrays: dict[str, Any]) -> dict[str, Any]:
+    return {name: to_torch(value) for name, value in arrays.items()}
+
+
+def statistics(group: Any, options: dict[str, Any], arrays: dict[str, Any]) -> dict[str, Any]:
+    """Return the loss and the statistics."""
+    tensors = tensors_of(arrays)
+    loss, stats = loss_and_stats(tensors.pop("logits"), **tensors, group=group, **options)
+    return {"loss": loss, **stats._asdict()}
+
+
+def gradients_of_statistics(
+    group: Any, options: dict[str, Any], arrays: dict[str, Any], upstream: Any, compiled: bool
+) -> dict[str, Any]:
+    """Return the gradient of each statistic with respect to this rank's logits."""
+    tensors, function = tensors_of(arrays), loss_and_stats
+    if compiled:
+        torch.compiler.reset()
+        function = torch.compile(function, fullgraph=True)
+    logits = tensors.pop("logits").requires_grad_()
+    _, stats = function(logits, **tensors, group=group, differentiable=True, **options)
+    factor = torch.from_numpy(upstream).to(stats.nll.dtype)
+    return {
+        name: torch.autograd.grad(getattr(stats, name), logits, factor, retain_graph=True)[0] for name in STATISTICS
+    }
+
+
+def gradient_of_smoothing(group: Any, options: dict[str, Any], arrays: dict[str, Any]) -> Any:
+    tensors = tensors_of(arrays)
+    smoothing = tensors["smoothing"].requires_grad_()
+    loss_of(tensors.pop("logits"), **tensors, group=group, **options).sum().backward()
+    return smoothing.grad
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives that are started."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket._qualified_op_name
+        if name.startswith(("_c10d_functional::", "c10d::", "lsce::")) and "wait" not in name:
+            self.counts[name.split("::")[1].rstrip("_")] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def collectives(
+    group: Any, options: dict[str, Any], arrays: dict[str, Any], with_stats: bool
+) -> tuple[dict[str, int], dict[str, int], int]:
+    """Return how many collectives forward and backward take, and how many numbers autograd keeps besides the logits."""
+    tensors = tensors_of(arrays)
+    logits, kept = tensors.pop("logits").requires_grad_(), {}
+
+    def keep(tensor: Any) -> Any:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    forward, backward = Collectives(), Collectives()
+    with forward, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = (loss_and_stats if with_stats else loss_of)(logits, **tensors, group=group, **options)
+    with backward:
+        (result[0] if with_stats else result).sum().backward()
+    kept.pop(logits.untyped_storage().data_ptr())
+    return dict(forward.counts), dict(backward.counts), sum(kept.values())
+
+
+def in_blocks(group: Any, options: dict[str, Any], arrays: dict[str, Any], size: int) -> tuple[Any, Any]:
+    """Return loss and gradient from blocks of at most so many logits."""
+    from lsce_torch import shards
+
+    tensors, whole = tensors_of(arrays), shards._BLOCK_SIZE
+    logits = tensors.pop("logits").requires_grad_()
+    shards._BLOCK_SIZE = size
+    try:
+        loss = loss_of(logits, **tensors, group=group, **options)
+        loss.sum().backward()
+    finally:
+        shards._BLOCK_SIZE = whole
+    return loss.detach(), logits.grad
+
+
+def called(group: Any, keywords: dict[str, Any]) -> Any:
+    """Return the loss of a call as a user makes it."""
+    arguments = {name: to_torch(value) if hasattr(value, "dtype") else value for name, value in keywords.items()}
+    return loss_of(**{"group": group, **arguments})
+
+
+def mapped(group: Any) -> Any:
+    logits, labels = torch.zeros(2, 4, 3), torch.zeros(2, 4, dtype=torch.int64)
+    return torch.func.vmap(lambda z, y: loss_of(z, y, group=group))(logits, labels)
+
+
+def twice(group: Any) -> Any:
+    logits = torch.zeros(4, 3, requires_grad=True)
+    loss = loss_of(logits, torch.zeros(4, dtype=torch.int64), group=group)
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    return torch.autograd.grad(gradient.square().sum(), logits)
+
+
+def forward_mode(group: Any) -> Any:
+    logits, labels = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)
+    return torch.func.jvp(lambda z: loss_of(z, labels, group=group), (logits,), (logits,))
+
+
+def functional_gradient(group: Any, options: dict[str, Any], arrays: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the gradient by torch.func.grad and by backward."""
+    tensors = tensors_of(arrays)
+    logits = tensors.pop("logits")
+
+    def total(z: Any) -> Any:
+        return loss_of(z, **tensors, group=group, **options).sum()
+
+    leaf = logits.clone().requires_grad_()
+    total(leaf).backward()
+    return torch.func.grad(total)(logits), leaf.grad
+
+
+def default_group(_: Any) -> Any:
+    """Return the loss of all processes, of which each has two classes."""
+    logits = torch.arange(2.0).repeat(3, 1) + torch.distributed.get_rank()
+    return loss_of(logits, torch.tensor([0, 3, 7]))
+
+
+def outside(_: Any) -> Any:
+    """Return the loss in a group that this process is not in, as torch.distributed.new_group returns it then."""
+    group: Any = torch.distributed.GroupMember.NON_GROUP_MEMBER
+    return loss_of(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64), group=group)
+
+
+def with_gradient(group: Any, name: str) -> Any:
+    """Return the loss of a call in which something requires a gradient that has none."""
+    keywords: dict[str, Any] = {"labels": torch.tensor([0, 1]), "smoothing": 0.1}
+    if name == "class_weight":
+        keywords["class_weight"] = torch.ones(3, requires_grad=True)
+    elif name == "prior":
+        keywords["prior"] = torch.full((3,), 1 / 6, requires_grad=True)
+    else:
+        keywords["labels"] = torch.zeros(2, 3, requires_grad=name == "labels")
+        keywords["smoothing"] = torch.tensor(0.1, requires_grad=name != "labels")
+    return loss_of(torch.zeros(2, 3), group=group, **keywords)
