@@ -58,25 +58,46 @@ def ranks_of(group: "ProcessGroup | None") -> Ranks:
     return Ranks(group.group_name, distributed.get_world_size(group), distributed.get_rank(group))
 
 
-def total(rows: Shaped[Tensor, "..."], ranks: Ranks) -> Shaped[Tensor, "..."]:
-    """Return the sum over the ranks."""
-    return _all_reduce(rows, "sum", ranks)
+def total(rows: Shaped[Tensor, "..."], ranks: Ranks, after: Sequence[Tensor]) -> Shaped[Tensor, "..."]:
+    """Return the sum over the ranks.
+
+    Args:
+        rows: of this rank.
+        ranks: all ranks.
+        after: results of the collectives before this one. A compiler may move a collective unless it depends on them,
+            and not in the same way on every rank.
+    """
+    return _reduced(rows, ranks, after, "sum")
 
 
-def largest(rows: Shaped[Tensor, "..."], ranks: Ranks) -> Shaped[Tensor, "..."]:
-    """Return the maximum over the ranks."""
-    return _all_reduce(rows, "max", ranks)
+def largest(rows: Shaped[Tensor, "..."], ranks: Ranks, after: Sequence[Tensor]) -> Shaped[Tensor, "..."]:
+    """Return the maximum over the ranks. See `total`."""
+    return _reduced(rows, ranks, after, "max")
 
 
-def least(rows: Shaped[Tensor, "..."], ranks: Ranks) -> Shaped[Tensor, "..."]:
-    """Return the minimum over the ranks."""
-    return _all_reduce(rows, "min", ranks)
+def least(rows: Shaped[Tensor, "..."], ranks: Ranks, after: Sequence[Tensor]) -> Shaped[Tensor, "..."]:
+    """Return the minimum over the ranks. See `total`."""
+    return _reduced(rows, ranks, after, "min")
 
 
-def _all_reduce(rows: Tensor, operation: str, ranks: Ranks) -> Tensor:
-    functional = torch.ops._c10d_functional
-    reduced: Tensor = functional.wait_tensor(functional.all_reduce(rows.contiguous(), operation, ranks.name))
+def _reduced(rows: Tensor, ranks: Ranks, after: Sequence[Tensor], operation: str) -> Tensor:
+    reduced: Tensor = torch.ops.lsce.reduced(rows, after, operation, ranks.name)
     return reduced
+
+
+@torch.library.custom_op(
+    "lsce::reduced", mutates_args=(), schema="(Tensor rows, Tensor[] after, str operation, str group) -> Tensor"
+)
+def _(rows: Tensor, after: Sequence[Tensor], operation: str, group: str) -> Tensor:
+    del after
+    functional = torch.ops._c10d_functional
+    reduced: Tensor = functional.wait_tensor(functional.all_reduce(rows.contiguous(), operation, group))
+    return reduced
+
+
+@torch.library.register_fake("lsce::reduced")
+def _(rows: Tensor, after: Sequence[Tensor], operation: str, group: str) -> Tensor:
+    return torch.empty_like(rows, memory_format=torch.contiguous_format)
 
 
 class Told(NamedTuple):

@@ -230,7 +230,8 @@ def _num_allowed(shard: Shard, batch: Batch) -> Float[Tensor, ""] | Float[Tensor
     """Return how many classes of all ranks take part; with masks of rows, those of each row."""
     if batch.class_mask is None or not batch.has_row_masks:
         return shard.num_allowed.to(batch.dtype)
-    return total(torch.sum(batch.class_mask, dim=-1, keepdim=True).to(batch.dtype), shard.ranks)
+    allowed = torch.sum(batch.class_mask, dim=-1, keepdim=True).to(batch.dtype)
+    return total(allowed, shard.ranks, [shard.num_allowed])
 
 
 def _told_of_rows(shard: Shard, batch: Batch, options: LossOptions, statistics: int) -> tuple[Operands, _OfAll]:
@@ -253,12 +254,15 @@ def _told_of_rows(shard: Shard, batch: Batch, options: LossOptions, statistics: 
         kernels=False,
     )
     of_all, prediction, labels = _peaks(shard, batch, operands)
+    told = [of_all.largest] if prediction is None else [of_all.largest, prediction]
     if target is not None and options.convention.at_max is not None:
-        operands = operands._replace(factor=_with_at_max(shard, batch, options, operands.factor, of_all))
+        factor, num_largest = _with_at_max(shard, batch, options, operands.factor, told)
+        operands = operands._replace(factor=factor)
+        told.append(num_largest)
     columns = _columns(batch, options, places, target, operands.factor)
     if batch.soft and statistics:
         columns["mass of the labels"] = torch.sum(_soft_labels(batch), dim=-1)
-    parts, columns = _parts(shard, batch, operands, of_all, columns)
+    parts, columns = _parts(shard, batch, operands, of_all, columns, told)
     return operands, _OfAll(sums_of_parts(parts, of_all, operands), columns, prediction, labels)
 
 
@@ -275,8 +279,8 @@ def _peaks(
     if first is not None and batch.soft:
         label_here, first_label = _first_of_labels(batch)
         candidates, places = [*candidates, label_here], [first, first_label]
-    # 0 is added so that no compiler moves this collective before `tell`, which finds out whether it is possible.
-    of_all = largest(torch.stack(candidates) + 0 * shard.num_allowed.to(batch.dtype), shard.ranks).unbind()
+    assert batch.num_allowed is not None
+    of_all = largest(torch.stack(candidates), shard.ranks, [batch.num_allowed]).unbind()
     peaks = Peaks(of_all[0], of_all[0] if operands.softcap is None else of_all[1])
     if not places:
         return peaks, None, None
@@ -287,7 +291,7 @@ def _peaks(
         torch.where(here == all_, place + shard.start, of_others)
         for (here, all_), place in zip(pairs, places, strict=True)
     ]
-    prediction, *labels = least(torch.stack(first_here), shard.ranks).unbind()
+    prediction, *labels = least(torch.stack(first_here), shard.ranks, of_all[:1]).unbind()
     return peaks, prediction, labels[0] if labels else None
 
 
@@ -301,16 +305,20 @@ def _first_of_labels(batch: Batch) -> tuple[Float[Tensor, " N"], Int[Tensor, " N
 
 
 def _with_at_max(
-    shard: Shard, batch: Batch, options: LossOptions, factor: Tensor | None, of_all: Peaks
-) -> Float[Tensor, "N K"]:
-    """Return the weighted target of soft labels with what the convention adds at the largest logit."""
+    shard: Shard, batch: Batch, options: LossOptions, factor: Tensor | None, told: Sequence[Tensor]
+) -> tuple[Float[Tensor, "N K"], Float[Tensor, " N"]]:
+    """Return the weighted target of soft labels with what the convention adds, and how many logits are the largest.
+
+    What the ranks have told before begins with the largest logits.
+    """
     logits = batch.logits.detach().to(batch.dtype)
     if batch.class_mask is not None:
         logits = torch.where(batch.class_mask, logits, -torch.inf)
-    is_largest = (logits == of_all.largest[:, None]).to(batch.dtype)
-    added = reference.at_max(batch, options) * is_largest / total(is_largest.sum(dim=-1), shard.ranks)[:, None]
+    is_largest = (logits == told[0][:, None]).to(batch.dtype)
+    num_largest = total(is_largest.sum(dim=-1), shard.ranks, told)
+    added = reference.at_max(batch, options) * is_largest / num_largest[:, None]
     assert factor is not None
-    return factor + (added if batch.class_weight is None else added * batch.class_weight)
+    return factor + (added if batch.class_weight is None else added * batch.class_weight), num_largest
 
 
 def _columns(
@@ -343,9 +351,17 @@ def _soft_labels(batch: Batch) -> Float[Tensor, "N K"]:
 
 
 def _parts(
-    shard: Shard, batch: Batch, operands: Operands, of_all: Peaks, columns: dict[str, Tensor]
+    shard: Shard,
+    batch: Batch,
+    operands: Operands,
+    of_all: Peaks,
+    columns: dict[str, Tensor],
+    told: Sequence[Tensor],
 ) -> tuple[Parts, dict[str, Float[Tensor, " N"]]]:
-    """Return the sums over the classes of all ranks, relative to the largest logits, and the columns likewise."""
+    """Return the sums over the classes of all ranks, relative to the largest logits, and the columns likewise.
+
+    `told` is what the ranks have told before.
+    """
     is_compiled = torch.compiler.is_compiling()
     with torch.set_grad_enabled(is_compiled and torch.is_grad_enabled()):
         logits = batch.logits if is_compiled else batch.logits.detach()
@@ -353,8 +369,8 @@ def _parts(
         if "mass of the labels" in columns:
             of_labels = operands._replace(factor=_soft_labels(batch), with_stats=False)
             columns["gap of the labels"] = _parts_here(logits, of_labels, of_all).other_gaps
-        told = torch.stack([value for value in (*parts, *columns.values()) if value is not None])
-    heard = iter(_total(told, shard.ranks).unbind())
+        here = torch.stack([value for value in (*parts, *columns.values()) if value is not None])
+    heard = iter(_total(here, shard.ranks, told).unbind())
     parts = Parts._make(None if value is None else next(heard) for value in parts)
     if parts.num_largest is not None and parts.largest_mass is not None and parts.largest_gap is not None:
         masses = {"largest_mass": parts.largest_mass, "largest_gap": parts.largest_gap}
@@ -366,25 +382,26 @@ def _parts_here(logits: Float[Tensor, "N K"], operands: Operands, of_all: Peaks)
     return Parts._make(_joined(_by_blocks(parts_of_shard, logits, operands, of_all)))
 
 
-def _total(told: Float[Tensor, "sums N"], ranks: Ranks) -> Float[Tensor, "sums N"]:
-    if torch.compiler.is_compiling():
-        result: Tensor = _Total.apply(told, ranks)  # type: ignore[no-untyped-call]
-        return result
-    return total(told, ranks)
+def _total(here: Float[Tensor, "sums N"], ranks: Ranks, told: Sequence[Tensor]) -> Float[Tensor, "sums N"]:
+    if not torch.compiler.is_compiling():
+        return total(here, ranks, told)
+    result: Tensor = _Total.apply(here, ranks, *told)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _Total(torch.autograd.Function):
     """The sum over the ranks. What is made of it is the same on every rank, so its gradient is that of each part."""
 
     @staticmethod
-    def forward(ctx: Any, told: Tensor, ranks: Ranks) -> Tensor:
+    def forward(ctx: Any, here: Tensor, ranks: Ranks, *told: Tensor) -> Tensor:
         """Return the sum."""
-        return total(told, ranks)
+        ctx.num_told = len(told)
+        return total(here, ranks, told)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient of this rank's part."""
-        return upstream, None
+        return upstream, None, *[None] * ctx.num_told
 
 
 def _blocks(logits: Float[Tensor, "N K"], operands: Operands, *rows: Any) -> Iterator[tuple[slice, tuple[Any, ...]]]:

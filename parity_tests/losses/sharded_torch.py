@@ -179,11 +179,12 @@ class ShardedTorchAdapter(TorchAdapter):
 
 
 def run_on_ranks(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """Return what a function returns on each rank; raise what it raises on the first that does. See `Processes.run`."""
+    """Return what a function returns on each rank; raise if it raises on any. See `Processes.run`."""
     answers = processes().run(function, arguments)
-    for answer in answers:
-        if isinstance(answer, Exception):
-            raise answer
+    # All of them: where one rank fails, others may only say that they have waited for it.
+    problems = [answer for answer in answers if isinstance(answer, Exception)]
+    if problems:
+        raise ExceptionGroup(f"on {len(problems)} of {len(answers)} ranks", problems)
     return answers
 
 

@@ -57,8 +57,8 @@ class Collectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function.overloadpacket._qualified_op_name
-        if name.startswith(("_c10d_functional::", "c10d::", "lsce::")) and "wait" not in name:
-            self.counts[name.split("::")[1].rstrip("_")] += 1
+        if name.startswith(("_c10d_functional::", "c10d::", "lsce::")):
+            self.counts[name.split("::")[1]] += 1
         return function(*args, **(kwargs or {}))
 
 

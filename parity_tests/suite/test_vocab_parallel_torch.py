@@ -83,7 +83,7 @@ def test_statistics(number: int, division: str) -> None:
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_gradients_of_statistics(compiled: bool) -> None:
     loss = adapter(2, "one class, and the rest")
-    for name in ("softcap", "class_mask_of_rows", "where_soft", "bad_labels") if compiled else NAMES:
+    for name in ("softcap", "class_mask_of_groups", "where_soft", "everything") if compiled else NAMES:
         case = make_case(name, "float32")
         answers = answers_of(case, loss, on_ranks.gradients_of_statistics, factors(case), compiled)
         for statistic, (exact, bound) in truth_and_bounds_of(case, loss.arithmetic).items():
@@ -194,7 +194,7 @@ def test_the_default_group() -> None:
 
 # --- Collectives and memory ------------------------------------------------------------------------------------------
 
-FORWARD = {"tell": 1, "all_reduce": 2}
+FORWARD = {"tell": 1, "reduced": 2}
 
 
 @pytest.mark.parametrize(("name", "with_stats", "more"), [
@@ -209,7 +209,7 @@ FORWARD = {"tell": 1, "all_reduce": 2}
 def test_collectives(name: str, with_stats: bool, more: int) -> None:
     """Two reductions forward, and one for each of a few options; none backward."""
     for forward, backward, _ in answers_of(make_case(name, "float32"), adapter(2), on_ranks.collectives, with_stats):
-        assert forward == {**FORWARD, "all_reduce": FORWARD["all_reduce"] + more}
+        assert forward == {**FORWARD, "reduced": FORWARD["reduced"] + more}
         assert backward == {}
 
 
