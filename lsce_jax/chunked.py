@@ -154,8 +154,8 @@ def losses(
     # The smoothing is part of the targets. Without its value here, every smoothing shares one compiled function.
     skip = arrangement.order is not None
     plan = _Plan(replace(options, smoothing=0.0), with_stats, skip, chunks.gradient_filter)
-    if chunks.recompute or is_sharded(layer.hidden):
-        # With an explicit mesh JAX would ask how the sum over the rows in a matrix product is divided.
+    if chunks.recompute or is_sharded(layer.hidden) or is_sharded(layer.weight):
+        # With an explicit mesh JAX would ask how the sums over rows and classes in matrix products are divided.
         row_losses, stats = _row_losses(plan, operands)
         result = arrangement.by_row(row_losses) if chunks.recompute else row_losses.sum()
     else:

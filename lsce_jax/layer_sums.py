@@ -98,7 +98,7 @@ _cotangents_p = define(
     "lsce_layer_cotangents",
     on_leaves(_plain_cotangents),
     multiple_results=True,
-    undivided=True,
+    undivided=("tpu",),
     tpu=on_leaves(_by_tiles(tiles.cotangents, _plain_cotangents)),
 )
 ad.primitive_jvps[_cotangents_p] = partial(derivative_of_plain, _cotangents_p, _plain_cotangents)
@@ -106,7 +106,7 @@ map_plainly(_cotangents_p, _plain_cotangents)
 
 _primitives = define_sums(
     Kind("lsce_layer", _sums, _at_peaks, _cotangents, floating=("hidden", "weight", "bias", "prior", "class_weight")),
-    undivided=True,
+    undivided=("tpu",),
     tpu=_by_tiles(tiles.sums, _sums),
 )
 map_plainly(_primitives.sums, _primitives.plain_sums)

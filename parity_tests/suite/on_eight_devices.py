@@ -405,6 +405,58 @@ def test_statistics_of_a_layer() -> None:
         assert np.isinf(ours[0]).any() == (softcap is None)
 
 
+# --- Programs that the compiler divides -----------------------------------------------------------------------------
+
+MANY_ROWS, MANY_CLASSES, FEATURES_OF_LAYER = 64, 4096, 12
+ALL_LOGITS = MANY_ROWS * MANY_CLASSES
+# Of rows and classes; of the rows of hidden, and of the two dimensions of the weight.
+DENSE_SPECS = [("data", None), (None, "model"), ("data", "model"), (None, ("data", "model"))]
+LAYER_SPECS = [("data", (None, None)), (None, (None, "model")), ("data", (None, "model")), ("data", ("data", "model"))]
+each_mesh = pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+
+
+def placed(mesh: Any, array: np.ndarray, *axes: Any) -> jax.Array:
+    return jax.device_put(array, jax.NamedSharding(mesh, jax.P(*axes)))
+
+
+@each_mesh
+@pytest.mark.parametrize("axes", DENSE_SPECS)
+def test_plain_jit_sends_no_logits(axes: tuple[Any, Any], axis_type: str) -> None:
+    """Of logits divided over rows, classes or both, loss and gradient send at most two numbers for each row."""
+    types = (getattr(jax.sharding.AxisType, axis_type),) * 2
+    with jax.set_mesh(jax.make_mesh((2, 4), ("data", "model"), axis_types=types)):
+        mesh = jax.sharding.get_mesh()
+        logits = placed(mesh, np.zeros((MANY_ROWS, MANY_CLASSES), np.float32), *axes)
+        labels = placed(mesh, np.arange(MANY_ROWS), axes[0])
+        for options in ({}, {"softcap": 5.0, "z_loss": 0.1}):
+            step = jax.value_and_grad(partial(dense, reduction="mean", **options))
+            assert all(size <= 2 * MANY_ROWS for sizes in collectives(step, logits, labels).values() for size in sizes)
+
+
+@each_mesh
+@pytest.mark.parametrize(("rows", "of_weight"), LAYER_SPECS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_plain_jit_sends_no_logits_of_a_layer(
+    reduction: str, rows: str | None, of_weight: tuple[Any, Any], axis_type: str
+) -> None:
+    """It sends numbers of rows, hidden's gradient, and the weight and its gradient where the rows are divided."""
+    types = (getattr(jax.sharding.AxisType, axis_type),) * 2
+    with jax.set_mesh(jax.make_mesh((2, 4), ("data", "model"), axis_types=types)):
+        mesh = jax.sharding.get_mesh()
+        hidden = placed(mesh, np.zeros((MANY_ROWS, FEATURES_OF_LAYER), np.float32), rows, None)
+        weight = placed(mesh, np.zeros((FEATURES_OF_LAYER, MANY_CLASSES), np.float32), *of_weight)
+        labels = placed(mesh, np.arange(MANY_ROWS), rows)
+
+        def loss(hidden: jax.Array, weight: jax.Array, labels: jax.Array) -> jax.Array:
+            return lsce_jax.linear_label_smoothed_cross_entropy(hidden, weight, labels, reduction=reduction).sum()
+
+        sent = collectives(jax.value_and_grad(loss, argnums=(0, 1)), hidden, weight, labels)
+    of_layer = {weight.size // parts for parts in (1, 2, 4, 8)} | {hidden.size // parts for parts in (1, 2)}
+    of_logits = {ALL_LOGITS // parts for parts in (1, 2, 4, 8)}
+    assert not of_layer & of_logits
+    assert all(size <= 2 * MANY_ROWS or size in of_layer for sizes in sent.values() for size in sizes)
+
+
 # --- Other meshes ---------------------------------------------------------------------------------------------------
 
 
