@@ -53,6 +53,8 @@ TORCH_NAMES = {"cross_entropy"}
 JAX_NAMES = {
     "vocab_parallel_label_smoothed_cross_entropy",
     "vocab_parallel_label_smoothed_cross_entropy_with_stats",
+    "vocab_parallel_linear_label_smoothed_cross_entropy",
+    "vocab_parallel_linear_label_smoothed_cross_entropy_with_stats",
 }
 
 
@@ -143,7 +145,8 @@ def definitions(package: str, file: str) -> list[str]:
 ONLY_IN_JAX = {
     "inputs.py": {"as_array", "within_int32", "as_last_axis", "is_sharded", "_is_at_hand", "_is_traced"}
     | {"Whole", "raise_bad_label"},  # for vocab_parallel.py
-    "keywords.py": {"VocabParallelKeywords", "VocabParallelStatsKeywords"},
+    "keywords.py": {"VocabParallelKeywords", "VocabParallelStatsKeywords"}
+    | {"VocabParallelLinearKeywords", "VocabParallelLinearStatsKeywords", "_ChunkSize"},
     "modules.py": {"LossConstant"},
     "metrics.py": {"_sum_of_fractions", "_count", "_pair", "_add", "_two_sum"},
 }

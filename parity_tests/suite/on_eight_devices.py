@@ -4,7 +4,7 @@ The number of devices is fixed when JAX starts. In the process of the other test
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from itertools import product
@@ -24,6 +24,7 @@ from parity_tests.suite.test_stats import assert_statistics
 from parity_tests.truth.bounds import error_bound
 from parity_tests.truth.cases import Case, case_names, features, make_case, random_case
 from parity_tests.truth.comparison import Comparison, against_oracle
+from parity_tests.truth.linear_cases import linear_case_names, make_linear_case
 from parity_tests.truth.oracle import solve
 from parity_tests.truth.precision import DTYPES
 
@@ -37,10 +38,14 @@ QUICK = {
 QUICK |= {"classes_2", "classes_129", "minus_infinity", "minus_infinity_unsmoothed", "large_offset", "dominant"}
 QUICK |= {"ties", "all_ignored", "no_rows", "class_mask_of_rows_soft"}
 EVERY_OPTION = ("everything", "class_mask_max_sup", "bad_labels", "soft_clamp", "axis_in_the_middle")
+OF_LAYERS = ("linear_everything", "linear_class_mask_of_rows", "linear_many_chunks", "linear_max_sup", "linear_no_rows")
+NARROW_PRODUCTS = frozenset({"products", "products of rows"})
 OF_STATISTICS = ("everything", "class_mask_of_rows_soft", "ties", "soft_max_sup")
 
 dense = lsce_jax.label_smoothed_cross_entropy
 sharded = lsce_jax.vocab_parallel_label_smoothed_cross_entropy
+sharded_layer = lsce_jax.vocab_parallel_linear_label_smoothed_cross_entropy
+sharded_layer_with_stats = lsce_jax.vocab_parallel_linear_label_smoothed_cross_entropy_with_stats
 sharded_with_stats = lsce_jax.vocab_parallel_label_smoothed_cross_entropy_with_stats
 
 
@@ -52,13 +57,14 @@ def test_the_number_of_devices() -> None:
 
 
 @cache
-def adapter(num_devices: int, check_vma: bool = True) -> ShardedAdapter:
-    return ShardedAdapter(num_devices, check_vma)
+def adapter(num_devices: int, check_vma: bool = True, linear: bool = False) -> ShardedAdapter:
+    # Of a narrow dtype, the weight's gradient of each chunk is stored in it, as where the losses are not reduced.
+    return ShardedAdapter(num_devices, check_vma, linear, narrow=NARROW_PRODUCTS)
 
 
-def cases(is_quick: Callable[[str, int, str], bool], dtypes: Sequence[str], leaving_out: str = "") -> Any:
+def cases(names: Iterable[str], is_quick: Callable[[str, int, str], bool], dtypes: Sequence[str]) -> Any:
     """Return a decorator for tests of each case, number of devices and dtype. Those that are not quick are slow."""
-    each = product([name for name in case_names() if name != leaving_out], (DEVICES, 3), dtypes)
+    each = product(names, (DEVICES, 3), dtypes)
     marked = [pytest.param(*one, marks=[] if is_quick(*one) else [pytest.mark.slow]) for one in each]
     return pytest.mark.parametrize(("name", "num_devices", "dtype"), marked)
 
@@ -69,7 +75,7 @@ def is_quick(name: str, num_devices: int, dtype: str) -> bool:
     return name in (QUICK if dtype == "float32" else EVERY_OPTION[:3]) and dtype != "float16"
 
 
-@cases(is_quick, DTYPES)
+@cases(case_names(), is_quick, DTYPES)
 def test_against_oracle(name: str, num_devices: int, dtype: str) -> None:
     """Loss and gradient. Three devices divide few of these numbers of classes, so there classes are added."""
     case, loss = make_case(name, dtype), adapter(num_devices)
@@ -81,7 +87,7 @@ def has_quick_statistics(name: str, num_devices: int, dtype: str) -> bool:
     return name in OF_STATISTICS and (num_devices, dtype) == (DEVICES, "float32")
 
 
-@cases(has_quick_statistics, STATISTICS_DTYPES, leaving_out="wide")
+@cases((name for name in case_names() if name != "wide"), has_quick_statistics, STATISTICS_DTYPES)
 def test_statistics(name: str, num_devices: int, dtype: str) -> None:
     case = make_case(name, dtype)
     arrays, options = operands_of(case)
@@ -89,6 +95,18 @@ def test_statistics(name: str, num_devices: int, dtype: str) -> None:
     loss, stats = jax.jit(partial(divided(sharded_with_stats, num_devices), **options))(**arrays)
     flat = {field: np.asarray(value).reshape(-1) for field, value in stats._asdict().items()}
     assert_statistics(case, np.asarray(loss), flat, adapter(num_devices).arithmetic)
+
+
+def is_quick_layer(name: str, num_devices: int, dtype: str) -> bool:
+    return name in OF_LAYERS and (num_devices, dtype) == (3, "float32")
+
+
+@cases(linear_case_names(), is_quick_layer, DTYPES)
+def test_layer_against_oracle(name: str, num_devices: int, dtype: str) -> None:
+    """Loss, and the gradients of hidden, weight and bias."""
+    case, loss = make_linear_case(name, dtype), adapter(num_devices, linear=True)
+    comparison = against_oracle(case, solve(case), loss(case), loss.arithmetic)
+    assert comparison.agrees, comparison
 
 
 @pytest.mark.parametrize("name", EVERY_OPTION)
@@ -318,6 +336,125 @@ def test_the_count_can_fail() -> None:
 
     found = collectives(in_slices(gathered, jax.P(), False), LOGITS)
     assert found == {"all-gather": [ROWS * 16]}
+
+
+HIDDEN = np.random.default_rng(3).normal(size=(12, 6)).astype(np.float32)
+WEIGHT = np.random.default_rng(4).normal(size=(6, 16)).astype(np.float32)
+
+
+def layer_loss(hidden: jax.Array, local_weight: jax.Array, **options: Any) -> jax.Array:
+    labels = np.arange(12) + 3
+    return sharded_layer(hidden, local_weight, labels, axis_name=AXIS, reduction="sum", chunk_size=3, **options)
+
+
+def layer_on(check_vma: bool, function: Callable[..., Any] = layer_loss, out_specs: Any = None) -> Callable[..., Any]:
+    specs = jax.P(), jax.P(None, AXIS)
+    out_specs = jax.P() if out_specs is None else out_specs
+    mesh = jax.make_mesh(**MESH)
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=check_vma)
+
+
+def test_a_layer_sends_one_gradient_more() -> None:
+    """And none in the loop over its four chunks."""
+    rows, both = len(HIDDEN), (HIDDEN, WEIGHT)
+    loss, forward = layer_on(check_vma=True), {"all-reduce": [rows, 4 * rows]}
+    assert collectives(loss, *both) == forward
+    assert collectives(jax.grad(loss, argnums=1), *both) == forward
+    of_hidden = {"all-reduce": sorted([rows, 4 * rows, HIDDEN.size])}
+    assert collectives(jax.grad(loss, argnums=(0, 1)), *both) == of_hidden
+    program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*both).compile().as_text()
+    assert "while" in program
+    assert not re.search(rf"\w+\[(\d+,)*{rows},(2|16)\]", program)  # no array has the logits of all rows
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_gradients_of_a_layer(check_vma: bool) -> None:
+    """From outside, and with types from inside, they are those of one loss."""
+    with jax.enable_x64(True):
+        hidden, weight = jnp.asarray(HIDDEN, jnp.float64), jnp.asarray(WEIGHT, jnp.float64)
+        labels = jnp.arange(12) + 3
+        whole = partial(lsce_jax.linear_label_smoothed_cross_entropy, labels=labels, reduction="sum")
+        expected = jax.grad(lambda *both: whole(both[0], both[1]), argnums=(0, 1))(hidden, weight)
+        found = [jax.grad(layer_on(check_vma), argnums=(0, 1))]
+        if check_vma:
+            found.append(layer_on(check_vma, jax.grad(layer_loss, argnums=(0, 1)), (jax.P(), jax.P(None, AXIS))))
+        for gradient in found:
+            for ours, theirs in zip(jax.jit(gradient)(hidden, weight), expected, strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-13)
+        tangents = jnp.cos(hidden), jnp.sin(weight)
+        forward = jax.jit(lambda *both: jax.jvp(layer_on(check_vma), both, tangents)[1])(hidden, weight)
+        inner = sum(jnp.vdot(gradient, tangent) for gradient, tangent in zip(expected, tangents, strict=True))
+        np.testing.assert_allclose(forward, inner, rtol=1e-11)
+
+
+def test_statistics_of_a_layer() -> None:
+    """As of the logits, with devices whose logits are -inf or masked out."""
+    labels = jnp.arange(12) + 3
+    mask = jnp.arange(16) // 2 != 4
+    bias = jnp.where(jnp.arange(16) // 2 == 1, -jnp.inf, 0.0)
+    options = {"class_mask": mask, "smoothing": 0.0, "softcap": 20.0}
+    logits = jnp.asarray(HIDDEN @ WEIGHT) + bias[None]
+    for softcap in (None, 20.0):
+        options["softcap"] = softcap
+        of_layer = jax.jit(partial(divided(sharded_layer_with_stats, DEVICES, linear=True), **options, chunk_size=5))
+        of_logits = jax.jit(partial(lsce_jax.label_smoothed_cross_entropy_with_stats, **options))
+        ours = of_layer(jnp.asarray(HIDDEN), jnp.asarray(WEIGHT), labels, bias=bias)
+        theirs = of_logits(logits, labels)
+        for found, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        assert np.isinf(ours[0]).any() == (softcap is None)
+
+
+# --- Programs that the compiler divides -----------------------------------------------------------------------------
+
+MANY_ROWS, MANY_CLASSES, FEATURES_OF_LAYER = 64, 4096, 12
+ALL_LOGITS = MANY_ROWS * MANY_CLASSES
+# Of rows and classes; of the rows of hidden, and of the two dimensions of the weight.
+DENSE_SPECS = [("data", None), (None, "model"), ("data", "model"), (None, ("data", "model"))]
+LAYER_SPECS = [("data", (None, None)), (None, (None, "model")), ("data", (None, "model")), ("data", ("data", "model"))]
+each_mesh = pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+
+
+def placed(mesh: Any, array: np.ndarray, *axes: Any) -> jax.Array:
+    return jax.device_put(array, jax.NamedSharding(mesh, jax.P(*axes)))
+
+
+@each_mesh
+@pytest.mark.parametrize("axes", DENSE_SPECS)
+def test_plain_jit_sends_no_logits(axes: tuple[Any, Any], axis_type: str) -> None:
+    """Of logits divided over rows, classes or both, loss and gradient send at most two numbers for each row."""
+    types = (getattr(jax.sharding.AxisType, axis_type),) * 2
+    with jax.set_mesh(jax.make_mesh((2, 4), ("data", "model"), axis_types=types)):
+        mesh = jax.sharding.get_mesh()
+        logits = placed(mesh, np.zeros((MANY_ROWS, MANY_CLASSES), np.float32), *axes)
+        labels = placed(mesh, np.arange(MANY_ROWS), axes[0])
+        for options in ({}, {"softcap": 5.0, "z_loss": 0.1}):
+            step = jax.value_and_grad(partial(dense, reduction="mean", **options))
+            assert all(size <= 2 * MANY_ROWS for sizes in collectives(step, logits, labels).values() for size in sizes)
+
+
+@each_mesh
+@pytest.mark.parametrize(("rows", "of_weight"), LAYER_SPECS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_plain_jit_sends_no_logits_of_a_layer(
+    reduction: str, rows: str | None, of_weight: tuple[Any, Any], axis_type: str
+) -> None:
+    """It sends numbers of rows, hidden's gradient, and the weight and its gradient where the rows are divided."""
+    types = (getattr(jax.sharding.AxisType, axis_type),) * 2
+    with jax.set_mesh(jax.make_mesh((2, 4), ("data", "model"), axis_types=types)):
+        mesh = jax.sharding.get_mesh()
+        hidden = placed(mesh, np.zeros((MANY_ROWS, FEATURES_OF_LAYER), np.float32), rows, None)
+        weight = placed(mesh, np.zeros((FEATURES_OF_LAYER, MANY_CLASSES), np.float32), *of_weight)
+        labels = placed(mesh, np.arange(MANY_ROWS), rows)
+
+        def loss(hidden: jax.Array, weight: jax.Array, labels: jax.Array) -> jax.Array:
+            return lsce_jax.linear_label_smoothed_cross_entropy(hidden, weight, labels, reduction=reduction).sum()
+
+        sent = collectives(jax.value_and_grad(loss, argnums=(0, 1)), hidden, weight, labels)
+    of_layer = {weight.size // parts for parts in (1, 2, 4, 8)} | {hidden.size // parts for parts in (1, 2)}
+    of_logits = {ALL_LOGITS // parts for parts in (1, 2, 4, 8)}
+    assert not of_layer & of_logits
+    assert all(size <= 2 * MANY_ROWS or size in of_layer for sizes in sent.values() for size in sizes)
 
 
 # --- Other meshes ---------------------------------------------------------------------------------------------------
