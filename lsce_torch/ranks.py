@@ -88,14 +88,14 @@ def _reduced(rows: Tensor, ranks: Ranks, after: Sequence[Tensor], operation: str
 @torch.library.custom_op(
     "lsce::reduced", mutates_args=(), schema="(Tensor rows, Tensor[] after, str operation, str group) -> Tensor"
 )
-def _(rows: Tensor, after: Sequence[Tensor], operation: str, group: str) -> Tensor:
+def _all_reduced(rows: Tensor, after: Sequence[Tensor], operation: str, group: str) -> Tensor:
     del after
     functional = torch.ops._c10d_functional
     reduced: Tensor = functional.wait_tensor(functional.all_reduce(rows.contiguous(), operation, group))
     return reduced
 
 
-@torch.library.register_fake("lsce::reduced")
+@_all_reduced.register_fake
 def _(rows: Tensor, after: Sequence[Tensor], operation: str, group: str) -> Tensor:
     return torch.empty_like(rows, memory_format=torch.contiguous_format)
 

@@ -39,6 +39,17 @@ def difference(first: Any, second: Any, only_in_second: tuple[str, ...] = ()) ->
     return found
 
 
+def without(function: Callable[..., Any], place: int) -> Callable[..., Any]:
+    """Return a function that takes what another takes, but for one parameter."""
+    signature = inspect.signature(function)
+    kept = [parameter for i, parameter in enumerate(signature.parameters.values()) if i != place]
+
+    def stand_in() -> None: ...
+
+    stand_in.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
+    return stand_in
+
+
 def public_names(package: Any) -> list[str]:
     """Return the names that a package imports for others, in order."""
     source = pathlib.Path(package.__file__).read_text()
@@ -49,10 +60,8 @@ def public_names(package: Any) -> list[str]:
 # The drop-in for torch's function of that name. Optax's have no classes in dimension 1 and no integer labels to smooth.
 TORCH_NAMES = {"cross_entropy"}
 
-# Classes divided over devices: the functions of torch, which take a group, are still to come.
+# The linear loss with its classes divided over ranks is still to come in torch.
 JAX_NAMES = {
-    "vocab_parallel_label_smoothed_cross_entropy",
-    "vocab_parallel_label_smoothed_cross_entropy_with_stats",
     "vocab_parallel_linear_label_smoothed_cross_entropy",
     "vocab_parallel_linear_label_smoothed_cross_entropy_with_stats",
 }
@@ -111,10 +120,11 @@ TORCH_FILES = {
     "compiled.py",
     "device.py",
     "drop_in.py",
+    "ranks.py",  # collectives over a process group, and whether its ranks agree
+    "shards.py",  # the sums of vocab_parallel.py, and an autograd Function
 }
 # What JAX is told of the sums, and what XLA for CPUs, GPUs and TPUs takes in place of them.
 JAX_FILES = {"row_sums.py", "layer_sums.py", "sum_rules.py", "cpu.py", "gpu.py", "tiles.py", "primitives.py"}
-JAX_FILES |= {"vocab_parallel.py"}  # see JAX_NAMES
 
 
 # What compiles the loss for devices that are not there is XLA's alone. Kernels are each framework's own.
@@ -144,9 +154,8 @@ def definitions(package: str, file: str) -> list[str]:
 # JAX: arrays in NNX, ranks, array-likes, 32-bit labels, sharding, tracing; sums of two float32 numbers for float64.
 ONLY_IN_JAX = {
     "inputs.py": {"as_array", "within_int32", "as_last_axis", "is_sharded", "_is_at_hand", "_is_traced"}
-    | {"Whole", "raise_bad_label"},  # for vocab_parallel.py
-    "keywords.py": {"VocabParallelKeywords", "VocabParallelStatsKeywords"}
-    | {"VocabParallelLinearKeywords", "VocabParallelLinearStatsKeywords", "_ChunkSize"},
+    | {"Whole"},  # for vocab_parallel.py
+    "keywords.py": {"VocabParallelLinearKeywords", "VocabParallelLinearStatsKeywords", "_ChunkSize"},
     "modules.py": {"LossConstant"},
     "metrics.py": {"_sum_of_fractions", "_count", "_pair", "_add", "_two_sum"},
 }
@@ -158,7 +167,6 @@ ONLY_IN_TORCH = {
         "_check_shapes",
         "_checked_axis",
         "_is_tracing",
-        "_raise_bad_label",
         "Given",
         "canonical",
         "check",
@@ -181,6 +189,11 @@ OWN_WAYS = {
     "chunked.py": {"losses", "preferred_rows"},
     "layer.py": {"Layer"},
     "accurate.py": {"log1p", "divide"},
+    # The sums of torch are in shards.py.
+    "vocab_parallel.py": {
+        "vocab_parallel_label_smoothed_cross_entropy",
+        "vocab_parallel_label_smoothed_cross_entropy_with_stats",
+    },
     # torch has an autograd Function, and goes through the rows in parts.
     "smoothing.py": {"add_smoothing", "linear_add_smoothing", "_smoothed", "_label_and_spread", "_mean_factor"},
 }
@@ -204,6 +217,16 @@ def test_arguments() -> None:
         assert found == ["reduction: 'none' and 'mean'"]
     for name in ("linear_label_smoothed_cross_entropy", "linear_label_smoothed_cross_entropy_with_stats"):
         assert difference(getattr(lsce_jax, name), getattr(lsce_torch, name)) == ["reduction: 'none' and 'mean'"]
+    for suffix in ("", "_with_stats"):
+        name = f"vocab_parallel_label_smoothed_cross_entropy{suffix}"
+        assert parameters(getattr(lsce_jax, name))[2] == (
+            "axis_name",
+            inspect.Parameter.KEYWORD_ONLY,
+            inspect.Parameter.empty,
+        )
+        assert parameters(getattr(lsce_torch, name))[2] == ("group", inspect.Parameter.KEYWORD_ONLY, None)
+        found = difference(*(without(getattr(package, name), 2) for package in (lsce_jax, lsce_torch)))
+        assert found == ["reduction: 'none' and 'mean'"]
     ours, theirs = (package.LinearLabelSmoothedCrossEntropyLoss for package in (lsce_jax, lsce_torch))
     assert difference(ours, theirs) == ["reduction: 'none' and 'mean'"]
     assert difference(ours.__call__, theirs.forward) == []

@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import cache
+from itertools import pairwise
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -141,9 +142,7 @@ def slices_of(arrays: dict[str, NDArray[Any]], axis: int, bounds: Sequence[int])
             return arrays[name]
         return arrays[name][(slice(None),) * axes[name] + (slice(start, end),)]
 
-    return [
-        {name: part(name, start, end) for name in arrays} for start, end in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
+    return [{name: part(name, start, end) for name in arrays} for start, end in pairwise(bounds)]
 
 
 class ShardedTorchAdapter(TorchAdapter):

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lsce_torch
+from lsce_torch import shards
 from parity_tests.losses.adapters import to_torch
 
 loss_of = lsce_torch.vocab_parallel_label_smoothed_cross_entropy
@@ -84,8 +85,6 @@ def collectives(
 
 def in_blocks(group: Any, options: dict[str, Any], arrays: dict[str, Any], size: int) -> tuple[Any, Any]:
     """Return loss and gradient from blocks of at most so many logits."""
-    from lsce_torch import shards
-
     tensors, whole = tensors_of(arrays), shards._BLOCK_SIZE
     logits = tensors.pop("logits").requires_grad_()
     shards._BLOCK_SIZE = size

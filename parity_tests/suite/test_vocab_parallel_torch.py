@@ -1,4 +1,4 @@
-"""The vocab-parallel losses of lsce_torch in processes of their own, by gloo: against the truth, errors, collectives."""
+"""The vocab-parallel losses of lsce_torch in processes by gloo: truth, errors, collectives."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,7 +31,11 @@ from parity_tests.truth.precision import DTYPES
 
 F32 = np.float32
 # Number of ranks, division of the classes, dtype: of every case in `make test`.
-QUICK = {(2, "even", "float32"), (3, "one class, and the rest", "bfloat16"), (4, "the first without a class", "float32")}
+QUICK = {
+    (2, "even", "float32"),
+    (3, "one class, and the rest", "bfloat16"),
+    (4, "the first without a class", "float32"),
+}
 EVERY = [(number, division, dtype) for number in (1, 2, 3, 4) for division in DIVISIONS for dtype in DTYPES]
 WAYS = [pytest.param(*way, marks=[] if way in QUICK else pytest.mark.slow, id="-".join(map(str, way))) for way in EVERY]
 
@@ -76,7 +80,9 @@ def test_statistics(number: int, division: str) -> None:
             case = make_case(name, "float32")
             answers = answers_of(case, loss, on_ranks.statistics)
             stats = {field: same([answer[field] for answer in answers]).numpy().reshape(-1) for field in answers[0]}
-            whole = stats.pop("loss").reshape(() if case.options.get("reduction", "none") != "none" else case.batch_shape)
+            whole = stats.pop("loss").reshape(
+                () if case.options.get("reduction", "none") != "none" else case.batch_shape
+            )
             assert_statistics(case, whole, stats, loss.arithmetic)
 
 
@@ -180,7 +186,9 @@ def test_gradient_of_the_smoothing() -> None:
 def test_func_grad() -> None:
     """torch.func.grad asks for a gradient that could be differentiated again."""
     for name in ("everything", "class_weight"):
-        for of_transform, of_backward in answers_of(make_case(name, "float32"), adapter(2), on_ranks.functional_gradient):
+        for of_transform, of_backward in answers_of(
+            make_case(name, "float32"), adapter(2), on_ranks.functional_gradient
+        ):
             assert torch.equal(of_transform, of_backward)
 
 
