@@ -92,6 +92,20 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         RuntimeError,
         "the loss of divided classes has no {transform}: {instead}.",
     ),
+    "dtensor_partial": (
+        ValueError,
+        "logits must be whole numbers, got a DTensor that is Partial, {given}: each rank has a part of each logit. "
+        "Call logits.redistribute(placements=...) with Shard or Replicate first.",
+    ),
+    "dtensor_placement": (
+        ValueError,
+        "logits must be Replicate or Shard on each dimension of the mesh, and the classes Shard on one, got {given}. "
+        "Call logits.redistribute(placements=...) first.",
+    ),
+    "dtensor_option": (
+        ValueError,
+        "logits that are a DTensor have no {name}. Leave it out.",
+    ),
     "overwritten": (
         RuntimeError,
         "these logits were overwritten by their gradient, as inplace_backward=True allows. "

@@ -223,6 +223,9 @@ TORCH_ELSEWHERE = {
     "no_classes_anywhere",
     "shard_gradient",
     "shard_transform",
+    "dtensor_partial",
+    "dtensor_placement",
+    "dtensor_option",
     # in test_trainers.py
     "trainer_outputs",
     "trainer_labels",

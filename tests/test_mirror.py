@@ -120,6 +120,7 @@ TORCH_FILES = {
     "compiled.py",
     "device.py",
     "drop_in.py",
+    "dtensors.py",  # JAX's arrays know themselves how they are divided
     "ranks.py",  # collectives over a process group, and whether its ranks agree
     "shards.py",  # the sums of vocab_parallel.py, and an autograd Function
 }

@@ -30,6 +30,8 @@ DIVISIONS: dict[str, Callable[[int, int], list[int]]] = {
     "the first without a class": lambda k, n: [0, *(k * i // max(n - 1, 1) for i in range(n - 1)), k],
     "all on one rank": lambda k, n: [0] * n + [k] if n < 3 else [0, *[k] * n],
 }
+# For each dimension of a mesh its size, and what it divides: "classes", "rows" or "nothing".
+Layout = tuple[tuple[int, str], ...]
 _CLASS_VECTORS = ("class_weight", "prior")
 
 
@@ -122,6 +124,40 @@ def loss_and_gradient(
     return {"loss": loss.detach(), "logits": logits.grad}
 
 
+def loss_and_gradient_of_dtensor(
+    group: Any,
+    options: dict[str, Any],
+    arrays: dict[str, NDArray[Any]],
+    axis: int,
+    layout: Layout,
+    compiled: bool = False,
+) -> dict[str, Any]:
+    """Return the loss and the gradient of logits that are a DTensor, as whole tensors."""
+    del group
+    import torch
+    from torch.distributed import tensor
+    from torch.distributed.device_mesh import init_device_mesh
+
+    import lsce_torch
+
+    tensors = {name: to_torch(value) for name, value in arrays.items()}
+    upstream, logits = tensors.pop("upstream"), tensors.pop("logits")
+    sizes = [size for size, _ in layout]
+    dims = {"classes": axis % logits.ndim, "rows": 1 if axis % logits.ndim == 0 else 0}
+    placements = [tensor.Shard(dims[what]) if what in dims else tensor.Replicate() for _, what in layout]
+    mesh = init_device_mesh("cpu", tuple(sizes))
+    divided = tensor.distribute_tensor(logits, mesh, placements).requires_grad_()
+    loss_of: Any = lsce_torch.label_smoothed_cross_entropy
+    if compiled:
+        torch.compiler.reset()
+        loss_of = torch.compile(loss_of, fullgraph=True)
+    loss = loss_of(divided, **tensors, **options)
+    upstreams = tensor.DTensor.from_local(upstream.expand(loss.shape), mesh, [tensor.Replicate()] * len(sizes))
+    (loss * upstreams).sum().backward()
+    assert list(divided.grad.placements) == placements, divided.grad.placements
+    return {"loss": loss.detach().full_tensor(), "logits": divided.grad.full_tensor()}
+
+
 def slices_of(arrays: dict[str, NDArray[Any]], axis: int, bounds: Sequence[int]) -> list[dict[str, NDArray[Any]]]:
     """Return each rank's slices of the arrays of a call.
 
@@ -177,6 +213,34 @@ class ShardedTorchAdapter(TorchAdapter):
         return DIVISIONS[self.division](case.num_classes, self.num_ranks)
 
 
+class DTensorAdapter(TorchAdapter):
+    """The dense loss of `lsce_torch` for logits that are a DTensor on a mesh of processes.
+
+    Args:
+        layout: of the mesh, over all processes.
+        compiled: whether each process compiles it.
+    """
+
+    def __init__(self, layout: Layout, compiled: bool = False) -> None:
+        """Choose the mesh."""
+        super().__init__(name=f"torch DTensor, {' x '.join(f'{size} {what}' for size, what in layout)}")
+        self.layout, self.is_compiled = layout, compiled
+        self.arithmetic = on_shards(self.arithmetic, PROCESSES)
+
+    def unsupported(self, case: Case) -> str | None:
+        """Return why the loss cannot handle a case, or None."""
+        if case.logits.ndim == 1 and any(what == "rows" for _, what in self.layout):
+            return "there are no rows to divide"
+        return super().unsupported(case)
+
+    def __call__(self, case: Case) -> AnyResult:
+        """Return loss and gradient of a case."""
+        arrays, options = operands_of(case)
+        given = (options, arrays, case.axis, self.layout, self.is_compiled)
+        answers = run_on_ranks(loss_and_gradient_of_dtensor, [given] * PROCESSES)
+        return self.result(case, {part: same([answer[part] for answer in answers]) for part in ("loss", "logits")})
+
+
 def run_on_ranks(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
     """Return what a function returns on each rank; raise if it raises on any. See `Processes.run`."""
     answers = processes().run(function, arguments)
@@ -193,7 +257,7 @@ def same(tensors: Sequence[Any]) -> Any:
     Raises:
         LossError: they have different ones.
     """
-    if len({tensor.numpy().tobytes() for tensor in tensors}) != 1:
+    if len({tensor.double().numpy().tobytes() for tensor in tensors}) != 1:
         raise LossError(f"the ranks have different results: {tensors}")
     return tensors[0]
 

@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Any
 
 import torch
+from torch.distributed import tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lsce_torch
@@ -155,3 +156,53 @@ def with_gradient(group: Any, name: str) -> Any:
         keywords["labels"] = torch.zeros(2, 3, requires_grad=name == "labels")
         keywords["smoothing"] = torch.tensor(0.1, requires_grad=name != "labels")
     return loss_of(torch.zeros(2, 3), group=group, **keywords)
+
+
+def dtensor_of(logits: Any, sizes: tuple[int, ...], placements: list[Any]) -> Any:
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", sizes)
+    return tensor.distribute_tensor(to_torch(logits), mesh, placements)
+
+
+def statistics_of_dtensor(_: Any, options: dict[str, Any], arrays: dict[str, Any], axis: int) -> dict[str, Any]:
+    """Return the loss and the statistics of logits whose rows and classes are divided, and where the statistics are."""
+    tensors = tensors_of(arrays)
+    logits = tensors.pop("logits")
+    rows = 0 if axis % logits.ndim else 1
+    divided = dtensor_of(logits, (2, 2), [tensor.Shard(rows), tensor.Shard(axis % logits.ndim)])
+    loss, stats = lsce_torch.label_smoothed_cross_entropy_with_stats(divided, **tensors, **options)
+    assert stats.nll.placements == (tensor.Shard(0), tensor.Replicate())
+    return {"loss": loss.full_tensor(), **{name: value.full_tensor() for name, value in stats._asdict().items()}}
+
+
+def module_of_dtensors(_: Any, logits: Any, labels: Any, weight: Any) -> Any:
+    """Return the module's loss of logits, labels and class weights that are DTensors, and by its plain tensors."""
+    by_rows, by_class = [tensor.Shard(0), tensor.Replicate()], [tensor.Replicate(), tensor.Shard(0)]
+    divided = dtensor_of(logits, (2, 2), [tensor.Shard(0), tensor.Shard(1)])
+    label_smoothing = {"label_smoothing": 0.1}
+    of_dtensors = lsce_torch.label_smoothed_cross_entropy(
+        divided,
+        tensor.distribute_tensor(to_torch(labels), divided.device_mesh, by_rows),
+        class_weight=tensor.distribute_tensor(to_torch(weight), divided.device_mesh, by_class),
+        ignore_index=-100,
+    )
+    module = lsce_torch.LabelSmoothedCrossEntropyLoss(to_torch(weight), **label_smoothing)
+    return of_dtensors.full_tensor(), module(divided, to_torch(labels)).full_tensor()
+
+
+def refused_dtensor(_: Any, how: str) -> Any:
+    """Return the loss of a DTensor that it does not take."""
+    logits, labels, options = torch.zeros(4, 8), torch.zeros(4, dtype=torch.int64), {}
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2, 2))
+    placements: list[Any] = [tensor.Replicate(), tensor.Shard(1)]
+    if how == "dtensor_partial":
+        placements = [tensor.Partial(), tensor.Replicate()]
+    elif how == "dtensor_placement":
+        placements = [tensor.Shard(1), tensor.Shard(1)]
+    elif how == "inplace_backward=True":
+        options = {"inplace_backward": True}
+    elif how == "labels_shape":
+        labels = labels[:2]
+    else:
+        options = {"implementation": "fused"}
+    divided = tensor.DTensor.from_local(logits, mesh, placements)
+    return lsce_torch.label_smoothed_cross_entropy(divided, labels, **options)

@@ -14,6 +14,8 @@ from lsce_torch.errors import MESSAGES
 from parity_tests.losses.adapters import operands_of
 from parity_tests.losses.sharded_torch import (
     DIVISIONS,
+    DTensorAdapter,
+    Layout,
     ShardedTorchAdapter,
     joined,
     processes,
@@ -226,6 +228,81 @@ def test_what_is_kept_for_backward() -> None:
     case = random_case("float32", np.random.default_rng(0), 16, 4000, options={"reduction": "mean"})
     for *_, kept in answers_of(case, adapter(2), on_ranks.collectives, False):
         assert kept <= 16 * 16
+
+
+# --- DTensors --------------------------------------------------------------------------------------------------------
+
+LAYOUTS: list[Layout] = [
+    ((4, "classes"),),
+    ((4, "rows"),),
+    ((2, "rows"), (2, "classes")),
+    ((2, "nothing"), (2, "classes")),
+    ((4, "nothing"),),
+]
+OF_LAYOUTS = [
+    pytest.param(layout, dtype, marks=[] if (layout, dtype) == (LAYOUTS[2], "float32") else pytest.mark.slow)
+    for layout in LAYOUTS
+    for dtype in ("float32", "bfloat16", "float64")
+]
+
+
+@pytest.mark.parametrize(("layout", "dtype"), OF_LAYOUTS)
+def test_dtensors(layout: Layout, dtype: str) -> None:
+    """Loss and gradient of every case, whatever a mesh divides. The gradient is placed as the logits are."""
+    loss, tried = DTensorAdapter(layout), 0
+    for name in case_names():
+        case = make_case(name, dtype)
+        if name != "wide" and loss.unsupported(case) is None:
+            comparison = against_oracle(case, solve(case), loss(case), loss.arithmetic)
+            assert comparison.agrees, (name, comparison)
+            tried += 1
+    assert tried >= len(case_names()) - 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [LAYOUTS[1], LAYOUTS[2]])
+def test_compiled_dtensors(layout: Layout) -> None:
+    loss = DTensorAdapter(layout, compiled=True)
+    for name in ("everything", "class_weight", "bad_labels"):
+        case = make_case(name, "float32")
+        comparison = against_oracle(case, solve(case), loss(case), loss.arithmetic)
+        assert comparison.agrees, (name, comparison)
+
+
+@pytest.mark.parametrize("name", ["everything", "soft_clamp", "ties", "axis_in_the_middle", "class_mask_of_groups"])
+def test_statistics_of_dtensors(name: str) -> None:
+    case = make_case(name, "float32")
+    arrays, options = operands_of(case)
+    arrays.pop("upstream")
+    answers = run_on_ranks(on_ranks.statistics_of_dtensor, [(options, arrays, case.axis)] * 4)
+    stats = {field: same([answer[field] for answer in answers]).numpy().reshape(-1) for field in answers[0]}
+    whole = stats.pop("loss").reshape(() if case.options.get("reduction", "none") != "none" else case.batch_shape)
+    assert_statistics(case, whole, stats, adapter(4).arithmetic)
+
+
+def test_labels_and_weights_that_are_dtensors() -> None:
+    """They are divided like the logits, and what is whole is divided by the loss."""
+    case = make_case("class_weight", "float32")
+    arrays, _ = operands_of(replace(case, smoothing=0.1))
+    given = tuple(arrays[name] for name in ("logits", "labels", "class_weight"))
+    for losses in run_on_ranks(on_ranks.module_of_dtensors, [given] * 4):
+        assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("how", [
+    "dtensor_partial",
+    "dtensor_placement",
+    "inplace_backward=True",
+    "implementation where the classes are divided",
+    "labels_shape",
+])  # fmt: skip
+def test_dtensors_that_are_refused(how: str) -> None:
+    for problem in processes().run(on_ranks.refused_dtensor, [(how,)] * 4):
+        assert isinstance(problem, ValueError), problem
+        if how in MESSAGES:
+            assert str(problem).startswith(MESSAGES[how][1].split("{")[0])
+        elif how != "labels_shape":
+            assert str(problem) == MESSAGES["dtensor_option"][1].format(name=how)
 
 
 # --- Errors ----------------------------------------------------------------------------------------------------------
