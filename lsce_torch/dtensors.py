@@ -83,7 +83,8 @@ class _Mesh:
         for place, placement in enumerate(logits.placements):
             if placement.is_partial():
                 raise error("dtensor_partial", given=list(logits.placements))
-            if type(placement) not in {tensor.Replicate, tensor.Shard}:
+            # By name: torch.compile cannot compare the classes, and _StridedShard may be a Shard too.
+            if type(placement).__name__ not in ("Replicate", "Shard"):
                 raise error("dtensor_placement", given=list(logits.placements))
             if placement.is_shard(axis):
                 if self.dim_of_classes is not None:
@@ -120,7 +121,7 @@ class _Mesh:
         """Return the sum of a number over the ranks that have different rows."""
         parts = [self.tensor.Partial() if placement.is_shard() else placement for placement in self.rows]
         whole: Tensor = self.tensor.DTensor.from_local(here, self.mesh, parts, run_check=False)
-        return whole.redistribute(self.mesh, self.whole) if self.divides_rows else whole  # type: ignore[attr-defined,no-any-return]
+        return whole.redistribute(self.mesh, self.whole) if self.divides_rows else whole  # type: ignore[attr-defined]
 
     def whole_number(self, here: Tensor) -> Tensor:
         """Return the same as a plain tensor."""

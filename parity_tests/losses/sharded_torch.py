@@ -154,8 +154,10 @@ def loss_and_gradient_of_dtensor(
     loss = loss_of(divided, **tensors, **options)
     upstreams = tensor.DTensor.from_local(upstream.expand(loss.shape), mesh, [tensor.Replicate()] * len(sizes))
     (loss * upstreams).sum().backward()
-    assert list(divided.grad.placements) == placements, divided.grad.placements
-    return {"loss": loss.detach().full_tensor(), "logits": divided.grad.full_tensor()}
+    gradient: Any = divided.grad
+    if list(gradient.placements) != placements:
+        raise LossError(f"the logits are {placements}, and their gradient {gradient.placements}")
+    return {"loss": loss.detach().full_tensor(), "logits": gradient.full_tensor()}
 
 
 def slices_of(arrays: dict[str, NDArray[Any]], axis: int, bounds: Sequence[int]) -> list[dict[str, NDArray[Any]]]:

@@ -165,8 +165,8 @@ def dtensor_of(logits: Any, sizes: tuple[int, ...], placements: list[Any]) -> An
 
 def statistics_of_dtensor(_: Any, options: dict[str, Any], arrays: dict[str, Any], axis: int) -> dict[str, Any]:
     """Return the loss and the statistics of logits whose rows and classes are divided, and where the statistics are."""
-    tensors = tensors_of(arrays)
-    logits = tensors.pop("logits")
+    tensors, logits = tensors_of(arrays), arrays["logits"]
+    del tensors["logits"]
     rows = 0 if axis % logits.ndim else 1
     divided = dtensor_of(logits, (2, 2), [tensor.Shard(rows), tensor.Shard(axis % logits.ndim)])
     loss, stats = lsce_torch.label_smoothed_cross_entropy_with_stats(divided, **tensors, **options)
