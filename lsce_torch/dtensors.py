@@ -101,6 +101,14 @@ class _Mesh:
             for placement, whole in zip(self.logits.placements, self.whole, strict=True)
         ]
 
+    def logits_here(self) -> Tensor:
+        """Return this rank's part of the logits. Its gradient is that of the logits, placed as they are."""
+        if torch.compiler.is_compiling():
+            part: Tensor = self.logits.to_local()
+            return part
+        part = _Here.apply(self.logits, self.tensor.DTensor)  # type: ignore[no-untyped-call]
+        return part
+
     def here(self, value: Tensor, placements: Sequence[Any]) -> Tensor:
         """Return this rank's part of a tensor."""
         if not is_dtensor(value):
@@ -127,6 +135,24 @@ class _Mesh:
         """Return the same as a plain tensor."""
         whole: Tensor = self.added_up(here).to_local()  # type: ignore[attr-defined]
         return whole
+
+
+class _Here(torch.autograd.Function):
+    """`DTensor.to_local`, whose gradient of shards of different sizes has the wrong strides, and is gathered for that."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Any, kind: Any) -> Tensor:
+        """Return this rank's part."""
+        ctx.kind, ctx.mesh, ctx.placements = kind, logits.device_mesh, logits.placements
+        ctx.sizes = {"shape": logits.shape, "stride": logits.stride()}
+        part: Tensor = logits.to_local()
+        return part.view_as(part)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient as a DTensor."""
+        whole: Tensor = ctx.kind.from_local(upstream, ctx.mesh, ctx.placements, run_check=False, **ctx.sizes)
+        return whole, None
 
 
 def _parts_here(mesh: _Mesh, labels: Tensor, keywords: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
@@ -174,7 +200,7 @@ def _loss_here(
     mesh: _Mesh, labels: Tensor, given: dict[str, Any], of_stats: dict[str, bool]
 ) -> tuple[Tensor, LossStats | None]:
     """Return the loss of this rank's rows, from all of their classes, and statistics if these have options."""
-    logits, functions = mesh.logits.to_local(), _FUNCTIONS
+    logits, functions = mesh.logits_here(), _FUNCTIONS
     if mesh.dim_of_classes is not None:
         functions = _FUNCTIONS_OF_SHARDS
         given = {name: value for name, value in given.items() if name not in ("implementation", "inplace_backward")}
