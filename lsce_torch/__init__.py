@@ -36,6 +36,12 @@ from lsce_torch.vocab_parallel import (
 from lsce_torch.vocab_parallel import (
     vocab_parallel_label_smoothed_cross_entropy_with_stats as vocab_parallel_label_smoothed_cross_entropy_with_stats,
 )
+from lsce_torch.vocab_parallel import (
+    vocab_parallel_linear_label_smoothed_cross_entropy as vocab_parallel_linear_label_smoothed_cross_entropy,
+)
+from lsce_torch.vocab_parallel import (
+    vocab_parallel_linear_label_smoothed_cross_entropy_with_stats as vocab_parallel_linear_label_smoothed_cross_entropy_with_stats,  # noqa: E501
+)
 
 __all__ = [
     "CELossWithLabelSmoothing",
@@ -56,6 +62,8 @@ __all__ = [
     "smoothing_weights",
     "vocab_parallel_label_smoothed_cross_entropy",
     "vocab_parallel_label_smoothed_cross_entropy_with_stats",
+    "vocab_parallel_linear_label_smoothed_cross_entropy",
+    "vocab_parallel_linear_label_smoothed_cross_entropy_with_stats",
 ]
 __version__: str
 if not TYPE_CHECKING:  # a type checker would take any name for one of the package

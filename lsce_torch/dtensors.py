@@ -103,10 +103,8 @@ class _Mesh:
 
     def logits_here(self) -> Tensor:
         """Return this rank's part of the logits. Its gradient is that of the logits, placed as they are."""
-        if torch.compiler.is_compiling():
-            part: Tensor = self.logits.to_local()
-            return part
-        part = _Here.apply(self.logits, self.tensor.DTensor)  # type: ignore[no-untyped-call]
+        is_compiling = torch.compiler.is_compiling()
+        part: Tensor = self.logits.to_local() if is_compiling else _Here.apply(self.logits, self.tensor.DTensor)  # type: ignore[no-untyped-call]
         return part
 
     def here(self, value: Tensor, placements: Sequence[Any]) -> Tensor:
@@ -138,7 +136,10 @@ class _Mesh:
 
 
 class _Here(torch.autograd.Function):
-    """`DTensor.to_local`, whose gradient of shards of different sizes has the wrong strides, and is gathered for that."""
+    """`DTensor.to_local` with the strides of the logits for its gradient.
+
+    Those that torch makes up are wrong for shards of different sizes. Its older versions gather the gradient then.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Any, kind: Any) -> Tensor:

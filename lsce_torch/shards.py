@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from lsce_spec import LossOptions, check_prior_sum, is_number
 from lsce_torch import fused, reference, saved
 from lsce_torch.device import is_on_cpu
 from lsce_torch.errors import error
 from lsce_torch.functional import mean_divisor
-from lsce_torch.inputs import Batch, Given, at_labels, canonical, name_of, raise_bad_label
+from lsce_torch.inputs import Batch, Given, at_labels, canonical, compute_dtype, name_of, raise_bad_label
+from lsce_torch.layer import Gradients, Layer, Settings, chunks, multiplied
 from lsce_torch.overwrite import has_memory
 from lsce_torch.plain import Parts, Peaks, parts_of_shard, peaks_of_shard, plain_gradients, sums_of_parts
 from lsce_torch.ranks import Ranks, Told, largest, least, place_of, tell, total
@@ -175,8 +177,29 @@ class _OfAll(NamedTuple):
     labels: Int[Tensor, " N"] | None
 
 
+class ShardedLayer(NamedTuple):
+    """The linear layer that makes the logits of this rank's classes.
+
+    Args:
+        layer: hidden in one dimension of rows, and this rank's weight and bias.
+        chunk_size: how many rows to take at a time.
+    """
+
+    layer: Layer
+    chunk_size: int
+
+    def settings(self, needs: Sequence[bool] = (False, False, False)) -> Settings:
+        """Return how to go through the rows."""
+        return Settings(self.chunk_size, total=False, gradient_filter=0.0, needs=needs)
+
+
 def row_losses(
-    shard: Shard, batch: Batch, options: LossOptions, denominator: float | Tensor | None, statistics: int
+    shard: Shard,
+    batch: Batch,
+    options: LossOptions,
+    denominator: float | Tensor | None,
+    statistics: int,
+    layer: ShardedLayer | None = None,
 ) -> tuple[Float[Tensor, " N"], LossStats | None, float | Tensor]:
     """Return the loss of each row, the statistics if asked for, and what the mean divides by.
 
@@ -186,9 +209,10 @@ def row_losses(
         options: of the call.
         denominator: of the call.
         statistics: 0 for none, 1 for constants, 2 if gradients flow through them.
+        layer: makes the logits, of which only shape and dtype are used then; or None.
     """
     batch = replace(batch, num_allowed=_num_allowed(shard, batch))
-    operands, of_all = _told_of_rows(shard, batch, options, statistics)
+    operands, of_all = _told_of_rows(shard, batch, options, statistics, layer)
     columns = of_all.columns
     if "label in class_mask" in columns:
         bad = columns["label in class_mask"] == 0
@@ -212,7 +236,10 @@ def row_losses(
         entropy = target.entropy
         operands = operands._replace(**{name: getattr(target, name) for name in ("on", "off", "other_mass", "at_max")})
     operands = operands._replace(bad=batch.bad, counted=batch.counted)
-    losses, found = _losses(batch.logits, operands, of_all.sums)
+    if layer is None:
+        losses, found = _losses(batch.logits, operands, of_all.sums)
+    else:
+        losses, found = _losses_of_layer(layer, operands, of_all.sums, shard.ranks)
     if entropy is not None:
         losses = losses - entropy
         if batch.counted is not None:
@@ -234,7 +261,9 @@ def _num_allowed(shard: Shard, batch: Batch) -> Float[Tensor, ""] | Float[Tensor
     return total(allowed, shard.ranks, [shard.num_allowed])
 
 
-def _told_of_rows(shard: Shard, batch: Batch, options: LossOptions, statistics: int) -> tuple[Operands, _OfAll]:
+def _told_of_rows(
+    shard: Shard, batch: Batch, options: LossOptions, statistics: int, layer: ShardedLayer | None
+) -> tuple[Operands, _OfAll]:
     """Return the operands, without the target's numbers of each row, and what the ranks tell each other of the rows."""
     places, target = (None, fused.soft_target(batch, options)) if batch.soft else (_Places(batch, shard), None)
     operands = Operands(
@@ -253,7 +282,7 @@ def _told_of_rows(shard: Shard, batch: Batch, options: LossOptions, statistics: 
         differentiable=statistics > 1,
         kernels=False,
     )
-    of_all, prediction, labels = _peaks(shard, batch, operands)
+    of_all, prediction, labels = _peaks(shard, batch, operands, batch.logits.detach() if layer is None else layer)
     told = [of_all.largest] if prediction is None else [of_all.largest, prediction]
     if target is not None and options.convention.at_max is not None:
         factor, num_largest = _with_at_max(shard, batch, options, operands.factor, told)
@@ -262,15 +291,15 @@ def _told_of_rows(shard: Shard, batch: Batch, options: LossOptions, statistics: 
     columns = _columns(batch, options, places, target, operands.factor)
     if batch.soft and statistics:
         columns["mass of the labels"] = torch.sum(_soft_labels(batch), dim=-1)
-    parts, columns = _parts(shard, batch, operands, of_all, columns, told)
+    parts, columns = _parts(shard, batch, operands, of_all, columns, told, layer)
     return operands, _OfAll(sums_of_parts(parts, of_all, operands), columns, prediction, labels)
 
 
 def _peaks(
-    shard: Shard, batch: Batch, operands: Operands
+    shard: Shard, batch: Batch, operands: Operands, source: Tensor | ShardedLayer
 ) -> tuple[Peaks, Int[Tensor, " N"] | None, Int[Tensor, " N"] | None]:
     """Return the largest logits of all classes, and for statistics which is the first, and that of soft labels."""
-    found = [(*peaks, first) for peaks, first in _by_blocks(peaks_of_shard, batch.logits.detach(), operands)]
+    found = [(*peaks, first) for peaks, first in _by_blocks(peaks_of_shard, source, operands)]
     largest_here, peak_here, _, first = _joined(found)
     assert largest_here is not None
     assert peak_here is not None
@@ -357,6 +386,7 @@ def _parts(
     of_all: Peaks,
     columns: dict[str, Tensor],
     told: Sequence[Tensor],
+    layer: ShardedLayer | None,
 ) -> tuple[Parts, dict[str, Float[Tensor, " N"]]]:
     """Return the sums over the classes of all ranks, relative to the largest logits, and the columns likewise.
 
@@ -365,7 +395,7 @@ def _parts(
     is_compiled = torch.compiler.is_compiling()
     with torch.set_grad_enabled(is_compiled and torch.is_grad_enabled()):
         logits = batch.logits if is_compiled else batch.logits.detach()
-        parts = _parts_here(logits, operands, of_all)
+        parts = _parts_here(logits if layer is None else layer, operands, of_all)
         if "mass of the labels" in columns:
             of_labels = operands._replace(factor=_soft_labels(batch), with_stats=False)
             columns["gap of the labels"] = _parts_here(logits, of_labels, of_all).other_gaps
@@ -378,8 +408,8 @@ def _parts(
     return parts, {name: next(heard) for name in columns}
 
 
-def _parts_here(logits: Float[Tensor, "N K"], operands: Operands, of_all: Peaks) -> Parts:
-    return Parts._make(_joined(_by_blocks(parts_of_shard, logits, operands, of_all)))
+def _parts_here(source: Tensor | ShardedLayer, operands: Operands, of_all: Peaks) -> Parts:
+    return Parts._make(_joined(_by_blocks(parts_of_shard, source, operands, of_all)))
 
 
 def _total(here: Float[Tensor, "sums N"], ranks: Ranks, told: Sequence[Tensor]) -> Float[Tensor, "sums N"]:
@@ -404,35 +434,43 @@ class _Total(torch.autograd.Function):
         return upstream, None, *[None] * ctx.num_told
 
 
-def _blocks(logits: Float[Tensor, "N K"], operands: Operands, *rows: Any) -> Iterator[tuple[slice, tuple[Any, ...]]]:
+def _blocks(source: Tensor | ShardedLayer, operands: Operands, *rows: Any) -> Iterator[tuple[slice, tuple[Any, ...]]]:
     """Yield some rows at a time: which, and their logits, operands and other named tuples of one value per row.
 
-    torch.compile takes all at once, as do transforms.
+    The logits are at hand, or a layer makes them. torch.compile takes all at once, as do transforms.
     """
+
+    def part_of(value: Any, part: slice) -> Any:
+        return value[part] if isinstance(value, Tensor) and value.ndim else value
+
+    def others_of(part: slice) -> list[Any]:
+        return [kind._make(part_of(value, part) for value in kind) for kind in rows]
+
+    if isinstance(source, ShardedLayer):
+        settings = source.settings()
+        for part, logits, some in chunks(multiplied(source.layer, settings), operands, settings):
+            yield part, (logits, some, *others_of(part))
+        return
+    logits = source
     size = _BLOCK_SIZE if is_on_cpu(logits) else _BLOCK_SIZE_ELSEWHERE
     if torch.compiler.is_compiling() or logits.numel() <= size or not has_memory(logits):
         yield slice(None), (logits, operands, *rows)
         return
     step = max(1, size // logits.shape[-1])
-
-    def part_of(value: Any, part: slice) -> Any:
-        return value[part] if isinstance(value, Tensor) and value.ndim else value
-
     for start in range(0, logits.shape[0], step):
         part = slice(start, start + step)
         names = [*ROWS, *(name for name in ("class_mask", "factor") if _ndim(getattr(operands, name)) > 1)]
         some = operands._replace(**{name: part_of(getattr(operands, name), part) for name in names})
-        others = [kind._make(part_of(value, part) for value in kind) for kind in rows]
-        yield part, (logits[part], some, *others)
+        yield part, (logits[part], some, *others_of(part))
 
 
 def _ndim(value: Any) -> int:
     return value.ndim if isinstance(value, Tensor) else 0
 
 
-def _by_blocks(compute: Callable[..., Any], logits: Tensor, operands: Operands, *rows: Any) -> list[Any]:
+def _by_blocks(compute: Callable[..., Any], source: Tensor | ShardedLayer, operands: Operands, *rows: Any) -> list[Any]:
     """Return what a function makes of each block of rows."""
-    return [compute(*arguments) for _, arguments in _blocks(logits, operands, *rows)]
+    return [compute(*arguments) for _, arguments in _blocks(source, operands, *rows)]
 
 
 def _joined(blocks: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
@@ -550,3 +588,124 @@ def _logits_gradient(
         gradient[part] = found.to(logits.dtype)
     assert gradient is not None
     return gradient
+
+
+# --- The linear layer ------------------------------------------------------------------------------------------------
+
+
+def all_logits(layer: Layer, batch: Batch, ranks: Ranks) -> Float[Tensor, "N K"]:
+    """Return the logits of all rows, for torch.compile."""
+    hidden = layer.hidden
+    if batch.counted is not None:
+        # Even multiplied by 0, a NaN would reach the weight's gradient.
+        hidden = torch.where(batch.counted[:, None], hidden, 0)
+    shared: Tensor = _Shared.apply(hidden, ranks)  # type: ignore[no-untyped-call]
+    dtype = hidden.dtype
+    return F.linear(shared, layer.weight.to(dtype), None if layer.bias is None else layer.bias.to(dtype))
+
+
+class _Shared(torch.autograd.Function):
+    """What is the same on every rank, and used by each for its own classes. Its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, ranks: Ranks) -> Tensor:
+        """Return it."""
+        ctx.ranks = ranks
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        """Return the sum over the ranks."""
+        return _summed(upstream, ctx.ranks), None
+
+
+def _summed(of_hidden: Float[Tensor, "N D"], ranks: Ranks) -> Float[Tensor, "N D"]:
+    """Return the sum of gradients over the ranks, in the same dtype, added up in float32 or wider."""
+    wide = of_hidden.to(compute_dtype(of_hidden))
+    return total(wide, ranks, []).to(of_hidden.dtype)
+
+
+def _losses_of_layer(
+    layer: ShardedLayer, operands: Operands, sums: Sums, ranks: Ranks
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
+    """Return what `_losses` does, with gradients with respect to the layer."""
+    kept = _KeptOfLayer(stacked_of(operands, sums), layer.chunk_size, ranks)
+    losses, *found = _LayerLosses.apply(*layer.layer, *kept, *operands)  # type: ignore[no-untyped-call]
+    if operands.differentiable:
+        return losses, (found[0], found[1], found[2])
+    return losses, statistics_of(operands, sums) if operands.with_stats else None
+
+
+class _KeptOfLayer(NamedTuple):
+    stacked: Float[Tensor, "sums N"]  # over the classes of all ranks
+    chunk_size: int
+    ranks: Ranks
+
+
+_OF_LAYER = (Layer, _KeptOfLayer, Operands)
+
+
+class _LayerLosses(torch.autograd.Function):
+    """The losses of rows from the sums over all classes, and the gradients from logits that are computed again."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor | None, ...]:
+        """Return the losses, and nll, lse and entropy if gradients flow through them."""
+        _, (stacked, *_), operands = saved.grouped(arguments, *_OF_LAYER)
+        return losses_of(operands, unstacked(stacked))[0], *fused.statistics_or_none(operands, stacked)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        """Keep the arguments."""
+        saved.save(ctx, (), inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients with respect to the layer and to `on`, `off`, `other_mass` and `at_max`."""
+        _, *arguments = saved.saved(ctx, *_OF_LAYER)
+        needed = saved.needed_by(ctx, *_OF_LAYER)
+        if not any(upstream is not None for upstream in upstreams):
+            return saved.in_order({}, *_OF_LAYER)
+        flat = [value for group in arguments for value in group]
+        gradients = _LayerGradients.apply(needed, *upstreams, *flat)  # type: ignore[no-untyped-call]
+        return saved.in_order(dict(zip(needed, gradients, strict=True)), *_OF_LAYER)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Refuse."""
+        raise error("shard_transform", transform="forward mode", instead=_INSTEAD)
+
+
+class _LayerGradients(torch.autograd.Function):
+    """The gradients of `_LayerLosses`, which have no derivatives."""
+
+    @staticmethod
+    def forward(needed: list[str], *arguments: Any) -> tuple[Tensor | None, ...]:
+        """Return the gradients with respect to what is needed. That of hidden is the sum over the ranks."""
+        upstreams, layer, kept, operands = saved.grouped(arguments, Upstreams, *_OF_LAYER)
+        gradients: dict[str, Tensor | None] = {}
+        if upstreams.loss is not None:
+            slopes = target_slopes(operands, unstacked(kept.stacked), needed)
+            gradients |= target_gradients(operands, slopes, upstreams.loss)
+        sharded = ShardedLayer(layer, kept.chunk_size)
+        settings = sharded.settings([name in needed for name in Layer._fields])
+        rounded = multiplied(layer, settings)
+        of_layer = Gradients(rounded, operands, settings)
+        for part, logits, rows in chunks(rounded, operands, settings):
+            sums = unstacked(kept.stacked[:, part])
+            of_logits = plain_gradients(logits, rows, ["logits"], upstreams.of_rows(part), sums)["logits"]
+            assert of_logits is not None
+            of_layer.add(part, of_logits.to(logits.dtype), rows)
+        for name, gradient in of_layer.finish().items():
+            summed = _summed(gradient, kept.ranks) if name == "hidden" else gradient
+            gradients[name] = summed.to(getattr(layer, name).dtype)
+        return tuple(gradients.get(name) for name in needed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        """Keep nothing."""
+
+    @staticmethod
+    def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Refuse."""
+        raise error("shard_transform", transform="second derivatives", instead=_INSTEAD)

@@ -5,6 +5,7 @@ import inspect
 import pathlib
 from collections.abc import Callable
 from importlib import metadata
+from itertools import product
 from typing import Any
 
 import pytest
@@ -60,16 +61,9 @@ def public_names(package: Any) -> list[str]:
 # The drop-in for torch's function of that name. Optax's have no classes in dimension 1 and no integer labels to smooth.
 TORCH_NAMES = {"cross_entropy"}
 
-# The linear loss with its classes divided over ranks is still to come in torch.
-JAX_NAMES = {
-    "vocab_parallel_linear_label_smoothed_cross_entropy",
-    "vocab_parallel_linear_label_smoothed_cross_entropy_with_stats",
-}
-
 
 def test_public_names() -> None:
-    own_names = TORCH_NAMES | JAX_NAMES
-    names = [[n for n in public_names(p) if n not in own_names] for p in (lsce_jax, lsce_torch)]
+    names = [[n for n in public_names(p) if n not in TORCH_NAMES] for p in (lsce_jax, lsce_torch)]
     # The order is that of the modules; the linter sorts the shared ones by their package's name.
     assert sorted(names[0]) == sorted(names[1])
     own = [
@@ -77,7 +71,7 @@ def test_public_names() -> None:
         for p, of in zip((lsce_jax, lsce_torch), names, strict=True)
     ]
     assert own[0] == own[1]
-    shared = [[n for n in p.__all__ if n not in own_names] for p in (lsce_jax, lsce_torch)]
+    shared = [[n for n in p.__all__ if n not in TORCH_NAMES] for p in (lsce_jax, lsce_torch)]
     assert shared[0] == shared[1]
 
 
@@ -156,7 +150,6 @@ def definitions(package: str, file: str) -> list[str]:
 ONLY_IN_JAX = {
     "inputs.py": {"as_array", "within_int32", "as_last_axis", "is_sharded", "_is_at_hand", "_is_traced"}
     | {"Whole"},  # for vocab_parallel.py
-    "keywords.py": {"VocabParallelLinearKeywords", "VocabParallelLinearStatsKeywords", "_ChunkSize"},
     "modules.py": {"LossConstant"},
     "metrics.py": {"_sum_of_fractions", "_count", "_pair", "_add", "_two_sum"},
 }
@@ -194,6 +187,8 @@ OWN_WAYS = {
     "vocab_parallel.py": {
         "vocab_parallel_label_smoothed_cross_entropy",
         "vocab_parallel_label_smoothed_cross_entropy_with_stats",
+        "vocab_parallel_linear_label_smoothed_cross_entropy",
+        "vocab_parallel_linear_label_smoothed_cross_entropy_with_stats",
     },
     # torch has an autograd Function, and goes through the rows in parts.
     "smoothing.py": {"add_smoothing", "linear_add_smoothing", "_smoothed", "_label_and_spread", "_mean_factor"},
@@ -218,15 +213,15 @@ def test_arguments() -> None:
         assert found == ["reduction: 'none' and 'mean'"]
     for name in ("linear_label_smoothed_cross_entropy", "linear_label_smoothed_cross_entropy_with_stats"):
         assert difference(getattr(lsce_jax, name), getattr(lsce_torch, name)) == ["reduction: 'none' and 'mean'"]
-    for suffix in ("", "_with_stats"):
-        name = f"vocab_parallel_label_smoothed_cross_entropy{suffix}"
-        assert parameters(getattr(lsce_jax, name))[2] == (
+    for kind, suffix in product(("", "linear_"), ("", "_with_stats")):
+        name, place = f"vocab_parallel_{kind}label_smoothed_cross_entropy{suffix}", 3 if kind else 2
+        assert parameters(getattr(lsce_jax, name))[place] == (
             "axis_name",
             inspect.Parameter.KEYWORD_ONLY,
             inspect.Parameter.empty,
         )
-        assert parameters(getattr(lsce_torch, name))[2] == ("group", inspect.Parameter.KEYWORD_ONLY, None)
-        found = difference(*(without(getattr(package, name), 2) for package in (lsce_jax, lsce_torch)))
+        assert parameters(getattr(lsce_torch, name))[place] == ("group", inspect.Parameter.KEYWORD_ONLY, None)
+        found = difference(*(without(getattr(package, name), place) for package in (lsce_jax, lsce_torch)))
         assert found == ["reduction: 'none' and 'mean'"]
     ours, theirs = (package.LinearLabelSmoothedCrossEntropyLoss for package in (lsce_jax, lsce_torch))
     assert difference(ours, theirs) == ["reduction: 'none' and 'mean'"]

@@ -13,7 +13,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from parity_tests.losses.adapters import LossError, TorchAdapter, operands_of, to_torch
+from parity_tests.losses.adapters import LEAVES, LossError, TorchAdapter, operands_of, to_torch
 from parity_tests.losses.sharded import on_shards
 from parity_tests.truth.cases import Case
 from parity_tests.truth.comparison import AnyResult
@@ -32,7 +32,7 @@ DIVISIONS: dict[str, Callable[[int, int], list[int]]] = {
 }
 # For each dimension of a mesh its size, and what it divides: "classes", "rows" or "nothing".
 Layout = tuple[tuple[int, str], ...]
-_CLASS_VECTORS = ("class_weight", "prior")
+_CLASS_VECTORS = ("class_weight", "prior", "bias")
 
 
 class Processes:
@@ -108,20 +108,27 @@ def processes() -> Processes:
 def loss_and_gradient(
     group: Any, options: dict[str, Any], arrays: dict[str, NDArray[Any]], compiled: bool = False
 ) -> dict[str, Any]:
-    """Return the loss and the gradient of a rank's slice of the logits, as tensors."""
+    """Return the loss, and the gradients of a rank's slices of the logits, or of the layer, as tensors."""
     import torch
 
     import lsce_torch
 
     tensors = {name: to_torch(value) for name, value in arrays.items()}
-    upstream, logits = tensors.pop("upstream"), tensors.pop("logits").requires_grad_()
+    upstream, is_linear = tensors.pop("upstream"), "hidden" in tensors
+    if is_linear:  # JAX has the features first
+        tensors["weight"] = tensors["weight"].T.contiguous()
+    leaves = {name: tensors.pop(name).requires_grad_() for name in LEAVES if name in tensors}
     loss_of: Any = lsce_torch.vocab_parallel_label_smoothed_cross_entropy
+    if is_linear:
+        loss_of = lsce_torch.vocab_parallel_linear_label_smoothed_cross_entropy
     if compiled:
         torch.compiler.reset()
         loss_of = torch.compile(loss_of, fullgraph=True)
-    loss = loss_of(logits, **tensors, group=group, **options)
+    first = [leaf for name, leaf in leaves.items() if name != "bias"]
+    bias = {"bias": leaves["bias"]} if "bias" in leaves else {}
+    loss = loss_of(*first, **bias, **tensors, group=group, **options)
     (loss * upstream).sum().backward()
-    return {"loss": loss.detach(), "logits": logits.grad}
+    return {"loss": loss.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
 
 
 def loss_and_gradient_of_dtensor(
@@ -168,8 +175,8 @@ def slices_of(arrays: dict[str, NDArray[Any]], axis: int, bounds: Sequence[int])
         axis: of the classes.
         bounds: where each rank's classes begin, and the number of classes.
     """
-    num_dims = arrays["logits"].ndim
-    axes = {"logits": axis % num_dims} | {name: 0 for name in _CLASS_VECTORS if name in arrays}
+    num_dims = arrays["labels"].ndim + 1 if "hidden" in arrays else arrays["logits"].ndim
+    axes = {"logits": axis % num_dims, "weight": 1} | {name: 0 for name in _CLASS_VECTORS if name in arrays}
     if arrays["labels"].dtype.kind not in "iu":
         axes["labels"] = axis % num_dims
     if "class_mask" in arrays:
@@ -184,17 +191,18 @@ def slices_of(arrays: dict[str, NDArray[Any]], axis: int, bounds: Sequence[int])
 
 
 class ShardedTorchAdapter(TorchAdapter):
-    """The dense loss of `lsce_torch` with its classes divided over processes.
+    """The dense or the linear loss of `lsce_torch` with its classes divided over processes.
 
     Args:
         num_ranks: how many processes.
         division: which of `DIVISIONS`.
         compiled: whether each process compiles it.
+        options: as in `TorchAdapter`.
     """
 
-    def __init__(self, num_ranks: int, division: str = "even", compiled: bool = False) -> None:
+    def __init__(self, num_ranks: int, division: str = "even", compiled: bool = False, **options: Any) -> None:
         """Choose the division."""
-        super().__init__(name=f"torch vocab-parallel, {num_ranks} ranks, {division}")
+        super().__init__(**{"name": f"torch vocab-parallel, {num_ranks} ranks, {division}", **options})
         self.num_ranks, self.division, self.is_compiled = num_ranks, division, compiled
         self.arithmetic = on_shards(self.arithmetic, num_ranks)
 
@@ -207,8 +215,12 @@ class ShardedTorchAdapter(TorchAdapter):
         arrays, options = operands_of(case)
         given = [(options, each, self.is_compiled) for each in slices_of(arrays, case.axis, self.bounds(case))]
         answers = run_on_ranks(loss_and_gradient, given)
-        gradient = joined([answer["logits"] for answer in answers], case.axis)
-        return self.result(case, {"loss": same([answer["loss"] for answer in answers]), "logits": gradient})
+        # The gradient of hidden is whole on every rank.
+        axes = {"logits": case.axis, "weight": 0, "bias": 0}
+        parts = {name: [answer[name] for answer in answers] for name in answers[0]}
+        return self.result(
+            case, {name: joined(each, axes[name]) if name in axes else same(each) for name, each in parts.items()}
+        )
 
     def bounds(self, case: Case) -> list[int]:
         """Return where each rank's classes begin, and the number of classes."""

@@ -206,3 +206,47 @@ def refused_dtensor(_: Any, how: str) -> Any:
         options = {"implementation": "fused"}
     divided = tensor.DTensor.from_local(logits, mesh, placements)
     return lsce_torch.label_smoothed_cross_entropy(divided, labels, **options)
+
+
+linear_loss = lsce_torch.vocab_parallel_linear_label_smoothed_cross_entropy
+
+
+def linear_beside_dense(group: Any, number: int) -> list[tuple[Any, Any, Any]]:
+    """Return statistics, and a gradient through them, of the linear loss and of the logits, and how far they may part.
+
+    The layer is one of small integers, so that its logits are exact.
+    """
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randint(-2, 3, shape, generator=generator).float() for shape in ((6, 4), (3 * 5, 4)))
+    labels = torch.randint(0, 15, (6,), generator=generator)
+    mine = weight[5 * number : 5 * number + 5].requires_grad_()
+    keywords: dict[str, Any] = {"group": group, "differentiable": True, "softcap": 8.0}
+    function = lsce_torch.vocab_parallel_linear_label_smoothed_cross_entropy_with_stats
+    _, of_linear = function(hidden, mine, labels, chunk_size=4, **keywords)
+    logits = torch.nn.functional.linear(hidden, mine.detach()).requires_grad_()
+    _, of_dense = loss_and_stats(logits, labels, **keywords)
+    gradients = []
+    for stats, leaf in ((of_linear, mine), (of_dense, logits)):
+        gradients += torch.autograd.grad((stats.nll + stats.entropy).sum(), leaf)
+    of_weight, of_logits = gradients
+    # Sums of six products with small integers, which are exact, in two orders.
+    bound = 2 * 5 * 2.0**-24 * (of_logits.abs().T @ hidden.abs())
+    pairs = [
+        (one.detach().double(), other.detach().double(), 0.0) for one, other in zip(of_linear, of_dense, strict=True)
+    ]
+    return [*pairs, (of_weight, of_logits.T @ hidden, bound)]
+
+
+def linear_called(group: Any, changes: dict[str, Any]) -> Any:
+    arguments: dict[str, Any] = {
+        "hidden": torch.zeros(4, 2),
+        "local_weight": torch.zeros(3, 2),
+        "labels": torch.zeros(4, dtype=torch.int64),
+    }
+    arguments |= {name: to_torch(value) for name, value in changes.items()}
+    return linear_loss(**arguments, group=group)
+
+
+def linear_transformed(group: Any) -> Any:
+    weight, labels = torch.zeros(3, 2), torch.zeros(4, dtype=torch.int64)
+    return torch.func.grad(lambda h: linear_loss(h, weight, labels, group=group))(torch.zeros(4, 2))

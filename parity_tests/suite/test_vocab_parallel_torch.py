@@ -28,6 +28,7 @@ from parity_tests.suite.test_differentiable_stats import NAMES, agrees, factors,
 from parity_tests.suite.test_stats import assert_statistics
 from parity_tests.truth.cases import Case, case_names, make_case, random_case
 from parity_tests.truth.comparison import Comparison, against_oracle
+from parity_tests.truth.linear_cases import linear_case_names, make_linear_case
 from parity_tests.truth.oracle import solve
 from parity_tests.truth.precision import DTYPES
 
@@ -228,6 +229,52 @@ def test_what_is_kept_for_backward() -> None:
     case = random_case("float32", np.random.default_rng(0), 16, 4000, options={"reduction": "mean"})
     for *_, kept in answers_of(case, adapter(2), on_ranks.collectives, False):
         assert kept <= 16 * 16
+
+
+# --- The linear layer ------------------------------------------------------------------------------------------------
+
+LINEAR_WAYS = [
+    pytest.param(*way, marks=[] if way[:2] == (2, "even") and way[2] != "float64" else pytest.mark.slow)
+    for way in EVERY
+    if way[0] > 1
+]
+
+
+@pytest.mark.parametrize(("number", "division", "dtype"), LINEAR_WAYS)
+def test_linear(number: int, division: str, dtype: str) -> None:
+    """Loss, and the gradients of hidden, weight and bias, of every linear case."""
+    loss = ShardedTorchAdapter(number, division, linear=True)
+    for name in linear_case_names():
+        case = make_linear_case(name, dtype)
+        comparison = against_oracle(case, solve(case), loss(case), loss.arithmetic)
+        assert comparison.agrees, (name, comparison)
+
+
+@pytest.mark.slow
+def test_compiled_linear() -> None:
+    loss = ShardedTorchAdapter(2, "one class, and the rest", compiled=True, linear=True)
+    for name in ("linear_everything", "linear_sum", "linear_master_weight_none"):
+        case = make_linear_case(name, "float32")
+        comparison = against_oracle(case, solve(case), loss(case), loss.arithmetic)
+        assert comparison.agrees, (name, comparison)
+
+
+def test_statistics_of_the_linear_loss() -> None:
+    """Those of the logits that it makes, and gradients through them."""
+    for answer in processes().run(on_ranks.linear_beside_dense, [(number,) for number in range(3)]):
+        assert not isinstance(answer, Exception), answer
+        for of_linear, of_dense, bound in answer:
+            assert torch.all(torch.abs(of_linear - of_dense) <= bound)
+
+
+def test_messages_of_the_linear_loss() -> None:
+    problems = processes().run(on_ranks.linear_called, [({"labels": np.zeros((4, 3), F32)},), ({},)])
+    assert isinstance(problems[0], TypeError)
+    assert str(problems[1]) == MESSAGES["rank_failed"][1].format(ranks=[0])
+    for problem in processes().run(on_ranks.linear_called, [({"bias": np.zeros(4, F32)},)] * 2):
+        assert "each device passes the slice of its own classes" in str(problem)
+    for problem in processes().run(on_ranks.linear_transformed, [()] * 2):
+        assert "has no transforms of torch.func: use backward()." in str(problem)
 
 
 # --- DTensors --------------------------------------------------------------------------------------------------------
