@@ -203,6 +203,8 @@ def test_a_mean_of_weights_that_are_all_0() -> None:
 
 LOGITS = np.random.default_rng(1).normal(size=(5, 16)).astype(np.float32)
 LABELS = np.array([0, 3, 15, 9, 7])
+HIDDEN = np.random.default_rng(3).normal(size=(12, 6)).astype(np.float32)
+WEIGHT = np.random.default_rng(4).normal(size=(6, 16)).astype(np.float32)
 MESH = {"axis_shapes": (DEVICES,), "axis_names": (AXIS,), "axis_types": (jax.sharding.AxisType.Auto,)}
 
 
@@ -322,6 +324,23 @@ def test_what_statistics_and_soft_labels_send() -> None:
     assert collectives(masked, LOGITS) == {"all-reduce": [ROWS, ROWS, 5 * ROWS]}
 
 
+def test_the_gradient_of_smoothing_sends_nothing_but_of_soft_labels() -> None:
+    smoothing = jnp.asarray(0.1)
+
+    def of(labels: Any) -> Callable[[jax.Array], jax.Array]:
+        return lambda smoothing: divided(sharded, DEVICES)(LOGITS, labels, smoothing=smoothing, reduction="sum")
+
+    assert len(collectives(jax.grad(of(jnp.asarray(LABELS))), smoothing)["all-reduce"]) == 2
+    assert len(collectives(jax.grad(of(jax.nn.softmax(LOGITS))), smoothing)["all-reduce"]) == 3
+
+
+def test_what_vectors_of_a_layer_send() -> None:
+    options = jax.tree.map(_as_array, VECTORS)
+    loss = partial(divided(sharded_layer, DEVICES, linear=True), labels=jnp.arange(12) + 3, reduction="mean")
+    sent = collectives(lambda hidden: loss(hidden, jnp.asarray(WEIGHT), **options), HIDDEN)
+    assert sent == {"all-reduce": [12, 2 * 12, 7 * 12]}
+
+
 def test_what_is_sent_where_jax_has_no_types_of_what_varies() -> None:
     """One more sum backward: of the cotangents, which JAX cannot know to be the same on all devices."""
     loss = divided(sharded, DEVICES, check_vma=False)
@@ -336,10 +355,6 @@ def test_the_count_can_fail() -> None:
 
     found = collectives(in_slices(gathered, jax.P(), False), LOGITS)
     assert found == {"all-gather": [ROWS * 16]}
-
-
-HIDDEN = np.random.default_rng(3).normal(size=(12, 6)).astype(np.float32)
-WEIGHT = np.random.default_rng(4).normal(size=(6, 16)).astype(np.float32)
 
 
 def layer_loss(hidden: jax.Array, local_weight: jax.Array, **options: Any) -> jax.Array:
@@ -369,16 +384,23 @@ def test_a_layer_sends_one_gradient_more() -> None:
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_gradients_of_a_layer(check_vma: bool) -> None:
-    """From outside, and with types from inside, they are those of one loss."""
+    """From outside and from inside; there, without types, the caller divides the loss and adds up hidden's."""
     with jax.enable_x64(True):
         hidden, weight = jnp.asarray(HIDDEN, jnp.float64), jnp.asarray(WEIGHT, jnp.float64)
         labels = jnp.arange(12) + 3
         whole = partial(lsce_jax.linear_label_smoothed_cross_entropy, labels=labels, reduction="sum")
         expected = jax.grad(lambda *both: whole(both[0], both[1]), argnums=(0, 1))(hidden, weight)
-        found = [jax.grad(layer_on(check_vma), argnums=(0, 1))]
-        if check_vma:
-            found.append(layer_on(check_vma, jax.grad(layer_loss, argnums=(0, 1)), (jax.P(), jax.P(None, AXIS))))
-        for gradient in found:
+        from_outside = jax.grad(layer_on(check_vma), argnums=(0, 1))
+
+        def inside(hidden: jax.Array, local_weight: jax.Array) -> Any:
+            if check_vma:
+                return jax.grad(layer_loss, argnums=(0, 1))(hidden, local_weight)
+            divided_loss = lambda *both: layer_loss(*both) / jax.lax.axis_size(AXIS)  # noqa: E731
+            of_hidden, of_weight = jax.grad(divided_loss, argnums=(0, 1))(hidden, local_weight)
+            return jax.lax.psum(of_hidden, AXIS), of_weight
+
+        from_inside = layer_on(check_vma, inside, (jax.P(), jax.P(None, AXIS)))
+        for gradient in (from_outside, from_inside):
             for ours, theirs in zip(jax.jit(gradient)(hidden, weight), expected, strict=True):
                 np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-13)
         tangents = jnp.cos(hidden), jnp.sin(weight)
