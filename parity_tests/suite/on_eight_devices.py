@@ -125,9 +125,9 @@ def compared(case: Case) -> Comparison:
 
 def test_bounds_are_used() -> None:
     """A bound that is never used past a few per cent protects nothing."""
-    shares = [compared(make_case(name, "float32")) for name in ("classes_129", "ties", "everything", "large_offset")]
+    shares = [compared(make_case(name, "float32")) for name in ("dominant", "classes_129")]
     print("largest shares:", max(each.loss for each in shares), max(each.gradient for each in shares))
-    assert max(each.loss for each in shares) > 0.05
+    assert max(each.loss for each in shares) > 0.1
     assert max(each.gradient for each in shares) > 0.1
 
 
@@ -205,12 +205,15 @@ LOGITS = np.random.default_rng(1).normal(size=(5, 16)).astype(np.float32)
 LABELS = np.array([0, 3, 15, 9, 7])
 HIDDEN = np.random.default_rng(3).normal(size=(12, 6)).astype(np.float32)
 WEIGHT = np.random.default_rng(4).normal(size=(6, 16)).astype(np.float32)
-MESH = {"axis_shapes": (DEVICES,), "axis_names": (AXIS,), "axis_types": (jax.sharding.AxisType.Auto,)}
+
+
+def one_axis() -> Any:
+    return jax.make_mesh((DEVICES,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 def in_slices(function: Callable[..., Any], out_specs: Any, check_vma: bool) -> Callable[..., Any]:
     specs = jax.P(None, AXIS)
-    mesh = jax.make_mesh(**MESH)
+    mesh = one_axis()
     return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=check_vma)
 
 
@@ -365,7 +368,7 @@ def layer_loss(hidden: jax.Array, local_weight: jax.Array, **options: Any) -> ja
 def layer_on(check_vma: bool, function: Callable[..., Any] = layer_loss, out_specs: Any = None) -> Callable[..., Any]:
     specs = jax.P(), jax.P(None, AXIS)
     out_specs = jax.P() if out_specs is None else out_specs
-    mesh = jax.make_mesh(**MESH)
+    mesh = one_axis()
     return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=check_vma)
 
 
