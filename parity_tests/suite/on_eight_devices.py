@@ -125,9 +125,9 @@ def compared(case: Case) -> Comparison:
 
 def test_bounds_are_used() -> None:
     """A bound that is never used past a few per cent protects nothing."""
-    shares = [compared(make_case(name, "float32")) for name in ("classes_129", "ties", "everything", "large_offset")]
+    shares = [compared(make_case(name, "float32")) for name in ("dominant", "classes_129")]
     print("largest shares:", max(each.loss for each in shares), max(each.gradient for each in shares))
-    assert max(each.loss for each in shares) > 0.05
+    assert max(each.loss for each in shares) > 0.1
     assert max(each.gradient for each in shares) > 0.1
 
 
@@ -203,12 +203,17 @@ def test_a_mean_of_weights_that_are_all_0() -> None:
 
 LOGITS = np.random.default_rng(1).normal(size=(5, 16)).astype(np.float32)
 LABELS = np.array([0, 3, 15, 9, 7])
-MESH = {"axis_shapes": (DEVICES,), "axis_names": (AXIS,), "axis_types": (jax.sharding.AxisType.Auto,)}
+HIDDEN = np.random.default_rng(3).normal(size=(12, 6)).astype(np.float32)
+WEIGHT = np.random.default_rng(4).normal(size=(6, 16)).astype(np.float32)
+
+
+def one_axis() -> Any:
+    return jax.make_mesh((DEVICES,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 def in_slices(function: Callable[..., Any], out_specs: Any, check_vma: bool) -> Callable[..., Any]:
     specs = jax.P(None, AXIS)
-    mesh = jax.make_mesh(**MESH)
+    mesh = one_axis()
     return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=check_vma)
 
 
@@ -322,6 +327,23 @@ def test_what_statistics_and_soft_labels_send() -> None:
     assert collectives(masked, LOGITS) == {"all-reduce": [ROWS, ROWS, 5 * ROWS]}
 
 
+def test_the_gradient_of_smoothing_sends_nothing_but_of_soft_labels() -> None:
+    smoothing = jnp.asarray(0.1)
+
+    def of(labels: Any) -> Callable[[jax.Array], jax.Array]:
+        return lambda smoothing: divided(sharded, DEVICES)(LOGITS, labels, smoothing=smoothing, reduction="sum")
+
+    assert len(collectives(jax.grad(of(jnp.asarray(LABELS))), smoothing)["all-reduce"]) == 2
+    assert len(collectives(jax.grad(of(jax.nn.softmax(LOGITS))), smoothing)["all-reduce"]) == 3
+
+
+def test_what_vectors_of_a_layer_send() -> None:
+    options = jax.tree.map(_as_array, VECTORS)
+    loss = partial(divided(sharded_layer, DEVICES, linear=True), labels=jnp.arange(12) + 3, reduction="mean")
+    sent = collectives(lambda hidden: loss(hidden, jnp.asarray(WEIGHT), **options), HIDDEN)
+    assert sent == {"all-reduce": [12, 2 * 12, 7 * 12]}
+
+
 def test_what_is_sent_where_jax_has_no_types_of_what_varies() -> None:
     """One more sum backward: of the cotangents, which JAX cannot know to be the same on all devices."""
     loss = divided(sharded, DEVICES, check_vma=False)
@@ -338,10 +360,6 @@ def test_the_count_can_fail() -> None:
     assert found == {"all-gather": [ROWS * 16]}
 
 
-HIDDEN = np.random.default_rng(3).normal(size=(12, 6)).astype(np.float32)
-WEIGHT = np.random.default_rng(4).normal(size=(6, 16)).astype(np.float32)
-
-
 def layer_loss(hidden: jax.Array, local_weight: jax.Array, **options: Any) -> jax.Array:
     labels = np.arange(12) + 3
     return sharded_layer(hidden, local_weight, labels, axis_name=AXIS, reduction="sum", chunk_size=3, **options)
@@ -350,7 +368,7 @@ def layer_loss(hidden: jax.Array, local_weight: jax.Array, **options: Any) -> ja
 def layer_on(check_vma: bool, function: Callable[..., Any] = layer_loss, out_specs: Any = None) -> Callable[..., Any]:
     specs = jax.P(), jax.P(None, AXIS)
     out_specs = jax.P() if out_specs is None else out_specs
-    mesh = jax.make_mesh(**MESH)
+    mesh = one_axis()
     return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=check_vma)
 
 
@@ -369,16 +387,23 @@ def test_a_layer_sends_one_gradient_more() -> None:
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_gradients_of_a_layer(check_vma: bool) -> None:
-    """From outside, and with types from inside, they are those of one loss."""
+    """From outside and from inside; there, without types, the caller divides the loss and adds up hidden's."""
     with jax.enable_x64(True):
         hidden, weight = jnp.asarray(HIDDEN, jnp.float64), jnp.asarray(WEIGHT, jnp.float64)
         labels = jnp.arange(12) + 3
         whole = partial(lsce_jax.linear_label_smoothed_cross_entropy, labels=labels, reduction="sum")
         expected = jax.grad(lambda *both: whole(both[0], both[1]), argnums=(0, 1))(hidden, weight)
-        found = [jax.grad(layer_on(check_vma), argnums=(0, 1))]
-        if check_vma:
-            found.append(layer_on(check_vma, jax.grad(layer_loss, argnums=(0, 1)), (jax.P(), jax.P(None, AXIS))))
-        for gradient in found:
+        from_outside = jax.grad(layer_on(check_vma), argnums=(0, 1))
+
+        def inside(hidden: jax.Array, local_weight: jax.Array) -> Any:
+            if check_vma:
+                return jax.grad(layer_loss, argnums=(0, 1))(hidden, local_weight)
+            divided_loss = lambda *both: layer_loss(*both) / jax.lax.axis_size(AXIS)  # noqa: E731
+            of_hidden, of_weight = jax.grad(divided_loss, argnums=(0, 1))(hidden, local_weight)
+            return jax.lax.psum(of_hidden, AXIS), of_weight
+
+        from_inside = layer_on(check_vma, inside, (jax.P(), jax.P(None, AXIS)))
+        for gradient in (from_outside, from_inside):
             for ours, theirs in zip(jax.jit(gradient)(hidden, weight), expected, strict=True):
                 np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-13)
         tangents = jnp.cos(hidden), jnp.sin(weight)
