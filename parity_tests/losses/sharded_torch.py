@@ -131,6 +131,14 @@ def loss_and_gradient(
     return {"loss": loss.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
 
 
+@cache
+def mesh_of(sizes: tuple[int, ...]) -> Any:
+    """Return a mesh of all processes. It has groups of its own, each with threads, so there is one of these sizes."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", sizes)
+
+
 def loss_and_gradient_of_dtensor(
     group: Any,
     options: dict[str, Any],
@@ -143,7 +151,6 @@ def loss_and_gradient_of_dtensor(
     del group
     import torch
     from torch.distributed import tensor
-    from torch.distributed.device_mesh import init_device_mesh
 
     import lsce_torch
 
@@ -152,7 +159,7 @@ def loss_and_gradient_of_dtensor(
     sizes = [size for size, _ in layout]
     dims = {"classes": axis % logits.ndim, "rows": 1 if axis % logits.ndim == 0 else 0}
     placements = [tensor.Shard(dims[what]) if what in dims else tensor.Replicate() for _, what in layout]
-    mesh = init_device_mesh("cpu", tuple(sizes))
+    mesh = mesh_of(tuple(sizes))
     divided = tensor.distribute_tensor(logits, mesh, placements).requires_grad_()
     loss_of: Any = lsce_torch.label_smoothed_cross_entropy
     if compiled:

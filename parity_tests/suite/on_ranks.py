@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lsce_torch
 from lsce_torch import shards
 from parity_tests.losses.adapters import to_torch
+from parity_tests.losses.sharded_torch import mesh_of
 
 loss_of = lsce_torch.vocab_parallel_label_smoothed_cross_entropy
 loss_and_stats = lsce_torch.vocab_parallel_label_smoothed_cross_entropy_with_stats
@@ -159,8 +160,7 @@ def with_gradient(group: Any, name: str) -> Any:
 
 
 def dtensor_of(logits: Any, sizes: tuple[int, ...], placements: list[Any]) -> Any:
-    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", sizes)
-    return tensor.distribute_tensor(to_torch(logits), mesh, placements)
+    return tensor.distribute_tensor(to_torch(logits), mesh_of(sizes), placements)
 
 
 def statistics_of_dtensor(_: Any, options: dict[str, Any], arrays: dict[str, Any], axis: int) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def module_of_dtensors(_: Any, logits: Any, labels: Any, weight: Any) -> Any:
 def refused_dtensor(_: Any, how: str) -> Any:
     """Return the loss of a DTensor that it does not take."""
     logits, labels, options = torch.zeros(4, 8), torch.zeros(4, dtype=torch.int64), {}
-    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2, 2))
+    mesh = mesh_of((2, 2))
     placements: list[Any] = [tensor.Replicate(), tensor.Shard(1)]
     if how == "dtensor_partial":
         placements = [tensor.Partial(), tensor.Replicate()]
