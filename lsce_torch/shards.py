@@ -59,7 +59,12 @@ class Shard(NamedTuple):
 
 
 def shard_of(
-    given: Given, options: LossOptions, keywords: Mapping[str, Any], statistics: int, ranks: Ranks
+    given: Given,
+    options: LossOptions,
+    keywords: Mapping[str, Any],
+    statistics: int,
+    ranks: Ranks,
+    num_features: int = 0,
 ) -> tuple[Shard, Batch]:
     """Return this rank's classes, and its rows in one dimension. The labels count over all classes.
 
@@ -69,6 +74,7 @@ def shard_of(
         keywords: `prior` and `denominator` of the call.
         statistics: see `row_losses`.
         ranks: of the group.
+        num_features: of the layer that makes the logits.
 
     Raises:
         ValueError: the ranks disagree, no rank has a class, or the prior of all classes is no distribution.
@@ -80,17 +86,21 @@ def shard_of(
         "allowed": float(logits.shape[-1]) if class_mask is None or by_row else class_mask.sum(),
         "prior": 0.0 if given.prior is None else given.prior.double().sum(),
     }
-    shared = _shared(given, options, keywords, statistics)
+    shared = _shared(given, options, keywords, statistics, num_features)
     told = Told(logits.shape[-1], math.prod(logits.shape[:-1]), shared, sums)
     classes, heard = tell(told, ranks, logits.device)
     if given.prior is not None and is_on_cpu(logits) and not torch.compiler.is_compiling():
-        check_prior_sum(heard["prior"].item(), torch.finfo(keywords["prior"].dtype).eps / 2)
+        as_given = keywords["prior"]
+        dtype = as_given.dtype if isinstance(as_given, Tensor) else given.prior.dtype
+        check_prior_sum(heard["prior"].item(), torch.finfo(dtype).eps / 2)
     classes = classes.to(torch.int64)
     shard = Shard(ranks, classes.sum(), classes[: ranks.rank].sum(), heard["allowed"])
     return shard, _flat(canonical(replace(given, class_mask=None), options, shard.num_classes), class_mask)
 
 
-def _shared(given: Given, options: LossOptions, keywords: Mapping[str, Any], statistics: int) -> dict[str, float]:
+def _shared(
+    given: Given, options: LossOptions, keywords: Mapping[str, Any], statistics: int, num_features: int
+) -> dict[str, float]:
     """Return what must be the same on every rank, as numbers. torch.compile has no values of numbers at hand."""
 
     def number(value: object) -> float:
@@ -102,6 +112,7 @@ def _shared(given: Given, options: LossOptions, keywords: Mapping[str, Any], sta
     mask = given.class_mask
     return {
         "the dtype of the logits": place_of("the dtype of the logits", name_of(given.logits.dtype)),
+        "the number of features": number(num_features),
         "the kind of labels": given.labels.is_floating_point(),
         "the kind of class_mask": 0 if mask is None else min(mask.ndim, 2),
         "the kind of statistics": statistics,

@@ -303,14 +303,14 @@ def _evaluate_linear(
         if isinstance(hidden, Tensor):
             tell_failure(ranks, hidden.device)
         raise
-    statistics, num_rows = with_stats + differentiable, labels.numel()
-    shard, batch = shard_of(given, options, keywords, statistics, ranks)
-    layer = layer._replace(hidden=layer.hidden.reshape(num_rows, layer.hidden.shape[-1]))
+    statistics, num_rows, num_features = with_stats + differentiable, labels.numel(), layer.hidden.shape[-1]
+    shard, batch = shard_of(given, options, keywords, statistics, ranks, num_features)
+    layer = layer._replace(hidden=layer.hidden.reshape(num_rows, num_features))
     sharded = None
     if torch.compiler.is_compiling() or not num_rows:
         batch = replace(batch, logits=all_logits(layer, batch, ranks))
     else:
-        preferred = preferred_rows(layer.hidden.shape[-1], on_tpu=takes_plain_operations(layer.hidden))
+        preferred = preferred_rows(num_features, on_tpu=takes_plain_operations(layer.hidden))
         sharded = ShardedLayer(layer, chunks.rows_at_most(preferred, max(num_here, 1)))
     results = row_losses(shard, batch, options, keywords["denominator"], statistics, sharded)
     return _reduced(given, options, *results)

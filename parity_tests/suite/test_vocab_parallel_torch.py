@@ -271,6 +271,9 @@ def test_messages_of_the_linear_loss() -> None:
     problems = processes().run(on_ranks.linear_called, [({"labels": np.zeros((4, 3), F32)},), ({},)])
     assert isinstance(problems[0], TypeError)
     assert str(problems[1]) == MESSAGES["rank_failed"][1].format(ranks=[0])
+    wider = {"hidden": np.zeros((4, 5), F32), "local_weight": np.zeros((3, 5), F32)}
+    for problem in processes().run(on_ranks.linear_called, [({},), (wider,)]):
+        assert "disagree about the number of features: rank 0 has 2, rank 1 has 5." in str(problem)
     for problem in processes().run(on_ranks.linear_called, [({"bias": np.zeros(4, F32)},)] * 2):
         assert "each device passes the slice of its own classes" in str(problem)
     for problem in processes().run(on_ranks.linear_transformed, [()] * 2):
