@@ -17,7 +17,7 @@ from parity_tests.losses.adapters import Adapter, UnavailableError
 from parity_tests.losses.callables import FrameworkError, framework_of, name_of
 from parity_tests.losses.user_losses import FRAMEWORKS, SpecificationError, adapt, load_adapter
 from parity_tests.report.pairs import lines_of, verdict_line
-from parity_tests.studies.pairs import Pair, Tolerance, compare_sides
+from parity_tests.studies.pairs import Pair, compare_sides, make_tolerance
 from parity_tests.studies.probes import plain_cases
 from parity_tests.studies.questions import check_pair, make_question, make_sides, take_batches
 from parity_tests.truth.precision import DTYPES
@@ -199,8 +199,7 @@ def _compare(first: Loss, second: Loss, dtypes: tuple[str, ...], options: Compar
     check_pair(question, [each.name for each in adapters], drawn=chose)
     probes = [case for case in plain_cases(question, dtypes[0]) if case.name.startswith("plain")]
     sides = make_sides(adapters, own.cases if own else probes, question, own)
-    rtol, atol = options.get("rtol"), options.get("atol")
-    tolerance = None if rtol is None and atol is None else Tolerance(rtol or 0.0, atol or 0.0)
+    tolerance = make_tolerance(options.get("rtol"), options.get("atol"))
     return compare_sides(*sides, question, dtypes, tolerance, batches=own.cases if own else ())
 
 

@@ -87,6 +87,7 @@ def run_quick_linear(tmp_path_factory, *arguments):
     return result.stdout.replace(f"wrote {path}", ""), json.loads(path.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_every_linear_row_is_printed(quick_linear):
     output, figures = quick_linear
     assert max(map(len, output.splitlines())) <= 80
@@ -102,6 +103,7 @@ def test_every_linear_row_is_printed(quick_linear):
             assert row["memory"] >= 0
 
 
+@pytest.mark.slow
 def test_every_number_of_rows_is_printed(quick_scaling):
     output, figures = quick_scaling
     assert max(map(len, output.splitlines())) <= 80
@@ -113,6 +115,7 @@ def test_every_number_of_rows_is_printed(quick_scaling):
             assert row["memory"] > 0
 
 
+@pytest.mark.slow
 def test_every_row_of_added_smoothing_is_printed(tmp_path):
     path = tmp_path / "figures.json"
     result = run("smoothing", "--quick", "--json", path)

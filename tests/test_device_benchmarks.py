@@ -84,6 +84,7 @@ def check_record(figures, patterns):
     assert figures["limits"] is None
 
 
+@pytest.mark.slow
 def test_the_record(quick):
     check_record(quick[1], PATTERNS)
 
@@ -93,6 +94,7 @@ def test_the_record_of_all_losses(tmp_path, request):
     check_record(dry_run(tmp_path, ["*"], request.config)[1], ["*"])
 
 
+@pytest.mark.slow
 def test_what_fails_on_a_cpu_is_named(quick):
     failed = {row["name"]: row["failed"] for part in quick[1]["device cpu"] for row in part["rows"] if "failed" in row}
     assert failed.pop("lsce pallas").startswith("ValueError: implementation='pallas' cannot compute this call: it runs")
@@ -101,6 +103,7 @@ def test_what_fails_on_a_cpu_is_named(quick):
     assert failed == {}
 
 
+@pytest.mark.slow
 def test_what_is_not_here_is_named(quick):
     missing = {name: reason for part in quick[1]["device cpu"] for name, reason in part["missing"].items()}
     for start, package in PACKAGES.items():
@@ -112,6 +115,7 @@ def test_what_is_not_here_is_named(quick):
     assert "QuACK* is not here: " in quick[0]
 
 
+@pytest.mark.slow
 def test_others_are_right_or_rounded(quick):
     status = {}
     for part in quick[1]["device cpu"]:
@@ -132,6 +136,7 @@ def test_others_are_right_or_rounded(quick):
     assert "Optax integer* is wrong in large_offset, bfloat16: loss" in quick[0].replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_every_row_is_printed(quick):
     output, figures = quick
     assert max(map(len, output.splitlines())) <= 80
@@ -310,6 +315,7 @@ def test_a_device_that_takes_no_more_work(stage, monkeypatch):
     assert last == {"unusable": "RuntimeError: an illegal memory access"}
 
 
+@pytest.mark.slow
 def test_the_way_of_a_gpu_on_a_cpu(monkeypatch):
     """All that the process does on a GPU, but for kernels: tensors that are sent there stay here."""
     log = []
@@ -345,6 +351,7 @@ def test_the_way_of_a_gpu_on_a_cpu(monkeypatch):
     assert [table.rows[0][4] for table in tables if "÷ first" in table.headings] == ["0 %", "0 %"]
 
 
+@pytest.mark.slow
 def test_the_way_of_a_tpu_on_a_cpu(monkeypatch):
     """The same in JAX: its CPU takes the place of the TPU."""
     cpu = jax.devices()[0]
@@ -427,6 +434,7 @@ def docs(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_record_grows_with_each_part(quick, docs, monkeypatch):
     parts = copy.deepcopy(quick[1]["device cpu"])
     record, card = docs / "figures/device-cuda/nvidia-b200.json", CARDS["gpu-b200"].name

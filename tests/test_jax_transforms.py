@@ -6,7 +6,7 @@ table TRANSFORMS x TRANSFORMS, and a single exception or a wrong number fails it
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from itertools import count
+from itertools import count, product
 from unittest import mock
 
 import jax
@@ -218,8 +218,10 @@ def test_transform(loss: str, name: str) -> None:
     assert_as_plain(loss, name)
 
 
-@pytest.mark.parametrize("outer", TRANSFORMS)
-@pytest.mark.parametrize("inner", TRANSFORMS)
+@pytest.mark.parametrize(("inner", "outer"), [
+    pytest.param(*pair, marks=[pytest.mark.slow] * (not set(pair) <= set(BASIC)))
+    for pair in product(TRANSFORMS, TRANSFORMS)
+])  # fmt: skip
 @pytest.mark.parametrize("loss", ["fused", *SLOW_LOSSES])
 def test_transform_of_a_transform(loss: str, inner: str, outer: str) -> None:
     assert_as_plain(loss, inner, outer)

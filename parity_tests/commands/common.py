@@ -80,6 +80,13 @@ FirstOption = Annotated[
 SecondOption = Annotated[
     list[str] | None, typer.Option("--b", metavar="KEY=VALUE", help="Argument for the second; may be repeated.")
 ]
+RtolOption = Annotated[
+    float | None,
+    typer.Option("--rtol", min=0, help="Allow this relative difference, in place of what rounding explains."),
+]
+AtolOption = Annotated[
+    float | None, typer.Option("--atol", min=0, help="Allow this difference, in place of what rounding explains.")
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda or tpu.")]
 
 DeviceModelOption = Annotated[

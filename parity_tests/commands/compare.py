@@ -11,12 +11,14 @@ from rich.text import Text
 
 from parity_tests.commands.common import (
     CANNOT_RUN,
+    AtolOption,
     DeviceModelOption,
     DeviceOption,
     DtypeOption,
     FirstOption,
     JsonOption,
     ReportOption,
+    RtolOption,
     SecondOption,
     announce,
     cannot_run,
@@ -37,9 +39,9 @@ from parity_tests.losses.user_losses import (
     load_adapter,
     parse_options,
 )
-from parity_tests.report.pairs import lines_of, verdict_line
-from parity_tests.report.verdict import Banner
-from parity_tests.studies.pairs import Pair, Tolerance, compare_sides
+from parity_tests.report.pairs import lines_of, parts_of_page, verdict_line
+from parity_tests.report.words import PageTable
+from parity_tests.studies.pairs import Pair, compare_sides, make_tolerance
 from parity_tests.studies.precision_effects import OBSERVED, Effects, find_effects
 from parity_tests.studies.probes import (
     LABEL_KINDS,
@@ -101,12 +103,8 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
             "cases that are drawn; may be repeated.",
         ),
     ] = None,
-    rtol: Annotated[
-        float | None, typer.Option(min=0, help="Allow this relative difference, in place of what rounding explains.")
-    ] = None,
-    atol: Annotated[
-        float | None, typer.Option(min=0, help="Allow this difference, in place of what rounding explains.")
-    ] = None,
+    rtol: RtolOption = None,
+    atol: AtolOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = "cpu",
     device_model: DeviceModelOption = None,
@@ -181,7 +179,7 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
         )
     except UnavailableError as error:
         cannot_run(str(error))
-    tolerance = None if rtol is None and atol is None else Tolerance(rtol or 0.0, atol or 0.0)
+    tolerance = make_tolerance(rtol, atol)
     pair = compare_sides(first_side, second_side, question, dtypes, tolerance, announce, own.cases if own else ())
     print_pair(pair, console)
     effects = None
@@ -223,28 +221,30 @@ def print_pair(pair: Pair, console: Console) -> None:
 
 
 def _print_effects(effects: Effects, console: Console) -> None:
+    table = _effects_table(effects)
+    console.print(f"\n{table.note}:\n")
+    console.print(FittingTable.of(table.headings, table.rows))
+    console.print(f"\n{_explanation(effects)}.", highlight=False)
+
+
+def _effects_table(effects: Effects) -> PageTable:
     parts = list(effects.changes[OBSERVED])
-    table = FittingTable("source", *(f">{part}" for part in parts))
-    for source, changes in effects.changes.items():
-        table.add_row(source, *(f"{changes[part]:.1e}" for part in parts))
-    console.print(
-        f"\nWhat the arithmetic of {effects.device} changes in one loss, as a share of the largest element, in the "
-        "worst case:\n"
+    note = f"What the arithmetic of {effects.device} changes in one loss, as a share of the largest element, in the "
+    return PageTable(
+        f"Arithmetic of {effects.device}",
+        ["source", *(f">{part}" for part in parts)],
+        [[source, *(f"{changes[part]:.1e}" for part in parts)] for source, changes in effects.changes.items()],
+        f"{note}worst case",
     )
-    console.print(table)
-    share = f"{_share(effects.ratio)} of what it may change in two losses"
+
+
+def _explanation(effects: Effects) -> str:
+    share = f"{effects.ratio:.2g} of what it may change in two losses"
     if effects.case is None:
-        console.print("\nNothing to explain: no case has two results.")
-    elif effects.explained:
-        console.print(f"\nEXPLAINED by the arithmetic of {effects.device}: at most {share}.", highlight=False)
-    else:
-        console.print(
-            f"\nNOT EXPLAINED by the arithmetic of {effects.device}: {share} ({effects.case}).", highlight=False
-        )
-
-
-def _share(value: float) -> str:
-    return f"{value:.2g}"
+        return "Nothing to explain: no case has two results"
+    if effects.explained:
+        return f"EXPLAINED by the arithmetic of {effects.device}: at most {share}"
+    return f"NOT EXPLAINED by the arithmetic of {effects.device}: {share} ({effects.case})"
 
 
 def _plain(found: Sameness | Accuracy) -> dict[str, Any]:
@@ -290,8 +290,7 @@ def write_pair(
         "environment": describe_environment(),
     }
     write_json(json_file, content, console)
-    names = " and ".join(reading.name for reading in pair.readings)
-    banner = None
-    if pair.agrees is None:
-        banner = Banner("NO VERDICT", "nothing", [*pair.functions(), *pair.troubles()])
-    write_page(report, pair.survey, console, title=names, notes=pair.notes(), agrees=pair.agrees, banner=banner)
+    parts = parts_of_page(pair)
+    if effects is not None:
+        parts |= {"notes": [_explanation(effects)], "tables": [_effects_table(effects)]}
+    write_page(report, console=console, **parts)

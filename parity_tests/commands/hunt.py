@@ -116,7 +116,8 @@ def hunt(  # noqa: PLR0913 - each option of the command line is a parameter
         _save(save, known, finds, adapters, console)
     word, _, sentence = verdict.partition(": ")
     banner = Banner(word, word.lower(), [sentence, *(_problem(find) for find in finds if not find.agrees)])
-    tables = [PageTable("Searches", HEADINGS, [_row(find) for find in finds], note=NOTE)]
+    rows = [_row(find) for find in finds]
+    tables = [PageTable("Searches", HEADINGS, rows, note=NOTE, wrong=[not find.agrees for find in finds])]
     write_page(report, Survey({}, [], []), console, title="Search for the largest errors", banner=banner, tables=tables)
     console.print(f"\n{verdict}", highlight=False)
     exit_with(all(find.agrees for find in finds))

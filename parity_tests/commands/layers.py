@@ -124,14 +124,23 @@ def layers(  # noqa: PLR0913 - options of a command
         "environment": describe_environment(),
     }
     write_json(json_file, content, console)
-    lines = [line for each in _wrong(verdict) for line in _lines(each)]
+    findings = {first: rest for first, *rest in map(_lines, _wrong(verdict))}
     word, _, rest = _conclusion(verdict).partition(": ") if verdict.agrees is not True else ("AGREE", "", "")
     style = {True: "agree", False: "disagree", None: "nothing"}[verdict.agrees]
     banner = Banner(word, style, [rest or _conclusion(verdict)])
-    table = PageTable("Layers", *_rows(verdict), note=SHARES)
-    notes = [*verdict.notes, *lines]
-    title = f"{first} and {second}"
-    write_page(report, Survey({}, [], []), console, title=title, banner=banner, tables=[table], notes=notes)
+    wrong = [each.is_open or not each.agrees for each in verdict.layers]
+    table = PageTable("Layers", *_rows(verdict), note=SHARES, wrong=wrong)
+    notes = [*verdict.notes, *(f"not compared by itself: {each}, {why}" for each, why in verdict.left_out.items())]
+    write_page(
+        report,
+        Survey({}, [], []),
+        console,
+        title=f"{first} and {second}",
+        banner=banner,
+        tables=[table],
+        notes=notes,
+        findings=findings,
+    )
     console.print(_conclusion(verdict), soft_wrap=True, highlight=False)
     if verdict.agrees is None:
         raise typer.Exit(code=CANNOT_RUN)

@@ -26,8 +26,10 @@ from parity_tests.commands.common import (
 )
 from parity_tests.commands.hunt import DEFAULT as ADAPTERS
 from parity_tests.commands.recorded_losses import record_own
+from parity_tests.commands.recorded_trainings import record_steps
 from parity_tests.commands.replay import print_replay
 from parity_tests.commands.terminal import PlainConsole
+from parity_tests.commands.trajectory import BATCH_SIZE, REPLICAS, STEPS
 from parity_tests.losses.user_losses import is_user_loss
 from parity_tests.studies.bundle import MANIFEST, BundleError, read_bundle, write_bundle
 from parity_tests.studies.bundle import record as record_cases
@@ -69,8 +71,19 @@ def record(  # noqa: PLR0913 - each option of the command line is a parameter
     inputs: Annotated[
         list[Path] | None, typer.Option(dir_okay=False, help="Of a loss of yours: your own batch, as in `compare`.")
     ] = None,
+    training: Annotated[
+        str | None,
+        typer.Option(help="Record a training of yours, as `trajectory` takes it: torch:package.module:name or jax:..."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help=f"Of a training: steps. [default: {STEPS}]")] = None,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help=f"Of a training: one-ulp replicas. [default: {REPLICAS}]")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help=f"Of a training: rows that a loss averages. [default: {BATCH_SIZE}]")
+    ] = None,
 ) -> None:
-    """Record inputs, truth and results of adapters, for `replay` with another framework or on another machine.
+    """Record adapters, a loss or a training of yours, for `replay` with another framework or on another machine.
 
     Exit code 0: all results are within their bounds, 1: one is not (the bundle is still written), 2: nothing written.
 
@@ -79,7 +92,15 @@ def record(  # noqa: PLR0913 - each option of the command line is a parameter
         lsce-parity record ties --adapter torch-fused --case "ties*" --dtype float32
         lsce-parity record layers --case "linear_*"
         lsce-parity record from-torch --adapter torch:my.losses:focal --a gamma=2 --inputs batch.safetensors
+        lsce-parity record from-torch --training torch:my.trainings:Torch --steps 20
     """
+    of_loss = any((classes, ignore_index is not None, linear, inputs, (logits_are, labels_are) != PLAIN))
+    sizes = (steps, replicas, batch_size)
+    if training is not None or sizes != (None, None, None):
+        if of_loss or adapter or case or dtype or device != "cpu":
+            cannot_run("--training is recorded alone: beside it go --steps, --replicas, --batch-size, --a and --json")
+        record_steps(folder, training, option, sizes, force, json_file)
+        return
     if adapter and any(map(is_user_loss, adapter)):
         if len(adapter) > 1 or case:
             cannot_run("a loss of your own is recorded alone: one --adapter, and no --case")
@@ -91,7 +112,7 @@ def record(  # noqa: PLR0913 - each option of the command line is a parameter
             cannot_run(str(error))
         record_own(folder, adapter[0], option, question, inputs or (), dtype, device, force, json_file)
         return
-    if option or classes or ignore_index is not None or linear or inputs or (logits_are, labels_are) != PLAIN:
+    if option or of_loss:
         cannot_run(
             "--a, --classes, --ignore-index, --linear, --logits-are, --labels-are and --inputs are for a loss of "
             "your own: --adapter torch:package.module:name or jax:..."

@@ -19,10 +19,11 @@ from parity_tests.commands.common import (
 )
 from parity_tests.commands.compare import announce_batches, load_loss, print_pair, write_pair
 from parity_tests.commands.terminal import PlainConsole
-from parity_tests.studies.pairs import compare_sides
+from parity_tests.studies.pairs import Tolerance, compare_sides
 from parity_tests.studies.probes import Question, plain_cases
 from parity_tests.studies.questions import check_pair, take_batches
-from parity_tests.studies.recorded_losses import MANIFEST, RecordingError, read_recording, record_loss, sides_of
+from parity_tests.studies.recorded_losses import MANIFEST, read_recording, record_loss, sides_of
+from parity_tests.studies.sealed_folders import RecordingError
 
 
 def record_own(
@@ -66,6 +67,7 @@ def replay_own(
     folder: Path,
     adapter: list[str] | None,
     options: list[str] | None,
+    tolerance: Tolerance | None,
     device: str,
     json_file: Path | None,
     report: Path | None,
@@ -88,7 +90,7 @@ def replay_own(
         cannot_run(str(error))
     first, second = sides_of(recording, loss, lambda text: console.print(Text(text)))
     dtypes = list(dict.fromkeys(case.dtype for case in recording.cases))
-    pair = compare_sides(first, second, question, dtypes, announce=announce, batches=recording.cases)
+    pair = compare_sides(first, second, question, dtypes, tolerance, announce, recording.cases)
     versions = ", ".join(f"{name} {version}" for name, version in recording.environment["versions"].items())
     console.print(Text(f"recorded with Python {recording.environment['python']}, {versions}"), soft_wrap=True)
     print_pair(pair, console)

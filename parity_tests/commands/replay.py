@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.text import Text
 
 from parity_tests.commands.common import (
+    AtolOption,
     DeviceOption,
     JsonOption,
     ReportOption,
+    RtolOption,
     SecondOption,
     cannot_run,
     exit_with,
@@ -25,14 +27,21 @@ from parity_tests.commands.common import (
     write_page,
 )
 from parity_tests.commands.recorded_losses import replay_own
+from parity_tests.commands.recorded_trainings import replay_steps
 from parity_tests.commands.terminal import FittingTable, PlainConsole
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.losses.user_losses import is_user_loss
+from parity_tests.report.words import PageTable
 from parity_tests.studies.bundle import BundleError, read_bundle
+from parity_tests.studies.pairs import make_tolerance
 from parity_tests.studies.recorded_losses import MANIFEST
+from parity_tests.studies.recorded_trainings import MANIFEST as TRAINING
 from parity_tests.studies.replays import Replay
 from parity_tests.studies.replays import replay as replay_bundle
 from parity_tests.studies.survey import Member, Survey
+
+HEADINGS = ("~here", "~recorded", ">cases", ">share", "verdict")
+SHARE = "Share: the largest error as a share of what rounding explains; at most 1 is right."
 
 AdapterOption = Annotated[
     list[str] | None,
@@ -44,9 +53,14 @@ def replay(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a bundle.", show_default=False)],
     *,
     adapter: AdapterOption = None,
+    training: Annotated[
+        str | None, typer.Option(help="Your training, to hold against a recorded one: torch:package.module:name.")
+    ] = None,
     device: DeviceOption = "cpu",
     json_file: JsonOption = None,
     option: SecondOption = None,
+    rtol: RtolOption = None,
+    atol: AtolOption = None,
     report: ReportOption = None,
 ) -> None:
     """Compare adapters on this machine with values recorded elsewhere, on the same input bits.
@@ -60,9 +74,18 @@ def replay(
         lsce-parity replay from-the-gpu-machine --adapter jax-fused --json replayed.json
         lsce-parity replay from-the-gpu-machine --report page
         lsce-parity replay from-torch --adapter jax:my.losses:focal --b gamma=2
+        lsce-parity replay from-torch --training jax:my.trainings:Jax
     """
+    if (folder / TRAINING).is_file():
+        if adapter or (rtol, atol) != (None, None) or device != "cpu":
+            cannot_run(f"{folder} holds a training: leave out --adapter, --device, --rtol and --atol")
+        replay_steps(folder, training, option, json_file, report)
+    if training is not None:
+        cannot_run(f"{folder} holds no recorded training: record one with --training torch:package.module:name")
     if (folder / MANIFEST).is_file():
-        replay_own(folder, adapter, option, device, json_file, report)
+        replay_own(folder, adapter, option, make_tolerance(rtol, atol), device, json_file, report)
+    if rtol is not None or atol is not None:
+        cannot_run("--rtol and --atol are for a recorded loss of yours: in a bundle the true values decide")
     if option or any(map(is_user_loss, adapter or ())):
         cannot_run(f"{folder} holds no recorded loss of a user: record one with --adapter torch:package.module:name")
     console = PlainConsole()
@@ -95,11 +118,20 @@ def replay(
     }
     write_json(json_file, content, console)
     notes = [
-        f"{title} {_in_words(where)}" for title, where in (("Recorded", bundle.environment), ("Here", environment))
+        f"{title} {_in_words(where)}"
+        for title, where in (("Recorded with", bundle.environment), ("Replayed with", environment))
     ]
     title = f"Replay of {folder}"
+    wrong = [not line.agrees for line in found.lines() if line.cases]
     write_page(
-        report, _as_survey(found), console, title=title, notes=notes, evidence=found.evidence(), agrees=found.agrees
+        report,
+        _as_survey(found),
+        console,
+        title=title,
+        notes=notes,
+        evidence=found.evidence(),
+        agrees=found.agrees,
+        tables=[PageTable("Comparisons", HEADINGS, _rows(found), note=SHARE, wrong=wrong)],
     )
     verdict = "AGREE" if found.agrees else "DISAGREE"
     console.print(f"\n{verdict}: {len(bundle.records)} recorded cases", highlight=False)
@@ -123,20 +155,29 @@ def _recorded(name: str) -> str:
 
 def print_replay(found: Replay, console: Console) -> None:
     """Print each comparison, then the worst case of each that disagrees."""
-    table = FittingTable("~here", "~recorded", ">cases", ">share", "verdict")
-    lines = [line for line in found.lines() if line.cases]
+    console.print(f"{SHARE}\n")
+    console.print(FittingTable.of(HEADINGS, _rows(found)))
+    console.print()
+    for line in found.lines():
+        if line.cases and not line.agrees:
+            console.print(Text(str(line)), soft_wrap=True)
+
+
+def _rows(found: Replay) -> list[list[str]]:
+    """Return a row for each comparison of one or more cases."""
     here = {each.name: f"{each.name} on {each.device}" for each in found.adapters}
     recorded = {name: f"{name} on {each.device}" for name, each in found.bundle.adapters.items()}
-    for line in lines:
-        verdict = "agree" if line.agrees else "DISAGREE"
-        names = (here.get(line.here, line.here), recorded.get(line.recorded, line.recorded))
-        table.add_row(*names, str(line.cases), f"{line.share:.2g}", verdict)
-    console.print("Share: the largest error as a share of what rounding explains; at most 1 is right.\n")
-    console.print(table)
-    console.print()
-    for line in lines:
-        if not line.agrees:
-            console.print(Text(str(line)), soft_wrap=True)
+    return [
+        [
+            here.get(line.here, line.here),
+            recorded.get(line.recorded, line.recorded),
+            str(line.cases),
+            f"{line.share:.2g}",
+            "agree" if line.agrees else "DISAGREE",
+        ]
+        for line in found.lines()
+        if line.cases
+    ]
 
 
 def _in_words(environment: Mapping[str, Any]) -> str:

@@ -4,7 +4,6 @@ from functools import partial
 from typing import Annotated
 
 import typer
-from rich.text import Text
 
 from parity_tests.commands.common import (
     CANNOT_RUN,
@@ -12,17 +11,33 @@ from parity_tests.commands.common import (
     DtypeOption,
     FirstOption,
     JsonOption,
+    ReportOption,
     announce,
     cannot_run,
     check_device,
     check_dtypes,
     exit_with,
     write_json,
+    write_page,
 )
 from parity_tests.commands.terminal import FittingTable, PlainConsole
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.losses.user_losses import SpecificationError, find, parse_options
-from parity_tests.self_checks import SMOOTHING, UnsupportedError, agreement, make_subject, options_of, run_checks
+from parity_tests.report.verdict import Banner
+from parity_tests.report.words import PageTable, count_of
+from parity_tests.self_checks import (
+    SMOOTHING,
+    CheckOutcome,
+    UnsupportedError,
+    agreement,
+    make_subject,
+    options_of,
+    run_checks,
+)
+from parity_tests.studies.survey import Survey
+
+HEADINGS = ("check", "dtype", ">error/bound", "verdict", "~detail")
+NOTE = "Largest error of each check as a share of what rounding explains; at most 1 is right."
 
 
 def self_check(
@@ -41,6 +56,7 @@ def self_check(
         bool, typer.Option("--compile", help="Of torch: also compare torch.compile with eager.")
     ] = False,
     json_file: JsonOption = None,
+    report: ReportOption = None,
 ) -> None:
     """Check a label-smoothed cross-entropy without an oracle and a second framework.
 
@@ -68,18 +84,31 @@ def self_check(
         cannot_run(f"{loss}: {type(error).__name__}: {error}")
     announce(f"checking {loss} in {', '.join(dtypes)}")
     outcomes = [outcome for each in dtypes for outcome in run_checks(subject, each)]
-    table = FittingTable("check", "dtype", ">error/bound", "verdict", "detail")
-    for each in outcomes:
-        shown = "" if each.verdict == "not applicable" else f"{each.share:.3f}"
-        table.add_row(each.check, each.dtype, shown, each.verdict, Text(each.detail))
+    rows = [_row(each) for each in outcomes]
     console = PlainConsole()
-    console.print(table)
+    console.print(FittingTable.of(HEADINGS, rows))
     agrees = agreement(outcomes)
     content = {"command": "self-check", "loss": loss, "agrees": agrees, "outcomes": outcomes}
     write_json(json_file, {**content, "environment": describe_environment()}, console)
-    if agrees is None:
-        console.print("\nNO VERDICT: no check got a result")
-        raise typer.Exit(code=CANNOT_RUN)
+    word = {True: "AGREE", False: "DISAGREE", None: "NO VERDICT"}[agrees]
     applied = sum(each.verdict != "not applicable" for each in outcomes)
-    console.print(f"\n{'AGREE' if agrees else 'DISAGREE'}: {applied} checks that apply", highlight=False)
+    wrong = [each.verdict not in ("agree", "not applicable") for each in outcomes]
+    beginning = "" if agrees else f"{sum(wrong)} of "
+    sentence = "no check got a result" if agrees is None else f"{beginning}{count_of(applied, 'check')} that apply"
+    write_page(
+        report,
+        Survey({}, [], []),
+        console,
+        title=f"Self-check of {loss}",
+        banner=Banner(word, "nothing" if agrees is None else word.lower(), [sentence]),
+        tables=[PageTable("Checks", HEADINGS, rows, note=NOTE, wrong=wrong)],
+    )
+    console.print(f"\n{word}: {sentence}", highlight=False)
+    if agrees is None:
+        raise typer.Exit(code=CANNOT_RUN)
     exit_with(agrees)
+
+
+def _row(outcome: CheckOutcome) -> list[str]:
+    share = "" if outcome.verdict == "not applicable" else f"{outcome.share:.3f}"
+    return [outcome.check, outcome.dtype, share, outcome.verdict, outcome.detail]

@@ -1,7 +1,10 @@
 """`lsce-parity trajectory`."""
 
 import importlib
-from typing import Annotated, Any
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.text import Text
@@ -14,6 +17,7 @@ from parity_tests.commands.common import (
     SecondOption,
     cannot_run,
     exit_with,
+    track,
     write_json,
     write_page,
 )
@@ -23,8 +27,16 @@ from parity_tests.losses.user_losses import SpecificationError, find, parse_opti
 from parity_tests.report.verdict import Banner
 from parity_tests.report.words import PageTable
 from parity_tests.studies.survey import Survey
-from parity_tests.trainings.stepwise import StepwiseVerdict, Training, TrainingError, compare_step_by_step
+from parity_tests.trainings.stepwise import (
+    Divergence,
+    Step,
+    StepwiseVerdict,
+    Training,
+    TrainingError,
+    compare_step_by_step,
+)
 
+STEPS, REPLICAS, BATCH_SIZE = 20, 4, 64
 HEADINGS = ("~tensor", ">largest share", ">at step", ">first", ">second")
 
 TrainingArgument = Annotated[
@@ -42,9 +54,9 @@ def trajectory(
     *,
     first_option: FirstOption = None,
     second_option: SecondOption = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps to take.")] = 20,
-    replicas: Annotated[int, typer.Option(min=1, help="One-ulp replicas of the first training to run.")] = 4,
-    batch_size: Annotated[int, typer.Option(min=1, help="Number of rows that each loss averages.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to take.")] = STEPS,
+    replicas: Annotated[int, typer.Option(min=1, help="One-ulp replicas of the first training to run.")] = REPLICAS,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of rows that each loss averages.")] = BATCH_SIZE,
     json_file: JsonOption = None,
     report: ReportOption = None,
 ) -> None:
@@ -56,36 +68,69 @@ def trajectory(
         lsce-parity trajectory jax:examples.digits_steps:JaxSteps torch:examples.digits_steps:TorchSteps
         lsce-parity trajectory jax:my.trainings:Jax torch:my.trainings:Torch --a seed=1 --b seed=1 --report page
     """
-    console = PlainConsole()
-    one, other = _make(first, first_option), _make(second, second_option)
+    one, other = make_training(first, first_option), make_training(second, second_option)
     try:
-        verdicts = compare_step_by_step(one, other, steps, replicas=replicas, batch_size=batch_size)
+        verdicts = compare_step_by_step(
+            one, other, steps, replicas=replicas, batch_size=batch_size, track=partial(track_steps, steps)
+        )
     except TrainingError as error:
         cannot_run(str(error))
     except (Exception, SystemExit) as error:  # a method of the user's may raise anything
         cannot_run(f"a training raised {type(error).__name__}: {error}")
+    show_verdicts("trajectory", (first, second), verdicts, steps, json_file, report)
+
+
+def track_steps(total: int, steps: Iterator[Step], mode: str) -> Iterator[Step]:
+    """Yield the steps of a mode, and show on stderr how many are done."""
+    return track(steps, total, f"{mode} steps")
+
+
+def show_verdicts(
+    command: str,
+    names: tuple[str, str],
+    verdicts: tuple[StepwiseVerdict, StepwiseVerdict],
+    steps: int,
+    json_file: Path | None,
+    report: Path | None,
+) -> NoReturn:
+    """Print and write the verdicts of both modes, and exit with 0 or 1.
+
+    Args:
+        command: the name of the command.
+        names: the trainings.
+        verdicts: free-running and teacher-forced.
+        steps: how many were taken.
+        json_file: where to write them as JSON, if anywhere.
+        report: the folder for a web page, or None.
+    """
+    console = PlainConsole()
     agrees = all(verdict.agrees for verdict in verdicts)
     for verdict in verdicts:
         console.print(Text(f"{verdict.mode}: {_sentence(verdict)}", style="bold"))
         console.print(FittingTable.of(HEADINGS, _rows(verdict)))
         console.print()
     content = {
-        "command": "trajectory",
+        "command": command,
         "agrees": agrees,
-        "trainings": [first, second],
+        "trainings": names,
         "modes": [_as_json(verdict) for verdict in verdicts],
         "environment": describe_environment(),
     }
     write_json(json_file, content, console)
     word = "AGREE" if agrees else "DISAGREE"
     sentences = [f"{verdict.mode}: {_sentence(verdict)}" for verdict in verdicts]
-    tables = [PageTable(f"Tensors, {verdict.mode}", HEADINGS, _rows(verdict)) for verdict in verdicts]
+    tables = [
+        PageTable(
+            f"Tensors, {verdict.mode}", HEADINGS, _rows(verdict), wrong=[each.share > 1 for each in _worst(verdict)]
+        )
+        for verdict in verdicts
+    ]
     parted = verdicts[0].first_divergence
     write_page(
         report,
         Survey({}, [], []),
         console,
-        title=f"{first} and {second}",
+        title=" and ".join(names),
         banner=Banner(word, word.lower(), [f"Over {steps} steps, counted from 0.", *sentences]),
         trajectory=verdicts[0].losses,
         parted=parted and parted.step,
@@ -95,7 +140,8 @@ def trajectory(
     exit_with(agrees)
 
 
-def _make(specification: str, options: list[str] | None) -> Training:
+def make_training(specification: str, options: list[str] | None) -> Training:
+    """Return a user's training, or exit with 2."""
     framework = specification.partition(":")[0]
     if framework in ("jax", "torch"):
         try:
@@ -115,13 +161,20 @@ def _make(specification: str, options: list[str] | None) -> Training:
     return training
 
 
+def _worst(verdict: StepwiseVerdict) -> list[Divergence]:
+    """Return the element with the largest share of each tensor."""
+    tensors = dict.fromkeys(each.tensor for each in verdict.worst)
+    return [
+        max((each for each in verdict.worst if each.tensor == name), key=lambda each: each.share) for name in tensors
+    ]
+
+
 def _rows(verdict: StepwiseVerdict) -> list[list[str]]:
-    """Return a row for each tensor: its element with the largest share."""
-    rows = []
-    for tensor in dict.fromkeys(each.tensor for each in verdict.worst):
-        worst = max((each for each in verdict.worst if each.tensor == tensor), key=lambda each: each.share)
-        rows.append([tensor, f"{worst.share:.2g}", str(worst.step), f"{worst.first:.9g}", f"{worst.second:.9g}"])
-    return rows
+    """Return a row for each tensor."""
+    return [
+        [each.tensor, f"{each.share:.2g}", str(each.step), f"{each.first:.9g}", f"{each.second:.9g}"]
+        for each in _worst(verdict)
+    ]
 
 
 def _sentence(verdict: StepwiseVerdict) -> str:

@@ -23,7 +23,7 @@ from parity_tests.truth.simulation import Simulation
 # Functions of one operand that `Simulation.apply` has.
 _ELEMENTARY = frozenset({"exp", "exp2", "expm1", "log", "log10", "log1p", "log2", "tanh"})
 # Kernels of which torch has a decomposition. Its operations come back here.
-_MADE_OF_OTHERS = frozenset(
+MADE_OF_OTHERS = frozenset(
     {
         "_log_softmax",
         "_log_softmax_backward_data",
@@ -80,7 +80,7 @@ class _SimulationMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = operation._schema.name.partition("::")[2]
         in_place = name.endswith("_")
         name = name.removesuffix("_")
-        if name in _MADE_OF_OTHERS and operation in decomposition_table:
+        if name in MADE_OF_OTHERS and operation in decomposition_table:
             with self:
                 return decomposition_table[operation](*args, **kwargs)
         with np.errstate(all="ignore"):

@@ -67,6 +67,16 @@ def test_the_true_value_is_shown_where_it_is_known() -> None:
     assert "they differ in the smoothing: A 0.2 | B -" in found.lines()
 
 
+def test_class_weights_beside_smoothing_are_named() -> None:
+    weight = torch.tensor([1.0, 3.0, 0.5, 2.0])
+    options = {"weight": weight, "label_smoothing": 0.2}  # float32, so the loss takes no float64
+    found = compare_losses(torch.nn.CrossEntropyLoss, jax_rows, options=(options, {}), inputs=BATCH)
+    assert found.agrees is False
+    text = "1 for label 0, 3 for label 1, 0.5 for label 2, 2 for label 3 of 4 classes"
+    assert f"they differ in the class weights: A {text} | B -" in found.lines()
+    assert "they differ in the smoothing: A 0.2 | B -" in found.lines()
+
+
 def test_texts_and_callables_mix() -> None:
     assert_same_loss(lsce_torch.label_smoothed_cross_entropy, "oracle", smoothing=0.1, inputs=BATCH)
     assert_same_loss("torch:torch.nn.functional:cross_entropy", jax_rows, inputs=BATCH)

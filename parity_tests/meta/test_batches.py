@@ -30,6 +30,15 @@ def masked_rows(logits, labels, where):
     own = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=-1)[:, 0]
     return jnp.where(where, -own, 0)
 
+def sometimes_masked(logits, labels, where=None, e=0.2):
+    where = torch.ones(len(labels)) if where is None else where
+    rows = F.cross_entropy(logits, labels, reduction="none", label_smoothing=e)
+    return (rows * where).sum() / where.sum()
+
+def sometimes_masked_rows(logits, labels, where=None):
+    own = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=-1)[:, 0]
+    return -own if where is None else jnp.where(where, -own, 0)
+
 def weighted(logits, labels, weights):
     return (F.cross_entropy(logits, labels, reduction="none") * weights).sum()
 
@@ -229,6 +238,18 @@ def test_a_mask_goes_to_both_losses_and_to_the_truth() -> None:
         *("--smoothing", "0"),
     )
     assert truth.exit_code == 0, truth.output
+
+
+def test_a_formula_is_that_of_the_batches_without_a_mask() -> None:
+    """Rows that a mask takes out have no gradient, as those of an ignored label have none."""
+    save_batch("plain.npz", logits=LOGITS, labels=LABELS % 3)
+    # The label of the rows that are masked is that of no other row.
+    save_batch("masked.npz", logits=LOGITS[:1], labels=np.array([[0, 3, 1]]), where=np.array([[True, False, True]]))
+    outcome = compare("sometimes_masked", "sometimes_masked_rows", "--inputs", "plain.npz", "--inputs", "masked.npz")
+    assert outcome.exit_code == 1, outcome.output
+    assert "smoothing 0.2, mean\n" in outcome.output
+    assert "fits the gradients of 1 ordinary cases" in outcome.output
+    assert "ignored label" not in outcome.output
 
 
 def test_other_arrays_go_to_both_by_name_in_the_shape_that_each_takes() -> None:

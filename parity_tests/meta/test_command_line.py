@@ -46,7 +46,7 @@ QUICK: dict[str, tuple[str, ...]] = {
 }
 SLOW = ("adapters", "compare", "fingerprint", "hunt", "kit", "peer-tests", "power", "self-check")  # seconds each
 SOME = [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in QUICK]
-WITH_PAGES = ("compare", "hunt", "layers", "power", "replay", "run", "trajectory")
+WITH_PAGES = ("compare", "hunt", "layers", "power", "replay", "run", "self-check", "trajectory")
 STEPS = """
 import numpy as np
 
@@ -311,6 +311,7 @@ def test_nearest() -> None:
     (("record", "page.md/new"), "is a file, so page.md/new cannot be in it"),
     (("kit", "page.md/new"), "is a file, so page.md/new cannot be in it"),
     (("record", "new", "--adapter", "torch-linear-chunked", "--case", "ties"), "no adapter can handle these cases"),
+    (("replay", "recorded", "--rtol", "0.1"), "--rtol and --atol are for a recorded loss of yours"),
     (("replay", "page.md"), "there is no bundle in page.md: manifest.json: Not a directory"),
     (("hunt", "--save", ".", "--examples", "1"), ". is not empty and holds no bundle; name another folder"),
     (("hunt", "--seconds", "nan", "--adapter", "numpy"), "seconds must be above 0 and finite, not nan"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -450,11 +451,26 @@ def test_json(tmp_path: Path) -> None:
 
 
 def test_report(tmp_path: Path) -> None:
-    compare("torch:brought_losses:non_target", "oracle", "--report", str(tmp_path / "page"))
-    page = (tmp_path / "page" / "index.html").read_text()
-    assert "other_off" in page
-    assert "DISAGREE" in page
-    assert re.search(r"A \S+ \| B \S+ \| true \S+<", page)
+    """What the terminal says is on the page, in the same order."""
+    shown = compare("torch:brought_losses:non_target", "oracle", "--report", str(tmp_path / "page")).stdout
+    page = (tmp_path / "page" / "index.html").read_text().replace("<wbr>", "")
+    assert "<strong>DISAGREE</strong>" in page
+    texts = [line.strip() for line in shown.partition("differ; the largest")[0].splitlines()[:-1] if line.strip()]
+    assert len(texts) > 8
+    for line in texts:
+        assert re.sub("^([AB])  ", r"\1: ", line) in unescape(page)
+    values = re.findall(r"A \S+ \| B \S+ \| true \S+(?=\n)", shown)
+    assert len(values) == 5
+    assert re.findall(r"A \S+ \| B \S+ \| true [^<\s]+(?=<)", page)[:5] == values
+
+
+def test_a_loss_against_itself_is_two_on_the_page(tmp_path: Path) -> None:
+    pair = ("torch:brought_losses:non_target", "torch:brought_losses:non_target")
+    compare(*pair, "--convention", "uniform", "--report", str(tmp_path))
+    page = (tmp_path / "index.html").read_text()
+    table = page.split("<h2>Both against the true values</h2>")[1].split("</table>")[0]
+    assert re.findall(r'<span class="name">(\w+)</span>', table) == ["A", "B"]
+    assert table.count(">disagrees<") == 2
 
 
 # Cases that between them show every fault.

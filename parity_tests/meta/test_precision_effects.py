@@ -1,6 +1,7 @@
 """Whether the arithmetic of a device explains a difference: it does for bfloat16 passes, and not for a fault."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -51,9 +52,13 @@ def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no
 
 
 def test_a_bfloat16_pass_explains_what_it_changes(compare, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    found = compare("torch:layers_of_a_user:layer", "tpu-v6e", "--json", str(tmp_path / "out.json"))
+    files = ("--json", str(tmp_path / "out.json"), "--report", str(tmp_path / "page"))
+    found = compare("torch:layers_of_a_user:layer", "tpu-v6e", *files)
     assert found.exit_code == 1  # the two do differ
-    assert "\nEXPLAINED by the arithmetic of tpu-v6e" in found.output
+    (sentence,) = re.findall(r"^EXPLAINED by the arithmetic of tpu-v6e: at most .*(?=\.$)", found.output, re.MULTILINE)
+    page = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+    assert f"<li>{sentence}</li>" in page
+    assert "<h2>Arithmetic of tpu-v6e</h2>" in page
     precision = json.loads((tmp_path / "out.json").read_text())["precision"]
     assert precision["explained"]
     changes = precision["changes"]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import lsce_torch
 from parity_tests.losses.adapters import TorchAdapter
 from parity_tests.meta import losses_brought_to_torch as brought
 from parity_tests.studies.probes import Question, is_edge, plain_cases
@@ -77,6 +78,32 @@ def weighted(logits: Tensor, labels: Tensor) -> Tensor:
 
 def weighted_rows(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits / 2, labels, WEIGHTS[logits.shape[-1]], reduction="sum") / len(labels)
+
+
+def weighted_terms(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, WEIGHTS[logits.shape[-1]], label_smoothing=0.15)
+
+
+def weighted_rows_smoothed(logits: Tensor, labels: Tensor) -> Tensor:
+    rows = smoothed(logits, labels, 0.15, "none") * WEIGHTS[logits.shape[-1]][labels]
+    return rows.sum() / WEIGHTS[logits.shape[-1]][labels].sum()
+
+
+def weighted_terms_of_ours(logits: Tensor, labels: Tensor) -> Tensor:
+    return lsce_torch.label_smoothed_cross_entropy(
+        logits / 2,
+        labels,
+        smoothing=0.3,
+        convention="non_target",
+        class_weight=WEIGHTS[logits.shape[-1]],
+        reduction="sum",
+    )
+
+
+def background_of_no_weight(logits: Tensor, labels: Tensor) -> Tensor:
+    weight = (torch.arange(logits.shape[-1], dtype=logits.dtype) > 0) * WEIGHTS[logits.shape[-1]]
+    rows = F.cross_entropy(30 * torch.tanh(logits / 30), labels, weight, label_smoothing=0.1, reduction="sum")
+    return rows / len(labels)
 
 
 def ignoring(logits: Tensor, labels: Tensor) -> Tensor:
@@ -159,6 +186,48 @@ HIDDEN: dict[str, tuple[Loss, dict[str, str]]] = {
             **MEAN,
         },
     ),
+    "class weights and smoothing": (
+        weighted_terms,
+        {
+            "convention": "uniform",
+            "smoothing": "0.15",
+            "class weights": "1 for label 0, 2 for label 1 of 2 classes",
+            "class weights multiply": "each term of the sum",
+            "reduction": "mean weighted by the class weights",
+        },
+    ),
+    "class weights of smoothed rows": (
+        weighted_rows_smoothed,
+        {
+            "convention": "uniform",
+            "smoothing": "0.15",
+            "class weights": "1 for label 0, 2 for label 1 of 2 classes",
+            "class weights multiply": "the whole row",
+            "reduction": "mean weighted by the class weights",
+        },
+    ),
+    "class weights, convention and temperature": (
+        weighted_terms_of_ours,
+        {
+            "convention": "non_target",
+            "smoothing": "0.3",
+            "temperature": "2",
+            "class weights": "1 for label 0, 2 for label 1 of 2 classes",
+            "class weights multiply": "each term of the sum",
+            "reduction": "sum",
+        },
+    ),
+    "no weight for a class, softcap and denominator": (
+        background_of_no_weight,
+        {
+            "convention": "uniform",
+            "smoothing": "0.1",
+            "softcap": "30",
+            "class weights": "0 for label 0, 1 for label 1 of 2 classes",
+            "class weights multiply": "each term of the sum",
+            **MEAN,
+        },
+    ),
     "ignored label": (
         ignoring,
         {"convention": "uniform", "smoothing": "0.1", "ignored label": "1", **MEAN},
@@ -207,9 +276,10 @@ def test_the_gradient_of_a_model_is_that_of_its_loss(formula: Formula) -> None:
     """By central differences, whose error is below 1e-6 of the values here."""
     case = random_case("float64", np.random.default_rng(5), 4, 5, scale=1.0)
     values = [0.7 + 0.2 * i for i in range(len(formula.parameters))]
-    gradient = evaluate(formula, case, 0.2, values).gradient
+    weight = np.linspace(0.5, 2, 5)
+    gradient = evaluate(formula, case, 0.2, values, weight).gradient
     step = 1e-5
     for k in range(5):
         moved = [replace(case, logits=case.logits + sign * step * np.eye(5)[k]) for sign in (1, -1)]
-        upper, lower = (evaluate(formula, each, 0.2, values).loss for each in moved)
+        upper, lower = (evaluate(formula, each, 0.2, values, weight).loss for each in moved)
         np.testing.assert_allclose(gradient[:, k], (upper - lower) / (2 * step), rtol=0, atol=1e-6)

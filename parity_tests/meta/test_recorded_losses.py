@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from parity_tests.meta.running import invoke, run_code
-from parity_tests.studies.recorded_losses import ARRAYS, MANIFEST, RecordingError, _digest, read_recording
+from parity_tests.studies.recorded_losses import MANIFEST, read_recording
+from parity_tests.studies.sealed_folders import ARRAYS, RecordingError, digest
 from parity_tests.truth.batches import from_safetensors, save_batch, to_safetensors
 
 TORCH = """
@@ -94,6 +95,17 @@ def test_the_same_and_another_loss() -> None:
     assert json.loads(Path("found.json").read_text())["command"] == "replay"
     wrong = replay("bce", "--b", "scale=1.001")
     assert wrong.exit_code == 1, wrong.output
+
+
+@pytest.mark.usefixtures("recorded")
+def test_a_tolerance_of_ones_own() -> None:
+    loose = replay("bce", "--b", "scale=1.001", "--rtol", "1e-2", "--atol", "1e-4", "--json", "found.json")
+    assert loose.exit_code == 0, loose.output
+    assert "You chose what is allowed: --rtol 0.01 --atol 0.0001" in loose.output
+    assert json.loads(Path("found.json").read_text())["tolerance"] == {"rtol": 0.01, "atol": 0.0001}
+    tight = replay("bce", "--b", "scale=1.001", "--rtol", "1e-4")
+    assert tight.exit_code == 1, tight.output
+    assert "what --rtol 0.0001 --atol 0 allows" in tight.output
 
 
 @pytest.mark.parametrize(("first", "second"), [("bce_rows", "bce"), ("bce", "bce_rows")])
@@ -193,7 +205,10 @@ def test_another_manifest_is_one_clear_error(text: str) -> None:
     assert "Traceback" not in outcome.output
 
 
-@pytest.mark.parametrize("lost", ["cases/0/labels", "results/mean/1/loss", "float64/mean/2/moved in float32/gradient"])
+@pytest.mark.parametrize(
+    "lost",
+    ["cases/0/labels", "results/mean/1/loss", "float64/mean/2/moved in float32/gradient", "float64/mean/2/noise/loss"],
+)
 @pytest.mark.usefixtures("recorded")
 def test_a_recording_with_hashes_of_its_own_must_be_whole(lost: str) -> None:
     folder = Path("recorded")
@@ -203,7 +218,7 @@ def test_a_recording_with_hashes_of_its_own_must_be_whole(lost: str) -> None:
     (folder / ARRAYS).write_bytes(data)
     content = json.loads((folder / MANIFEST).read_text())["content"]
     content["arrays_sha256"] = hashlib.sha256(data).hexdigest()
-    (folder / MANIFEST).write_text(json.dumps({"content": content, "sha256": _digest(content)}))
+    (folder / MANIFEST).write_text(json.dumps({"content": content, "sha256": digest(content)}))
     outcome = replay("bce")
     assert outcome.exit_code == 2, outcome.output
     assert "describes no loss" in outcome.output

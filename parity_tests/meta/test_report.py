@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import replace
 from html import unescape
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,7 @@ def page_of(
 
 def words(page: str) -> str:
     """Return what a person reads, white space made single."""
-    body = re.sub(r"<(style|script)>.*?</\1>", " ", page, flags=re.DOTALL)
+    body = re.sub(r"<(style|script)>.*?</\1>", " ", page, flags=re.DOTALL).replace("<wbr>", "")
     return " ".join(unescape(re.sub(r"<[^>]*>", " ", body)).split())
 
 
@@ -222,8 +223,8 @@ def test_the_worst_are_shown_and_the_rest_counted(tmp_path: Path) -> None:
     page = page_of(tmp_path, made_up(outcomes))
     shown = re.findall(r"<summary><b>(\w+), float32</b>", page)
     assert shown == [f"case{number}" for number in range(22, 2, -1)]
-    assert "And 3 more, which use smaller shares." in words(page)
-    assert [row[2] for row in worst_rows(made_up(outcomes), ours=True)] == shown[:15]
+    assert "And 3 more; the list of cases has all." in words(page)
+    assert [row[0] for row in worst_rows(made_up(outcomes), ours=True)] == shown[:15]
 
 
 def test_closer_than_peers_counts_cases_of_both() -> None:
@@ -295,6 +296,33 @@ def test_inputs_of_every_case(name: str) -> None:
         assert "smoothing" in inputs
 
 
+def test_edge_cases_come_last() -> None:
+    shares = {"large logits, N = 7, K = 2": 9.0, "plain, N = 7, K = 2": 2.0, "spread, N = 7, K = 2": 3.0}
+    found = made_up([outcome("mine", share, case) for case, share in shares.items()])
+    assert [case.partition(",")[0] for case, _ in find_disagreements(found)] == ["spread", "plain", "large logits"]
+
+
+def test_of_two_losses_that_differ_only_the_difference_is_shown(tmp_path: Path) -> None:
+    outcomes = [outcome("A", 0.5), outcome("B", 38000.0), outcome("A", 0.5, "other"), outcome("B", 1.5, "other")]
+    comparisons = [outcome("", 19000.0).comparison, outcome("", 0.9).comparison]
+    assert comparisons[0] is not None
+    assert comparisons[1] is not None
+    differences = (
+        Difference("mine", "float32", ("A", "B"), comparisons[0], ("B",)),
+        Difference("other", "float32", ("A", "B"), comparisons[1], ()),
+    )
+    page = write_report(
+        tmp_path, made_up(outcomes, differences=differences), title="A title", evidence=[], environment={},
+        banner=Banner("DISAGREE", "disagree", []), allowed="what rounding explains",
+        findings={"A: torch:one.two": ["    computes: a thing"], "B": []},
+    ).read_text(encoding="utf-8")  # fmt: skip
+    text = words(page)
+    assert "Findings A: torch:one.two computes: a thing B" in text
+    assert "mine, float32 : 1.9e4 times what rounding explains; B is off A and B differ by 1.9e4 times what" in text
+    assert len(re.findall("<summary><b>", page)) == 1
+    assert "adapter" not in text.lower()
+
+
 # Numbers.
 
 
@@ -302,12 +330,13 @@ def test_inputs_of_every_case(name: str) -> None:
     "share", [0.0, 1e-9, 0.29, 0.9999999, 1.0, np.nextafter(1, 2), 1.5, 9.991, 99.5, 999.5, 9.5e15, 1e308]
 )
 def test_share_text_stays_on_its_side_of_one(share: float) -> None:
-    text = share_text(share)
-    assert len(text) <= 5
-    shown = float(text)
-    assert (shown < 1, shown > 1) == (share < 1, share > 1)
-    # At worst half of the one digit that is shown; a hundredth next to 1.
-    assert abs(shown - share) <= max(0.01, share / 2)
+    text, short = share_text(share), share_text(share, digits=1)
+    assert len(text) <= 7
+    assert len(short) <= 5
+    # At worst half of the last digit that is shown; a hundredth next to 1.
+    for shown, error in ((float(text), share / 20), (float(short), share / 2)):
+        assert (shown < 1, shown > 1) == (share < 1, share > 1)
+        assert abs(shown - share) <= max(0.01, error)
 
 
 def test_nan_shares_count_as_infinite() -> None:
@@ -410,6 +439,17 @@ def test_more_tables_and_a_verdict_of_their_own(tmp_path: Path) -> None:
         assert "name share text" in words(page)
 
 
+def test_rows_that_do_not_agree_are_marked(tmp_path: Path) -> None:
+    table = PageTable("T", ("name", ">share"), [[str(number), "1"] for number in range(10)])
+    for wrong, marked in (([], 0), ([False] * 10, 0), ([True, *[False] * 8, True], 2)):
+        page = write_report(
+            tmp_path, Survey({}, [], []), title="A title", evidence=[], environment={},
+            banner=Banner("AGREE", "agree", []), tables=[table._replace(wrong=wrong)],
+        ).read_text(encoding="utf-8").replace(FILTER, "")  # fmt: skip
+        assert page.count("<tr data-wrong") == page.count('class="bad-row"') == marked
+        assert ("only what does not agree" in page) == bool(marked)
+
+
 # The heat map.
 
 
@@ -438,13 +478,97 @@ def test_one_is_where_the_colour_breaks() -> None:
 
 
 def test_heat_map_blocks_hold_every_case_once() -> None:
-    for count in (1, 30, 31, 88):
+    for count in (1, 35, 36, 93):
         blocks = heat_map(made_up([outcome("mine", 0.5, str(number)) for number in range(count)]), ["float32"])
         assert [case for rows in blocks for case, _ in rows] == [str(number) for number in range(count)]
-        assert max(map(len, blocks)) <= 30
+        assert max(map(len, blocks)) <= 35
+
+
+# The plot of two trainings.
+
+
+def test_steps_are_whole_numbers() -> None:
+    axes = report_plots.draw_trajectory(DIVERGED).axes[0]
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
 
 
 # The file.
+
+
+class Outline(HTMLParser):
+    """What is wrong with a page for a browser, a screen reader or a phone."""
+
+    EMPTY = frozenset({"meta", "wbr", "br", "img", "input"})
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.problems: list[str] = []
+        self.levels, self.headings, self.cells = [0], [], 0
+        self.feed(page)
+        self.problems += [f"{tag} is left open" for tag in self.open]
+        if self.levels.count(1) != 1:
+            self.problems.append("not one h1")
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note the tag."""
+        given = dict(attrs)
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+        if re.fullmatch("h[1-6]", tag):
+            if int(tag[1]) > self.levels[-1] + 1:
+                self.problems.append(f"{tag} after h{self.levels[-1]}")
+            self.levels.append(int(tag[1]))
+        if (tag, "lang" in given) == ("html", False) or (tag == "img" and not given.get("alt")):
+            self.problems.append(f"{tag} without lang or alt")
+        if tag == "input" and "label" not in self.open:
+            self.problems.append("an input without a label")
+        if tag == "thead":
+            self.headings = []
+        if tag == "tr":
+            self.cells = 0
+        if tag in ("td", "th") and "tbody" in self.open:
+            self.cells += 1
+            if "data-label" in given and given["data-label"] != self.headings[self.cells - 1]:
+                self.problems.append(f"a cell of {self.headings[self.cells - 1]} is called {given['data-label']}")
+
+    def handle_endtag(self, tag: str) -> None:
+        """Check that it ends the tag opened last."""
+        if not self.open or self.open.pop() != tag:
+            self.problems.append(f"{tag} ends too early")
+
+    def handle_data(self, data: str) -> None:
+        """Note a heading of a column."""
+        if self.open and self.open[-1] == "th" and "thead" in self.open:
+            self.headings.append(data)
+
+
+def test_the_page_is_well_formed(tmp_path: Path) -> None:
+    tables = [PageTable(EVIL, ("name", ">share", "~text"), [[EVIL, "1", EVIL]] * 10)]
+    page = write_report(
+        tmp_path, survey_of((MUTANT, Raising()), (FaultyAdapter("base_two"), Misshapen())), title=EVIL,
+        evidence=[Evidence("a", "cpu", "float32", "executed")], environment={EVIL: {EVIL: EVIL}}, trajectory=DIVERGED,
+        notes=[EVIL], findings={EVIL: [EVIL]}, tables=tables,
+    ).read_text(encoding="utf-8")  # fmt: skip
+    assert Outline(page).problems == []
+    assert len(re.findall("data-label=", page)) > 100
+    # Where rows are blocks, `hidden` alone does not hide them.
+    assert re.search(r"\.stacks tr\[hidden\][^{}]*\{ display: none; \}", page)
+
+
+@pytest.mark.parametrize("fault", [
+    "<p>", "</i>", "<h3>x</h3>", "<h1>x</h1>", '<img src="data:">', "<input>",
+    '<thead><tr><th>a</th><th>b</th></tr></thead><tbody><tr><th></th><td data-label="a"></td></tr></tbody>',
+])  # fmt: skip
+def test_the_check_of_the_form_fires(fault: str) -> None:
+    assert Outline('<html lang="en"><body><h1>x</h1></body></html>').problems == []
+    assert Outline(f'<html lang="en"><body><h1>x</h1>{fault}</body></html>').problems
+
+
+def test_names_break_after_their_separators(tmp_path: Path) -> None:
+    page = page_of(tmp_path, made_up([outcome("torch:my.own_losses:focal", 0.5, "a/b 0.25")]))
+    assert "torch:my.<wbr>own_<wbr>losses:<wbr>focal</span>" in page
+    assert "a/<wbr>b 0.25</span>" in page
 
 
 def test_everything_is_escaped(tmp_path: Path) -> None:

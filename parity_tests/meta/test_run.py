@@ -4,22 +4,27 @@ import json
 import re
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
+import torch
+from torch import Tensor
 
+import lsce_torch
 from parity_tests.commands import common
 from parity_tests.faults.dense import evaluate
 from parity_tests.losses import registry
-from parity_tests.losses.adapters import Adapter, UnavailableError
+from parity_tests.losses.adapters import Adapter, TorchAdapter, UnavailableError
 from parity_tests.losses.registry import ENTRIES, Entry, FaultyAdapter
 from parity_tests.meta.running import invoke
 from parity_tests.studies.survey import Member, survey
-from parity_tests.studies.verdicts import Outcome
+from parity_tests.studies.verdicts import Outcome, examine
 from parity_tests.truth.arithmetic import Arithmetic
 from parity_tests.truth.cases import Case, make_case
 from parity_tests.truth.comparison import AnyResult, Result, against_each_other
+from parity_tests.truth.linear_cases import default_case_names
 from parity_tests.truth.oracle import solve
 from parity_tests.truth.precision import DTYPES
 
@@ -222,6 +227,28 @@ def test_blame() -> None:
     (difference,) = survey(both, [make_case("uniform_mean", "float32")]).differences
     assert set(difference.blame or ()) == {"mutant:stale_lse", "mutant:other_off"}
     assert not difference.agrees
+
+
+def squeezing(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """Drop dimensions of size 1, as `squeeze()` does that was written for [N, 1]."""
+    return lsce_torch.label_smoothed_cross_entropy(logits.squeeze(), labels.squeeze(), **options)
+
+
+def of_one_block(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """Leave out the rows after the 32nd."""
+    where = torch.arange(len(labels)) < 32
+    return lsce_torch.label_smoothed_cross_entropy(logits, labels, where=where, **options)
+
+
+@pytest.mark.parametrize(("loss", "wrong"), [(squeezing, {"classes_1", "classes_31"}), (of_one_block, {"classes_8"})])
+def test_losses_that_are_right_for_some_numbers_of_rows(loss: Callable[..., Tensor], wrong: set[str]) -> None:
+    adapter = TorchAdapter()
+    adapter.take(loss)
+    names = [name for name in default_case_names() if name == "one_row" or name.startswith("classes_")]
+    cases = [make_case(name, "float32") for name in names]
+    found = {case.name for case in cases if examine(adapter, case, solve(case)).status != "agree"}
+    assert found == wrong
+    assert {len(case.rows().labels) for case in cases} == {1, 2, 5, 64}
 
 
 def test_nothing_called_is_no_agreement() -> None:

@@ -505,6 +505,7 @@ def test_commands_say_what_cannot_be_simulated(command: str) -> None:
     assert (both.exit_code, "leave out --device cuda" in both.output) == (2, True)
 
 
+@pytest.mark.slow
 def test_hunt_simulates_a_device() -> None:
     found = invoke(
         "hunt", "--adapter", "jax-fused", "--dtype", "bfloat16", "--examples", "5", "--device-model", "tpu-v6e"
@@ -512,6 +513,7 @@ def test_hunt_simulates_a_device() -> None:
     assert (found.exit_code, "AGREE" in found.output) == (0, True)
 
 
+@pytest.mark.slow
 def test_compare_simulates_losses_of_the_user() -> None:
     """Two conventions, which differ by far more than a TPU's errors."""
     right = ("torch:torch.nn:CrossEntropyLoss", "oracle", "--a", "label_smoothing=0.1", "--device-model", "tpu-v5e")

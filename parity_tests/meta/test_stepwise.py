@@ -234,6 +234,7 @@ def test_command_that_cannot_run(arguments: list[str], message: str) -> None:
     assert message in outcome.output
 
 
+@pytest.mark.slow
 def test_the_demos_network() -> None:
     """Flax with Optax against torch, by the classes that the pages show; and a smoothing that is a little off."""
     pair = ("jax:examples.digits_steps:JaxSteps", "torch:examples.digits_steps:TorchSteps")

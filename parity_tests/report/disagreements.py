@@ -5,10 +5,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from parity_tests.report.tables import element_texts
-from parity_tests.report.words import share_text, used_share
+from parity_tests.report.words import LETTERS, share_text, used_share
+from parity_tests.studies.probes import is_edge_name
 from parity_tests.studies.survey import Survey
 from parity_tests.studies.verdicts import Difference, Outcome
 from parity_tests.truth.comparison import Comparison
+
+# How far two adapters may be apart.
+SUM = "the sum of their bounds"
 
 
 class Failure(NamedTuple):
@@ -62,18 +66,28 @@ def _outside(comparison: Comparison) -> bool:
 
 
 def find_disagreements(survey: Survey) -> list[tuple[str, str]]:
-    """Return case and dtype wherever a value of ours, or a pair of twins, is out of bounds; the worst first."""
+    """Return case and dtype wherever a value of ours, or a pair of twins, is out of bounds.
+
+    The worst come first, but edge cases, which many losses do not handle, after all others.
+    """
     shares: dict[tuple[str, str], float] = {}
     found: list[Outcome | Difference] = [each for each in survey.outcomes if survey.members[each.adapter].ours]
     for item in found + list(survey.differences):
         if item.comparison and _outside(item.comparison):
             key = (item.case, item.dtype)
             shares[key] = max(shares.get(key, 0.0), item.comparison.share)
-    return sorted(shares, key=lambda key: -shares[key])
+    return sorted(shares, key=lambda key: (is_edge_name(key[0]), -shares[key]))
 
 
-def describe(survey: Survey, case: str, dtype: str) -> Disagreement:
-    """Return the values and the inputs of a disagreement, and the adapter at fault."""
+def describe(survey: Survey, case: str, dtype: str, allowed: str = SUM) -> Disagreement:
+    """Return the values and the inputs of a disagreement, and the adapter at fault.
+
+    Args:
+        survey: the outcomes.
+        case: its name.
+        dtype: its dtype.
+        allowed: how far two adapters may be apart, in words.
+    """
     differences = [each for each in survey.differences if (each.case, each.dtype) == (case, dtype)]
     apart = [each for each in differences if _outside(each.comparison)]
     paired = {name for each in apart for name in each.adapters}
@@ -86,7 +100,7 @@ def describe(survey: Survey, case: str, dtype: str) -> Disagreement:
         and (survey.members[outcome.adapter].ours or outcome.adapter in paired)
     }
     involved = [each for each in differences if each in apart or wrong.keys() & set(each.adapters)]
-    pairs = [("{} (A) against {} (B)".format(*each.adapters), each.comparison) for each in apart]
+    pairs = [(against(each.adapters), each.comparison) for each in apart]
     compared = list(wrong.items()) + pairs
     compared.sort(key=lambda pair: -pair[1].share)
     worst = compared[0][1]
@@ -94,8 +108,8 @@ def describe(survey: Survey, case: str, dtype: str) -> Disagreement:
         case=case,
         dtype=dtype,
         share=used_share(worst.share),
-        who=", ".join(wrong) or " against ".join(involved[0].adapters),
-        blame=blame_sentences(list(wrong), involved),
+        who=", ".join(wrong) or _off(involved[0]),
+        blame=blame_sentences(list(wrong), involved, allowed),
         elements=[
             (who, *element_texts(comparison, dtype), share_text(comparison.share)) for who, comparison in compared
         ],
@@ -103,12 +117,25 @@ def describe(survey: Survey, case: str, dtype: str) -> Disagreement:
     )
 
 
-def blame_sentences(wrong: list[str], differences: list[Difference]) -> list[str]:
+def against(adapters: tuple[str, str]) -> str:
+    """Return the names of two adapters, and which is A and which is B in the values."""
+    return " against ".join(adapters if adapters == LETTERS else (f"{adapters[0]} (A)", f"{adapters[1]} (B)"))
+
+
+def _off(difference: Difference) -> str:
+    """Return which of two adapters is wrong, if it is known, else both names."""
+    if not difference.blame:
+        return " against ".join(difference.adapters)
+    return f"{difference.blame[0]} is off" if len(difference.blame) == 1 else "both are off"
+
+
+def blame_sentences(wrong: list[str], differences: list[Difference], allowed: str) -> list[str]:
     """Return sentences that name the adapter at fault.
 
     Args:
         wrong: the adapters whose results are out of the bounds of the truth.
         differences: pairs that differ, or of which one is wrong.
+        allowed: how far two adapters may be apart, in words.
     """
     sentences = []
     for difference in differences:
@@ -117,9 +144,7 @@ def blame_sentences(wrong: list[str], differences: list[Difference]) -> list[str
         if difference.agrees:
             start = f"{first} and {second} are within both bounds of each other, but "
         else:
-            start = (
-                f"{first} and {second} differ by {used_share(difference.comparison.share)} the sum of their bounds: "
-            )
+            start = f"{first} and {second} differ by {used_share(difference.comparison.share)} {allowed}: "
         if difference.blame is None:
             end = "which of them is right is not known."
         elif not guilty:

@@ -8,19 +8,21 @@ page. Names and messages come from a user's loss and stay out of the plots: matp
 
 import base64
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from parity_tests.evidence.ledger import Evidence
-from parity_tests.report.disagreements import describe, find_disagreements, find_failures
+from parity_tests.report.disagreements import SUM, describe, find_disagreements, find_failures
 from parity_tests.report.heat_map import heat_maps
 from parity_tests.report.plots import draw_trajectory, png, ulp_panels
 from parity_tests.report.tables import case_rows, environment_tables, ledger, pair_sentences, summarize, worst_rows
 from parity_tests.report.verdict import Banner, verdict
-from parity_tests.report.words import PageTable
+from parity_tests.report.words import PageTable, count_of
 from parity_tests.studies.survey import Survey
 from parity_tests.texts import visible
 from parity_tests.trainings.trajectory import TrajectoryVerdict
@@ -46,6 +48,8 @@ def write_report(  # noqa: PLR0913 - each part of a page is a parameter
     banner: Banner | None = None,
     tables: Sequence[PageTable] = (),
     parted: int | None = None,
+    findings: Mapping[str, Sequence[str]] | None = None,
+    allowed: str | None = None,
 ) -> Path:
     """Write the page of a survey. Parts without content are left out.
 
@@ -61,6 +65,9 @@ def write_report(  # noqa: PLR0913 - each part of a page is a parameter
         banner: the whole verdict, if it is not to follow from them.
         tables: more tables to show.
         parted: the step at which the trainings part, if it is not to follow from their losses.
+        findings: sentences by heading, to show beneath the notes.
+        allowed: of a comparison of two losses, A and B, how far they may be apart, in words. Where they are further
+            apart, no other disagreement is shown.
 
     Returns:
         The page's path, `folder/index.html`.
@@ -73,7 +80,12 @@ def write_report(  # noqa: PLR0913 - each part of a page is a parameter
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    disagreements = find_disagreements(survey)
+    in_pairs = allowed is not None and not all(each.agrees for each in survey.differences)
+    summaries = [summarize(survey, name) for name in survey.members if survey.outcomes]
+    closer = any(each.closer for each in summaries)
+    disputed = replace(survey, outcomes=[]) if in_pairs else survey
+    templates.filters["pieces"] = _pieces
+    disagreements = find_disagreements(disputed)
     text = templates.get_template("page.html.jinja").render(
         title=title,
         script_hash=base64.b64encode(hashlib.sha256(FILTER.encode()).digest()).decode(),
@@ -81,12 +93,19 @@ def write_report(  # noqa: PLR0913 - each part of a page is a parameter
         banner=banner or verdict(survey, trajectory, agrees),
         tables=tables,
         cases=case_rows(survey),
+        count_of=count_of,
         notes=notes,
-        summaries=[summarize(survey, name) for name in survey.members if survey.outcomes],
+        findings={heading: [line.strip() for line in lines] for heading, lines in (findings or {}).items()},
+        of_pair=allowed is not None,
+        noun="adapter" if allowed is None else "loss",
+        wrong=("disagrees", "fails"),
+        allowed=allowed if allowed and in_pairs else "the bound",
+        summaries=[each.cells(closer) for each in summaries],
+        closer=closer,
         pairs=pair_sentences(survey.differences),
         failures={who: find_failures(survey, ours) for who, ours in _WHO},
         longest_failures=LONGEST_FAILURES,
-        disagreements=[describe(survey, *key) for key in disagreements[:LONGEST_DISAGREEMENTS]],
+        disagreements=[describe(disputed, *key, allowed or SUM) for key in disagreements[:LONGEST_DISAGREEMENTS]],
         more_disagreements=len(disagreements) - LONGEST_DISAGREEMENTS,
         adapters=[(name, member.ours) for name, member in survey.members.items()],
         heat_maps=heat_maps(survey),
@@ -103,6 +122,11 @@ def write_report(  # noqa: PLR0913 - each part of a page is a parameter
 
 
 _WHO = (("ours", True), ("peers", False))
+
+
+def _pieces(text: str) -> list[str]:
+    """Return the pieces of a name, each with the separator after it, such as "torch:my.", "losses:" and "focal"."""
+    return re.split(r"(?<=\w[:._/])(?<!torch:)(?<!jax:)(?=[A-Za-z_])", text)
 
 
 def _without_control_characters(value: Any) -> Any:

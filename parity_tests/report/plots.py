@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from parity_tests.studies.survey import Survey
@@ -109,7 +110,7 @@ def draw_trajectory(trajectory: TrajectoryVerdict, parted: int | None = None) ->
         parted: the step, if it is not to follow from the losses.
     """
     parted = trajectory.first_divergence if parted is None else parted
-    figure = Figure(figsize=(5.6, 4), layout="constrained")
+    figure = Figure(figsize=(4.6, 3.6), layout="constrained")
     axes = figure.subplots()
     steps = np.arange(len(trajectory.difference))
     # A logarithmic axis has neither 0 nor infinity, so such steps are left out.
@@ -122,6 +123,7 @@ def draw_trajectory(trajectory: TrajectoryVerdict, parted: int | None = None) ->
     if parted is not None:
         axes.axvline(parted, label=f"trainings part (step {parted})", color=RUST, linestyle="--", linewidth=1.5)
     axes.set(xlabel="step", ylabel="difference of the losses", xlim=(-0.5, len(steps) - 0.5))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if np.any(shown) or np.any(trajectory.allowed > 0):
         axes.set_yscale("log")
     axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)

@@ -27,6 +27,13 @@ class Summary(NamedTuple):
     where: str
     closer: str
 
+    def cells(self, with_closer: bool) -> list[str]:
+        """Return the cells of the row. The verdict on a peer is in brackets: it is a finding, not a failure."""
+        name, verdict = (self.name, self.verdict) if self.ours else (f"{self.name} (peer)", f"({self.verdict})")
+        closer = [self.closer or "–"] if with_closer else []
+        counts = [str(count) for count in (self.called, *self.counts)]
+        return [name, verdict, self.loss, self.gradient, *counts, self.where, *closer, self.device]
+
 
 def summarize(survey: Survey, name: str) -> Summary:
     """Return an adapter's row of the table."""
@@ -132,10 +139,10 @@ def worst_rows(survey: Survey, ours: bool) -> list[tuple[str, ...]]:
     found.sort(key=lambda entry: -entry[0])
     return [
         (
-            share_text(share),
-            outcome.adapter,
             outcome.case,
             outcome.dtype,
+            outcome.adapter,
+            share_text(share),
             *element_texts(comparison, outcome.dtype),
         )
         for share, outcome, comparison in found[:LONGEST_WORST]

@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 from parity_tests.truth.comparison import Worst
 
+# The two losses of a comparison, on pages and terminals.
+LETTERS = ("A", "B")
+
 
 class PageTable(NamedTuple):
     """A table of results.
@@ -15,20 +18,26 @@ class PageTable(NamedTuple):
         headings: of the columns; a first > or ~, which `FittingTable` reads, is left out on a page.
         rows: the cells.
         note: a sentence to show above it.
+        wrong: whether each row shows what does not agree; empty if that was not asked.
     """
 
     title: str
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
     note: str = ""
+    wrong: Sequence[bool] = ()
 
 
-def share_text(share: float) -> str:
+def share_text(share: float, digits: int = 2) -> str:
     """Return a share in few characters; a share other than 1 is never rounded to 1.
+
+    Args:
+        share: the share.
+        digits: of a share of a thousand and more.
 
     Example:
         >>> [share_text(share) for share in (0.0, 0.997, 1.003, 25.2, 31415.0, float("inf"))]
-        ['0', '0.99', '1.01', '25', '3e4', '∞']
+        ['0', '0.99', '1.01', '25', '3.1e4', '∞']
     """
     if share == 0:
         return "0"
@@ -40,8 +49,8 @@ def share_text(share: float) -> str:
         return f"{max(share, 1.01) if share > 1 else 1:.2f}"
     if share < 999.5:
         return f"{share:.0f}"
-    digit, exponent = f"{share:.0e}".split("e")
-    return f"{digit}e{int(exponent)}"
+    mantissa, exponent = f"{share:.{digits - 1}e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def used_share(share: float) -> str:

@@ -77,6 +77,11 @@ class Tolerance:
         return f"--rtol {self.rtol:g} --atol {self.atol:g}"
 
 
+def make_tolerance(rtol: float | None, atol: float | None) -> Tolerance | None:
+    """Return the tolerance of two options, either of which may be missing; None if both are."""
+    return None if rtol is None and atol is None else Tolerance(rtol or 0.0, atol or 0.0)
+
+
 @dataclass(frozen=True)
 class SideReading:
     """The diagnosis of one of the losses.
@@ -497,10 +502,15 @@ class _Wide:
             self._runs[i, dtype] = runs[dtype]
         return self._runs[i, dtype]
 
+    def dtype(self, i: int) -> str:
+        """Return the widest dtype that one side takes: torch's losses take no float64 beside weights in float32."""
+        return "float64" if self.runs(i, "float64").gave_results else "float32"
+
     def formula(self, i: int) -> Recognised | None:
         """Return the formula of one side, if it is found."""
         if i not in self._formulas:
-            runs = self.runs(i, "float64")
+            dtype = self.dtype(i)
+            runs = self.runs(i, dtype)
             samples = [
                 Sample(runs.cases[j], result)
                 for j in runs.ordinary
@@ -509,7 +519,8 @@ class _Wide:
                 and runs.cases[j].where is None  # the formulas know of no mask
             ]
             self.announce(f"looking for the formula of {'AB'[i]}")
-            self._formulas[i] = recognise(samples, runs.precision, self.cases[0].smoothing) if samples else None
+            found = recognise(samples, runs.precision, self.cases[0].smoothing) if samples else None
+            self._formulas[i] = found and replace(found, dtype=dtype)
         return self._formulas[i]
 
     def recognise(self, i: int, diagnosed: _Diagnosed, question: Question) -> _Diagnosed:
@@ -526,7 +537,7 @@ class _Wide:
     def examine(self, pair: Pair, question: Question, attempts: list[list[AnyResult | str]]) -> Pair:
         """Return the comparison with what float64 says of the function and of the accuracy."""
         self.announce("running both losses in float64")
-        dtype = "float64" if all(self.runs(i, "float64").gave_results for i in (0, 1)) else "float32"
+        dtype = "float64" if self.dtype(0) == self.dtype(1) == "float64" else "float32"
         runs = (self.runs(0, dtype), self.runs(1, dtype))
         same = are_the_same(*runs)
         dtypes = list(dict.fromkeys(case.dtype for case in self.cases))

@@ -15,6 +15,9 @@ compared with the model's times one number, or times one for each label. What is
 reduction, the denominator, ignored rows and class weights. The loss then names constants, such as the entropy of the
 target, that a gradient does not show.
 
+Class weights w may also multiply each term of the sum, w_k f_k q_k log p_k, as torch and our losses have it. The
+gradient is linear in w, so with the other parameters given w is what a linear least-squares fit finds.
+
 Parameters are fitted by least squares: first in formulas with one departure from smoothed cross-entropy, then in those
 with two. In float64 a wrong formula is off by far more than rounding, so a formula is accepted only if it fits every
 ordinary case to 1e-6 of the largest gradient, which leaves room for constants in float32.
@@ -23,10 +26,11 @@ ordinary case to 1e-6 of the largest gradient, which leaves room for constants i
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import lstsq
 from scipy.optimize import least_squares
 
 from parity_tests.truth.cases import Case
@@ -36,8 +40,9 @@ from parity_tests.truth.precision import FloatArray
 # Largest distance of an accepted formula from the gradients, as a share of the largest of a case, by the dtype that the
 # loss computes in.
 FITS = {"float64": 1e-6, "float32": 2e-5}
-# The distance up to which a formula is fitted to all cases, and to how many cases it is fitted first.
-ROUGH, FEW = 1e-3, 2
+# To how many cases a formula is fitted first, and the distances from these and from all cases up to which it is then
+# fitted to all.
+FEW, ROUGH, FAR = 2, 1e-3, 3e-2
 # How far the numbers that a reduction multiplies gradients with may be off, in units of the largest distance. Near the
 # optimum, where gradients are small, their rounding is a large share of them.
 SAME_FACTOR = 50
@@ -52,9 +57,15 @@ STARTS = {
 }
 ENTROPY_SUBTRACTED = "entropy of the target subtracted"
 FOCAL = ("focal gamma", "focal gamma of each class")
-SHIFTS = ("next class", "class before", "next row", "row before")
+CLASS_SHIFTS = {"next class": 1, "class before": -1}
+ROW_SHIFTS = {"next row": -1, "row before": 1}
+SHIFTS = (*CLASS_SHIFTS, *ROW_SHIFTS)
 MODELLED = ("uniform", "non_target", "max_sup", "leaky")
 COMMON = ("uniform", "non_target")
+# Parameters that are fitted together with weights of the terms of the sum.
+BESIDE_WEIGHTS = ("temperature", "softcap")
+# What class weights multiply: nothing, the loss of a row, each term of the sum over the classes.
+Weighted = Literal["", "row", "term"]
 
 
 class Formula(NamedTuple):
@@ -77,6 +88,16 @@ def formulas() -> Iterator[Formula]:
         yield from (Formula(convention, (name,), shift) for name in STARTS for shift in SHIFTS)
 
 
+def formulas_with_weights() -> Iterator[tuple[Formula, Weighted]]:
+    """Yield the formulas without class weights, those with weights of rows, and those with weights of terms."""
+    yield from ((formula, "") for formula in formulas())
+    yield from ((formula, "row") for formula in formulas() if not formula.parameters[1:])
+    for convention in MODELLED:
+        yield Formula(convention), "term"
+    for convention in COMMON:
+        yield from ((Formula(convention, (name,)), "term") for name in BESIDE_WEIGHTS)
+
+
 class Model(NamedTuple):
     """The loss of each row, and its gradient with respect to the logits; the loss without a constant."""
 
@@ -84,8 +105,10 @@ class Model(NamedTuple):
     gradient: FloatArray
 
 
-def evaluate(formula: Formula, case: Case, smoothing: float, values: Iterable[float]) -> Model:
-    """Return the model of a formula with these values of its parameters."""
+def evaluate(
+    formula: Formula, case: Case, smoothing: float, values: Iterable[float], weight: FloatArray | float = 1.0
+) -> Model:
+    """Return the model of a formula with these values of its parameters, and these weights of the terms."""
     given = dict(zip(formula.parameters, values, strict=True))
     logits, labels = case.logits, shifted(formula.shift, case)
     rows = np.arange(len(logits))
@@ -100,7 +123,7 @@ def evaluate(formula: Formula, case: Case, smoothing: float, values: Iterable[fl
     log_p = logits - lse
     p = np.exp(log_p)
     one_hot = _one_hot(formula, case)
-    target = _target(formula.convention, one_hot, smoothing, logits)
+    target = weight * _target(formula.convention, one_hot, smoothing, logits)
     own_p = p[rows, labels][:, None]
     derivative, loss = -target, -(target * log_p).sum(-1)
     if gamma := given.get("focal gamma"):
@@ -124,13 +147,9 @@ def shifted(shift: str, case: Case) -> FloatArray:
     num_classes = case.num_classes
     # Ignored labels, which are no classes, belong to rows that do not count.
     labels = np.where((case.labels >= 0) & (case.labels < num_classes), case.labels, 0)
-    moved = {
-        "next class": (labels + 1) % num_classes,
-        "class before": (labels - 1) % num_classes,
-        "next row": np.roll(labels, -1),
-        "row before": np.roll(labels, 1),
-    }
-    return moved.get(shift, labels)
+    if shift in CLASS_SHIFTS:
+        return np.asarray((labels + CLASS_SHIFTS[shift]) % num_classes)
+    return np.roll(labels, ROW_SHIFTS[shift]) if shift else labels
 
 
 def _target(convention: str, one_hot: FloatArray, smoothing: float, logits: FloatArray) -> FloatArray:
@@ -161,42 +180,83 @@ class Fit(NamedTuple):
     formula: Formula
     smoothing: float
     values: tuple[float, ...]
-    by_label: bool
+    weighted: Weighted
     distance: float
 
 
-def fit(formula: Formula, samples: Sequence[Sample], start: Sequence[float], by_label: bool, fine: bool) -> Fit:
+def fit(formula: Formula, samples: Sequence[Sample], start: Sequence[float], weighted: Weighted, fine: bool) -> Fit:
     """Fit a formula to the gradients of some samples by least squares.
 
     Args:
         formula: the formula.
         samples: ordinary cases.
         start: the smoothing and the parameters to start at.
-        by_label: whether the gradient of a row may be multiplied by a number for each label, not for each case.
+        weighted: what class weights multiply. With "row", the gradient of a row may be multiplied by a number for each
+            label, not for each case.
         fine: whether to fit to the last digits.
     """
 
     def distances(values: FloatArray) -> FloatArray:
-        with np.errstate(all="ignore"):
-            found = [_distance(formula, sample, float(values[0]), values[1:], by_label) for sample in samples]
-        return np.nan_to_num(np.concatenate(found), nan=1e3, posinf=1e3, neginf=-1e3)
+        return _distances(Fit(formula, float(values[0]), tuple(values[1:]), weighted, 0.0), samples)
 
     tolerance = 1e-15 if fine else 1e-6
     solution = least_squares(
         distances, np.asarray(start, float), method="lm", xtol=tolerance, ftol=tolerance, gtol=tolerance, max_nfev=100
     )
     largest = float(np.max(np.abs(distances(solution.x))))
-    return Fit(formula, float(solution.x[0]), tuple(map(float, solution.x[1:])), by_label, largest)
+    return Fit(formula, float(solution.x[0]), tuple(map(float, solution.x[1:])), weighted, largest)
 
 
-def _distance(formula: Formula, sample: Sample, smoothing: float, values: FloatArray, by_label: bool) -> FloatArray:
+def _distances(found: Fit, samples: Sequence[Sample]) -> FloatArray:
+    with np.errstate(all="ignore"):
+        weights = weights_of_terms(found, samples)
+        of_samples = [_distance(found, sample, weights) for sample in samples]
+    return np.nan_to_num(np.concatenate(of_samples), nan=1e3, posinf=1e3, neginf=-1e3)
+
+
+def weights_of_terms(found: Fit, samples: Sequence[Sample]) -> dict[int, FloatArray]:
+    """Return for each number of classes the weights of the terms, relative to the largest; empty without such weights.
+
+    They are those that fit best to the case with the most rows.
+    """
+    if found.weighted != "term":
+        return {}
+    largest: dict[int, Sample] = {}
+    for sample in samples:
+        known = largest.setdefault(sample.case.num_classes, sample)
+        if len(sample.case.labels) > len(known.case.labels):
+            largest[sample.case.num_classes] = sample
+    return {number: _fit_weights(found, sample) for number, sample in largest.items()}
+
+
+def _fit_weights(found: Fit, sample: Sample) -> FloatArray:
+    num_classes = sample.case.num_classes
+    counted = np.any(sample.result.gradient != 0, axis=-1)
+    # [K, N, K]: the gradients with a weight of 1 for one class, and of 0 for the others.
+    units = np.eye(num_classes)[:, None]
+    gradients = evaluate(found.formula, sample.case, found.smoothing, found.values, units).gradient[:, counted]
+    given = sample.result.gradient[counted].ravel()
+    if not np.isfinite(gradients).all() or not np.isfinite(given).all():
+        return np.full(num_classes, np.nan)
+    weight = lstsq(gradients.reshape(num_classes, -1).T, given, lapack_driver="gelsy")[0]
+    relative: FloatArray = weight / np.max(np.abs(weight))
+    return relative
+
+
+def _distance(found: Fit, sample: Sample, weights: dict[int, FloatArray]) -> FloatArray:
     """Return the gradients less the model's, as shares of the largest, with the best number for each case or label."""
     given = sample.result.gradient
-    model = evaluate(formula, sample.case, smoothing, values).gradient
+    weight = weights.get(sample.case.num_classes, 1.0)
+    model = evaluate(found.formula, sample.case, found.smoothing, found.values, weight).gradient
     counted = np.any(given != 0, axis=-1)
-    factors = _factors(given, model, counted, sample.case.labels if by_label else np.zeros(len(given), int))
+    factors = _factors(given, model, counted, _groups(found, sample))
     distance: FloatArray = (given - factors[:, None] * model)[counted] / np.max(np.abs(given), initial=1e-300)
     return distance.ravel()
+
+
+def _groups(found: Fit, sample: Sample) -> NDArray[Any]:
+    """Return for each row a number that it shares with the rows whose gradients are multiplied by the same number."""
+    return sample.case.labels if found.weighted == "row" else np.zeros(len(sample.case.labels), int)
 
 
 def _factors(given: FloatArray, model: FloatArray, counted: FloatArray, groups: FloatArray) -> FloatArray:
@@ -225,9 +285,11 @@ class Recognised:
         reduction: in words, such as "mean", "sum over N - 1".
         class_weights: for each number of classes, the weight of each label that occurs, relative to the lowest; empty
             without class weights.
+        weighted: what these multiply.
         constant: what the loss has beside the model, in words; empty if there is nothing.
         distance: how far the gradients are from the formula, as a share of the largest of a case.
         num_cases: how many cases it was fitted to.
+        dtype: the dtype in which the loss ran there.
     """
 
     convention: str
@@ -237,9 +299,11 @@ class Recognised:
     ignored: int | None
     reduction: str
     class_weights: dict[int, dict[int, float]]
+    weighted: Weighted
     constant: str
     distance: float
     num_cases: int
+    dtype: str = "float64"
 
     def facts(self) -> dict[str, str]:
         """Return what it computes, by name."""
@@ -253,6 +317,8 @@ class Recognised:
             found["ignored label"] = str(self.ignored)
         if self.class_weights:
             found["class weights"] = _weights_text(self.class_weights)
+            if self.convention != "none":  # without smoothing the sum has one term
+                found["class weights multiply"] = "each term of the sum" if self.weighted == "term" else "the whole row"
         found["reduction"] = self.reduction
         if self.constant:
             found["constant"] = self.constant
@@ -269,7 +335,8 @@ class Recognised:
     @property
     def evidence(self) -> str:
         """How well the formula fits."""
-        return f"fits the gradients of {self.num_cases} ordinary cases in float64 to {self.distance:.0e} of the largest"
+        cases = f"{self.num_cases} ordinary cases in {self.dtype}"
+        return f"fits the gradients of {cases} to {self.distance:.0e} of the largest"
 
 
 def _weights_text(weights: dict[int, dict[int, float]]) -> str:
@@ -292,19 +359,16 @@ def recognise(samples: Sequence[Sample], precision: str, smoothing: float | Floa
     # Two classes say nothing of the target: the gradients of all rows are multiples of each other.
     screened = next((number for number in numbers if number > 2), numbers[-1])
     few = [sample for sample in samples if sample.case.num_classes == screened][:FEW]
-    for by_label in (False, True):
-        for formula in formulas():
-            if by_label and formula.parameters[1:]:
-                break
-            start = (0.1, *(STARTS[name] for name in formula.parameters))
-            rough = fit(formula, few, start, by_label, fine=False)
-            if rough.distance > ROUGH:
-                continue
-            found = fit(formula, samples, (rough.smoothing, *rough.values), by_label, fine=True)
-            if found.distance <= largest:
-                if len(numbers) == 1:
-                    found = _as_expected(found, numbers[0], samples, smoothing)
-                return _interpret(found, samples, largest)
+    for formula, weighted in formulas_with_weights():
+        start = (0.1, *(STARTS[name] for name in formula.parameters))
+        rough = fit(formula, few, start, weighted, fine=False)
+        if rough.distance > ROUGH or np.max(np.abs(_distances(rough, samples))) > FAR:
+            continue
+        found = fit(formula, samples, (rough.smoothing, *rough.values), weighted, fine=True)
+        if found.distance <= largest:
+            if len(numbers) == 1:
+                found = _as_expected(found, numbers[0], samples, smoothing)
+            return _interpret(found, samples, largest)
     return None
 
 
@@ -317,14 +381,17 @@ def _as_expected(found: Fit, num_classes: int, samples: Sequence[Sample], smooth
     if not np.isclose(found.smoothing * factor, smoothing, rtol=1e-6).all():
         return found
     start = (found.smoothing * factor, *found.values)
-    return fit(found.formula._replace(convention=convention), samples, start, found.by_label, fine=True)
+    return fit(found.formula._replace(convention=convention), samples, start, found.weighted, fine=True)
 
 
 def _interpret(found: Fit, samples: Sequence[Sample], largest: float) -> Recognised:
     """Name the reduction, the ignored label, the class weights and the constant of a fitted formula."""
-    rows = [_rows_of(found, sample) for sample in samples]
+    of_terms = weights_of_terms(found, samples)
+    rows = [_rows_of(found, sample, of_terms) for sample in samples]
     smooth = abs(found.smoothing) > largest
-    weights = _class_weights(samples, rows) if found.by_label else {}
+    weights = {number: _relative(weight, largest) for number, weight in of_terms.items()}
+    if found.weighted == "row":
+        weights = _class_weights(samples, rows)
     # The last digits are those of the fit.
     strength, *values = (float(f"{value:.9g}") for value in (found.smoothing, *found.values))
     parameters = dict(zip(found.formula.parameters, values, strict=True))
@@ -334,8 +401,9 @@ def _interpret(found: Fit, samples: Sequence[Sample], largest: float) -> Recogni
         parameters=parameters,
         shift=found.formula.shift,
         ignored=_ignored(samples),
-        reduction=_reduction(samples, rows, weights, largest),
+        reduction=_reduction(samples, rows, weights, found.weighted, largest),
         class_weights=weights,
+        weighted=found.weighted,
         constant=_constant(found, samples, rows, largest),
         distance=found.distance,
         num_cases=len(samples),
@@ -343,19 +411,24 @@ def _interpret(found: Fit, samples: Sequence[Sample], largest: float) -> Recogni
 
 
 class _Rows(NamedTuple):
-    """Of each row of a sample: whether it counts, the number that its gradient is multiplied with, the model's loss."""
+    """Of each row of a sample: whether it counts, the number that the model is multiplied with, the model's loss.
+
+    The weights are those of the labels where each term has a weight, else 1.
+    """
 
     counted: NDArray[np.bool_]
     factors: FloatArray
     loss: FloatArray
+    weights: FloatArray
 
 
-def _rows_of(found: Fit, sample: Sample) -> _Rows:
+def _rows_of(found: Fit, sample: Sample, weights: dict[int, FloatArray]) -> _Rows:
     given = sample.result.gradient
-    model = evaluate(found.formula, sample.case, found.smoothing, found.values)
+    weight = weights.get(sample.case.num_classes, np.ones(sample.case.num_classes))
+    model = evaluate(found.formula, sample.case, found.smoothing, found.values, weight)
     counted = np.any(given != 0, axis=-1)
-    groups = sample.case.labels if found.by_label else np.zeros(len(given), int)
-    return _Rows(counted, _factors(given, model.gradient, counted, groups), model.loss)
+    factors = _factors(given, model.gradient, counted, _groups(found, sample))
+    return _Rows(counted, factors, model.loss, weight[shifted("", sample.case)])
 
 
 def _ignored(samples: Sequence[Sample]) -> int | None:
@@ -367,6 +440,13 @@ def _ignored(samples: Sequence[Sample]) -> int | None:
         without |= set(sample.case.labels[~has_gradient].tolist())
         others |= set(sample.case.labels[has_gradient].tolist())
     return without.pop() if len(without) == 1 and not without & others else None
+
+
+def _relative(weight: FloatArray, largest: float) -> dict[int, float]:
+    """Return the weight of each class relative to the first that is not 0."""
+    cleaned = np.where(np.abs(weight) > SAME_FACTOR * largest, weight, 0.0)
+    first = cleaned[np.flatnonzero(cleaned)[0]]
+    return {k: float(value / first) for k, value in enumerate(cleaned)}
 
 
 def _class_weights(samples: Sequence[Sample], rows: Sequence[_Rows]) -> dict[int, dict[int, float]]:
@@ -389,27 +469,25 @@ def _class_weights(samples: Sequence[Sample], rows: Sequence[_Rows]) -> dict[int
 
 
 def _reduction(
-    samples: Sequence[Sample], rows: Sequence[_Rows], weights: dict[int, dict[int, float]], largest: float
+    samples: Sequence[Sample],
+    rows: Sequence[_Rows],
+    weights: dict[int, dict[int, float]],
+    weighted: Weighted,
+    largest: float,
 ) -> str:
     """Return in words what the numbers of the rows are."""
     cases = [(sample.case, each) for sample, each in zip(samples, rows, strict=True) if each.counted.any()]
     if not cases:
         return "no row counts"
-    totals = np.array([each.factors[each.counted].sum() for _, each in cases])
+    totals = np.array([(each.factors * each.weights)[each.counted].sum() for _, each in cases])
     counts = np.array([each.counted.sum() for _, each in cases], float)
     all_rows = np.array([len(each.counted) for _, each in cases], float)
     classes = np.array([case.num_classes for case, _ in cases], float)
     if weights and np.allclose(totals, 1, rtol=0, atol=SAME_FACTOR * largest):
         return "mean weighted by the class weights"
-    if weights:
-        unit = np.array(
-            [
-                each.factors[each.counted][0] / weights[case.num_classes][int(case.labels[each.counted][0])]
-                for case, each in cases
-            ]
-        )
-    else:
-        unit = totals / counts
+    unit = np.array([each.factors[each.counted][0] for _, each in cases]) if weights else totals / counts
+    if weighted == "row":
+        unit /= [weights[case.num_classes][int(case.labels[each.counted][0])] for case, each in cases]
     per_row = samples[0].result.loss.ndim > 0
     if per_row:
         choices = {"a loss per row": np.ones_like(unit)}

@@ -1,22 +1,19 @@
 """A user's loss, recorded on one machine with one framework, to be held against another on a machine with the other.
 
-A recording is a folder of two files. `arrays.safetensors` has the bits of the inputs and of every result. `loss.json`
-has the rest, with SHA-256 of both files; nothing in it is code. It has what `compare` needs of a loss: the results in
-the dtypes of the cases, and in float64 and float32, and how far they move when the logits move by rounding steps; so
-that the verdict is the one that both losses would get on one machine.
+A recording is a folder of `sealed_folders`, with the bits of the inputs and of every result. It has what `compare`
+needs of a loss: the results in the dtypes of the cases, and in float64 and float32, and how far they move when the
+logits move by rounding steps, or the results of its operations; so that the verdict is the one that both losses would
+get on one machine.
 
 A loss that returns one value for each row or logit is recorded once more as its mean, for another that is a scalar.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.losses.adapters import Adapter
@@ -32,22 +29,16 @@ from parity_tests.studies.pairs import Side
 from parity_tests.studies.probes import Question, is_edge
 from parity_tests.studies.questions import Own, reduction_of
 from parity_tests.studies.sameness import PRECISIONS, RecordedRuns, Runs
+from parity_tests.studies.sealed_folders import Arrays, RecordingError, read_sealed, write_sealed
 from parity_tests.studies.verdicts import attempt
-from parity_tests.truth.batches import from_safetensors, to_safetensors
 from parity_tests.truth.cases import Case
 from parity_tests.truth.comparison import AnyResult, Parts, make_result
-from parity_tests.truth.files import write_folder
 from parity_tests.truth.precision import FORMATS
 
-FORMAT = 1
-MANIFEST, ARRAYS = "loss.json", "arrays.safetensors"
+FORMAT = 2
+MANIFEST = "loss.json"
 # The wide dtypes in which a loss is run, and the narrowest that it may compute in there.
 WIDE = ("float64", "float32")
-Arrays = dict[str, NDArray[Any]]
-
-
-class RecordingError(ValueError):
-    """A recording cannot be made, read or trusted; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -129,18 +120,11 @@ def record_loss(
         "sides": sides,
         "environment": describe_environment(),
     }
-    data = to_safetensors(arrays)
-    content["arrays_sha256"] = hashlib.sha256(data).hexdigest()
-    text = json.dumps({"content": content, "sha256": _digest(content)}, indent=1, allow_nan=False)
-    write_folder(folder, {ARRAYS: data, MANIFEST: f"{text}\n".encode()})
+    write_sealed(folder, MANIFEST, content, arrays)
 
 
 def _reduced(case: Case, reduction: str) -> Case:
     return replace(case, options={**case.options, "reduction": reduction})
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _take_apart(adapter: Adapter, cases: Sequence[Case], reduction: str) -> tuple[dict[str, Any], Arrays]:
@@ -156,6 +140,8 @@ def _take_apart(adapter: Adapter, cases: Sequence[Case], reduction: str) -> tupl
             for name in PRECISIONS:
                 moved = runs.moved(i, FORMATS[name].roundoff)
                 arrays |= {f"{path}/{i}/moved in {name}/{part}": np.asarray(values) for part, values in moved.items()}
+            noise = runs.noise(i, FORMATS[runs.precision].roundoff)
+            arrays |= {f"{path}/{i}/noise/{part}": np.asarray(values) for part, values in noise.items()}
         wide[dtype] = {"results": entries, "precision": runs.precision, "random": runs.is_random()}
     return {"results": narrow, "wide": wide}, arrays
 
@@ -179,26 +165,9 @@ def read_recording(folder: Path) -> Recording:
     Raises:
         RecordingError: there is none, or it was changed after it was written.
     """
+    content, arrays = read_sealed(folder, MANIFEST, "loss", FORMAT)
     try:
-        text, data = (folder / MANIFEST).read_text(encoding="utf-8"), (folder / ARRAYS).read_bytes()
-    except OSError as error:
-        raise RecordingError(f"there is no recorded loss in {folder}: {error.filename}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RecordingError(f"{folder / MANIFEST} is damaged: {error}") from error
-    try:
-        manifest = json.loads(text)
-        content = manifest["content"]
-        whole = manifest["sha256"] == _digest(content) and content["arrays_sha256"] == hashlib.sha256(data).hexdigest()
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RecordingError(f"{folder / MANIFEST} is damaged: {type(error).__name__}: {error}") from error
-    if not whole:
-        raise RecordingError(
-            f"{folder} was edited or damaged: it does not fit its SHA-256. Copy it or record it again."
-        )
-    if content["format"] != FORMAT:
-        raise RecordingError(f"{folder} has format {content['format']!r}, this lsce reads {FORMAT}. Record it again.")
-    try:
-        return _put_together(content, from_safetensors(data))
+        return _put_together(content, arrays)
     except Exception as error:  # what has another's hashes may be anything
         raise RecordingError(f"{folder} describes no loss: {type(error).__name__}: {error}") from error
 
@@ -246,7 +215,10 @@ def _side(
             if not isinstance(result, str)
             for name in PRECISIONS
         }
-        for (i, _), parts in moved.items():
+        noise: dict[int, Parts] = {
+            i: folders[f"{path}/{i}/noise"] for i, result in enumerate(of_wide) if not isinstance(result, str)
+        }
+        for i, parts in [*((i, parts) for (i, _), parts in moved.items()), *noise.items()]:
             result = of_wide[i]
             if isinstance(result, str) or _shapes(parts) != _shapes(result.parts):
                 raise ValueError(f"what moves in case {i} does not fit its result")
@@ -257,6 +229,7 @@ def _side(
             dtype,
             results=of_wide,
             moved=moved,
+            noise=noise,
             precision=found["precision"],
             random=found["random"],
         )

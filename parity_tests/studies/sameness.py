@@ -3,7 +3,8 @@
 No oracle is needed. Both losses run in float64 on the same inputs. There two ports of one formula differ by roundings
 of 1e-16, and the smallest mistake by far more: a focal exponent of 2.1 for 2 by 1e-2. What rounding explains is
 measured on the losses themselves: each runs again with its logits moved by one rounding step, of themselves and of
-their exponentials, a few times with random signs. An element may differ by
+their exponentials, a few times with random signs; and as often with the result of every operation moved, forward and
+backward (`losses/noisy.py`). An element may differ by
 
     8 (moved_A + moved_B) + 64 u (size_A + size_B),    size = max(|value|, typical value of the case's shape)
 
@@ -25,13 +26,14 @@ tanh, for 64 u. A loss is less accurate than the other if its share is above 4 a
 losses that round in the same rough way agree.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from parity_tests.losses.adapters import Adapter
+from parity_tests.losses.noisy import noisy
 from parity_tests.studies.verdicts import Difference, attempt
 from parity_tests.truth.arithmetic import Arithmetic
 from parity_tests.truth.cases import Case, LinearCase
@@ -42,6 +44,8 @@ from parity_tests.truth.precision import FORMATS, FloatArray, compute_dtype, rou
 # random signs reach a third to a half of what the worst signs do.
 RERUNS = 4
 FARTHER = 8
+# How far noise moves the result of an operation at most, in units of the roundoff.
+NOISE = 4
 # Roundings of a loss's operations, in units of the roundoff: for the function, and for its accuracy.
 ROUNDINGS, FEW_ROUNDINGS = 64, 8
 # The largest share of a typical value that may be allowed: one tenth of a mistake of 1 %.
@@ -79,6 +83,7 @@ class Runs:
         self.results = [attempt(adapter, _in_dtype(case, dtype)) for case in cases]
         self._moved: dict[tuple[int, float], Parts] = {}
         self._typical: dict[int, dict[str, float]] = {}
+        self._noise: dict[int, Parts] = {}
 
     @property
     def gave_results(self) -> bool:
@@ -111,16 +116,41 @@ class Runs:
         return self._moved[i, roundoff]
 
     def _move(self, i: int, roundoff: float) -> Parts:
-        first, operand = self.result(i).parts, _operand(self.cases[i])
-        largest = {part: np.zeros_like(values) for part, values in first.items()}
+        operand = _operand(self.cases[i])
         generator = np.random.default_rng(i)
+        again = []
         for _ in range(RERUNS):
             step = 2 * roundoff * generator.choice([-1.0, 1.0], size=operand.shape)
             with np.errstate(invalid="ignore"):
                 # A step of the logit itself, and one of its exponential.
                 stepped = np.where(np.isfinite(operand), operand + step * (np.abs(operand) + 1), operand)
-            again = self._again(i, round_to(stepped, self.dtype))
-            for part, values in {} if isinstance(again, str) else again.parts.items():
+            again.append(self._again(i, round_to(stepped, self.dtype)))
+        return self._largest(i, again)
+
+    def noise(self, i: int, roundoff: float) -> Parts:
+        """Return the largest change of each element in case i when the loss's operations are off by a rounding step.
+
+        It is found for the roundoff of the dtype that the loss computes in, and scaled.
+        """
+        own = FORMATS[self.precision].roundoff
+        if i not in self._noise:
+            self._noise[i] = self._make_noise(i, NOISE * own)
+        return {part: values * (roundoff / own) for part, values in self._noise[i].items()}
+
+    def _make_noise(self, i: int, step: float) -> Parts:
+        try:
+            call = noisy(self.adapter, _in_dtype(self.cases[i], self.dtype))
+            again = [call(step, seed) for seed in range(RERUNS)] if call else []
+        except (Exception, SystemExit):  # a loss of the user's, which takes no tensors with noise
+            again = []
+        return self._largest(i, again)
+
+    def _largest(self, i: int, results: Iterable[AnyResult | str]) -> Parts:
+        """Return the largest distance of some results from that of case i; NaN counts as none."""
+        first = self.result(i).parts
+        largest = {part: np.zeros_like(values) for part, values in first.items()}
+        for result in results:
+            for part, values in {} if isinstance(result, str) else result.parts.items():
                 with np.errstate(invalid="ignore"):
                     largest[part] = np.fmax(largest[part], np.abs(values - first[part]))
         return largest
@@ -162,15 +192,27 @@ class Runs:
         roundoff = FORMATS[dtype].roundoff
         functions = arithmetic.exp + arithmetic.log + arithmetic.log1p + arithmetic.tanh
         # The functions of a narrow dtype are computed in float32.
-        return self.allowed(i, roundoff, FEW_ROUNDINGS + functions * FORMATS[compute_dtype(dtype)].roundoff / roundoff)
+        return self._allowed(
+            i,
+            self.moved(i, roundoff),
+            FEW_ROUNDINGS * roundoff + functions * FORMATS[compute_dtype(dtype)].roundoff,
+        )
 
-    def allowed(self, i: int, roundoff: float, roundings: float = ROUNDINGS) -> dict[str, FloatArray]:
-        """Return how far rounding may move each element in case i; infinity where the loss jumps."""
-        moved, typical = self.moved(i, roundoff), self.typical(i)
+    def allowed_to_differ(self, i: int, roundoff: float) -> dict[str, FloatArray]:
+        """Return how far another loss that is the same function may be in case i; infinity where the loss jumps."""
+        moved = self.moved(i, roundoff)
+        # Below float32 noise explains anything.
+        if roundoff <= FORMATS["float32"].roundoff:
+            noise = self.noise(i, roundoff)
+            moved = {part: np.fmax(values, noise[part]) for part, values in moved.items()}
+        return self._allowed(i, moved, ROUNDINGS * roundoff)
+
+    def _allowed(self, i: int, moved: Parts, share: float) -> dict[str, FloatArray]:
+        typical = self.typical(i)
         found = {}
         for part, values in self.result(i).parts.items():
             size = np.maximum(np.abs(values), typical.get(part, 0.0))
-            bound = FARTHER * moved[part] + roundings * roundoff * np.where(np.isfinite(size), size, 0.0)
+            bound = FARTHER * moved[part] + share * np.where(np.isfinite(size), size, 0.0)
             found[part] = np.where(moved[part] > JUMP * size, np.inf, bound)
         return found
 
@@ -191,7 +233,8 @@ class RecordedRuns(Runs):
         adapter: stands for the loss: its name and arithmetic.
         cases, is_ordinary, dtype: as in `Runs`.
         results: the results in every case, or what was raised.
-        moved: the largest changes, by case and roundoff.
+        moved: the largest changes when the logits move, by case and roundoff.
+        noise: those when the results of operations move, by case, for the roundoff of the dtype it computes in.
         precision: the dtype that it computes in.
         random: whether a second call gave another result.
     """
@@ -205,13 +248,14 @@ class RecordedRuns(Runs):
         *,
         results: list[AnyResult | str],
         moved: dict[tuple[int, float], Parts],
+        noise: dict[int, Parts],
         precision: str,
         random: bool,
     ) -> None:
         """Take what was recorded."""
         self.adapter, self.cases, self.dtype, self.results = adapter, cases, dtype, results
         self.ordinary = [i for i, case in enumerate(cases) if is_ordinary(case)]
-        self._moved, self._typical = moved, {}
+        self._moved, self._noise, self._typical = moved, noise, {}
         self.__dict__["precision"] = precision  # in place of what `Runs` finds by running
         self._random = random
 
@@ -282,7 +326,7 @@ def are_the_same(first: Runs, second: Runs) -> Sameness:
     if not any(i in first.ordinary and first.has_numbers(i) and second.has_numbers(i) for i in both):
         return Sameness(None, "no ordinary case has a finite loss of both", first.dtype, precisions)
     roundoff = FORMATS[narrow].roundoff
-    bounds = {i: _sum(*(each.allowed(i, roundoff) for each in runs)) for i in both}
+    bounds = {i: _sum(*(each.allowed_to_differ(i, roundoff) for each in runs)) for i in both}
     differences, why = _compare(runs, results, bounds, first.dtype), f"to the rounding of {narrow}"
     if narrow == "float64" and not all(each.agrees for each in differences):
         of_constants = {i: _sum(*(each.allowed_constants(i) for each in runs)) for i in both}

@@ -37,13 +37,9 @@ NAMES = (
 )
 # Soft labels take the reference in every implementation, and float64 and float16 differ by their precision only.
 DTYPES = ("float32", "bfloat16")
-# Every case is quick in float32, these in bfloat16 too: JAX compiles each for a second.
+# JAX compiles each for a second or more, so the other cases are slow tests.
 FEW = ("classes_33", "large_offset", "class_mask_of_rows", "bad_labels", "everything", "softcap")
-RUNS = [
-    pytest.param(name, dtype, marks=() if dtype == "float32" or name in FEW else pytest.mark.slow)
-    for name in NAMES
-    for dtype in DTYPES
-]
+RUNS = [pytest.param(name, dtype, marks=() if name in FEW else pytest.mark.slow) for name in NAMES for dtype in DTYPES]
 
 
 def factors(case: Case) -> FloatArray:

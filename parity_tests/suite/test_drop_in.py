@@ -200,7 +200,7 @@ def test_torch_attributes_set_later() -> None:
     assert max(map(max, shares.values())) <= 1, shares
 
 
-@each_implementation
+@pytest.mark.parametrize("implementation", [None, pytest.param("reference", marks=pytest.mark.slow)])
 @each_kind
 def test_optax(kind: str, implementation: str | None) -> None:
     """Same losses and gradients, with the classes at every axis, with rows or classes left out, and reduced."""

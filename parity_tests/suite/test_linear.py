@@ -246,7 +246,9 @@ def test_jax_reference(name: str, dtype: str, parity_ledger: Recorder) -> None:
     check(JAX_REFERENCE, name, dtype, other=TORCH_REFERENCE)
 
 
-@pytest.mark.parametrize(("name", "dtype"), FEW)
+@pytest.mark.parametrize(("name", "dtype"), [
+    pytest.param(name, dtype, marks=[pytest.mark.slow] * (dtype != "float32")) for name, dtype in FEW
+])  # fmt: skip
 def test_jax_in_one_chunk_and_computed_again(name: str, dtype: str) -> None:
     check(JAX, name, dtype, whole=True, other=JAX)
     check("jax recompute", name, dtype, other=JAX)

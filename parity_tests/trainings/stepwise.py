@@ -18,9 +18,9 @@ An element that differs by more than `allowed` is a divergence. Integers must be
 tensor: an error in an element much smaller than the largest of its tensor may pass. Split such tensors in `state`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -31,6 +31,7 @@ from parity_tests.truth.precision import FORMATS, FloatArray
 
 State = Mapping[str, NDArray[Any]]
 Mode = Literal["free-running", "teacher-forced"]
+MODES: tuple[Mode, Mode] = ("free-running", "teacher-forced")
 LOSS = "loss"
 
 
@@ -120,8 +121,36 @@ class StepwiseVerdict:
         return max(self.worst, key=lambda each: each.share)
 
 
+# Yields items unchanged, and shows how far they are; called with the items and a title.
+Track = Callable[[Iterator["Step"], str], Iterable["Step"]]
+
+
+class Step(NamedTuple):
+    """One step of the first training, and of its replicas.
+
+    Args:
+        before, after: the state before and after it.
+        loss: its loss.
+        replica_losses: the losses of the replicas.
+        spread: the largest distance of the replicas from the training, of the loss and of each floating-point tensor.
+    """
+
+    before: State
+    loss: float
+    after: State
+    replica_losses: tuple[float, ...]
+    spread: Mapping[str, float]
+
+
 def compare_step_by_step(
-    first: Training, second: Training, steps: int, *, replicas: int = 4, batch_size: int = 64, seed: int = 0
+    first: Training,
+    second: Training,
+    steps: int,
+    *,
+    replicas: int = 4,
+    batch_size: int = 64,
+    seed: int = 0,
+    track: Track = lambda items, title: items,
 ) -> tuple[StepwiseVerdict, StepwiseVerdict]:
     """Compare two trainings, free-running and teacher-forced, from the current state of the first.
 
@@ -132,49 +161,99 @@ def compare_step_by_step(
         replicas: number of one-ulp replicas to run; each costs as much as the first training.
         batch_size: number of losses that a step averages, for the rounding of the loss.
         seed: seed of the replicas' directions.
+        track: called with the steps of each mode; see `Track`.
 
     Raises:
         TrainingError: names or shapes of the states differ, or a step depends on more than its state.
     """
+    start = _copied(first.state())
+    modes = follow(first, steps, replicas=replicas, seed=seed)
+    return compare_with_steps(modes, start, second, batch_size=batch_size, track=track)
+
+
+def follow(
+    training: Training, steps: int, *, replicas: int = 4, seed: int = 0
+) -> tuple[Iterator[Step], Iterator[Step]]:
+    """Return the steps of a training from its current state, free-running and teacher-forced, in this order.
+
+    They are taken as they are asked for.
+
+    Args:
+        training: the training.
+        steps: number of steps.
+        replicas: number of one-ulp replicas to run; each costs as much as the training.
+        seed: seed of the replicas' directions.
+
+    Raises:
+        TrainingError: there is no step or no replica, a step depends on more than the state, or the state has what are
+            no numbers.
+    """
     if steps < 1 or replicas < 1:
         raise TrainingError(f"at least one step and one replica are needed, got {steps} and {replicas}")
-    start = _copied(first.state())
+    start, random = _copied(training.state()), np.random.default_rng(seed)
+    _check_numbers(start)
+    _check_determined("first", training, start)
+    free = _follow("free-running", training, start, steps, replicas, random)
+    return free, _follow("teacher-forced", training, start, steps, replicas, random)
+
+
+def _follow(
+    mode: Mode, training: Training, start: State, steps: int, replicas: int, random: np.random.Generator
+) -> Iterator[Step]:
+    state = start
+    moved = [one_ulp_away(start, random) for _ in range(replicas)]
+    for number in range(steps):
+        if mode == "teacher-forced":
+            moved = [one_ulp_away(state, random) for _ in range(replicas)]
+        loss, after = _advance(training, state, number)
+        advanced = [_advance(training, replica, number) for replica in moved]
+        losses, moved = tuple(each for each, _ in advanced), [each for _, each in advanced]
+        yield Step(state, loss, after, losses, _spread(after, loss, moved, losses))
+        state = after
+
+
+def compare_with_steps(
+    modes: tuple[Iterable[Step], Iterable[Step]],
+    start: State,
+    second: Training,
+    *,
+    batch_size: int = 64,
+    track: Track = lambda items, title: items,
+) -> tuple[StepwiseVerdict, StepwiseVerdict]:
+    """Compare a training with the steps of another.
+
+    Args:
+        modes: the steps of the other, as `follow` returns them.
+        start: the state before the first step.
+        second: the training.
+        batch_size: number of losses that a step averages, for the rounding of the loss.
+        track: called with the steps of each mode; see `Track`.
+
+    Raises:
+        TrainingError: as `compare_step_by_step`.
+    """
     _check_states(start, second.state())
-    for which, training in (("first", first), ("second", second)):
-        _check_determined(which, training, start)
-    random = np.random.default_rng(seed)
-    free = _run("free-running", first, second, start, steps, replicas, batch_size, random)
-    forced = _run("teacher-forced", first, second, start, steps, replicas, batch_size, random)
+    _check_determined("second", second, start)
+    free, forced = (
+        _compare_mode(mode, track(iter(steps), mode), second, batch_size)
+        for mode, steps in zip(MODES, modes, strict=True)
+    )
     return free, forced
 
 
-def _run(
-    mode: Mode,
-    first: Training,
-    second: Training,
-    start: State,
-    steps: int,
-    replicas: int,
-    batch_size: int,
-    random: np.random.Generator,
-) -> StepwiseVerdict:
-    state = other = start
-    moved = [one_ulp_away(start, random) for _ in range(replicas)]
+def _compare_mode(mode: Mode, steps: Iterable[Step], second: Training, batch_size: int) -> StepwiseVerdict:
+    other: State = {}
     envelope: dict[str, float] = {}
     worst: list[Divergence] = []
     losses = []
-    for step in range(steps):
-        if mode == "teacher-forced":
-            other, envelope = state, {}
-            moved = [one_ulp_away(state, random) for _ in range(replicas)]
-        loss, state = _advance(first, state, step)
-        other_loss, other = _advance(second, other, step)
-        advanced = [_advance(first, replica, step) for replica in moved]
-        replica_losses, moved = [each for each, _ in advanced], [each for _, each in advanced]
-        losses.append((loss, other_loss, *replica_losses))
-        for name, value in _spread(state, loss, moved, replica_losses).items():
+    for number, step in enumerate(steps):
+        if number == 0 or mode == "teacher-forced":
+            other, envelope = step.before, {}
+        other_loss, other = _advance(second, other, number)
+        losses.append((step.loss, other_loss, *step.replica_losses))
+        for name, value in step.spread.items():
             envelope[name] = max(envelope.get(name, 0.0), value)
-        worst += _compare(step, (loss, state), (other_loss, other), envelope, batch_size)
+        worst += _compare(number, (step.loss, step.after), (other_loss, other), envelope, batch_size)
     return StepwiseVerdict(mode, worst, _of_losses(losses, batch_size))
 
 
@@ -209,7 +288,7 @@ def one_ulp_away(state: State, random: np.random.Generator) -> State:
     return moved
 
 
-def _spread(state: State, loss: float, moved: list[State], losses: list[float]) -> dict[str, float]:
+def _spread(state: State, loss: float, moved: list[State], losses: Sequence[float]) -> dict[str, float]:
     """Return the largest distance of the replicas from the first training, for each tensor."""
     spread = {LOSS: max(abs(each - loss) for each in losses)}
     for name, values in state.items():
@@ -264,15 +343,22 @@ def _check_states(state: State, other: State) -> None:
             f"both trainings must name the tensors of their state alike; only the first has {only}, only the second "
             f"{others}"
         )
+    _check_numbers(state)
     for name, values in state.items():
-        if values.dtype.kind not in "biuf" and values.dtype != ml_dtypes.bfloat16:
-            raise TrainingError(f"{name} is of dtype {values.dtype}; give numbers that are real, in parts if need be")
         if values.shape != other[name].shape:
             shapes = f"{list(values.shape)} and {list(other[name].shape)}"
             hint = "; transpose one of them" if values.shape == other[name].shape[::-1] else ""
             raise TrainingError(f"{name} has shapes {shapes}{hint}")
         if values.dtype != other[name].dtype:
             raise TrainingError(f"{name} has dtypes {values.dtype} and {other[name].dtype}")
+
+
+def _check_numbers(state: State) -> None:
+    if LOSS in state:
+        raise TrainingError(f"a tensor of the state is called {LOSS!r}, as the loss is; give it another name")
+    for name, values in state.items():
+        if values.dtype.kind not in "biu" and values.dtype.name not in FORMATS:
+            raise TrainingError(f"{name} is of dtype {values.dtype}; give numbers that are real, in parts if need be")
 
 
 def _check_determined(which: str, training: Training, start: State) -> None:

@@ -171,5 +171,20 @@ def rounded_to_bits(values: Floating, bits: int) -> Floating:
     return np.where(np.isfinite(values), rounded, values)
 
 
+def shares(bits: NDArray[np.int64], seed: int) -> NDArray[np.float64]:
+    """Return a number from -1 to 1 for each of some integers, at random but the same for equal ones.
+
+    Example:
+        >>> shares(np.array([5, 6, 5]), 1).round(3).tolist()
+        [0.251, 0.609, 0.251]
+    """
+    mixed = np.asarray(bits, np.int64).astype(np.uint64)
+    mixed = mixed ^ (mixed >> np.uint64(29)) ^ np.uint64(seed * 0x2545F4914F6CDD1D % 2**64)
+    with np.errstate(over="ignore"):
+        mixed = mixed * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+    return np.asarray((mixed >> np.uint64(11)) * 2.0**-52 - 1.0)
+
+
 # Every function rounded correctly, as in IEEE 754.
 EXACT = Simulation(Arithmetic(), flushes=False, pattern=None)
