@@ -164,7 +164,8 @@ def vocab_parallel_linear_label_smoothed_cross_entropy(
     ranks. torch.compile computes all logits at once.
 
     Args:
-        hidden: [..., D] features, the same on every rank; see `linear_label_smoothed_cross_entropy`.
+        hidden: [..., D] features, the same on every rank; see `linear_label_smoothed_cross_entropy`. It requires a
+            gradient on every rank or on none, since `backward` adds up what the ranks have.
         local_weight: [K of this rank, D], the rows of nn.Linear's weight of this rank's classes.
         labels: [...] class indices from 0 to K - 1, the same on every rank.
         group: see `vocab_parallel_label_smoothed_cross_entropy`.
