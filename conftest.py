@@ -11,7 +11,8 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_num_cpu_devices", 2)
+# Tests of more devices start a process of their own.
+jax.config.update("jax_num_cpu_devices", int(os.environ.get("LSCE_TEST_DEVICES", "2")))
 
 # The collector would walk through the many small objects of JAX so often that it takes a fifth of the time.
 gc.set_threshold(100_000, 20, 100)

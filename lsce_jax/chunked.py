@@ -82,7 +82,7 @@ _FLOATING = {
 _Results = tuple[Float[Array, "n C"], LossStats | None]
 
 
-class _Arrangement(NamedTuple):
+class Arrangement(NamedTuple):
     """The place of each row in the chunks."""
 
     batch_shape: tuple[int, ...]
@@ -136,7 +136,7 @@ def losses(
         # XLA would fuse a product of single numbers into the loss, and round it in some of its uses only.
         hidden = jnp.concatenate([layer.hidden, jnp.zeros_like(layer.hidden)], axis=-1)
         layer = Layer(hidden, jnp.concatenate([layer.weight, jnp.zeros_like(layer.weight)]), layer.bias)
-    arrangement = _arrange(batch, layer.hidden, chunks)
+    arrangement = arrange(batch, layer.hidden, chunks)
     counted = batch.counted
     if counted is None and math.prod(batch.batch_shape) != arrangement.num_chunks * arrangement.chunk_rows:
         counted = jnp.ones(batch.batch_shape, bool)
@@ -154,8 +154,8 @@ def losses(
     # The smoothing is part of the targets. Without its value here, every smoothing shares one compiled function.
     skip = arrangement.order is not None
     plan = _Plan(replace(options, smoothing=0.0), with_stats, skip, chunks.gradient_filter)
-    if chunks.recompute or is_sharded(layer.hidden):
-        # With an explicit mesh JAX would ask how the sum over the rows in a matrix product is divided.
+    if chunks.recompute or is_sharded(layer.hidden) or is_sharded(layer.weight):
+        # With an explicit mesh JAX would ask how the sums over rows and classes in matrix products are divided.
         row_losses, stats = _row_losses(plan, operands)
         result = arrangement.by_row(row_losses) if chunks.recompute else row_losses.sum()
     else:
@@ -190,9 +190,10 @@ def saves_time(batch: Batch, layer: Layer, chunks: ChunkOptions) -> bool:
     return tiles.saves_time(num_rows, num_features, num_classes, layer.hidden.dtype, chunk_rows)
 
 
-def _arrange(batch: Batch, hidden: Float[Array, "*batch D"], chunks: ChunkOptions) -> _Arrangement:
+def arrange(batch: Batch, hidden: Float[Array, "*batch D"], chunks: ChunkOptions) -> Arrangement:
+    """Return which rows each chunk has."""
     num_rows, num_features, num_classes = math.prod(batch.batch_shape), hidden.shape[-1], batch.logits.shape[-1]
-    arrangement = _Arrangement(batch.batch_shape, 1, num_rows, None)
+    arrangement = Arrangement(batch.batch_shape, 1, num_rows, None)
     if not all(isinstance(size, int) for size in (num_rows, num_features, num_classes)):
         return arrangement  # symbolic sizes: one chunk
     num_chunks = -(-num_rows // chunks.rows_at_most(preferred_rows(num_features), num_classes))

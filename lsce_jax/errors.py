@@ -7,6 +7,11 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         TypeError,
         "only a metric of the same kind and options can be merged into a {expected}, got {given}.",
     ),
+    "axis_name": (
+        ValueError,
+        "axis_name={given} names no axis here. Call the loss inside jax.shard_map, or inside jax.vmap or jax.pmap with "
+        "this axis_name. Logits that have all classes go to label_smoothed_cross_entropy.",
+    ),
 }
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from lsce_jax import fused, kernels, reference
 from lsce_jax.accurate import divide
-from lsce_jax.inputs import Batch, as_array, at_labels, extremes, prepare
+from lsce_jax.inputs import Batch, as_array, extremes, prepare
 from lsce_jax.keywords import DenseLossKeywords, DenseStatsKeywords
 from lsce_jax.stats import LossStats
 from lsce_spec import LossOptions, check_denominator_array, check_denominator_values, check_flag
@@ -199,8 +199,8 @@ def reduce_losses(
 
 def _mean_denominator(batch: Batch) -> int | Float[Array, ""]:
     """Return the sum of the labels' class weights over the rows that count; without weights, the number of rows."""
-    if batch.class_weight is not None and not batch.soft:
-        weights = at_labels(batch.class_weight, batch.labels)
+    weights = None if batch.soft else batch.label_weight
+    if weights is not None:
         if batch.bad is not None:
             # A bad label weighs 1: if all other weights are 0, the mean is NaN and not 0.
             weights = jnp.where(batch.bad, 1, weights)

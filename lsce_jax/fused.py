@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 
 from lsce_jax import reference
 from lsce_jax.accurate import divide, log1p
-from lsce_jax.inputs import Batch, at_labels
+from lsce_jax.inputs import Batch
 from lsce_jax.row_sums import row_sums
 from lsce_jax.stats import LossStats, make_stats
 from lsce_jax.sums import Operands, Peaks, Sums
@@ -98,8 +98,22 @@ def losses_of_sums(
 ) -> tuple[Float[Array, "*batch"], LossStats | None]:
     """Return the loss of each row, and statistics if the sums were made for them."""
     log_sum = log1p(sums.rest)
+    smoothed, nll = _smoothed_losses(batch, options, targets, sums, log_sum), log_sum + sums.label_gap
+    return with_other_terms(batch, options, peaks, sums, log_sum=log_sum, smoothed=smoothed, nll=nll)
+
+
+def with_other_terms(
+    batch: Batch,
+    options: LossOptions,
+    peaks: Peaks,
+    sums: Sums,
+    *,
+    log_sum: Float[Array, "*batch"],
+    smoothed: Float[Array, "*batch"],
+    nll: Float[Array, "*batch"],
+) -> tuple[Float[Array, "*batch"], LossStats | None]:
+    """Return what `losses_of_sums` does, given log1p of the rest, the losses without z-loss, and those not smoothed."""
     lse = peaks.peak + log_sum
-    smoothed = _smoothed_losses(batch, options, targets, sums, log_sum)
     losses = smoothed + options.z_loss * lse**2 if options.z_loss else smoothed
     if batch.counted is not None:
         losses = jnp.where(batch.counted, losses, 0)
@@ -108,7 +122,7 @@ def losses_of_sums(
     return losses, make_stats(
         batch,
         options,
-        nll=log_sum + sums.label_gap,
+        nll=nll,
         smoothed=smoothed,
         lse=lse,
         log_sum=log_sum,
@@ -157,7 +171,8 @@ def _label_and_mass(
     batch: Batch, on: Array, off: Array, num_others: Array, sums: Sums
 ) -> tuple[Float[Array, "*#batch"], Float[Array, "*#batch"]]:
     """Return the target at the label, with its class weight, and the sum of the target over the classes."""
-    at_label = on if batch.class_weight is None else on * at_labels(batch.class_weight, batch.labels)
+    weight = batch.label_weight
+    at_label = on if weight is None else on * weight
     return at_label, at_label + off * (num_others if sums.other_mass is None else sums.other_mass)
 
 
@@ -165,11 +180,11 @@ def _on_off_others(
     batch: Batch, targets: Targets, sums: Sums
 ) -> tuple[Float[Array, "*#batch"], Float[Array, "*#batch"], Float[Array, "*#batch"]]:
     """Return `on`, `off`, and the sum of the factors of `off` over the other classes, all without class weights."""
-    on, off = targets.on, targets.off
-    if batch.prior is None:
+    on, off, prior = targets.on, targets.off, batch.label_prior
+    if prior is None:
         num_others = _per_row(reference.count_allowed(batch) - 1, batch)
     else:
-        on = on + off * at_labels(batch.prior, batch.labels)
+        on = on + off * prior
         num_others = jnp.asarray(sums.other_mass if sums.other_prior is None else sums.other_prior)
     # NaN at the label makes loss and gradient NaN; 0 elsewhere keeps the derivatives of other operands finite.
     bad = jnp.asarray(batch.bad)

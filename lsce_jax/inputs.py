@@ -6,7 +6,7 @@ not count and those whose label is bad. So no implementation handles axes, ignor
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
 
 from lsce_jax.errors import error
 from lsce_spec import (
+    OF_SHARD,
     LossOptions,
     check_axis,
     check_batch_operand,
@@ -32,6 +33,22 @@ from lsce_spec import (
 )
 
 
+class Whole(NamedTuple):
+    """What a loss has to know of all classes, where the arrays of a batch have some of them.
+
+    Args:
+        num_allowed: the number of classes to spread over.
+        label_weight: the class weight at each label; None without class weights, and for soft labels.
+        label_prior: the prior at each label; None without a prior, and for soft labels.
+        label: the class of each label; for soft labels that of the first largest; None if it is not asked for.
+    """
+
+    num_allowed: int | Float[Array, "*batch 1"]
+    label_weight: Float[Array, "*batch"] | None
+    label_prior: Float[Array, "*batch"] | None
+    label: Int[Array, "*batch"] | None
+
+
 @dataclass(frozen=True)
 class Batch:
     """The arrays of one call, classes last.
@@ -46,6 +63,7 @@ class Batch:
         prior: probabilities that replace the uniform distribution, in the compute dtype, or None.
         class_weight: in the compute dtype, or None.
         class_mask: True for the classes that take part: one mask for all rows, or one for each; or None.
+        whole: None if the arrays have all classes.
     """
 
     logits: Float[Array, "*batch K"]
@@ -56,6 +74,7 @@ class Batch:
     prior: Float[Array, " K"] | None
     class_weight: Float[Array, " K"] | None
     class_mask: Bool[Array, " K"] | Bool[Array, "*batch K"] | None
+    whole: Whole | None = None
 
     @property
     def soft(self) -> bool:
@@ -76,6 +95,27 @@ class Batch:
     def dtype(self) -> jnp.dtype:
         """Dtype of the computation and of the loss: that of the logits, float32 for narrower ones."""
         return compute_dtype(self.logits)
+
+    @property
+    def label_weight(self) -> Float[Array, "*batch"] | None:
+        """The class weight at each label, which is a class index."""
+        if self.whole is not None:
+            return self.whole.label_weight
+        return None if self.class_weight is None else at_labels(self.class_weight, self.labels)
+
+    @property
+    def label_prior(self) -> Float[Array, "*batch"] | None:
+        """The prior at each label, which is a class index."""
+        if self.whole is not None:
+            return self.whole.label_prior
+        return None if self.prior is None else at_labels(self.prior, self.labels)
+
+    @property
+    def label(self) -> Int[Array, "*batch"]:
+        """The class of each label: of soft labels the first largest."""
+        if self.whole is not None:
+            return jnp.asarray(self.whole.label)
+        return jnp.argmax(self.labels, axis=-1) if self.soft else self.labels
 
     def counting_only(self, rows: Bool[Array, "*#batch"]) -> "Batch":
         """Return the batch in which a row counts only if it is also True in `rows`."""
@@ -104,6 +144,7 @@ def prepare(
     labels: ArrayLike,
     options: LossOptions,
     keywords: Mapping[str, Any],
+    num_classes: int | None = None,
 ) -> Batch:
     """Check the arrays of a call and return them in canonical form.
 
@@ -112,6 +153,8 @@ def prepare(
         labels: as the caller passed them.
         options: the checked options of the call.
         keywords: `axis`, `where`, `prior`, `class_weight` and `class_mask` of the call, where given.
+        num_classes: of all devices, if the class dimension of the arrays is divided over several. Then whether a label
+            is in the class mask, and the values of the prior, are not known here, and not checked.
 
     Raises:
         TypeError: wrong type or dtype.
@@ -123,16 +166,18 @@ def prepare(
     labels = as_array("labels", within_int32(labels))
     check_logits(logits.shape, logits.dtype.name)
     axis = check_axis(keywords.get("axis", -1), logits.shape)
-    check_labels(labels.shape, labels.dtype.name, logits.shape, axis)
+    divided, hint = num_classes is not None, "" if num_classes is None else OF_SHARD
+    check_labels(labels.shape, labels.dtype.name, logits.shape, axis, hint)
     dtype = compute_dtype(logits)
-    class_mask = _class_mask(keywords, logits.shape, axis)
+    class_mask = _class_mask(keywords, logits.shape, axis, hint)
 
     if not only_shape:
         logits = jnp.moveaxis(logits, axis, -1)
-    batch_shape, num_classes = logits.shape[:-1], logits.shape[-1]
-    class_weight = _class_vector("class_weight", keywords, num_classes, dtype)
-    prior = _class_vector("prior", keywords, num_classes, dtype)
-    if prior is not None:
+    batch_shape, num_here = logits.shape[:-1], logits.shape[-1]
+    num_classes = num_here if num_classes is None else num_classes
+    class_weight = _class_vector("class_weight", keywords, num_here, dtype, hint)
+    prior = _class_vector("prior", keywords, num_here, dtype, hint)
+    if prior is not None and not divided:
         # The caller's values, not those rounded to dtype; and after the shape, since values are checked by class.
         check_prior(keywords["prior"], class_mask)
 
@@ -148,7 +193,7 @@ def prepare(
         soft = jnp.moveaxis(labels, axis, -1)
         batch = Batch(logits, soft, smoothing, None, None, prior, class_weight, class_mask)
     else:
-        labels, bad = _class_indices(labels, num_classes, class_mask)
+        labels, bad = _class_indices(labels, num_classes, None if divided else class_mask)
         batch = Batch(logits, jnp.where(bad, 0, labels), smoothing, None, bad, prior, class_weight, class_mask)
     if where is not None:
         batch = batch.counting_only(where)
@@ -157,8 +202,8 @@ def prepare(
     _check_smoothing_of_rows(batch)
     if batch.bad is not None and options.ignore_index is None and options.bad_labels == "nan":
         _warn_of_labels(labels, batch.bad)
-    if options.bad_labels == "raise" and batch.bad is not None:
-        _raise_bad_label(labels, batch.bad, class_mask is not None, num_classes)
+    if options.bad_labels == "raise" and batch.bad is not None and not divided:
+        raise_bad_label(labels, batch.bad, class_mask is not None, num_classes)
     return batch
 
 
@@ -253,12 +298,14 @@ def is_sharded(array: Array) -> bool:
     return any(axes is not None for axes in jax.typeof(array).sharding.spec)
 
 
-def _class_mask(keywords: Mapping[str, Any], shape: tuple[int, ...], axis: int) -> Bool[Array, "*#batch K"] | None:
+def _class_mask(
+    keywords: Mapping[str, Any], shape: tuple[int, ...], axis: int, hint: str
+) -> Bool[Array, "*#batch K"] | None:
     """Return the mask of the classes of logits of that shape, [K] or one for each row, classes last."""
     if keywords.get("class_mask") is None:
         return None
     mask = as_array("class_mask", keywords["class_mask"])
-    if check_class_mask(mask.shape, mask.dtype.name, shape, axis):
+    if check_class_mask(mask.shape, mask.dtype.name, shape, axis, hint):
         if keywords.get("prior") is not None:
             raise error("prior_row_mask", given=list(mask.shape))
         return jnp.broadcast_to(jnp.moveaxis(mask, axis, -1), (*shape[:axis], *shape[axis + 1 :], shape[axis]))
@@ -266,13 +313,13 @@ def _class_mask(keywords: Mapping[str, Any], shape: tuple[int, ...], axis: int) 
 
 
 def _class_vector(
-    name: str, keywords: Mapping[str, Any], num_classes: int, dtype: jnp.dtype
+    name: str, keywords: Mapping[str, Any], num_classes: int, dtype: jnp.dtype, hint: str
 ) -> Float[Array, " K"] | None:
     """Return an array with one value per class, in that dtype, or None if the call has none of that name."""
     if keywords.get(name) is None:
         return None
     vector = as_array(name, keywords[name])
-    check_class_vector(name, vector.shape, vector.dtype.name, num_classes)
+    check_class_vector(name, vector.shape, vector.dtype.name, num_classes, hint)
     return vector.astype(dtype)
 
 
@@ -307,7 +354,8 @@ def _warn_of_labels(labels: Array, bad: Array) -> None:
         ignored.warn_of(np.asarray(labels)[np.asarray(bad)].tolist(), labels.size)
 
 
-def _raise_bad_label(labels: Array, bad: Array, masked: bool, num_classes: int) -> None:
+def raise_bad_label(labels: Array, bad: Array, masked: bool, num_classes: int) -> None:
+    """Raise for the first bad label, if there is one."""
     expected = f"0 to {num_classes - 1}" + (", inside class_mask" if masked else "")
     if _is_traced(bad):
         # Under jit this needs checkify.checkify around the caller; without it JAX's own error says so.

@@ -71,8 +71,11 @@ class _LinearImplementation(TypedDict, total=False):
     implementation: Annotated[LinearImplementation | None, Default(None)]
 
 
-class _Chunks(TypedDict, total=False):
+class _ChunkSize(TypedDict, total=False):
     chunk_size: Annotated[int | None, Default(None)]
+
+
+class _Chunks(_ChunkSize, total=False):
     recompute: Annotated[bool | None, Default(None)]
     gradient_filter: Annotated[float, Default(0.0)]
 
@@ -99,6 +102,22 @@ class DenseStatsKeywords(DenseLossKeywords, _Differentiable, total=False):
 
 class LinearStatsKeywords(LinearLossKeywords, _Differentiable, total=False):
     """The options of `linear_label_smoothed_cross_entropy_with_stats`."""
+
+
+class VocabParallelKeywords(_Smoothing, _Target, _Axis, _Where, _Rows, _Denominator, total=False):
+    """The options of `vocab_parallel_label_smoothed_cross_entropy` besides `axis_name`."""
+
+
+class VocabParallelStatsKeywords(VocabParallelKeywords, _Differentiable, total=False):
+    """The options of `vocab_parallel_label_smoothed_cross_entropy_with_stats` besides `axis_name`."""
+
+
+class VocabParallelLinearKeywords(_Bias, LossKeywords, _ChunkSize, total=False):
+    """The options of `vocab_parallel_linear_label_smoothed_cross_entropy` besides `axis_name`."""
+
+
+class VocabParallelLinearStatsKeywords(VocabParallelLinearKeywords, _Differentiable, total=False):
+    """The options of `vocab_parallel_linear_label_smoothed_cross_entropy_with_stats` besides `axis_name`."""
 
 
 class DenseModuleKeywords(_Target, _Axis, _Rows, _Implementation, total=False):

@@ -3,14 +3,17 @@ r"""The linear layer before the loss: logits and gradients of one chunk of rows.
 The gradient with respect to a chunk's logits z = h W + b gives those with respect to h, W and b by two matrix products.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters import batching
 from jaxtyping import Array, Bool, Float, Int
 
 from lsce_jax.inputs import compute_dtype
+from lsce_jax.primitives import define
 from lsce_jax.sums import CLASS_VECTORS, Operands
 
 # Classes in a tile of the weight's gradient on the CPU, and in a tile of the classes that `gradient_filter` keeps.
@@ -156,31 +159,43 @@ def add_large(
     return products
 
 
+def _whole(total: Array, hidden: Array, of_logits: Array) -> Array:
+    product: Array = jnp.matmul(hidden.T, of_logits, preferred_element_type=total.dtype)
+    return total + product
+
+
+def _in_tiles(total: Array, hidden: Array, of_logits: Array) -> Array:
+    """Add the product in place: XLA for CPUs would write out the whole product first."""
+    num_classes = total.shape[1]
+    if not isinstance(num_classes, int) or num_classes <= _TILE:  # a symbolic number of classes has no last tile
+        return _whole(total, hidden, of_logits)
+
+    def step(j: Array, total: Array) -> Array:
+        # A dynamic slice moves back a start that leaves too few classes: those of the tile before count as 0.
+        start = jnp.minimum(j * _TILE, num_classes - _TILE)
+        tile = jax.lax.dynamic_slice_in_dim(of_logits, start, _TILE, axis=1)
+        tile = jnp.where((start + jnp.arange(_TILE, dtype=start.dtype) >= j * _TILE)[None, :], tile, 0)
+        old = jax.lax.dynamic_slice_in_dim(total, start, _TILE, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(total, _whole(old, hidden, tile), start, axis=1)
+
+    tiled: Array = jax.lax.fori_loop(0, -(-num_classes // _TILE), step, total)
+    return tiled
+
+
+# A compiler that divides tiles of classes gathers all of them. Nothing differentiates this: it is part of a gradient.
+_add_product_p = define("lsce_add_product", _whole, cpu=_in_tiles, undivided=("cpu",))
+
+
 def _add_product(
     total: Float[Array, "D K"], hidden: Float[Array, "n D"], of_logits: Float[Array, "n K"]
 ) -> Float[Array, "D K"]:
     """Return total + hidden.T @ of_logits."""
-
-    def whole(total: Array, hidden: Array, of_logits: Array) -> Array:
-        product: Array = jnp.matmul(hidden.T, of_logits, preferred_element_type=total.dtype)
-        return total + product
-
-    def in_tiles(total: Array, hidden: Array, of_logits: Array) -> Array:
-        """Add the product in place: XLA for CPUs would write out the whole product first."""
-        num_classes = total.shape[1]
-
-        def step(j: Array, total: Array) -> Array:
-            # A dynamic slice moves back a start that leaves too few classes: those of the tile before count as 0.
-            start = jnp.minimum(j * _TILE, num_classes - _TILE)
-            tile = jax.lax.dynamic_slice_in_dim(of_logits, start, _TILE, axis=1)
-            tile = jnp.where((start + jnp.arange(_TILE, dtype=start.dtype) >= j * _TILE)[None, :], tile, 0)
-            old = jax.lax.dynamic_slice_in_dim(total, start, _TILE, axis=1)
-            return jax.lax.dynamic_update_slice_in_dim(total, whole(old, hidden, tile), start, axis=1)
-
-        tiled: Array = jax.lax.fori_loop(0, -(-num_classes // _TILE), step, total)
-        return tiled
-
-    if not isinstance(total.shape[1], int) or total.shape[1] <= _TILE:  # a symbolic number of classes has no last tile
-        return whole(total, hidden, of_logits)
-    added: Array = jax.lax.platform_dependent(total, hidden, of_logits, cpu=in_tiles, default=whole)
+    added: Array = _add_product_p.bind(total, hidden, of_logits)  # type: ignore[no-untyped-call]
     return added
+
+
+def _add_product_under_vmap(operands: Sequence[Array], dims: Sequence[int | None]) -> tuple[Array, int]:
+    return jax.vmap(_whole, in_axes=tuple(dims))(*operands), 0
+
+
+batching.primitive_batchers[_add_product_p] = _add_product_under_vmap

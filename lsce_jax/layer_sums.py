@@ -28,7 +28,7 @@ from lsce_jax.sum_rules import ByName, Kind, bind, define_sums, derivative_of_pl
 from lsce_jax.sums import Operands, Peaks, Sums, is_label, sums_at
 
 
-def _by_chunks(operands: LayerOperands, function: Callable[[Operands, Any], Any], peaks: Peaks | None = None) -> Any:
+def by_chunks(operands: LayerOperands, function: Callable[[Operands, Any], Any], peaks: Peaks | None = None) -> Any:
     """Return the results of a function of the operands of a chunk and its peaks, for all rows."""
     # The scan adds up the gradients of the chunks in the dtype of its operands.
     dtype = max(compute_dtype(operands.hidden), compute_dtype(operands.weight), key=lambda dtype: dtype.itemsize)
@@ -54,7 +54,7 @@ def _by_chunks(operands: LayerOperands, function: Callable[[Operands, Any], Any]
 
 
 def _sums(operands: LayerOperands) -> tuple[Peaks, Sums]:
-    results: tuple[Peaks, Sums] = _by_chunks(operands, lambda of_chunk, _: row_sums(of_chunk))
+    results: tuple[Peaks, Sums] = by_chunks(operands, lambda of_chunk, _: row_sums(of_chunk))
     return results
 
 
@@ -62,7 +62,7 @@ def _at_peaks(operands: LayerOperands, peaks: Peaks) -> Sums:
     def of_chunk(operands: Operands, peaks: Peaks) -> Sums:
         return sums_at(operands, peaks, is_label(operands), differentiable=True)
 
-    results: Sums = _by_chunks(operands, of_chunk, peaks)
+    results: Sums = by_chunks(operands, of_chunk, peaks)
     return results
 
 
@@ -98,7 +98,7 @@ _cotangents_p = define(
     "lsce_layer_cotangents",
     on_leaves(_plain_cotangents),
     multiple_results=True,
-    undivided=True,
+    undivided=("tpu",),
     tpu=on_leaves(_by_tiles(tiles.cotangents, _plain_cotangents)),
 )
 ad.primitive_jvps[_cotangents_p] = partial(derivative_of_plain, _cotangents_p, _plain_cotangents)
@@ -106,7 +106,7 @@ map_plainly(_cotangents_p, _plain_cotangents)
 
 _primitives = define_sums(
     Kind("lsce_layer", _sums, _at_peaks, _cotangents, floating=("hidden", "weight", "bias", "prior", "class_weight")),
-    undivided=True,
+    undivided=("tpu",),
     tpu=_by_tiles(tiles.sums, _sums),
 )
 map_plainly(_primitives.sums, _primitives.plain_sums)

@@ -141,15 +141,18 @@ def _evaluate(
     return reduce_losses(losses, options, divisor), stats if differentiable else jax.lax.stop_gradient(stats)
 
 
-def prepare_layer(hidden: ArrayLike, weight: ArrayLike, bias: ArrayLike | None) -> tuple[Layer, int]:
-    """Check the arrays of the layer; return the layer and the number of classes."""
+def prepare_layer(hidden: ArrayLike, weight: ArrayLike, bias: ArrayLike | None, hint: str = "") -> tuple[Layer, int]:
+    """Check the arrays of the layer; return the layer and the number of classes.
+
+    The message about the bias ends with `hint`.
+    """
     layer = Layer(
         as_array("hidden", hidden),
         as_array("weight", weight),
         None if bias is None else as_array("bias", bias),
     )
     of_hidden, of_weight, *of_bias = ((array.shape, array.dtype.name) for array in layer if array is not None)
-    return layer, check_layer(of_hidden, of_weight, *of_bias, features_axis=0)
+    return layer, check_layer(of_hidden, of_weight, *of_bias, features_axis=0, hint=hint)
 
 
 def _all_logits(layer: Layer, batch: Batch) -> Float[Array, "*batch K"]:

@@ -1,6 +1,6 @@
 """How primitives of this package are defined: each computes a function, on some platforms by other formulas."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ def define(
     function: Callable[..., Any],
     *,
     multiple_results: bool = False,
-    undivided: bool = False,
+    undivided: Collection[str] = (),
     **on_platform: Callable[..., Any],
 ) -> Primitive:
     """Return a primitive without rules for derivatives and vmap.
@@ -25,7 +25,7 @@ def define(
         name: of the primitive.
         function: of the operands and parameters; what the primitive computes.
         multiple_results: whether it returns a list of results, not one result.
-        undivided: whether platforms have ways of their own only in programs that no compiler divides over devices.
+        undivided: the platforms that have a way of their own only in programs that no compiler divides over devices.
         on_platform: what it computes on a platform, such as cpu or tpu, instead.
     """
 
@@ -39,7 +39,7 @@ def define(
     primitive.def_abstract_eval(types)  # type: ignore[no-untyped-call]
     for platform, lowered in ((None, function), *on_platform.items()):
         _formulas[name, platform] = lowered
-        lower = partial(_lower, function if undivided else lowered, lowered, multiple_results)
+        lower = partial(_lower, function if platform in undivided else lowered, lowered, multiple_results)
         mlir.register_lowering(primitive, lower, platform=platform)
     return primitive
 

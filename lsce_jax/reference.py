@@ -196,6 +196,8 @@ def _two_or_more(num_allowed: Float[Array, "*#batch"]) -> Float[Array, "*#batch"
 
 def count_allowed(batch: Batch) -> int | Float[Array, ""] | Float[Array, "*batch 1"]:
     """Return the number of classes to spread over; an array if it depends on class masks or a symbolic dimension."""
+    if batch.whole is not None:
+        return batch.whole.num_allowed
     num_classes = batch.logits.shape[-1]
     if batch.class_mask is not None:
         axis = -1 if batch.has_row_masks else None

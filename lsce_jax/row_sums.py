@@ -89,6 +89,8 @@ def _is_class_vector(structure: Any) -> list[bool]:
 
 _primitives = define_sums(
     Kind("lsce_row", sums, _at_peaks, cotangents_of_sums, floating=("logits", "prior", "class_weight")),
+    # A compiler that divides groups of classes gathers all of them.
+    undivided=("cpu",),
     cpu=cpu.row_sums,
     cuda=gpu.row_sums,
 )

@@ -65,9 +65,8 @@ def make_stats(
         # A product, so that the derivative is NaN as well.
         nll = nll * jnp.where(batch.bad, jnp.nan, 1)
     prediction = jnp.where(jnp.isnan(lse), -1, first.astype(jnp.int32))
-    labels = jnp.argmax(batch.labels, axis=-1) if batch.soft else batch.labels
     # Neither a bad label nor a row of NaN is correct.
-    correct = (prediction == labels.astype(jnp.int32)) & ~jnp.isnan(nll)
+    correct = (prediction == batch.label.astype(jnp.int32)) & ~jnp.isnan(nll)
     if batch.counted is None:
         valid = jnp.ones_like(correct)
     else:

@@ -12,7 +12,7 @@ A function with custom_jvp and custom_vmap would not do: where JAX differentiate
 the latter has no second derivatives.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -58,7 +58,7 @@ class Primitives(NamedTuple):
     plain_slopes: Callable[..., Any]
 
 
-def define_sums(kind: Kind, *, undivided: bool = False, **on_platform: Callable[..., Any]) -> Primitives:
+def define_sums(kind: Kind, *, undivided: Collection[str] = (), **on_platform: Callable[..., Any]) -> Primitives:
     """Return the primitives of a kind of sums, with all rules but those for vmap.
 
     Args:

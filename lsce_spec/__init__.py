@@ -2,6 +2,7 @@
 
 from lsce_spec.checks import FLOATING as FLOATING
 from lsce_spec.checks import INTEGER as INTEGER
+from lsce_spec.checks import OF_SHARD as OF_SHARD
 from lsce_spec.checks import check_axis as check_axis
 from lsce_spec.checks import check_batch_operand as check_batch_operand
 from lsce_spec.checks import check_class_count as check_class_count
@@ -15,6 +16,8 @@ from lsce_spec.checks import check_flag as check_flag
 from lsce_spec.checks import check_labels as check_labels
 from lsce_spec.checks import check_layer as check_layer
 from lsce_spec.checks import check_logits as check_logits
+from lsce_spec.checks import check_prior_entries as check_prior_entries
+from lsce_spec.checks import check_prior_sum as check_prior_sum
 from lsce_spec.checks import check_prior_values as check_prior_values
 from lsce_spec.checks import check_smoothing as check_smoothing
 from lsce_spec.checks import check_smoothing_dtype as check_smoothing_dtype

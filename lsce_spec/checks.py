@@ -14,6 +14,8 @@ Shape = tuple[int, ...]
 
 FLOATING = ("float64", "float32", "bfloat16", "float16")
 INTEGER = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+# What is added to the messages about shapes where each device has some of the classes.
+OF_SHARD = "In a vocab-parallel loss each device passes the slice of its own classes."
 
 
 def is_floating(dtype: str) -> bool:
@@ -106,7 +108,12 @@ def check_logits(shape: Shape, dtype: str) -> None:
 
 
 def check_layer(
-    hidden: tuple[Shape, str], weight: tuple[Shape, str], bias: tuple[Shape, str] | None = None, *, features_axis: int
+    hidden: tuple[Shape, str],
+    weight: tuple[Shape, str],
+    bias: tuple[Shape, str] | None = None,
+    *,
+    features_axis: int,
+    hint: str = "",
 ) -> int:
     """Return the number of classes of a linear layer; raise unless shapes and dtypes fit each other.
 
@@ -115,6 +122,7 @@ def check_layer(
         weight: the same of the weight.
         bias: the same of the bias, or None.
         features_axis: which dimension of the weight has the features: 0 in [D, K], 1 in [K, D].
+        hint: what the message about the bias ends with.
     """
     for name, operand in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if operand is not None and not is_floating(operand[1]):
@@ -134,27 +142,30 @@ def check_layer(
         )
     num_classes = shape[1 - features_axis]
     if bias is not None and bias[0] != (num_classes,):
-        raise error("bias_shape", classes=num_classes, expected=[num_classes], given=list(bias[0]))
+        raise error("bias_shape", classes=num_classes, expected=[num_classes], given=list(bias[0]), hint=hint)
     return num_classes
 
 
-def check_axis(axis: object, shape: Shape) -> int:
-    """Return `axis` of logits of `shape` counted from the front."""
+def check_axis(axis: object, shape: Shape, *, of_shard: bool = False) -> int:
+    """Return `axis` of logits of `shape` counted from the front. A shard of the classes may have none."""
     rank = len(shape)
     if not is_integral(axis) or not -rank <= int(axis) < rank:  # type: ignore[call-overload]  # numbers.Integral
         wrong_type = not is_integral(axis)
         raise refused("axis", "axis", axis, wrong_type=wrong_type, low=-rank, high=rank - 1, shape=list(shape))
     index: int = int(axis)  # type: ignore[call-overload]  # as above
-    if shape[index] == 0:
+    if shape[index] == 0 and not of_shard:
         raise error("no_classes", shape=list(shape), axis=axis)
     return index % rank
 
 
-def check_labels(shape: Shape, dtype: str, logits_shape: Shape, axis: int) -> None:
-    """Raise unless the labels fit logits of `logits_shape` with classes at `axis` (from the front)."""
+def check_labels(shape: Shape, dtype: str, logits_shape: Shape, axis: int, hint: str = "") -> None:
+    """Raise unless the labels fit logits of `logits_shape` with classes at `axis` (from the front).
+
+    The message about soft labels ends with `hint`.
+    """
     if is_floating(dtype):
         if shape != logits_shape:
-            raise error("soft_labels_shape", expected=list(logits_shape), given=list(shape))
+            raise error("soft_labels_shape", expected=list(logits_shape), given=list(shape), hint=hint)
         return
     if not is_integer(dtype):
         raise error("labels_dtype", given=dtype)
@@ -199,7 +210,7 @@ def check_flag(name: str, value: object) -> None:
         raise refused("flag", name, value, wrong_type=True)
 
 
-def check_class_mask(shape: Shape, dtype: str, logits_shape: Shape, axis: int) -> bool:
+def check_class_mask(shape: Shape, dtype: str, logits_shape: Shape, axis: int, hint: str = "") -> bool:
     """Return whether a class mask differs between rows; raise unless it is boolean and fits the logits.
 
     Args:
@@ -207,6 +218,7 @@ def check_class_mask(shape: Shape, dtype: str, logits_shape: Shape, axis: int) -
         dtype: of the mask.
         logits_shape: of the logits.
         axis: of the classes, from the front.
+        hint: what the message about the shape ends with.
     """
     if dtype != "bool":
         raise error("boolean", name="class_mask", given=dtype)
@@ -221,24 +233,36 @@ def check_class_mask(shape: Shape, dtype: str, logits_shape: Shape, axis: int) -
             fits = fits and (size == 1 or size == logits_size)  # noqa: PLR1714
             by_row = by_row or (index != axis and size != 1)
     if not fits:
-        raise error("class_mask_shape", classes=num_classes, logits=list(logits_shape), axis=axis, given=list(shape))
+        raise error(
+            "class_mask_shape",
+            classes=num_classes,
+            logits=list(logits_shape),
+            axis=axis,
+            given=list(shape),
+            hint=hint,
+        )
     return by_row
 
 
-def check_class_vector(name: str, shape: Shape, dtype: str, num_classes: int) -> None:
-    """Raise unless a vector over the classes is floating point and of the right length."""
+def check_class_vector(name: str, shape: Shape, dtype: str, num_classes: int, hint: str = "") -> None:
+    """Raise unless a vector over the classes is floating point and of the right length.
+
+    The message about the length ends with `hint`.
+    """
     if not is_floating(dtype):
         raise error("class_vector_dtype", name=name, given=dtype)
     if shape != (num_classes,):
-        raise error("class_vector_shape", name=name, expected=[num_classes], given=list(shape))
+        raise error("class_vector_shape", name=name, expected=[num_classes], given=list(shape), hint=hint)
 
 
 def check_prior_values(prior: Sequence[float], class_mask: Sequence[bool] | None, unit_roundoff: float) -> None:
-    """Raise unless `prior` is a probability distribution over the classes of `class_mask`.
+    """Raise unless `prior` is a probability distribution over the classes of `class_mask`."""
+    check_prior_entries(prior, class_mask)
+    check_prior_sum(math.fsum(prior), unit_roundoff)
 
-    Each probability was rounded once, so the sum may be off by the unit roundoff; normalising in the same precision
-    adds a few more. 1e-6 is let pass in any precision, for priors typed in by hand.
-    """
+
+def check_prior_entries(prior: Sequence[float], class_mask: Sequence[bool] | None) -> None:
+    """Raise unless the probabilities of some classes are >= 0, and 0 outside of `class_mask`."""
     if class_mask is not None and len(class_mask) != len(prior):
         class_mask = None  # one of the two does not fit the logits: the call will raise for it
     for index, value in enumerate(prior):
@@ -246,6 +270,13 @@ def check_prior_values(prior: Sequence[float], class_mask: Sequence[bool] | None
             raise error("prior_negative", given=value, index=index)
         if class_mask is not None and not class_mask[index] and value != 0:
             raise error("prior_outside_mask", given=value, index=index)
-    total = math.fsum(prior)
+
+
+def check_prior_sum(total: float, unit_roundoff: float) -> None:
+    """Raise unless the probabilities of all classes sum to 1.
+
+    Each probability was rounded once, so the sum may be off by the unit roundoff; normalising in the same precision
+    adds a few more. 1e-6 is let pass in any precision, for priors typed in by hand.
+    """
     if not abs(total - 1) <= max(1e-6, 4 * unit_roundoff):
         raise error("prior_sum", given=total)

@@ -45,7 +45,7 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
     "soft_labels_shape": (
         ValueError,
         "floating-point labels are class probabilities and must have the shape of the logits: "
-        "expected {expected}, got {given}. For class indices pass an integer dtype.",
+        "expected {expected}, got {given}. For class indices pass an integer dtype. {hint}",
     ),
     "smoothing_type": (
         TypeError,
@@ -147,12 +147,12 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
     ),
     "class_vector_shape": (
         ValueError,
-        "{name} must hold one value per class: expected shape {expected}, got {given}.",
+        "{name} must hold one value per class: expected shape {expected}, got {given}. {hint}",
     ),
     "class_mask_shape": (
         ValueError,
         "class_mask must have shape [{classes}], one mask for all rows, or the dimensions of the logits, with 1 where "
-        "rows share a mask: logits {logits} have their classes at axis {axis}, got {given}.",
+        "rows share a mask: logits {logits} have their classes at axis {axis}, got {given}. {hint}",
     ),
     "prior_row_mask": (
         ValueError,
@@ -291,7 +291,7 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
     ),
     "bias_shape": (
         ValueError,
-        "bias must have one number for each of the {classes} classes: expected {expected}, got {given}.",
+        "bias must have one number for each of the {classes} classes: expected {expected}, got {given}. {hint}",
     ),
     "linear_soft_labels": (
         TypeError,

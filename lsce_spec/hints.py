@@ -10,7 +10,7 @@ from collections.abc import Collection
 # A line for each thing, with all its names. A caller is pointed to the first one that the function takes; ours come
 # first, and a line that is too long goes on in the next one with two spaces.
 _SYNONYMS = """
-logits input inputs inp _input x y_pred preds predictions output outputs scores lprobs log_probs logprobs
+logits local_logits input inputs inp _input x y_pred preds predictions output outputs scores lprobs log_probs logprobs
 labels target targets label y y_true target_labels soft_target_labels
 smoothing label_smoothing label_smooth label_smoothing_factor smoothing_factor smooth_factor smooth_eps lb_smooth
   eps epsilon alpha
@@ -30,11 +30,12 @@ inplace_backward inplace overwrite_input
 chunk_size block_size b_block_size
 gradient_filter filter_eps grad_filter_eps
 class_num num_classes n_classes vocab_size num_labels
+axis_name group process_group dist_process_group tp_group vocab_parallel_group
 """
 # The same for the operands of the linear loss.
 _LAYER_SYNONYMS = """
 hidden input inputs _input x e hidden_states embeddings
-weight weights lin_weight linear_weight lm_head_weight kernel w c
+weight local_weight weights lin_weight linear_weight lm_head_weight kernel w c
 bias lin_bias linear_bias lm_head_bias
 """
 _LAYER = ("hidden", "weight", "bias")
@@ -61,8 +62,8 @@ _ROW_FACTORS = (
 _LOGITS_ONLY = "Pass logits; of probabilities pass the logarithm, since log-probabilities are logits too."
 _BY_TYPE = "Pass labels: integers are class indices, floating-point labels are class probabilities."
 _GROUP = (
-    "Rows on several devices need no group: pass their common denominator and add up the losses. Classes on several "
-    "devices must be gathered first, which jax.jit does by itself."
+    "Rows on several devices need no group: pass their common denominator and add up the losses. For classes on "
+    "several devices there are the functions whose names begin with vocab_parallel_."
 )
 
 # What to do instead, for names that are no option here.
@@ -81,9 +82,7 @@ ADVICE = {
     "return_predicted_tokens": _WITH_STATS.format("prediction"),
     "return_entropy": _WITH_STATS.format("entropy"),
     "differentiable": "Functions whose names end in _with_stats take it; the others return no statistics.",
-    "process_group": _GROUP,
-    "dist_process_group": _GROUP,
-    "tp_group": _GROUP,
+    "axis_name": _GROUP,
     "accum_dtype": _DTYPES,
     "out_dtype": _DTYPES,
     "dtype": _DTYPES,

@@ -10,6 +10,7 @@ from lsce_spec.extras import require
 
 require("lsce_torch", "torch", "torch")
 
+import lsce_torch.dtensors  # noqa: F401 - makes the losses take DTensors
 from lsce_spec import Convention as Convention
 from lsce_spec import convert_smoothing as convert_smoothing
 from lsce_spec import identify_loss as identify_loss
@@ -29,6 +30,18 @@ from lsce_torch.modules import LinearLabelSmoothedCrossEntropyLoss as LinearLabe
 from lsce_torch.smoothing import add_smoothing as add_smoothing
 from lsce_torch.smoothing import linear_add_smoothing as linear_add_smoothing
 from lsce_torch.stats import LossStats as LossStats
+from lsce_torch.vocab_parallel import (
+    vocab_parallel_label_smoothed_cross_entropy as vocab_parallel_label_smoothed_cross_entropy,
+)
+from lsce_torch.vocab_parallel import (
+    vocab_parallel_label_smoothed_cross_entropy_with_stats as vocab_parallel_label_smoothed_cross_entropy_with_stats,
+)
+from lsce_torch.vocab_parallel import (
+    vocab_parallel_linear_label_smoothed_cross_entropy as vocab_parallel_linear_label_smoothed_cross_entropy,
+)
+from lsce_torch.vocab_parallel import (
+    vocab_parallel_linear_label_smoothed_cross_entropy_with_stats as vocab_parallel_linear_label_smoothed_cross_entropy_with_stats,  # noqa: E501
+)
 
 __all__ = [
     "CELossWithLabelSmoothing",
@@ -47,6 +60,10 @@ __all__ = [
     "linear_label_smoothed_cross_entropy",
     "linear_label_smoothed_cross_entropy_with_stats",
     "smoothing_weights",
+    "vocab_parallel_label_smoothed_cross_entropy",
+    "vocab_parallel_label_smoothed_cross_entropy_with_stats",
+    "vocab_parallel_linear_label_smoothed_cross_entropy",
+    "vocab_parallel_linear_label_smoothed_cross_entropy_with_stats",
 ]
 __version__: str
 if not TYPE_CHECKING:  # a type checker would take any name for one of the package

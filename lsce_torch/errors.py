@@ -58,6 +58,54 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         "inplace_backward=True works in plain eager backward passes, not within torch.compile or torch.func, and its "
         "gradient cannot be differentiated again. Pass inplace_backward=False there.",
     ),
+    "no_group": (
+        RuntimeError,
+        "there is no process group. Call torch.distributed.init_process_group first; torchrun sets what it needs. "
+        "For one process use label_smoothed_cross_entropy.",
+    ),
+    "group_type": (
+        TypeError,
+        "group must be a torch.distributed.ProcessGroup or None, got {given}. Of a DeviceMesh pass mesh.get_group().",
+    ),
+    "group_member": (
+        RuntimeError,
+        "this process is not in the group. Call the loss in the processes of the group only.",
+    ),
+    "ranks_differ": (
+        ValueError,
+        "the ranks of the group disagree about {name}: rank 0 has {first}, rank {rank} has {other}. "
+        "Pass the same on every rank; only the classes are divided.",
+    ),
+    "rank_failed": (
+        RuntimeError,
+        "the loss failed on other ranks of the group: {ranks}. The error of each says why.",
+    ),
+    "no_classes_anywhere": (
+        ValueError,
+        "no rank of the group has a class. Check which dimension of the logits holds the classes.",
+    ),
+    "shard_gradient": (
+        ValueError,
+        "{name} has no gradient where the classes are divided over ranks. Pass {name}.detach().",
+    ),
+    "shard_transform": (
+        RuntimeError,
+        "the loss of divided classes has no {transform}: {instead}.",
+    ),
+    "dtensor_partial": (
+        ValueError,
+        "logits must be whole numbers, got a DTensor that is Partial, {given}: each rank has a part of each logit. "
+        "Call logits.redistribute(placements=...) with Shard or Replicate first.",
+    ),
+    "dtensor_placement": (
+        ValueError,
+        "logits must be Replicate or Shard on each dimension of the mesh, and the classes Shard on one, got {given}. "
+        "Call logits.redistribute(placements=...) first.",
+    ),
+    "dtensor_option": (
+        ValueError,
+        "logits that are a DTensor have no {name}. Leave it out.",
+    ),
     "overwritten": (
         RuntimeError,
         "these logits were overwritten by their gradient, as inplace_backward=True allows. "

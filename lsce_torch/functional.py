@@ -4,6 +4,7 @@ One function takes every option: options are plain Python values, so an unused o
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import lru_cache
 from operator import itemgetter
@@ -36,6 +37,8 @@ _ROW_LOSSES = {
     "fused": fused.row_losses,
     "reference": reference.row_losses,
 }
+# Other ways to compute the loss, by the name of the class of the logits: to load a class may take long.
+LOSSES_OF_SUBCLASSES: dict[str, Callable[..., tuple[Tensor, LossStats | None]]] = {}
 
 
 @takes(DenseLossKeywords)
@@ -175,6 +178,9 @@ def _evaluate(
     options = _checked_options(keywords)
     check_flag("differentiable", differentiable)
     check_inplace(keywords)
+    of_subclass = LOSSES_OF_SUBCLASSES.get(type(logits).__name__)
+    if of_subclass is not None:
+        return of_subclass(logits, labels, keywords, with_stats, differentiable)
     given = check(logits, labels, options, keywords)
     if not differentiable:
         by_kernels = whole.loss(
@@ -222,15 +228,24 @@ def _options_of(without_prior: bool, without_denominator: bool, *plain: Any) -> 
 
 
 def mean_divisor(
-    batch: Batch, options: LossOptions, denominator: float | Float[Tensor, ""] | None
+    batch: Batch,
+    options: LossOptions,
+    denominator: float | Float[Tensor, ""] | None,
+    label_weights: Float[Tensor, "*batch"] | None = None,
 ) -> tuple[Batch, float | Float[Tensor, ""]]:
     """Return the batch and the number that the mean divides by, 1 for other reductions.
 
     If the number is 0, no row of the returned batch counts, so that neither a NaN nor its derivative gets through.
+
+    Args:
+        batch: of the call.
+        options: of the call.
+        denominator: of the call.
+        label_weights: the class weights of the labels, if the logits are a shard of the classes.
     """
     if options.reduction != "mean":
         return batch, 1
-    divisor = _mean_denominator(batch) if denominator is None else denominator
+    divisor = _mean_denominator(batch, label_weights) if denominator is None else denominator
     if not isinstance(divisor, Tensor):
         if divisor:
             return batch, divisor
@@ -258,10 +273,10 @@ def reduce_losses(
     return torch.where(divisor != 0, divide(total, torch.where(divisor != 0, divisor, 1)), 0)
 
 
-def _mean_denominator(batch: Batch) -> int | Float[Tensor, ""]:
+def _mean_denominator(batch: Batch, label_weights: Float[Tensor, "*batch"] | None) -> int | Float[Tensor, ""]:
     """Return the sum of the labels' class weights over the rows that count; without weights, the number of rows."""
     if batch.class_weight is not None and not batch.soft:
-        weights = at_labels(batch.class_weight, batch.labels)
+        weights = at_labels(batch.class_weight, batch.labels) if label_weights is None else label_weights
         if batch.bad is not None:
             # A bad label weighs 1: if all other weights are 0, the mean is NaN and not 0.
             weights = torch.where(batch.bad, 1, weights)

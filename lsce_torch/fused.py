@@ -17,6 +17,7 @@ the reference, as do the rarer combinations that `why_reference` lists.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -144,7 +145,7 @@ def _why_reference_of_soft(batch: Batch, options: LossOptions, with_stats: bool)
 _MOST_PRODUCTS = 2**20
 
 
-class _Target(NamedTuple):
+class Target(NamedTuple):
     """The weighted target of rows, as `Operands` describes it, and its entropy if the loss subtracts it."""
 
     factor: Float[Tensor, "*#batch K"] | None
@@ -159,7 +160,7 @@ def make_operands(
     batch: Batch, options: LossOptions, with_stats: bool, differentiable: bool
 ) -> tuple[Operands, float | Float[Tensor, "*#batch"] | None]:
     """Return the operands, and the entropy of the target if the loss subtracts it."""
-    target = _soft_target(batch, options) if batch.soft else _index_target(batch, options)
+    target = soft_target(batch, options) if batch.soft else _index_target(batch, options)
     return Operands(
         labels=None if batch.soft else batch.labels,
         counted=batch.counted,
@@ -178,26 +179,66 @@ def make_operands(
     ), target.entropy
 
 
-def _soft_target(batch: Batch, options: LossOptions) -> _Target:
+def soft_target(batch: Batch, options: LossOptions) -> Target:
     """Return the target of soft labels: all of it is in the factor, none at a label."""
     target = reference.target_distribution(batch, options)
     factor = target if batch.class_weight is None else target * batch.class_weight
     entropy = torch.sum(reference.entropy_terms(target, batch), dim=-1) if options.subtract_entropy else None
-    return _Target(factor, 0.0, 1.0, torch.sum(factor, dim=-1), None, entropy)
+    return Target(factor, 0.0, 1.0, torch.sum(factor, dim=-1), None, entropy)
 
 
-def _index_target(batch: Batch, options: LossOptions) -> _Target:
+def _index_target(batch: Batch, options: LossOptions) -> Target:
     """Return the target of integer labels."""
+
+    def at_label(values: Tensor) -> Tensor:
+        return at_labels(values, batch.labels)
+
+    def of_others(_: str, values: Tensor) -> Tensor:
+        return sum_of_others(values, batch.class_mask, at_label).to(batch.dtype)
+
+    return index_target(batch, options, lambda _, values: at_label(values), of_others)
+
+
+# Returns a number of each row, of the vector over the classes that has that name.
+_OfClasses = Callable[[str, Float[Tensor, " K"]], Float[Tensor, "*batch"]]
+
+
+def class_vectors(batch: Batch, options: LossOptions) -> dict[str, Float[Tensor, " K"]]:
+    """Return the vectors over the classes that the target of integer labels depends on, by name."""
+    vectors: dict[str, Tensor] = {}
+    if batch.prior is not None:
+        vectors["prior"] = batch.prior
+        if options.subtract_entropy:
+            # The slope of entr is infinite at 0. Where the prior is 0, the target is 0 for any smoothing.
+            vectors["entropy of the prior"] = entr(torch.where(batch.prior == 0, 1, batch.prior))
+    if batch.class_weight is not None:
+        vectors["class_weight"] = batch.class_weight
+    if batch.prior is not None and batch.class_weight is not None:
+        vectors["factor"] = batch.prior * batch.class_weight
+    elif batch.prior is not None or batch.class_weight is not None:
+        vectors["factor"] = vectors["class_weight" if batch.prior is None else "prior"]
+    return vectors
+
+
+def index_target(batch: Batch, options: LossOptions, at_label: _OfClasses, of_others: _OfClasses) -> Target:
+    """Return the target of integer labels.
+
+    Args:
+        batch: of the rows.
+        options: of the call.
+        at_label: returns the value at each row's label, of one of `class_vectors`.
+        of_others: returns the sum over the other classes of the mask.
+    """
     on: float | Tensor
     off: float | Tensor
     num_others: float | Tensor
-    factor, num_others = batch.class_weight, _per_row(reference.count_allowed(batch)) - 1
+    vectors = class_vectors(batch, options)
+    num_others = _per_row(reference.count_allowed(batch)) - 1
     if batch.prior is None:
         on, off = (_per_row(value) for value in reference.on_off(batch, options))
     else:
-        off, num_others = _per_row(batch.smoothing), _sum_of_others(batch.prior, batch)
-        on = 1 - off + off * at_labels(batch.prior, batch.labels)
-        factor = batch.prior if factor is None else batch.prior * factor
+        off, num_others = _per_row(batch.smoothing), of_others("prior", vectors["prior"])
+        on = 1 - off + off * at_label("prior", vectors["prior"])
     if batch.bad is not None and not isinstance(batch.smoothing, float):
         # A row with a bad label gives the smoothing no derivative.
         on, off = (torch.where(batch.bad, 0, reference.as_tensor(value, batch)) for value in (on, off))
@@ -205,17 +246,16 @@ def _index_target(batch: Batch, options: LossOptions) -> _Target:
     if options.subtract_entropy:
         entropy = _entr(on) + num_others * _entr(off)
         if batch.prior is not None:
-            # The slope of entr is infinite at 0. Where the prior is 0, the target is 0 for any smoothing.
-            terms = entr(torch.where(batch.prior == 0, 1, batch.prior))
-            entropy = entropy + off * _sum_of_others(terms, batch)
+            entropy = entropy + off * of_others("entropy of the prior", vectors["entropy of the prior"])
     if batch.class_weight is not None:
-        on = on * at_labels(batch.class_weight, batch.labels)
+        on = on * at_label("class_weight", vectors["class_weight"])
     at_max: float | Tensor | None = None
     if options.convention.at_max is not None:
         at_max = _per_row(reference.at_max(batch, options))
         if isinstance(at_max, Tensor) and batch.bad is not None:
             at_max = torch.where(batch.bad, 0, at_max)
-    return _Target(factor, on, off, num_others if factor is None else _sum_of_others(factor, batch), at_max, entropy)
+    factor = vectors.get("factor")
+    return Target(factor, on, off, num_others if factor is None else of_others("factor", factor), at_max, entropy)
 
 
 def _per_row(value: float | Tensor) -> float | Tensor:
@@ -229,26 +269,30 @@ def _entr(value: float | Tensor) -> float | Tensor:
     return -value * math.log(value) if value else 0.0
 
 
-def _sum_of_others(values: Float[Tensor, " K"], batch: Batch) -> Float[Tensor, "*batch"]:
+def sum_of_others(
+    values: Float[Tensor, " K"], mask: Bool[Tensor, "*#batch K"] | None, at_label: Callable[[Tensor], Tensor]
+) -> Float[Tensor, "*batch"]:
     """Return the sum of the values of all allowed classes but the label's.
 
     In float64: the label's value may be most of the sum, and the difference is the whole target if `on` is 0.
+
+    Args:
+        values: one for each class.
+        mask: the classes that are allowed, of all rows or of each.
+        at_label: returns the entry of a vector over the classes, or of one for each row, at each row's label.
     """
-    values, mask = values.double(), batch.class_mask
-    at_label = at_labels(values, batch.labels)
-    if mask is not None and batch.has_row_masks:
-        of_label = at_label.masked_fill(~at_labels(mask, batch.labels), 0)
-        return (_sums_of_rows(values, mask) - of_label).to(batch.dtype)
+    values = values.double()
+    if mask is not None and mask.ndim > 1:
+        return _sums_of_rows(values, mask) - at_label(values).masked_fill(~at_label(mask), 0)
     if mask is not None:
         values = torch.where(mask, values, 0)
-        at_label = at_labels(values, batch.labels)
-    return (torch.sum(values) - at_label).to(batch.dtype)
+    return torch.sum(values) - at_label(values)
 
 
 def _sums_of_rows(values: Float[Tensor, " K"], mask: Bool[Tensor, "*batch K"]) -> Float[Tensor, "*batch"]:
     """Return the sum of the values in the mask of each row, some rows at a time: the products are as many as logits."""
-    rows = mask.reshape(-1, mask.shape[-1])
-    step = rows.shape[0] if torch.compiler.is_compiling() else max(1, _MOST_PRODUCTS // mask.shape[-1])
+    rows = mask.reshape(math.prod(mask.shape[:-1]), mask.shape[-1])
+    step = rows.shape[0] if torch.compiler.is_compiling() else max(1, _MOST_PRODUCTS // max(1, mask.shape[-1]))
     if rows.shape[0] <= step:
         return torch.sum(torch.where(mask, values, 0), dim=-1)
     sums = [torch.sum(torch.where(part, values, 0), dim=-1) for part in torch.split(rows, step)]

@@ -18,6 +18,7 @@ from torch import Tensor
 from lsce_spec import (
     FLOATING,
     INTEGER,
+    OF_SHARD,
     LossOptions,
     check_axis,
     check_batch_operand,
@@ -25,6 +26,7 @@ from lsce_spec import (
     check_class_vector,
     check_labels,
     check_logits,
+    check_prior_entries,
     check_prior_values,
     check_smoothing_dtype,
     check_smoothing_values,
@@ -52,6 +54,7 @@ class Batch:
         class_weight: in the compute dtype, or None.
         class_mask: True for the classes that take part, for all rows or for each, or None.
         overwritten: the tensors that the gradient of the logits will overwrite; None if it gets memory of its own.
+        num_allowed: how many classes take part, if the logits are a shard of them; None if that can be counted here.
     """
 
     logits: Float[Tensor, "*batch K"]
@@ -63,6 +66,7 @@ class Batch:
     class_weight: Float[Tensor, " K"] | None
     class_mask: Bool[Tensor, " K"] | Bool[Tensor, "*batch K"] | None
     overwritten: tuple[weakref.ref[Tensor], ...] | None = None
+    num_allowed: Float[Tensor, ""] | Float[Tensor, "*batch 1"] | None = None
 
     @property
     def soft(self) -> bool:
@@ -139,6 +143,8 @@ def check(
     labels: Tensor,
     options: LossOptions,
     keywords: Mapping[str, Any],
+    *,
+    of_shard: bool = False,
 ) -> Given:
     """Check the tensors of a call. Values are left to `canonical`, but for those of the prior.
 
@@ -147,6 +153,7 @@ def check(
         labels: as the caller passed them.
         options: the checked options of the call.
         keywords: `axis`, `where`, `prior`, `class_weight` and `class_mask` of the call, where given.
+        of_shard: whether the logits are a shard of the classes, which may be empty; and vectors over the classes too.
 
     Raises:
         TypeError: wrong type or dtype.
@@ -156,18 +163,19 @@ def check(
     check_tensor("labels", labels)
     if labels.device != logits.device:
         raise error("labels_device", logits=logits.device, labels=labels.device)
-    axis = _checked_axis(logits, labels, keywords.get("axis", -1))
+    axis = _checked_axis(logits, labels, keywords.get("axis", -1), of_shard)
     dtype = compute_dtype(logits)
-    class_mask = _class_mask(keywords.get("class_mask"), logits, axis)
+    hint = OF_SHARD if of_shard else ""
+    class_mask = _class_mask(keywords.get("class_mask"), logits, axis, hint)
 
     if axis != logits.ndim - 1:
         logits = logits.movedim(axis, -1)
     batch_shape = tuple(logits.shape[:-1])
-    class_weight = _class_vector("class_weight", keywords, logits, dtype)
-    prior = _class_vector("prior", keywords, logits, dtype)
+    class_weight = _class_vector("class_weight", keywords, logits, dtype, hint)
+    prior = _class_vector("prior", keywords, logits, dtype, hint)
     if prior is not None:
         # The caller's values, not those rounded to dtype; and after the shape, since values are checked by class.
-        check_prior(keywords["prior"], class_mask)
+        check_prior(keywords["prior"], class_mask, of_shard=of_shard)
 
     smoothing = _row_smoothing(options.smoothing, batch_shape, dtype, logits.device)
     where = keywords.get("where")
@@ -181,17 +189,23 @@ def check(
     return Given(logits, labels, smoothing, where, prior, class_weight, class_mask)
 
 
-def canonical(given: Given, options: LossOptions) -> Batch:
+def canonical(given: Given, options: LossOptions, num_classes: Int[Tensor, ""] | None = None) -> Batch:
     """Return the checked tensors of a call in canonical form.
+
+    Args:
+        given: the tensors.
+        options: of the call.
+        num_classes: of all shards, if the logits are one.
 
     Raises:
         ValueError: a smoothing outside of [0, 1].
         IndexError: a label that is not a class, with bad_labels="raise".
     """
     labels, bad = given.labels, None
+    number = given.logits.shape[-1] if num_classes is None else num_classes
     class_labels, vectors = labels, (given.prior, given.class_weight, given.class_mask)
     if not labels.is_floating_point():
-        labels, bad = _class_indices(labels, given.logits.shape[-1], given.class_mask)
+        labels, bad = _class_indices(labels, number, given.class_mask)
         class_labels = labels if bad is None else labels.masked_fill(bad, 0)
     batch = Batch(given.logits, class_labels, given.smoothing, None, bad, *vectors)
     if given.where is not None:
@@ -202,16 +216,16 @@ def canonical(given: Given, options: LossOptions) -> Batch:
     if batch.bad is not None and options.ignore_index is None and options.bad_labels == "nan":
         _warn_of_labels(labels, batch.bad)
     if options.bad_labels == "raise" and batch.bad is not None:
-        _raise_bad_label(labels, batch.bad, given.class_mask is not None, given.logits.shape[-1])
+        raise_bad_label(labels, batch.bad, given.class_mask is not None, number)
     return batch
 
 
-def _checked_axis(logits: Tensor, labels: Tensor, axis: object) -> int:
+def _checked_axis(logits: Tensor, labels: Tensor, axis: object, of_shard: bool) -> int:
     """Check shapes and dtypes, and return the axis counted from the front.
 
     To check them takes longer than an operation, so what was good is kept.
     """
-    described = logits.shape, logits.dtype, labels.shape, labels.dtype, axis
+    described = logits.shape, logits.dtype, labels.shape, labels.dtype, axis, of_shard
     if _is_tracing():
         return _check_shapes(*described)
     try:
@@ -221,13 +235,18 @@ def _checked_axis(logits: Tensor, labels: Tensor, axis: object) -> int:
 
 
 def _check_shapes(
-    logits: torch.Size, logits_dtype: torch.dtype, labels: torch.Size, labels_dtype: torch.dtype, axis: object
+    logits: torch.Size,
+    logits_dtype: torch.dtype,
+    labels: torch.Size,
+    labels_dtype: torch.dtype,
+    axis: object,
+    of_shard: bool,
 ) -> int:
     """Raise unless shapes and dtypes fit, and return the axis counted from the front."""
     logits_shape = tuple(logits)
     check_logits(logits_shape, name_of(logits_dtype))
-    from_front = check_axis(axis, logits_shape)
-    check_labels(tuple(labels), name_of(labels_dtype), logits_shape, from_front)
+    from_front = check_axis(axis, logits_shape, of_shard=of_shard)
+    check_labels(tuple(labels), name_of(labels_dtype), logits_shape, from_front, OF_SHARD if of_shard else "")
     return from_front
 
 
@@ -268,7 +287,7 @@ def extremes(tensor: Tensor) -> list[float]:
 
 
 def _class_indices(
-    labels: Int[Tensor, "*batch"], num_classes: int, class_mask: Bool[Tensor, "*#batch K"] | None
+    labels: Int[Tensor, "*batch"], num_classes: int | Int[Tensor, ""], class_mask: Bool[Tensor, "*#batch K"] | None
 ) -> tuple[Int[Tensor, "*batch"], Bool[Tensor, "*batch"] | None]:
     """Return labels in a signed dtype that is wide enough for any class index, and which of them are not a class.
 
@@ -283,7 +302,10 @@ def _class_indices(
     at_hand = extremes(labels) if class_mask is None else []
     if at_hand and at_hand[0] >= 0 and at_hand[1] < num_classes:
         return labels, None
-    bad = labels.clamp(0, num_classes - 1) != labels
+    if isinstance(num_classes, Tensor):
+        bad = (labels < 0) | (labels >= num_classes)
+    else:
+        bad = labels.clamp(0, num_classes - 1) != labels
     return labels, bad if class_mask is None else bad | ~at_labels(class_mask, labels.masked_fill(bad, 0))
 
 
@@ -332,30 +354,33 @@ def _as_tensor(name: str, value: object, device: torch.device) -> Tensor:
         raise error("array_type", name=name, expected="a tensor", given=given) from problem
 
 
-def _class_mask(value: object, logits: Tensor, axis: int) -> Bool[Tensor, " K"] | Bool[Tensor, "*batch K"] | None:
+def _class_mask(
+    value: object, logits: Tensor, axis: int, hint: str
+) -> Bool[Tensor, " K"] | Bool[Tensor, "*batch K"] | None:
     """Return one mask for all rows, or one for each, classes last; None if the call has none."""
     if value is None:
         return None
     mask = _as_tensor("class_mask", value, logits.device)
-    by_row = check_class_mask(tuple(mask.shape), dtype_name(mask), tuple(logits.shape), axis)
+    by_row = check_class_mask(tuple(mask.shape), dtype_name(mask), tuple(logits.shape), axis, hint)
     return mask.expand(logits.shape).movedim(axis, -1) if by_row else mask.reshape(-1)
 
 
 def _class_vector(
-    name: str, keywords: Mapping[str, Any], logits: Tensor, dtype: torch.dtype
+    name: str, keywords: Mapping[str, Any], logits: Tensor, dtype: torch.dtype, hint: str
 ) -> Float[Tensor, " K"] | None:
     """Return a tensor with one value per class, in that dtype, or None if the call has none of that name."""
     if keywords.get(name) is None:
         return None
     vector = _as_tensor(name, keywords[name], logits.device)
-    check_class_vector(name, tuple(vector.shape), dtype_name(vector), logits.shape[-1])
+    check_class_vector(name, tuple(vector.shape), dtype_name(vector), logits.shape[-1], hint)
     return vector.to(dtype)
 
 
-def check_prior(prior: Tensor, class_mask: Tensor | None) -> None:
+def check_prior(prior: Tensor, class_mask: Tensor | None, *, of_shard: bool = False) -> None:
     """Raise unless the prior is a distribution over the classes of the mask, which is the same for all rows.
 
-    Values are read only where that costs no synchronisation: on the CPU, outside torch.compile and vmap.
+    That of a shard need not sum to 1. Values are read only where that costs no synchronisation: on the CPU, outside
+    torch.compile and vmap.
     """
     if class_mask is not None and class_mask.ndim > 1:
         raise error("prior_row_mask", given=list(class_mask.shape))
@@ -365,7 +390,11 @@ def check_prior(prior: Tensor, class_mask: Tensor | None) -> None:
         return
     try:
         mask = None if class_mask is None else class_mask.tolist()
-        check_prior_values(prior.double().tolist(), mask, torch.finfo(prior.dtype).eps / 2)
+        values = prior.double().tolist()
+        if of_shard:
+            check_prior_entries(values, mask)
+        else:
+            check_prior_values(values, mask, torch.finfo(prior.dtype).eps / 2)
     except RuntimeError:  # within vmap, or a tensor without data
         return
 
@@ -388,7 +417,8 @@ def _warn_of_labels(labels: Tensor, bad: Tensor) -> None:
         return
 
 
-def _raise_bad_label(labels: Tensor, bad: Tensor, masked: bool, num_classes: int) -> None:
+def raise_bad_label(labels: Tensor, bad: Tensor, masked: bool, num_classes: int | Int[Tensor, ""]) -> None:
+    """Raise if any label is bad; name the first."""
     if torch.compiler.is_compiling():
         raise error("bad_labels_compiled")
     try:
@@ -396,7 +426,7 @@ def _raise_bad_label(labels: Tensor, bad: Tensor, masked: bool, num_classes: int
     except RuntimeError as problem:  # within vmap, or a tensor without data
         raise error("bad_labels_compiled") from problem
     if found:
-        expected = f"0 to {num_classes - 1}" + (", inside class_mask" if masked else "")
+        expected = f"0 to {int(num_classes) - 1}" + (", inside class_mask" if masked else "")
         index = bad.nonzero()[0].tolist()
         value = labels[tuple(index)].item()
         ignore_index = f"ignore_index={value}" if value < 0 else "ignore_index"

@@ -90,8 +90,11 @@ class _Memory(TypedDict, total=False):
     inplace_backward: Annotated[bool, Default(False)]
 
 
-class _Chunks(TypedDict, total=False):
+class _ChunkSize(TypedDict, total=False):
     chunk_size: Annotated[int | None, Default(None)]
+
+
+class _Chunks(_ChunkSize, total=False):
     recompute: Annotated[bool | None, Default(None)]
     gradient_filter: Annotated[float, Default(0.0)]
 
@@ -123,6 +126,22 @@ class DenseStatsKeywords(DenseLossKeywords, _Differentiable, total=False):
 
 class LinearStatsKeywords(LinearLossKeywords, _Differentiable, total=False):
     """The options of `linear_label_smoothed_cross_entropy_with_stats`."""
+
+
+class VocabParallelKeywords(_Smoothing, _Target, _Axis, _Where, _Rows, _Denominator, total=False):
+    """The options of `vocab_parallel_label_smoothed_cross_entropy` besides `group`."""
+
+
+class VocabParallelStatsKeywords(VocabParallelKeywords, _Differentiable, total=False):
+    """The options of `vocab_parallel_label_smoothed_cross_entropy_with_stats` besides `group`."""
+
+
+class VocabParallelLinearKeywords(_Bias, LossKeywords, _ChunkSize, total=False):
+    """The options of `vocab_parallel_linear_label_smoothed_cross_entropy` besides `group`."""
+
+
+class VocabParallelLinearStatsKeywords(VocabParallelLinearKeywords, _Differentiable, total=False):
+    """The options of `vocab_parallel_linear_label_smoothed_cross_entropy_with_stats` besides `group`."""
 
 
 class CrossEntropyKeywords(_Target, _Where, _Terms, _Denominator, _Implementation, _Memory, total=False):

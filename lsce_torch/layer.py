@@ -72,10 +72,10 @@ def losses_and_gradients(
     """
     num_rows = layer.hidden.shape[0]
     results = Results.empty((num_rows,), operands, compute_dtype(layer.hidden), layer.hidden.device)
-    multiplied = _multiplied(layer, settings)
-    gradients = _Gradients(multiplied, operands, settings)
+    rounded = multiplied(layer, settings)
+    gradients = Gradients(rounded, operands, settings)
     with_gradients = any(settings.needs)
-    for part, logits, rows in _chunks(multiplied, operands, settings):
+    for part, logits, rows in chunks(rounded, operands, settings):
         sweep_into(results.of_rows(part), logits, rows, with_gradient=with_gradients)
         if with_gradients:
             gradients.add(part, logits, rows)
@@ -87,11 +87,11 @@ def layer_gradients(
     layer: Layer, operands: Operands, settings: Settings, stacked: Tensor, upstreams: Upstreams
 ) -> dict[str, Tensor]:
     """Return the gradients with respect to the layer, in its dtypes, from recomputed logits and the given sums."""
-    multiplied = _multiplied(layer, settings)
-    gradients = _Gradients(multiplied, operands, settings)
+    rounded = multiplied(layer, settings)
+    gradients = Gradients(rounded, operands, settings)
     if any(settings.needs):
         results = Results.empty((layer.hidden.shape[0],), operands, stacked.dtype, stacked.device)
-        for part, logits, rows in _chunks(multiplied, operands, settings):
+        for part, logits, rows in chunks(rounded, operands, settings):
             if settings.total:
                 # The same arithmetic as with the loss, to the last bit. The upstream gradient comes in at the end.
                 sweep_into(results.of_rows(part), logits, rows, with_gradient=True)
@@ -115,7 +115,7 @@ def scaled(gradient: Tensor, upstream: Float[Tensor, ""] | None, dtype: torch.dt
     return torch.mul(gradient, upstream.reshape((1,) * gradient.ndim), out=result)
 
 
-def _multiplied(layer: Layer, settings: Settings) -> Layer:
+def multiplied(layer: Layer, settings: Settings) -> Layer:
     """Return the layer as it is multiplied: weight and bias rounded to the dtype of hidden, without derivatives."""
     dtype = layer.hidden.dtype
     # Gradients that are computed with the loss are not scaled yet. In float16 many would be 0.
@@ -123,10 +123,10 @@ def _multiplied(layer: Layer, settings: Settings) -> Layer:
     return Layer(*(None if tensor is None else tensor.detach().to(dtype).to(wide) for tensor in layer))  # type: ignore[arg-type]
 
 
-def _chunks(layer: Layer, operands: Operands, settings: Settings) -> Iterator[tuple[slice, Tensor, Operands]]:
+def chunks(layer: Layer, operands: Operands, settings: Settings) -> Iterator[tuple[slice, Tensor, Operands]]:
     """Yield some rows at a time: which, their logits, which the next chunk overwrites, and their operands.
 
-    The layer is one of `_multiplied`.
+    The layer is one of `multiplied`.
     """
     num_rows = layer.hidden.shape[0]
     # As few chunks as possible, all of about the same size.
@@ -153,8 +153,8 @@ def _without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
     return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
-class _Gradients:
-    """The gradients of a layer of `_multiplied`, added up chunk by chunk; of weight and bias in the compute dtype."""
+class Gradients:
+    """The gradients of a layer of `multiplied`, added up chunk by chunk; of weight and bias in the compute dtype."""
 
     def __init__(self, layer: Layer, operands: Operands, settings: Settings) -> None:
         """Allocate the gradients that are needed."""

@@ -160,8 +160,10 @@ def _is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def prepare_layer(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> tuple[Layer, int]:
-    """Check the tensors of the layer; return it and the number of classes."""
+def prepare_layer(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, hint: str = ""
+) -> tuple[Layer, int]:
+    """Check the tensors of the layer; return it and the number of classes. `hint` is as in `check_layer`."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("labels", labels), ("bias", bias)):
         if tensor is not None:
             check_tensor(name, tensor)
@@ -169,7 +171,7 @@ def prepare_layer(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor |
                 raise error("layer_device", name=name, given=tensor.device, expected=hidden.device)
     layer = Layer(hidden, weight, bias)
     shapes = ((tuple(tensor.shape), dtype_name(tensor)) for tensor in layer if tensor is not None)
-    num_classes = check_layer(*shapes, features_axis=1)
+    num_classes = check_layer(*shapes, features_axis=1, hint=hint)
     device = hidden.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         layer = layer._replace(hidden=hidden.to(torch.get_autocast_dtype(device)))

@@ -17,6 +17,28 @@ from lsce_torch.inputs import compute_dtype, tensor_of
 from lsce_torch.sums import Operands, Sums, Upstreams, target_gradients, target_mass, target_slopes
 
 
+class Peaks(NamedTuple):
+    """The largest logit of each row among all classes, where the logits at hand are a shard of them."""
+
+    largest: Float[Tensor, "*batch"]  # before the softcap
+    peak: Float[Tensor, "*batch"]  # after it
+    num_largest: Float[Tensor, "*batch"] | None = None  # with `at_max`, for gradients: how many logits are the largest
+
+
+class Parts(NamedTuple):
+    """Sums over some of the classes, one number per row of each. Those of all shards add up to those of all classes."""
+
+    rest: Float[Tensor, "*batch"]  # of exp(z - m), without the terms that are 1
+    num_peaks: Float[Tensor, "*batch"]  # how many terms are 1
+    label_gap: Float[Tensor, "*batch"]  # see `Sums`
+    other_gaps: Float[Tensor, "*batch"]  # likewise
+    gap_mass: Float[Tensor, "*batch"] | None  # with statistics: of exp(z - m) (m - z)
+    # With `at_max`, over the largest logits, of which each counts as much as its share:
+    num_largest: Float[Tensor, "*batch"] | None  # how many they are
+    largest_mass: Float[Tensor, "*batch"] | None  # of w
+    largest_gap: Float[Tensor, "*batch"] | None  # of w (m - z)
+
+
 class _Classes(NamedTuple):
     """Values for every class of every row."""
 
@@ -30,8 +52,13 @@ class _Classes(NamedTuple):
     constants: Float[Tensor, "*batch K"]  # the logits before the softcap without derivatives, -inf outside the mask
 
 
-def _classes(logits: Float[Tensor, "*batch K"], operands: Operands) -> tuple[Tensor, Tensor, _Classes]:
-    """Return the largest logits after and before the softcap, and the values of the classes."""
+def _classes(
+    logits: Float[Tensor, "*batch K"], operands: Operands, of_all: Peaks | None = None
+) -> tuple[Tensor, Tensor, _Classes]:
+    """Return the largest logits after and before the softcap, and the values of the classes.
+
+    `of_all` says that the logits are a shard: what the largest logits of all classes are.
+    """
     logits = logits.to(compute_dtype(logits))
     if operands.counted is not None:
         logits = torch.where(operands.counted[..., None], logits, 0)
@@ -45,7 +72,10 @@ def _classes(logits: Float[Tensor, "*batch K"], operands: Operands) -> tuple[Ten
     constants = [logits.detach(), capped.detach()]
     if allowed is not None:
         constants = [torch.where(allowed, values, -torch.inf) for values in constants]
-    largest, peak = (torch.amax(values, dim=-1, keepdim=True) for values in constants)
+    if of_all is None:
+        largest, peak = (torch.amax(values, dim=-1, keepdim=True) for values in constants)
+    else:
+        largest, peak = of_all.largest[..., None], of_all.peak[..., None]
     gap = peak - capped
     is_peak = (constants[1] == peak).to(gap.dtype)
     if allowed is not None:
@@ -56,7 +86,10 @@ def _classes(logits: Float[Tensor, "*batch K"], operands: Operands) -> tuple[Ten
     if operands.at_max is not None:
         at_largest = constants[0] == largest
         num_largest = torch.sum(at_largest, dim=-1, keepdim=True, dtype=gap.dtype)
-        is_largest = at_largest / num_largest
+        share_of = num_largest
+        if of_all is not None:
+            share_of = torch.ones_like(num_largest) if of_all.num_largest is None else of_all.num_largest[..., None]
+        is_largest = at_largest / share_of
         share = is_largest if operands.factor is None else is_largest * operands.factor
     classes = _Classes(gap, is_peak, is_label, num_largest, is_largest, share, cap_slope, constants[0])
     return peak.squeeze(-1), largest.squeeze(-1), classes
@@ -82,20 +115,21 @@ def plain_sums_and_slopes(
 def _sums(
     peak: Float[Tensor, "*batch"], largest: Float[Tensor, "*batch"], classes: _Classes, operands: Operands
 ) -> Sums:
+    return sums_of_parts(_parts(classes, operands), Peaks(largest, peak), operands)
+
+
+def _parts(classes: _Classes, operands: Operands) -> Parts:
     gap, factor = classes.gap, operands.factor
     # Each term that is 1 becomes 0, and all of these but one are added again, so that small losses keep their accuracy.
     exponentials = torch.exp(-gap)
     terms = exponentials - classes.is_peak
     if operands.class_mask is not None:
         terms = torch.where(operands.class_mask, terms, 0)
-    rest = torch.sum(terms, dim=-1) + (torch.sum(classes.is_peak, dim=-1) - 1)
-    mean_gap = None
+    gap_mass = None
     if operands.with_stats:
-        if operands.class_mask is not None:
-            # Below 0 without any class. The loss is NaN without this, and takes one kernel less on a GPU.
-            rest = torch.where(rest < 0, torch.nan, rest)
         # Outside the mask the gap is 0. 0 * inf counts as 0.
-        mean_gap = divide(torch.sum(exponentials * torch.where(torch.isinf(gap), 0, gap), dim=-1), 1 + rest)
+        gap_mass = torch.sum(exponentials * torch.where(torch.isinf(gap), 0, gap), dim=-1)
+    rest = torch.sum(terms, dim=-1)
     label_gap, other_gap = torch.zeros_like(rest), gap
     if classes.is_label is not None:
         label_gap = torch.sum(torch.where(classes.is_label, gap, 0), dim=-1)
@@ -106,25 +140,79 @@ def _sums(
     if classes.share is not None:
         shared_gap = torch.where(classes.share == 0, 0, gap)
         largest_mass, largest_gap = torch.sum(classes.share, dim=-1), torch.sum(classes.share * shared_gap, dim=-1)
-    return Sums(
-        peak=peak,
-        log_sum=log1p(rest),
+    return Parts(
+        rest=rest,
+        num_peaks=torch.sum(classes.is_peak, dim=-1),
         label_gap=label_gap,
         other_gaps=torch.sum(other_gap, dim=-1),
-        largest=largest,
-        mean_gap=mean_gap,
+        gap_mass=gap_mass,
         num_largest=None if classes.num_largest is None else classes.num_largest.squeeze(-1),
         largest_mass=largest_mass,
         largest_gap=largest_gap,
     )
 
 
-def plain_slopes(
-    logits: Float[Tensor, "*batch K"], operands: Operands, names: Sequence[str]
-) -> dict[str, Float[Tensor, "..."]]:
-    """Return the derivatives of each row's loss with respect to what is named: "logits", "factor" or of `TARGETS`."""
+def sums_of_parts(parts: Parts, of_all: Peaks, operands: Operands) -> Sums:
+    """Return the sums of rows from their parts over all classes."""
+    rest = parts.rest + (parts.num_peaks - 1)
+    mean_gap = None
+    if operands.with_stats and parts.gap_mass is not None:
+        if operands.class_mask is not None:
+            # Below 0 without any class. The loss is NaN without this, and takes one kernel less on a GPU.
+            rest = torch.where(rest < 0, torch.nan, rest)
+        mean_gap = divide(parts.gap_mass, 1 + rest)
+    return Sums(
+        peak=of_all.peak,
+        log_sum=log1p(rest),
+        label_gap=parts.label_gap,
+        other_gaps=parts.other_gaps,
+        largest=of_all.largest,
+        mean_gap=mean_gap,
+        num_largest=parts.num_largest,
+        largest_mass=parts.largest_mass,
+        largest_gap=parts.largest_gap,
+    )
+
+
+def peaks_of_shard(logits: Float[Tensor, "*batch K"], operands: Operands) -> tuple[Peaks, Int[Tensor, "*batch"] | None]:
+    """Return the largest logits of a shard, -inf if it has no class, and for statistics the index of the first one."""
+    if not logits.shape[-1]:
+        least = torch.full(logits.shape[:-1], -torch.inf, dtype=compute_dtype(logits), device=logits.device)
+        return Peaks(least, least), torch.zeros_like(least, dtype=torch.int64) if operands.with_stats else None
     peak, largest, classes = _classes(logits, operands)
-    sums = _sums(peak, largest, classes, operands)
+    return Peaks(largest, peak), torch.argmax(classes.constants, dim=-1) if operands.with_stats else None
+
+
+def parts_of_shard(logits: Float[Tensor, "*batch K"], operands: Operands, of_all: Peaks) -> Parts:
+    """Return the sums over the classes of a shard, relative to the largest logits of all classes.
+
+    The sums over the largest logits are those over all of them once they are divided by their number.
+    """
+    *_, classes = _classes(logits, operands, of_all)
+    return _parts(classes, operands)
+
+
+def _classes_and_sums(
+    logits: Float[Tensor, "*batch K"], operands: Operands, of_all: Sums | None
+) -> tuple[_Classes, Sums]:
+    """Return the values of the classes and the sums over all of them.
+
+    `of_all` says that the logits are a shard: what the sums over all classes are.
+    """
+    if of_all is not None:
+        return _classes(logits, operands, Peaks(of_all.largest, of_all.peak, of_all.num_largest))[-1], of_all
+    peak, largest, classes = _classes(logits, operands)
+    return classes, _sums(peak, largest, classes, operands)
+
+
+def plain_slopes(
+    logits: Float[Tensor, "*batch K"], operands: Operands, names: Sequence[str], of_all: Sums | None = None
+) -> dict[str, Float[Tensor, "..."]]:
+    """Return the derivatives of each row's loss with respect to what is named: "logits", "factor" or of `TARGETS`.
+
+    `of_all` is as in `plain_gradients`.
+    """
+    classes, sums = _classes_and_sums(logits, operands, of_all)
     slopes = target_slopes(operands, sums, names)
     if "logits" in names:
         slopes["logits"] = _logit_slopes(classes, sums, operands)
@@ -198,12 +286,18 @@ def _factor_slopes(classes: _Classes, sums: Sums, operands: Operands) -> Float[T
 
 
 def plain_gradients(
-    logits: Float[Tensor, "*batch K"], operands: Operands, names: Sequence[str], upstreams: Upstreams
+    logits: Float[Tensor, "*batch K"],
+    operands: Operands,
+    names: Sequence[str],
+    upstreams: Upstreams,
+    of_all: Sums | None = None,
 ) -> dict[str, Tensor | None]:
-    """Return the gradients with respect to what is named, as in `plain_slopes`; for the logits in the compute dtype."""
+    """Return the gradients with respect to what is named, as in `plain_slopes`; for the logits in the compute dtype.
+
+    `of_all` says that the logits are a shard: what the sums over all classes are.
+    """
     gradients: dict[str, Tensor | None] = {}
-    peak, largest, classes = _classes(logits, operands)
-    sums = _sums(peak, largest, classes, operands)
+    classes, sums = _classes_and_sums(logits, operands, of_all)
     upstream = upstreams.loss
     if upstream is not None:
         gradients |= target_gradients(operands, target_slopes(operands, sums, names), upstream)
@@ -227,15 +321,22 @@ class Tangents(NamedTuple):
     entropy: Float[Tensor, "*batch"] | None = None
 
 
-def plain_tangents(logits: Float[Tensor, "*batch K"], operands: Operands, tangents: Mapping[str, Tensor]) -> Tangents:
-    """Return the tangents from those of what is named as in `plain_slopes`."""
-    loss = _tangent_of(plain_slopes(logits, operands, list(tangents)), tangents)
+def plain_tangents(
+    logits: Float[Tensor, "*batch K"],
+    operands: Operands,
+    tangents: Mapping[str, Tensor],
+    of_all: Sums | None = None,
+) -> Tangents:
+    """Return the tangents from those of what is named as in `plain_slopes`.
+
+    `of_all` is as in `plain_gradients`. Tangents of a shard's logits make the part that it has in those of the losses.
+    """
+    loss = _tangent_of(plain_slopes(logits, operands, list(tangents), of_all), tangents)
     if not operands.differentiable:
         return Tangents(loss)
     if "logits" not in tangents:
         return Tangents(loss, *(torch.zeros_like(loss) for _ in range(3)))
-    peak, largest, classes = _classes(logits, operands)
-    sums = _sums(peak, largest, classes, operands)
+    classes, sums = _classes_and_sums(logits, operands, of_all)
     one = torch.ones_like(sums.peak)
     units = (Upstreams(None, **{name: one}) for name in Upstreams._fields[1:])
     slopes = (_statistics_gradient(classes, sums, operands, unit) for unit in units)

@@ -194,6 +194,8 @@ def _two_or_more(num_allowed: Float[Tensor, "*#batch"]) -> Float[Tensor, "*#batc
 
 def count_allowed(batch: Batch) -> int | Float[Tensor, ""] | Float[Tensor, "*batch 1"]:
     """Return the number of classes that take part; a tensor if there is a class mask, whose values are not read."""
+    if batch.num_allowed is not None:
+        return batch.num_allowed
     if batch.class_mask is None:
         return int(batch.logits.shape[-1])
     return torch.sum(batch.class_mask, dim=-1, keepdim=batch.has_row_masks).to(batch.dtype)

@@ -214,6 +214,18 @@ TORCH_ELSEWHERE = {
     "inplace_needs_reference",
     "inplace_transformed",
     "overwritten",
+    # in parity_tests/suite/test_vocab_parallel_torch.py
+    "no_group",
+    "group_type",
+    "group_member",
+    "ranks_differ",
+    "rank_failed",
+    "no_classes_anywhere",
+    "shard_gradient",
+    "shard_transform",
+    "dtensor_partial",
+    "dtensor_placement",
+    "dtensor_option",
     # in test_trainers.py
     "trainer_outputs",
     "trainer_labels",
@@ -317,7 +329,7 @@ def test_every_message_has_a_call() -> None:
     assert set(CALLS) | set(LINEAR_CALLS) | ELSEWHERE == set(MESSAGES)
     assert set(lsce_torch.errors.MESSAGES) == TORCH_ELSEWHERE
     assert not set(lsce_torch.errors.MESSAGES) & set(MESSAGES)
-    assert set(lsce_jax.errors.MESSAGES) == {"merge_state"}  # in test_metrics.py
+    assert set(lsce_jax.errors.MESSAGES) == {"merge_state", "axis_name"}  # in test_metrics.py, test_vocab_parallel.py
     assert not set(lsce_jax.errors.MESSAGES) & set(MESSAGES)
 
 

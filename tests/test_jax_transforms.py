@@ -21,7 +21,9 @@ from lsce_jax import (
     label_smoothed_cross_entropy_with_stats,
     linear_label_smoothed_cross_entropy,
     linear_label_smoothed_cross_entropy_with_stats,
+    vocab_parallel_label_smoothed_cross_entropy,
 )
+from parity_tests.losses.sharded import divided
 
 ROWS, CLASSES = 3, 3
 LABELS = np.array([1, 0, 2])
@@ -85,6 +87,24 @@ def by_primitives(loss: Function) -> Function:
     return of_logits
 
 
+# Compiled, since each operation on its own takes long on an axis of devices.
+@jax.jit
+def one_class_each(logits: jax.Array) -> jax.Array:
+    """Return the losses of logits whose classes are divided over an axis of vmap."""
+    loss = partial(vocab_parallel_label_smoothed_cross_entropy, axis_name="model", smoothing=SMOOTHING)
+    of_class = jax.vmap(lambda column: loss(column[:, None], LABELS), in_axes=1, out_axes=None, axis_name="model")
+    losses: jax.Array = of_class(logits)
+    return losses
+
+
+@jax.jit
+def on_two_devices(logits: jax.Array) -> jax.Array:
+    """Return the capped losses of logits whose classes are divided over devices: the last one has a class too many."""
+    options = {"where": COUNTED, "z_loss": 0.1, "softcap": 3.0, "smoothing": SMOOTHING}
+    losses: jax.Array = divided(partial(vocab_parallel_label_smoothed_cross_entropy, **options), 2)(logits, LABELS)
+    return losses
+
+
 LOSSES: dict[str, tuple[Function, Function]] = {
     "fused": (partial(dense, implementation="fused"), plain_losses),
     "fused, capped": (partial(dense, implementation="fused", where=COUNTED, z_loss=0.1, softcap=3.0), plain_capped),
@@ -108,6 +128,8 @@ LOSSES: dict[str, tuple[Function, Function]] = {
         partial(of_masks, linear_stats),
         lambda hidden: plain_of_masks(hidden @ WEIGHT),
     ),
+    "vocab-parallel": (one_class_each, plain_losses),
+    "vocab-parallel on two devices, capped": (on_two_devices, plain_capped),
     "linear, none": (partial(linear, recompute=True), lambda hidden: plain_losses(hidden @ WEIGHT)),
 }
 

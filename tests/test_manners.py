@@ -80,7 +80,7 @@ TYPED = [
     (f"{DENSE}q=0.2)", "help(label_smoothed_cross_entropy) lists the names."),
     (f"{DENSE}from_logits=True)", "log-probabilities are logits too."),
     (f"{DENSE}chunk_size=4)", "chunk_size belongs to the linear loss, linear_label_smoothed_cross_entropy."),
-    (f"{DENSE}process_group=None)", "which jax.jit does by itself."),
+    *((f"{DENSE}{name}=None)", "whose names begin with vocab_parallel_.") for name in ("process_group", "axis_name")),
     ("label_smoothed_cross_entropy(input=logits, target=labels)", "Did you mean 'logits'?"),
     (f"{LINEAR}ce_weight=None)", "Did you mean 'class_weight'?"),
     (f"{LINEAR}filter_eps=1e-4)", "Did you mean 'gradient_filter'?"),
@@ -189,7 +189,7 @@ def test_each_name_is_in_the_tables_once_and_ours_are_ours() -> None:
 @pytest.mark.parametrize("group", groups(hints._SYNONYMS), ids=lambda group: group[0])
 def test_other_names_lead_to_ours(group: list[str]) -> None:
     accepted = {"logits", "labels", *parameters_of(torch_keywords.DenseLossKeywords), "chunk_size", "gradient_filter"}
-    accepted.add("class_num")
+    accepted |= {"class_num", "axis_name"}
     for theirs in group[1:]:
         assert for_keyword(theirs, accepted, "loss").startswith(f"Did you mean {group[0]!r}?")
 

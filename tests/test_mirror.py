@@ -5,6 +5,7 @@ import inspect
 import pathlib
 from collections.abc import Callable
 from importlib import metadata
+from itertools import product
 from typing import Any
 
 import pytest
@@ -39,6 +40,17 @@ def difference(first: Any, second: Any, only_in_second: tuple[str, ...] = ()) ->
     return found
 
 
+def without(function: Callable[..., Any], place: int) -> Callable[..., Any]:
+    """Return a function that takes what another takes, but for one parameter."""
+    signature = inspect.signature(function)
+    kept = [parameter for i, parameter in enumerate(signature.parameters.values()) if i != place]
+
+    def stand_in() -> None: ...
+
+    stand_in.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
+    return stand_in
+
+
 def public_names(package: Any) -> list[str]:
     """Return the names that a package imports for others, in order."""
     source = pathlib.Path(package.__file__).read_text()
@@ -59,7 +71,8 @@ def test_public_names() -> None:
         for p, of in zip((lsce_jax, lsce_torch), names, strict=True)
     ]
     assert own[0] == own[1]
-    assert [n for n in lsce_torch.__all__ if n not in TORCH_NAMES] == list(lsce_jax.__all__)
+    shared = [[n for n in p.__all__ if n not in TORCH_NAMES] for p in (lsce_jax, lsce_torch)]
+    assert shared[0] == shared[1]
 
 
 @pytest.mark.parametrize("package", [lsce_jax, lsce_torch])
@@ -101,6 +114,9 @@ TORCH_FILES = {
     "compiled.py",
     "device.py",
     "drop_in.py",
+    "dtensors.py",  # JAX's arrays know themselves how they are divided
+    "ranks.py",  # collectives over a process group, and whether its ranks agree
+    "shards.py",  # the sums of vocab_parallel.py, and an autograd Function
 }
 # What JAX is told of the sums, and what XLA for CPUs, GPUs and TPUs takes in place of them.
 JAX_FILES = {"row_sums.py", "layer_sums.py", "sum_rules.py", "cpu.py", "gpu.py", "tiles.py", "primitives.py"}
@@ -132,7 +148,8 @@ def definitions(package: str, file: str) -> list[str]:
 # What one package alone defines in a file, and why. All other names are in both, in the same order.
 # JAX: arrays in NNX, ranks, array-likes, 32-bit labels, sharding, tracing; sums of two float32 numbers for float64.
 ONLY_IN_JAX = {
-    "inputs.py": {"as_array", "within_int32", "as_last_axis", "is_sharded", "_is_at_hand", "_is_traced"},
+    "inputs.py": {"as_array", "within_int32", "as_last_axis", "is_sharded", "_is_at_hand", "_is_traced"}
+    | {"Whole"},  # for vocab_parallel.py
     "modules.py": {"LossConstant"},
     "metrics.py": {"_sum_of_fractions", "_count", "_pair", "_add", "_two_sum"},
 }
@@ -166,6 +183,13 @@ OWN_WAYS = {
     "chunked.py": {"losses", "preferred_rows"},
     "layer.py": {"Layer"},
     "accurate.py": {"log1p", "divide"},
+    # The sums of torch are in shards.py.
+    "vocab_parallel.py": {
+        "vocab_parallel_label_smoothed_cross_entropy",
+        "vocab_parallel_label_smoothed_cross_entropy_with_stats",
+        "vocab_parallel_linear_label_smoothed_cross_entropy",
+        "vocab_parallel_linear_label_smoothed_cross_entropy_with_stats",
+    },
     # torch has an autograd Function, and goes through the rows in parts.
     "smoothing.py": {"add_smoothing", "linear_add_smoothing", "_smoothed", "_label_and_spread", "_mean_factor"},
 }
@@ -189,6 +213,16 @@ def test_arguments() -> None:
         assert found == ["reduction: 'none' and 'mean'"]
     for name in ("linear_label_smoothed_cross_entropy", "linear_label_smoothed_cross_entropy_with_stats"):
         assert difference(getattr(lsce_jax, name), getattr(lsce_torch, name)) == ["reduction: 'none' and 'mean'"]
+    for kind, suffix in product(("", "linear_"), ("", "_with_stats")):
+        name, place = f"vocab_parallel_{kind}label_smoothed_cross_entropy{suffix}", 3 if kind else 2
+        assert parameters(getattr(lsce_jax, name))[place] == (
+            "axis_name",
+            inspect.Parameter.KEYWORD_ONLY,
+            inspect.Parameter.empty,
+        )
+        assert parameters(getattr(lsce_torch, name))[place] == ("group", inspect.Parameter.KEYWORD_ONLY, None)
+        found = difference(*(without(getattr(package, name), place) for package in (lsce_jax, lsce_torch)))
+        assert found == ["reduction: 'none' and 'mean'"]
     ours, theirs = (package.LinearLabelSmoothedCrossEntropyLoss for package in (lsce_jax, lsce_torch))
     assert difference(ours, theirs) == ["reduction: 'none' and 'mean'"]
     assert difference(ours.__call__, theirs.forward) == []

@@ -144,7 +144,7 @@ def test_nothing_is_computed_that_is_not_needed(monkeypatch: pytest.MonkeyPatch)
     """Neither gradients without need, nor logits of rows that do not count."""
     chunks: list[int] = []
     added: list[tuple[str, ...]] = []
-    yield_chunks, add = lsce_torch.layer._chunks, lsce_torch.layer._Gradients.add
+    yield_chunks, add = lsce_torch.layer.chunks, lsce_torch.layer.Gradients.add
 
     def spy(*arguments: Any) -> Any:
         for part, logits, rows in yield_chunks(*arguments):
@@ -155,8 +155,8 @@ def test_nothing_is_computed_that_is_not_needed(monkeypatch: pytest.MonkeyPatch)
         added.append(tuple(self.sums))
         add(self, *arguments)
 
-    monkeypatch.setattr(lsce_torch.layer, "_chunks", spy)
-    monkeypatch.setattr(lsce_torch.layer._Gradients, "add", spy_add)
+    monkeypatch.setattr(lsce_torch.layer, "chunks", spy)
+    monkeypatch.setattr(lsce_torch.layer.Gradients, "add", spy_add)
     weight = WEIGHT.clone().requires_grad_()
     with torch.no_grad():
         chunked_loss(HIDDEN, weight, LABELS)

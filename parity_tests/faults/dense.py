@@ -379,6 +379,12 @@ def _reduced(inputs: _Inputs, losses: NDArray[Any], gradient: NDArray[Any]) -> t
     return loss, np.where(scale == 0, 0, scale * gradient)
 
 
+def reduced_rows(case: Case, rows: FloatArray) -> FloatArray:
+    """Return values of rows, reduced as the losses of a case are."""
+    inputs = _inputs(case, None, EXACT)
+    return np.asarray(_reduction(inputs, rows, np.ones(len(rows)))[0], np.float64)
+
+
 def _reduction(inputs: _Inputs, losses: NDArray[Any], upstream: FloatArray) -> tuple[NDArray[Any], FloatArray]:
     """Return the reduced loss, and the factor of each row's gradient."""
     case, fault, counted = inputs.case, inputs.fault, inputs.case.rows().counted

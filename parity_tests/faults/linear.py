@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from parity_tests.faults.dense import FAULTS, evaluate
+from parity_tests.faults.sharded import SHARDED_FAULTS, evaluate_sharded
 from parity_tests.truth.cases import Case, LinearCase
 from parity_tests.truth.comparison import AnyResult, LinearResult
 from parity_tests.truth.precision import FloatArray, compute_dtype, round_to
@@ -40,7 +41,7 @@ OF_LAYER = {
 }
 # Name -> what is wrong.
 LINEAR_FAULTS = {PREFIX + name: text for name, text in ({name: FAULTS[name] for name in OF_LOSS} | OF_LAYER).items()}
-BANK = FAULTS | LINEAR_FAULTS
+BANK = FAULTS | LINEAR_FAULTS | SHARDED_FAULTS
 
 
 def wrong_result(case: Case, fault: str | None = None, arithmetic: Simulation = EXACT) -> AnyResult:
@@ -53,6 +54,8 @@ def wrong_result(case: Case, fault: str | None = None, arithmetic: Simulation = 
     """
     if isinstance(case, LinearCase):
         return evaluate_linear(case, fault, arithmetic)
+    if fault in SHARDED_FAULTS:
+        return evaluate_sharded(case, fault, arithmetic)
     return evaluate(case, fault, arithmetic)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lsce_spec import IMPLEMENTATIONS, LINEAR_IMPLEMENTATIONS
 from parity_tests.faults.linear import BANK, LINEAR_FAULTS, wrong_result
+from parity_tests.faults.sharded import SHARDED_FAULTS
 from parity_tests.losses import peers
 from parity_tests.losses.adapters import Adapter, JaxAdapter, TorchAdapter
 from parity_tests.losses.interpreted import InterpretedAdapter
@@ -68,9 +69,11 @@ class FaultyAdapter:
         self.arithmetic = Arithmetic()
 
     def unsupported(self, case: Case) -> str | None:
-        """Return why the loss cannot handle a case, or None. Only faults of linear layers are limited."""
-        only_linear = self.fault in LINEAR_FAULTS and not isinstance(case, LinearCase)
-        return "is a fault of linear layers" if only_linear else None
+        """Return why the loss cannot handle a case, or None."""
+        is_linear = isinstance(case, LinearCase)
+        if self.fault in LINEAR_FAULTS and not is_linear:
+            return "is a fault of linear layers"
+        return "is a fault of losses of logits" if self.fault in SHARDED_FAULTS and is_linear else None
 
     def __call__(self, case: Case) -> AnyResult:
         """Return loss and gradients of a case."""

@@ -5,6 +5,7 @@ import pytest
 
 from parity_tests.faults.dense import FAULTS, evaluate
 from parity_tests.faults.linear import BANK
+from parity_tests.faults.sharded import SHARDED_FAULTS
 from parity_tests.studies import power
 from parity_tests.studies.power import LOOSEST, sound_failures, trajectory_trial, trials
 from parity_tests.truth.arithmetic import Arithmetic
@@ -32,10 +33,10 @@ def test_fault_is_rejected(fault: str, dtype: str) -> None:
         assert trial.survives is None, f"{BANK[fault]}: {trial.survives}"
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [*FAULTS, *SHARDED_FAULTS])
 def test_fault_is_rejected_in_trainings(fault: str) -> None:
     trial = trajectory_trial(fault)
-    assert trial.survives is None, f"{FAULTS[fault]}: {trial.survives}"
+    assert trial.survives is None, f"{BANK[fault]}: {trial.survives}"
 
 
 def test_too_loose_a_bound_is_noticed() -> None:

@@ -1,0 +1,216 @@
+"""What the ranks of a process group tell each other, by collectives that torch.compile puts into its graph.
+
+A collective whose ranks disagree about its shape ends the process, or waits for ever. So the first thing that ranks
+tell each other is what they were given, and each raises if that differs.
+"""
+
+import math
+import zlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from lsce_spec import CONVENTIONS, FLOATING
+from lsce_spec.options import BAD_LABELS, REDUCTIONS
+from lsce_torch.device import may_wait
+from lsce_torch.errors import error
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Ranks(NamedTuple):
+    """The ranks of a process group.
+
+    Args:
+        name: of the group; torch finds it by that.
+        size: number of its ranks.
+        rank: of this process among them.
+    """
+
+    name: str
+    size: int
+    rank: int
+
+
+def ranks_of(group: "ProcessGroup | None") -> Ranks:
+    """Return the ranks of a group, or of all processes for None.
+
+    Raises:
+        RuntimeError: there is no group, or this process is not in it.
+        TypeError: it is no process group.
+    """
+    distributed: Any = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        raise error("no_group")
+    # Loaded here: it takes a while, and most programs have one process.
+    from torch.distributed import _functional_collectives  # noqa: F401, PLC0415
+
+    if group is None:
+        group = distributed.group.WORLD
+    if not isinstance(group, distributed.ProcessGroup):
+        if group == distributed.GroupMember.NON_GROUP_MEMBER:
+            raise error("group_member")
+        raise error("group_type", given=type(group).__name__)
+    return Ranks(group.group_name, distributed.get_world_size(group), distributed.get_rank(group))
+
+
+def total(rows: Shaped[Tensor, "..."], ranks: Ranks, after: Sequence[Tensor]) -> Shaped[Tensor, "..."]:
+    """Return the sum over the ranks.
+
+    Args:
+        rows: of this rank.
+        ranks: all ranks.
+        after: results of the collectives before this one. A compiler may move a collective unless it depends on them,
+            and not in the same way on every rank.
+    """
+    return _reduced(rows, ranks, after, "sum")
+
+
+def largest(rows: Shaped[Tensor, "..."], ranks: Ranks, after: Sequence[Tensor]) -> Shaped[Tensor, "..."]:
+    """Return the maximum over the ranks. See `total`."""
+    return _reduced(rows, ranks, after, "max")
+
+
+def least(rows: Shaped[Tensor, "..."], ranks: Ranks, after: Sequence[Tensor]) -> Shaped[Tensor, "..."]:
+    """Return the minimum over the ranks. See `total`."""
+    return _reduced(rows, ranks, after, "min")
+
+
+def _reduced(rows: Tensor, ranks: Ranks, after: Sequence[Tensor], operation: str) -> Tensor:
+    reduced: Tensor = torch.ops.lsce.reduced(rows, after, operation, ranks.name)
+    return reduced
+
+
+@torch.library.custom_op(
+    "lsce::reduced", mutates_args=(), schema="(Tensor rows, Tensor[] after, str operation, str group) -> Tensor"
+)
+def _all_reduced(rows: Tensor, after: Sequence[Tensor], operation: str, group: str) -> Tensor:
+    del after
+    functional = torch.ops._c10d_functional
+    reduced: Tensor = functional.wait_tensor(functional.all_reduce(rows.contiguous(), operation, group))
+    return reduced
+
+
+@_all_reduced.register_fake
+def _(rows: Tensor, after: Sequence[Tensor], operation: str, group: str) -> Tensor:
+    return torch.empty_like(rows, memory_format=torch.contiguous_format)
+
+
+class Told(NamedTuple):
+    """What a rank tells the others first.
+
+    Args:
+        num_classes: that it has.
+        num_rows: of the call.
+        shared: what else must be the same on every rank, as numbers by name; NaN for what is not at hand.
+        sums: numbers that the ranks want to add up, by name.
+    """
+
+    num_classes: int
+    num_rows: int
+    shared: dict[str, float]
+    sums: dict[str, Float[Tensor, ""] | float]
+
+
+def tell(
+    told: Told, ranks: Ranks, device: torch.device
+) -> tuple[Float[Tensor, " ranks"], dict[str, Float[Tensor, ""]]]:
+    """Return the number of classes of each rank, and the sums over the ranks, after a check that the ranks agree.
+
+    Args:
+        told: by this rank.
+        ranks: all ranks.
+        device: where the group takes tensors from.
+
+    Raises:
+        ValueError: the ranks disagree, or no rank has a class.
+        RuntimeError: another rank has failed.
+    """
+    sums = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in told.sums.values()]
+    sizes, shared = [told.num_classes, told.num_rows], list(told.shared.values())
+    heard = torch.ops.lsce.tell(torch.stack(sums), sizes, shared, list(told.shared), ranks.name)
+    start = 1 + len(sizes) + len(shared)
+    return heard[:, 1], {name: heard[:, start + place].sum() for place, name in enumerate(told.sums)}
+
+
+def tell_failure(ranks: Ranks, device: torch.device) -> None:
+    """Tell the other ranks, which wait in `tell`, that this one cannot go on."""
+    _gathered(torch.ones(1, dtype=torch.float64, device=device), ranks.name)
+
+
+@torch.library.custom_op(
+    "lsce::tell",
+    mutates_args=(),
+    schema="(Tensor sums, SymInt[] sizes, float[] shared, str[] names, str group) -> Tensor",
+)
+def _tell(sums: Tensor, sizes: Sequence[int], shared: Sequence[float], names: Sequence[str], group: str) -> Tensor:
+    has_failed = 0.0
+    heard = _gathered(torch.cat([sums.new_tensor([has_failed, *map(float, sizes), *shared]), sums]), group)
+    if may_wait(sums):
+        _check_agreement(heard.tolist(), ["the number of rows", *names])
+    return heard
+
+
+@_tell.register_fake
+def _(sums: Tensor, sizes: Sequence[int], shared: Sequence[float], names: Sequence[str], group: str) -> Tensor:
+    return sums.new_empty(_find(group).size(), _TOLD)
+
+
+def _gathered(vector: Float[Tensor, " n"], group: str) -> Float[Tensor, "ranks told"]:
+    """Return the vectors of all ranks, which may differ in length, filled up with 0."""
+    found = _find(group)
+    vector = torch.nn.functional.pad(vector, (0, _TOLD - vector.numel()))
+    vectors = [torch.empty_like(vector) for _ in range(found.size())]
+    torch.distributed.all_gather(vectors, vector, group=found)
+    return torch.stack(vectors)
+
+
+def _find(group: str) -> Any:
+    from torch.distributed import distributed_c10d  # noqa: PLC0415 - see `ranks_of`
+
+    return distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined,arg-type]
+
+
+def _check_agreement(heard: Sequence[Sequence[float]], names: Sequence[str]) -> None:
+    """Raise unless no rank has failed, all have the same numbers of these names, and some rank has classes."""
+    failed = [rank for rank, values in enumerate(heard) if values[0]]
+    if failed:
+        raise error("rank_failed", ranks=failed)
+    for place, name in enumerate(names, 2):
+        values = [of_rank[place] for of_rank in heard]
+        for rank, value in enumerate(values):
+            if value != values[0] and not (math.isnan(value) or math.isnan(values[0])):
+                first, other = (_text(name, number) for number in (values[0], value))
+                raise error("ranks_differ", name=name, first=first, rank=rank, other=other)
+    if not any(values[1] for values in heard):
+        raise error("no_classes_anywhere")
+
+
+def _text(name: str, value: float) -> str:
+    """Return the value of an option from the number that stands for it."""
+    texts = _TEXTS.get(name, ())
+    return texts[int(value)] if 0 <= value < len(texts) else f"{value:.9g}"
+
+
+# How many numbers a rank tells, at most.
+_TOLD = 32
+# Options that are told as their place in a list.
+_TEXTS: dict[str, Sequence[str]] = {
+    "the dtype of the logits": FLOATING,
+    "the kind of labels": ("class indices", "class probabilities"),
+    "the kind of class_mask": ("None", "one for all rows", "one for each row"),
+    "the kind of statistics": ("none", "constant", "differentiable"),
+    "convention": tuple(CONVENTIONS),
+    "reduction": REDUCTIONS,
+    "bad_labels": BAD_LABELS,
+}
+
+
+def place_of(name: str, value: str) -> int:
+    """Return the number that stands for the value of an option."""
+    known = _TEXTS[name]
+    return known.index(value) if value in known else zlib.crc32(value.encode())

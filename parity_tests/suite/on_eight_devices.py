@@ -1,0 +1,535 @@
+"""The vocab-parallel losses on eight devices of a CPU. `test_vocab_parallel.py` runs this file in a process of its own.
+
+The number of devices is fixed when JAX starts. In the process of the other tests it is two.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from itertools import product
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lsce_jax
+from lsce_jax import LossStats
+from parity_tests.losses.adapters import operands_of
+from parity_tests.losses.sharded import AXIS, ShardedAdapter, divided, on_shards
+from parity_tests.suite.jax_results import STATISTICS_DTYPES
+from parity_tests.suite.test_stats import assert_statistics
+from parity_tests.truth.bounds import error_bound
+from parity_tests.truth.cases import Case, case_names, features, make_case, random_case
+from parity_tests.truth.comparison import Comparison, against_oracle
+from parity_tests.truth.linear_cases import linear_case_names, make_linear_case
+from parity_tests.truth.oracle import solve
+from parity_tests.truth.precision import DTYPES
+
+DEVICES = 8
+FEATURES = {name: features(make_case(name, "float32")) for name in case_names()}
+# The first case with each option.
+QUICK = {
+    next(name for name in FEATURES if option in FEATURES[name]) for option in frozenset().union(*FEATURES.values())
+}
+# More: fewer classes than devices, -inf, large logits, small losses, labels and ties on several devices.
+QUICK |= {"classes_2", "classes_129", "minus_infinity", "minus_infinity_unsmoothed", "large_offset", "dominant"}
+QUICK |= {"ties", "all_ignored", "no_rows", "class_mask_of_rows_soft"}
+EVERY_OPTION = ("everything", "class_mask_max_sup", "bad_labels", "soft_clamp", "axis_in_the_middle")
+OF_LAYERS = ("linear_everything", "linear_class_mask_of_rows", "linear_many_chunks", "linear_max_sup", "linear_no_rows")
+NARROW_PRODUCTS = frozenset({"products", "products of rows"})
+OF_STATISTICS = ("everything", "class_mask_of_rows_soft", "ties", "soft_max_sup")
+
+dense = lsce_jax.label_smoothed_cross_entropy
+sharded = lsce_jax.vocab_parallel_label_smoothed_cross_entropy
+sharded_layer = lsce_jax.vocab_parallel_linear_label_smoothed_cross_entropy
+sharded_layer_with_stats = lsce_jax.vocab_parallel_linear_label_smoothed_cross_entropy_with_stats
+sharded_with_stats = lsce_jax.vocab_parallel_label_smoothed_cross_entropy_with_stats
+
+
+def test_the_number_of_devices() -> None:
+    assert jax.device_count() == DEVICES
+
+
+# --- Against the truth ----------------------------------------------------------------------------------------------
+
+
+@cache
+def adapter(num_devices: int, check_vma: bool = True, linear: bool = False) -> ShardedAdapter:
+    # Of a narrow dtype, the weight's gradient of each chunk is stored in it, as where the losses are not reduced.
+    return ShardedAdapter(num_devices, check_vma, linear, narrow=NARROW_PRODUCTS)
+
+
+def cases(names: Iterable[str], is_quick: Callable[[str, int, str], bool], dtypes: Sequence[str]) -> Any:
+    """Return a decorator for tests of each case, number of devices and dtype. Those that are not quick are slow."""
+    each = product(names, (DEVICES, 3), dtypes)
+    marked = [pytest.param(*one, marks=[] if is_quick(*one) else [pytest.mark.slow]) for one in each]
+    return pytest.mark.parametrize(("name", "num_devices", "dtype"), marked)
+
+
+def is_quick(name: str, num_devices: int, dtype: str) -> bool:
+    if num_devices != DEVICES:
+        return name in EVERY_OPTION[:2] and dtype == "float32"
+    return name in (QUICK if dtype == "float32" else EVERY_OPTION[:3]) and dtype != "float16"
+
+
+@cases(case_names(), is_quick, DTYPES)
+def test_against_oracle(name: str, num_devices: int, dtype: str) -> None:
+    """Loss and gradient. Three devices divide few of these numbers of classes, so there classes are added."""
+    case, loss = make_case(name, dtype), adapter(num_devices)
+    comparison = against_oracle(case, solve(case), loss(case), loss.arithmetic)
+    assert comparison.agrees, comparison
+
+
+def has_quick_statistics(name: str, num_devices: int, dtype: str) -> bool:
+    return name in OF_STATISTICS and (num_devices, dtype) == (DEVICES, "float32")
+
+
+@cases((name for name in case_names() if name != "wide"), has_quick_statistics, STATISTICS_DTYPES)
+def test_statistics(name: str, num_devices: int, dtype: str) -> None:
+    case = make_case(name, dtype)
+    arrays, options = operands_of(case)
+    arrays.pop("upstream")
+    loss, stats = jax.jit(partial(divided(sharded_with_stats, num_devices), **options))(**arrays)
+    flat = {field: np.asarray(value).reshape(-1) for field, value in stats._asdict().items()}
+    assert_statistics(case, np.asarray(loss), flat, adapter(num_devices).arithmetic)
+
+
+def is_quick_layer(name: str, num_devices: int, dtype: str) -> bool:
+    return name in OF_LAYERS and (num_devices, dtype) == (3, "float32")
+
+
+@cases(linear_case_names(), is_quick_layer, DTYPES)
+def test_layer_against_oracle(name: str, num_devices: int, dtype: str) -> None:
+    """Loss, and the gradients of hidden, weight and bias."""
+    case, loss = make_linear_case(name, dtype), adapter(num_devices, linear=True)
+    comparison = against_oracle(case, solve(case), loss(case), loss.arithmetic)
+    assert comparison.agrees, comparison
+
+
+@pytest.mark.parametrize("name", EVERY_OPTION)
+def test_without_types_of_what_varies(name: str) -> None:
+    """With check_vma=False the numbers are the same."""
+    case, truth = make_case(name, "float32"), solve(make_case(name, "float32"))
+    unchecked = adapter(DEVICES, check_vma=False)
+    comparison = against_oracle(case, truth, unchecked(case), unchecked.arithmetic)
+    assert comparison.agrees, comparison
+
+
+def compared(case: Case) -> Comparison:
+    loss = adapter(DEVICES)
+    return against_oracle(case, solve(case), loss(case), loss.arithmetic)
+
+
+def test_bounds_are_used() -> None:
+    """A bound that is never used past a few per cent protects nothing."""
+    shares = [compared(make_case(name, "float32")) for name in ("dominant", "classes_129")]
+    print("largest shares:", max(each.loss for each in shares), max(each.gradient for each in shares))
+    assert max(each.loss for each in shares) > 0.1
+    assert max(each.gradient for each in shares) > 0.1
+
+
+# --- Where things are -----------------------------------------------------------------------------------------------
+
+
+def spread_out(**fields: Any) -> Case:
+    """Return a case of 16 classes, two on each device, with a label on each of them."""
+    generator = np.random.default_rng(0)
+    labels = np.arange(0, 16)
+    return random_case("float32", generator, 16, 16, labels=labels, **fields)
+
+
+def test_labels_on_every_device() -> None:
+    assert compared(spread_out()).agrees
+
+
+def test_devices_whose_classes_are_masked_out() -> None:
+    """Of seven devices, and of all in rows that do not count, whose logits are NaN."""
+    case = spread_out(class_mask=np.arange(16) // 2 == 5, where=np.arange(16) // 2 == 5)
+    logits = np.where(case.class_mask & case.where[:, None], case.logits, np.nan)
+    assert compared(replace(case, logits=logits)).agrees
+
+
+def test_masks_of_rows_that_leave_one_device() -> None:
+    mask = np.arange(16) // 2 == np.arange(16)[:, None] // 2
+    assert compared(spread_out(class_mask=mask)).agrees
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_devices_whose_logits_are_minus_infinity(smoothing: float) -> None:
+    case = spread_out(smoothing=smoothing)
+    logits = case.logits.copy()
+    logits[:4, 8:10] = -np.inf  # of one device
+    logits[4:8, :14] = -np.inf  # of all but the last
+    assert compared(replace(case, logits=logits)).agrees
+
+
+def test_ties_over_devices() -> None:
+    """Largest logits on several devices share what max_sup takes, and each counts in the sum of exponentials."""
+    options = {"convention": "max_sup"}
+    case = spread_out(smoothing=0.3, options=options, class_weight=np.linspace(0.5, 2, 16).astype("float32"))
+    logits = case.logits.copy()
+    logits[:, 3] = logits[:, 4] = logits[:, 15] = 20
+    logits[:5] = 0.5
+    case = replace(case, logits=logits, class_weight=case.class_weight.astype("float64"))
+    assert compared(case).agrees
+    with_stats = jax.jit(divided(sharded_with_stats, DEVICES))
+    loss, stats = with_stats(*map(jnp.asarray, (logits.astype("float32"), case.labels)))
+    assert stats.prediction.tolist() == [0] * 5 + [3] * 11
+    assert loss.shape == (16,)
+
+
+def test_small_losses_keep_their_accuracy() -> None:
+    """A loss of 1e-9 beside a term of 1: each term but one is far below the rounding of their sum."""
+    case = spread_out(smoothing=0.0)
+    logits = np.where(np.eye(16, dtype=bool), 24.0, 0.0)
+    assert compared(replace(case, logits=logits)).agrees
+    assert 0 < solve(replace(case, logits=logits)).loss.high[0] < 1e-9
+
+
+def test_a_mean_of_weights_that_are_all_0() -> None:
+    """The loss is 0 and so is the gradient, whatever the logits hold."""
+    weight = jnp.where(jnp.arange(16) == 3, 0.0, 1.0)
+    logits = jnp.full((2, 16), jnp.nan).at[1].set(1.0)
+    loss = partial(divided(sharded, DEVICES), labels=jnp.array([3, 3]), class_weight=weight, reduction="mean")
+    value, gradient = jax.jit(jax.value_and_grad(loss))(logits)
+    assert value == 0
+    assert not np.any(gradient)
+
+
+# --- Derivatives ----------------------------------------------------------------------------------------------------
+
+LOGITS = np.random.default_rng(1).normal(size=(5, 16)).astype(np.float32)
+LABELS = np.array([0, 3, 15, 9, 7])
+HIDDEN = np.random.default_rng(3).normal(size=(12, 6)).astype(np.float32)
+WEIGHT = np.random.default_rng(4).normal(size=(6, 16)).astype(np.float32)
+
+
+def one_axis() -> Any:
+    return jax.make_mesh((DEVICES,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def in_slices(function: Callable[..., Any], out_specs: Any, check_vma: bool) -> Callable[..., Any]:
+    specs = jax.P(None, AXIS)
+    mesh = one_axis()
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=check_vma)
+
+
+def total(local_logits: jax.Array, **options: Any) -> jax.Array:
+    return sharded(local_logits, LABELS, axis_name=AXIS, reduction="sum", **options)
+
+
+def test_no_cotangent_has_a_factor_of_the_number_of_devices() -> None:
+    """From outside, and with JAX's default from inside too, the gradient is that of one loss."""
+    of_slices = jax.P(None, AXIS)
+    gradients = {
+        "outside": jax.grad(in_slices(total, jax.P(), True)),
+        "inside": in_slices(jax.grad(total), of_slices, True),
+        "outside, unchecked": jax.grad(in_slices(total, jax.P(), False)),
+        "inside, unchecked": in_slices(jax.grad(total), of_slices, False),
+        "inside, unchecked, divided": in_slices(
+            jax.grad(lambda logits: total(logits) / jax.lax.axis_size(AXIS)), of_slices, False
+        ),
+    }
+    case = Case("", "float32", LOGITS.astype(np.float64), LABELS, {"reduction": "sum"})
+    truth = solve(case)
+    # Where JAX adds up the cotangents of the devices, that is one more sum.
+    bound = error_bound(case, truth, on_shards(adapter(DEVICES).arithmetic, DEVICES)).gradient
+    for name, gradient in gradients.items():
+        # There JAX takes each device's result for one of its own, for this function as for any other with a psum.
+        factor = DEVICES if name == "inside, unchecked" else 1
+        found = np.asarray(jax.jit(gradient)(LOGITS), np.float64) / factor
+        assert np.all(truth.gradient.error_of(found) <= bound), name
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_derivatives_of_every_operand(check_vma: bool) -> None:
+    """With respect to logits, class weights, prior and smoothing, in forward and reverse mode and of second order."""
+    with jax.enable_x64(True):
+        random = np.random.default_rng(2)
+        prior = random.dirichlet(np.ones(16))
+        primals = {
+            "logits": jnp.asarray(LOGITS, jnp.float64),
+            "class_weight": jnp.asarray(random.uniform(0.5, 2, 16)),
+            "prior": jnp.asarray(prior),
+            "smoothing": jnp.asarray(0.2),
+        }
+
+        def of(loss: Callable[..., Any]) -> Callable[..., Any]:
+            options = {"z_loss": 0.1, "softcap": 4.0, "reduction": "mean"}
+
+            def value(operands: dict[str, Any]) -> Any:
+                given = dict(operands)
+                return loss(given.pop("logits"), jnp.asarray(LABELS), **given, **options)
+
+            return value
+
+        def derivatives(loss: Callable[..., Any]) -> Any:
+            value = of(loss)
+            _, tangent = jax.jvp(value, (primals,), (jax.tree.map(jnp.cos, primals),))
+            gradient = jax.grad(value)(primals)
+            inner = lambda operands: sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(jax.grad(value)(operands)))  # noqa: E731
+            return tangent, gradient, jax.grad(inner)(primals)
+
+        found = jax.jit(partial(derivatives, divided(sharded, DEVICES, check_vma=check_vma)))()
+        expected = jax.jit(partial(derivatives, dense))()
+        for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-13)
+
+
+# --- What is sent ---------------------------------------------------------------------------------------------------
+
+
+def collectives(function: Callable[..., Any], *operands: Any) -> dict[str, list[int]]:
+    """Return the sizes of what each kind of collective of a compiled program sends, in elements."""
+    program = jax.jit(function).lower(*operands).compile().as_text()
+    found: dict[str, list[int]] = {}
+    pattern = (
+        r"= \(?\w+\[([\d,]*)\][^=]*? (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+    )
+    for shape, kind in re.findall(pattern, program):
+        found.setdefault(kind, []).append(int(np.prod([int(size) for size in shape.split(",") if size] or [1])))
+    return {kind: sorted(sizes) for kind, sizes in found.items()}
+
+
+ROWS = len(LABELS)
+VECTORS = {"class_weight": np.linspace(0.5, 2, 16, dtype=np.float32), "class_mask": np.arange(16) != 1}
+# Options, and what loss and gradient send: the maximum, and the sum of few numbers for each row.
+SENT: dict[str, tuple[dict[str, Any], list[int]]] = {
+    "plain": ({}, [ROWS, 4 * ROWS]),
+    "mean": ({"reduction": "mean", "z_loss": 0.1, "softcap": 5.0}, [ROWS, 4 * ROWS]),
+    "max_sup": ({"convention": "max_sup"}, [ROWS, 7 * ROWS]),
+    "mask and weights": ({**VECTORS, "reduction": "mean"}, [3 * ROWS, 7 * ROWS]),
+}
+
+
+@pytest.mark.parametrize("name", SENT)
+def test_two_collectives_forward_and_none_backward(name: str) -> None:
+    options, sizes = SENT[name]
+    loss = partial(divided(sharded, DEVICES), labels=jnp.asarray(LABELS), **jax.tree.map(_as_array, options))
+    backward = jax.grad(lambda logits: loss(logits).sum())
+    assert collectives(loss, LOGITS) == collectives(backward, LOGITS) == {"all-reduce": sizes}
+
+
+def _as_array(option: Any) -> Any:
+    return jnp.asarray(option) if isinstance(option, np.ndarray) else option
+
+
+def test_what_statistics_and_soft_labels_send() -> None:
+    labels = jnp.asarray(LABELS)
+    stats = partial(divided(sharded_with_stats, DEVICES), labels=labels)
+    assert collectives(stats, LOGITS) == {"all-reduce": [ROWS, ROWS, 5 * ROWS]}
+    soft = jax.nn.softmax(LOGITS)
+    assert collectives(partial(divided(sharded, DEVICES), labels=soft), LOGITS) == {"all-reduce": [ROWS, 5 * ROWS]}
+    masked = partial(divided(sharded, DEVICES), labels=soft, class_mask=jnp.asarray(VECTORS["class_mask"]))
+    assert collectives(masked, LOGITS) == {"all-reduce": [ROWS, ROWS, 5 * ROWS]}
+
+
+def test_the_gradient_of_smoothing_sends_nothing_but_of_soft_labels() -> None:
+    smoothing = jnp.asarray(0.1)
+
+    def of(labels: Any) -> Callable[[jax.Array], jax.Array]:
+        return lambda smoothing: divided(sharded, DEVICES)(LOGITS, labels, smoothing=smoothing, reduction="sum")
+
+    assert len(collectives(jax.grad(of(jnp.asarray(LABELS))), smoothing)["all-reduce"]) == 2
+    assert len(collectives(jax.grad(of(jax.nn.softmax(LOGITS))), smoothing)["all-reduce"]) == 3
+
+
+def test_what_vectors_of_a_layer_send() -> None:
+    options = jax.tree.map(_as_array, VECTORS)
+    loss = partial(divided(sharded_layer, DEVICES, linear=True), labels=jnp.arange(12) + 3, reduction="mean")
+    sent = collectives(lambda hidden: loss(hidden, jnp.asarray(WEIGHT), **options), HIDDEN)
+    assert sent == {"all-reduce": [12, 2 * 12, 7 * 12]}
+
+
+def test_what_is_sent_where_jax_has_no_types_of_what_varies() -> None:
+    """One more sum backward: of the cotangents, which JAX cannot know to be the same on all devices."""
+    loss = divided(sharded, DEVICES, check_vma=False)
+    backward = jax.grad(lambda logits: loss(logits, jnp.asarray(LABELS)).sum())
+    assert len(collectives(backward, LOGITS)["all-reduce"]) == 3
+
+
+def test_the_count_can_fail() -> None:
+    def gathered(local_logits: jax.Array) -> jax.Array:
+        whole = jax.lax.all_gather(local_logits, AXIS, axis=1, tiled=True)
+        return dense(whole, LABELS)
+
+    found = collectives(in_slices(gathered, jax.P(), False), LOGITS)
+    assert found == {"all-gather": [ROWS * 16]}
+
+
+def layer_loss(hidden: jax.Array, local_weight: jax.Array, **options: Any) -> jax.Array:
+    labels = np.arange(12) + 3
+    return sharded_layer(hidden, local_weight, labels, axis_name=AXIS, reduction="sum", chunk_size=3, **options)
+
+
+def layer_on(check_vma: bool, function: Callable[..., Any] = layer_loss, out_specs: Any = None) -> Callable[..., Any]:
+    specs = jax.P(), jax.P(None, AXIS)
+    out_specs = jax.P() if out_specs is None else out_specs
+    mesh = one_axis()
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=check_vma)
+
+
+def test_a_layer_sends_one_gradient_more() -> None:
+    """And none in the loop over its four chunks."""
+    rows, both = len(HIDDEN), (HIDDEN, WEIGHT)
+    loss, forward = layer_on(check_vma=True), {"all-reduce": [rows, 4 * rows]}
+    assert collectives(loss, *both) == forward
+    assert collectives(jax.grad(loss, argnums=1), *both) == forward
+    of_hidden = {"all-reduce": sorted([rows, 4 * rows, HIDDEN.size])}
+    assert collectives(jax.grad(loss, argnums=(0, 1)), *both) == of_hidden
+    program = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*both).compile().as_text()
+    assert "while" in program
+    assert not re.search(rf"\w+\[(\d+,)*{rows},(2|16)\]", program)  # no array has the logits of all rows
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_gradients_of_a_layer(check_vma: bool) -> None:
+    """From outside and from inside; there, without types, the caller divides the loss and adds up hidden's."""
+    with jax.enable_x64(True):
+        hidden, weight = jnp.asarray(HIDDEN, jnp.float64), jnp.asarray(WEIGHT, jnp.float64)
+        labels = jnp.arange(12) + 3
+        whole = partial(lsce_jax.linear_label_smoothed_cross_entropy, labels=labels, reduction="sum")
+        expected = jax.grad(lambda *both: whole(both[0], both[1]), argnums=(0, 1))(hidden, weight)
+        from_outside = jax.grad(layer_on(check_vma), argnums=(0, 1))
+
+        def inside(hidden: jax.Array, local_weight: jax.Array) -> Any:
+            if check_vma:
+                return jax.grad(layer_loss, argnums=(0, 1))(hidden, local_weight)
+            divided_loss = lambda *both: layer_loss(*both) / jax.lax.axis_size(AXIS)  # noqa: E731
+            of_hidden, of_weight = jax.grad(divided_loss, argnums=(0, 1))(hidden, local_weight)
+            return jax.lax.psum(of_hidden, AXIS), of_weight
+
+        from_inside = layer_on(check_vma, inside, (jax.P(), jax.P(None, AXIS)))
+        for gradient in (from_outside, from_inside):
+            for ours, theirs in zip(jax.jit(gradient)(hidden, weight), expected, strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-13)
+        tangents = jnp.cos(hidden), jnp.sin(weight)
+        forward = jax.jit(lambda *both: jax.jvp(layer_on(check_vma), both, tangents)[1])(hidden, weight)
+        inner = sum(jnp.vdot(gradient, tangent) for gradient, tangent in zip(expected, tangents, strict=True))
+        np.testing.assert_allclose(forward, inner, rtol=1e-11)
+
+
+def test_statistics_of_a_layer() -> None:
+    """As of the logits, with devices whose logits are -inf or masked out."""
+    labels = jnp.arange(12) + 3
+    mask = jnp.arange(16) // 2 != 4
+    bias = jnp.where(jnp.arange(16) // 2 == 1, -jnp.inf, 0.0)
+    options = {"class_mask": mask, "smoothing": 0.0, "softcap": 20.0}
+    logits = jnp.asarray(HIDDEN @ WEIGHT) + bias[None]
+    for softcap in (None, 20.0):
+        options["softcap"] = softcap
+        of_layer = jax.jit(partial(divided(sharded_layer_with_stats, DEVICES, linear=True), **options, chunk_size=5))
+        of_logits = jax.jit(partial(lsce_jax.label_smoothed_cross_entropy_with_stats, **options))
+        ours = of_layer(jnp.asarray(HIDDEN), jnp.asarray(WEIGHT), labels, bias=bias)
+        theirs = of_logits(logits, labels)
+        for found, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        assert np.isinf(ours[0]).any() == (softcap is None)
+
+
+# --- Programs that the compiler divides -----------------------------------------------------------------------------
+
+MANY_ROWS, MANY_CLASSES, FEATURES_OF_LAYER = 64, 4096, 12
+ALL_LOGITS = MANY_ROWS * MANY_CLASSES
+# Of rows and classes; of the rows of hidden, and of the two dimensions of the weight.
+DENSE_SPECS = [("data", None), (None, "model"), ("data", "model"), (None, ("data", "model"))]
+LAYER_SPECS = [("data", (None, None)), (None, (None, "model")), ("data", (None, "model")), ("data", ("data", "model"))]
+each_mesh = pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+
+
+def placed(mesh: Any, array: np.ndarray, *axes: Any) -> jax.Array:
+    return jax.device_put(array, jax.NamedSharding(mesh, jax.P(*axes)))
+
+
+@each_mesh
+@pytest.mark.parametrize("axes", DENSE_SPECS)
+def test_plain_jit_sends_no_logits(axes: tuple[Any, Any], axis_type: str) -> None:
+    """Of logits divided over rows, classes or both, loss and gradient send at most two numbers for each row."""
+    types = (getattr(jax.sharding.AxisType, axis_type),) * 2
+    with jax.set_mesh(jax.make_mesh((2, 4), ("data", "model"), axis_types=types)):
+        mesh = jax.sharding.get_mesh()
+        logits = placed(mesh, np.zeros((MANY_ROWS, MANY_CLASSES), np.float32), *axes)
+        labels = placed(mesh, np.arange(MANY_ROWS), axes[0])
+        for options in ({}, {"softcap": 5.0, "z_loss": 0.1}):
+            step = jax.value_and_grad(partial(dense, reduction="mean", **options))
+            assert all(size <= 2 * MANY_ROWS for sizes in collectives(step, logits, labels).values() for size in sizes)
+
+
+@each_mesh
+@pytest.mark.parametrize(("rows", "of_weight"), LAYER_SPECS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_plain_jit_sends_no_logits_of_a_layer(
+    reduction: str, rows: str | None, of_weight: tuple[Any, Any], axis_type: str
+) -> None:
+    """It sends numbers of rows, hidden's gradient, and the weight and its gradient where the rows are divided."""
+    types = (getattr(jax.sharding.AxisType, axis_type),) * 2
+    with jax.set_mesh(jax.make_mesh((2, 4), ("data", "model"), axis_types=types)):
+        mesh = jax.sharding.get_mesh()
+        hidden = placed(mesh, np.zeros((MANY_ROWS, FEATURES_OF_LAYER), np.float32), rows, None)
+        weight = placed(mesh, np.zeros((FEATURES_OF_LAYER, MANY_CLASSES), np.float32), *of_weight)
+        labels = placed(mesh, np.arange(MANY_ROWS), rows)
+
+        def loss(hidden: jax.Array, weight: jax.Array, labels: jax.Array) -> jax.Array:
+            return lsce_jax.linear_label_smoothed_cross_entropy(hidden, weight, labels, reduction=reduction).sum()
+
+        sent = collectives(jax.value_and_grad(loss, argnums=(0, 1)), hidden, weight, labels)
+    of_layer = {weight.size // parts for parts in (1, 2, 4, 8)} | {hidden.size // parts for parts in (1, 2)}
+    of_logits = {ALL_LOGITS // parts for parts in (1, 2, 4, 8)}
+    assert not of_layer & of_logits
+    assert all(size <= 2 * MANY_ROWS or size in of_layer for sizes in sent.values() for size in sizes)
+
+
+# --- Other meshes ---------------------------------------------------------------------------------------------------
+
+
+def test_rows_and_classes_divided() -> None:
+    """Classes over four devices, rows over two: each loss is that of one device, with a common denominator."""
+    mesh = jax.make_mesh((2, 4), ("data", AXIS), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    logits, labels = np.tile(LOGITS, (2, 1)), np.tile(LABELS, 2)
+    where = np.arange(10) != 3
+
+    def mean(local_logits: jax.Array, labels: jax.Array, where: jax.Array) -> jax.Array:
+        denominator = jax.lax.psum(where.sum(), "data")
+        loss = sharded(local_logits, labels, axis_name=AXIS, where=where, reduction="mean", denominator=denominator)
+        return jax.lax.psum(loss, "data")
+
+    rows = jax.P("data")
+    specs = (jax.P("data", AXIS), rows, rows)
+    both = jax.jit(jax.value_and_grad(jax.shard_map(mean, mesh=mesh, in_specs=specs, out_specs=jax.P())))
+    of_one = jax.value_and_grad(partial(dense, labels=labels, where=where, reduction="mean"))
+    for ours, theirs in zip(both(logits, labels, where), of_one(logits), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_classes_over_two_axes_and_rows_left_to_the_compiler() -> None:
+    """An axis may be a tuple of axes, and shard_map may leave others of the mesh to the compiler."""
+    mesh = jax.make_mesh((2, 2, 2), ("rows", "a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    loss = jax.shard_map(
+        lambda z: sharded(z, LABELS, axis_name=("a", "b")),
+        mesh=mesh,
+        in_specs=jax.P(None, ("a", "b")),
+        out_specs=jax.P(),
+        axis_names={"a", "b"},
+    )
+    np.testing.assert_allclose(jax.jit(loss)(LOGITS), dense(LOGITS, LABELS), rtol=1e-6)
+
+
+def test_statistics_come_from_all_devices() -> None:
+    _, stats = jax.jit(divided(sharded_with_stats, DEVICES))(jnp.asarray(LOGITS), jnp.asarray(LABELS))
+    _, expected = lsce_jax.label_smoothed_cross_entropy_with_stats(LOGITS, LABELS)
+    assert isinstance(stats, LossStats)
+    assert stats.prediction.tolist() == expected.prediction.tolist()
+
+
+def test_a_bad_label_is_named_under_checkify() -> None:
+    loss = divided(partial(sharded, bad_labels="raise"), DEVICES)
+    checked = jax.jit(jax.experimental.checkify.checkify(loss))
+    outcome, losses = checked(jnp.asarray(LOGITS), jnp.asarray(LABELS))
+    outcome.throw()
+    assert losses.shape == (ROWS,)
+    outcome, _ = checked(jnp.asarray(LOGITS), jnp.asarray([0, 1, 16, 0, 2]))
+    assert "label 16 at index 2" in outcome.get()
+    assert "expected 0 to 15" in outcome.get()

@@ -1,0 +1,475 @@
+"""The vocab-parallel losses of lsce_torch in processes by gloo: truth, errors, collectives."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import lsce_torch
+from lsce_torch.errors import MESSAGES
+from parity_tests.losses.adapters import operands_of
+from parity_tests.losses.sharded_torch import (
+    DIVISIONS,
+    DTensorAdapter,
+    Layout,
+    ShardedTorchAdapter,
+    joined,
+    processes,
+    run_on_ranks,
+    same,
+    slices_of,
+)
+from parity_tests.suite import on_ranks
+from parity_tests.suite.test_differentiable_stats import NAMES, agrees, factors, in_rows, truth_and_bounds_of
+from parity_tests.suite.test_stats import assert_statistics
+from parity_tests.truth.cases import Case, case_names, make_case, random_case
+from parity_tests.truth.comparison import Comparison, against_oracle
+from parity_tests.truth.linear_cases import linear_case_names, make_linear_case
+from parity_tests.truth.oracle import solve
+from parity_tests.truth.precision import DTYPES
+
+F32 = np.float32
+# Number of ranks, division of the classes, dtype: of every case in `make test`.
+QUICK = {
+    (2, "even", "float32"),
+    (3, "one class, and the rest", "bfloat16"),
+    (4, "the first without a class", "float32"),
+}
+EVERY = [(number, division, dtype) for number in (1, 2, 3, 4) for division in DIVISIONS for dtype in DTYPES]
+WAYS = [pytest.param(*way, marks=[] if way in QUICK else pytest.mark.slow, id="-".join(map(str, way))) for way in EVERY]
+
+
+@cache
+def adapter(number: int, division: str = "even", compiled: bool = False) -> ShardedTorchAdapter:
+    return ShardedTorchAdapter(number, division, compiled)
+
+
+def compared(case: Case, loss: ShardedTorchAdapter) -> Comparison:
+    return against_oracle(case, solve(case), loss(case), loss.arithmetic)
+
+
+@pytest.mark.parametrize(("number", "division", "dtype"), WAYS)
+def test_against_oracle(number: int, division: str, dtype: str) -> None:
+    """Loss and gradient of every case. One test for all: each is a few milliseconds."""
+    shares = {}
+    for name in case_names():
+        if name == "wide" and (number, division) != (4, "even"):
+            continue
+        comparison = compared(make_case(name, dtype), adapter(number, division))
+        assert comparison.agrees, (name, comparison)
+        shares[name] = comparison.share
+    print("largest share of a bound:", max(shares.values()), "in", max(shares, key=lambda name: shares[name]))
+    # A bound that is never used past a few per cent protects nothing.
+    assert max(shares.values()) > 0.1
+
+
+def answers_of(case: Case, loss: ShardedTorchAdapter, function: Callable[..., Any], *more: Any) -> list[Any]:
+    """Return what a function of `on_ranks` returns for the slices of a case on each rank."""
+    arrays, options = operands_of(case)
+    arrays.pop("upstream")
+    given = [(options, slices, *more) for slices in slices_of(arrays, case.axis, loss.bounds(case))]
+    return run_on_ranks(function, given)
+
+
+@pytest.mark.parametrize(("number", "division"), [(3, "one class, and the rest"), (4, "the first without a class")])
+def test_statistics(number: int, division: str) -> None:
+    loss = adapter(number, division)
+    for name in case_names():
+        if name != "wide":
+            case = make_case(name, "float32")
+            answers = answers_of(case, loss, on_ranks.statistics)
+            stats = {field: same([answer[field] for answer in answers]).numpy().reshape(-1) for field in answers[0]}
+            whole = stats.pop("loss").reshape(
+                () if case.options.get("reduction", "none") != "none" else case.batch_shape
+            )
+            assert_statistics(case, whole, stats, loss.arithmetic)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_gradients_of_statistics(compiled: bool) -> None:
+    loss = adapter(2, "one class, and the rest")
+    for name in ("softcap", "class_mask_of_groups", "where_soft", "everything") if compiled else NAMES:
+        case = make_case(name, "float32")
+        answers = answers_of(case, loss, on_ranks.gradients_of_statistics, factors(case), compiled)
+        for statistic, (exact, bound) in truth_and_bounds_of(case, loss.arithmetic).items():
+            gradient = joined([answer[statistic] for answer in answers], case.axis)
+            assert agrees(exact, bound, in_rows(case, gradient.double().numpy())), (name, statistic)
+
+
+# Each with something that the compiler sees in another way.
+COMPILED = ("everything", "class_mask_of_rows", "soft_max_sup", "minus_infinity", "ties_max_sup", "bad_labels")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("division", ["even", "the first without a class"])
+def test_compiled(division: str) -> None:
+    """One graph, with the collectives in it."""
+    loss = adapter(2, division, compiled=True)
+    for name in COMPILED:
+        comparison = compared(make_case(name, "float32"), loss)
+        assert comparison.agrees, (name, comparison)
+
+
+# --- Where things are ----------------------------------------------------------------------------------------------
+
+
+def spread_out(**fields: Any) -> Case:
+    """Return a case of 8 classes, two on each of 4 ranks, and a row for each label."""
+    return random_case("float32", np.random.default_rng(0), 8, 8, labels=np.arange(8), **fields)
+
+
+def test_a_label_on_every_rank() -> None:
+    assert compared(spread_out(), adapter(4)).agrees
+
+
+@pytest.mark.parametrize("kept", [0, 2, 3])
+def test_ranks_whose_classes_are_masked_out(kept: int) -> None:
+    """Their logits are NaN, as are those of the rows that have their labels there and do not count."""
+    mask = np.arange(8) // 2 == kept
+    case = spread_out(class_mask=mask, where=mask)
+    assert compared(replace(case, logits=np.where(mask & mask[:, None], case.logits, np.nan)), adapter(4)).agrees
+
+
+def test_masks_of_rows_that_leave_one_rank() -> None:
+    mask = np.arange(8) // 2 == np.arange(8)[:, None] // 2
+    assert compared(spread_out(class_mask=mask, options={"convention": "non_target"}), adapter(4)).agrees
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_ranks_whose_logits_are_minus_infinity(smoothing: float) -> None:
+    case = spread_out(smoothing=smoothing)
+    logits = np.where(np.arange(8) // 2 == 1, -np.inf, case.logits)
+    assert compared(replace(case, logits=logits), adapter(4)).agrees
+
+
+def test_labels_that_are_bad_on_every_rank() -> None:
+    mask = np.arange(8) != 5
+    case = spread_out(class_mask=mask, options={"ignore_index": 2})
+    labels = np.array([0, -1, 2, 8, 4, 5, 6, 2**40])
+    assert compared(replace(case, labels=labels), adapter(4)).agrees
+
+
+def test_small_losses_of_one_rank_and_of_several() -> None:
+    """The largest of all logits, and others as large on other ranks, of which none may be lost in a sum."""
+    case = spread_out(smoothing=0.0)
+    logits = np.full((8, 8), -30.0)
+    logits[np.arange(8), case.labels] = 0.0
+    logits[3, 7], logits[4, [0, 7]] = 0.0, -1.0
+    assert compared(replace(case, logits=logits), adapter(4)).agrees
+
+
+def test_rows_in_blocks() -> None:
+    """Blocks of rows give what all rows at once give, bit for bit."""
+    loss = adapter(2)
+    for name in ("everything", "class_mask_of_rows", "ties_max_sup", "soft_clamp", "axis_in_the_middle"):
+        case = make_case(name, "float32")
+        whole, parts = (answers_of(case, loss, on_ranks.in_blocks, size) for size in (2**20, 15))
+        for of_whole, of_parts in zip(whole, parts, strict=True):
+            torch.testing.assert_close(of_parts, of_whole, rtol=0, atol=0, equal_nan=True)
+
+
+def test_gradient_of_the_smoothing() -> None:
+    """It is the same on every rank, and that of one process."""
+    case = make_case("everything", "float64")
+    arrays, options = operands_of(case)
+    arrays.pop("upstream")
+    found = same(answers_of(case, adapter(3), on_ranks.gradient_of_smoothing))
+    tensors = on_ranks.tensors_of(arrays)
+    smoothing = tensors["smoothing"].requires_grad_()
+    lsce_torch.label_smoothed_cross_entropy(**tensors, **options).backward()
+    assert smoothing.grad is not None
+    # Ten roundings of numbers of that size.
+    assert torch.all(torch.abs(found - smoothing.grad) <= 10 * 2.0**-53 * smoothing.grad.abs().max() * case.num_classes)
+
+
+def test_func_grad() -> None:
+    """torch.func.grad asks for a gradient that could be differentiated again."""
+    for name in ("everything", "class_weight"):
+        for of_transform, of_backward in answers_of(
+            make_case(name, "float32"), adapter(2), on_ranks.functional_gradient
+        ):
+            assert torch.equal(of_transform, of_backward)
+
+
+def test_the_default_group() -> None:
+    """Without a group the classes are divided over all processes."""
+    losses = processes().run(on_ranks.default_group, [()] * 4)
+    logits = torch.tensor([0.0, 1, 1, 2, 2, 3, 3, 4]).repeat(3, 1)
+    expected = lsce_torch.label_smoothed_cross_entropy(logits, torch.tensor([0, 3, 7]))
+    assert abs(float(same(losses)) - float(expected)) <= 1e-6
+
+
+# --- Collectives and memory ------------------------------------------------------------------------------------------
+
+FORWARD = {"tell": 1, "reduced": 2}
+
+
+@pytest.mark.parametrize(("name", "with_stats", "more"), [
+    ("everything", False, 0),
+    ("everything", True, 1),
+    ("ties_max_sup", False, 0),
+    ("soft_uniform", False, 0),
+    ("soft_clamp", True, 1),
+    ("soft_max_sup", False, 1),
+    ("class_mask_of_rows", False, 1),
+])  # fmt: skip
+def test_collectives(name: str, with_stats: bool, more: int) -> None:
+    """Two reductions forward, and one for each of a few options; none backward."""
+    for forward, backward, _ in answers_of(make_case(name, "float32"), adapter(2), on_ranks.collectives, with_stats):
+        assert forward == {**FORWARD, "reduced": FORWARD["reduced"] + more}
+        assert backward == {}
+
+
+def test_what_is_kept_for_backward() -> None:
+    """A few numbers for each row, however many classes there are."""
+    case = random_case("float32", np.random.default_rng(0), 16, 4000, options={"reduction": "mean"})
+    for *_, kept in answers_of(case, adapter(2), on_ranks.collectives, False):
+        assert kept <= 16 * 16
+
+
+# --- The linear layer ------------------------------------------------------------------------------------------------
+
+LINEAR_WAYS = [
+    pytest.param(*way, marks=[] if way[:2] == (2, "even") and way[2] != "float64" else pytest.mark.slow)
+    for way in EVERY
+    if way[0] > 1
+]
+
+
+@pytest.mark.parametrize(("number", "division", "dtype"), LINEAR_WAYS)
+def test_linear(number: int, division: str, dtype: str) -> None:
+    """Loss, and the gradients of hidden, weight and bias, of every linear case."""
+    loss = ShardedTorchAdapter(number, division, linear=True)
+    for name in linear_case_names():
+        case = make_linear_case(name, dtype)
+        comparison = against_oracle(case, solve(case), loss(case), loss.arithmetic)
+        assert comparison.agrees, (name, comparison)
+
+
+@pytest.mark.slow
+def test_compiled_linear() -> None:
+    loss = ShardedTorchAdapter(2, "one class, and the rest", compiled=True, linear=True)
+    for name in ("linear_everything", "linear_sum", "linear_master_weight_none"):
+        case = make_linear_case(name, "float32")
+        comparison = against_oracle(case, solve(case), loss(case), loss.arithmetic)
+        assert comparison.agrees, (name, comparison)
+
+
+def test_statistics_of_the_linear_loss() -> None:
+    """Those of the logits that it makes, and gradients through them."""
+    for answer in processes().run(on_ranks.linear_beside_dense, [(number,) for number in range(3)]):
+        assert not isinstance(answer, Exception), answer
+        for of_linear, of_dense, bound in answer:
+            assert torch.all(torch.abs(of_linear - of_dense) <= bound)
+
+
+def test_messages_of_the_linear_loss() -> None:
+    problems = processes().run(on_ranks.linear_called, [({"labels": np.zeros((4, 3), F32)},), ({},)])
+    assert isinstance(problems[0], TypeError)
+    assert str(problems[1]) == MESSAGES["rank_failed"][1].format(ranks=[0])
+    wider = {"hidden": np.zeros((4, 5), F32), "local_weight": np.zeros((3, 5), F32)}
+    for problem in processes().run(on_ranks.linear_called, [({},), (wider,)]):
+        assert "disagree about the number of features: rank 0 has 2, rank 1 has 5." in str(problem)
+    for problem in processes().run(on_ranks.linear_called, [({"bias": np.zeros(4, F32)},)] * 2):
+        assert "each device passes the slice of its own classes" in str(problem)
+    for problem in processes().run(on_ranks.linear_transformed, [()] * 2):
+        assert "has no transforms of torch.func: use backward()." in str(problem)
+
+
+# --- DTensors --------------------------------------------------------------------------------------------------------
+
+LAYOUTS: list[Layout] = [
+    ((4, "classes"),),
+    ((4, "rows"),),
+    ((2, "rows"), (2, "classes")),
+    ((2, "nothing"), (2, "classes")),
+    ((4, "nothing"),),
+]
+OF_LAYOUTS = [
+    pytest.param(layout, dtype, marks=[] if (layout, dtype) == (LAYOUTS[2], "float32") else pytest.mark.slow)
+    for layout in LAYOUTS
+    for dtype in ("float32", "bfloat16", "float64")
+]
+
+
+@pytest.mark.parametrize(("layout", "dtype"), OF_LAYOUTS)
+def test_dtensors(layout: Layout, dtype: str) -> None:
+    """Loss and gradient of every case, whatever a mesh divides. The gradient is placed as the logits are."""
+    loss, tried = DTensorAdapter(layout), 0
+    for name in case_names():
+        case = make_case(name, dtype)
+        if name != "wide" and loss.unsupported(case) is None:
+            comparison = against_oracle(case, solve(case), loss(case), loss.arithmetic)
+            assert comparison.agrees, (name, comparison)
+            tried += 1
+    assert tried >= len(case_names()) - 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [LAYOUTS[1], LAYOUTS[2]])
+def test_compiled_dtensors(layout: Layout) -> None:
+    loss = DTensorAdapter(layout, compiled=True)
+    for name in ("everything", "class_weight", "bad_labels"):
+        case = make_case(name, "float32")
+        comparison = against_oracle(case, solve(case), loss(case), loss.arithmetic)
+        assert comparison.agrees, (name, comparison)
+
+
+@pytest.mark.parametrize("name", ["everything", "soft_clamp", "ties", "axis_in_the_middle", "class_mask_of_groups"])
+def test_statistics_of_dtensors(name: str) -> None:
+    case = make_case(name, "float32")
+    arrays, options = operands_of(case)
+    arrays.pop("upstream")
+    answers = run_on_ranks(on_ranks.statistics_of_dtensor, [(options, arrays, case.axis)] * 4)
+    stats = {field: same([answer[field] for answer in answers]).numpy().reshape(-1) for field in answers[0]}
+    whole = stats.pop("loss").reshape(() if case.options.get("reduction", "none") != "none" else case.batch_shape)
+    assert_statistics(case, whole, stats, adapter(4).arithmetic)
+
+
+def test_labels_and_weights_that_are_dtensors() -> None:
+    """They are divided like the logits, and what is whole is divided by the loss."""
+    case = make_case("class_weight", "float32")
+    arrays, _ = operands_of(replace(case, smoothing=0.1))
+    given = tuple(arrays[name] for name in ("logits", "labels", "class_weight"))
+    for losses in run_on_ranks(on_ranks.module_of_dtensors, [given] * 4):
+        assert torch.equal(*losses)
+
+
+@pytest.mark.parametrize("how", [
+    "dtensor_partial",
+    "dtensor_placement",
+    "inplace_backward=True",
+    "implementation where the classes are divided",
+    "labels_shape",
+])  # fmt: skip
+def test_dtensors_that_are_refused(how: str) -> None:
+    for problem in processes().run(on_ranks.refused_dtensor, [(how,)] * 4):
+        assert isinstance(problem, ValueError), problem
+        if how in MESSAGES:
+            assert str(problem).startswith(MESSAGES[how][1].split("{")[0])
+        elif how != "labels_shape":
+            assert str(problem) == MESSAGES["dtensor_option"][1].format(name=how)
+
+
+# --- Errors ----------------------------------------------------------------------------------------------------------
+
+LOGITS, LABELS = np.zeros((4, 3), F32), np.array([0, 1, 2, 0])
+
+
+def raised(arguments: Sequence[dict[str, Any]], function: Callable[..., Any] = on_ranks.called) -> list[Exception]:
+    """Return what a call raises on each rank."""
+    answers = processes().run(function, [(keywords,) for keywords in arguments])
+    assert all(isinstance(answer, Exception) for answer in answers), answers
+    return answers
+
+
+def call(**changes: Any) -> dict[str, Any]:
+    return {"local_logits": LOGITS, "labels": LABELS, **changes}
+
+
+MASKS = np.ones(3, bool), np.ones((4, 3), bool)
+DIFFERENCES = {
+    "the number of rows": call(local_logits=LOGITS[:3], labels=LABELS[:3]),
+    "the dtype of the logits": call(local_logits=LOGITS.astype(np.float64)),
+    "the kind of labels": call(labels=LOGITS),
+    "the kind of class_mask": call(class_mask=MASKS[0]),
+    "convention": call(convention="clamp"),
+    "reduction": call(reduction="sum"),
+    "bad_labels": call(bad_labels="raise"),
+    "subtract_entropy": call(subtract_entropy=True),
+    "the kind of prior": call(prior=np.full(3, 1 / 6, F32)),
+    "the kind of class_weight": call(class_weight=np.ones(3, F32)),
+    "the kind of where": call(where=np.ones(4, bool)),
+    "the kind of ignore_index": call(ignore_index=-100),
+    "the kind of softcap": call(softcap=30.0),
+    "the kind of smoothing": call(smoothing=np.array(0.1, F32)),
+    "the kind of denominator": call(denominator=np.array(2.0, F32)),
+    "z_loss": call(z_loss=1e-4),
+    "smoothing": call(smoothing=0.2),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_ranks_that_disagree(name: str) -> None:
+    """Each rank raises, and names what differs; the next call is as if nothing had happened."""
+    for problem in raised([call(), call(), DIFFERENCES[name]]):
+        assert isinstance(problem, ValueError)
+        assert str(problem).startswith(f"the ranks of the group disagree about {name}: rank 0 has ")
+        assert "rank 2 has" in str(problem)
+    assert processes().run(on_ranks.called, [(call(),)] * 3)[0].isfinite()
+
+
+@pytest.mark.parametrize(("ours", "theirs", "name"), [
+    (call(class_mask=MASKS[0]), call(class_mask=MASKS[1]), "the kind of class_mask"),
+    (call(ignore_index=1), call(ignore_index=2), "ignore_index"),
+    (call(softcap=10.0), call(softcap=30.0), "softcap"),
+    (call(denominator=1.0), call(denominator=2.0), "denominator"),
+])  # fmt: skip
+def test_ranks_with_other_numbers(ours: dict[str, Any], theirs: dict[str, Any], name: str) -> None:
+    assert all(f"disagree about {name}:" in str(problem) for problem in raised([ours, theirs]))
+
+
+def test_numbers_are_shown_as_the_user_wrote_them() -> None:
+    text = str(raised([call(), call(convention="clamp")])[0])
+    assert "rank 0 has uniform, rank 1 has clamp" in text
+    assert "rank 0 has float32, rank 1 has float64" in str(raised([call(), DIFFERENCES["the dtype of the logits"]])[0])
+
+
+def test_a_rank_whose_call_is_wrong() -> None:
+    """It raises its own error, and the others say which rank has failed."""
+    problems = raised([call(), call(labels=LABELS[:2]), call()])
+    assert "integer labels must have the shape" in str(problems[1])
+    assert isinstance(problems[1], ValueError)
+    for rank in (0, 2):
+        assert isinstance(problems[rank], RuntimeError)
+        assert str(problems[rank]) == MESSAGES["rank_failed"][1].format(ranks=[1])
+
+
+def test_messages() -> None:
+    none = call(local_logits=LOGITS[:, :0])
+    for problem in raised([none, none]):
+        assert str(problem) == MESSAGES["no_classes_anywhere"][1]
+    for problem in raised([call(class_weight=np.ones(4, F32))] * 2):
+        assert "each device passes the slice of its own classes" in str(problem)
+    for problem in raised([call(prior=np.full(3, 1 / 3, F32))] * 2):
+        assert "prior must sum to 1, got a sum of 2" in str(problem)
+    for problem in raised([call(labels=np.array([0, 6, 0, 0]), bad_labels="raise")] * 2):
+        assert isinstance(problem, IndexError)
+        assert "label 6 at index [1] is not one of the classes: expected 0 to 5." in str(problem)
+    mask = np.array([True, True, False])
+    for problem in raised([call(labels=np.array([0, 1, 3, 5]), class_mask=mask, bad_labels="raise")] * 2):
+        assert "label 5 at index [3]" in str(problem)
+        assert "inside class_mask" in str(problem)
+    for problem in raised([call(group="model")] * 2):
+        assert isinstance(problem, TypeError)
+        assert str(problem) == MESSAGES["group_type"][1].format(given="str")
+    for problem in processes().run(on_ranks.outside, [()] * 2):
+        assert str(problem) == MESSAGES["group_member"][1]
+
+
+def test_without_a_group() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        lsce_torch.vocab_parallel_label_smoothed_cross_entropy(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64))
+    assert str(caught.value) == MESSAGES["no_group"][1]
+
+
+@pytest.mark.parametrize("name", ["class_weight", "prior", "labels", "smoothing of soft labels"])
+def test_what_takes_no_gradient(name: str) -> None:
+    for problem in processes().run(on_ranks.with_gradient, [(name,)] * 2):
+        assert isinstance(problem, ValueError)
+        assert str(problem) == MESSAGES["shard_gradient"][1].format(name=name)
+
+
+@pytest.mark.parametrize(("function", "words"), [
+    (on_ranks.mapped, "rule for vmap"),
+    (on_ranks.twice, "second derivatives"),
+    (on_ranks.forward_mode, "forward mode"),
+])  # fmt: skip
+def test_transforms_that_are_refused(function: Callable[..., Any], words: str) -> None:
+    for problem in processes().run(function, [()] * 2):
+        assert isinstance(problem, RuntimeError), problem
+        assert f"the loss of divided classes has no {words}: " in str(problem)
