@@ -12,7 +12,7 @@ SIMULATED := test_simulated or test_xla_passes
 COMPILED := test_compiled or test_cost or test_triton
 # With parity_tests, the testpaths of pyproject.toml.
 REST := tests examples lsce_spec lsce_jax lsce_torch lsce_parity README.md docs
-SELECTED ?= not slow and not devices
+SELECTED ?= not slow and not devices and not distributed
 # Make 3.81, which macOS has, would mix the two.
 WHOLE_OUTPUT := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
 # TorchTPU needs Python 3.13 or 3.14 and pins its torch. So it has an environment of its own, if there is such a Python.
@@ -22,7 +22,7 @@ VENV_TORCHTPU ?= .venv-torchtpu
 export LSCE_TORCHTPU_PYTHON ?= $(abspath $(VENV_TORCHTPU))/bin/python
 PIP := pip install --quiet --disable-pip-version-check
 
-.PHONY: install install-devices install-torchtpu demo test test-slow test-devices test-devices-slow
+.PHONY: install install-devices install-torchtpu demo test test-slow test-distributed test-devices test-devices-slow
 .PHONY: test-parity test-rest test-simulated test-interpreted test-triton test-compiled test-cuda test-tpu test-oldest
 .PHONY: bench-cuda bench-tpu lint wheel clean
 
@@ -62,6 +62,12 @@ test: install
 # The tests marked as slow, which `make test` leaves out.
 test-slow: install
 	$(MAKE) --jobs=2 $(WHOLE_OUTPUT) test-parity test-rest SELECTED="slow and not devices" EVIDENCE=
+
+# The tests marked as distributed: losses whose classes and rows are divided over processes and virtual devices in many
+# more ways than in `make test`.
+test-distributed: install
+	$(BIN)/python -m pytest -m "distributed" parity_tests/suite/test_vocab_parallel.py \
+	  parity_tests/suite/test_vocab_parallel_torch.py
 
 # The tests marked as devices: losses on the arithmetic of devices that are not here, and programs that are made for
 # them, in an interpreter, by IREE and by the compilers of TPUs and GPUs. No device is needed.
@@ -130,6 +136,7 @@ bench-cuda bench-tpu: bench-%:
 test-oldest:
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 	$(MAKE) test-slow VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+	$(MAKE) test-distributed VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 	$(MAKE) test-devices VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 # Style, complexity, types, which package imports which (pyproject.toml), dependencies, spelling.

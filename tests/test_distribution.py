@@ -31,7 +31,10 @@ def test_the_halves_of_the_tests_are_all() -> None:
     assert rest
     assert {"parity_tests", *rest[1].split()} == {*PYPROJECT["tool"]["pytest"]["ini_options"]["testpaths"]}
     # Each test has the markers of one of these.
-    selected = {"not slow and not devices", "slow and not devices", "devices and not slow", "devices and slow"}
+    selected = {
+        *("not slow and not devices and not distributed", "slow and not devices", "distributed"),
+        *("devices and not slow", "devices and slow"),
+    }
     assert selected <= {*re.findall(r'(?:SELECTED \?= |SELECTED="|-m ")([^"\n]*)', makefile)}
 
 

@@ -63,9 +63,9 @@ def adapter(num_devices: int, check_vma: bool = True, linear: bool = False) -> S
 
 
 def cases(names: Iterable[str], is_quick: Callable[[str, int, str], bool], dtypes: Sequence[str]) -> Any:
-    """Return a decorator for tests of each case, number of devices and dtype. Those that are not quick are slow."""
+    """Return a decorator for tests of each case, number of devices and dtype. Those that are not quick are marked."""
     each = product(names, (DEVICES, 3), dtypes)
-    marked = [pytest.param(*one, marks=[] if is_quick(*one) else [pytest.mark.slow]) for one in each]
+    marked = [pytest.param(*one, marks=[] if is_quick(*one) else [pytest.mark.distributed]) for one in each]
     return pytest.mark.parametrize(("name", "num_devices", "dtype"), marked)
 
 
@@ -110,7 +110,7 @@ def test_layer_against_oracle(name: str, num_devices: int, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [*EVERY_OPTION[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in EVERY_OPTION[2:])]
+    "name", [*EVERY_OPTION[:2], *(pytest.param(name, marks=pytest.mark.distributed) for name in EVERY_OPTION[2:])]
 )
 def test_without_types_of_what_varies(name: str) -> None:
     """With check_vma=False the numbers are the same."""
@@ -462,7 +462,7 @@ def test_plain_jit_sends_no_logits(axes: tuple[Any, Any], axis_type: str) -> Non
 
 @each_mesh
 @pytest.mark.parametrize(("rows", "of_weight"), LAYER_SPECS)
-@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("reduction", ["mean", pytest.param("none", marks=pytest.mark.distributed)])
 def test_plain_jit_sends_no_logits_of_a_layer(
     reduction: str, rows: str | None, of_weight: tuple[Any, Any], axis_type: str
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 FILE = Path(__file__).with_name("on_eight_devices.py")
 
 
-@pytest.mark.parametrize("marked", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("marked", ["not distributed", pytest.param("distributed", marks=pytest.mark.distributed)])
 def test_on_eight_devices(marked: str) -> None:
     """Every test of the file passes, and none is skipped."""
     # Two processes that write the same list of failures would lose some.

@@ -40,7 +40,10 @@ QUICK = {
     (4, "the first without a class", "float32"),
 }
 EVERY = [(number, division, dtype) for number in (1, 2, 3, 4) for division in DIVISIONS for dtype in DTYPES]
-WAYS = [pytest.param(*way, marks=[] if way in QUICK else pytest.mark.slow, id="-".join(map(str, way))) for way in EVERY]
+WAYS = [
+    pytest.param(*way, marks=[] if way in QUICK else pytest.mark.distributed, id="-".join(map(str, way)))
+    for way in EVERY
+]
 
 
 @cache
@@ -89,7 +92,7 @@ def test_statistics(number: int, division: str) -> None:
             assert_statistics(case, whole, stats, loss.arithmetic)
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.distributed)])
 def test_gradients_of_statistics(compiled: bool) -> None:
     loss = adapter(2, "one class, and the rest")
     for name in ("softcap", "class_mask_of_groups", "where_soft", "everything") if compiled else NAMES:
@@ -104,7 +107,7 @@ def test_gradients_of_statistics(compiled: bool) -> None:
 COMPILED = ("everything", "class_mask_of_rows", "soft_max_sup", "minus_infinity", "ties_max_sup", "bad_labels")
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize("division", ["even", "the first without a class"])
 def test_compiled(division: str) -> None:
     """One graph, with the collectives in it."""
@@ -234,7 +237,7 @@ def test_what_is_kept_for_backward() -> None:
 # --- The linear layer ------------------------------------------------------------------------------------------------
 
 LINEAR_WAYS = [
-    pytest.param(*way, marks=[] if way[:2] == (2, "even") and way[2] != "float64" else pytest.mark.slow)
+    pytest.param(*way, marks=[] if way[:2] == (2, "even") and way[2] != "float64" else pytest.mark.distributed)
     for way in EVERY
     if way[0] > 1
 ]
@@ -250,7 +253,7 @@ def test_linear(number: int, division: str, dtype: str) -> None:
         assert comparison.agrees, (name, comparison)
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 def test_compiled_linear() -> None:
     loss = ShardedTorchAdapter(2, "one class, and the rest", compiled=True, linear=True)
     for name in ("linear_everything", "linear_sum", "linear_master_weight_none"):
@@ -290,7 +293,7 @@ LAYOUTS: list[Layout] = [
     ((4, "nothing"),),
 ]
 OF_LAYOUTS = [
-    pytest.param(layout, dtype, marks=[] if (layout, dtype) == (LAYOUTS[2], "float32") else pytest.mark.slow)
+    pytest.param(layout, dtype, marks=[] if (layout, dtype) == (LAYOUTS[2], "float32") else pytest.mark.distributed)
     for layout in LAYOUTS
     for dtype in ("float32", "bfloat16", "float64")
 ]
@@ -309,7 +312,7 @@ def test_dtensors(layout: Layout, dtype: str) -> None:
     assert tried >= len(case_names()) - 2
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 @pytest.mark.parametrize("layout", [LAYOUTS[1], LAYOUTS[2]])
 def test_compiled_dtensors(layout: Layout) -> None:
     loss = DTensorAdapter(layout, compiled=True)
