@@ -1,4 +1,4 @@
-"""Suggestions for misspelt names, and control characters made visible.
+"""Suggestions for misspelt names, control characters made visible, and numbers with their nouns.
 
 Standard library only, for every part of the harness.
 """
@@ -25,6 +25,11 @@ def visible(text: str) -> str:
         a\x1b[31mred\x1b[0m
     """
     return _OBEYED.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def count_of(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless the number is 1."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def one_line(text: str) -> str:

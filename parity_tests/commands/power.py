@@ -27,6 +27,7 @@ from parity_tests.self_checks import CHECKS
 from parity_tests.studies.power import HARMLESS, LOOSEST, Trial, all_trials, sound_failures
 from parity_tests.studies.self_check_power import faults_caught
 from parity_tests.studies.survey import Survey
+from parity_tests.texts import count_of
 from parity_tests.truth.devices import arithmetic_of
 
 # Number of faults printed for each self-check; --json has all.
@@ -94,7 +95,7 @@ def power(
     verdict = f"{len(survivors)} SURVIVE" if survivors else "ALL REJECTED"
     in_trainings = any(each.assertion == "trajectory" for each in tried)
     where = f", within the errors of {device_model}" if device else ", and in trainings" if in_trainings else ""
-    scope = f"{len(faults)} faults at {', '.join(dtypes)}{where}"
+    scope = f"{count_of(len(faults), 'fault')} at {', '.join(dtypes)}{where}"
     page = [PageTable("Faults", *table, note=NOTE)]
     if caught:
         page.append(PageTable("Self-checks", *_self_checks(caught)))

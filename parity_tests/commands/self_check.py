@@ -24,7 +24,7 @@ from parity_tests.commands.terminal import FittingTable, PlainConsole
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.losses.user_losses import SpecificationError, find, parse_options
 from parity_tests.report.verdict import Banner
-from parity_tests.report.words import PageTable, count_of
+from parity_tests.report.words import PageTable
 from parity_tests.self_checks import (
     SMOOTHING,
     CheckOutcome,
@@ -35,6 +35,7 @@ from parity_tests.self_checks import (
     run_checks,
 )
 from parity_tests.studies.survey import Survey
+from parity_tests.texts import count_of
 
 HEADINGS = ("check", "dtype", ">error/bound", "verdict", "~detail")
 NOTE = "Largest error of each check as a share of what rounding explains; at most 1 is right."

@@ -22,9 +22,9 @@ from parity_tests.report.heat_map import heat_maps
 from parity_tests.report.plots import draw_trajectory, png, ulp_panels
 from parity_tests.report.tables import case_rows, environment_tables, ledger, pair_sentences, summarize, worst_rows
 from parity_tests.report.verdict import Banner, verdict
-from parity_tests.report.words import PageTable, count_of
+from parity_tests.report.words import PageTable
 from parity_tests.studies.survey import Survey
-from parity_tests.texts import visible
+from parity_tests.texts import count_of, visible
 from parity_tests.trainings.trajectory import TrajectoryVerdict
 from parity_tests.truth.files import write_whole
 

@@ -5,10 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 from parity_tests.report.verdict import Banner
-from parity_tests.report.words import LETTERS, count_of, values_text
+from parity_tests.report.words import LETTERS, values_text
 from parity_tests.studies.pairs import SHOWN, Pair
 from parity_tests.studies.probes import is_edge_name
 from parity_tests.studies.survey import Survey
+from parity_tests.texts import count_of
 
 
 def lines_of(pair: Pair) -> list[str]:

@@ -58,11 +58,6 @@ def used_share(share: float) -> str:
     return f"{share_text(share)} {'times' if share > 1 else 'of'}"
 
 
-def count_of(number: int, noun: str) -> str:
-    """Return a number with its noun, in the plural unless the number is 1."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def number_text(value: float, dtype: str) -> str:
     """Return a number with all its digits: 17 in float64, 9 otherwise."""
     return f"{value:.{17 if dtype == 'float64' else 9}g}"

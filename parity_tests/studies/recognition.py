@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from scipy.linalg import lstsq
 from scipy.optimize import least_squares
 
+from parity_tests.texts import count_of
 from parity_tests.truth.cases import Case
 from parity_tests.truth.comparison import Result
 from parity_tests.truth.precision import FloatArray
@@ -335,7 +336,7 @@ class Recognised:
     @property
     def evidence(self) -> str:
         """How well the formula fits."""
-        cases = f"{self.num_cases} ordinary cases in {self.dtype}"
+        cases = f"{count_of(self.num_cases, 'ordinary case')} in {self.dtype}"
         return f"fits the gradients of {cases} to {self.distance:.0e} of the largest"
 
 
