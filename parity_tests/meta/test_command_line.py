@@ -362,7 +362,7 @@ def test_power_tries_the_faults_of_a_pattern_alone(tmp_path: Path) -> None:
     assert "stale_lse" in shown
     assert "zero_gradient" not in shown
     linear = invoke("power", "--fault", "linear_strided_rows", "--dtype", "bfloat16")
-    assert linear.stdout.endswith("ALL REJECTED: 1 faults at bfloat16\n")  # no training has such a layer
+    assert linear.stdout.endswith("ALL REJECTED: 1 fault at bfloat16\n")  # no training has such a layer
 
 
 @pytest.mark.slow

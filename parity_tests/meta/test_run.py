@@ -313,5 +313,5 @@ def test_power_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     outcome = invoke("power", "--fault", "zero_gradient", "--dtype", "float32")
     assert outcome.exit_code == 1
     assert "zero_gradient survives oracle at float32: accepted in at_optimum" in outcome.output
-    assert "1 SURVIVE: 1 faults at float32" in outcome.output
+    assert "1 SURVIVE: 1 fault at float32" in outcome.output
     assert invoke("power", "--fault", "nothing").exit_code == 2
