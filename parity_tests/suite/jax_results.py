@@ -1,8 +1,8 @@
 """What the JAX losses give for the named cases, computed once for all tests.
 
 XLA takes most of the time of these tests. It compiles a large program faster than several small ones, and what two
-functions have in common once. So both implementations, with and without statistics, are compiled together, in all
-dtypes that need the same settings of JAX.
+functions have in common once. So both implementations, with and without statistics, are compiled together, in both
+dtypes that every case has in `make test`.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,6 @@ from lsce_spec import IMPLEMENTATIONS
 from parity_tests.losses.adapters import JaxAdapter, operands_of
 from parity_tests.truth.cases import Case, make_case
 from parity_tests.truth.comparison import AnyResult
-from parity_tests.truth.precision import DTYPES
 
 # Of the statistics, float64 and float16 differ from these by their precision only, which the losses' tests cover.
 STATISTICS_DTYPES = ("float32", "bfloat16")
@@ -28,13 +27,13 @@ Statistics = tuple[Any, dict[str, Any]]
 
 def result(implementation: str, name: str, dtype: str, device: str = "cpu") -> AnyResult:
     """Return loss and gradient of a case."""
-    found: AnyResult = _compute(name, dtype == "float64", device)[implementation, dtype, "loss"]
+    found: AnyResult = _compute(name, _together_with(dtype), device)[implementation, dtype, "loss"]
     return found
 
 
 def statistics(implementation: str, name: str, dtype: str) -> Statistics:
     """Return the loss and the statistics of a case, for a dtype of `STATISTICS_DTYPES`."""
-    found: Statistics = _compute(name, dtype == "float64", "cpu")[implementation, dtype, "statistics"]
+    found: Statistics = _compute(name, _together_with(dtype), "cpu")[implementation, dtype, "statistics"]
     return found
 
 
@@ -44,10 +43,15 @@ def statistics_of(implementation: str, case: Case) -> Statistics:
     return _as_arrays(*jax.jit(step)(*operands))
 
 
+def _together_with(dtype: str) -> tuple[str, ...]:
+    """Return the dtypes that are compiled together with one."""
+    return STATISTICS_DTYPES if dtype in STATISTICS_DTYPES else (dtype,)
+
+
 @cache
-def _compute(name: str, wide: bool, device: str) -> dict[tuple[str, str, str], Any]:
-    """Return results and statistics by implementation and dtype: of float64, or of all other dtypes."""
-    cases = {dtype: make_case(name, dtype) for dtype in DTYPES if (dtype == "float64") == wide}
+def _compute(name: str, dtypes: tuple[str, ...], device: str) -> dict[tuple[str, str, str], Any]:
+    """Return results and statistics by implementation and dtype."""
+    cases = {dtype: make_case(name, dtype) for dtype in dtypes}
     adapters = {each: JaxAdapter(implementation=each, device=device) for each in IMPLEMENTATIONS}
     steps: dict[tuple[str, str, str], tuple[Callable[..., Any], tuple[Any, ...]]] = {}
     with adapters["fused"].settings(next(iter(cases))):

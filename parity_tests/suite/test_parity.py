@@ -32,6 +32,11 @@ EVERY_OPTION = ["everything", "class_mask", "bad_labels", "soft_clamp", "axis_in
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 each_case = pytest.mark.parametrize("name", case_names())
+# JAX compiles each case. Float64 and float16 differ from the others by their precision only: most of them are slow tests.
+each_dtype_of_each_case = pytest.mark.parametrize(("name", "dtype"), [
+    pytest.param(name, dtype, marks=[pytest.mark.slow] * (dtype in ("float64", "float16") and name not in EVERY_OPTION))
+    for name, dtype in product(case_names(), DTYPES)
+])  # fmt: skip
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
@@ -53,8 +58,7 @@ def result(framework: str, name: str, dtype: str, device: str) -> AnyResult:
     return adapter(framework, device)(make_case(name, dtype))
 
 
-@each_dtype
-@each_case
+@each_dtype_of_each_case
 @pytest.mark.parametrize("framework", ADAPTERS)
 def test_against_oracle(framework: str, name: str, dtype: str, parity_ledger: Recorder) -> None:
     parity_ledger.record(framework, "cpu", dtype, "executed")
@@ -133,8 +137,7 @@ def test_every_way_of_jax(way: str, dtype: str, name: str, monkeypatch: pytest.M
     assert comparison.agrees, comparison
 
 
-@each_dtype
-@each_case
+@each_dtype_of_each_case
 @each_implementation
 def test_jax_against_torch(implementation: str, name: str, dtype: str, parity_ledger: Recorder) -> None:
     pair = (f"jax-{implementation}", f"torch-{implementation}")
