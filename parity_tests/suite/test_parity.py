@@ -32,7 +32,7 @@ EVERY_OPTION = ["everything", "class_mask", "bad_labels", "soft_clamp", "axis_in
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 each_case = pytest.mark.parametrize("name", case_names())
-# JAX compiles each case. Float64 and float16 differ from the others by their precision only: most of them are slow tests.
+# JAX compiles each case. Float64 and float16 differ from the others by their precision only: most are slow tests.
 each_dtype_of_each_case = pytest.mark.parametrize(("name", "dtype"), [
     pytest.param(name, dtype, marks=[pytest.mark.slow] * (dtype in ("float64", "float16") and name not in EVERY_OPTION))
     for name, dtype in product(case_names(), DTYPES)
