@@ -134,9 +134,6 @@ LOSSES: dict[str, tuple[Function, Function]] = {
 }
 
 
-SLOW_LOSSES = [pytest.param(loss, marks=pytest.mark.slow) for loss in LOSSES if loss != "fused"]
-
-
 # --- The transforms: each makes a function of an array from a function of an array ---------------------------------
 
 
@@ -218,11 +215,15 @@ def test_transform(loss: str, name: str) -> None:
     assert_as_plain(loss, name)
 
 
-@pytest.mark.parametrize(("inner", "outer"), [
-    pytest.param(*pair, marks=[pytest.mark.slow] * (not set(pair) <= set(BASIC)))
-    for pair in product(TRANSFORMS, TRANSFORMS)
+def _marks(loss: str, inner: str, outer: str) -> list[pytest.MarkDecorator]:
+    if {inner, outer} <= set(BASIC):
+        return [] if loss == "fused" else [pytest.mark.slow]
+    return [pytest.mark.distributed if loss.startswith("vocab-parallel") else pytest.mark.slow]
+
+
+@pytest.mark.parametrize(("loss", "inner", "outer"), [
+    pytest.param(*each, marks=_marks(*each)) for each in product(LOSSES, TRANSFORMS, TRANSFORMS)
 ])  # fmt: skip
-@pytest.mark.parametrize("loss", ["fused", *SLOW_LOSSES])
 def test_transform_of_a_transform(loss: str, inner: str, outer: str) -> None:
     assert_as_plain(loss, inner, outer)
 
