@@ -253,7 +253,7 @@ def vocab_parallel_linear_label_smoothed_cross_entropy_with_stats(
 
 
 class _Shard(NamedTuple):
-    """The classes of this device, of those that an axis divides."""
+    """Which of all classes this device has."""
 
     axis_name: AxisName
     num_classes: int  # of all devices

@@ -276,7 +276,7 @@ def check_prior_sum(total: float, unit_roundoff: float) -> None:
     """Raise unless the probabilities of all classes sum to 1.
 
     Each probability was rounded once, so the sum may be off by the unit roundoff; normalising in the same precision
-    adds a few more. 1e-6 is let pass in any precision, for priors typed in by hand.
+    adds a few more. A sum that is off by 1e-6 passes in any precision, since some priors are typed in by hand.
     """
     if not abs(total - 1) <= max(1e-6, 4 * unit_roundoff):
         raise error("prior_sum", given=total)

@@ -43,7 +43,7 @@ _BLOCK_SIZE, _BLOCK_SIZE_ELSEWHERE = 2**20, 2**26
 
 
 class Shard(NamedTuple):
-    """The classes of this rank, of those that a group divides.
+    """Which of all classes this rank has.
 
     Args:
         ranks: of the group.
@@ -485,7 +485,7 @@ def _by_blocks(compute: Callable[..., Any], source: Tensor | ShardedLayer, opera
 
 
 def _joined(blocks: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
-    """Return the tensors of blocks of rows as those of all rows, or None for those that no block has."""
+    """Return the blocks of each tensor joined to one of all rows; None for a tensor that is None in every block."""
     if len(blocks) == 1:
         return list(blocks[0])
     return [None if of[0] is None else torch.cat(of) for of in zip(*blocks, strict=True)]

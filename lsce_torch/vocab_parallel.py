@@ -266,7 +266,7 @@ def _evaluate(
         check_flag("differentiable", differentiable)
         given = check(local_logits, labels, options, keywords, of_shard=True)
         _check_gradients(given)
-    except Exception:
+    except Exception:  # whatever it is, the other ranks wait for this one
         if isinstance(local_logits, Tensor):
             tell_failure(ranks, local_logits.device)
         raise
@@ -300,7 +300,7 @@ def _evaluate_linear(
         _check_gradients(given)
         if not torch.compiler.is_compiling() and not has_memory(*(tensor for tensor in layer if tensor is not None)):
             raise error("shard_transform", transform="transforms of torch.func", instead="use backward()")
-    except Exception:
+    except Exception:  # whatever it is, the other ranks wait for this one
         if isinstance(hidden, Tensor):
             tell_failure(ranks, hidden.device)
         raise

@@ -35,17 +35,8 @@ def _of_torch(adapter: TorchAdapter, case: Case) -> Noisy:
 
 
 def _of_jax(adapter: JaxAdapter, case: Case) -> Noisy:
-    import jax
-
     from parity_tests.losses.noisy_jax import NoisyDevice
+    from parity_tests.losses.simulated_jax import traced
 
-    with adapter.settings(case.dtype):
-        step, operands = adapter.step(case)
-        traced, shapes = jax.make_jaxpr(step, return_shape=True)(*operands)
-
-    def call(step: float, seed: int) -> AnyResult:
-        with adapter.settings(case.dtype):
-            values = NoisyDevice(step, seed).run(traced, jax.tree.leaves(operands))
-            return adapter.result(case, jax.tree.unflatten(jax.tree.structure(shapes), values))
-
-    return call
+    run_on = traced(adapter, case)
+    return lambda step, seed: run_on(NoisyDevice(step, seed))

@@ -139,20 +139,10 @@ def _numpy_program(adapter: FaultyAdapter, case: Case) -> Program:
 
 
 def _jax_program(adapter: JaxAdapter, case: Case) -> Program:
-    import jax
+    from parity_tests.losses.simulated_jax import SimulatedDevice, traced
 
-    from parity_tests.losses.simulated_jax import SimulatedDevice
-
-    with adapter.settings(case.dtype):
-        step, operands = adapter.step(case)
-        traced, shapes = jax.make_jaxpr(step, return_shape=True)(*operands)
-
-    def program(platform: str, simulation: Simulation) -> AnyResult:
-        with adapter.settings(case.dtype):
-            values = SimulatedDevice(platform, simulation).run(traced, jax.tree.leaves(operands))
-            return adapter.result(case, jax.tree.unflatten(jax.tree.structure(shapes), values))
-
-    return program
+    run_on = traced(adapter, case)
+    return lambda platform, simulation: run_on(SimulatedDevice(platform, simulation))
 
 
 def _torch_program(adapter: TorchAdapter, case: Case) -> Program:

@@ -15,7 +15,10 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from numpy.typing import NDArray
 
 from lsce_jax.primitives import formula
+from parity_tests.losses.adapters import JaxAdapter
 from parity_tests.truth.arithmetic import FULL
+from parity_tests.truth.cases import Case
+from parity_tests.truth.comparison import AnyResult
 from parity_tests.truth.simulation import Simulation
 
 Values = list[NDArray[Any]]
@@ -57,6 +60,20 @@ _CALLS = {
 }
 _UNCHANGED = ("optimization_barrier", "stop_gradient", "copy")
 _OF_LSCE = "lsce_"  # how the names of the primitives of lsce_jax begin
+
+
+def traced(adapter: JaxAdapter, case: Case) -> Callable[["SimulatedDevice"], AnyResult]:
+    """Trace an adapter's loss and gradient of a case once; return a function that runs them on a device."""
+    with adapter.settings(case.dtype):
+        step, operands = adapter.step(case)
+        program, shapes = jax.make_jaxpr(step, return_shape=True)(*operands)
+
+    def run_on(device: SimulatedDevice) -> AnyResult:
+        with adapter.settings(case.dtype):
+            values = device.run(program, jax.tree.leaves(operands))
+            return adapter.result(case, jax.tree.unflatten(jax.tree.structure(shapes), values))
+
+    return run_on
 
 
 class SimulatedDevice:

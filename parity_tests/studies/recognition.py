@@ -218,7 +218,7 @@ def _distances(found: Fit, samples: Sequence[Sample]) -> FloatArray:
 def weights_of_terms(found: Fit, samples: Sequence[Sample]) -> dict[int, FloatArray]:
     """Return for each number of classes the weights of the terms, relative to the largest; empty without such weights.
 
-    They are those that fit best to the case with the most rows.
+    The weights are fitted to the case with the most rows.
     """
     if found.weighted != "term":
         return {}

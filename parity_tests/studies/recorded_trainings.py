@@ -39,7 +39,7 @@ class RecordedTraining:
     """A recorded training.
 
     Args:
-        name: what was given for it on the command line.
+        name: the text after `--training`, such as "torch:my.trainings:Torch".
         start: the state before the first step.
         free, forced: the steps, free-running and teacher-forced.
         batch_size: number of losses that a step averages.

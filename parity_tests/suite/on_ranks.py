@@ -122,7 +122,7 @@ def forward_mode(group: Any) -> Any:
 
 
 def functional_gradient(group: Any, options: dict[str, Any], arrays: dict[str, Any]) -> tuple[Any, Any]:
-    """Return the gradient by torch.func.grad and by backward."""
+    """Return two gradients: that of torch.func.grad, and that of backward."""
     tensors = tensors_of(arrays)
     logits = tensors.pop("logits")
 
