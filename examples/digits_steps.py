@@ -68,11 +68,14 @@ class JaxSteps:
 
 
 class TorchSteps:
-    """The training in torch. It starts from the weights of the training in Flax."""
+    """The training in torch. Compared with the one in Flax, it starts from that one's weights."""
 
     def __init__(self, smoothing: float = 0.1, convention: str = "uniform", seed: int = 0) -> None:
         """Set up network, optimizer and batches."""
-        self.training = TorchTraining(TorchNetwork(), smoothing, convention)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            network = TorchNetwork()
+        self.training = TorchTraining(network, smoothing, convention)
         self.batches = Batches(seed)
 
     def _tensors(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
