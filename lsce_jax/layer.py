@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.interpreters import batching
+from jax.interpreters import ad, batching
 from jaxtyping import Array, Bool, Float, Int
 
 from lsce_jax.inputs import compute_dtype
@@ -160,8 +160,12 @@ def add_large(
 
 
 def _whole(total: Array, hidden: Array, of_logits: Array) -> Array:
-    product: Array = jnp.matmul(hidden.T, of_logits, preferred_element_type=total.dtype)
-    return total + product
+    return total + _product(hidden, of_logits, total.dtype)
+
+
+def _product(hidden: Array, of_logits: Array, dtype: Any) -> Array:
+    product: Array = jnp.matmul(hidden.T, of_logits, preferred_element_type=dtype)
+    return product
 
 
 def _in_tiles(total: Array, hidden: Array, of_logits: Array) -> Array:
@@ -182,7 +186,7 @@ def _in_tiles(total: Array, hidden: Array, of_logits: Array) -> Array:
     return tiled
 
 
-# A compiler that divides tiles of classes gathers all of them. Nothing differentiates this: it is part of a gradient.
+# A compiler that divides tiles of classes gathers all of them.
 _add_product_p = define("lsce_add_product", _whole, cpu=_in_tiles, undivided=("cpu",))
 
 
@@ -199,3 +203,10 @@ def _add_product_under_vmap(operands: Sequence[Array], dims: Sequence[int | None
 
 
 batching.primitive_batchers[_add_product_p] = _add_product_under_vmap
+# Where JAX differentiates a scan twice, it drops the rule of the gradient around this.
+ad.defjvp(  # type: ignore[no-untyped-call]
+    _add_product_p,
+    lambda tangent, *_: tangent,
+    lambda tangent, total, _, of_logits: _product(tangent, of_logits, total.dtype),
+    lambda tangent, total, hidden, _: _product(hidden, tangent, total.dtype),
+)

@@ -119,9 +119,9 @@ LOSSES: dict[str, tuple[Function, Function]] = {
         partial(linear, reduction="mean", where=COUNTED),
         lambda hidden: jnp.sum(jnp.where(COUNTED, plain_losses(hidden @ WEIGHT), 0)) / 2,
     ),
-    "linear, by the weight": (
-        lambda weight: linear(POINT, weight=weight, reduction="sum"),
-        lambda weight: jnp.sum(plain_losses(POINT @ weight)),
+    "linear, by hidden and weight": (
+        lambda both: linear(both, weight=both, reduction="sum"),
+        lambda both: jnp.sum(plain_losses(both @ both)),
     ),
     "masks of rows, statistics": (partial(of_masks, dense_stats), plain_of_masks),
     "masks of rows, statistics, linear": (
