@@ -1,5 +1,6 @@
 """The last linear layer and the loss in one: no tensor holds all logits."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Unpack
 
@@ -19,6 +20,9 @@ from lsce_torch.keywords import LinearLossKeywords, LinearStatsKeywords
 from lsce_torch.layer import Layer
 from lsce_torch.overwrite import is_wrapper
 from lsce_torch.stats import LossStats
+
+# Other ways to compute the loss, by the name of the class of a tensor of the layer; see `functional`.
+LAYER_LOSSES_OF_SUBCLASSES: dict[str, Callable[..., tuple[Tensor, LossStats | None]]] = {}
 
 
 @takes(LinearLossKeywords)
@@ -129,6 +133,10 @@ def _evaluate(
     options = LossOptions.of(keywords, kernels.LINEAR_IMPLEMENTATIONS)
     check_flag("differentiable", differentiable)
     chunks = ChunkOptions.of(keywords, options, differentiable=differentiable)
+    for tensor in (hidden, weight, labels, keywords["bias"]):
+        of_subclass = LAYER_LOSSES_OF_SUBCLASSES.get(type(tensor).__name__)
+        if of_subclass is not None:
+            return of_subclass(hidden, weight, labels, keywords, with_stats, differentiable)
     layer, num_classes = prepare_layer(hidden, weight, labels, keywords["bias"])
     if labels.is_floating_point():
         raise error("linear_soft_labels", given=dtype_name(labels))
@@ -163,6 +171,17 @@ def _is_transformed() -> bool:
 def prepare_layer(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, hint: str = ""
 ) -> tuple[Layer, int]:
+    """Return the layer as autocast wants it, and the number of classes. See `check_layer_tensors`."""
+    layer, num_classes = check_layer_tensors(hidden, weight, labels, bias, hint)
+    device = hidden.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        layer = layer._replace(hidden=hidden.to(torch.get_autocast_dtype(device)))
+    return layer, num_classes
+
+
+def check_layer_tensors(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, hint: str = ""
+) -> tuple[Layer, int]:
     """Check the tensors of the layer; return it and the number of classes. `hint` is as in `check_layer`."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("labels", labels), ("bias", bias)):
         if tensor is not None:
@@ -171,11 +190,7 @@ def prepare_layer(
                 raise error("layer_device", name=name, given=tensor.device, expected=hidden.device)
     layer = Layer(hidden, weight, bias)
     shapes = ((tuple(tensor.shape), dtype_name(tensor)) for tensor in layer if tensor is not None)
-    num_classes = check_layer(*shapes, features_axis=1, hint=hint)
-    device = hidden.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        layer = layer._replace(hidden=hidden.to(torch.get_autocast_dtype(device)))
-    return layer, num_classes
+    return layer, check_layer(*shapes, features_axis=1, hint=hint)
 
 
 def _all_logits(layer: Layer, batch: Batch) -> Float[Tensor, "*batch K"]:

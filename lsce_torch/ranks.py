@@ -100,6 +100,16 @@ def _(rows: Tensor, after: Sequence[Tensor], operation: str, group: str) -> Tens
     return torch.empty_like(rows, memory_format=torch.contiguous_format)
 
 
+def joined_rows(rows: Shaped[Tensor, "n ..."], length: int, ranks: Ranks) -> Shaped[Tensor, "length ..."]:
+    """Return the rows of all ranks. All ranks but the last ones have equally many, and `length` is that of all."""
+    step = -(-length // ranks.size)
+    padded = rows.new_zeros((step, *rows.shape[1:]))
+    padded[: rows.shape[0]] = rows
+    functional = torch.ops._c10d_functional
+    joined: Tensor = functional.wait_tensor(functional.all_gather_into_tensor(padded, ranks.size, ranks.name))
+    return joined[:length]
+
+
 class Told(NamedTuple):
     """What a rank tells the others first.
 
