@@ -29,7 +29,8 @@ from lsce_torch.linear import (
     linear_label_smoothed_cross_entropy,
     linear_label_smoothed_cross_entropy_with_stats,
 )
-from lsce_torch.ranks import joined_rows, ranks_of
+from lsce_torch.ranks import Told, joined_rows, ranks_of, tell
+from lsce_torch.shards import rows_that_agree
 from lsce_torch.stats import LossStats
 from lsce_torch.vocab_parallel import (
     vocab_parallel_label_smoothed_cross_entropy,
@@ -71,7 +72,9 @@ def loss(
     of_shards = {"implementation": (None,), "inplace_backward": (False,)}
     functions, given = mesh.functions(_FUNCTIONS, keywords, of_shards)
     given, own_labels = _parts_here(mesh, labels, given, compute_dtype(logits))
-    results = _called(functions, (mesh.here("logits", logits, mesh.logits), own_labels), given, with_stats, differentiable)
+    results = _called(
+        functions, (mesh.here("logits", logits, mesh.logits), own_labels), given, with_stats, differentiable
+    )
     return mesh.whole(*results, keywords["reduction"])
 
 
@@ -105,6 +108,8 @@ def loss_of_layer(
     of_shards = {"implementation": (None,), "recompute": (None, True), "gradient_filter": (0,)}
     functions, given = mesh.functions(_LINEAR_FUNCTIONS, keywords, of_shards)
     given, own_labels = _parts_here(mesh, labels, given, compute_dtype(hidden))
+    if not is_dtensor(hidden):
+        _check_rows(mesh, weight, own_labels, given["where"])
     own_hidden = mesh.here("hidden", hidden, mesh.rows)
     own_weight = mesh.here("weight", weight, mesh.classes, has_sum=True)
     given["bias"] = None if bias is None else mesh.here("bias", bias, mesh.classes, has_sum=True)
@@ -128,12 +133,26 @@ def _mesh_of_layer(
             if placement.is_shard() and placement.dim < axis:
                 placements[place] = placement
     if "weight" in dtensors:
-        by_class = [type(placement).__name__ == "Shard" and placement.dim == 0 for placement in dtensors["weight"].placements]
+        by_class = [
+            type(placement).__name__ == "Shard" and placement.dim == 0 for placement in dtensors["weight"].placements
+        ]
         for place in reversed(range(mesh.ndim)):
             if by_class[place] and not placements[place].is_shard():
                 placements[place] = _loaded().Shard(axis)
                 break
     return _Mesh(mesh, placements, shape, axis)
+
+
+def _check_rows(mesh: "_Mesh", weight: Any, labels: Tensor, where: object) -> None:
+    """Raise if ranks that are about to gather the weight have different labels.
+
+    A plain `hidden` is taken to be the same on every rank. With FSDP2 it is often not, and the gradient would be wrong.
+    """
+    where = where if isinstance(where, Tensor) else None
+    for place, placement in enumerate(weight.placements if is_dtensor(weight) else ()):
+        if placement.is_shard() and place != mesh.dim_of_classes:
+            told = Told(1, labels.numel(), {}, rows_that_agree(labels, where), {"nothing": 0.0})
+            tell(told, ranks_of(mesh.mesh.get_group(place)), labels.device)
 
 
 def _loaded() -> Any:
@@ -218,7 +237,8 @@ class _Mesh:
         if not is_dtensor(value):
             value = self.tensor.DTensor.from_local(value, self.mesh, self.at_all, run_check=False)
         elif not torch.compiler.is_compiling() and value.device_mesh != self.mesh:  # type: ignore[attr-defined]
-            raise error("dtensor_mesh", name=name, given=value.device_mesh, expected=self.mesh)  # type: ignore[attr-defined]
+            given, expected = value.device_mesh.mesh.tolist(), self.mesh.mesh.tolist()  # type: ignore[attr-defined]
+            raise error("dtensor_mesh", name=name, given=given, expected=expected)
         for place, placement in enumerate(value.placements):  # type: ignore[attr-defined]
             if type(placement).__name__ == "_StridedShard":
                 value = _gathered(name, value, place)
@@ -261,14 +281,16 @@ class _Mesh:
 
 
 class _Here(torch.autograd.Function):
-    """`DTensor.redistribute` and `to_local`, with the strides of the DTensor for its gradient, and in another dtype.
+    """`DTensor.redistribute` and `to_local`, in another dtype, with the strides of the DTensor for its gradient.
 
-    The strides that torch makes up are wrong for shards of different sizes. Its older versions gather the gradient then.
-    And torch would add up narrow gradients in their dtype.
+    The strides that torch makes up are wrong for shards of different sizes; its older versions gather the gradient
+    then. And it would add up narrow gradients in their own dtype.
     """
 
     @staticmethod
-    def forward(ctx: Any, value: Any, placements: Sequence[Any], of_gradient: Sequence[Any], dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, value: Any, placements: Sequence[Any], of_gradient: Sequence[Any], dtype: torch.dtype
+    ) -> Tensor:
         """Return this rank's part."""
         ctx.kind, ctx.mesh, ctx.dtype, ctx.of_gradient = type(value), value.device_mesh, value.dtype, of_gradient
         ctx.placements = value.placements
@@ -336,12 +358,11 @@ class _Gathered(torch.autograd.Function):
 def _parts_here(
     mesh: _Mesh, labels: Tensor, keywords: Mapping[str, Any], dtype: torch.dtype
 ) -> tuple[dict[str, Any], Tensor]:
-    """Return the keywords and the labels with this rank's parts of the tensors, and the denominator of all rows."""
+    """Return the keywords with this rank's parts of the tensors and the denominator of all rows, and the labels."""
     given = dict(keywords)
-    if mesh.divides_rows:
-        for name in ("class_weight", "prior", "denominator"):
-            if isinstance(keywords[name], Tensor) and keywords[name].requires_grad:
-                raise error("shard_gradient", name=name)
+    for name in ("class_weight", "prior", "denominator"):
+        if mesh.divides_rows and isinstance(keywords[name], Tensor) and keywords[name].requires_grad:
+            raise error("shard_gradient", name=name)
     for name in ("smoothing", "where"):
         value = keywords[name]
         if isinstance(value, Tensor):
@@ -358,14 +379,21 @@ def _parts_here(
         expanded = mask.expand(mesh.shape) if by_row else mask.reshape(-1)
         given["class_mask"] = mesh.here("class_mask", expanded, mesh.logits if by_row else mesh.classes)
     own_labels = mesh.here("labels", labels, mesh.logits if labels.is_floating_point() else mesh.rows)
-    if is_dtensor(keywords["denominator"]):
-        given["denominator"] = keywords["denominator"].full_tensor()
-    if keywords["reduction"] == "mean" and keywords["denominator"] is None and mesh.divides_rows:
-        given["denominator"] = mesh.whole_number(_denominator(mesh, own_labels, given, keywords, dtype))
+    given["denominator"] = _denominator(mesh, own_labels, given, keywords, dtype)
     return given, own_labels
 
 
 def _denominator(
+    mesh: _Mesh, labels: Tensor, given: Mapping[str, Any], keywords: Mapping[str, Any], dtype: torch.dtype
+) -> Any:
+    """Return the denominator of the call, or of the mean of all rows where other ranks have some of these."""
+    denominator = keywords["denominator"]
+    if denominator is None and keywords["reduction"] == "mean" and mesh.divides_rows:
+        return mesh.whole_number(_mass(mesh, labels, given, keywords, dtype))
+    return denominator.full_tensor() if is_dtensor(denominator) else denominator
+
+
+def _mass(
     mesh: _Mesh, labels: Tensor, given: Mapping[str, Any], keywords: Mapping[str, Any], dtype: torch.dtype
 ) -> Tensor:
     """Return the sum of the labels' class weights over this rank's rows that count, or their number."""
@@ -386,7 +414,11 @@ def _denominator(
 
 
 def _called(
-    functions: tuple[Any, Any], tensors: Sequence[Tensor], given: Mapping[str, Any], with_stats: bool, differentiable: bool
+    functions: tuple[Any, Any],
+    tensors: Sequence[Tensor],
+    given: Mapping[str, Any],
+    with_stats: bool,
+    differentiable: bool,
 ) -> tuple[Tensor, LossStats | None]:
     """Return the loss of this rank's rows, from all of their classes, and the statistics if asked for."""
     plain, and_stats = functions

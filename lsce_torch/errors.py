@@ -76,6 +76,12 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         "the ranks of the group disagree about {name}: rank 0 has {first}, rank {rank} has {other}. "
         "Pass the same on every rank; only the classes are divided.",
     ),
+    "ranks_rows": (
+        ValueError,
+        "the ranks of the group disagree about {name}: those of rank {rank} are not those of rank 0. Pass the same rows "
+        "on every rank; only the classes are divided. If the rows of a linear loss are divided too, and its weight is "
+        "a DTensor, pass hidden and labels as DTensors: DTensor.from_local(hidden, mesh, [Shard(0)]).",
+    ),
     "rank_failed": (
         RuntimeError,
         "the loss failed on other ranks of the group: {ranks}. The error of each says why.",
@@ -104,7 +110,7 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
     ),
     "dtensor_mesh": (
         ValueError,
-        "all DTensors of a call must be on the same mesh, got {name} on {given} and others on {expected}. "
+        "all DTensors of a call must be on the same mesh, got {name} on the ranks {given} and others on {expected}. "
         "Pass DTensor.from_local({name}.to_local(), mesh, placements) with the mesh of the others.",
     ),
     "dtensor_option": (

@@ -87,7 +87,9 @@ def shard_of(
         "prior": 0.0 if given.prior is None else given.prior.double().sum(),
     }
     shared = _shared(given, options, keywords, statistics, num_features)
-    told = Told(logits.shape[-1], math.prod(logits.shape[:-1]), shared, sums)
+    told = Told(
+        logits.shape[-1], math.prod(logits.shape[:-1]), shared, rows_that_agree(given.labels, given.where), sums
+    )
     classes, heard = tell(told, ranks, logits.device)
     if given.prior is not None and is_on_cpu(logits) and not torch.compiler.is_compiling():
         as_given = keywords["prior"]
@@ -133,6 +135,18 @@ def _shared(
         "smoothing": number(options.smoothing),
         "denominator": number(keywords["denominator"]),
     }
+
+
+def rows_that_agree(
+    labels: Int[Tensor, "*batch"] | Float[Tensor, "..."], where: Bool[Tensor, "*#batch"] | None
+) -> dict[str, Tensor]:
+    """Return what must be the same on every rank: `where`, and the class indices of rows that it does not leave out."""
+    if labels.is_floating_point():
+        return {} if where is None else {"where": where}
+    if where is None:
+        return {"labels": labels}
+    where = where.expand(labels.shape)
+    return {"where": where, "labels": torch.where(where, labels, 0)}
 
 
 def _flat(batch: Batch, class_mask: Bool[Tensor, " K"] | Bool[Tensor, "*batch K"] | None) -> Batch:

@@ -132,11 +132,11 @@ def loss_and_gradient(
 
 
 @cache
-def mesh_of(sizes: tuple[int, ...]) -> Any:
+def mesh_of(sizes: tuple[int, ...], names: tuple[str, ...] | None = None) -> Any:
     """Return a mesh of all processes. It has groups of its own, each with threads, so there is one of these sizes."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh("cpu", sizes)
+    return init_device_mesh("cpu", sizes, mesh_dim_names=names)
 
 
 def loss_and_gradient_of_dtensor(

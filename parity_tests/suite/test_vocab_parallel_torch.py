@@ -416,6 +416,28 @@ def test_ranks_with_other_numbers(ours: dict[str, Any], theirs: dict[str, Any], 
     assert all(f"disagree about {name}:" in str(problem) for problem in raised([ours, theirs]))
 
 
+WHERE = np.array([True, True, False, True])
+
+
+@pytest.mark.parametrize(("ours", "theirs", "name"), [
+    (call(), call(labels=np.array([0, 2, 1, 0])), "labels"),  # the same in another order
+    (call(), call(labels=np.array([1, 0, 2, 0])), "labels"),
+    (call(), call(labels=np.array([0, 1, 2, 1], np.uint8)), "labels"),
+    (call(where=WHERE), call(where=~WHERE), "where"),
+    (call(where=WHERE), call(where=WHERE, labels=np.array([0, 1, 2, 1])), "labels"),
+])  # fmt: skip
+def test_ranks_with_other_rows(ours: dict[str, Any], theirs: dict[str, Any], name: str) -> None:
+    for problem in raised([ours, ours, theirs]):
+        assert isinstance(problem, ValueError)
+        assert str(problem) == MESSAGES["ranks_rows"][1].format(name=name, rank=2)
+
+
+def test_labels_of_rows_that_do_not_count_may_differ() -> None:
+    """So may the dtypes of labels."""
+    ours, theirs = call(where=WHERE), call(where=WHERE, labels=np.array([0, 1, 9, 0], np.uint8))
+    assert same(run_on_ranks(on_ranks.called, [(ours,), (theirs,)])).isfinite()
+
+
 def test_numbers_are_shown_as_the_user_wrote_them() -> None:
     text = str(raised([call(), call(convention="clamp")])[0])
     assert "rank 0 has uniform, rank 1 has clamp" in text
