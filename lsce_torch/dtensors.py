@@ -29,7 +29,7 @@ from lsce_torch.linear import (
     linear_label_smoothed_cross_entropy,
     linear_label_smoothed_cross_entropy_with_stats,
 )
-from lsce_torch.ranks import Told, joined_rows, ranks_of, tell
+from lsce_torch.ranks import Ranks, Told, in_order, joined_rows, ranks_of, tell, total
 from lsce_torch.shards import rows_that_agree
 from lsce_torch.stats import LossStats
 from lsce_torch.vocab_parallel import (
@@ -72,6 +72,8 @@ def loss(
     of_shards = {"implementation": (None,), "inplace_backward": (False,)}
     functions, given = mesh.functions(_FUNCTIONS, keywords, of_shards)
     given, own_labels = _parts_here(mesh, labels, given, compute_dtype(logits))
+    if torch.compiler.is_compiling():
+        own_labels = in_order(own_labels, mesh.told)
     results = _called(
         functions, (mesh.here("logits", logits, mesh.logits), own_labels), given, with_stats, differentiable
     )
@@ -108,11 +110,15 @@ def loss_of_layer(
     of_shards = {"implementation": (None,), "recompute": (None, True), "gradient_filter": (0,)}
     functions, given = mesh.functions(_LINEAR_FUNCTIONS, keywords, of_shards)
     given, own_labels = _parts_here(mesh, labels, given, compute_dtype(hidden))
-    if not is_dtensor(hidden):
+    if not is_dtensor(hidden) and not torch.compiler.is_compiling():
         _check_rows(mesh, weight, own_labels, given["where"])
     own_hidden = mesh.here("hidden", hidden, mesh.rows)
     own_weight = mesh.here("weight", weight, mesh.classes, has_sum=True)
-    given["bias"] = None if bias is None else mesh.here("bias", bias, mesh.classes, has_sum=True)
+    own_bias = None if bias is None else mesh.here("bias", bias, mesh.classes, has_sum=True)
+    if torch.compiler.is_compiling():
+        own_hidden, own_weight, own_bias = mesh.with_sums(own_hidden, own_weight, own_bias)
+        own_labels = in_order(own_labels, mesh.told)
+    given["bias"] = own_bias
     results = _called(functions, (own_hidden, own_weight, own_labels), given, with_stats, differentiable)
     return mesh.whole(*results, keywords["reduction"]) if is_dtensor(hidden) else results
 
@@ -198,6 +204,8 @@ class _Mesh:
         self.rows = self._placed({dim: place for place, dim in enumerate(self.batch_dims)})
         self.classes = self._placed({axis: 0})
         self.divides_rows = any(placement.is_shard() for placement in self.rows)
+        # For torch.compile: results of the collectives so far. The next one waits for them; see `in_order`.
+        self.told: list[Tensor] = []
 
     def _placed(self, dims: Mapping[int, int]) -> list[Any]:
         """Return the placements of a tensor, from which dimension of it each dimension of the logits is."""
@@ -242,17 +250,43 @@ class _Mesh:
         for place, placement in enumerate(value.placements):  # type: ignore[attr-defined]
             if type(placement).__name__ == "_StridedShard":
                 value = _gathered(name, value, place)
-        of_gradient, dtype = list(placements), value.dtype
-        if has_sum and self.divides_rows:
-            pairs = zip(self.rows, placements, strict=True)
-            of_gradient = [self.tensor.Partial() if rows.is_shard() else placement for rows, placement in pairs]
-            dtype = compute_dtype(value)
+        dtype = compute_dtype(value) if has_sum and self.divides_rows else value.dtype
         part: Tensor
         if torch.compiler.is_compiling():
-            part = value.to(dtype).redistribute(self.mesh, placements).to_local(grad_placements=of_gradient)  # type: ignore[attr-defined]
-        else:
-            part = _Here.apply(value, placements, of_gradient, dtype)  # type: ignore[no-untyped-call]
+            return self._here_compiled(name, value, placements, dtype)
+        of_gradient = self._with_parts(placements) if has_sum else list(placements)
+        part = _Here.apply(value, placements, of_gradient, dtype)  # type: ignore[no-untyped-call]
         return part
+
+    def _here_compiled(self, name: str, value: Any, placements: Sequence[Any], dtype: torch.dtype) -> Tensor:
+        """Return this rank's part of a DTensor. A gradient that is a sum is one already; see `with_sums`."""
+        pairs = zip(value.placements, placements, strict=True)
+        is_gathered = any(old.is_shard() and old != new for old, new in pairs)
+        if is_gathered and sum(placement.is_shard(0) for placement in value.placements) > 1:
+            # Backward this would take collectives whose order the compiler chooses.
+            raise error("dtensor_placement", name=name, given=list(value.placements))
+        if is_gathered and self.told:
+            here = in_order(value.to_local(), self.told)
+            value = self.tensor.DTensor.from_local(
+                here, self.mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride()
+            )
+        part: Tensor = value.to(dtype).redistribute(self.mesh, placements).to_local()
+        if is_gathered:
+            self.told.append(part.detach())
+        return part
+
+    def _with_parts(self, placements: Sequence[Any]) -> list[Any]:
+        """Return the placements of a gradient that is a sum over rows, before ranks with different rows add it up."""
+        pairs = zip(self.rows, placements, strict=True)
+        return [self.tensor.Partial() if rows.is_shard() else placement for rows, placement in pairs]
+
+    def with_sums(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the parts of a layer, with gradients of weight and bias that are sums over the rows of all ranks."""
+        groups = [ranks_of(self.mesh.get_group(place)) for place, rows in enumerate(self.rows) if rows.is_shard()]
+        if not groups:
+            return hidden, weight, bias
+        layer: tuple[Tensor, Tensor, Tensor | None] = _Summed.apply(hidden, weight, bias, groups)  # type: ignore[no-untyped-call]
+        return layer
 
     def whole(self, loss: Tensor, stats: LossStats | None, reduction: str) -> tuple[Tensor, LossStats | None]:
         """Return the loss of all rows, and their statistics, from those of this rank's rows."""
@@ -278,6 +312,31 @@ class _Mesh:
         """Return the same as a plain tensor."""
         whole: Tensor = self.added_up(here).to_local()  # type: ignore[attr-defined]
         return whole
+
+
+class _Summed(torch.autograd.Function):
+    """The parts of a layer as they are. Their gradients are added up in one order, for torch.compile."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, groups: Sequence[Ranks]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return them."""
+        ctx.groups = groups
+        return hidden.view_as(hidden), weight.view_as(weight), None if bias is None else bias.view_as(bias)
+
+    @staticmethod
+    def backward(ctx: Any, of_hidden: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradients, those of weight and bias added up over the groups."""
+        told, found = [of_hidden], []
+        for gradient in others:
+            summed = gradient
+            if summed is not None:
+                for ranks in ctx.groups:
+                    summed = total(summed, ranks, told)
+                    told = [summed]
+            found.append(summed)
+        return of_hidden, *found, None
 
 
 class _Here(torch.autograd.Function):
@@ -389,7 +448,9 @@ def _denominator(
     """Return the denominator of the call, or of the mean of all rows where other ranks have some of these."""
     denominator = keywords["denominator"]
     if denominator is None and keywords["reduction"] == "mean" and mesh.divides_rows:
-        return mesh.whole_number(_mass(mesh, labels, given, keywords, dtype))
+        whole = mesh.whole_number(_mass(mesh, labels, given, keywords, dtype))
+        mesh.told.append(whole)
+        return whole
     return denominator.full_tensor() if is_dtensor(denominator) else denominator
 
 

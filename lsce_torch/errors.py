@@ -78,9 +78,9 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
     ),
     "ranks_rows": (
         ValueError,
-        "the ranks of the group disagree about {name}: those of rank {rank} are not those of rank 0. Pass the same rows "
-        "on every rank; only the classes are divided. If the rows of a linear loss are divided too, and its weight is "
-        "a DTensor, pass hidden and labels as DTensors: DTensor.from_local(hidden, mesh, [Shard(0)]).",
+        "the ranks of the group disagree about {name}: those of rank {rank} are not those of rank 0. Pass the same "
+        "rows on every rank; only the classes are divided. If the rows of a linear loss are divided too, and its "
+        "weight is a DTensor, pass hidden and labels as DTensors: DTensor.from_local(hidden, mesh, [Shard(0)]).",
     ),
     "rank_failed": (
         RuntimeError,

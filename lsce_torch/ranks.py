@@ -100,6 +100,36 @@ def _(rows: Tensor, after: Sequence[Tensor], operation: str, group: str) -> Tens
     return torch.empty_like(rows, memory_format=torch.contiguous_format)
 
 
+def in_order(value: Shaped[Tensor, "..."], after: Sequence[Tensor]) -> Shaped[Tensor, "..."]:
+    """Return the value for a collective, which torch.compile then does not move before the others. See `total`."""
+    if not after:
+        return value
+    result: Tensor = torch.ops.lsce.in_order(value, after)
+    return result
+
+
+@torch.library.custom_op("lsce::in_order", mutates_args=(), schema="(Tensor rows, Tensor[] after) -> Tensor")
+def _in_order(rows: Tensor, after: Sequence[Tensor]) -> Tensor:
+    del after
+    return rows.clone()
+
+
+@_in_order.register_fake
+def _(rows: Tensor, after: Sequence[Tensor]) -> Tensor:
+    return torch.empty_like(rows)
+
+
+def _gradient_in_order(ctx: Any, upstream: Tensor) -> tuple[Tensor, list[None]]:
+    return upstream, [None] * ctx.num_told
+
+
+def _count(ctx: Any, inputs: tuple[Tensor, Sequence[Tensor]], output: Tensor) -> None:
+    ctx.num_told = len(inputs[1])
+
+
+_in_order.register_autograd(_gradient_in_order, setup_context=_count)
+
+
 def joined_rows(rows: Shaped[Tensor, "n ..."], length: int, ranks: Ranks) -> Shaped[Tensor, "length ..."]:
     """Return the rows of all ranks. All ranks but the last ones have equally many, and `length` is that of all."""
     step = -(-length // ranks.size)

@@ -160,6 +160,11 @@ def module(_: Any) -> tuple[Any, Any]:
     return lsce_torch.LinearLabelSmoothedCrossEntropyLoss(smoothing=0.2)(*given), loss_of(*given, smoothing=0.2)
 
 
+def compiled_as_refused(_: Any) -> Any:
+    weight = tensor.distribute_tensor(torch.ones(8, 2), mesh_of((2, 2)), [tensor.Shard(0), tensor.Shard(0)])
+    return torch.compile(loss_of, backend="eager", fullgraph=True)(torch.ones(3, 2), weight, torch.tensor([0, 1, 2]))
+
+
 def compiled_with_other_labels(_: Any) -> Any:
     weight = tensor.distribute_tensor(torch.ones(8, 2), mesh_of((4,)), [tensor.Shard(0)])
     labels = torch.tensor([0, 1, torch.distributed.get_rank()])

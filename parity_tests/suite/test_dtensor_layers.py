@@ -17,6 +17,7 @@ from parity_tests.truth.cases import Case
 from parity_tests.truth.comparison import AnyResult, against_oracle
 from parity_tests.truth.linear_cases import linear_case_names, make_linear_case, with_logits
 from parity_tests.truth.oracle import solve
+from parity_tests.truth.precision import round_to
 
 TENSOR_PARALLEL: Layout = ((4, "whole", "classes"),)
 FSDP: Layout = ((4, "rows", "classes"),)
@@ -86,21 +87,24 @@ def test_rows_of_two_dimensions(layout: str) -> None:
     generator = np.random.default_rng(0)
     case, shape = make_linear_case("linear_everything", "float32"), (3, 5)
     fields: dict[str, Any] = {
-        "hidden": generator.normal(size=(*shape, 5)).astype(np.float32).astype(np.float64),
+        "hidden": round_to(generator.normal(size=(*shape, 5)), "float32"),
         "labels": generator.integers(0, 7, shape),
         "where": generator.random(shape) < 0.7,
-        "smoothing": generator.random(shape).astype(np.float32).astype(np.float64),
+        "smoothing": round_to(generator.random(shape), "float32"),
     }
     assert_agrees(with_logits(replace(case, **fields)), LayerAdapter(layout))
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", ["tensor parallel, plain hidden", "FSDP", "FSDP and tensor parallel"])
-def test_compiled(layout: str) -> None:
+@pytest.mark.parametrize(("layout", "dtype"), [
+    ("tensor parallel, plain hidden", "float32"),
+    ("FSDP", "bfloat16"),
+    ("data and tensor parallel", "float32"),
+    ("features", "float32"),
+])  # fmt: skip
+def test_compiled(layout: str, dtype: str) -> None:
     """One graph, with the collectives in it."""
-    for name in ("linear_everything", "linear_sum", "linear_master_weight_none", "linear_class_weight"):
-        for dtype in ("float32", "bfloat16"):
-            assert_agrees(make_linear_case(name, dtype), LayerAdapter(layout, compiled=True))
+    assert_agrees(make_linear_case("linear_class_weight", dtype), LayerAdapter(layout, compiled=True))
 
 
 @pytest.mark.parametrize("is_inside", [True, False], ids=["inside", "outside"])
@@ -164,6 +168,13 @@ def test_shapes_in_messages_are_whole() -> None:
     for problem in processes().run(on_meshes.refused, [("shape",)] * PROCESSES):
         assert isinstance(problem, ValueError)
         assert "hidden [4, 2], got [8, 3]" in str(problem)
+
+
+@pytest.mark.distributed
+def test_what_is_refused_within_compile() -> None:
+    for problem in processes().run(on_meshes.compiled_as_refused, [()] * PROCESSES):
+        given = "[Shard(dim=0), Shard(dim=0)]"
+        assert str(error("dtensor_placement", name="weight", given=given)) in str(problem)
 
 
 @pytest.mark.distributed
