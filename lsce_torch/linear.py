@@ -41,8 +41,11 @@ def linear_label_smoothed_cross_entropy(
     Args:
         hidden: [..., D] features. float64, float32, bfloat16 or float16: the dtype of the matrix products, except that
             float16 is multiplied in float32 for a sum or mean, whose gradients are computed before they are scaled.
+            A DTensor may be Shard on its dimensions of rows. Without DTensor it is the same on all ranks of the mesh.
         weight: [K, D], that of nn.Linear, of any of these dtypes. It is multiplied in the dtype of hidden. Its gradient
-            is added up in float32 or wider and returned in the weight's dtype.
+            is added up in float32 or wider and returned in the weight's dtype. A DTensor may be divided in any way, as
+            by ColwiseParallel or FSDP2. Along a dimension of the mesh that divides its classes and not the rows each
+            rank computes its own classes; along others the weight is gathered, and no logits are.
         labels: [...] class indices, of any integer dtype.
         bias: K numbers, or None.
         class_mask: K booleans, or a mask for each row, which broadcasts to [..., K]; see
@@ -62,10 +65,12 @@ def linear_label_smoothed_cross_entropy(
 
     Returns:
         Losses, with `reduction="none"` of shape [...], else a scalar. float64 for float64 hidden, otherwise float32.
+        A DTensor if hidden is one; gradients are placed as what they belong to.
 
     Raises:
         TypeError: wrong type or dtype, or labels that are probabilities.
-        ValueError: wrong shape, value out of range, or options that exclude each other.
+        ValueError: wrong shape, value out of range, or options that exclude each other. Also DTensors that are Partial
+            or on different meshes, and ranks that disagree.
         IndexError: a label outside the classes, with `bad_labels="raise"`.
 
     Example:

@@ -84,7 +84,7 @@ class Head(torch.nn.Module):
 
     def forward(self, hidden: Any, labels: Any, options: dict[str, Any]) -> Any:
         if labels is None:
-            return hidden
+            return hidden.clone()
         return loss_of(hidden, self.head.weight, labels, bias=self.head.bias, **options)
 
 

@@ -100,7 +100,6 @@ def test_rows_of_two_dimensions(layout: str) -> None:
     ("tensor parallel, plain hidden", "float32"),
     ("FSDP", "bfloat16"),
     ("data and tensor parallel", "float32"),
-    ("features", "float32"),
 ])  # fmt: skip
 def test_compiled(layout: str, dtype: str) -> None:
     """One graph, with the collectives in it."""
