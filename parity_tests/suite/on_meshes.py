@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed import tensor
 from torch.distributed.fsdp import fully_shard
@@ -133,24 +134,15 @@ def with_fsdp(
     return {"loss": loss, "hidden": hidden.grad, "weight": weight, "bias": bias}
 
 
-def statistics(_: Any, layout: Layout) -> list[tuple[Any, Any]]:
-    """Return statistics of the linear loss, and of the dense loss of its logits, with the same rows and classes.
-
-    The layer is one of small integers, so that its logits are exact.
-    """
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randint(-2, 3, shape, generator=generator).float() for shape in ((4, 3, 4), (15, 4)))
-    labels = torch.randint(0, 15, (4, 3), generator=generator)
-    leaves, placements = layer_on_mesh({"hidden": hidden.numpy(), "weight": weight.T.numpy()}, layout, is_plain=False)
-    loss, of_linear = loss_and_stats(leaves["hidden"], leaves["weight"], labels, softcap=8.0)
-    of_logits = [
-        tensor.Shard(2) if rows.is_replicate() and classes.is_shard() else rows
-        for rows, classes in zip(placements["hidden"], placements["weight"], strict=True)
-    ]
-    logits = tensor.distribute_tensor(torch.nn.functional.linear(hidden, weight), loss.device_mesh, of_logits)
-    _, of_dense = lsce_torch.label_smoothed_cross_entropy_with_stats(logits, labels, softcap=8.0)
-    assert of_linear.nll.placements == tuple(placements["hidden"])
-    return [(one.full_tensor(), other.full_tensor()) for one, other in zip(of_linear, of_dense, strict=True)]
+def statistics(_: Any, options: dict[str, Any], arrays: dict[str, Any], layout: Layout) -> dict[str, Any]:
+    """Return loss and statistics of the linear loss, whose weight has one 1 for each class: hidden is the logits."""
+    given = {"hidden": arrays["logits"], "weight": np.eye(arrays["logits"].shape[-1], dtype=arrays["logits"].dtype)}
+    leaves, placements = layer_on_mesh(given, layout, is_plain=False)
+    tensors = {name: to_torch(value) for name, value in arrays.items() if name not in ("logits", "upstream")}
+    loss, stats = loss_and_stats(leaves["hidden"], leaves["weight"], **tensors, **options)
+    assert stats.nll.placements == tuple(placements["hidden"])
+    results = {"loss": loss, **stats._asdict()}
+    return {name: value.full_tensor().detach() for name, value in results.items()}
 
 
 def module(_: Any) -> tuple[Any, Any]:

@@ -13,7 +13,8 @@ from parity_tests.losses.sharded import on_shards
 from parity_tests.losses.sharded_torch import PROCESSES, processes, run_on_ranks, same
 from parity_tests.suite import on_meshes
 from parity_tests.suite.on_meshes import Layout
-from parity_tests.truth.cases import Case
+from parity_tests.suite.test_stats import assert_statistics
+from parity_tests.truth.cases import Case, make_case
 from parity_tests.truth.comparison import AnyResult, against_oracle
 from parity_tests.truth.linear_cases import linear_case_names, make_linear_case, with_logits
 from parity_tests.truth.oracle import solve
@@ -49,7 +50,9 @@ class LayerAdapter(TorchAdapter):
         super().__init__(name=f"torch DTensor layer, {name}", linear=True)
         self.layout, self.is_plain = LAYOUTS[name]
         self.is_compiled = compiled
-        self.arithmetic = on_shards(self.arithmetic, PROCESSES)
+        divided = on_shards(self.arithmetic, PROCESSES)
+        # As in `ShardedTorchAdapter`.
+        self.arithmetic = replace(divided, exp=2 * divided.exp + 1)
 
     def __call__(self, case: Case) -> AnyResult:
         """Return loss and gradients of a case."""
@@ -124,12 +127,13 @@ def test_fsdp(sizes: tuple[int, int], is_inside: bool) -> None:
     assert comparison.agrees, comparison
 
 
-@pytest.mark.parametrize("layout", ["FSDP and tensor parallel", "sequence"])
+@pytest.mark.parametrize("layout", ["FSDP and tensor parallel", "FSDP", "tensor parallel"])
 def test_statistics(layout: str) -> None:
-    """Those of the dense loss of the same logits, bit for bit."""
-    for answer in run_on_ranks(on_meshes.statistics, [(LAYOUTS[layout][0],)] * PROCESSES):
-        for of_linear, of_dense in answer:
-            assert torch.equal(of_linear, of_dense)
+    case, loss = make_case("softcap", "float32"), LayerAdapter(layout)
+    given = (operands_of(case)[1], operands_of(case)[0], loss.layout)
+    answers = run_on_ranks(on_meshes.statistics, [given] * PROCESSES)
+    stats = {field: same([answer[field] for answer in answers]).numpy().reshape(-1) for field in answers[0]}
+    assert_statistics(case, stats.pop("loss").reshape(()), stats, loss.arithmetic)
 
 
 def test_module() -> None:
