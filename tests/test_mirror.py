@@ -171,7 +171,7 @@ ONLY_IN_TORCH = {
         "tensor_of",
     },
     "functional.py": {"_checked_options", "_options_of"},
-    "linear.py": {"_is_transformed", "_why_reference"},
+    "linear.py": {"_is_transformed", "check_layer_tensors", "_why_reference"},
     "reference.py": {"as_tensor"},
     "keywords.py": {"_Ignored", "_ClassWeight", "_Terms", "_Reduction", "_Memory", "TrainerLossKeywords"}
     | {"CrossEntropyKeywords"},
