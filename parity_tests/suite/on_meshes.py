@@ -152,6 +152,18 @@ def module(_: Any) -> tuple[Any, Any]:
     return lsce_torch.LinearLabelSmoothedCrossEntropyLoss(smoothing=0.2)(*given), loss_of(*given, smoothing=0.2)
 
 
+def sum_of_narrow_gradients(_: Any) -> Any:
+    """Return a weight's gradient, to which the ranks add 128, 0.5, 0.5 and 0.5 for each class that is no label."""
+    mesh, by_row = mesh_of((4,)), [tensor.Shard(0)]
+    hidden = torch.tensor([[512.0], [2.0], [2.0], [2.0]]).bfloat16()
+    weight = tensor.distribute_tensor(torch.zeros(4, 1).bfloat16(), mesh, by_row).requires_grad_()
+    labels = torch.zeros(4, dtype=torch.int64)
+    rows = tensor.distribute_tensor(hidden, mesh, by_row)
+    loss_of(rows, weight, labels, smoothing=0.0, reduction="sum").backward()
+    gradient: Any = weight.grad
+    return gradient.full_tensor()
+
+
 def compiled_as_refused(_: Any) -> Any:
     weight = tensor.distribute_tensor(torch.ones(8, 2), mesh_of((2, 2)), [tensor.Shard(0), tensor.Shard(0)])
     return torch.compile(loss_of, backend="eager", fullgraph=True)(torch.ones(3, 2), weight, torch.tensor([0, 1, 2]))

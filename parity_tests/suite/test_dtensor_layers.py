@@ -136,6 +136,13 @@ def test_statistics(layout: str) -> None:
     assert_statistics(case, stats.pop("loss").reshape(()), stats, loss.arithmetic)
 
 
+def test_gradients_are_added_up_in_float32() -> None:
+    """129.5 becomes 130. In bfloat16 the numbers that are added to 128 would be lost."""
+    gradient = same(run_on_ranks(on_meshes.sum_of_narrow_gradients, [()] * PROCESSES))
+    assert gradient.dtype == torch.bfloat16
+    assert gradient[1:].flatten().tolist() == [130.0] * 3
+
+
 def test_module() -> None:
     for of_module, of_function in run_on_ranks(on_meshes.module, [()] * PROCESSES):
         assert torch.equal(of_module, of_function)
