@@ -1,5 +1,6 @@
 """What `test_vocab_parallel_torch.py` runs in each process of a group. It loads no JAX."""
 
+import os
 from collections import Counter
 from typing import Any
 
@@ -250,3 +251,9 @@ def linear_called(group: Any, changes: dict[str, Any]) -> Any:
 def linear_transformed(group: Any) -> Any:
     weight, labels = torch.zeros(3, 2), torch.zeros(4, dtype=torch.int64)
     return torch.func.grad(lambda h: linear_loss(h, weight, labels, group=group))(torch.zeros(4, 2))
+
+
+def called_or_exit(group: Any, keywords: dict[str, Any], exits: bool) -> Any:
+    if exits:
+        os._exit(3)
+    return called(group, keywords)
