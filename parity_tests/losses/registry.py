@@ -7,8 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 from lsce_spec import IMPLEMENTATIONS, LINEAR_IMPLEMENTATIONS
-from parity_tests.faults.linear import BANK, LINEAR_FAULTS, wrong_result
-from parity_tests.faults.sharded import SHARDED_FAULTS
+from parity_tests.faults.linear import BANK, LINEAR_FAULTS, is_known, wrong_result
 from parity_tests.losses import peers
 from parity_tests.losses.adapters import Adapter, JaxAdapter, TorchAdapter
 from parity_tests.losses.divided import DividedAdapter
@@ -74,9 +73,7 @@ class FaultyAdapter:
     def unsupported(self, case: Case) -> str | None:
         """Return why the loss cannot handle a case, or None."""
         is_linear = isinstance(case, LinearCase)
-        if self.fault in LINEAR_FAULTS and not is_linear:
-            return "is a fault of linear layers"
-        return "is a fault of losses of logits" if self.fault in SHARDED_FAULTS and is_linear else None
+        return "is a fault of linear layers" if self.fault in LINEAR_FAULTS and not is_linear else None
 
     def __call__(self, case: Case) -> AnyResult:
         """Return loss and gradients of a case."""
@@ -230,7 +227,7 @@ def make_adapter(name: str, device: str = "cpu") -> Adapter:
     if colon and kind in ENTRIES and kind.endswith(SHARDED):
         return ENTRIES[kind].make(device=device, name=name, shards=detail)
     if kind == "mutant":
-        if detail not in BANK:
+        if not is_known(detail):
             raise ValueError(with_nearest(f"there is no mutant {detail!r}", detail, BANK, "mutants"))
         return FaultyAdapter(detail)
     if name not in ENTRIES:
