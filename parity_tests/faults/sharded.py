@@ -23,8 +23,8 @@ SHARDED_FAULTS = {
     "sharded_log_devices": "each loss is too large by the log of the number of devices, each of which adds all classes",
     "sharded_constant": "e log K is added to each loss, a constant; the gradient is right",
     "sharded_cotangents": "the gradient is multiplied by the number of devices, each of which adds the same",
-    "sharded_own_smoothing": "each device smooths over its own classes alone, as in Megatron-LM: the loss is that of the "
-    "first device, and the gradient has the smoothing once for each device",
+    "sharded_own_smoothing": "each device smooths over its own classes alone, as in Megatron-LM: the loss is that of "
+    "the first device, and the gradient has the smoothing once for each device",
 }
 _OF_NO_NUMBER = {"sharded_constant"}
 

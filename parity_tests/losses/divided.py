@@ -9,7 +9,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from parity_tests.losses.adapters import Adapter, FrameworkAdapter, JaxAdapter, UnavailableError
+from parity_tests.losses.adapters import Adapter, JaxAdapter, UnavailableError
 from parity_tests.losses.sharded import ShardedAdapter, arithmetic_on
 from parity_tests.losses.sharded_torch import PROCESSES, ShardedTorchAdapter
 from parity_tests.losses.workers import Workers
@@ -104,7 +104,7 @@ def _with_devices(programs: str | None, number: int, of: int, folder: Path) -> N
 
 
 @cache
-def _adapter(num_devices: int, linear: bool) -> FrameworkAdapter:
+def _adapter(num_devices: int, linear: bool) -> ShardedAdapter:
     return ShardedAdapter(num_devices, linear=linear)
 
 

@@ -60,7 +60,7 @@ class Workers:
         if not self.processes:
             self._start()
         members = range(self.number) if members is None else members
-        pending: dict[Any, int] = {}
+        pending: dict[Connection, int] = {}
         for rank, (member, of_rank) in enumerate(zip(members, arguments, strict=True)):
             pending[self.ends[member]] = rank
             with suppress(OSError):  # it has ended, which shows when its answer is read
@@ -69,7 +69,7 @@ class Workers:
         until, failed = monotonic() + self.seconds, False
         while pending:
             ready = wait(list(pending), max(0.0, until - monotonic()))
-            for end in ready or list(pending):
+            for end in [each for each in pending if not ready or each in ready]:
                 rank = pending.pop(end)
                 try:
                     answers[rank] = end.recv() if ready else self._silent(rank, len(answers))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Megatron(torch.autograd.Function):
-    """`vocab_parallel_cross_entropy` of Megatron-LM, with what its ranks compute in turn; the loss is that of rank 0."""
+    """`vocab_parallel_cross_entropy` of Megatron-LM, on all ranks in turn; the loss is that of rank 0."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, smoothing: float, ranks: int) -> Tensor:

@@ -52,7 +52,9 @@ def under_torchrun(number: int, how: str, folder: Path) -> subprocess.CompletedP
 def test_torchrun(number: int, tmp_path: Path) -> None:
     outcome = under_torchrun(number, "whole", tmp_path)
     assert outcome.returncode == 0, outcome.stderr
-    assert sorted(re.findall(r"rank \d of \d agrees", outcome.stdout)) == [f"rank {i} of {number} agrees" for i in range(number)]
+    assert sorted(re.findall(r"rank \d of \d agrees", outcome.stdout)) == [
+        f"rank {i} of {number} agrees" for i in range(number)
+    ]
 
 
 @pytest.mark.distributed

@@ -16,6 +16,7 @@ from parity_tests.losses.sharded_torch import (
     DIVISIONS,
     DTensorAdapter,
     Layout,
+    Processes,
     ShardedTorchAdapter,
     joined,
     processes,
@@ -443,6 +444,17 @@ def test_a_rank_that_ends() -> None:
         assert isinstance(problem, RuntimeError)
         assert "Connection" in str(problem)
     assert processes().on_ranks(on_ranks.called, [(call(),)] * 3)[0].isfinite()
+
+
+@pytest.mark.distributed
+def test_a_rank_that_does_not_come() -> None:
+    """The others raise after the time-out of the group."""
+    few = Processes(seconds=40.0)
+    few.on_ranks(on_ranks.called, [(call(),)] * 2)
+    first, _ = few.on_ranks(on_ranks.called_late, [(call(), 0.0), (call(), 24.0)])
+    few.stop()
+    assert isinstance(first, RuntimeError)
+    assert "Timed out waiting 20000ms" in str(first)
 
 
 def test_messages() -> None:
