@@ -67,7 +67,8 @@ test-slow: install
 # more ways than in `make test`.
 test-distributed: install
 	$(BIN)/python -m pytest -m "distributed" parity_tests/suite/test_vocab_parallel.py \
-	  parity_tests/suite/test_vocab_parallel_torch.py tests/test_jax_transforms.py
+	  parity_tests/suite/test_vocab_parallel_torch.py parity_tests/suite/test_divided.py \
+	  parity_tests/suite/test_jax_processes.py parity_tests/suite/test_torchrun.py tests/test_jax_transforms.py
 
 # The tests marked as devices: losses on the arithmetic of devices that are not here, and programs that are made for
 # them, in an interpreter, by IREE and by the compilers of TPUs and GPUs. No device is needed.
