@@ -587,3 +587,14 @@ def test_mistakes_of_divided_classes_are_named(loss: str, options: list[str], fa
     outcome = invoke("compare", loss.format("parity_tests.meta.losses_of_shards"), "oracle", *classes, *options)
     assert outcome.exit_code == 1, outcome.output
     assert f"known difference: {fault}\n" in outcome.output, outcome.output
+
+
+@pytest.mark.slow
+def test_divided_classes_of_both_frameworks() -> None:
+    """In other numbers of shards than by default."""
+    outcome = invoke("compare", "jax-sharded:7", "torch-sharded:4")
+    assert outcome.exit_code == 0, outcome.output
+    assert re.search(r"^AGREE in \d\d cases", outcome.output, re.MULTILINE), outcome.output
+    outcome = invoke("compare", "mutant:sharded_cotangents:4", "torch-linear-sharded:2")
+    assert outcome.exit_code == 1, outcome.output
+    assert "known difference: sharded_cotangents:4\n" in outcome.output

@@ -1,9 +1,8 @@
-"""The adapters jax-sharded and torch-sharded, dense and linear: the three-way verdict, and the command line.
+"""The adapters jax-sharded and torch-sharded, dense and linear: the three-way verdict.
 
 `test_vocab_parallel.py` and `test_vocab_parallel_torch.py` divide the classes in many more ways.
 """
 
-import re
 from functools import cache
 from itertools import product
 
@@ -11,7 +10,6 @@ import pytest
 
 from parity_tests.losses.divided import DividedAdapter
 from parity_tests.losses.registry import make_adapter
-from parity_tests.meta.running import invoke
 from parity_tests.plugin import Recorder
 from parity_tests.studies.survey import Member, survey
 from parity_tests.truth.cases import case_names
@@ -43,15 +41,7 @@ def test_three_way_verdict(name: str, dtype: str, parity_ledger: Recorder) -> No
     found = survey(members, [make_any_case(name, dtype)])
     assert found.agrees, (found.outcomes, found.differences)
     assert len(found.differences) == 1
-    assert {each.detail for each in found.evidence()} == {"4 virtual devices on the CPU", "3 processes by gloo on the CPU"}
-
-
-@pytest.mark.distributed
-def test_on_the_command_line() -> None:
-    """With other numbers of shards."""
-    outcome = invoke("compare", "jax-sharded:7", "torch-sharded:4")
-    assert outcome.exit_code == 0, outcome.output
-    assert re.search(r"^AGREE in \d\d cases", outcome.output, re.MULTILINE), outcome.output
-    outcome = invoke("compare", "mutant:sharded_cotangents:4", "torch-linear-sharded:2")
-    assert outcome.exit_code == 1, outcome.output
-    assert "known difference: sharded_cotangents:4\n" in outcome.output
+    assert {each.detail for each in found.evidence()} == {
+        "4 virtual devices on the CPU",
+        "3 processes by gloo on the CPU",
+    }
