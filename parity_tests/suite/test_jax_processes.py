@@ -29,7 +29,15 @@ PROCESSES = {2: (2, 1), 4: (4, 1), 6: (2, 3)}
 # Of `make test`. All other tests are marked.
 QUICK = [(2, "everything", "float32"), (2, "class_mask_of_rows_soft", "bfloat16"), (2, "linear_everything", "float32")]
 # With every option, in one case or another.
-OPTIONS = ("class_mask_max_sup", "bad_labels", "soft_clamp", "axis_in_the_middle", "ties", "prior", "classes_3")
+OPTIONS = (
+    "class_mask_max_sup",
+    "bad_labels",
+    "soft_clamp",
+    "axis_in_the_middle",
+    "ties",
+    "prior_distribution",
+    "classes_3",
+)
 LAYERS = ("linear_everything", "linear_class_mask_of_rows", "linear_many_chunks", "linear_max_sup")
 SECONDS = 10
 
