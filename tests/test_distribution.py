@@ -38,16 +38,6 @@ def test_the_halves_of_the_tests_are_all() -> None:
     assert selected <= {*re.findall(r'(?:SELECTED \?= |SELECTED="|-m ")([^"\n]*)', makefile)}
 
 
-def test_every_distributed_test_is_run() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    command = re.search(r"^test-distributed: install\n(?:\t.*\n)+", makefile, re.MULTILINE)
-    assert command
-    folders = ("tests", "parity_tests/suite", "parity_tests/meta", "examples")
-    files = [path for folder in folders for path in (ROOT / folder).glob("test_*.py") if path != Path(__file__)]
-    marked = {str(path.relative_to(ROOT)) for path in files if "mark.distributed" in path.read_text(encoding="utf-8")}
-    assert marked == {*re.findall(r"\S+/test_\w+\.py", command[0])}
-
-
 def test_every_package_is_typed() -> None:
     assert {*PACKAGES} <= {*PYPROJECT["tool"]["mypy"]["packages"]}
     for package in PACKAGES:

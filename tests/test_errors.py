@@ -174,6 +174,7 @@ ELSEWHERE = {
     "count",
     "class_num_shape",
     "class_num",
+    "denominator_labels",  # in test_denominators.py
     # in test_metrics.py
     "stats_type",
     "stats_shape",
@@ -219,12 +220,15 @@ TORCH_ELSEWHERE = {
     "group_type",
     "group_member",
     "ranks_differ",
+    "ranks_rows",
     "rank_failed",
     "no_classes_anywhere",
     "shard_gradient",
     "shard_transform",
     "dtensor_partial",
     "dtensor_placement",
+    # these also in parity_tests/suite/test_dtensor_layers.py
+    "dtensor_mesh",
     "dtensor_option",
     # in test_trainers.py
     "trainer_outputs",
@@ -329,7 +333,8 @@ def test_every_message_has_a_call() -> None:
     assert set(CALLS) | set(LINEAR_CALLS) | ELSEWHERE == set(MESSAGES)
     assert set(lsce_torch.errors.MESSAGES) == TORCH_ELSEWHERE
     assert not set(lsce_torch.errors.MESSAGES) & set(MESSAGES)
-    assert set(lsce_jax.errors.MESSAGES) == {"merge_state", "axis_name"}  # in test_metrics.py, test_vocab_parallel.py
+    # In test_metrics.py, test_denominators.py and test_vocab_parallel.py.
+    assert set(lsce_jax.errors.MESSAGES) == {"merge_state", "denominator_axis", "axis_name"}
     assert not set(lsce_jax.errors.MESSAGES) & set(MESSAGES)
 
 

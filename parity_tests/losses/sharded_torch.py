@@ -1,6 +1,7 @@
 """The losses of `lsce_torch` with their classes divided over processes, as losses of whole arrays."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from functools import cache, partial
 from itertools import pairwise
@@ -97,11 +98,11 @@ def loss_and_gradient(
 
 
 @cache
-def mesh_of(sizes: tuple[int, ...]) -> Any:
+def mesh_of(sizes: tuple[int, ...], names: tuple[str, ...] | None = None) -> Any:
     """Return a mesh of all processes. It has groups of its own, each with threads, so there is one of these sizes."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh("cpu", sizes)
+    return init_device_mesh("cpu", sizes, mesh_dim_names=names)
 
 
 def loss_and_gradient_of_dtensor(
@@ -177,6 +178,9 @@ class ShardedTorchAdapter(TorchAdapter):
         super().__init__(**{"name": f"torch vocab-parallel, {num_ranks} ranks, {division}", **options})
         self.num_ranks, self.division, self.is_compiled = num_ranks, division, compiled
         self.arithmetic = on_shards(self.arithmetic, num_ranks)
+        if self.linear:
+            # The exponentials of each rank are multiplied by another one.
+            self.arithmetic = replace(self.arithmetic, exp=2 * self.arithmetic.exp + 1)
 
     def __call__(self, case: Case) -> AnyResult:
         """Return loss and gradient of a case.

@@ -72,6 +72,10 @@ def test_against_oracle(number: int, division: str, dtype: str) -> None:
     assert max(shares.values()) > 0.1
 
 
+def shape_of_loss(case: Case) -> tuple[int, ...]:
+    return () if case.options.get("reduction", "none") != "none" else case.batch_shape
+
+
 def answers_of(case: Case, loss: ShardedTorchAdapter, function: Callable[..., Any], *more: Any) -> list[Any]:
     """Return what a function of `on_ranks` returns for the slices of a case on each rank."""
     arrays, options = operands_of(case)
@@ -88,10 +92,7 @@ def test_statistics(number: int, division: str) -> None:
             case = make_case(name, "float32")
             answers = answers_of(case, loss, on_ranks.statistics)
             stats = {field: same([answer[field] for answer in answers]).numpy().reshape(-1) for field in answers[0]}
-            whole = stats.pop("loss").reshape(
-                () if case.options.get("reduction", "none") != "none" else case.batch_shape
-            )
-            assert_statistics(case, whole, stats, loss.arithmetic)
+            assert_statistics(case, stats.pop("loss").reshape(shape_of_loss(case)), stats, loss.arithmetic)
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.distributed)])
@@ -264,12 +265,19 @@ def test_compiled_linear() -> None:
         assert comparison.agrees, (name, comparison)
 
 
-def test_statistics_of_the_linear_loss() -> None:
-    """Those of the logits that it makes, and gradients through them."""
-    for answer in processes().on_ranks(on_ranks.linear_beside_dense, [(number,) for number in range(3)]):
-        assert not isinstance(answer, Exception), answer
-        for of_linear, of_dense, bound in answer:
-            assert torch.all(torch.abs(of_linear - of_dense) <= bound)
+@pytest.mark.parametrize("name", ["classes_33", "softcap", "ties", "dominant", "where"])
+def test_statistics_of_the_linear_loss(name: str) -> None:
+    """Those of the logits that it makes, and the gradients through them."""
+    case, loss = make_case(name, "float32"), ShardedTorchAdapter(3, linear=True)
+    arrays, options = operands_of(case)
+    arrays.pop("upstream")
+    given = [(number, options, arrays, factors(case)) for number in range(3)]
+    answers = run_on_ranks(on_ranks.linear_statistics, given)
+    stats = {field: same([answer[0][field] for answer in answers]).numpy().reshape(-1) for field in answers[0][0]}
+    assert_statistics(case, stats.pop("loss").reshape(shape_of_loss(case)), stats, loss.arithmetic)
+    for statistic, (exact, bound) in truth_and_bounds_of(case, loss.arithmetic).items():
+        gradient = same([answer[1][statistic] for answer in answers])
+        assert agrees(exact, bound, in_rows(case, gradient.double().numpy())), statistic
 
 
 def test_messages_of_the_linear_loss() -> None:
@@ -331,8 +339,7 @@ def test_statistics_of_dtensors(name: str) -> None:
     arrays.pop("upstream")
     answers = run_on_ranks(on_ranks.statistics_of_dtensor, [(options, arrays, case.axis)] * 4)
     stats = {field: same([answer[field] for answer in answers]).numpy().reshape(-1) for field in answers[0]}
-    whole = stats.pop("loss").reshape(() if case.options.get("reduction", "none") != "none" else case.batch_shape)
-    assert_statistics(case, whole, stats, adapter(4).arithmetic)
+    assert_statistics(case, stats.pop("loss").reshape(shape_of_loss(case)), stats, adapter(4).arithmetic)
 
 
 def test_labels_and_weights_that_are_dtensors() -> None:
@@ -416,6 +423,28 @@ def test_ranks_that_disagree(name: str) -> None:
 ])  # fmt: skip
 def test_ranks_with_other_numbers(ours: dict[str, Any], theirs: dict[str, Any], name: str) -> None:
     assert all(f"disagree about {name}:" in str(problem) for problem in raised([ours, theirs]))
+
+
+WHERE = np.array([True, True, False, True])
+
+
+@pytest.mark.parametrize(("ours", "theirs", "name"), [
+    (call(), call(labels=np.array([0, 2, 1, 0])), "labels"),  # the same in another order
+    (call(), call(labels=np.array([1, 0, 2, 0])), "labels"),
+    (call(), call(labels=np.array([0, 1, 2, 1], np.uint8)), "labels"),
+    (call(where=WHERE), call(where=~WHERE), "where"),
+    (call(where=WHERE), call(where=WHERE, labels=np.array([0, 1, 2, 1])), "labels"),
+])  # fmt: skip
+def test_ranks_with_other_rows(ours: dict[str, Any], theirs: dict[str, Any], name: str) -> None:
+    for problem in raised([ours, ours, theirs]):
+        assert isinstance(problem, ValueError)
+        assert str(problem) == MESSAGES["ranks_rows"][1].format(name=name, rank=2)
+
+
+def test_labels_of_rows_that_do_not_count_may_differ() -> None:
+    """So may the dtypes of labels."""
+    ours, theirs = call(where=WHERE), call(where=WHERE, labels=np.array([0, 1, 9, 0], np.uint8))
+    assert same(run_on_ranks(on_ranks.called, [(ours,), (theirs,)])).isfinite()
 
 
 def test_numbers_are_shown_as_the_user_wrote_them() -> None:
