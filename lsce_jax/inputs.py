@@ -298,6 +298,27 @@ def is_sharded(array: Array) -> bool:
     return any(axes is not None for axes in jax.typeof(array).sharding.spec)
 
 
+def with_whole_features(weight: Float[Array, "D K"]) -> Float[Array, "D K"]:
+    """Return the weight of a layer, or its gradient, whose features no device has a part of only.
+
+    A compiler that divides a program does not move collectives out of a loop. So it would gather a weight whose
+    features are divided, as in FSDP, for each chunk of rows, and add up the gradient over the devices for each.
+
+    With explicit axes the type says how the weight is divided. Otherwise this needs the mesh that `jax.set_mesh` sets.
+    """
+    spec: Any = jax.P  # neither it nor what takes it has types
+    divided, *others = jax.typeof(weight).sharding.spec
+    if divided is not None:
+        return jax.sharding.reshard(weight, spec(None, *others))  # type: ignore[no-any-return, no-untyped-call]
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or any(kind != jax.sharding.AxisType.Auto for kind in mesh.axis_types):
+        return weight
+    whole: Array = jax.lax.with_sharding_constraint(  # type: ignore[no-untyped-call]
+        weight, spec(None, jax.P.UNCONSTRAINED)
+    )
+    return whole
+
+
 def _class_mask(
     keywords: Mapping[str, Any], shape: tuple[int, ...], axis: int, hint: str
 ) -> Bool[Array, "*#batch K"] | None:

@@ -3,6 +3,7 @@
 The number of devices is fixed when JAX starts. In the process of the other tests it is two.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ import pytest
 
 import lsce_jax
 from lsce_jax import LossStats
+from lsce_jax.aot import hlo
 from parity_tests.losses.adapters import operands_of
 from parity_tests.losses.sharded import AXIS, ShardedAdapter, divided, on_shards
 from parity_tests.suite.jax_results import STATISTICS_DTYPES
@@ -285,14 +287,13 @@ def test_derivatives_of_every_operand(check_vma: bool) -> None:
 
 
 def collectives(function: Callable[..., Any], *operands: Any) -> dict[str, list[int]]:
-    """Return the sizes of what each kind of collective of a compiled program sends, in elements."""
-    program = jax.jit(function).lower(*operands).compile().as_text()
+    """Return the sizes of the arrays that a compiled program sends, in elements, by the kind of collective.
+
+    An array that is sent in each round of a loop is there as often.
+    """
     found: dict[str, list[int]] = {}
-    pattern = (
-        r"= \(?\w+\[([\d,]*)\][^=]*? (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
-    )
-    for shape, kind in re.findall(pattern, program):
-        found.setdefault(kind, []).append(int(np.prod([int(size) for size in shape.split(",") if size] or [1])))
+    for each in hlo.parse(jax.jit(function).lower(*operands).compile().as_text()).transfers:
+        found.setdefault(each.kind, []).extend(each.times * [math.prod(array.sizes) for array in each.arrays])
     return {kind: sorted(sizes) for kind, sizes in found.items()}
 
 
@@ -335,8 +336,9 @@ def test_the_gradient_of_smoothing_sends_nothing_but_of_soft_labels() -> None:
     def of(labels: Any) -> Callable[[jax.Array], jax.Array]:
         return lambda smoothing: divided(sharded, DEVICES)(LOGITS, labels, smoothing=smoothing, reduction="sum")
 
-    assert len(collectives(jax.grad(of(jnp.asarray(LABELS))), smoothing)["all-reduce"]) == 2
-    assert len(collectives(jax.grad(of(jax.nn.softmax(LOGITS))), smoothing)["all-reduce"]) == 3
+    assert collectives(jax.grad(of(jnp.asarray(LABELS))), smoothing) == {"all-reduce": [ROWS, 4 * ROWS]}
+    of_soft = collectives(jax.grad(of(jax.nn.softmax(LOGITS))), smoothing)
+    assert of_soft == {"all-reduce": [ROWS, ROWS, ROWS, 5 * ROWS]}
 
 
 def test_what_vectors_of_a_layer_send() -> None:
@@ -482,6 +484,23 @@ def test_plain_jit_sends_no_logits_of_a_layer(
     of_logits = {ALL_LOGITS // parts for parts in (1, 2, 4, 8)}
     assert not of_layer & of_logits
     assert all(size <= 2 * MANY_ROWS or size in of_layer for sizes in sent.values() for size in sizes)
+
+
+@each_mesh
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_weight_whose_features_are_divided_is_gathered_once(axis_type: str, recompute: bool) -> None:
+    """As in FSDP. No chunk of rows gathers the weight again."""
+    types = (getattr(jax.sharding.AxisType, axis_type),) * 2
+    with jax.set_mesh(jax.make_mesh((2, 4), ("data", "model"), axis_types=types)):
+        mesh = jax.sharding.get_mesh()
+        hidden = placed(mesh, np.zeros((MANY_ROWS, FEATURES_OF_LAYER), np.float32), "data", None)
+        weight = placed(mesh, np.zeros((FEATURES_OF_LAYER, MANY_CLASSES), np.float32), "data", "model")
+        labels = placed(mesh, np.arange(MANY_ROWS), "data")
+        options = {"reduction": "mean", "chunk_size": 8, "recompute": recompute}
+        loss = partial(lsce_jax.linear_label_smoothed_cross_entropy, **options)
+        sent = collectives(jax.value_and_grad(loss, argnums=(0, 1)), hidden, weight, labels)
+    of_device = weight.size // 4
+    assert [size for size in sent["all-gather"] if size >= of_device] == [of_device]
 
 
 # --- Other meshes ---------------------------------------------------------------------------------------------------
