@@ -489,18 +489,25 @@ def test_plain_jit_sends_no_logits_of_a_layer(
 @each_mesh
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_weight_whose_features_are_divided_is_gathered_once(axis_type: str, recompute: bool) -> None:
-    """As in FSDP. No chunk of rows gathers the weight again."""
+    """As in FSDP. No chunk of rows gathers the weight again, and the gradients are those of one device."""
     types = (getattr(jax.sharding.AxisType, axis_type),) * 2
-    with jax.set_mesh(jax.make_mesh((2, 4), ("data", "model"), axis_types=types)):
-        mesh = jax.sharding.get_mesh()
-        hidden = placed(mesh, np.zeros((MANY_ROWS, FEATURES_OF_LAYER), np.float32), "data", None)
-        weight = placed(mesh, np.zeros((FEATURES_OF_LAYER, MANY_CLASSES), np.float32), "data", "model")
-        labels = placed(mesh, np.arange(MANY_ROWS), "data")
-        options = {"reduction": "mean", "chunk_size": 8, "recompute": recompute}
-        loss = partial(lsce_jax.linear_label_smoothed_cross_entropy, **options)
-        sent = collectives(jax.value_and_grad(loss, argnums=(0, 1)), hidden, weight, labels)
+    random = np.random.default_rng(5)
+    hidden = random.normal(size=(MANY_ROWS, FEATURES_OF_LAYER))
+    weight = random.normal(size=(FEATURES_OF_LAYER, MANY_CLASSES))
+    labels = np.arange(MANY_ROWS)
+    options = {"reduction": "mean", "chunk_size": 8, "recompute": recompute}
+    step = jax.value_and_grad(partial(lsce_jax.linear_label_smoothed_cross_entropy, **options), argnums=(0, 1))
+    with jax.enable_x64(True):
+        expected = jax.jit(step)(hidden, weight, labels)
+        with jax.set_mesh(jax.make_mesh((2, 4), ("data", "model"), axis_types=types)):
+            mesh = jax.sharding.get_mesh()
+            operands = [placed(mesh, hidden, "data", None), placed(mesh, weight, "data", "model")]
+            operands.append(placed(mesh, labels, "data"))
+            found, sent = jax.jit(step)(*operands), collectives(step, *operands)
     of_device = weight.size // 4
     assert [size for size in sent["all-gather"] if size >= of_device] == [of_device]
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-13)
 
 
 # --- Other meshes ---------------------------------------------------------------------------------------------------
