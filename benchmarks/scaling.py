@@ -196,6 +196,7 @@ class Compiled(NamedTuple):
         return found
 
 
+@cache
 def compile_step(target: str, way: str, step: Step) -> Compiled:
     """Compile loss and gradients of a way, in a process for the compiler, and return what they send.
 

@@ -26,8 +26,9 @@ NEEDED = {
 }
 
 
-def on(target: str, *others: Any) -> Any:
-    return pytest.param(target, *others, marks=[pytest.mark.devices, NEEDED[target[:3]]])
+def on(target: str, *others: Any, slow: bool = False) -> Any:
+    marks = [pytest.mark.devices, NEEDED[target[:3]], *([pytest.mark.slow] if slow else [])]
+    return pytest.param(target, *others, marks=marks)
 
 
 def small(mesh: tuple[int, int], features: int | None = 24) -> Step:
@@ -77,8 +78,8 @@ MANY = [
     *(on("tpu-v5e", (4, 4), way) for way in WAYS),
     *(on("gpu-h100", (2, 4), way) for way in WAYS),
     *(on("tpu-v5e", (16, 16), way) for way in (OURS, OURS_LOCAL, GATHERED)),
-    *(on("tpu-v5p", (4, 16), way) for way in (OURS, OURS_LOCAL)),
-    *(on("tpu-v6e", (16, 16), way) for way in (OURS, OURS_LOCAL)),
+    *(on("tpu-v5p", (4, 16), way, slow=True) for way in (OURS, OURS_LOCAL)),
+    *(on("tpu-v6e", (16, 16), way, slow=True) for way in (OURS, OURS_LOCAL)),
 ]
 
 
@@ -99,8 +100,9 @@ def test_slices_of_several_hosts() -> None:
 
 OURS_EVERYWHERE = [
     *((CPU, mesh, way) for mesh, way in product([(1, 8), (2, 4)], [OURS, OURS_LOCAL])),
-    *(on("tpu-v5e", mesh, way) for mesh, way in product([(1, 16), (4, 4), (16, 1), (16, 16)], [OURS, OURS_LOCAL])),
-    *(on("tpu-v5p", (4, 16), way) for way in (OURS, OURS_LOCAL)),
+    *(on("tpu-v5e", (4, 4), way) for way in (OURS, OURS_LOCAL)),
+    *(on("tpu-v5e", mesh, way, slow=True) for mesh, way in product([(1, 16), (16, 1), (16, 16)], [OURS, OURS_LOCAL])),
+    *(on("tpu-v5p", (4, 16), way, slow=True) for way in (OURS, OURS_LOCAL)),
     *(on("gpu-h100", (2, 4), way) for way in (OURS, OURS_LOCAL)),
 ]
 
@@ -170,4 +172,6 @@ def test_the_weight_is_gathered_once_and_its_gradient_added_up_once(
     assert step.features is not None
     of_device = step.features * step.local_classes * 2
     large_ones = [each for each in sent if each.axes == "rows" and each.bytes >= of_device]
-    assert [(each.kind, each.times) for each in large_ones] == [("all-gather", 1), ("reduce-scatter", 1)]
+    assert [each.times for each in large_ones] == [1, 1]
+    assert large_ones[0].kind == "all-gather"
+    assert large_ones[1].kind in {"all-reduce", "reduce-scatter"}
