@@ -168,9 +168,9 @@ class Estimate(NamedTuple):
 def estimate(way: str, step: Step, target: str) -> Estimate:
     """Return the least time of a step.
 
-    The loss of logits reads them twice and writes their gradient, in the two passes that XLA makes of it four times
-    their size. A layer multiplies 6 N D K numbers, and 8 N D K where the logits are computed again for the gradient. A
-    collective takes the time that its bytes take on the links of its axis, or that of the hops around it.
+    A loss of logits moves four times their size in memory (docs/cost.md). A layer takes 6 N D K operations, and 8 N D K
+    where the logits are computed again for the gradient. A collective takes the time of its bytes on the links of its
+    axis, as if that were a ring, or if it is longer the time of the hops to the farthest device and back.
 
     Args:
         way: one of `WAYS`.
@@ -216,11 +216,11 @@ def _radius(group: int) -> float:
 
 
 def fewest(target: str, operations: int, width: int) -> float:
-    """Return from how many classes, or rows, on each device on a layer takes longer than a sum of its gradients.
+    """Return how many classes, or rows, each device needs for a layer to take no less time than a sum of its gradients.
 
     With n rows and k classes on each device, a layer computes `operations` n D k. The gradient of hidden, to be added
-    up over the classes, has n D numbers, and that of the weight, over the rows, D k. So k and n must be as large for
-    either to take no longer, whatever the other sizes are.
+    up over the classes, has n D numbers, and that of the weight, over the rows, D k. So the number is the same for
+    classes and rows, whatever the other sizes are.
 
     Args:
         target: one of `AXIS`.

@@ -299,10 +299,10 @@ def is_sharded(array: Array) -> bool:
 
 
 def with_whole_features(weight: Float[Array, "D K"]) -> Float[Array, "D K"]:
-    """Return the weight of a layer, or its gradient, whose features no device has a part of only.
+    """Return the weight of a layer, or its gradient, with all features on each device.
 
-    A compiler that divides a program does not move collectives out of a loop. So it would gather a weight whose
-    features are divided, as in FSDP, for each chunk of rows, and add up the gradient over the devices for each.
+    In a loop over chunks of rows, XLA gathers a weight whose features are divided, as in FSDP, in each chunk, and adds
+    up its gradient over the devices in each. So both are gathered or divided outside of the loop.
 
     With explicit axes the type says how the weight is divided. Otherwise this needs the mesh that `jax.set_mesh` sets.
     """

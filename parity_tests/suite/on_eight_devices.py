@@ -441,6 +441,7 @@ ALL_LOGITS = MANY_ROWS * MANY_CLASSES
 # Of rows and classes; of the rows of hidden, and of the two dimensions of the weight.
 DENSE_SPECS = [("data", None), (None, "model"), ("data", "model"), (None, ("data", "model"))]
 LAYER_SPECS = [("data", (None, None)), (None, (None, "model")), ("data", (None, "model")), ("data", ("data", "model"))]
+OF_HIDDEN = [("data", None), (None, "model"), ("data", "model")]
 each_mesh = pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
 
 
@@ -484,6 +485,24 @@ def test_plain_jit_sends_no_logits_of_a_layer(
     of_logits = {ALL_LOGITS // parts for parts in (1, 2, 4, 8)}
     assert not of_layer & of_logits
     assert all(size <= 2 * MANY_ROWS or size in of_layer for sizes in sent.values() for size in sizes)
+
+
+@each_mesh
+@pytest.mark.parametrize("axes", OF_HIDDEN)
+def test_hidden_whose_features_are_divided(axis_type: str, axes: tuple[str | None, str | None]) -> None:
+    """As the weight's are."""
+    types = (getattr(jax.sharding.AxisType, axis_type),) * 2
+    labels = np.arange(len(HIDDEN)) + 3
+    step = jax.value_and_grad(partial(lsce_jax.linear_label_smoothed_cross_entropy, reduction="sum"), argnums=(0, 1))
+    with jax.enable_x64(True):
+        hidden, weight = HIDDEN[:, :4].astype(np.float64), WEIGHT[:4].astype(np.float64)
+        expected = jax.jit(step)(hidden, weight, labels)
+        with jax.set_mesh(jax.make_mesh((2, 4), ("data", "model"), axis_types=types)):
+            mesh = jax.sharding.get_mesh()
+            operands = placed(mesh, hidden, *axes), placed(mesh, weight, "model", None), placed(mesh, labels, axes[0])
+            found = jax.jit(step)(*operands)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-13)
 
 
 @each_mesh
