@@ -9,6 +9,7 @@ from lsce_spec.extras import require
 
 require("lsce_jax", "jax", "jax", "flax")
 
+from lsce_jax.denominators import mean_denominator as mean_denominator
 from lsce_jax.functional import label_smoothed_cross_entropy as label_smoothed_cross_entropy
 from lsce_jax.functional import label_smoothed_cross_entropy_with_stats as label_smoothed_cross_entropy_with_stats
 from lsce_jax.linear import linear_label_smoothed_cross_entropy as linear_label_smoothed_cross_entropy
@@ -55,6 +56,7 @@ __all__ = [
     "linear_add_smoothing",
     "linear_label_smoothed_cross_entropy",
     "linear_label_smoothed_cross_entropy_with_stats",
+    "mean_denominator",
     "smoothing_weights",
     "vocab_parallel_label_smoothed_cross_entropy",
     "vocab_parallel_label_smoothed_cross_entropy_with_stats",

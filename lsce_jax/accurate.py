@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.interpreters import ad, batching
 from jaxtyping import Array, Float
 
+from lsce_jax.inputs import varying_like
 from lsce_jax.primitives import define
 
 # log 2 as a number whose product with k is exact, and the rest.
@@ -37,7 +38,8 @@ def log1p(x: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
 
 def divide(numerator: Float[Array, "*rows"], denominator: Float[Array, "*rows"]) -> Float[Array, "*rows"]:
     """Return the quotient of two arrays of the same shape and dtype."""
-    result: Array = _divide(numerator, denominator)
+    # See `sum_rules.bind`.
+    result: Array = _divide(*varying_like((numerator, denominator), (numerator, denominator)))
     return result
 
 

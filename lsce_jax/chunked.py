@@ -29,7 +29,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 from lsce_jax import fused, tiles
-from lsce_jax.inputs import Batch, compute_dtype, is_sharded, with_whole_features
+from lsce_jax.inputs import Batch, compute_dtype, is_sharded, varying_like, with_whole_features
 from lsce_jax.layer import Filter, Gradients, Layer, LayerOperands, add_all, add_large, chunk_logits
 from lsce_jax.layer_sums import layer_sums
 from lsce_jax.stats import LossStats
@@ -151,6 +151,7 @@ def losses(
     mask_of_all = None if batch.has_row_masks else batch.class_mask
     shared = _Shared(layer.weight, layer.bias, batch.prior, batch.class_weight, mask_of_all)
     operands = _Operands(jax.tree.map(arrangement.in_chunks, rows), shared)
+    operands = varying_like(operands, operands)  # see `sum_rules.bind`
     # The smoothing is part of the targets. Without its value here, every smoothing shares one compiled function.
     skip = arrangement.order is not None
     plan = _Plan(replace(options, smoothing=0.0), with_stats, skip, chunks.gradient_filter)
@@ -324,7 +325,8 @@ def _total_and_gradients(
     num_needed: int | Array = num_chunks
     if plan.skip:
         num_needed = -(-jnp.sum(jnp.asarray(rows.counted), dtype=jnp.int32) // chunk_rows)
-    (losses, stats), gradients = jax.lax.fori_loop(0, num_needed, step, (results, gradients))
+    start = varying_like((results, gradients), operands)
+    (losses, stats), gradients = jax.lax.fori_loop(0, num_needed, step, start)
     if kept is not None and "weight" in wanted:
         gradients["weight"] -= gradients.pop("off_hidden")[:, None] * kept.factor[None, :]
     if "weight" in wanted:
@@ -421,4 +423,4 @@ def _zero_tangents(tree: Any) -> Any:
             return jnp.zeros_like(array)
         return np.zeros(array.shape, jax.dtypes.float0)
 
-    return jax.tree.map(zero, tree)
+    return varying_like(jax.tree.map(zero, tree), tree)

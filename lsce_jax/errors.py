@@ -7,6 +7,11 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         TypeError,
         "only a metric of the same kind and options can be merged into a {expected}, got {given}.",
     ),
+    "denominator_axis": (
+        ValueError,
+        "axis_name={given} names no axis here. Call mean_denominator inside jax.shard_map, or inside jax.vmap or "
+        "jax.pmap with this axis_name. Under plain jit the mean is over all rows already.",
+    ),
     "axis_name": (
         ValueError,
         "axis_name={given} names no axis here. Call the loss inside jax.shard_map, or inside jax.vmap or jax.pmap with "

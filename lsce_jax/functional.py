@@ -170,7 +170,7 @@ def mean_divisor(
     """
     if options.reduction != "mean":
         return batch, 1.0
-    divisor = _mean_denominator(batch) if denominator is None else denominator
+    divisor = denominator_of(batch) if denominator is None else denominator
     if isinstance(divisor, Real):
         return (batch, float(divisor)) if divisor else (batch.counting_only(jnp.array(False)), 1.0)
     divisor = as_array("denominator", divisor)
@@ -197,7 +197,7 @@ def reduce_losses(
     return jnp.where(divisor != 0, divide(total, jnp.where(divisor != 0, divisor, 1)), 0)
 
 
-def _mean_denominator(batch: Batch) -> int | Float[Array, ""]:
+def denominator_of(batch: Batch) -> int | Float[Array, ""]:
     """Return the sum of the labels' class weights over the rows that count; without weights, the number of rows."""
     weights = None if batch.soft else batch.label_weight
     if weights is not None:

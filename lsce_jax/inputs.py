@@ -319,6 +319,27 @@ def with_whole_features(weight: Float[Array, "D K"]) -> Float[Array, "D K"]:
     return whole
 
 
+def varying_like(tree: Any, like: Any) -> Any:
+    """Return arrays of which JAX knows that they may differ between devices, if one of `like` does.
+
+    Only in `jax.shard_map`, where what a loop begins with must have the type of what it ends with.
+    """
+    axes = _axes_of(like)
+
+    def varying(array: Array) -> Array:
+        missing = tuple(sorted(axes - _axes_of(array)))
+        return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+    return jax.tree.map(varying, tree) if axes else tree
+
+
+def _axes_of(tree: Any) -> frozenset[str]:
+    """Return the axes of a mesh over which any array of a tree may differ."""
+    types = map(jax.typeof, jax.tree.leaves(tree))
+    # The attribute was called vma before.
+    return frozenset().union(*(of.mat.varying if hasattr(of, "mat") else of.vma for of in types))
+
+
 def _class_mask(
     keywords: Mapping[str, Any], shape: tuple[int, ...], axis: int, hint: str
 ) -> Bool[Array, "*#batch K"] | None:

@@ -120,6 +120,10 @@ class VocabParallelLinearStatsKeywords(VocabParallelLinearKeywords, _Differentia
     """The options of `vocab_parallel_linear_label_smoothed_cross_entropy_with_stats` besides `axis_name`."""
 
 
+class DenominatorKeywords(_Where, _Counted, total=False):
+    """The options of `mean_denominator` besides `axis_name`."""
+
+
 class DenseModuleKeywords(_Target, _Axis, _Rows, _Implementation, total=False):
     """The options of `LabelSmoothedCrossEntropyLoss` besides `smoothing`."""
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.interpreters import ad, batching
 from jaxtyping import Array, Bool, Float, Int
 
-from lsce_jax.inputs import compute_dtype
+from lsce_jax.inputs import compute_dtype, varying_like
 from lsce_jax.primitives import define
 from lsce_jax.sums import CLASS_VECTORS, Operands
 
@@ -151,6 +151,7 @@ def add_large(
     products = {"hidden": jnp.zeros(hidden.shape, dtype)}
     if "weight" in gradients:
         products["weight"] = gradients["weight"]
+    products = varying_like(products, (gradients, hidden, weight, of_logits))
     products = dict(jax.lax.fori_loop(0, -(-num_large // _TILE), step, products))
     sum_of_weights = jnp.matmul(weight, factor.astype(weight.dtype), preferred_element_type=dtype)
     products["hidden"] -= off[:, None] * sum_of_weights[None, :]

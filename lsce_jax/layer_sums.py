@@ -20,7 +20,7 @@ from jax.interpreters import ad
 from jaxtyping import Array
 
 from lsce_jax import tiles
-from lsce_jax.inputs import compute_dtype
+from lsce_jax.inputs import compute_dtype, varying_like
 from lsce_jax.layer import Layer, LayerOperands, chunk_logits
 from lsce_jax.primitives import define
 from lsce_jax.row_sums import row_sums
@@ -46,7 +46,7 @@ def by_chunks(operands: LayerOperands, function: Callable[[Operands, Any], Any],
         if not operands.skip:
             return None, chunk(part, peaks)
         shapes = jax.eval_shape(chunk, part, peaks)
-        nothing = jax.tree.map(lambda result: jnp.zeros(result.shape, result.dtype), shapes)
+        nothing = varying_like(jax.tree.map(lambda result: jnp.zeros(result.shape, result.dtype), shapes), part)
         return None, jax.lax.cond(jnp.any(jnp.asarray(part.counted)), chunk, lambda *_: nothing, part, peaks)
 
     by_chunk = jax.tree.map(lambda array: jnp.moveaxis(array, 1, 0), (operands.rows, peaks))

@@ -53,16 +53,26 @@ def _lower(
     **params: Any,
 ) -> Any:
     function = divided if is_divided(ctx) else whole
+    if _is_of_one_device(ctx):
+        # A loop would have to know which of its values are the same on all devices. That matters no more here.
+        types = [jax.core.ShapedArray(aval.shape, aval.dtype, weak_type=aval.weak_type) for aval in ctx.avals_in]
+        ctx = ctx.replace(avals_in=types)
     return mlir.lower_fun(function, multiple_results)(ctx, *operands, **params)
 
 
 def is_divided(ctx: Any) -> bool:
     """Return whether the compiler divides the program over devices, given the context of a lowering."""
+    if _is_of_one_device(ctx):
+        return False
+    context = ctx.module_context.axis_context
+    return bool(getattr(context, "manual_axes", None)) or getattr(context, "num_devices", 1) != 1
+
+
+def _is_of_one_device(ctx: Any) -> bool:
+    """Return whether `jax.shard_map` hands each device its own part, over all axes of the mesh."""
     context = ctx.module_context.axis_context
     manual = getattr(context, "manual_axes", None)
-    if manual is not None and manual == frozenset(context.mesh.axis_names):
-        return False
-    return bool(manual) or getattr(context, "num_devices", 1) != 1
+    return manual is not None and manual == frozenset(context.mesh.axis_names)
 
 
 def formula(name: str, platform: str) -> Callable[..., Any]:

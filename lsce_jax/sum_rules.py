@@ -23,6 +23,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 from jaxtyping import Array
 
+from lsce_jax.inputs import varying_like
 from lsce_jax.primitives import define
 from lsce_jax.sums import Peaks, Sums
 
@@ -89,6 +90,8 @@ def define_sums(kind: Kind, *, undivided: Collection[str] = (), **on_platform: C
 def bind(primitive: Primitive, function: Callable[..., Any], *arguments: Any, **params: Any) -> Any:
     """Return what a primitive computes, in the structure that its plain function gives."""
     leaves, structure = jax.tree.flatten(arguments)
+    # In shard_map, JAX adds up the cotangents of what all devices share only where it is made to differ.
+    leaves = varying_like(leaves, leaves)
     results = primitive.bind(*leaves, structure=structure, **params)  # type: ignore[no-untyped-call]
     of_arguments = partial(function, **params)
     return jax.tree.unflatten(jax.tree.structure(jax.eval_shape(of_arguments, *arguments)), results)

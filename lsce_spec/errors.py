@@ -137,6 +137,11 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         "denominator must be a finite number >= 0 or a scalar array of one, got {given}. "
         "It is what the sum of the losses is divided by.",
     ),
+    "denominator_labels": (
+        TypeError,
+        "labels must be class indices, got {given}. Each row of class probabilities counts as one: "
+        "pass labels.argmax over the classes.",
+    ),
     "denominator_shape": (
         ValueError,
         "denominator must be a single number, got shape {given}. Sum it over the batch first.",

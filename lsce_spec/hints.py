@@ -62,8 +62,8 @@ _ROW_FACTORS = (
 _LOGITS_ONLY = "Pass logits; of probabilities pass the logarithm, since log-probabilities are logits too."
 _BY_TYPE = "Pass labels: integers are class indices, floating-point labels are class probabilities."
 _GROUP = (
-    "Rows on several devices need no group: pass their common denominator and add up the losses. For classes on "
-    "several devices there are the functions whose names begin with vocab_parallel_."
+    "Rows on several devices need no group: pass denominator=mean_denominator(labels, ...) and add up the losses. For "
+    "classes on several devices there are the functions whose names begin with vocab_parallel_."
 )
 
 # What to do instead, for names that are no option here.

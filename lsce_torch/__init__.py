@@ -17,6 +17,7 @@ from lsce_spec import identify_loss as identify_loss
 from lsce_spec import identify_targets as identify_targets
 from lsce_spec import smoothing_weights as smoothing_weights
 from lsce_spec.public import hide_internals
+from lsce_torch.denominators import mean_denominator as mean_denominator
 from lsce_torch.drop_in import cross_entropy as cross_entropy
 from lsce_torch.functional import label_smoothed_cross_entropy as label_smoothed_cross_entropy
 from lsce_torch.functional import label_smoothed_cross_entropy_with_stats as label_smoothed_cross_entropy_with_stats
@@ -59,6 +60,7 @@ __all__ = [
     "linear_add_smoothing",
     "linear_label_smoothed_cross_entropy",
     "linear_label_smoothed_cross_entropy_with_stats",
+    "mean_denominator",
     "smoothing_weights",
     "vocab_parallel_label_smoothed_cross_entropy",
     "vocab_parallel_label_smoothed_cross_entropy_with_stats",

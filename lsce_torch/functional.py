@@ -245,7 +245,7 @@ def mean_divisor(
     """
     if options.reduction != "mean":
         return batch, 1
-    divisor = _mean_denominator(batch, label_weights) if denominator is None else denominator
+    divisor = denominator_of(batch, label_weights) if denominator is None else denominator
     if not isinstance(divisor, Tensor):
         if divisor:
             return batch, divisor
@@ -273,7 +273,7 @@ def reduce_losses(
     return torch.where(divisor != 0, divide(total, torch.where(divisor != 0, divisor, 1)), 0)
 
 
-def _mean_denominator(batch: Batch, label_weights: Float[Tensor, "*batch"] | None) -> int | Float[Tensor, ""]:
+def denominator_of(batch: Batch, label_weights: Float[Tensor, "*batch"] | None) -> int | Float[Tensor, ""]:
     """Return the sum of the labels' class weights over the rows that count; without weights, the number of rows."""
     if batch.class_weight is not None and not batch.soft:
         weights = at_labels(batch.class_weight, batch.labels) if label_weights is None else label_weights

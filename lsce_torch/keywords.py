@@ -144,6 +144,10 @@ class VocabParallelLinearStatsKeywords(VocabParallelLinearKeywords, _Differentia
     """The options of `vocab_parallel_linear_label_smoothed_cross_entropy_with_stats` besides `group`."""
 
 
+class DenominatorKeywords(_Where, _Counted, total=False):
+    """The options of `mean_denominator` besides `group`."""
+
+
 class CrossEntropyKeywords(_Target, _Where, _Terms, _Denominator, _Implementation, _Memory, total=False):
     """The options of `cross_entropy` that torch's function does not have."""
 

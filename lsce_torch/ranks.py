@@ -36,6 +36,12 @@ class Ranks(NamedTuple):
     rank: int
 
 
+def has_group() -> bool:
+    """Return whether this process is one of several that talk to each other."""
+    distributed: Any = torch.distributed
+    return bool(distributed.is_available() and distributed.is_initialized())
+
+
 def ranks_of(group: "ProcessGroup | None") -> Ranks:
     """Return the ranks of a group, or of all processes for None.
 
@@ -44,7 +50,7 @@ def ranks_of(group: "ProcessGroup | None") -> Ranks:
         TypeError: it is no process group.
     """
     distributed: Any = torch.distributed
-    if not distributed.is_available() or not distributed.is_initialized():
+    if not has_group():
         raise error("no_group")
     # Loaded here: it takes a while, and most programs have one process.
     from torch.distributed import _functional_collectives  # noqa: F401, PLC0415

@@ -174,6 +174,7 @@ ELSEWHERE = {
     "count",
     "class_num_shape",
     "class_num",
+    "denominator_labels",  # in test_denominators.py
     # in test_metrics.py
     "stats_type",
     "stats_shape",
@@ -329,7 +330,8 @@ def test_every_message_has_a_call() -> None:
     assert set(CALLS) | set(LINEAR_CALLS) | ELSEWHERE == set(MESSAGES)
     assert set(lsce_torch.errors.MESSAGES) == TORCH_ELSEWHERE
     assert not set(lsce_torch.errors.MESSAGES) & set(MESSAGES)
-    assert set(lsce_jax.errors.MESSAGES) == {"merge_state", "axis_name"}  # in test_metrics.py, test_vocab_parallel.py
+    # In test_metrics.py, test_denominators.py and test_vocab_parallel.py.
+    assert set(lsce_jax.errors.MESSAGES) == {"merge_state", "denominator_axis", "axis_name"}
     assert not set(lsce_jax.errors.MESSAGES) & set(MESSAGES)
 
 

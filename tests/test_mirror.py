@@ -149,7 +149,8 @@ def definitions(package: str, file: str) -> list[str]:
 # JAX: arrays in NNX, ranks, array-likes, 32-bit labels, sharding, tracing; sums of two float32 numbers for float64.
 ONLY_IN_JAX = {
     "inputs.py": {"as_array", "within_int32", "as_last_axis", "is_sharded", "_is_at_hand", "_is_traced"}
-    | {"Whole"},  # for vocab_parallel.py
+    | {"Whole"}  # for vocab_parallel.py
+    | {"varying_like", "_axes_of"},  # for shard_map
     "modules.py": {"LossConstant"},
     "metrics.py": {"_sum_of_fractions", "_count", "_pair", "_add", "_two_sum"},
 }
@@ -223,6 +224,9 @@ def test_arguments() -> None:
         assert parameters(getattr(lsce_torch, name))[place] == ("group", inspect.Parameter.KEYWORD_ONLY, None)
         found = difference(*(without(getattr(package, name), place) for package in (lsce_jax, lsce_torch)))
         assert found == ["reduction: 'none' and 'mean'"]
+    assert parameters(lsce_jax.mean_denominator)[1] == ("axis_name", inspect.Parameter.KEYWORD_ONLY, ())
+    assert parameters(lsce_torch.mean_denominator)[1] == ("group", inspect.Parameter.KEYWORD_ONLY, None)
+    assert difference(*(without(package.mean_denominator, 1) for package in (lsce_jax, lsce_torch))) == []
     ours, theirs = (package.LinearLabelSmoothedCrossEntropyLoss for package in (lsce_jax, lsce_torch))
     assert difference(ours, theirs) == ["reduction: 'none' and 'mean'"]
     assert difference(ours.__call__, theirs.forward) == []

@@ -35,7 +35,7 @@ from jaxtyping import Array, Float
 from lsce_jax import fused, reference
 from lsce_jax.accurate import divide
 from lsce_jax.errors import error
-from lsce_jax.inputs import Batch, at_labels, is_sharded
+from lsce_jax.inputs import Batch, at_labels, is_sharded, varying_like
 from lsce_jax.kernels import tpu
 from lsce_jax.keywords import Kernel
 from lsce_jax.primitives import define, is_divided
@@ -425,7 +425,7 @@ def _named(batch: Batch, program: tpu.Program, kept: tpu.RowSums, others: Sums) 
 def _loss(call: _Call, arrays: Arrays) -> _Results:
     leaves, structure = jax.tree.flatten((arrays,))
     params = {"structure": structure, "call": call}
-    results = _bind(_loss_p, leaves, differentiated=False, **params)
+    results = _bind(_loss_p, varying_like(leaves, leaves), differentiated=False, **params)  # see `sum_rules.bind`
     named: _Results = _unflatten_results(call, arrays, results)
     return named
 

@@ -19,12 +19,13 @@ import pytest
 import lsce_jax
 from lsce_jax import LossStats
 from lsce_jax.aot import hlo
-from parity_tests.losses.adapters import operands_of
+from parity_tests.losses.adapters import JaxAdapter, operands_of
+from parity_tests.losses.rows_divided import as_mean, over_devices
 from parity_tests.losses.sharded import AXIS, ShardedAdapter, divided, on_shards
 from parity_tests.suite.jax_results import STATISTICS_DTYPES
 from parity_tests.suite.test_stats import assert_statistics
 from parity_tests.truth.bounds import error_bound
-from parity_tests.truth.cases import Case, case_names, features, make_case, random_case
+from parity_tests.truth.cases import Case, LinearCase, case_names, features, make_case, random_case
 from parity_tests.truth.comparison import Comparison, against_oracle
 from parity_tests.truth.linear_cases import linear_case_names, make_linear_case
 from parity_tests.truth.oracle import solve
@@ -529,6 +530,126 @@ def test_a_weight_whose_features_are_divided_is_gathered_once(axis_type: str, re
         np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-13)
 
 
+# --- Rows -----------------------------------------------------------------------------------------------------------
+
+
+def of_rows(case: Case | None, num_devices: int, **options: Any) -> Comparison:
+    """Return how the mean compares whose rows are divided, by `mean_denominator`."""
+    assert case is not None
+    linear = isinstance(case, LinearCase)
+    loss = JaxAdapter(over_devices(num_devices, linear=linear, **options), name="rows", linear=linear)
+    loss.arithmetic = on_shards(JaxAdapter(linear=linear).arithmetic, num_devices)
+    return against_oracle(case, solve(case), loss(case), loss.arithmetic)
+
+
+@cases((name for name in case_names() if as_mean(make_case(name, "float32"))), is_quick, ("float32", "bfloat16"))
+def test_rows_against_oracle(name: str, num_devices: int, dtype: str) -> None:
+    """Fewer rows than devices, devices without a row that counts, padded tails."""
+    comparison = of_rows(as_mean(make_case(name, dtype)), num_devices)
+    assert comparison.agrees, comparison
+
+
+@cases(
+    (name for name in linear_case_names() if as_mean(make_linear_case(name, "float32"))), is_quick_layer, ("float32",)
+)
+def test_rows_of_a_layer_against_oracle(name: str, num_devices: int, dtype: str) -> None:
+    comparison = of_rows(as_mean(make_linear_case(name, dtype)), num_devices)
+    assert comparison.agrees, comparison
+
+
+@pytest.mark.parametrize("options", [{"recompute": True}, {"gradient_filter": 1e-30}, {"implementation": "reference"}])
+def test_ways_to_compute_rows_of_a_layer(options: dict[str, Any]) -> None:
+    """Each has loops of its own, and in shard_map JAX asks of each what is the same on all devices."""
+    names = ("linear_everything", "linear_class_mask_of_rows", "linear_many_chunks")
+    for name in names[:1] if "implementation" in options else names:
+        case = as_mean(make_linear_case(name, "float32"))
+        assert case is not None
+        given = replace(case, chunk_size=None) if "implementation" in options else case
+        comparison = of_rows(given, DEVICES, **options)
+        assert comparison.agrees, (name, comparison)
+
+
+@pytest.mark.parametrize("num_classes", [10, 1000, 20_000])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_many_rows(num_classes: int, dtype: str) -> None:
+    """On CPUs these are computed in blocks, columns and groups: the same number for each row as without devices."""
+    logits = jax.random.normal(jax.random.key(num_classes), (2**19 // num_classes * 2, num_classes), dtype)
+    labels = jnp.arange(len(logits)) % num_classes
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    loss = partial(dense, softcap=5.0)
+    on_mesh = jax.shard_map(loss, mesh=mesh, in_specs=(jax.P("data"), jax.P("data")), out_specs=jax.P("data"))
+    for ours, theirs in zip(*(jax.jit(value_and_gradient(f))(logits, labels) for f in (on_mesh, loss)), strict=True):
+        assert np.array_equal(ours, theirs)
+
+
+def value_and_gradient(loss: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    def both(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+        losses, pullback = jax.vjp(lambda z: loss(z, labels), logits)
+        return losses, pullback(jnp.ones_like(losses))[0]
+
+    return both
+
+
+def test_a_denominator_of_one_device_is_noticed() -> None:
+    case = as_mean(make_case("everything", "float32"))
+    assert case is not None
+    loss = JaxAdapter(over_devices(DEVICES), name="rows")
+    for denominator, agrees in ((1.0, True), (1.001, False)):
+        right, given = (replace(case, options={**case.options, "denominator": d}) for d in (1.0, denominator))
+        comparison = against_oracle(right, solve(right), loss(given), on_shards(JaxAdapter().arithmetic, DEVICES))
+        assert comparison.agrees == agrees
+
+
+@pytest.mark.parametrize("layer", [None, "sum", "none"])
+def test_derivatives_of_what_all_rows_share(layer: str | None) -> None:
+    """Of weight, bias, class weights, prior and smoothing, which every device has: JAX adds up those of all devices."""
+    with jax.enable_x64(True):
+        random = np.random.default_rng(3)
+        labels, hidden = jnp.arange(16) % 5, jnp.asarray(random.normal(size=(16, 5)))
+        primals = {
+            "class_weight": jnp.asarray(random.uniform(0.5, 2, 5)),
+            "prior": jnp.asarray(random.dirichlet(np.ones(5))),
+            "smoothing": jnp.asarray(0.2),
+        }
+        if layer:
+            primals |= {"weight": jnp.asarray(random.normal(size=(5, 5))), "bias": jnp.asarray(random.normal(size=5))}
+        options: dict[str, Any] = {"z_loss": 0.1, "softcap": 4.0, "reduction": layer or "sum"}
+
+        def total(hidden: jax.Array, labels: jax.Array, primals: dict[str, Any]) -> jax.Array:
+            if layer is None:
+                return dense(hidden, labels, **primals, **options)
+            given = dict(primals)
+            loss = lsce_jax.linear_label_smoothed_cross_entropy_with_stats
+            return loss(hidden, given.pop("weight"), labels, **given, **options)[0].sum()
+
+        def on_mesh(hidden: jax.Array, labels: jax.Array, primals: dict[str, Any]) -> jax.Array:
+            here: jax.Array = jax.lax.psum(total(hidden, labels, primals), "data")
+            return here
+
+        mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+        specs = (jax.P("data"), jax.P("data"), jax.P())
+        divided_rows = jax.shard_map(on_mesh, mesh=mesh, in_specs=specs, out_specs=jax.P())
+
+        def derivatives(loss: Callable[..., Any]) -> Any:
+            value = partial(loss, hidden, labels)
+            gradient = jax.grad(value)(primals)
+            inner = lambda primals: sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(jax.grad(value)(primals)))  # noqa: E731
+            return jax.jvp(value, (primals,), (jax.tree.map(jnp.cos, primals),)), gradient, jax.grad(inner)(primals)
+
+        found, expected = (jax.jit(partial(derivatives, loss))() for loss in (divided_rows, total))
+        for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-13)
+
+
+def test_axes_of_rows() -> None:
+    """Batch and sequence over two axes of a mesh, which also has one whose devices have the same rows."""
+    mesh = jax.make_mesh((2, 2, 2), ("data", "sequence", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    labels = np.array([[0, -100, 2, 1], [-100, -100, 3, 3]])
+    both = partial(lsce_jax.mean_denominator, ignore_index=-100, axis_name=("data", "sequence"))
+    of_mesh = jax.shard_map(both, mesh=mesh, in_specs=jax.P("data", "sequence"), out_specs=jax.P())
+    assert int(of_mesh(labels)) == int((labels >= 0).sum())
+
+
 # --- Other meshes ---------------------------------------------------------------------------------------------------
 
 
@@ -539,7 +660,7 @@ def test_rows_and_classes_divided() -> None:
     where = np.arange(10) != 3
 
     def mean(local_logits: jax.Array, labels: jax.Array, where: jax.Array) -> jax.Array:
-        denominator = jax.lax.psum(where.sum(), "data")
+        denominator = lsce_jax.mean_denominator(labels, where=where, axis_name="data")
         loss = sharded(local_logits, labels, axis_name=AXIS, where=where, reduction="mean", denominator=denominator)
         return jax.lax.psum(loss, "data")
 

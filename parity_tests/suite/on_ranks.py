@@ -250,3 +250,16 @@ def linear_called(group: Any, changes: dict[str, Any]) -> Any:
 def linear_transformed(group: Any) -> Any:
     weight, labels = torch.zeros(3, 2), torch.zeros(4, dtype=torch.int64)
     return torch.func.grad(lambda h: linear_loss(h, weight, labels, group=group))(torch.zeros(4, 2))
+
+
+def denominators(group: Any, labels: Any) -> list[int]:
+    """Return the denominators for all processes, this one, and rows and columns of a mesh of 2 x 2."""
+    mesh = mesh_of((2, 2))
+    groups = [None, (), [mesh.get_group(0), mesh.get_group(1)], group]
+    return [
+        int(lsce_torch.mean_denominator(torch.from_numpy(labels), ignore_index=-100, group=each)) for each in groups
+    ]
+
+
+def denominator_of_group(_: Any, labels: Any, group: Any) -> Any:
+    return lsce_torch.mean_denominator(torch.from_numpy(labels), group=group)
