@@ -66,8 +66,7 @@ test-slow: install
 # The tests marked as distributed: losses whose classes and rows are divided over processes and virtual devices in many
 # more ways than in `make test`.
 test-distributed: install
-	$(BIN)/python -m pytest -m "distributed" parity_tests/suite/test_vocab_parallel.py \
-	  parity_tests/suite/test_vocab_parallel_torch.py tests/test_jax_transforms.py
+	$(BIN)/python -m pytest -m "distributed" parity_tests $(REST)
 
 # The tests marked as devices: losses on the arithmetic of devices that are not here, and programs that are made for
 # them, in an interpreter, by IREE and by the compilers of TPUs and GPUs. No device is needed.

@@ -16,12 +16,18 @@ perplexities are 490 and 497. JAX runs whose starting weights are moved by one r
 by up to 0.02, too, with perplexities of 491 to 495.
 """
 
+import contextlib
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint
+import typer
 from flax import nnx
+from jax.sharding import AxisType
 from jaxtyping import Array, Float32, Int32
 
 from examples import lm_common
@@ -31,10 +37,15 @@ from examples.lm_common import (
     CONTEXT,
     HEADS,
     LAYERS,
+    NO_CHECKPOINTS,
     NORM_EPSILON,
     BatchSize,
+    CheckpointEvery,
+    Checkpoints,
     ChunkSize,
+    MeshOption,
     Options,
+    Resume,
     Run,
     RunFolder,
     Seed,
@@ -101,6 +112,8 @@ class LanguageModel(nnx.Module):
 # --- Training -------------------------------------------------------------------------------------------------------
 
 Optimizer = nnx.Optimizer[LanguageModel]
+# The axes of the mesh that divide the weights, and what the optimizer has for each, by the names of their modules.
+DIVIDED = {"embed": ("model", None), "expand": (None, "model"), "contract": ("model", None)}
 
 
 def learning_rate(step: Int32[Array, ""]) -> Float32[Array, ""]:
@@ -116,6 +129,17 @@ ADAMW = adamw(learning_rate, weight_decay=lm_common.WEIGHT_DECAY)
 def make_optimizer(model: LanguageModel) -> Optimizer:
     """Return AdamW."""
     return nnx.Optimizer(model, ADAMW, wrt=nnx.Param)
+
+
+def on_mesh(module: nnx.Module, mesh: jax.sharding.Mesh) -> None:
+    """Place a module's arrays: table and layers of each token divided over "model", the others on every device."""
+
+    def place(path: tuple[Any, ...], array: Array) -> Array:
+        names = {str(getattr(key, "key", key)) for key in path}
+        axes = next((axes for name, axes in DIVIDED.items() if name in names and array.ndim == len(axes)), ())
+        return jax.device_put(array, jax.NamedSharding(mesh, jax.P(*axes)))
+
+    nnx.update(module, jax.tree_util.tree_map_with_path(place, nnx.state(module)))
 
 
 def mean_loss(model: LanguageModel, windows: Array, options: Options) -> Float32[Array, ""]:
@@ -147,26 +171,96 @@ def count(model: LanguageModel, windows: Array, metric: Perplexity) -> None:
     metric.update(stats=stats)
 
 
-def perplexity(model: LanguageModel, text: Text) -> float:
-    """Return the perplexity of the held-out text."""
+def perplexity(model: LanguageModel, text: Text, rows: jax.NamedSharding) -> float:
+    """Return the perplexity of the held-out text, with windows placed as the batch is."""
     metric = Perplexity()
+    on_mesh(metric, rows.mesh)
     for windows in lm_common.held_out_batches(text):
-        count(model, jnp.asarray(windows), metric)
+        count(model, jax.device_put(windows, rows), metric)
     return float(metric.compute())
 
 
-def train(text: Text, options: Options, on_step: Callable[[float], object] = lambda loss: None) -> Run:
+def train(
+    text: Text,
+    options: Options,
+    on_step: Callable[[float], object] = lambda loss: None,
+    checkpoints: Checkpoints = NO_CHECKPOINTS,
+) -> Run:
     """Train a model, and compute the perplexity of the held-out text from time to time."""
+    # The compiler divides the rest of the program, and the loss, as the arrays are divided.
+    mesh = jax.make_mesh(
+        options.mesh,
+        ("data", "model"),
+        axis_types=2 * (AxisType.Auto,),
+        devices=jax.devices()[: math.prod(options.mesh)],
+    )
+    rows = jax.NamedSharding(mesh, jax.P("data"))
     model = LanguageModel(lm_common.initial_weights(options.vocabulary, options.width, options.seed))
     optimizer = make_optimizer(model)
-    run = Run([], {0: perplexity(model, text)})
+    for module in (model, optimizer):
+        on_mesh(module, mesh)
+    saved = Saved(checkpoints, model, optimizer)
+    run = saved.restored(options) if checkpoints.resume else Run([], {0: perplexity(model, text, rows)})
+    for loss in run.losses:
+        on_step(loss)
     looks = {options.steps * part // EVALUATIONS for part in range(1, EVALUATIONS + 1)} - {0}
-    for step, windows in enumerate(lm_common.batches(text, options), start=1):
-        run.losses.append(float(train_step(model, optimizer, jnp.asarray(windows), options=options)))
+    for step, windows in enumerate(lm_common.batches(text, options, len(run.losses)), start=len(run.losses) + 1):
+        run.losses.append(float(train_step(model, optimizer, jax.device_put(windows, rows), options=options)))
         if step in looks:
-            run.perplexities[step] = perplexity(model, text)
+            run.perplexities[step] = perplexity(model, text, rows)
+        if checkpoints.due(step, options.steps):
+            saved.save(run, options)
         on_step(run.losses[-1])
+    saved.close()
     return run
+
+
+class Saved:
+    """The checkpoints of a training, by Orbax. A checkpoint is there as a whole or not at all."""
+
+    def __init__(self, checkpoints: Checkpoints, model: LanguageModel, optimizer: Optimizer) -> None:
+        """Find those that are there.
+
+        Raises:
+            typer.BadParameter: there is none to go on from, or there are some of another run.
+        """
+        self.modules = {"model": model, "optimizer": optimizer}
+        self.manager = None
+        if checkpoints.every or checkpoints.resume:
+            options = orbax.checkpoint.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+            self.manager = orbax.checkpoint.CheckpointManager(checkpoints.folder.absolute(), options=options)
+            lm_common.check_checkpoints(checkpoints, self.manager.latest_step())
+
+    def save(self, run: Run, options: Options) -> None:
+        """Write model, optimizer and run."""
+        content = {**lm_common.as_json(run), "options": lm_common.fixed_options(options)}
+        arrays = {name: nnx.to_pure_dict(nnx.state(module)) for name, module in self.modules.items()}
+        of_run, of_arrays = orbax.checkpoint.args.JsonSave(content), orbax.checkpoint.args.StandardSave(arrays)
+        self.manager.save(len(run.losses), args=orbax.checkpoint.args.Composite(run=of_run, arrays=of_arrays))
+
+    def restored(self, options: Options) -> Run:
+        """Restore model and optimizer, each array placed as it is now, and return the run so far."""
+        states = {name: nnx.state(module) for name, module in self.modules.items()}
+        wanted = jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding),
+            {name: nnx.to_pure_dict(state) for name, state in states.items()},
+        )
+        read, args = self.manager.restore, orbax.checkpoint.args
+        # The run first: with other options the arrays may have other shapes.
+        run = lm_common.resumed(
+            read(self.manager.latest_step(), args=args.Composite(run=args.JsonRestore())).run, options
+        )
+        of_arrays = args.Composite(arrays=args.StandardRestore(wanted))
+        arrays = read(self.manager.latest_step(), args=of_arrays).arrays
+        for name, module in self.modules.items():
+            nnx.replace_by_pure_dict(states[name], arrays[name])
+            nnx.update(module, states[name])
+        return run
+
+    def close(self) -> None:
+        """Wait until everything is written."""
+        if self.manager is not None:
+            self.manager.close()
 
 
 # --- Memory ---------------------------------------------------------------------------------------------------------
@@ -201,7 +295,7 @@ app = new_app()
 
 
 @app.command()
-def main(
+def main(  # noqa: PLR0913, PLR0917 - the options of the command line
     steps: Steps = 256,
     smoothing: Smoothing = 0.1,
     vocabulary: Vocabulary = 8192,
@@ -209,15 +303,28 @@ def main(
     batch_size: BatchSize = 16,
     chunk_size: ChunkSize = None,
     seed: Seed = 0,
+    mesh: MeshOption = "1x1",
+    checkpoint_every: CheckpointEvery = None,
+    resume: Resume = False,
     output: RunFolder = Path("out/jax_lm"),
 ) -> None:
     """Train a small language model on the documentation of Python in JAX.
 
     The tables show the perplexity of documents that it has not seen, and how much memory the loss takes: with all
     logits at once, and in chunks, which is how the model is trained.
+
+    A CPU counts as as many devices as the mesh has.
     """
-    options = Options(steps, smoothing, vocabulary, width, batch_size, chunk_size, seed)
-    lm_common.train_and_report(train, loss_memory, options, "JAX", output)
+    number = math.prod(mesh)
+    if number > 1:
+        with contextlib.suppress(RuntimeError):  # JAX is running, and has what devices it has
+            jax.config.update("jax_num_cpu_devices", number)
+    if jax.device_count() < number:
+        problem = f"{mesh} needs {number} devices, and JAX finds {jax.device_count()}."
+        raise typer.BadParameter(problem, param_hint="'--mesh'")
+    options = Options(steps, smoothing, vocabulary, width, batch_size, chunk_size, seed, mesh)
+    checkpoints = Checkpoints(output / "checkpoints", checkpoint_every, resume)
+    lm_common.train_and_report(train, loss_memory, options, checkpoints, "JAX", output)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import typer
@@ -57,6 +57,22 @@ Weights = Mapping[str, Weight]
 Windows = Int32[np.ndarray, "windows 129"]
 
 
+class Mesh(NamedTuple):
+    """Devices in rows and columns.
+
+    Args:
+        data: how many parts the batch is divided into.
+        model: how many parts the table and the layers of each token are divided into.
+    """
+
+    data: int
+    model: int
+
+    def __str__(self) -> str:
+        """Return what the command line takes."""
+        return f"{self.data}x{self.model}"
+
+
 class Options(NamedTuple):
     """What the command line asks for."""
 
@@ -67,6 +83,28 @@ class Options(NamedTuple):
     batch_size: int
     chunk_size: int | None
     seed: int
+    mesh: Mesh = Mesh(1, 1)
+
+
+class Checkpoints(NamedTuple):
+    """Where and how often to write checkpoints.
+
+    Args:
+        folder: for them and nothing else.
+        every: steps; None for no checkpoints.
+        resume: whether to go on from the last one.
+    """
+
+    folder: Path
+    every: int | None
+    resume: bool
+
+    def due(self, step: int, steps: int) -> bool:
+        """Return whether to write one after a step."""
+        return self.every is not None and (step % self.every == 0 or step == steps)
+
+
+NO_CHECKPOINTS = Checkpoints(Path("never"), None, resume=False)
 
 
 def checked_width(width: int) -> int:
@@ -76,6 +114,28 @@ def checked_width(width: int) -> int:
     return width
 
 
+def parsed_mesh(text: str) -> Mesh:
+    """Return the mesh of a text such as 2x4."""
+    parts = str(text).split("x")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
+        raise typer.BadParameter(f"{text} is not of the form 2x4, devices for data x devices for the model.")
+    return Mesh(*map(int, parts))
+
+
+def check_mesh(options: Options) -> None:
+    """Raise unless the mesh divides what it is to divide."""
+    data, model = options.mesh
+    for size, what, parts in (
+        (options.batch_size, "windows of a batch", data),
+        (HELD_OUT_BATCH, "windows of a held-out batch", data),
+        (options.vocabulary, "tokens of the vocabulary", model),
+        (4 * options.width, "features of a layer", model),
+    ):
+        if size % parts:
+            problem = f"{size} {what} do not divide into {parts} parts."
+            raise typer.BadParameter(problem, param_hint="'--mesh'")
+
+
 Steps = Annotated[int, typer.Option(min=1, help="Batches to train on.")]
 Vocabulary = Annotated[int, typer.Option(min=257, help="Tokens that the BPE may make.")]
 Width = Annotated[int, typer.Option(min=HEADS, callback=checked_width, help="Features, a multiple of 4.")]
@@ -83,6 +143,18 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Windows of a batch, of 128 
 ChunkSize = Annotated[
     int | None, typer.Option(min=1, help="Tokens to have logits of at a time.", show_default="up to the loss")
 ]
+MeshOption = Annotated[
+    Mesh,
+    typer.Option(
+        parser=parsed_mesh,
+        metavar="DATAxMODEL",
+        help="Devices that divide the batch, and devices that divide table and layers.",
+    ),
+]
+CheckpointEvery = Annotated[
+    int | None, typer.Option(min=1, help="Steps between checkpoints, in the folder for the plot.", show_default="none")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, on this or another mesh.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of weights and batches.")]
 RunFolder = Annotated[Path, typer.Option(callback=made_folder, help="Folder for the plot and the losses.")]
 
@@ -161,11 +233,13 @@ def unigram_perplexity(text: Text) -> float:
 # --- Batches --------------------------------------------------------------------------------------------------------
 
 
-def batches(text: Text, options: Options) -> Iterator[Windows]:
-    """Yield a batch of random windows for each step, each one token longer than the model's input."""
+def batches(text: Text, options: Options, done: int = 0) -> Iterator[Windows]:
+    """Yield a batch of random windows for each step that is not done, each one token longer than the model's input."""
     random = np.random.default_rng(options.seed)
-    for _ in range(options.steps):
+    for step in range(options.steps):
         starts = random.integers(len(text.train) - CONTEXT, size=options.batch_size)
+        if step < done:
+            continue
         yield text.train[starts[:, None] + np.arange(CONTEXT + 1)]
 
 
@@ -213,9 +287,45 @@ class Run(NamedTuple):
     perplexities: dict[int, float]
 
 
+def as_json(run: Run) -> dict[str, Any]:
+    """Return a run as what JSON can hold, with as many digits as it takes to read the same numbers back."""
+    return {"losses": run.losses, "perplexities": [*map(list, run.perplexities.items())]}
+
+
+def fixed_options(options: Options) -> dict[str, Any]:
+    """Return the options that a run has to the end, as what JSON can hold."""
+    return {name: value for name, value in options._asdict().items() if name not in ("steps", "chunk_size", "mesh")}
+
+
+def resumed(content: dict[str, Any], options: Options) -> Run:
+    """Return the run so far, from the `as_json` and "options" of a checkpoint.
+
+    Raises:
+        typer.BadParameter: it was made with other options, or has all the steps.
+    """
+    made_with, wanted = content["options"], fixed_options(options)
+    differing = [f"--{name.replace('_', '-')} {made_with[name]}" for name in wanted if made_with[name] != wanted[name]]
+    if differing:
+        raise typer.BadParameter(f"the checkpoint was made with {', '.join(differing)}.", param_hint="'--resume'")
+    run = Run(content["losses"], {int(step): value for step, value in content["perplexities"]})
+    done = len(run.losses)
+    if done > options.steps or (done == options.steps and done not in run.perplexities):
+        raise typer.BadParameter(f"the checkpoint is of step {done} already.", param_hint="'--steps'")
+    return run
+
+
+def check_checkpoints(checkpoints: Checkpoints, last: int | None) -> None:
+    """Raise if there is no checkpoint to go on from, or if there are some of another run."""
+    if checkpoints.resume and last is None:
+        raise typer.BadParameter(f"there is no checkpoint in {checkpoints.folder}.", param_hint="'--resume'")
+    if checkpoints.every and not checkpoints.resume and last is not None:
+        problem = f"{checkpoints.folder} has checkpoints. Pass --resume, or another folder."
+        raise typer.BadParameter(problem, param_hint="'--output'")
+
+
 def write_losses(run: Run, file: Path) -> None:
-    """Write a run as JSON, with as many digits as it takes to read the same numbers back."""
-    content = {"losses": run.losses, "perplexities": [*run.perplexities.items()]}
+    """Write a run as JSON."""
+    content = as_json(run)
     file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -245,23 +355,34 @@ def plot(run: Run, unigram: float, framework: str, picture: Path) -> None:
     figure.savefig(picture, dpi=100)
 
 
-Train = Callable[[Text, Options, Callable[[float], object]], Run]
+Train = Callable[[Text, Options, Callable[[float], object], Checkpoints], Run]
 LossMemory = Callable[[int, int, int, int | None], dict[str, int]]
 
 
-def train_and_report(train: Train, loss_memory: LossMemory, options: Options, framework: str, output: Path) -> None:
+def train_and_report(
+    train: Train,
+    loss_memory: LossMemory,
+    options: Options,
+    checkpoints: Checkpoints,
+    framework: str,
+    output: Path,
+    is_first: bool = True,
+) -> None:
     """Train a model with a progress bar, print the tables, draw the plot and write the losses.
 
     Args:
-        train: takes the text, the options and a function to call with the loss of each step.
+        train: takes the text, the options, a function to call with the loss of each step, and the checkpoints.
         loss_memory: takes rows, vocabulary, width and chunk size, and returns bytes by name.
         options: of the command line; the vocabulary is the largest that the BPE may make.
+        checkpoints: of the command line.
         framework: its name, for the plot.
         output: the folder.
+        is_first: whether this process is the one that prints and writes; False for the others of several.
     """
-    console = Console()
+    console = Console(quiet=not is_first)
     text = read_text(options.vocabulary)
     options = options._replace(vocabulary=text.vocabulary)
+    check_mesh(options)
     columns = (
         TextColumn("training"),
         BarColumn(bar_width=20),
@@ -271,7 +392,9 @@ def train_and_report(train: Train, loss_memory: LossMemory, options: Options, fr
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=options.steps, loss=np.nan)
-        run = train(text, options, lambda loss: progress.update(task, advance=1, loss=loss))
+        run = train(text, options, lambda loss: progress.update(task, advance=1, loss=loss), checkpoints)
+    if not is_first:
+        return
 
     unigram = unigram_perplexity(text)
     memory = loss_memory(options.batch_size * CONTEXT, options.vocabulary, options.width, options.chunk_size)

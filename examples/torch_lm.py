@@ -18,16 +18,29 @@ by up to 0.02, too, with perplexities of 491 to 495.
 Where other programs want the cores too, one thread is many times faster than several: OMP_NUM_THREADS=1.
 """
 
+import contextlib
 import json
+import math
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+import typer
 from jaxtyping import Float32, Int32
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
@@ -38,10 +51,15 @@ from examples.lm_common import (
     CONTEXT,
     HEADS,
     LAYERS,
+    NO_CHECKPOINTS,
     NORM_EPSILON,
     BatchSize,
+    CheckpointEvery,
+    Checkpoints,
     ChunkSize,
+    MeshOption,
     Options,
+    Resume,
     Run,
     RunFolder,
     Seed,
@@ -50,11 +68,14 @@ from examples.lm_common import (
     Vocabulary,
     Weights,
     Width,
+    Windows,
 )
 from lsce_torch import (
+    LossStats,
     label_smoothed_cross_entropy,
     linear_label_smoothed_cross_entropy,
     linear_label_smoothed_cross_entropy_with_stats,
+    mean_denominator,
 )
 from lsce_torch.metrics import Perplexity
 
@@ -121,60 +142,184 @@ def make_optimizer(model: LanguageModel) -> Optimizer:
     return adamw(model.parameters(), weight_decay=lm_common.WEIGHT_DECAY)
 
 
-def mean_loss(model: LanguageModel, windows: Tensor, options: Options) -> Float32[Tensor, ""]:
-    """Return the mean loss of the next tokens."""
-    return linear_label_smoothed_cross_entropy(
-        model(windows[:, :-1]),
-        model.embed.weight,
-        windows[:, 1:],
-        smoothing=options.smoothing,
-        chunk_size=options.chunk_size,
-    )
+class WithLoss(nn.Module):
+    """A language model and its loss: FSDP gathers the weights only for what is computed in `forward`."""
+
+    def __init__(self, model: LanguageModel, mesh: DeviceMesh | None) -> None:
+        """Keep the model, and find out which processes have other windows."""
+        super().__init__()
+        self.model = model
+        self.data = None if mesh is None else mesh["data"].get_group()
+        self.parts, self.part = (1, 0) if mesh is None else (mesh["data"].size(), mesh.get_local_rank("data"))
+
+    def own(self, windows: Windows) -> Tensor:
+        """Return the windows of this process."""
+        return torch.from_numpy(np.array_split(windows, self.parts)[self.part])
+
+    def forward(
+        self, windows: Int32[Tensor, "N 129"], options: Options | None = None
+    ) -> Float32[Tensor, ""] | LossStats:
+        """Return the loss of the next tokens, or their statistics if there are no options.
+
+        The mean of the processes' losses is the mean over all windows.
+        """
+        hidden, table, labels = self.model(windows[:, :-1]), self.model.embed.weight, windows[:, 1:]
+        if options is None:
+            return linear_label_smoothed_cross_entropy_with_stats(hidden, table, labels)[1]
+        denominator = None
+        if self.parts > 1:
+            denominator = mean_denominator(labels, group=self.data) / self.parts
+        return linear_label_smoothed_cross_entropy(
+            hidden,
+            table,
+            labels,
+            smoothing=options.smoothing,
+            denominator=denominator,
+            chunk_size=options.chunk_size,
+        )
+
+
+def make_mesh(mesh: lm_common.Mesh) -> DeviceMesh | None:
+    """Return a mesh of processes, or None for one device."""
+    if math.prod(mesh) == 1:
+        return None
+    return init_device_mesh("cpu", mesh, mesh_dim_names=("data", "model"))
+
+
+def on_mesh(model: LanguageModel, mesh: DeviceMesh | None) -> WithLoss:
+    """Divide table and layers of each token over "model" by tensor parallelism, and what each rank has over "data"."""
+    with_loss = WithLoss(model, mesh)
+    if mesh is not None and mesh["model"].size() > 1:
+        plan = {"embed": RowwiseParallel(input_layouts=Replicate())}
+        for layer in range(LAYERS):
+            plan |= {f"layers.{layer}.expand": ColwiseParallel(), f"layers.{layer}.contract": RowwiseParallel()}
+        parallelize_module(model, mesh["model"], plan)
+    if mesh is not None and mesh["data"].size() > 1:
+        fully_shard(with_loss, mesh=mesh["data"])
+    return with_loss
 
 
 def train_step(
-    model: LanguageModel, optimizer: Optimizer, windows: Tensor, options: Options, step: int
+    model: WithLoss, optimizer: Optimizer, windows: Windows, options: Options, step: int
 ) -> Float32[Tensor, ""]:
     """Train on one batch, and return its loss."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step)
     optimizer.zero_grad()
-    loss = mean_loss(model, windows, options)
+    loss = model(model.own(windows), options)
     loss.backward()
     optimizer.step()
-    return loss.detach()
+    mean = loss.detach() / model.parts
+    if model.parts > 1:
+        distributed.all_reduce(mean, group=model.data)
+    return mean
 
 
 @torch.no_grad()
-def count(model: LanguageModel, windows: Tensor, metric: Perplexity) -> None:
-    """Add the tokens of some windows to the metric."""
-    _, stats = linear_label_smoothed_cross_entropy_with_stats(
-        model(windows[:, :-1]), model.embed.weight, windows[:, 1:]
-    )
-    metric.update(stats=stats)
-
-
-def perplexity(model: LanguageModel, text: Text) -> float:
-    """Return the perplexity of the held-out text."""
+def perplexity(model: WithLoss, text: Text) -> float:
+    """Return the perplexity of the held-out text. The metric adds up what all processes have counted."""
     metric = Perplexity()
     for windows in lm_common.held_out_batches(text):
-        count(model, torch.from_numpy(windows), metric)
+        metric.update(stats=model(model.own(windows)))
     return float(metric.compute())
 
 
-def train(text: Text, options: Options, on_step: Callable[[float], object] = lambda loss: None) -> Run:
+def train(
+    text: Text,
+    options: Options,
+    on_step: Callable[[float], object] = lambda loss: None,
+    checkpoints: Checkpoints = NO_CHECKPOINTS,
+) -> Run:
     """Train a model, and compute the perplexity of the held-out text from time to time."""
-    model = LanguageModel(lm_common.initial_weights(options.vocabulary, options.width, options.seed))
-    optimizer = make_optimizer(model)
-    run = Run([], {0: perplexity(model, text)})
+    network = LanguageModel(lm_common.initial_weights(options.vocabulary, options.width, options.seed))
+    model = on_mesh(network, make_mesh(options.mesh))
+    optimizer = make_optimizer(network)
+    saved = Saved(checkpoints, model, optimizer)
+    run = saved.restored(options) if checkpoints.resume else Run([], {0: perplexity(model, text)})
+    for loss in run.losses:
+        on_step(loss)
     looks = {options.steps * part // EVALUATIONS for part in range(1, EVALUATIONS + 1)} - {0}
-    for step, windows in enumerate(lm_common.batches(text, options), start=1):
-        loss = train_step(model, optimizer, torch.from_numpy(windows), options, step - 1)
+    for step, windows in enumerate(lm_common.batches(text, options, len(run.losses)), start=len(run.losses) + 1):
+        loss = train_step(model, optimizer, windows, options, step - 1)
         run.losses.append(float(loss))
         if step in looks:
             run.perplexities[step] = perplexity(model, text)
+        if checkpoints.due(step, options.steps):
+            saved.save(run, options)
         on_step(run.losses[-1])
     return run
+
+
+class Saved:
+    """The checkpoints of a training, by torch.distributed.checkpoint, each in a folder with the number of its step."""
+
+    def __init__(self, checkpoints: Checkpoints, model: WithLoss, optimizer: Optimizer) -> None:
+        """Find those that are there.
+
+        Raises:
+            typer.BadParameter: there is none to go on from, or there are some of another run.
+        """
+        self.folder, self.model, self.optimizer = checkpoints.folder, model, optimizer
+        if checkpoints.every or checkpoints.resume:
+            lm_common.check_checkpoints(checkpoints, max(self.steps(), default=None))
+
+    def steps(self) -> list[int]:
+        """Return the steps that there are checkpoints of."""
+        return sorted(int(path.name) for path in self.folder.glob("*") if path.name.isdecimal())
+
+    def save(self, run: Run, options: Options) -> None:
+        """Write model, optimizer and run, and remove all but the last two checkpoints."""
+        content = {**lm_common.as_json(run), "options": lm_common.fixed_options(options)}
+        partial, folder = self.folder / "partial", self.folder / str(len(run.losses))
+        if is_first():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            (partial / "run.json").write_text(json.dumps(content), encoding="utf-8")
+        wait_for_all()
+        with without_warning():
+            checkpoint.save(self.arrays(), checkpoint_id=partial)
+        # Only now has it the name of a checkpoint: whoever is killed before leaves none that is not whole.
+        if is_first():
+            partial.rename(folder)
+            for step in self.steps()[:-2]:
+                shutil.rmtree(self.folder / str(step))
+        wait_for_all()
+
+    def restored(self, options: Options) -> Run:
+        """Restore model and optimizer, each tensor divided as it is now, and return the run so far."""
+        folder = self.folder / str(self.steps()[-1])
+        run = lm_common.resumed(json.loads((folder / "run.json").read_text(encoding="utf-8")), options)
+        arrays = self.arrays()
+        with without_warning():
+            checkpoint.load(arrays, checkpoint_id=folder)
+        set_state_dict(
+            self.model, self.optimizer, model_state_dict=arrays["model"], optim_state_dict=arrays["optimizer"]
+        )
+        return run
+
+    def arrays(self) -> dict[str, Any]:
+        """Return the tensors of model and optimizer, by the names of the parameters."""
+        of_model, of_optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": of_model, "optimizer": of_optimizer}
+
+
+@contextlib.contextmanager
+def without_warning() -> Iterator[None]:
+    """Do not warn of checkpoints of one process alone, which are meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def is_first() -> bool:
+    """Return whether this process is the one that prints and writes."""
+    return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+def wait_for_all() -> None:
+    """Wait until all processes are here."""
+    if distributed.is_initialized():
+        distributed.barrier()
 
 
 # --- Memory ---------------------------------------------------------------------------------------------------------
@@ -220,7 +365,7 @@ app = new_app()
 
 
 @app.command()
-def main(
+def main(  # noqa: PLR0913, PLR0917 - the options of the command line
     steps: Steps = 256,
     smoothing: Smoothing = 0.1,
     vocabulary: Vocabulary = 8192,
@@ -228,15 +373,32 @@ def main(
     batch_size: BatchSize = 16,
     chunk_size: ChunkSize = None,
     seed: Seed = 0,
+    mesh: MeshOption = "1x1",
+    checkpoint_every: CheckpointEvery = None,
+    resume: Resume = False,
     output: RunFolder = Path("out/torch_lm"),
 ) -> None:
     """Train a small language model on the documentation of Python in torch.
 
     The tables show the perplexity of documents that it has not seen, and how much memory the loss takes: with all
     logits at once, and in chunks, which is how the model is trained.
+
+    On a mesh each device is a process, which torchrun starts.
     """
-    options = Options(steps, smoothing, vocabulary, width, batch_size, chunk_size, seed)
-    lm_common.train_and_report(train, loss_memory, options, "torch", output)
+    number, processes = math.prod(mesh), int(os.environ.get("WORLD_SIZE", "1"))
+    if processes != number:
+        command = f"torchrun --standalone --nproc-per-node {number} -m examples.torch_lm"
+        problem = f"{mesh} needs {number} processes, and there are {processes}: start it with {command}."
+        raise typer.BadParameter(problem, param_hint="'--mesh'")
+    options = Options(steps, smoothing, vocabulary, width, batch_size, chunk_size, seed, mesh)
+    checkpoints = Checkpoints(output / "checkpoints", checkpoint_every, resume)
+    if number > 1:
+        distributed.init_process_group("gloo")
+    try:
+        lm_common.train_and_report(train, loss_memory, options, checkpoints, "torch", output, is_first())
+    finally:
+        if number > 1:
+            distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

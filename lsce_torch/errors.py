@@ -76,6 +76,12 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         "the ranks of the group disagree about {name}: rank 0 has {first}, rank {rank} has {other}. "
         "Pass the same on every rank; only the classes are divided.",
     ),
+    "ranks_rows": (
+        ValueError,
+        "the ranks of the group disagree about {name}: those of rank {rank} are not those of rank 0. Pass the same "
+        "rows on every rank; only the classes are divided. If the rows of a linear loss are divided too, and its "
+        "weight is a DTensor, pass hidden and labels as DTensors: DTensor.from_local(hidden, mesh, [Shard(0)]).",
+    ),
     "rank_failed": (
         RuntimeError,
         "the loss failed on other ranks of the group: {ranks}. The error of each says why.",
@@ -86,7 +92,7 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
     ),
     "shard_gradient": (
         ValueError,
-        "{name} has no gradient where the classes are divided over ranks. Pass {name}.detach().",
+        "{name} has no gradient where classes or rows are divided over ranks. Pass {name}.detach().",
     ),
     "shard_transform": (
         RuntimeError,
@@ -94,17 +100,22 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
     ),
     "dtensor_partial": (
         ValueError,
-        "logits must be whole numbers, got a DTensor that is Partial, {given}: each rank has a part of each logit. "
-        "Call logits.redistribute(placements=...) with Shard or Replicate first.",
+        "{name} must be whole numbers, got a DTensor that is Partial, {given}: each rank has a part of each number. "
+        "Call {name}.redistribute(placements=...) with Shard or Replicate first.",
     ),
     "dtensor_placement": (
         ValueError,
-        "logits must be Replicate or Shard on each dimension of the mesh, and the classes Shard on one, got {given}. "
-        "Call logits.redistribute(placements=...) first.",
+        "{name} must be Replicate or Shard on each dimension of the mesh, and the classes Shard on one at most, "
+        "got {given}. Call {name}.redistribute(placements=...) first.",
+    ),
+    "dtensor_mesh": (
+        ValueError,
+        "all DTensors of a call must be on the same mesh, got {name} on the ranks {given} and others on {expected}. "
+        "Pass DTensor.from_local({name}.to_local(), mesh, placements) with the mesh of the others.",
     ),
     "dtensor_option": (
         ValueError,
-        "logits that are a DTensor have no {name}. Leave it out.",
+        "the loss of a DTensor has no {name}. Leave it out.",
     ),
     "overwritten": (
         RuntimeError,

@@ -1,5 +1,6 @@
 """The last linear layer and the loss in one: no tensor holds all logits."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Unpack
 
@@ -20,6 +21,9 @@ from lsce_torch.layer import Layer
 from lsce_torch.overwrite import is_wrapper
 from lsce_torch.stats import LossStats
 
+# Other ways to compute the loss, by the name of the class of a tensor of the layer; see `functional`.
+LAYER_LOSSES_OF_SUBCLASSES: dict[str, Callable[..., tuple[Tensor, LossStats | None]]] = {}
+
 
 @takes(LinearLossKeywords)
 def linear_label_smoothed_cross_entropy(
@@ -37,8 +41,11 @@ def linear_label_smoothed_cross_entropy(
     Args:
         hidden: [..., D] features. float64, float32, bfloat16 or float16: the dtype of the matrix products, except that
             float16 is multiplied in float32 for a sum or mean, whose gradients are computed before they are scaled.
+            A DTensor may be Shard on its dimensions of rows. Without DTensor it is the same on all ranks of the mesh.
         weight: [K, D], that of nn.Linear, of any of these dtypes. It is multiplied in the dtype of hidden. Its gradient
-            is added up in float32 or wider and returned in the weight's dtype.
+            is added up in float32 or wider and returned in the weight's dtype. A DTensor may be divided in any way, as
+            by ColwiseParallel or FSDP2. Along a dimension of the mesh that divides its classes and not the rows each
+            rank computes its own classes; along others the weight is gathered, and no logits are.
         labels: [...] class indices, of any integer dtype.
         bias: K numbers, or None.
         class_mask: K booleans, or a mask for each row, which broadcasts to [..., K]; see
@@ -58,10 +65,12 @@ def linear_label_smoothed_cross_entropy(
 
     Returns:
         Losses, with `reduction="none"` of shape [...], else a scalar. float64 for float64 hidden, otherwise float32.
+        A DTensor if hidden is one; gradients are placed as what they belong to.
 
     Raises:
         TypeError: wrong type or dtype, or labels that are probabilities.
-        ValueError: wrong shape, value out of range, or options that exclude each other.
+        ValueError: wrong shape, value out of range, or options that exclude each other. Also DTensors that are Partial
+            or on different meshes, and ranks that disagree.
         IndexError: a label outside the classes, with `bad_labels="raise"`.
 
     Example:
@@ -129,6 +138,10 @@ def _evaluate(
     options = LossOptions.of(keywords, kernels.LINEAR_IMPLEMENTATIONS)
     check_flag("differentiable", differentiable)
     chunks = ChunkOptions.of(keywords, options, differentiable=differentiable)
+    for tensor in (hidden, weight, labels, keywords["bias"]):
+        of_subclass = LAYER_LOSSES_OF_SUBCLASSES.get(type(tensor).__name__)
+        if of_subclass is not None:
+            return of_subclass(hidden, weight, labels, keywords, with_stats, differentiable)
     layer, num_classes = prepare_layer(hidden, weight, labels, keywords["bias"])
     if labels.is_floating_point():
         raise error("linear_soft_labels", given=dtype_name(labels))
@@ -163,6 +176,17 @@ def _is_transformed() -> bool:
 def prepare_layer(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, hint: str = ""
 ) -> tuple[Layer, int]:
+    """Return the layer as autocast wants it, and the number of classes. See `check_layer_tensors`."""
+    layer, num_classes = check_layer_tensors(hidden, weight, labels, bias, hint)
+    device = hidden.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        layer = layer._replace(hidden=hidden.to(torch.get_autocast_dtype(device)))
+    return layer, num_classes
+
+
+def check_layer_tensors(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, hint: str = ""
+) -> tuple[Layer, int]:
     """Check the tensors of the layer; return it and the number of classes. `hint` is as in `check_layer`."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("labels", labels), ("bias", bias)):
         if tensor is not None:
@@ -171,11 +195,7 @@ def prepare_layer(
                 raise error("layer_device", name=name, given=tensor.device, expected=hidden.device)
     layer = Layer(hidden, weight, bias)
     shapes = ((tuple(tensor.shape), dtype_name(tensor)) for tensor in layer if tensor is not None)
-    num_classes = check_layer(*shapes, features_axis=1, hint=hint)
-    device = hidden.device.type
-    if device != "meta" and torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        layer = layer._replace(hidden=hidden.to(torch.get_autocast_dtype(device)))
-    return layer, num_classes
+    return layer, check_layer(*shapes, features_axis=1, hint=hint)
 
 
 def _all_logits(layer: Layer, batch: Batch) -> Float[Tensor, "*batch K"]:

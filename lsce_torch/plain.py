@@ -192,6 +192,57 @@ def parts_of_shard(logits: Float[Tensor, "*batch K"], operands: Operands, of_all
     return _parts(classes, operands)
 
 
+def peaks_and_parts_of_shard(
+    logits: Float[Tensor, "*batch K"], operands: Operands
+) -> tuple[Peaks, Int[Tensor, "*batch"] | None, Parts]:
+    """Return what `peaks_of_shard` returns, and the sums over the classes relative to the shard's own largest logits.
+
+    If these are -inf, the sums are relative to a finite number below all logits that matter. See `relative_to`.
+    """
+    own, first = peaks_of_shard(logits, operands)
+    return own, first, parts_of_shard(logits, operands, _finite(own))
+
+
+def _finite(own: Peaks) -> Peaks:
+    least = torch.finfo(own.peak.dtype).min / 4
+    return Peaks(own.largest.clamp(min=least), own.peak.clamp(min=least))
+
+
+def relative_to(
+    of_all: Peaks,
+    own: Peaks,
+    parts: Parts,
+    num_labels: Float[Tensor, "*batch"],
+    other_mass: Float[Tensor, "*batch"],
+) -> Parts:
+    """Return the sums of a shard relative to the largest logits of all classes, from those relative to its own.
+
+    With m of the shard and M >= m of all, exp(z - M) = exp(z - m) exp(m - M), and M - z = (m - z) + (M - m).
+
+    Args:
+        of_all: the largest logits of all classes.
+        own: those of the shard.
+        parts: the sums relative to them.
+        num_labels: 1 where the label is a class of the shard, else 0.
+        other_mass: what the gaps of the shard's other classes are multiplied by, in sum.
+    """
+    shift = of_all.peak - _finite(own).peak
+    scale, mass = torch.exp(-shift), parts.rest + parts.num_peaks
+    has_peak, has_largest = own.peak == of_all.peak, own.largest == of_all.largest
+    # No number of float64 is so small that its product with exp(-1000) would be more than 0. Infinity would be NaN.
+    gap_mass = None if parts.gap_mass is None else scale * (parts.gap_mass + mass * shift.clamp(max=1000))
+    return Parts(
+        rest=torch.where(has_peak, parts.rest, mass * scale),
+        num_peaks=torch.where(has_peak, parts.num_peaks, 0),
+        label_gap=parts.label_gap + shift * num_labels,
+        other_gaps=parts.other_gaps + shift * other_mass,
+        gap_mass=gap_mass,
+        num_largest=None if parts.num_largest is None else torch.where(has_largest, parts.num_largest, 0),
+        largest_mass=None if parts.largest_mass is None else torch.where(has_largest, parts.largest_mass, 0),
+        largest_gap=None if parts.largest_gap is None else torch.where(has_largest, parts.largest_gap, 0),
+    )
+
+
 def _classes_and_sums(
     logits: Float[Tensor, "*batch K"], operands: Operands, of_all: Sums | None
 ) -> tuple[_Classes, Sums]:

@@ -106,6 +106,46 @@ def _(rows: Tensor, after: Sequence[Tensor], operation: str, group: str) -> Tens
     return torch.empty_like(rows, memory_format=torch.contiguous_format)
 
 
+def in_order(value: Shaped[Tensor, "..."], after: Sequence[Tensor]) -> Shaped[Tensor, "..."]:
+    """Return the value for a collective, which torch.compile then does not move before the others. See `total`."""
+    if not after:
+        return value
+    result: Tensor = torch.ops.lsce.in_order(value, after)
+    return result
+
+
+@torch.library.custom_op("lsce::in_order", mutates_args=(), schema="(Tensor rows, Tensor[] after) -> Tensor")
+def _in_order(rows: Tensor, after: Sequence[Tensor]) -> Tensor:
+    del after
+    return rows.clone()
+
+
+@_in_order.register_fake
+def _(rows: Tensor, after: Sequence[Tensor]) -> Tensor:
+    return torch.empty_like(rows)
+
+
+def _gradient_in_order(ctx: Any, upstream: Tensor) -> tuple[Tensor, list[None]]:
+    return upstream, [None] * ctx.num_told
+
+
+def _count(ctx: Any, inputs: tuple[Tensor, Sequence[Tensor]], output: Tensor) -> None:
+    ctx.num_told = len(inputs[1])
+
+
+_in_order.register_autograd(_gradient_in_order, setup_context=_count)
+
+
+def joined_rows(rows: Shaped[Tensor, "n ..."], length: int, ranks: Ranks) -> Shaped[Tensor, "length ..."]:
+    """Return the rows of all ranks. All ranks but the last ones have equally many, and `length` is that of all."""
+    step = -(-length // ranks.size)
+    padded = rows.new_zeros((step, *rows.shape[1:]))
+    padded[: rows.shape[0]] = rows
+    functional = torch.ops._c10d_functional
+    joined: Tensor = functional.wait_tensor(functional.all_gather_into_tensor(padded, ranks.size, ranks.name))
+    return joined[:length]
+
+
 class Told(NamedTuple):
     """What a rank tells the others first.
 
@@ -113,12 +153,14 @@ class Told(NamedTuple):
         num_classes: that it has.
         num_rows: of the call.
         shared: what else must be the same on every rank, as numbers by name; NaN for what is not at hand.
+        rows: integers or booleans of the rows that must be the same on every rank, by name.
         sums: numbers that the ranks want to add up, by name.
     """
 
     num_classes: int
     num_rows: int
     shared: dict[str, float]
+    rows: dict[str, Shaped[Tensor, "..."]]
     sums: dict[str, Float[Tensor, ""] | float]
 
 
@@ -138,8 +180,9 @@ def tell(
     """
     sums = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in told.sums.values()]
     sizes, shared = [told.num_classes, told.num_rows], list(told.shared.values())
-    heard = torch.ops.lsce.tell(torch.stack(sums), sizes, shared, list(told.shared), ranks.name)
-    start = 1 + len(sizes) + len(shared)
+    rows, names = list(told.rows.values()), [*told.shared, *told.rows]
+    heard = torch.ops.lsce.tell(torch.stack(sums), rows, sizes, shared, names, ranks.name)
+    start = 1 + len(sizes) + len(names)
     return heard[:, 1], {name: heard[:, start + place].sum() for place, name in enumerate(told.sums)}
 
 
@@ -151,19 +194,46 @@ def tell_failure(ranks: Ranks, device: torch.device) -> None:
 @torch.library.custom_op(
     "lsce::tell",
     mutates_args=(),
-    schema="(Tensor sums, SymInt[] sizes, float[] shared, str[] names, str group) -> Tensor",
+    schema="(Tensor sums, Tensor[] rows, SymInt[] sizes, float[] shared, str[] names, str group) -> Tensor",
 )
-def _tell(sums: Tensor, sizes: Sequence[int], shared: Sequence[float], names: Sequence[str], group: str) -> Tensor:
+def _tell(
+    sums: Tensor,
+    rows: Sequence[Tensor],
+    sizes: Sequence[int],
+    shared: Sequence[float],
+    names: Sequence[str],
+    group: str,
+) -> Tensor:
     has_failed = 0.0
-    heard = _gathered(torch.cat([sums.new_tensor([has_failed, *map(float, sizes), *shared]), sums]), group)
+    numbers = sums.new_tensor([has_failed, *map(float, sizes), *shared])
+    heard = _gathered(torch.cat([numbers, *map(_checksum, rows), sums]), group)
     if may_wait(sums):
-        _check_agreement(heard.tolist(), ["the number of rows", *names])
+        _check_agreement(heard.tolist(), ["the number of rows", *names], names[len(shared) :])
     return heard
 
 
 @_tell.register_fake
-def _(sums: Tensor, sizes: Sequence[int], shared: Sequence[float], names: Sequence[str], group: str) -> Tensor:
+def _(
+    sums: Tensor,
+    rows: Sequence[Tensor],
+    sizes: Sequence[int],
+    shared: Sequence[float],
+    names: Sequence[str],
+    group: str,
+) -> Tensor:
     return sums.new_empty(_find(group).size(), _TOLD)
+
+
+def _checksum(values: Shaped[Tensor, "..."]) -> Float[Tensor, " 1"]:
+    """Return a number of 52 bits, which other integers, or these in another order, do not have as far as we can tell.
+
+    Integers wrap around, so the order of the sum does not matter. The mixing is that of splitmix64.
+    """
+    mixed = values.reshape(-1).to(torch.int64)
+    mixed = mixed + torch.arange(1, mixed.numel() + 1, device=mixed.device) * _GOLDEN
+    for shift, factor in _MIXING:
+        mixed = (mixed ^ (mixed >> shift)) * factor
+    return (mixed.sum(dim=0, keepdim=True) >> 12).to(torch.float64)
 
 
 def _gathered(vector: Float[Tensor, " n"], group: str) -> Float[Tensor, "ranks told"]:
@@ -181,8 +251,11 @@ def _find(group: str) -> Any:
     return distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined,arg-type]
 
 
-def _check_agreement(heard: Sequence[Sequence[float]], names: Sequence[str]) -> None:
-    """Raise unless no rank has failed, all have the same numbers of these names, and some rank has classes."""
+def _check_agreement(heard: Sequence[Sequence[float]], names: Sequence[str], of_rows: Sequence[str]) -> None:
+    """Raise unless no rank has failed, all have the same numbers of these names, and some rank has classes.
+
+    The numbers of the names in `of_rows` are checksums.
+    """
     failed = [rank for rank, values in enumerate(heard) if values[0]]
     if failed:
         raise error("rank_failed", ranks=failed)
@@ -190,6 +263,8 @@ def _check_agreement(heard: Sequence[Sequence[float]], names: Sequence[str]) -> 
         values = [of_rank[place] for of_rank in heard]
         for rank, value in enumerate(values):
             if value != values[0] and not (math.isnan(value) or math.isnan(values[0])):
+                if name in of_rows:
+                    raise error("ranks_rows", name=name, rank=rank)
                 first, other = (_text(name, number) for number in (values[0], value))
                 raise error("ranks_differ", name=name, first=first, rank=rank, other=other)
     if not any(values[1] for values in heard):
@@ -202,6 +277,9 @@ def _text(name: str, value: float) -> str:
     return texts[int(value)] if 0 <= value < len(texts) else f"{value:.9g}"
 
 
+# Of splitmix64 (Steele, Lea and Flood, 2014), as signed integers.
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_MIXING = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 # How many numbers a rank tells, at most.
 _TOLD = 32
 # Options that are told as their place in a list.

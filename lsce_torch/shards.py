@@ -22,7 +22,16 @@ from lsce_torch.functional import mean_divisor
 from lsce_torch.inputs import Batch, Given, at_labels, canonical, compute_dtype, name_of, raise_bad_label
 from lsce_torch.layer import Gradients, Layer, Settings, chunks, multiplied
 from lsce_torch.overwrite import has_memory
-from lsce_torch.plain import Parts, Peaks, parts_of_shard, peaks_of_shard, plain_gradients, sums_of_parts
+from lsce_torch.plain import (
+    Parts,
+    Peaks,
+    parts_of_shard,
+    peaks_and_parts_of_shard,
+    peaks_of_shard,
+    plain_gradients,
+    relative_to,
+    sums_of_parts,
+)
 from lsce_torch.ranks import Ranks, Told, largest, least, place_of, tell, total
 from lsce_torch.stats import LossStats
 from lsce_torch.sums import (
@@ -87,7 +96,9 @@ def shard_of(
         "prior": 0.0 if given.prior is None else given.prior.double().sum(),
     }
     shared = _shared(given, options, keywords, statistics, num_features)
-    told = Told(logits.shape[-1], math.prod(logits.shape[:-1]), shared, sums)
+    told = Told(
+        logits.shape[-1], math.prod(logits.shape[:-1]), shared, rows_that_agree(given.labels, given.where), sums
+    )
     classes, heard = tell(told, ranks, logits.device)
     if given.prior is not None and is_on_cpu(logits) and not torch.compiler.is_compiling():
         as_given = keywords["prior"]
@@ -133,6 +144,18 @@ def _shared(
         "smoothing": number(options.smoothing),
         "denominator": number(keywords["denominator"]),
     }
+
+
+def rows_that_agree(
+    labels: Int[Tensor, "*batch"] | Float[Tensor, "..."], where: Bool[Tensor, "*#batch"] | None
+) -> dict[str, Tensor]:
+    """Return what must be the same on every rank: `where`, and the class indices of rows that it does not leave out."""
+    if labels.is_floating_point():
+        return {} if where is None else {"where": where}
+    if where is None:
+        return {"labels": labels}
+    where = where.expand(labels.shape)
+    return {"where": where, "labels": torch.where(where, labels, 0)}
 
 
 def _flat(batch: Batch, class_mask: Bool[Tensor, " K"] | Bool[Tensor, "*batch K"] | None) -> Batch:
@@ -293,7 +316,8 @@ def _told_of_rows(
         differentiable=statistics > 1,
         kernels=False,
     )
-    of_all, prediction, labels = _peaks(shard, batch, operands, batch.logits.detach() if layer is None else layer)
+    own, first, parts_of_own = _own_peaks(batch.logits.detach() if layer is None else layer, operands)
+    of_all, prediction, labels = _peaks(shard, batch, operands, own, first)
     told = [of_all.largest] if prediction is None else [of_all.largest, prediction]
     if target is not None and options.convention.at_max is not None:
         factor, num_largest = _with_at_max(shard, batch, options, operands.factor, told)
@@ -302,19 +326,49 @@ def _told_of_rows(
     columns = _columns(batch, options, places, target, operands.factor)
     if batch.soft and statistics:
         columns["mass of the labels"] = torch.sum(_soft_labels(batch), dim=-1)
-    parts, columns = _parts(shard, batch, operands, of_all, columns, told, layer)
+    here = None
+    if parts_of_own is not None and places is not None:
+        here = relative_to(of_all, own, parts_of_own, *_masses(batch, places, columns))
+    parts, columns = _parts(shard, batch, operands, of_all, columns, told, here)
     return operands, _OfAll(sums_of_parts(parts, of_all, operands), columns, prediction, labels)
 
 
-def _peaks(
-    shard: Shard, batch: Batch, operands: Operands, source: Tensor | ShardedLayer
-) -> tuple[Peaks, Int[Tensor, " N"] | None, Int[Tensor, " N"] | None]:
-    """Return the largest logits of all classes, and for statistics which is the first, and that of soft labels."""
-    found = [(*peaks, first) for peaks, first in _by_blocks(peaks_of_shard, source, operands)]
-    largest_here, peak_here, _, first = _joined(found)
+def _own_peaks(
+    source: Tensor | ShardedLayer, operands: Operands
+) -> tuple[Peaks, Int[Tensor, " N"] | None, Parts | None]:
+    """Return the largest logits of this rank's classes, and for statistics which is the first.
+
+    Of a layer also the sums over its classes, so that its logits need not be computed again for them.
+    """
+    if isinstance(source, ShardedLayer):
+        found = [
+            (*own[:2], first, *parts) for own, first, parts in _by_blocks(peaks_and_parts_of_shard, source, operands)
+        ]
+    else:
+        found = [(*own[:2], first) for own, first in _by_blocks(peaks_of_shard, source, operands)]
+    largest_here, peak_here, first, *parts = _joined(found)
     assert largest_here is not None
     assert peak_here is not None
-    candidates = [largest_here] if operands.softcap is None else [largest_here, peak_here]
+    return Peaks(largest_here, peak_here), first, Parts._make(parts) if parts else None
+
+
+def _masses(
+    batch: Batch, places: _Places, columns: Mapping[str, Float[Tensor, " N"]]
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Return how many labels of each row are here, and what the gaps of the other classes are multiplied by in sum."""
+    are_here = places.are_here.to(batch.dtype)
+    if "factor of the others" in columns:
+        return are_here, columns["factor of the others"]
+    if batch.class_mask is None:
+        return are_here, batch.logits.shape[-1] - are_here
+    return are_here, torch.sum(batch.class_mask, dim=-1) - places.value(batch.class_mask).to(batch.dtype)
+
+
+def _peaks(
+    shard: Shard, batch: Batch, operands: Operands, own: Peaks, first: Int[Tensor, " N"] | None
+) -> tuple[Peaks, Int[Tensor, " N"] | None, Int[Tensor, " N"] | None]:
+    """Return the largest logits of all classes, and for statistics which is the first, and that of soft labels."""
+    candidates = [own.largest] if operands.softcap is None else [own.largest, own.peak]
     places = [] if first is None else [first]
     if first is not None and batch.soft:
         label_here, first_label = _first_of_labels(batch)
@@ -397,21 +451,21 @@ def _parts(
     of_all: Peaks,
     columns: dict[str, Tensor],
     told: Sequence[Tensor],
-    layer: ShardedLayer | None,
+    here: Parts | None,
 ) -> tuple[Parts, dict[str, Float[Tensor, " N"]]]:
     """Return the sums over the classes of all ranks, relative to the largest logits, and the columns likewise.
 
-    `told` is what the ranks have told before.
+    `told` is what the ranks have told before, and `here` the sums of this rank if they are known.
     """
     is_compiled = torch.compiler.is_compiling()
     with torch.set_grad_enabled(is_compiled and torch.is_grad_enabled()):
         logits = batch.logits if is_compiled else batch.logits.detach()
-        parts = _parts_here(logits if layer is None else layer, operands, of_all)
+        parts = _parts_here(logits, operands, of_all) if here is None else here
         if "mass of the labels" in columns:
             of_labels = operands._replace(factor=_soft_labels(batch), with_stats=False)
             columns["gap of the labels"] = _parts_here(logits, of_labels, of_all).other_gaps
-        here = torch.stack([value for value in (*parts, *columns.values()) if value is not None])
-    heard = iter(_total(here, shard.ranks, told).unbind())
+        rows = torch.stack([value for value in (*parts, *columns.values()) if value is not None])
+    heard = iter(_total(rows, shard.ranks, told).unbind())
     parts = Parts._make(None if value is None else next(heard) for value in parts)
     if parts.num_largest is not None and parts.largest_mass is not None and parts.largest_gap is not None:
         masses = {"largest_mass": parts.largest_mass, "largest_gap": parts.largest_gap}
@@ -419,8 +473,8 @@ def _parts(
     return parts, {name: next(heard) for name in columns}
 
 
-def _parts_here(source: Tensor | ShardedLayer, operands: Operands, of_all: Peaks) -> Parts:
-    return Parts._make(_joined(_by_blocks(parts_of_shard, source, operands, of_all)))
+def _parts_here(logits: Float[Tensor, "N K"], operands: Operands, of_all: Peaks) -> Parts:
+    return Parts._make(_joined(_by_blocks(parts_of_shard, logits, operands, of_all)))
 
 
 def _total(here: Float[Tensor, "sums N"], ranks: Ranks, told: Sequence[Tensor]) -> Float[Tensor, "sums N"]:

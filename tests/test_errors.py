@@ -220,12 +220,15 @@ TORCH_ELSEWHERE = {
     "group_type",
     "group_member",
     "ranks_differ",
+    "ranks_rows",
     "rank_failed",
     "no_classes_anywhere",
     "shard_gradient",
     "shard_transform",
     "dtensor_partial",
     "dtensor_placement",
+    # these also in parity_tests/suite/test_dtensor_layers.py
+    "dtensor_mesh",
     "dtensor_option",
     # in test_trainers.py
     "trainer_outputs",

@@ -65,10 +65,20 @@ def adapter(num_devices: int, check_vma: bool = True, linear: bool = False) -> S
     return ShardedAdapter(num_devices, check_vma, linear, narrow=NARROW_PRODUCTS)
 
 
+# A dtype changes nothing in how classes are divided, but by its precision. So every case is there with every number of
+# devices, and with two dtypes; those with every option are there with the other two.
+IN_EVERY_CASE = {(DEVICES, "float32"), (3, "bfloat16")}
+IN_SOME_CASES = {(DEVICES, "float64"), (3, "float16")}
+
+
 def cases(names: Iterable[str], is_quick: Callable[[str, int, str], bool], dtypes: Sequence[str]) -> Any:
-    """Return a decorator for tests of each case, number of devices and dtype. Those that are not quick are marked."""
-    each = product(names, (DEVICES, 3), dtypes)
-    marked = [pytest.param(*one, marks=[] if is_quick(*one) else [pytest.mark.distributed]) for one in each]
+    """Return a decorator for tests of cases, numbers of devices and dtypes. Those that are not quick are marked."""
+    marked = []
+    for name, number, dtype in product(names, (DEVICES, 3), dtypes):
+        is_one_of_some = (number, dtype) in IN_SOME_CASES and name in {*QUICK, *EVERY_OPTION, *OF_LAYERS}
+        quick = is_quick(name, number, dtype)
+        if quick or is_one_of_some or (number, dtype) in IN_EVERY_CASE:
+            marked.append(pytest.param(name, number, dtype, marks=[] if quick else [pytest.mark.distributed]))
     return pytest.mark.parametrize(("name", "num_devices", "dtype"), marked)
 
 

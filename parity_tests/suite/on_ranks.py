@@ -1,5 +1,7 @@
 """What `test_vocab_parallel_torch.py` runs in each process of a group. It loads no JAX."""
 
+import os
+import time
 from collections import Counter
 from typing import Any
 
@@ -211,30 +213,23 @@ def refused_dtensor(_: Any, how: str) -> Any:
 linear_loss = lsce_torch.vocab_parallel_linear_label_smoothed_cross_entropy
 
 
-def linear_beside_dense(group: Any, number: int) -> list[tuple[Any, Any, Any]]:
-    """Return statistics, and a gradient through them, of the linear loss and of the logits, and how far they may part.
+def linear_statistics(
+    group: Any, number: int, options: dict[str, Any], arrays: dict[str, Any], upstream: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return loss and statistics of the linear loss, and the gradients through these with respect to hidden.
 
-    The layer is one of small integers, so that its logits are exact.
+    The weight has one 1 for each class, so hidden is the logits.
     """
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randint(-2, 3, shape, generator=generator).float() for shape in ((6, 4), (3 * 5, 4)))
-    labels = torch.randint(0, 15, (6,), generator=generator)
-    mine = weight[5 * number : 5 * number + 5].requires_grad_()
-    keywords: dict[str, Any] = {"group": group, "differentiable": True, "softcap": 8.0}
+    tensors, size = tensors_of(arrays), torch.distributed.get_world_size(group)
+    hidden = tensors.pop("logits").requires_grad_()
+    weight = torch.tensor_split(torch.eye(hidden.shape[-1], dtype=hidden.dtype), size)[number]
     function = lsce_torch.vocab_parallel_linear_label_smoothed_cross_entropy_with_stats
-    _, of_linear = function(hidden, mine, labels, chunk_size=4, **keywords)
-    logits = torch.nn.functional.linear(hidden, mine.detach()).requires_grad_()
-    _, of_dense = loss_and_stats(logits, labels, **keywords)
-    gradients = []
-    for stats, leaf in ((of_linear, mine), (of_dense, logits)):
-        gradients += torch.autograd.grad((stats.nll + stats.entropy).sum(), leaf)
-    of_weight, of_logits = gradients
-    # Sums of six products with small integers, which are exact, in two orders.
-    bound = 2 * 5 * 2.0**-24 * (of_logits.abs().T @ hidden.abs())
-    pairs = [
-        (one.detach().double(), other.detach().double(), 0.0) for one, other in zip(of_linear, of_dense, strict=True)
-    ]
-    return [*pairs, (of_weight, of_logits.T @ hidden, bound)]
+    loss, stats = function(hidden, weight, **tensors, group=group, differentiable=True, chunk_size=4, **options)
+    factor = torch.from_numpy(upstream).to(stats.nll.dtype)
+    gradients = {
+        name: torch.autograd.grad(getattr(stats, name), hidden, factor, retain_graph=True)[0] for name in STATISTICS
+    }
+    return {"loss": loss.detach(), **{name: value.detach() for name, value in stats._asdict().items()}}, gradients
 
 
 def linear_called(group: Any, changes: dict[str, Any]) -> Any:
@@ -250,6 +245,17 @@ def linear_called(group: Any, changes: dict[str, Any]) -> Any:
 def linear_transformed(group: Any) -> Any:
     weight, labels = torch.zeros(3, 2), torch.zeros(4, dtype=torch.int64)
     return torch.func.grad(lambda h: linear_loss(h, weight, labels, group=group))(torch.zeros(4, 2))
+
+
+def called_late(group: Any, keywords: dict[str, Any], seconds: float) -> Any:
+    time.sleep(seconds)
+    return called(group, keywords)
+
+
+def called_or_exit(group: Any, keywords: dict[str, Any], exits: bool) -> Any:
+    if exits:
+        os._exit(3)
+    return called(group, keywords)
 
 
 def denominators(group: Any, labels: Any) -> list[int]:

@@ -16,6 +16,7 @@ from parity_tests.losses.sharded_torch import (
     DIVISIONS,
     DTensorAdapter,
     Layout,
+    Processes,
     ShardedTorchAdapter,
     joined,
     processes,
@@ -23,6 +24,7 @@ from parity_tests.losses.sharded_torch import (
     same,
     slices_of,
 )
+from parity_tests.losses.workers import WorkerError
 from parity_tests.suite import on_ranks
 from parity_tests.suite.test_differentiable_stats import NAMES, agrees, factors, in_rows, truth_and_bounds_of
 from parity_tests.suite.test_stats import assert_statistics
@@ -70,6 +72,10 @@ def test_against_oracle(number: int, division: str, dtype: str) -> None:
     assert max(shares.values()) > 0.1
 
 
+def shape_of_loss(case: Case) -> tuple[int, ...]:
+    return () if case.options.get("reduction", "none") != "none" else case.batch_shape
+
+
 def answers_of(case: Case, loss: ShardedTorchAdapter, function: Callable[..., Any], *more: Any) -> list[Any]:
     """Return what a function of `on_ranks` returns for the slices of a case on each rank."""
     arrays, options = operands_of(case)
@@ -86,10 +92,7 @@ def test_statistics(number: int, division: str) -> None:
             case = make_case(name, "float32")
             answers = answers_of(case, loss, on_ranks.statistics)
             stats = {field: same([answer[field] for answer in answers]).numpy().reshape(-1) for field in answers[0]}
-            whole = stats.pop("loss").reshape(
-                () if case.options.get("reduction", "none") != "none" else case.batch_shape
-            )
-            assert_statistics(case, whole, stats, loss.arithmetic)
+            assert_statistics(case, stats.pop("loss").reshape(shape_of_loss(case)), stats, loss.arithmetic)
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.distributed)])
@@ -200,7 +203,7 @@ def test_func_grad() -> None:
 
 def test_the_default_group() -> None:
     """Without a group the classes are divided over all processes."""
-    losses = processes().run(on_ranks.default_group, [()] * 4)
+    losses = processes().on_ranks(on_ranks.default_group, [()] * 4)
     logits = torch.tensor([0.0, 1, 1, 2, 2, 3, 3, 4]).repeat(3, 1)
     expected = lsce_torch.label_smoothed_cross_entropy(logits, torch.tensor([0, 3, 7]))
     assert abs(float(same(losses)) - float(expected)) <= 1e-6
@@ -262,24 +265,31 @@ def test_compiled_linear() -> None:
         assert comparison.agrees, (name, comparison)
 
 
-def test_statistics_of_the_linear_loss() -> None:
-    """Those of the logits that it makes, and gradients through them."""
-    for answer in processes().run(on_ranks.linear_beside_dense, [(number,) for number in range(3)]):
-        assert not isinstance(answer, Exception), answer
-        for of_linear, of_dense, bound in answer:
-            assert torch.all(torch.abs(of_linear - of_dense) <= bound)
+@pytest.mark.parametrize("name", ["classes_33", "softcap", "ties", "dominant", "where"])
+def test_statistics_of_the_linear_loss(name: str) -> None:
+    """Those of the logits that it makes, and the gradients through them."""
+    case, loss = make_case(name, "float32"), ShardedTorchAdapter(3, linear=True)
+    arrays, options = operands_of(case)
+    arrays.pop("upstream")
+    given = [(number, options, arrays, factors(case)) for number in range(3)]
+    answers = run_on_ranks(on_ranks.linear_statistics, given)
+    stats = {field: same([answer[0][field] for answer in answers]).numpy().reshape(-1) for field in answers[0][0]}
+    assert_statistics(case, stats.pop("loss").reshape(shape_of_loss(case)), stats, loss.arithmetic)
+    for statistic, (exact, bound) in truth_and_bounds_of(case, loss.arithmetic).items():
+        gradient = same([answer[1][statistic] for answer in answers])
+        assert agrees(exact, bound, in_rows(case, gradient.double().numpy())), statistic
 
 
 def test_messages_of_the_linear_loss() -> None:
-    problems = processes().run(on_ranks.linear_called, [({"labels": np.zeros((4, 3), F32)},), ({},)])
+    problems = processes().on_ranks(on_ranks.linear_called, [({"labels": np.zeros((4, 3), F32)},), ({},)])
     assert isinstance(problems[0], TypeError)
     assert str(problems[1]) == MESSAGES["rank_failed"][1].format(ranks=[0])
     wider = {"hidden": np.zeros((4, 5), F32), "local_weight": np.zeros((3, 5), F32)}
-    for problem in processes().run(on_ranks.linear_called, [({},), (wider,)]):
+    for problem in processes().on_ranks(on_ranks.linear_called, [({},), (wider,)]):
         assert "disagree about the number of features: rank 0 has 2, rank 1 has 5." in str(problem)
-    for problem in processes().run(on_ranks.linear_called, [({"bias": np.zeros(4, F32)},)] * 2):
+    for problem in processes().on_ranks(on_ranks.linear_called, [({"bias": np.zeros(4, F32)},)] * 2):
         assert "each device passes the slice of its own classes" in str(problem)
-    for problem in processes().run(on_ranks.linear_transformed, [()] * 2):
+    for problem in processes().on_ranks(on_ranks.linear_transformed, [()] * 2):
         assert "has no transforms of torch.func: use backward()." in str(problem)
 
 
@@ -329,8 +339,7 @@ def test_statistics_of_dtensors(name: str) -> None:
     arrays.pop("upstream")
     answers = run_on_ranks(on_ranks.statistics_of_dtensor, [(options, arrays, case.axis)] * 4)
     stats = {field: same([answer[field] for answer in answers]).numpy().reshape(-1) for field in answers[0]}
-    whole = stats.pop("loss").reshape(() if case.options.get("reduction", "none") != "none" else case.batch_shape)
-    assert_statistics(case, whole, stats, adapter(4).arithmetic)
+    assert_statistics(case, stats.pop("loss").reshape(shape_of_loss(case)), stats, adapter(4).arithmetic)
 
 
 def test_labels_and_weights_that_are_dtensors() -> None:
@@ -350,7 +359,7 @@ def test_labels_and_weights_that_are_dtensors() -> None:
     "labels_shape",
 ])  # fmt: skip
 def test_dtensors_that_are_refused(how: str) -> None:
-    for problem in processes().run(on_ranks.refused_dtensor, [(how,)] * 4):
+    for problem in processes().on_ranks(on_ranks.refused_dtensor, [(how,)] * 4):
         assert isinstance(problem, ValueError), problem
         if how in MESSAGES:
             assert str(problem).startswith(MESSAGES[how][1].split("{")[0])
@@ -365,7 +374,7 @@ LOGITS, LABELS = np.zeros((4, 3), F32), np.array([0, 1, 2, 0])
 
 def raised(arguments: Sequence[dict[str, Any]], function: Callable[..., Any] = on_ranks.called) -> list[Exception]:
     """Return what a call raises on each rank."""
-    answers = processes().run(function, [(keywords,) for keywords in arguments])
+    answers = processes().on_ranks(function, [(keywords,) for keywords in arguments])
     assert all(isinstance(answer, Exception) for answer in answers), answers
     return answers
 
@@ -403,7 +412,7 @@ def test_ranks_that_disagree(name: str) -> None:
         assert isinstance(problem, ValueError)
         assert str(problem).startswith(f"the ranks of the group disagree about {name}: rank 0 has ")
         assert "rank 2 has" in str(problem)
-    assert processes().run(on_ranks.called, [(call(),)] * 3)[0].isfinite()
+    assert processes().on_ranks(on_ranks.called, [(call(),)] * 3)[0].isfinite()
 
 
 @pytest.mark.parametrize(("ours", "theirs", "name"), [
@@ -414,6 +423,28 @@ def test_ranks_that_disagree(name: str) -> None:
 ])  # fmt: skip
 def test_ranks_with_other_numbers(ours: dict[str, Any], theirs: dict[str, Any], name: str) -> None:
     assert all(f"disagree about {name}:" in str(problem) for problem in raised([ours, theirs]))
+
+
+WHERE = np.array([True, True, False, True])
+
+
+@pytest.mark.parametrize(("ours", "theirs", "name"), [
+    (call(), call(labels=np.array([0, 2, 1, 0])), "labels"),  # the same in another order
+    (call(), call(labels=np.array([1, 0, 2, 0])), "labels"),
+    (call(), call(labels=np.array([0, 1, 2, 1], np.uint8)), "labels"),
+    (call(where=WHERE), call(where=~WHERE), "where"),
+    (call(where=WHERE), call(where=WHERE, labels=np.array([0, 1, 2, 1])), "labels"),
+])  # fmt: skip
+def test_ranks_with_other_rows(ours: dict[str, Any], theirs: dict[str, Any], name: str) -> None:
+    for problem in raised([ours, ours, theirs]):
+        assert isinstance(problem, ValueError)
+        assert str(problem) == MESSAGES["ranks_rows"][1].format(name=name, rank=2)
+
+
+def test_labels_of_rows_that_do_not_count_may_differ() -> None:
+    """So may the dtypes of labels."""
+    ours, theirs = call(where=WHERE), call(where=WHERE, labels=np.array([0, 1, 9, 0], np.uint8))
+    assert same(run_on_ranks(on_ranks.called, [(ours,), (theirs,)])).isfinite()
 
 
 def test_numbers_are_shown_as_the_user_wrote_them() -> None:
@@ -430,6 +461,29 @@ def test_a_rank_whose_call_is_wrong() -> None:
     for rank in (0, 2):
         assert isinstance(problems[rank], RuntimeError)
         assert str(problems[rank]) == MESSAGES["rank_failed"][1].format(ranks=[1])
+
+
+def test_a_rank_that_ends() -> None:
+    """The others raise at once, and the next call starts new processes."""
+    arguments = [(call(), False), (call(), True), (call(), False)]
+    first, second, third = processes().on_ranks(on_ranks.called_or_exit, arguments)
+    assert isinstance(second, WorkerError)
+    assert str(second) == "process 1 of 3 has ended, with exit code 3"
+    for problem in (first, third):
+        assert isinstance(problem, RuntimeError)
+        assert "Connection" in str(problem)
+    assert processes().on_ranks(on_ranks.called, [(call(),)] * 3)[0].isfinite()
+
+
+@pytest.mark.distributed
+def test_a_rank_that_does_not_come() -> None:
+    """The others raise after the time-out of the group."""
+    few = Processes(seconds=40.0)
+    few.on_ranks(on_ranks.called, [(call(),)] * 2)
+    first, _ = few.on_ranks(on_ranks.called_late, [(call(), 0.0), (call(), 24.0)])
+    few.stop()
+    assert isinstance(first, RuntimeError)
+    assert "Timed out waiting 20000ms" in str(first)
 
 
 def test_messages() -> None:
@@ -450,7 +504,7 @@ def test_messages() -> None:
     for problem in raised([call(group="model")] * 2):
         assert isinstance(problem, TypeError)
         assert str(problem) == MESSAGES["group_type"][1].format(given="str")
-    for problem in processes().run(on_ranks.outside, [()] * 2):
+    for problem in processes().on_ranks(on_ranks.outside, [()] * 2):
         assert str(problem) == MESSAGES["group_member"][1]
 
 
@@ -462,7 +516,7 @@ def test_without_a_group() -> None:
 
 @pytest.mark.parametrize("name", ["class_weight", "prior", "labels", "smoothing of soft labels"])
 def test_what_takes_no_gradient(name: str) -> None:
-    for problem in processes().run(on_ranks.with_gradient, [(name,)] * 2):
+    for problem in processes().on_ranks(on_ranks.with_gradient, [(name,)] * 2):
         assert isinstance(problem, ValueError)
         assert str(problem) == MESSAGES["shard_gradient"][1].format(name=name)
 
@@ -473,6 +527,6 @@ def test_what_takes_no_gradient(name: str) -> None:
     (on_ranks.forward_mode, "forward mode"),
 ])  # fmt: skip
 def test_transforms_that_are_refused(function: Callable[..., Any], words: str) -> None:
-    for problem in processes().run(function, [()] * 2):
+    for problem in processes().on_ranks(function, [()] * 2):
         assert isinstance(problem, RuntimeError), problem
         assert f"the loss of divided classes has no {words}: " in str(problem)
