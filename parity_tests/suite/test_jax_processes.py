@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -150,6 +151,15 @@ def test_processes_with_other_shapes(num_rows: int) -> None:
     assert time.monotonic() - begin < 4 * SECONDS
     assert all(isinstance(each, Exception) for each in found), found
     assert any(isinstance(each, WorkerError) for each in found), found
+
+
+@pytest.mark.distributed
+def test_nothing_compares_options() -> None:
+    """Each process has its own loss. The page says to compare first what may differ."""
+    ours = of_rows(8)
+    theirs = replace(ours, options={**ours.options, "convention": "non_target"})
+    first, second = processes(2).run(on_jax_processes.in_shard_map, [(ours, False), (theirs, False)])
+    assert np.all(first.loss != second.loss)
 
 
 @pytest.mark.distributed
