@@ -104,12 +104,12 @@ def _megatron_forward(local_logits: Array, labels: Array, smoothing: Array) -> t
     return losses, (exponentials / total[:, None], is_label, smoothing)
 
 
-def _megatron_backward(kept: _Kept, cotangent: Float[Array, " N"]) -> tuple[Array, None, Array]:
+def _megatron_backward(kept: _Kept, cotangent: Float[Array, " N"]) -> tuple[Array, None, None]:
     p, is_label, smoothing = kept
     num_devices = jax.lax.axis_size("classes")
     target = jnp.where(is_label, 1 - smoothing, 0) + smoothing / (p.shape[-1] * num_devices)
     # shard_map gives each device its share of the cotangent of a loss that all have.
-    return (p - target) * (num_devices * cotangent)[:, None], None, jnp.zeros_like(smoothing)
+    return (p - target) * (num_devices * cotangent)[:, None], None, None
 
 
 megatron.defvjp(_megatron_forward, _megatron_backward)
@@ -142,14 +142,14 @@ def _in_shard_map(way: str, step: Step, mesh: Mesh) -> Callable[..., Any]:
                 ours = vocab_parallel_linear_label_smoothed_cross_entropy
             total = ours(*arrays, labels, axis_name="classes", smoothing=smoothing, reduction="sum")
         else:
-            # The dtype that a custom_vjp's gradient has must be that of its operand.
+            # A custom_vjp's gradient must have the dtype of its operand.
             logits = arrays[0] if step.features is None else arrays[0] @ arrays[1]
             total = megatron(logits.astype(jnp.float32), labels, smoothing).sum()
         return jax.lax.psum(total, "rows") / step.rows
 
     spec: Any = jax.P
     of_floats = [spec("rows", "classes")] if step.features is None else [spec("rows", None), spec(None, "classes")]
-    # Without the types of what varies, JAX would add up Megatron's gradient of hidden over the rows as well.
+    # The backward pass of Megatron's way has no types of what varies.
     mapped: Callable[..., Any] = jax.shard_map(
         local, mesh=mesh, in_specs=(*of_floats, spec("rows"), spec()), out_specs=spec(), check_vma=way == OURS_LOCAL
     )

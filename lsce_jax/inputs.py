@@ -254,6 +254,8 @@ def as_array(name: str, value: ArrayLike) -> Array:
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError) as problem:
+        if isinstance(value, jax.Array):  # it is one, and JAX says what is wrong with it
+            raise
         given = type(value).__name__
         raise error("array_type", name=name, expected="an array", given=given) from problem
 

@@ -134,7 +134,8 @@ def label_smoothed_cross_entropy_with_stats(
         logits: see `label_smoothed_cross_entropy`.
         labels: see `label_smoothed_cross_entropy`.
         differentiable: whether gradients flow through nll, lse and entropy, for losses made of them. Nothing as large
-            as the logits is kept for that, except with implementation="reference" and for soft labels.
+            as the logits is kept for that, except with implementation="reference" and for soft labels. In a row with a
+            bad label those of nll are NaN; within torch.compile those of lse and entropy too.
         keywords: the options of `label_smoothed_cross_entropy`, with the same defaults.
 
     Returns:

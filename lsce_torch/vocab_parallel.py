@@ -3,7 +3,8 @@ r"""The loss where the classes are divided over the ranks of a process group: no
 A loss is made of a few sums over the classes, relative to the largest logit (see `sums.py`). So each rank sums over its
 own classes, and what it sends is a few numbers for each row:
 
-1. what the call is, and how many classes the rank has: some thirty numbers, gathered. Ranks that disagree raise.
+1. what the call is, how many classes the rank has, and checksums of the labels and of which rows count: some thirty
+   numbers, gathered. Ranks that disagree raise.
 2. the largest logit of its classes, of which all ranks take the maximum,
 3. its sums relative to that maximum, which all ranks add up. They are one tensor, and so one collective.
 
@@ -15,7 +16,9 @@ The loss is the same on every rank, and so is what its gradient is multiplied by
 hand, the gradient of the logits takes no collective. Nothing as large as the logits is kept for it. Second derivatives
 do: a logit changes the log-sum-exp, and with it the gradient on every rank.
 
-Eager calls take some rows at a time, in plain operations. torch.compile fuses these over all rows.
+The linear loss makes the sums with the logits at hand for the maximum, relative to the rank's own, and changes them
+when it knows the maximum of all. Eager calls take some rows at a time, in plain operations. torch.compile fuses these
+over all rows.
 """
 
 from dataclasses import replace
@@ -63,8 +66,8 @@ def vocab_parallel_label_smoothed_cross_entropy(
 
     The loss is the same on every rank. Forward it takes one maximum of a number for each row, one sum of a few numbers
     for each row, and before them some thirty numbers from each rank: by these the ranks notice that they were given
-    different shapes, dtypes or options, and raise. On a GPU that check waits for the device. `backward` takes no
-    collective.
+    different shapes, dtypes, options or labels, and raise. On a GPU that check waits for the device. `backward` takes
+    no collective.
 
     Args:
         local_logits: the logits of this rank's classes, of shape [..., K of this rank, ...].
@@ -159,9 +162,9 @@ def vocab_parallel_linear_label_smoothed_cross_entropy(
     """Return `linear_label_smoothed_cross_entropy` of a weight whose classes are divided over the ranks of a group.
 
     As `vocab_parallel_label_smoothed_cross_entropy` of the logits hidden @ local_weight.T + bias, of which each rank
-    holds no more than one chunk of rows. They are computed three times: for the largest, for the sums, and for the
-    gradient. The collectives are those of the dense loss, and in `backward` the sum of hidden's gradients over the
-    ranks. torch.compile computes all logits at once.
+    holds no more than one chunk of rows. They are computed twice: for the loss, and for the gradient. The
+    collectives are those of the dense loss, and in `backward` the sum of hidden's gradients over the ranks.
+    torch.compile computes all logits at once.
 
     Args:
         hidden: [..., D] features, the same on every rank; see `linear_label_smoothed_cross_entropy`. It requires a

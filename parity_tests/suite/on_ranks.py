@@ -232,6 +232,28 @@ def linear_statistics(
     return {"loss": loss.detach(), **{name: value.detach() for name, value in stats._asdict().items()}}, gradients
 
 
+class _Products(TorchDispatchMode):
+    """Counts the operations of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops: list[int] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.overloadpacket._qualified_op_name in ("aten::mm", "aten::addmm"):
+            first, second = args[-2:]
+            self.flops.append(2 * first.shape[0] * first.shape[1] * second.shape[1])
+        return function(*args, **(kwargs or {}))
+
+
+def linear_flops(group: Any) -> list[int]:
+    """Return how many operations each matrix product of loss and gradients takes: 16 rows, 8 features, 32 classes."""
+    hidden, weight = (torch.ones(size, 8, requires_grad=True) for size in (16, 32))
+    with _Products() as products:
+        linear_loss(hidden, weight, torch.arange(16), group=group).backward()
+    return products.flops
+
+
 def linear_called(group: Any, changes: dict[str, Any]) -> Any:
     arguments: dict[str, Any] = {
         "hidden": torch.zeros(4, 2),

@@ -30,7 +30,7 @@ from parity_tests.suite.test_differentiable_stats import NAMES, agrees, factors,
 from parity_tests.suite.test_stats import assert_statistics
 from parity_tests.truth.cases import Case, case_names, make_case, random_case
 from parity_tests.truth.comparison import Comparison, against_oracle
-from parity_tests.truth.linear_cases import linear_case_names, make_linear_case
+from parity_tests.truth.linear_cases import linear_case_names, make_linear_case, with_logits
 from parity_tests.truth.oracle import solve
 from parity_tests.truth.precision import DTYPES
 
@@ -254,6 +254,43 @@ def test_linear(number: int, division: str, dtype: str) -> None:
         case = make_linear_case(name, dtype)
         comparison = against_oracle(case, solve(case), loss(case), loss.arithmetic)
         assert comparison.agrees, (name, comparison)
+
+
+def without_the_middle(smoothing: float, **fields: Any) -> Case:
+    """Return a linear case of 11 classes, with labels that are not of the middle four."""
+    case = make_linear_case("linear_class_mask", "float32")
+    labels = np.where(case.labels // 4 == 1, 0, case.labels)
+    return with_logits(replace(case, labels=labels, smoothing=smoothing, **{"class_mask": None, **fields}))
+
+
+MIDDLE = np.arange(11) // 4 == 1
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("fields", [{"class_mask": ~MIDDLE}, {"bias": np.where(MIDDLE, -1024.0, 0.0)}], ids=str)
+def test_linear_ranks_that_have_no_large_logit(fields: dict[str, Any], smoothing: float) -> None:
+    """The second of three ranks has all classes masked out, or far below the others."""
+    case, loss = without_the_middle(smoothing, **fields), ShardedTorchAdapter(3, linear=True)
+    comparison = against_oracle(case, solve(case), loss(case), loss.arithmetic)
+    assert comparison.agrees, comparison
+
+
+def test_linear_ranks_whose_logits_are_minus_infinity() -> None:
+    """Without smoothing these classes take no part, as if they were masked out."""
+    loss, zero = ShardedTorchAdapter(3, linear=True), np.zeros(11)
+    infinite, masked = (
+        loss(without_the_middle(0.0, **fields))
+        for fields in ({"bias": np.where(MIDDLE, -np.inf, zero)}, {"bias": zero, "class_mask": ~MIDDLE})
+    )
+    assert infinite.parts.keys() == {"loss", "hidden", "weight", "bias"}
+    for part, values in infinite.parts.items():
+        assert np.array_equal(values, masked.parts[part]), part
+
+
+def test_linear_matrix_products() -> None:
+    """Four: the logits, these again for the gradient, and the gradients of hidden and weight."""
+    for flops in run_on_ranks(on_ranks.linear_flops, [()] * 2):
+        assert flops == [2 * 16 * 8 * 32] * 4
 
 
 @pytest.mark.distributed
