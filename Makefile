@@ -9,7 +9,7 @@ PEERS := $(if $(filter Linux,$(shell uname)),'liger-kernel>=0.8.5')
 # One half of the tests marked as devices.
 SIMULATED := test_simulated or test_xla_passes
 # What has targets of its own.
-COMPILED := test_compiled or test_cost or test_triton
+COMPILED := test_compiled or test_cost or test_scaling or test_triton
 # With parity_tests, the testpaths of pyproject.toml.
 REST := tests examples lsce_spec lsce_jax lsce_torch lsce_parity README.md docs
 SELECTED ?= not slow and not devices and not distributed
@@ -66,8 +66,7 @@ test-slow: install
 # The tests marked as distributed: losses whose classes and rows are divided over processes and virtual devices in many
 # more ways than in `make test`.
 test-distributed: install
-	$(BIN)/python -m pytest -m "distributed" parity_tests/suite/test_vocab_parallel.py \
-	  parity_tests/suite/test_vocab_parallel_torch.py tests/test_jax_transforms.py
+	$(BIN)/python -m pytest -m "distributed" parity_tests $(REST)
 
 # The tests marked as devices: losses on the arithmetic of devices that are not here, and programs that are made for
 # them, in an interpreter, by IREE and by the compilers of TPUs and GPUs. No device is needed.
@@ -94,7 +93,7 @@ WITH_COMPILERS := PYTHONPATH=$(COMPILERS)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 test-compiled: $(COMPILERS)/installed
 	$(WITH_COMPILERS) $(BIN)/python -m pytest -m "devices and not slow" parity_tests/suite/test_compiled.py \
-	  parity_tests/suite/test_compiled_kernels.py parity_tests/suite/test_cost.py
+	  parity_tests/suite/test_compiled_kernels.py parity_tests/suite/test_cost.py parity_tests/suite/test_scaling.py
 
 # More of the same, which takes long: every case in every dtype.
 test-devices-slow: install-devices $(COMPILERS)/installed

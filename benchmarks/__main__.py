@@ -13,6 +13,8 @@
     python -m benchmarks gpu
     python -m benchmarks launches
     python -m benchmarks cost --write
+    python -m benchmarks scaling --quick
+    python -m benchmarks scaling --target tpu-v5e --rows 8192 --classes 131072 --mesh 4x4
     python -m benchmarks dense --write
     python -m benchmarks device cuda --install --write
 
@@ -524,6 +526,57 @@ def cost(write: WriteOption = False) -> None:
         path = DOCS / "cost.json"
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         console.print(f"wrote {DOCS / 'cost.md'} and {path}", soft_wrap=True, highlight=False)
+
+
+def _parse_mesh(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None:
+        raise typer.BadParameter(f"must be like 4x4, got {text!r}.")
+    return int(match[1]), int(match[2])
+
+
+@app.command()
+def scaling(
+    target: Annotated[str, typer.Option(help="Device, as in lsce-cost, or cpu for 8 virtual ones.")] = "cpu",
+    rows: Annotated[int | None, typer.Option(min=1, help="Of all devices. [default: the sizes of the page]")] = None,
+    classes: Annotated[int, typer.Option(min=1, help="Of all devices.")] = 131072,
+    features: Annotated[int | None, typer.Option(min=1, help="Of a linear layer.")] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"], typer.Option(help="Of logits, or hidden and weight.")
+    ] = "bfloat16",
+    mesh: Annotated[
+        Any, typer.Option(parser=_parse_mesh, metavar="ROWSxCLASSES", help="How many devices each is divided over.")
+    ] = "2x4",
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes on virtual devices of this CPU.")] = False,
+    json_file: JsonOption = None,
+    write: Annotated[
+        bool, typer.Option("--write", help="Keep the figures in docs, and write the tables there.")
+    ] = False,
+) -> None:
+    """What loss and gradient send between devices, ours and other ways, from compiled programs and from a model."""
+    from benchmarks import scaling as sent  # noqa: PLC0415 - JAX takes a second
+    from lsce_jax.aot import CompilerMissingError  # noqa: PLC0415
+
+    if write and (quick or rows is not None):
+        raise typer.BadParameter("keeps the figures of the page's sizes.", param_hint="'--write'")
+    console = Console()
+    try:
+        steps = sent.QUICK if quick else sent.STEPS
+        if rows is not None:
+            steps = ((target, sent.Step(rows, classes, mesh, features, dtype)),)
+        record = sent.figures(steps)
+    except (CompilerMissingError, ValueError) as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(code=1) from None
+    for table in sent.tables(record):
+        print_table(table, console)
+    text = json.dumps(record, indent=1) + "\n"
+    for path in [*([DOCS / "scaling.json"] if write else []), *([json_file] if json_file else [])]:
+        path.write_text(text, encoding="utf-8")
+        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    if write:
+        for block, page in sent.page_blocks(json.loads(text)).items():
+            write_block(DOCS / "scaling.md", f"benchmarks {block}", page)
 
 
 def _libtpu_requirement() -> str:

@@ -18,12 +18,14 @@ by up to 0.02, too, with perplexities of 491 to 495.
 Where other programs want the cores too, one thread is many times faster than several: OMP_NUM_THREADS=1.
 """
 
+import contextlib
 import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -274,7 +276,8 @@ class Saved:
             partial.mkdir(parents=True)
             (partial / "run.json").write_text(json.dumps(content), encoding="utf-8")
         wait_for_all()
-        checkpoint.save(self.arrays(), checkpoint_id=partial)
+        with without_warning():
+            checkpoint.save(self.arrays(), checkpoint_id=partial)
         # Only now has it the name of a checkpoint: whoever is killed before leaves none that is not whole.
         if is_first():
             partial.rename(folder)
@@ -287,7 +290,8 @@ class Saved:
         folder = self.folder / str(self.steps()[-1])
         run = lm_common.resumed(json.loads((folder / "run.json").read_text(encoding="utf-8")), options)
         arrays = self.arrays()
-        checkpoint.load(arrays, checkpoint_id=folder)
+        with without_warning():
+            checkpoint.load(arrays, checkpoint_id=folder)
         set_state_dict(
             self.model, self.optimizer, model_state_dict=arrays["model"], optim_state_dict=arrays["optimizer"]
         )
@@ -297,6 +301,14 @@ class Saved:
         """Return the tensors of model and optimizer, by the names of the parameters."""
         of_model, of_optimizer = get_state_dict(self.model, self.optimizer)
         return {"model": of_model, "optimizer": of_optimizer}
+
+
+@contextlib.contextmanager
+def without_warning() -> Iterator[None]:
+    """Do not warn of checkpoints of one process alone, which are meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def is_first() -> bool:

@@ -29,7 +29,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 from lsce_jax import fused, tiles
-from lsce_jax.inputs import Batch, compute_dtype, is_sharded, varying_like
+from lsce_jax.inputs import Batch, compute_dtype, is_sharded, varying_like, with_whole_features
 from lsce_jax.layer import Filter, Gradients, Layer, LayerOperands, add_all, add_large, chunk_logits
 from lsce_jax.layer_sums import layer_sums
 from lsce_jax.stats import LossStats
@@ -252,6 +252,7 @@ def _losses_of(plan: _Plan, logits: Float[Array, "n K"], rows: _Rows, shared: _S
 def _row_losses(plan: _Plan, operands: _Operands) -> _Results:
     """Return the losses of all rows, whose derivatives compute the logits again."""
     rows, shared = _without_ignored(operands.rows), operands.shared
+    shared = shared._replace(weight=with_whole_features(shared.weight))
     describe: Any = jax.ShapeDtypeStruct
     logits = describe((*rows.labels.shape, shared.weight.shape[1]), rows.hidden.dtype)
     batch, targets = _batch_of(logits, rows, shared)
@@ -295,7 +296,7 @@ def _total_and_gradients(
     rows, shared = _without_ignored(operands.rows), operands.shared
     chunk_rows, num_chunks, num_features = rows.hidden.shape
     dtype, floating = compute_dtype(rows.hidden), _floating(operands)
-    weight = shared.weight.astype(rows.hidden.dtype)
+    weight = with_whole_features(shared.weight).astype(rows.hidden.dtype)
     if rows.hidden.dtype == jnp.float16:
         # Gradients that are computed with the loss are not scaled yet, and many would be 0 in float16.
         rows, weight = rows._replace(hidden=rows.hidden.astype(dtype)), weight.astype(dtype)
@@ -328,6 +329,8 @@ def _total_and_gradients(
     (losses, stats), gradients = jax.lax.fori_loop(0, num_needed, step, start)
     if kept is not None and "weight" in wanted:
         gradients["weight"] -= gradients.pop("off_hidden")[:, None] * kept.factor[None, :]
+    if "weight" in wanted:
+        gradients["weight"] = with_whole_features(gradients["weight"])
     return losses.sum(), stats, gradients
 
 

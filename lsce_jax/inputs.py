@@ -254,6 +254,8 @@ def as_array(name: str, value: ArrayLike) -> Array:
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError) as problem:
+        if isinstance(value, jax.Array):  # it is one, and JAX says what is wrong with it
+            raise
         given = type(value).__name__
         raise error("array_type", name=name, expected="an array", given=given) from problem
 
@@ -296,6 +298,27 @@ def as_last_axis(vector: Shaped[Array, "*#batch K"], like: Array) -> Shaped[Arra
 def is_sharded(array: Array) -> bool:
     """Whether the type of an array divides it over devices, as with an explicit mesh."""
     return any(axes is not None for axes in jax.typeof(array).sharding.spec)
+
+
+def with_whole_features(weight: Float[Array, "D K"]) -> Float[Array, "D K"]:
+    """Return the weight of a layer, or its gradient, with all features on each device.
+
+    In a loop over chunks of rows, XLA gathers a weight whose features are divided, as in FSDP, in each chunk, and adds
+    up its gradient over the devices in each. So both are gathered or divided outside of the loop.
+
+    With explicit axes the type says how the weight is divided. Otherwise this needs the mesh that `jax.set_mesh` sets.
+    """
+    spec: Any = jax.P  # neither it nor what takes it has types
+    divided, *others = jax.typeof(weight).sharding.spec
+    if divided is not None:
+        return jax.sharding.reshard(weight, spec(None, *others))  # type: ignore[no-any-return, no-untyped-call]
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or any(kind != jax.sharding.AxisType.Auto for kind in mesh.axis_types):
+        return weight
+    whole: Array = jax.lax.with_sharding_constraint(  # type: ignore[no-untyped-call]
+        weight, spec(None, jax.P.UNCONSTRAINED)
+    )
+    return whole
 
 
 def varying_like(tree: Any, like: Any) -> Any:

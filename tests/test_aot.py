@@ -198,6 +198,52 @@ def test_what_a_device_sends(groups: str, size: int) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ("replica_groups={{0,2},{1,3}}", [(0, 2), (1, 3)]),
+        ("replica_groups=[2,2]<=[4]", [(0, 1), (2, 3)]),
+        ("replica_groups=[2,2]<=[2,2]T(1,0)", [(0, 2), (1, 3)]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'b'}", [(0, 1), (2, 3)]),
+        ("replica_groups=mesh['a'=2,'b'=2] {'a','b'}", [(0, 1, 2, 3)]),
+        ("replica_groups=mesh['a'=2,'b'=3], device_ids=([3,2]T(1,0)) {'b'}", [(0, 2, 4), (1, 3, 5)]),
+        ("replica_groups=mesh['a'=8] {'a':(2)2}", [(0, 2), (1, 3), (4, 6), (5, 7)]),
+        ("replica_groups=mesh['a'=4] {'a':(1)2}", [(0, 2), (1, 3)]),
+        ("replica_groups=mesh['a'=8] {'a':(1)2,'a':(4)2}", [(0, 1, 4, 5), (2, 3, 6, 7)]),
+        ("source_target_pairs={{0,1},{1,0}}", [(0, 1), (1, 0)]),
+    ],
+)
+def test_which_devices_exchange(groups: str, expected: list[tuple[int, ...]]) -> None:
+    program = entry(
+        "%x = f32[256]{0} parameter(0)", f"ROOT %y = f32[256]{{0}} all-reduce(%x), channel_id=1, {groups}, a=b"
+    )
+    (found,) = program.transfers
+    assert sorted(tuple(sorted(group)) for group in found.groups) == sorted(tuple(sorted(group)) for group in expected)
+
+
+def test_a_sum_of_which_each_device_keeps_a_part() -> None:
+    """As TPUs have it: a fusion with the name of what it does."""
+    text = """\
+%all-reduce-scatter.1 (p: f32[64]) -> f32[16] {
+  %p = f32[64]{0} parameter(0)
+  %sum = f32[64]{0} all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add
+  %i = s32[] constant(0)
+  ROOT %part = f32[16]{0} dynamic-slice(%sum, %i), dynamic_slice_sizes={16}
+}
+
+ENTRY %main (x: f32[64]) -> f32[16] {
+  %x = f32[64]{0} parameter(0)
+  ROOT %y = f32[16]{0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    assert hlo.parse(text).collectives == (hlo.Collective("reduce-scatter", 1, 256, 0.75 * 256),)
+
+
+def test_what_pads_an_array_is_no_data() -> None:
+    program = entry("%x = f32[1000]{0:T(1024)} parameter(0)", "ROOT %y = f32[1000]{0:T(1024)} negate(%x)")
+    assert (program.kernels[0].instruction.arrays[0].data_bytes, program.hbm_bytes) == (4000, 2 * 4096)
+
+
 def test_unknown_groups_are_an_error() -> None:
     program = entry("%x = f32[256]{0} parameter(0)", "ROOT %y = f32[256]{0} all-reduce(%x), replica_groups=other")
     with pytest.raises(hlo.HloError, match="groups in a form that is not known"):

@@ -392,6 +392,14 @@ def test_operands_that_are_no_arrays(name: str) -> None:
     assert messages.pop().startswith(f"{name} must be ")
 
 
+def test_errors_of_jax_itself_are_shown() -> None:
+    """Of an array on another device than the mesh, JAX says where both are."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+    elsewhere = jax.device_put(LOGITS, jax.devices()[1])
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="incompatible devices"):
+        jax.grad(lambda logits: lsce_jax.label_smoothed_cross_entropy(logits, LABELS, reduction="sum"))(elsewhere)
+
+
 def test_boolean_smoothing() -> None:
     flags = np.ones(4, bool)
     for problem in (

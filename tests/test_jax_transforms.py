@@ -22,6 +22,7 @@ from lsce_jax import (
     linear_label_smoothed_cross_entropy,
     linear_label_smoothed_cross_entropy_with_stats,
     vocab_parallel_label_smoothed_cross_entropy,
+    vocab_parallel_linear_label_smoothed_cross_entropy,
 )
 from parity_tests.losses.sharded import divided
 
@@ -105,6 +106,15 @@ def on_two_devices(logits: jax.Array) -> jax.Array:
     return losses
 
 
+@jax.jit
+def layer_on_two_devices(hidden: jax.Array) -> jax.Array:
+    """Return the same of a layer whose classes are divided over devices, in chunks of two rows."""
+    options = {"where": COUNTED, "z_loss": 0.1, "softcap": 3.0, "smoothing": SMOOTHING, "chunk_size": 2}
+    loss = partial(vocab_parallel_linear_label_smoothed_cross_entropy, **options)
+    losses: jax.Array = divided(loss, 2, linear=True)(hidden, WEIGHT, LABELS)
+    return losses
+
+
 LOSSES: dict[str, tuple[Function, Function]] = {
     "fused": (partial(dense, implementation="fused"), plain_losses),
     "fused, capped": (partial(dense, implementation="fused", where=COUNTED, z_loss=0.1, softcap=3.0), plain_capped),
@@ -130,6 +140,10 @@ LOSSES: dict[str, tuple[Function, Function]] = {
     ),
     "vocab-parallel": (one_class_each, plain_losses),
     "vocab-parallel on two devices, capped": (on_two_devices, plain_capped),
+    "vocab-parallel, linear, on two devices, capped": (
+        layer_on_two_devices,
+        lambda hidden: plain_capped(hidden @ WEIGHT),
+    ),
     "linear, none": (partial(linear, recompute=True), lambda hidden: plain_losses(hidden @ WEIGHT)),
 }
 

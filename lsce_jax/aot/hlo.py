@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 _BYTES = {"pred": 1, "bf16": 2, "token": 0, "opaque": 0}  # of others the name has the bits
 _DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64"}
@@ -52,6 +54,11 @@ class Array(NamedTuple):
     bytes: int
     space: int  # 0: memory of the device; others: in the core
 
+    @property
+    def data_bytes(self) -> int:
+        """Bytes without those that pad it to tiles."""
+        return int(prod(self.sizes) * _width(self.dtype))
+
 
 class Instruction(NamedTuple):
     """A line of the text."""
@@ -76,6 +83,48 @@ class Kernel(NamedTuple):
     instruction: Instruction
     computation: str
     times: int
+
+
+class Transfer(NamedTuple):
+    """One collective operation.
+
+    Args:
+        kind: "all-reduce", "all-gather" and so on.
+        times: how often it is started.
+        arrays: on one device: the results, of a reduce-scatter the operands.
+        groups: the devices that exchange something, counted in the order of the mesh; of a collective-permute, pairs of
+            a sender and a receiver.
+    """
+
+    kind: str
+    times: int
+    arrays: tuple[Array, ...]
+    groups: tuple[tuple[int, ...], ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the arrays as they lie in memory, each time."""
+        return sum(array.bytes for array in self.arrays)
+
+    @property
+    def sent(self) -> float:
+        """Bytes that one device has to send at least, each time; see `Program.collectives`."""
+        return least_sent(self.kind, self.bytes, len(self.groups[0]))
+
+
+def least_sent(kind: str, size: float, group: int) -> float:
+    """Return how many bytes each device must send at least in a collective operation.
+
+    Of an array of B bytes in a group of n: 2 B (n-1)/n to reduce it on all devices, and B (n-1)/n to gather it, to
+    reduce and scatter it, or to exchange its parts.
+
+    Example:
+        >>> least_sent("all-reduce", 1000, 4)
+        1500.0
+    """
+    if kind == "collective-permute":
+        return float(size)
+    return (2 if kind == "all-reduce" else 1) * size * (group - 1) / group
 
 
 @dataclass(frozen=True)
@@ -320,37 +369,48 @@ class Program:
 
     @cached_property
     def collectives(self) -> tuple[Collective, ...]:
-        """Operations between devices, one entry for each kind.
-
-        Each device must send, of an array of B bytes in a group of n, at least 2 B (n-1)/n to reduce it on all, and
-        B (n-1)/n to gather it, to reduce and scatter it, or to exchange its parts.
-        """
+        """Operations between devices, one entry for each kind."""
         found: dict[str, Collective] = {}
-        for kernel in self.kernels:
-            for computation, each in self._within(kernel):
-                kind = each.opcode.removesuffix("-start")
-                if kind not in _COLLECTIVES:
-                    continue
-                arrays = self._communicated(computation, each, kind)
-                group = _group_size(each.attributes)
-                share = 1.0 if kind == "collective-permute" else (group - 1) / group
-                sent = (2 if kind == "all-reduce" else 1) * share * arrays
-                old = found.get(kind, Collective(kind, 0, 0, 0.0))
-                found[kind] = Collective(
-                    kind, old.count + kernel.times, old.bytes + kernel.times * arrays, old.sent + kernel.times * sent
-                )
+        for each in self.transfers:
+            old = found.get(each.kind, Collective(each.kind, 0, 0, 0.0))
+            found[each.kind] = Collective(
+                each.kind,
+                old.count + each.times,
+                old.bytes + each.times * each.bytes,
+                old.sent + each.times * each.sent,
+            )
         return tuple(found.values())
+
+    @cached_property
+    def transfers(self) -> tuple[Transfer, ...]:
+        """Operations between devices, each for itself.
+
+        Raises:
+            HloError: a form of their groups that is not known.
+        """
+        return tuple(
+            self._transfer(computation, each, kernel.times)
+            for kernel in self.kernels
+            for computation, each in self._within(kernel)
+            if each.opcode.removesuffix("-start") in _COLLECTIVES
+        )
+
+    def _transfer(self, computation: str, instruction: Instruction, times: int) -> Transfer:
+        kind = instruction.opcode.removesuffix("-start")
+        arrays = results = _results(instruction)
+        if kind in {"all-reduce", "reduce-scatter"}:
+            arrays = tuple(
+                array for name in instruction.operands for array in self.computations[computation][name].arrays
+            )
+        if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"  # as TPUs have it: a fusion that keeps a part of the sum
+        elif kind == "all-reduce":
+            arrays = max(arrays, results, key=lambda given: sum(array.bytes for array in given))
+        return Transfer(kind, times, arrays, _groups(instruction.attributes))
 
     def is_collective(self, kernel: Kernel) -> bool:
         """Return whether a kernel exchanges anything with other devices."""
         return any(each.opcode.removesuffix("-start") in _COLLECTIVES for _, each in self._within(kernel))
-
-    def _communicated(self, computation: str, instruction: Instruction, kind: str) -> int:
-        operands = [self.computations[computation][name].arrays for name in instruction.operands]
-        of_operands = sum(array.bytes for arrays in operands for array in arrays)
-        if kind == "reduce-scatter":
-            return of_operands
-        return max(sum(array.bytes for array in _results(instruction)), of_operands if kind == "all-reduce" else 0)
 
 
 def _results(instruction: Instruction) -> tuple[Array, ...]:
@@ -367,22 +427,56 @@ def _results(instruction: Instruction) -> tuple[Array, ...]:
     return arrays
 
 
-def _group_size(attributes: str) -> int:
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
+def _groups(attributes: str) -> tuple[tuple[int, ...], ...]:
+    """Return the groups of devices, in whichever of XLA's forms they are written."""
+    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,]+\}(?:,\{[\d,]+\})*)\}", attributes)
     if listed:
-        return listed[1].count(",") + 1
-    counted = re.search(r"replica_groups=\[\d+,(\d+)\]", attributes)
+        return tuple(_numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed[1]))
+    counted = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
     if counted:
-        return int(counted[1])
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
-    if named:
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", named[1]))
-        # Of a part of an axis its size is given.
-        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])
-        return prod(int(part or sizes[axis]) for axis, part in parts)
-    if "source_target_pairs" in attributes:
-        return 2
-    raise HloError("a collective operation has groups in a form that is not known")
+        return _rows(_in_order(counted[3], counted[4]).reshape(int(counted[1]), int(counted[2])))
+    named = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", attributes
+    )
+    if named is None:
+        raise HloError("a collective operation has groups in a form that is not known")
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
+    dimensions = [(name, 1, size) for name, size in sizes.items()]
+    chosen = set()
+    for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", named[4]):
+        # Of a part of an axis its size is given, and that of the parts before it.
+        part = (name, int(before), int(size)) if size else (name, 1, sizes[name])
+        dimensions = [piece for each in dimensions for piece in _pieces(each, part)]
+        chosen.add(part)
+    order = _in_order(named[2] or ",".join(map(str, sizes.values())), named[3])
+    order = order.reshape([size for _, _, size in dimensions])
+    inside = [i for i, dimension in enumerate(dimensions) if dimension in chosen]
+    outside = [i for i in range(len(dimensions)) if i not in inside]
+    return _rows(order.transpose(outside + inside).reshape(-1, prod(size for _, _, size in chosen)))
+
+
+def _pieces(dimension: tuple[str, int, int], part: tuple[str, int, int]) -> Iterator[tuple[str, int, int]]:
+    """Yield the pieces that a dimension falls into if one of them is to be this part of an axis."""
+    (name, before, size), (of_axis, start, count) = dimension, part
+    if name != of_axis or not before <= start < before * size:
+        yield dimension
+        return
+    pieces = [(name, before, start // before), part, (name, start * count, before * size // (start * count))]
+    yield from (piece for piece in pieces if piece == part or piece[2] > 1)
+
+
+def _in_order(sizes: str, permutation: str | None) -> Any:
+    """Return the numbers of devices in the order of `[sizes]T(permutation)`."""
+    numbers = np.arange(prod(_numbers(sizes))).reshape(_numbers(sizes))
+    return numbers.transpose(_numbers(permutation)) if permutation else numbers
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
+
+
+def _rows(groups: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(int(device) for device in group) for group in groups)
 
 
 def _attribute(instruction: Instruction, name: str) -> str:
@@ -469,6 +563,9 @@ def _padded_bytes(dtype: str, sizes: tuple[int, ...], layout: str) -> int:
         padded = [int(size) for size in reversed(tile[1].split(","))]
         padded += [1] * (len(by_layout) - len(padded))
         sizes = tuple(-(-size // by) * by for size, by in zip(by_layout, padded, strict=False))
+    return int(prod(sizes) * _width(dtype))
+
+
+def _width(dtype: str) -> float:
     bits = re.search(r"\d+", dtype)
-    width = _BYTES.get(dtype, int(bits[0]) / 8 if bits else 0)
-    return int(prod(sizes) * width)
+    return _BYTES.get(dtype, int(bits[0]) / 8 if bits else 0)

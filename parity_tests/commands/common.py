@@ -149,7 +149,7 @@ def check_free(folder: Path, what: str, marker: str, force: bool) -> None:
 def check_adapters(names: Sequence[str]) -> None:
     """Exit with 2 if no adapter has one of these names, which may have * and ?. No framework is loaded."""
     for name in match_names(names):
-        if name not in ENTRIES:
+        if name.partition(":")[0] not in ENTRIES:
             try:
                 make_adapter(name)
             except ValueError as error:

@@ -32,7 +32,7 @@ from parity_tests.commands.common import (
 from parity_tests.commands.terminal import FittingTable, PlainConsole
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.losses.adapters import Adapter
-from parity_tests.losses.registry import ENTRIES
+from parity_tests.losses.registry import ENTRIES, SHARDED
 from parity_tests.report.verdict import Banner
 from parity_tests.report.words import PageTable
 from parity_tests.studies.bundle import MANIFEST, BundleError, read_bundle, record, write_bundle
@@ -48,7 +48,7 @@ NOTE = "Largest error that was found, as a share of its bound beyond the roundin
 DEFAULT = [
     entry.name
     for entry in ENTRIES.values()
-    if entry.kind == "ours" and entry.twin and not entry.name.endswith("linear-reference")
+    if entry.kind == "ours" and entry.twin and not entry.name.endswith(("linear-reference", SHARDED))
 ]
 
 

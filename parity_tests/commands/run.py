@@ -66,6 +66,9 @@ def run(
 
     With --adapter, --case, or a device that is simulated, the default is every dtype, and else float32 and bfloat16.
 
+    Adapters that take long run only if --adapter names them, such as jax-sharded and torch-sharded, whose classes are
+    divided over virtual devices and over processes; jax-sharded:8 and torch-sharded:4 say over how many.
+
     With --device-model each is computed operation by operation with errors as large as the device's may be, and held
     against the bounds of that device; see docs/devices.md.
 

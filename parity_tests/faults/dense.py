@@ -379,10 +379,12 @@ def _reduced(inputs: _Inputs, losses: NDArray[Any], gradient: NDArray[Any]) -> t
     return loss, np.where(scale == 0, 0, scale * gradient)
 
 
-def reduced_rows(case: Case, rows: FloatArray) -> FloatArray:
-    """Return values of rows, reduced as the losses of a case are."""
+def reduced(case: Case, losses: FloatArray, gradient: FloatArray | None = None) -> tuple[FloatArray, FloatArray]:
+    """Return losses of rows, reduced as a case asks, and the gradient [N, K] of each, as it is then."""
     inputs = _inputs(case, None, EXACT)
-    return np.asarray(_reduction(inputs, rows, np.ones(len(rows)))[0], np.float64)
+    of_rows = np.zeros((len(losses), 1)) if gradient is None else gradient
+    loss, scaled = _reduced(inputs, losses, of_rows)
+    return np.asarray(loss, np.float64), np.asarray(scaled, np.float64)
 
 
 def _reduction(inputs: _Inputs, losses: NDArray[Any], upstream: FloatArray) -> tuple[NDArray[Any], FloatArray]:

@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 
 from parity_tests.faults.dense import FAULTS, evaluate
-from parity_tests.faults.sharded import SHARDED_FAULTS, evaluate_sharded
+from parity_tests.faults.sharded import SHARDED_FAULTS, evaluate_sharded, sharded_faults
 from parity_tests.truth.cases import Case, LinearCase
-from parity_tests.truth.comparison import AnyResult, LinearResult
+from parity_tests.truth.comparison import AnyResult, LinearResult, Result
 from parity_tests.truth.precision import FloatArray, compute_dtype, round_to
 from parity_tests.truth.simulation import EXACT, Simulation
 
@@ -54,9 +54,24 @@ def wrong_result(case: Case, fault: str | None = None, arithmetic: Simulation = 
     """
     if isinstance(case, LinearCase):
         return evaluate_linear(case, fault, arithmetic)
-    if fault in SHARDED_FAULTS:
+    return _evaluate_loss(case, fault, arithmetic)
+
+
+def is_known(fault: str) -> bool:
+    """Return whether the bank has a fault of that name."""
+    return fault in BANK or fault in sharded_faults()
+
+
+def describe(fault: str) -> str:
+    """Return what is wrong in a fault of the bank."""
+    name, _, devices = fault.partition(":")
+    return f"{BANK[name]} ({devices} devices)" if devices else BANK[name]
+
+
+def _evaluate_loss(case: Case, fault: str | None, arithmetic: Simulation) -> Result:
+    if fault is not None and fault in sharded_faults():
         return evaluate_sharded(case, fault, arithmetic)
-    return evaluate(case, fault, arithmetic)
+    return evaluate(case, fault if fault in FAULTS else None, arithmetic)
 
 
 def evaluate_linear(case: LinearCase, fault: str | None = None, arithmetic: Simulation = EXACT) -> LinearResult:
@@ -65,7 +80,7 @@ def evaluate_linear(case: LinearCase, fault: str | None = None, arithmetic: Simu
     The loss is that of `parity_tests.faults.dense` in the compute dtype, with any of its faults; the products
     are in float64.
     """
-    assert fault is None or fault in BANK, fault
+    assert fault is None or is_known(fault), fault
     with np.errstate(all="ignore"):
         return _evaluate_linear(case, None if fault is None else fault.removeprefix(PREFIX), arithmetic)
 
@@ -77,7 +92,7 @@ def _evaluate_linear(case: LinearCase, fault: str | None, arithmetic: Simulation
     times_bias = {"bias_not_added": 0, "bias_in_each_feature": 2}.get(str(fault), 1)
     logits = hidden @ weight + (0 if case.bias is None else times_bias * case.bias)
     case_of_loss = replace(case, dtype=compute, logits=round_to(logits, compute).reshape(case.logits.shape))
-    result = evaluate(case_of_loss, fault if fault in FAULTS else None, arithmetic)
+    result = _evaluate_loss(case_of_loss, fault, arithmetic)
     loss, gradient = result.loss, result.gradient
     chunk_size = case.chunk_size or max(1, len(hidden))
     chunks = [slice(start, start + chunk_size) for start in range(0, len(hidden), chunk_size)]

@@ -188,7 +188,7 @@ class JaxAdapter(FrameworkAdapter):
         import jax
 
         try:
-            return jax.devices(self.device)[0]
+            return jax.local_devices(backend=self.device)[0]  # of other processes none
         except RuntimeError as error:
             raise UnavailableError(f"JAX finds no {self.device} device on this machine: {error}") from error
 

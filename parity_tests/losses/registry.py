@@ -7,10 +7,10 @@ from functools import partial
 from typing import Any, Literal
 
 from lsce_spec import IMPLEMENTATIONS, LINEAR_IMPLEMENTATIONS
-from parity_tests.faults.linear import BANK, LINEAR_FAULTS, wrong_result
-from parity_tests.faults.sharded import SHARDED_FAULTS
+from parity_tests.faults.linear import BANK, LINEAR_FAULTS, is_known, wrong_result
 from parity_tests.losses import peers
 from parity_tests.losses.adapters import Adapter, JaxAdapter, TorchAdapter
+from parity_tests.losses.divided import DividedAdapter
 from parity_tests.losses.interpreted import InterpretedAdapter
 from parity_tests.losses.iree import TARGETS, IreeAdapter
 from parity_tests.losses.pallas import PallasAdapter
@@ -32,8 +32,10 @@ JAX_NARROW = {
 }
 INTERPRETED = "interpreted"
 KERNEL = "jax-pallas"
-# Endings of the names of adapters that run a program for another platform, seconds for each case.
-ELSEWHERE = (f"-{INTERPRETED}", *(f"-{ending}" for ending in TARGETS))
+SHARDED = "sharded"
+# Endings of the names of adapters that run a program for another platform, or in processes of their own: seconds for
+# each case.
+ELSEWHERE = (f"-{SHARDED}", f"-{INTERPRETED}", *(f"-{ending}" for ending in TARGETS))
 PLATFORMS = ("tpu", "cuda")  # for which programs are made that an interpreter runs
 TORCH_NARROW = {"chunked": frozenset({"logits", "hidden"}), "reference": NARROW}
 
@@ -71,9 +73,7 @@ class FaultyAdapter:
     def unsupported(self, case: Case) -> str | None:
         """Return why the loss cannot handle a case, or None."""
         is_linear = isinstance(case, LinearCase)
-        if self.fault in LINEAR_FAULTS and not is_linear:
-            return "is a fault of linear layers"
-        return "is a fault of losses of logits" if self.fault in SHARDED_FAULTS and is_linear else None
+        return "is a fault of linear layers" if self.fault in LINEAR_FAULTS and not is_linear else None
 
     def __call__(self, case: Case) -> AnyResult:
         """Return loss and gradients of a case."""
@@ -128,7 +128,18 @@ def _ours() -> list[Entry]:
     interpreted = [made for entry in programs for platform in PLATFORMS for made in _interpreted(entry, platform)]
     eager = [entry for entry in entries if entry.framework == "torch" and not entry.name.endswith("-compiled")]
     on_tpu = [_on_tpu(entry, *by) for entry in eager for by in ((INTERPRETED, None), ("iree-cpu", TARGETS["iree-cpu"]))]
-    return entries + interpreted + on_tpu + [_on_torchax(entry) for entry in eager] + _kernels()
+    return entries + interpreted + on_tpu + [_on_torchax(entry) for entry in eager] + _kernels() + _sharded()
+
+
+def _sharded() -> list[Entry]:
+    """Return the adapters of the vocab-parallel losses. `make_adapter` takes the number of shards after a colon."""
+    entries = []
+    for kind, linear in ((SHARDED, False), (f"linear-{SHARDED}", True)):
+        jax, torch = f"jax-{kind}", f"torch-{kind}"
+        for name, framework, twin in ((jax, "jax", torch), (torch, "torch", jax)):
+            make = partial(DividedAdapter, framework=framework, name=name, linear=linear)
+            entries.append(Entry(name, framework, "ours", make, twin=twin))
+    return entries
 
 
 def _kernels() -> list[Entry]:
@@ -202,6 +213,8 @@ def match_names(patterns: Iterable[str]) -> list[str]:
 def make_adapter(name: str, device: str = "cpu") -> Adapter:
     """Return the adapter of a name: one of `ENTRIES`, "oracle", "numpy", or "mutant:FAULT".
 
+    Those that end in "-sharded" may be followed by ":" and the number of shards, as in "jax-sharded:8".
+
     Raises:
         ValueError: there is no such adapter.
         UnavailableError: its framework, library or device is not on this machine.
@@ -210,11 +223,13 @@ def make_adapter(name: str, device: str = "cpu") -> Adapter:
         return OracleAdapter()
     if name == "numpy":
         return FaultyAdapter()
-    kind, _, fault = name.partition(":")
+    kind, colon, detail = name.partition(":")
+    if colon and kind in ENTRIES and kind.endswith(SHARDED):
+        return ENTRIES[kind].make(device=device, name=name, shards=detail)
     if kind == "mutant":
-        if fault not in BANK:
-            raise ValueError(with_nearest(f"there is no mutant {fault!r}", fault, BANK, "mutants"))
-        return FaultyAdapter(fault)
+        if not is_known(detail):
+            raise ValueError(with_nearest(f"there is no mutant {detail!r}", detail, BANK, "mutants"))
+        return FaultyAdapter(detail)
     if name not in ENTRIES:
         known = [*ENTRIES, "oracle", "numpy", "mutant:FAULT"]
         raise ValueError(with_nearest(f"there is no adapter {name!r}", name, known, "adapters"))

@@ -36,7 +36,7 @@ def divided(
     def of_all_classes(*given: Any, **keywords: Any) -> Any:
         keywords |= dict(zip(operands, given, strict=False))
         arrays = {name: keywords.pop(name) for name in list(keywords) if hasattr(keywords[name], "dtype")}
-        class_axes = _class_axes(arrays, keywords.get("axis", -1))
+        class_axes = class_axes_of(arrays, keywords.get("axis", -1))
         arrays, class_axes = _filled_up(arrays, class_axes, num_devices)
         specs = {name: spec(*[None] * class_axes[name], AXIS) if name in class_axes else spec() for name in arrays}
 
@@ -49,7 +49,7 @@ def divided(
     return of_all_classes
 
 
-def _class_axes(arrays: dict[str, Any], axis: int) -> dict[str, int]:
+def class_axes_of(arrays: dict[str, Any], axis: int) -> dict[str, int]:
     """Return where each array has its classes, if it has any."""
     of_all = {"weight": 1, "bias": 0, "class_weight": 0, "prior": 0}
     found = {name: of_classes for name, of_classes in of_all.items() if name in arrays}
@@ -116,9 +116,14 @@ class ShardedAdapter(JaxAdapter):
         loss = divided(layer if linear else dense, num_devices, linear=linear, check_vma=check_vma)
         name = f"jax vocab-parallel{' linear' if linear else ''}, {num_devices} devices"
         super().__init__(loss, **{"name": name, "linear": linear, **options})
-        own = on_shards(of_own_losses(self.arithmetic, self.device_model.family), num_devices)
-        # The linear loss multiplies the exponentials of each device by another one.
-        self.arithmetic = replace(own, exp=2 * own.exp + 1) if linear else own
+        self.arithmetic = arithmetic_on(num_devices, self)
+
+
+def arithmetic_on(num_devices: int, adapter: JaxAdapter) -> Arithmetic:
+    """Return what the bounds may assume of an adapter's loss when its classes are divided over so many devices."""
+    own = on_shards(of_own_losses(adapter.arithmetic, adapter.device_model.family), num_devices)
+    # The linear loss multiplies the exponentials of each device by another one.
+    return replace(own, exp=2 * own.exp + 1) if adapter.linear else own
 
 
 def on_shards(arithmetic: Arithmetic, num_devices: int) -> Arithmetic:

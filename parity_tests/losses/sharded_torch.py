@@ -1,14 +1,10 @@
 """The losses of `lsce_torch` with their classes divided over processes, as losses of whole arrays."""
 
-import atexit
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +12,13 @@ from numpy.typing import NDArray
 
 from parity_tests.losses.adapters import LEAVES, LossError, TorchAdapter, operands_of, to_torch
 from parity_tests.losses.sharded import on_shards
+from parity_tests.losses.workers import SECONDS, Workers
 from parity_tests.truth.cases import Case
 from parity_tests.truth.comparison import AnyResult
 
 # How many processes there are, and which of them divide the classes among 1, 2, 3 and 4: not always the first ones.
 PROCESSES = 4
 MEMBERS = {1: (2,), 2: (1, 3), 3: (0, 2, 3), 4: (0, 1, 2, 3)}
-# A process waits so long for the others, and its caller for it.
-_SECONDS = 60
 # Where the classes are divided, as a function of their number and that of the ranks.
 DIVISIONS: dict[str, Callable[[int, int], list[int]]] = {
     "even": lambda k, n: [k * i // n for i in range(n + 1)],
@@ -36,68 +31,38 @@ Layout = tuple[tuple[int, str], ...]
 _CLASS_VECTORS = ("class_weight", "prior", "bias")
 
 
-class Processes:
-    """Processes of one group, which run functions of modules that they can import.
+class Processes(Workers):
+    """Processes of gloo, of which some form a group. A function is called with the group."""
 
-    A function is called with the group, and returns what can be pickled. What it raises is raised here.
-    """
+    def __init__(self, seconds: float = SECONDS) -> None:
+        """Start none yet."""
+        super().__init__(PROCESSES, partial(_groups, seconds / 2), seconds)
 
-    def __init__(self, number: int = PROCESSES) -> None:
-        """Start them."""
-        context = get_context("spawn")
-        self.folder = tempfile.TemporaryDirectory()
-        self.ends: list[Connection] = []
-        self.processes = []
-        for rank in range(number):
-            here, there = context.Pipe()
-            arguments = (rank, number, str(Path(self.folder.name) / "store"), there)
-            process = context.Process(target=_serve, args=arguments, daemon=True)
-            process.start()
-            self.ends.append(here)
-            self.processes.append(process)
-        atexit.register(self.stop)
-
-    def run(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def on_ranks(self, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Return what a function returns or raises in each member of a group of so many ranks, by rank.
 
         Args:
             function: takes the group, and the arguments of its rank.
             arguments: those of each rank.
         """
-        members = MEMBERS[len(arguments)]
-        for member, of_rank in zip(members, arguments, strict=True):
-            self.ends[member].send((function, len(members), of_rank))
-        return [self._receive(member) for member in members]
-
-    def _receive(self, member: int) -> Any:
-        if not self.ends[member].poll(2 * _SECONDS):
-            self.stop()
-            raise TimeoutError(f"process {member} of {len(self.ends)} does not answer")
-        return self.ends[member].recv()
-
-    def stop(self) -> None:
-        """Stop them."""
-        for process in self.processes:
-            process.kill()
-            process.join()
-        self.folder.cleanup()
+        size = len(arguments)
+        return self.run(_in_group, [(size, function, of_rank) for of_rank in arguments], MEMBERS[size])
 
 
-def _serve(rank: int, number: int, store: str, caller: Connection) -> None:
+def _groups(seconds: float, rank: int, number: int, folder: Path) -> dict[int, Any]:
+    """Return the groups by size. A process waits so many seconds for the others."""
     import torch
     from torch import distributed
 
     torch.set_num_threads(1)
-    timeout = timedelta(seconds=_SECONDS)
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=number, timeout=timeout)
-    groups = {size: distributed.new_group(list(members), timeout=timeout) for size, members in MEMBERS.items()}
-    while True:
-        function, size, arguments = caller.recv()
-        try:
-            answer = function(groups[size], *arguments)
-        except Exception as problem:
-            answer = problem
-        caller.send(answer)
+    timeout = timedelta(seconds=seconds)
+    store = f"file://{folder / 'store'}"
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=number, timeout=timeout)
+    return {size: distributed.new_group(list(members), timeout=timeout) for size, members in MEMBERS.items()}
+
+
+def _in_group(groups: dict[int, Any], size: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    return function(groups[size], *arguments)
 
 
 @cache
@@ -267,12 +232,13 @@ class DTensorAdapter(TorchAdapter):
 
 
 def run_on_ranks(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """Return what a function returns on each rank; raise if it raises on any. See `Processes.run`."""
-    answers = processes().run(function, arguments)
+    """Return what a function returns on each rank; raise if it raises on any. See `Processes.on_ranks`."""
+    answers = processes().on_ranks(function, arguments)
     # All of them: where one rank fails, others may only say that they have waited for it.
     problems = [answer for answer in answers if isinstance(answer, Exception)]
     if problems:
-        raise ExceptionGroup(f"on {len(problems)} of {len(answers)} ranks", problems)
+        first = next((each for each in problems if not isinstance(each, RuntimeError)), problems[0])
+        raise ExceptionGroup(f"on {len(problems)} of {len(answers)} ranks: {first}", problems)
     return answers
 
 

@@ -11,6 +11,8 @@ import torch
 from typer.testing import Result as CommandResult
 
 from parity_tests.faults.dense import FAULTS, evaluate
+from parity_tests.faults.linear import wrong_result
+from parity_tests.faults.sharded import sharded_faults
 from parity_tests.losses.user_losses import SpecificationError, find, parse_options
 from parity_tests.meta.running import invoke
 from parity_tests.studies.diagnosis import Candidate, Diagnosis, departures, faults_as_candidates
@@ -512,11 +514,11 @@ def of_everything(request: pytest.FixtureRequest) -> tuple[str, Diagnosis]:
     return request.param, Diagnosis(cases, faults_as_candidates())
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [*FAULTS, *sharded_faults()])
 def test_every_mutant_is_named(fault: str, of_everything: tuple[str, Diagnosis]) -> None:
     """By a comparison of losses that take all options: the best explanation is the fault, or one that is the same."""
     dtype, diagnosis = of_everything
-    results = [evaluate(case, fault) for case in diagnosis.cases]
+    results = [wrong_result(case, fault) for case in diagnosis.cases]
     found = diagnosis.explain(results, Candidate())
     if (fault, dtype) in HARMLESS:
         assert [each.candidate.fault for each in found] == [None]
@@ -564,3 +566,35 @@ def test_what_is_found() -> None:
         find("torch:brought_losses:Weighted.backward")
     assert parse_options([]) == {}
     assert parse_options(["a=", "b=x=y", "c=null"]) == {"a": "", "b": "x=y", "c": None}
+
+
+@pytest.mark.parametrize(("loss", "options", "fault"), [
+    ("torch:{}:megatron", [], "sharded_own_smoothing"),
+    ("torch:{}:added_up", ["--a", "ranks=8"], "sharded_cotangents:8"),
+    *(
+        pytest.param(*each, marks=pytest.mark.slow)
+        for each in (
+            ("torch:{}:megatron", ["--a", "ranks=4"], "sharded_own_smoothing:4"),
+            ("torch:{}:own_number_of_classes", [], "local_classes"),
+            ("torch:{}:own_mean", [], "local_mean"),
+            ("torch:{}:without_constant", [], "sharded_constant"),
+            ("jax:{}:gathered", [], "sharded_log_devices"),
+        )
+    ),
+])  # fmt: skip
+def test_mistakes_of_divided_classes_are_named(loss: str, options: list[str], fault: str) -> None:
+    classes = ("--classes", "8", "--classes", "16")
+    outcome = invoke("compare", loss.format("parity_tests.meta.losses_of_shards"), "oracle", *classes, *options)
+    assert outcome.exit_code == 1, outcome.output
+    assert f"known difference: {fault}\n" in outcome.output, outcome.output
+
+
+@pytest.mark.slow
+def test_divided_classes_of_both_frameworks() -> None:
+    """In other numbers of shards than by default."""
+    outcome = invoke("compare", "jax-sharded:7", "torch-sharded:4")
+    assert outcome.exit_code == 0, outcome.output
+    assert re.search(r"^AGREE in \d\d cases", outcome.output, re.MULTILINE), outcome.output
+    outcome = invoke("compare", "mutant:sharded_cotangents:4", "torch-linear-sharded:2")
+    assert outcome.exit_code == 1, outcome.output
+    assert "known difference: sharded_cotangents:4\n" in outcome.output

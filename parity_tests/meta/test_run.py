@@ -73,6 +73,10 @@ def test_the_frameworks_own_loss_is_shown_beside() -> None:
     (["--case", "nothing*"], "no case is called nothing*; the cases are classes_1, "),
     (["--dtype", "int8"], "there is no dtype 'int8'"),
     (["--adapter", "torch-fused", "--device", "tpu"], "torch-fused: torch finds no tpu device"),
+    (["--adapter", "torch-sharded:5"], "torch-sharded:N takes an N from 1 to 4, got '5'"),
+    (["--adapter", "jax-linear-sharded:"], "jax-linear-sharded:N takes an N from 1 to 8, got ''"),
+    (["--adapter", "jax-sharded", "--device", "cuda"], "divides the classes over virtual devices on the CPU"),
+    (["--adapter", "torch-sharded", "--device-model", "tpu-v5e"], "or runs in a process of its own"),
     (["--adapter", "torch-cross-entropy", "--case", "where"], "no adapter can handle these cases"),
 ])  # fmt: skip
 def test_what_cannot_run(arguments: list[str], message: str) -> None:

@@ -17,6 +17,7 @@ import lsce_jax
 import lsce_torch
 from parity_tests import self_checks
 from parity_tests.faults.dense import FAULTS
+from parity_tests.faults.sharded import SHARDED_FAULTS
 from parity_tests.meta.running import invoke, run_code
 from parity_tests.self_checks import (
     CHECKS,
@@ -87,12 +88,19 @@ def test_torch_compiled() -> None:
 MEANT_FOR = {
     "row_sum": {"zero_non_target_gradient", "padding_joins", "last_block_dropped", "stale_lse"},
     "shift": {"maximum_kept", "padding_joins"},
-    "permutation": {"last_block_dropped", "pad_class_left_out", "local_mean"},
+    "permutation": {"last_block_dropped", "pad_class_left_out", "local_mean", "sharded_own_smoothing"},
     "linear_uniform": {"unsmoothed_loss", "bfloat16_loss", "entropy_subtracted"},
     "linear_non_target": {"unsmoothed_loss", "bfloat16_loss", "entropy_subtracted"},
     "label_forgotten": {"other_off", "unsmoothed_gradient", "local_classes", "label_without_share", "label_kept_whole"},
     "conventions": {"other_off", "local_classes", "label_without_share", "label_kept_whole"},
-    "plain_cross_entropy": {"zero_gradient", "gradient_sign", "label_off_by_one", "base_two", "bfloat16_sum"},
+    "plain_cross_entropy": {
+        "zero_gradient",
+        "gradient_sign",
+        "label_off_by_one",
+        "base_two",
+        "bfloat16_sum",
+        "sharded_log_devices",
+    },
     "parts": {"stale_lse", "upstream_ignored"},
     "mean": {"sum_for_mean", "all_rows_counted", "gradient_of_sum"},
     "rows_left_out": {"ignored_rows_leak"},
@@ -134,7 +142,7 @@ def test_mutants_are_rejected(dtype: str) -> None:
     rejected = {fault for check, faults in caught.items() if check != "compiled" for fault in faults}
     # Rounding to bfloat16 does nothing to what is in bfloat16 already.
     harmless = {"bfloat16_logits", "bfloat16_gradient"} if dtype == "bfloat16" else set()
-    assert set(FAULTS) - rejected == OUT_OF_REACH | harmless
+    assert {*FAULTS, *SHARDED_FAULTS} - rejected == OUT_OF_REACH | harmless
 
 
 def test_every_check_is_meant_for_something() -> None:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from parity_tests.faults.dense import FAULTS
-from parity_tests.faults.linear import BANK, OF_LAYER, PREFIX, wrong_result
+from parity_tests.faults.linear import OF_LAYER, PREFIX, describe, wrong_result
+from parity_tests.faults.sharded import gradient_factor, sharded_faults
 from parity_tests.truth.arithmetic import Arithmetic
 from parity_tests.truth.cases import CONVENTIONS, Case
 from parity_tests.truth.comparison import AnyResult, Parts, bounds_of, within
@@ -64,7 +65,7 @@ class Candidate:
             parts.append(str(self.reduction))
         if self.subtract_entropy:
             parts.append("entropy of the target subtracted")
-        return ", ".join(parts) + (f"; {BANK[self.fault]}" if self.fault else "")
+        return ", ".join(parts) + (f"; {describe(self.fault)}" if self.fault else "")
 
 
 AS_STATED = Candidate()
@@ -123,7 +124,8 @@ class Diagnosis:
             if candidate.fault is None:
                 yield within(case, truth, result, bounds).share
             else:
-                twice = {part: 2 * bound for part, bound in bounds.items()}
+                factor = gradient_factor(candidate.fault)
+                twice = {part: 2 * (1 if part == "loss" else factor) * bound for part, bound in bounds.items()}
                 yield within(case, truth, result, twice, self._of_fault(candidate, i)).share
 
     def _distance(self, candidate: Candidate, given: Mapping[int, AnyResult], limit: float) -> float:
@@ -165,7 +167,7 @@ def _oddity(candidate: Candidate, expected: Candidate) -> tuple[int, bool]:
 
 
 def _faults(linear: bool) -> list[str | None]:
-    return [None, *FAULTS, *([PREFIX + name for name in OF_LAYER] if linear else [])]
+    return [None, *FAULTS, *sharded_faults(), *([PREFIX + name for name in OF_LAYER] if linear else [])]
 
 
 def faults_as_candidates(linear: bool = False) -> list[Candidate]:

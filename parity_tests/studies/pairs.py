@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from parity_tests.faults.linear import BANK
+from parity_tests.faults.linear import describe, is_known
 from parity_tests.losses.adapters import Adapter
 from parity_tests.studies.diagnosis import (
     AS_STATED,
@@ -128,7 +128,7 @@ class SideReading:
             found.append(f"evidence: {self.formula.evidence}")
         if self.mutants:
             found.append(f"known difference: {', '.join(self.mutants)}")
-            found += [f"    {name}: {BANK[name]}" for name in self.mutants if name in BANK]
+            found += [f"    {name}: {describe(name)}" for name in self.mutants if is_known(name)]
         if self.others:
             found.append(f"cannot be told from, in these cases: {', '.join(self.others)}")
         return found

@@ -48,6 +48,7 @@ EXCUSED: dict[str, frozenset[str]] = {
     "pad_class_left_out": TINY_SMOOTHING,
     "local_mean": TINY_SMOOTHING,
     "sharded_constant": TINY_SMOOTHING,
+    "sharded_own_smoothing": TINY_SMOOTHING,
     "entropy_subtracted": TINY_SMOOTHING,
     # The rounding of logits within 0.01 of each other does not show in the mean of the losses.
     "bfloat16_logits": frozenset({"near_uniform"}),

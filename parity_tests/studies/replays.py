@@ -211,7 +211,7 @@ def replay(
 
 
 def _check_known(name: str) -> None:
-    if name not in ENTRIES:
+    if name.partition(":")[0] not in ENTRIES:
         try:
             make_adapter(name)  # loads no framework: only those in ENTRIES do
         except ValueError as error:

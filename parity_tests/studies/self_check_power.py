@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from parity_tests.faults import dense as mutants
+from parity_tests.faults.dense import FAULTS
+from parity_tests.faults.linear import wrong_result
+from parity_tests.faults.sharded import SHARDED_FAULTS
 from parity_tests.self_checks import CHECKS, DEFAULTS, CheckOutcome, Evaluate, Evaluation, Subject, run_checks, upstream
 from parity_tests.truth.cases import Case
+from parity_tests.truth.comparison import Result
 from parity_tests.truth.precision import FloatArray
 
 
@@ -36,7 +39,8 @@ def evaluate_fault(fault: str | None) -> Evaluate:
         where = chosen.pop("where")
         factors = upstream(() if chosen["reduction"] == "mean" else labels.shape)
         case = Case("self_check", dtype, logits, labels, chosen, smoothing, where=where, upstream=factors)
-        result = mutants.evaluate(case, fault)
+        result = wrong_result(case, fault)
+        assert isinstance(result, Result)
         return Evaluation(result.loss, result.gradient / factors.reshape(-1, 1))
 
     return evaluate
@@ -53,10 +57,10 @@ def check_fault(fault: str | None, dtype: str) -> list[CheckOutcome]:
     return run_checks(Subject(evaluate_fault(fault), plain=sound, other=sound), dtype)
 
 
-def faults_caught(dtype: str, faults: Collection[str] = tuple(mutants.FAULTS)) -> dict[str, list[str]]:
+def faults_caught(dtype: str, faults: Collection[str] = (*FAULTS, *SHARDED_FAULTS)) -> dict[str, list[str]]:
     """Return which of some faults each check rejects, for logits of `dtype`; none of those of linear layers."""
     caught: dict[str, list[str]] = {check: [] for check in CHECKS}
-    for fault in (name for name in mutants.FAULTS if name in faults):
+    for fault in (name for name in (*FAULTS, *SHARDED_FAULTS) if name in faults):
         for outcome in check_fault(fault, dtype):
             if outcome.verdict == "disagree":
                 caught[outcome.check].append(fault)

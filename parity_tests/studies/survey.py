@@ -106,7 +106,8 @@ class Survey:
                 if outcomes and all(outcome.status == "agree" for outcome in outcomes):
                     model = simulated_device(member.adapter)
                     kind: Kind = "executed" if model is None else "simulated"
-                    found.append(Evidence(name, member.adapter.device, dtype, kind, model or ""))
+                    where = str(model or getattr(member.adapter, "where", ""))
+                    found.append(Evidence(name, member.adapter.device, dtype, kind, where))
         return found
 
 

@@ -3,6 +3,7 @@
 The number of devices is fixed when JAX starts. In the process of the other tests it is two.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ import pytest
 
 import lsce_jax
 from lsce_jax import LossStats
+from lsce_jax.aot import hlo
 from parity_tests.losses.adapters import JaxAdapter, operands_of
 from parity_tests.losses.rows_divided import as_mean, over_devices
 from parity_tests.losses.sharded import AXIS, ShardedAdapter, divided, on_shards
@@ -63,10 +65,20 @@ def adapter(num_devices: int, check_vma: bool = True, linear: bool = False) -> S
     return ShardedAdapter(num_devices, check_vma, linear, narrow=NARROW_PRODUCTS)
 
 
+# A dtype changes nothing in how classes are divided, but by its precision. So every case is there with every number of
+# devices, and with two dtypes; those with every option are there with the other two.
+IN_EVERY_CASE = {(DEVICES, "float32"), (3, "bfloat16")}
+IN_SOME_CASES = {(DEVICES, "float64"), (3, "float16")}
+
+
 def cases(names: Iterable[str], is_quick: Callable[[str, int, str], bool], dtypes: Sequence[str]) -> Any:
-    """Return a decorator for tests of each case, number of devices and dtype. Those that are not quick are marked."""
-    each = product(names, (DEVICES, 3), dtypes)
-    marked = [pytest.param(*one, marks=[] if is_quick(*one) else [pytest.mark.distributed]) for one in each]
+    """Return a decorator for tests of cases, numbers of devices and dtypes. Those that are not quick are marked."""
+    marked = []
+    for name, number, dtype in product(names, (DEVICES, 3), dtypes):
+        is_one_of_some = (number, dtype) in IN_SOME_CASES and name in {*QUICK, *EVERY_OPTION, *OF_LAYERS}
+        quick = is_quick(name, number, dtype)
+        if quick or is_one_of_some or (number, dtype) in IN_EVERY_CASE:
+            marked.append(pytest.param(name, number, dtype, marks=[] if quick else [pytest.mark.distributed]))
     return pytest.mark.parametrize(("name", "num_devices", "dtype"), marked)
 
 
@@ -286,14 +298,13 @@ def test_derivatives_of_every_operand(check_vma: bool) -> None:
 
 
 def collectives(function: Callable[..., Any], *operands: Any) -> dict[str, list[int]]:
-    """Return the sizes of what each kind of collective of a compiled program sends, in elements."""
-    program = jax.jit(function).lower(*operands).compile().as_text()
+    """Return the sizes of the arrays that a compiled program sends, in elements, by the kind of collective.
+
+    An array that is sent in each round of a loop is there as often.
+    """
     found: dict[str, list[int]] = {}
-    pattern = (
-        r"= \(?\w+\[([\d,]*)\][^=]*? (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
-    )
-    for shape, kind in re.findall(pattern, program):
-        found.setdefault(kind, []).append(int(np.prod([int(size) for size in shape.split(",") if size] or [1])))
+    for each in hlo.parse(jax.jit(function).lower(*operands).compile().as_text()).transfers:
+        found.setdefault(each.kind, []).extend(each.times * [math.prod(array.sizes) for array in each.arrays])
     return {kind: sorted(sizes) for kind, sizes in found.items()}
 
 
@@ -336,8 +347,9 @@ def test_the_gradient_of_smoothing_sends_nothing_but_of_soft_labels() -> None:
     def of(labels: Any) -> Callable[[jax.Array], jax.Array]:
         return lambda smoothing: divided(sharded, DEVICES)(LOGITS, labels, smoothing=smoothing, reduction="sum")
 
-    assert len(collectives(jax.grad(of(jnp.asarray(LABELS))), smoothing)["all-reduce"]) == 2
-    assert len(collectives(jax.grad(of(jax.nn.softmax(LOGITS))), smoothing)["all-reduce"]) == 3
+    assert collectives(jax.grad(of(jnp.asarray(LABELS))), smoothing) == {"all-reduce": [ROWS, 4 * ROWS]}
+    of_soft = collectives(jax.grad(of(jax.nn.softmax(LOGITS))), smoothing)
+    assert of_soft == {"all-reduce": [ROWS, ROWS, ROWS, 5 * ROWS]}
 
 
 def test_what_vectors_of_a_layer_send() -> None:
@@ -440,6 +452,7 @@ ALL_LOGITS = MANY_ROWS * MANY_CLASSES
 # Of rows and classes; of the rows of hidden, and of the two dimensions of the weight.
 DENSE_SPECS = [("data", None), (None, "model"), ("data", "model"), (None, ("data", "model"))]
 LAYER_SPECS = [("data", (None, None)), (None, (None, "model")), ("data", (None, "model")), ("data", ("data", "model"))]
+OF_HIDDEN = [("data", None), (None, "model"), ("data", "model")]
 each_mesh = pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
 
 
@@ -483,6 +496,48 @@ def test_plain_jit_sends_no_logits_of_a_layer(
     of_logits = {ALL_LOGITS // parts for parts in (1, 2, 4, 8)}
     assert not of_layer & of_logits
     assert all(size <= 2 * MANY_ROWS or size in of_layer for sizes in sent.values() for size in sizes)
+
+
+@each_mesh
+@pytest.mark.parametrize("axes", OF_HIDDEN)
+def test_hidden_whose_features_are_divided(axis_type: str, axes: tuple[str | None, str | None]) -> None:
+    """As the weight's are."""
+    types = (getattr(jax.sharding.AxisType, axis_type),) * 2
+    labels = np.arange(len(HIDDEN)) + 3
+    step = jax.value_and_grad(partial(lsce_jax.linear_label_smoothed_cross_entropy, reduction="sum"), argnums=(0, 1))
+    with jax.enable_x64(True):
+        hidden, weight = HIDDEN[:, :4].astype(np.float64), WEIGHT[:4].astype(np.float64)
+        expected = jax.jit(step)(hidden, weight, labels)
+        with jax.set_mesh(jax.make_mesh((2, 4), ("data", "model"), axis_types=types)):
+            mesh = jax.sharding.get_mesh()
+            operands = placed(mesh, hidden, *axes), placed(mesh, weight, "model", None), placed(mesh, labels, axes[0])
+            found = jax.jit(step)(*operands)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-13)
+
+
+@each_mesh
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_weight_whose_features_are_divided_is_gathered_once(axis_type: str, recompute: bool) -> None:
+    """As in FSDP. No chunk of rows gathers the weight again, and the gradients are those of one device."""
+    types = (getattr(jax.sharding.AxisType, axis_type),) * 2
+    random = np.random.default_rng(5)
+    hidden = random.normal(size=(MANY_ROWS, FEATURES_OF_LAYER))
+    weight = random.normal(size=(FEATURES_OF_LAYER, MANY_CLASSES))
+    labels = np.arange(MANY_ROWS)
+    options = {"reduction": "mean", "chunk_size": 8, "recompute": recompute}
+    step = jax.value_and_grad(partial(lsce_jax.linear_label_smoothed_cross_entropy, **options), argnums=(0, 1))
+    with jax.enable_x64(True):
+        expected = jax.jit(step)(hidden, weight, labels)
+        with jax.set_mesh(jax.make_mesh((2, 4), ("data", "model"), axis_types=types)):
+            mesh = jax.sharding.get_mesh()
+            operands = [placed(mesh, hidden, "data", None), placed(mesh, weight, "data", "model")]
+            operands.append(placed(mesh, labels, "data"))
+            found, sent = jax.jit(step)(*operands), collectives(step, *operands)
+    of_device = weight.size // 4
+    assert [size for size in sent["all-gather"] if size >= of_device] == [of_device]
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-13)
 
 
 # --- Rows -----------------------------------------------------------------------------------------------------------

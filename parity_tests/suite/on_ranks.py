@@ -1,5 +1,7 @@
 """What `test_vocab_parallel_torch.py` runs in each process of a group. It loads no JAX."""
 
+import os
+import time
 from collections import Counter
 from typing import Any
 
@@ -265,6 +267,17 @@ def linear_called(group: Any, changes: dict[str, Any]) -> Any:
 def linear_transformed(group: Any) -> Any:
     weight, labels = torch.zeros(3, 2), torch.zeros(4, dtype=torch.int64)
     return torch.func.grad(lambda h: linear_loss(h, weight, labels, group=group))(torch.zeros(4, 2))
+
+
+def called_late(group: Any, keywords: dict[str, Any], seconds: float) -> Any:
+    time.sleep(seconds)
+    return called(group, keywords)
+
+
+def called_or_exit(group: Any, keywords: dict[str, Any], exits: bool) -> Any:
+    if exits:
+        os._exit(3)
+    return called(group, keywords)
 
 
 def denominators(group: Any, labels: Any) -> list[int]:

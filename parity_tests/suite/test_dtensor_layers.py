@@ -169,25 +169,25 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 def test_what_is_refused(how: str) -> None:
     """Each rank raises, with the whole message."""
     key, given = REFUSED[how]
-    for problem in processes().run(on_meshes.refused, [(how,)] * PROCESSES):
+    for problem in processes().on_ranks(on_meshes.refused, [(how,)] * PROCESSES):
         assert str(problem) == str(error(key, **given))
         assert type(problem) is type(error(key, **given))
 
 
 def test_shapes_in_messages_are_whole() -> None:
-    for problem in processes().run(on_meshes.refused, [("shape",)] * PROCESSES):
+    for problem in processes().on_ranks(on_meshes.refused, [("shape",)] * PROCESSES):
         assert isinstance(problem, ValueError)
         assert "hidden [4, 2], got [8, 3]" in str(problem)
 
 
 @pytest.mark.distributed
 def test_what_is_refused_within_compile() -> None:
-    for problem in processes().run(on_meshes.compiled_as_refused, [()] * PROCESSES):
+    for problem in processes().on_ranks(on_meshes.compiled_as_refused, [()] * PROCESSES):
         given = "[Shard(dim=0), Shard(dim=0)]"
         assert str(error("dtensor_placement", name="weight", given=given)) in str(problem)
 
 
 @pytest.mark.distributed
 def test_compiled_with_other_labels() -> None:
-    for problem in processes().run(on_meshes.compiled_with_other_labels, [()] * PROCESSES):
+    for problem in processes().on_ranks(on_meshes.compiled_with_other_labels, [()] * PROCESSES):
         assert str(problem) == str(error("ranks_rows", name="labels", rank=1))

@@ -16,6 +16,7 @@ from parity_tests.losses.sharded_torch import (
     DIVISIONS,
     DTensorAdapter,
     Layout,
+    Processes,
     ShardedTorchAdapter,
     joined,
     processes,
@@ -23,6 +24,7 @@ from parity_tests.losses.sharded_torch import (
     same,
     slices_of,
 )
+from parity_tests.losses.workers import WorkerError
 from parity_tests.suite import on_ranks
 from parity_tests.suite.test_differentiable_stats import NAMES, agrees, factors, in_rows, truth_and_bounds_of
 from parity_tests.suite.test_stats import assert_statistics
@@ -201,7 +203,7 @@ def test_func_grad() -> None:
 
 def test_the_default_group() -> None:
     """Without a group the classes are divided over all processes."""
-    losses = processes().run(on_ranks.default_group, [()] * 4)
+    losses = processes().on_ranks(on_ranks.default_group, [()] * 4)
     logits = torch.tensor([0.0, 1, 1, 2, 2, 3, 3, 4]).repeat(3, 1)
     expected = lsce_torch.label_smoothed_cross_entropy(logits, torch.tensor([0, 3, 7]))
     assert abs(float(same(losses)) - float(expected)) <= 1e-6
@@ -316,15 +318,15 @@ def test_statistics_of_the_linear_loss(name: str) -> None:
 
 
 def test_messages_of_the_linear_loss() -> None:
-    problems = processes().run(on_ranks.linear_called, [({"labels": np.zeros((4, 3), F32)},), ({},)])
+    problems = processes().on_ranks(on_ranks.linear_called, [({"labels": np.zeros((4, 3), F32)},), ({},)])
     assert isinstance(problems[0], TypeError)
     assert str(problems[1]) == MESSAGES["rank_failed"][1].format(ranks=[0])
     wider = {"hidden": np.zeros((4, 5), F32), "local_weight": np.zeros((3, 5), F32)}
-    for problem in processes().run(on_ranks.linear_called, [({},), (wider,)]):
+    for problem in processes().on_ranks(on_ranks.linear_called, [({},), (wider,)]):
         assert "disagree about the number of features: rank 0 has 2, rank 1 has 5." in str(problem)
-    for problem in processes().run(on_ranks.linear_called, [({"bias": np.zeros(4, F32)},)] * 2):
+    for problem in processes().on_ranks(on_ranks.linear_called, [({"bias": np.zeros(4, F32)},)] * 2):
         assert "each device passes the slice of its own classes" in str(problem)
-    for problem in processes().run(on_ranks.linear_transformed, [()] * 2):
+    for problem in processes().on_ranks(on_ranks.linear_transformed, [()] * 2):
         assert "has no transforms of torch.func: use backward()." in str(problem)
 
 
@@ -394,7 +396,7 @@ def test_labels_and_weights_that_are_dtensors() -> None:
     "labels_shape",
 ])  # fmt: skip
 def test_dtensors_that_are_refused(how: str) -> None:
-    for problem in processes().run(on_ranks.refused_dtensor, [(how,)] * 4):
+    for problem in processes().on_ranks(on_ranks.refused_dtensor, [(how,)] * 4):
         assert isinstance(problem, ValueError), problem
         if how in MESSAGES:
             assert str(problem).startswith(MESSAGES[how][1].split("{")[0])
@@ -409,7 +411,7 @@ LOGITS, LABELS = np.zeros((4, 3), F32), np.array([0, 1, 2, 0])
 
 def raised(arguments: Sequence[dict[str, Any]], function: Callable[..., Any] = on_ranks.called) -> list[Exception]:
     """Return what a call raises on each rank."""
-    answers = processes().run(function, [(keywords,) for keywords in arguments])
+    answers = processes().on_ranks(function, [(keywords,) for keywords in arguments])
     assert all(isinstance(answer, Exception) for answer in answers), answers
     return answers
 
@@ -447,7 +449,7 @@ def test_ranks_that_disagree(name: str) -> None:
         assert isinstance(problem, ValueError)
         assert str(problem).startswith(f"the ranks of the group disagree about {name}: rank 0 has ")
         assert "rank 2 has" in str(problem)
-    assert processes().run(on_ranks.called, [(call(),)] * 3)[0].isfinite()
+    assert processes().on_ranks(on_ranks.called, [(call(),)] * 3)[0].isfinite()
 
 
 @pytest.mark.parametrize(("ours", "theirs", "name"), [
@@ -498,6 +500,29 @@ def test_a_rank_whose_call_is_wrong() -> None:
         assert str(problems[rank]) == MESSAGES["rank_failed"][1].format(ranks=[1])
 
 
+def test_a_rank_that_ends() -> None:
+    """The others raise at once, and the next call starts new processes."""
+    arguments = [(call(), False), (call(), True), (call(), False)]
+    first, second, third = processes().on_ranks(on_ranks.called_or_exit, arguments)
+    assert isinstance(second, WorkerError)
+    assert str(second) == "process 1 of 3 has ended, with exit code 3"
+    for problem in (first, third):
+        assert isinstance(problem, RuntimeError)
+        assert "Connection" in str(problem)
+    assert processes().on_ranks(on_ranks.called, [(call(),)] * 3)[0].isfinite()
+
+
+@pytest.mark.distributed
+def test_a_rank_that_does_not_come() -> None:
+    """The others raise after the time-out of the group."""
+    few = Processes(seconds=40.0)
+    few.on_ranks(on_ranks.called, [(call(),)] * 2)
+    first, _ = few.on_ranks(on_ranks.called_late, [(call(), 0.0), (call(), 24.0)])
+    few.stop()
+    assert isinstance(first, RuntimeError)
+    assert "Timed out waiting 20000ms" in str(first)
+
+
 def test_messages() -> None:
     none = call(local_logits=LOGITS[:, :0])
     for problem in raised([none, none]):
@@ -516,7 +541,7 @@ def test_messages() -> None:
     for problem in raised([call(group="model")] * 2):
         assert isinstance(problem, TypeError)
         assert str(problem) == MESSAGES["group_type"][1].format(given="str")
-    for problem in processes().run(on_ranks.outside, [()] * 2):
+    for problem in processes().on_ranks(on_ranks.outside, [()] * 2):
         assert str(problem) == MESSAGES["group_member"][1]
 
 
@@ -528,7 +553,7 @@ def test_without_a_group() -> None:
 
 @pytest.mark.parametrize("name", ["class_weight", "prior", "labels", "smoothing of soft labels"])
 def test_what_takes_no_gradient(name: str) -> None:
-    for problem in processes().run(on_ranks.with_gradient, [(name,)] * 2):
+    for problem in processes().on_ranks(on_ranks.with_gradient, [(name,)] * 2):
         assert isinstance(problem, ValueError)
         assert str(problem) == MESSAGES["shard_gradient"][1].format(name=name)
 
@@ -539,6 +564,6 @@ def test_what_takes_no_gradient(name: str) -> None:
     (on_ranks.forward_mode, "forward mode"),
 ])  # fmt: skip
 def test_transforms_that_are_refused(function: Callable[..., Any], words: str) -> None:
-    for problem in processes().run(function, [()] * 2):
+    for problem in processes().on_ranks(function, [()] * 2):
         assert isinstance(problem, RuntimeError), problem
         assert f"the loss of divided classes has no {words}: " in str(problem)
