@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lsce_spec import check_axis, check_batch_operand, check_class_mask, check_class_vector, check_labels
+from lsce_torch.denominators import mean_denominator
 from lsce_torch.errors import error
 from lsce_torch.functional import (
     LOSSES_OF_SUBCLASSES,
@@ -458,20 +459,15 @@ def _mass(
     mesh: _Mesh, labels: Tensor, given: Mapping[str, Any], keywords: Mapping[str, Any], dtype: torch.dtype
 ) -> Tensor:
     """Return the sum of the labels' class weights over this rank's rows that count, or their number."""
-    soft = labels.is_floating_point()
-    counted = torch.ones_like(labels.select(mesh.axis, 0) if soft else labels, dtype=torch.bool)
-    if given["where"] is not None:
-        counted = counted & given["where"]
-    if given["ignore_index"] is not None:
-        counted = counted & (labels != given["ignore_index"])
-    weights: Any = keywords["class_weight"]
-    if weights is None or soft:
-        return counted.sum().to(dtype)
-    weights = weights.full_tensor() if is_dtensor(weights) else weights
-    # A bad label weighs 1; see `functional.mean_divisor`.
-    is_class = (labels >= 0) & (labels < weights.shape[0])
-    of_labels = torch.where(is_class, weights.to(dtype)[torch.where(is_class, labels, 0).long()], 1)
-    return torch.where(counted, of_labels, 0).sum()
+    rows, weights = labels, keywords["class_weight"]
+    if labels.is_floating_point():
+        # Each row counts as one, also on a rank that has no class.
+        sizes = [size for dim, size in enumerate(labels.shape) if dim != mesh.axis]
+        rows, weights = labels.new_zeros(sizes, dtype=torch.int64), None
+    if weights is not None:
+        weights = (weights.full_tensor() if is_dtensor(weights) else weights).to(dtype)
+    options = {"where": given["where"], "ignore_index": given["ignore_index"], "class_weight": weights}
+    return mean_denominator(rows, group=(), **options).to(dtype)
 
 
 def _called(

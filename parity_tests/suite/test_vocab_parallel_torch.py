@@ -359,6 +359,15 @@ def test_dtensors(layout: Layout, dtype: str) -> None:
     assert tried >= len(case_names()) - 2
 
 
+@pytest.mark.parametrize("soft", [True, False])
+def test_dtensors_of_one_class(soft: bool) -> None:
+    """All ranks but one of each row have no class."""
+    labels = np.ones((6, 1)) if soft else np.zeros(6, int)
+    case = Case("one class", "float32", np.arange(6.0)[:, None], labels, options={"reduction": "mean"})
+    case = replace(case, where=np.arange(6) != 2)
+    assert compared(case, DTensorAdapter(((2, "rows"), (2, "classes")))).agrees
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize("layout", [LAYOUTS[1], LAYOUTS[2]])
 def test_compiled_dtensors(layout: Layout) -> None:
