@@ -552,7 +552,11 @@ def of_rows(case: Case | None, num_devices: int, **options: Any) -> Comparison:
     return against_oracle(case, solve(case), loss(case), loss.arithmetic)
 
 
-@cases((name for name in case_names() if as_mean(make_case(name, "float32"))), is_quick, ("float32", "bfloat16"))
+@cases(
+    (name for name in case_names() if as_mean(make_case(name, "float32"))),
+    lambda *case: case[0] in (*EVERY_OPTION, "prior_distribution") and case[1:] == (DEVICES, "float32"),
+    ("float32", "bfloat16"),
+)
 def test_rows_against_oracle(name: str, num_devices: int, dtype: str) -> None:
     """Fewer rows than devices, devices without a row that counts, padded tails."""
     comparison = of_rows(as_mean(make_case(name, dtype)), num_devices)
@@ -579,8 +583,11 @@ def test_ways_to_compute_rows_of_a_layer(options: dict[str, Any]) -> None:
         assert comparison.agrees, (name, comparison)
 
 
-@pytest.mark.parametrize("num_classes", [10, 1000, 20_000])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("num_classes", "dtype"), [
+    (1000, "bfloat16"),
+    pytest.param(1000, "float32", marks=pytest.mark.distributed),
+    *(pytest.param(*each, marks=pytest.mark.distributed) for each in product([10, 20_000], ["float32", "bfloat16"])),
+])  # fmt: skip
 def test_many_rows(num_classes: int, dtype: str) -> None:
     """On CPUs these are computed in blocks, columns and groups: the same number for each row as without devices."""
     logits = jax.random.normal(jax.random.key(num_classes), (2**19 // num_classes * 2, num_classes), dtype)
