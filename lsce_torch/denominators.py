@@ -11,7 +11,7 @@ from lsce_spec import LossOptions
 from lsce_spec.keywords import defaults_of, takes
 from lsce_torch.errors import error
 from lsce_torch.functional import denominator_of
-from lsce_torch.inputs import check_tensor, compute_dtype, dtype_name, prepare
+from lsce_torch.inputs import check_tensor, compute_dtype, dtype_name, is_dtensor, prepare
 from lsce_torch.keywords import DenominatorKeywords, DenseLossKeywords
 from lsce_torch.ranks import has_group, ranks_of, total
 
@@ -51,7 +51,8 @@ def mean_denominator(
         autograd. A scalar, the same on every rank; 0 if no row counts, and the loss is 0 then.
 
     Raises:
-        TypeError: wrong type or dtype. Class probabilities are refused: each of their rows counts as one.
+        TypeError: wrong type or dtype. Class probabilities are refused: each of their rows counts as one. So are
+            DTensors: the mean of their rows is that of all ranks already.
         ValueError: wrong shape.
         RuntimeError: this process is not in the group.
 
@@ -72,6 +73,8 @@ def mean_denominator(
         The divisor: `lsce_spec.mean_denominator`.
     """
     check_tensor("labels", labels)
+    if is_dtensor(labels):
+        raise error("denominator_dtensor")
     if labels.is_floating_point():
         raise error("denominator_labels", given=dtype_name(labels))
     options = LossOptions.of({**_DEFAULTS, "ignore_index": keywords["ignore_index"]})

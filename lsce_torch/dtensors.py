@@ -23,7 +23,7 @@ from lsce_torch.functional import (
     label_smoothed_cross_entropy,
     label_smoothed_cross_entropy_with_stats,
 )
-from lsce_torch.inputs import check_tensor, compute_dtype, dtype_name
+from lsce_torch.inputs import check_tensor, compute_dtype, dtype_name, is_dtensor
 from lsce_torch.linear import (
     LAYER_LOSSES_OF_SUBCLASSES,
     check_layer_tensors,
@@ -39,11 +39,6 @@ from lsce_torch.vocab_parallel import (
     vocab_parallel_linear_label_smoothed_cross_entropy,
     vocab_parallel_linear_label_smoothed_cross_entropy_with_stats,
 )
-
-
-def is_dtensor(value: object) -> bool:
-    """Return whether a value is a DTensor. By its name: to load the class takes a second."""
-    return type(value).__name__ == "DTensor"
 
 
 def loss(

@@ -58,6 +58,11 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         "inplace_backward=True works in plain eager backward passes, not within torch.compile or torch.func, and its "
         "gradient cannot be differentiated again. Pass inplace_backward=False there.",
     ),
+    "denominator_dtensor": (
+        TypeError,
+        "labels must be the rows of this rank, got a DTensor. Pass labels.to_local(). Losses of DTensors need no "
+        "denominator: their mean is that of all rows.",
+    ),
     "no_group": (
         RuntimeError,
         "there is no process group. Call torch.distributed.init_process_group first; torchrun sets what it needs. "

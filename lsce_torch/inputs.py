@@ -317,6 +317,11 @@ def at_labels(vector: Shaped[Tensor, "*#batch K"], labels: Int[Tensor, "*batch"]
     return vector[labels.reshape(-1)].reshape(labels.shape)
 
 
+def is_dtensor(value: object) -> bool:
+    """Return whether a value is a DTensor. By its name: to load the class takes a second."""
+    return type(value).__name__ == "DTensor"
+
+
 def dtype_name(tensor: Tensor) -> str:
     """Return the dtype's name as both frameworks spell it, such as "float32"."""
     return name_of(tensor.dtype)

@@ -174,7 +174,7 @@ ELSEWHERE = {
     "count",
     "class_num_shape",
     "class_num",
-    "denominator_labels",  # in test_denominators.py
+    "denominator_labels",  # in parity_tests/suite/test_denominators.py
     # in test_metrics.py
     "stats_type",
     "stats_shape",
@@ -215,6 +215,7 @@ TORCH_ELSEWHERE = {
     "inplace_needs_reference",
     "inplace_transformed",
     "overwritten",
+    "denominator_dtensor",  # in parity_tests/suite/test_denominators.py
     # in parity_tests/suite/test_vocab_parallel_torch.py
     "no_group",
     "group_type",

@@ -167,6 +167,7 @@ ONLY_IN_TORCH = {
         "check",
         "check_tensor",
         "dtype_name",
+        "is_dtensor",
         "name_of",
         "tensor_of",
     },

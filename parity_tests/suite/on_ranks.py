@@ -289,5 +289,10 @@ def denominators(group: Any, labels: Any) -> list[int]:
     ]
 
 
+def denominator_of_dtensor(_: Any, labels: Any) -> Any:
+    by_row = tensor.distribute_tensor(torch.from_numpy(labels), mesh_of((4,)), [tensor.Shard(1)])
+    return lsce_torch.mean_denominator(by_row)
+
+
 def denominator_of_group(_: Any, labels: Any, group: Any) -> Any:
     return lsce_torch.mean_denominator(torch.from_numpy(labels), group=group)

@@ -196,13 +196,14 @@ def test_groups() -> None:
 def test_without_a_group() -> None:
     """One process that talks to no other has all rows."""
     assert int(lsce_torch.mean_denominator(torch.from_numpy(LABELS), ignore_index=-100)) == 4
-    with pytest.raises(TypeError, match="group must be a"):
-        run_on_ranks_of_one("model")
 
 
-def run_on_ranks_of_one(group: Any) -> None:
-    """Raise what a rank raises for a group."""
-    try:
-        run_on_ranks(on_ranks.denominator_of_group, [(LABELS, group)])
-    except ExceptionGroup as problems:
-        raise problems.exceptions[0] from None
+def test_mistakes_of_ranks() -> None:
+    for function, arguments, words in (
+        (on_ranks.denominator_of_group, (LABELS, "model"), "group must be a torch.distributed.ProcessGroup"),
+        (on_ranks.denominator_of_dtensor, (LABELS,), "labels must be the rows of this rank, got a DTensor"),
+    ):
+        with pytest.raises(ExceptionGroup) as caught:
+            run_on_ranks(function, [arguments] * 4)
+        assert all(isinstance(problem, TypeError) and words in str(problem) for problem in caught.value.exceptions)
+        assert len(caught.value.exceptions) == 4
