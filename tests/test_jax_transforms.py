@@ -7,6 +7,7 @@ table TRANSFORMS x TRANSFORMS, and a single exception or a wrong number fails it
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from itertools import count, product
+from typing import Any
 from unittest import mock
 
 import jax
@@ -229,15 +230,23 @@ def test_transform(loss: str, name: str) -> None:
     assert_as_plain(loss, name)
 
 
-def _marks(loss: str, inner: str, outer: str) -> list[pytest.MarkDecorator]:
-    if {inner, outer} <= set(BASIC):
-        return [] if loss == "fused" else [pytest.mark.slow]
-    return [pytest.mark.distributed if loss.startswith("vocab-parallel") else pytest.mark.slow]
+# The other transforms are made of the basic ones, and this loss compiles long.
+BASIC_PAIRS_ONLY = "vocab-parallel, linear, on two devices, capped"
 
 
-@pytest.mark.parametrize(("loss", "inner", "outer"), [
-    pytest.param(*each, marks=_marks(*each)) for each in product(LOSSES, TRANSFORMS, TRANSFORMS)
-])  # fmt: skip
+def pairs() -> Iterator[Any]:
+    for loss, inner, outer in product(LOSSES, TRANSFORMS, TRANSFORMS):
+        is_basic = {inner, outer} <= set(BASIC)
+        if is_basic or loss != BASIC_PAIRS_ONLY:
+            marks = [pytest.mark.slow]
+            if is_basic and loss == "fused":
+                marks = []
+            elif not is_basic and loss.startswith("vocab-parallel"):
+                marks = [pytest.mark.distributed]
+            yield pytest.param(loss, inner, outer, marks=marks)
+
+
+@pytest.mark.parametrize(("loss", "inner", "outer"), list(pairs()))
 def test_transform_of_a_transform(loss: str, inner: str, outer: str) -> None:
     assert_as_plain(loss, inner, outer)
 
