@@ -90,8 +90,8 @@ class Step:
 def predict(way: str, step: Step, platform: str = "tpu") -> dict[tuple[str, str], int]:
     """Return the bytes of the arrays that one step sends, on each device, by kind and axis.
 
-    Of an all-gather they are those of the result. The axis is "rows" between devices that have other rows, and
-    "classes" between those that have other classes.
+    Of an all-gather they are those of the result. The axis is "rows" for a collective between devices with
+    different rows, and "classes" for one between devices with different classes.
 
     Args:
         way: one of `WAYS`.

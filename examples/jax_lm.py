@@ -219,7 +219,7 @@ class Saved:
     """The checkpoints of a training, by Orbax. A checkpoint is there as a whole or not at all."""
 
     def __init__(self, checkpoints: Checkpoints, model: LanguageModel, optimizer: Optimizer) -> None:
-        """Find those that are there.
+        """Find the checkpoints in the folder.
 
         Raises:
             typer.BadParameter: there is none to go on from, or there are some of another run.

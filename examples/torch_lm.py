@@ -254,7 +254,7 @@ class Saved:
     """The checkpoints of a training, by torch.distributed.checkpoint, each in a folder with the number of its step."""
 
     def __init__(self, checkpoints: Checkpoints, model: WithLoss, optimizer: Optimizer) -> None:
-        """Find those that are there.
+        """Find the checkpoints in the folder.
 
         Raises:
             typer.BadParameter: there is none to go on from, or there are some of another run.

@@ -148,7 +148,8 @@ def _mesh_of_layer(
 def _check_rows(mesh: "_Mesh", weight: Any, labels: Tensor, where: object) -> None:
     """Raise if ranks that are about to gather the weight have different labels.
 
-    A plain `hidden` is taken to be the same on every rank. With FSDP2 it is often not, and the gradient would be wrong.
+    A plain `hidden` is taken to be the same on every rank. With FSDP2 each rank often has its own, which would give
+    a wrong gradient.
     """
     where = where if isinstance(where, Tensor) else None
     for place, placement in enumerate(weight.placements if is_dtensor(weight) else ()):
@@ -364,7 +365,7 @@ class _Here(torch.autograd.Function):
 def _gathered(name: str, value: Any, place: int) -> Tensor:
     """Return a DTensor gathered along a dimension of its mesh, where it is _StridedShard(0).
 
-    FSDP2 makes such weights of those that are Shard(0) on a later dimension: it divides their parts. Older versions of
+    FSDP2 makes such a weight if tensor parallelism has divided it by Shard(0) already. Older versions of
     torch gather them wrongly.
 
     Raises:

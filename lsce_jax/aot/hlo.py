@@ -56,7 +56,7 @@ class Array(NamedTuple):
 
     @property
     def data_bytes(self) -> int:
-        """Bytes without those that pad it to tiles."""
+        """Bytes, without padding to tiles."""
         return int(prod(self.sizes) * _width(self.dtype))
 
 

@@ -19,6 +19,8 @@ import pytest
 import lsce_jax
 from lsce_jax import LossStats
 from lsce_jax.aot import hlo
+from lsce_jax.layer import LayerOperands
+from lsce_jax.layer_sums import layer_sums
 from parity_tests.losses.adapters import JaxAdapter, operands_of
 from parity_tests.losses.rows_divided import as_mean, over_devices
 from parity_tests.losses.sharded import AXIS, ShardedAdapter, divided, on_shards
@@ -656,6 +658,27 @@ def test_derivatives_of_what_all_rows_share(layer: str | None) -> None:
         found, expected = (jax.jit(partial(derivatives, loss))() for loss in (divided_rows, total))
         for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-13)
+
+
+def test_sums_of_a_layer_have_the_gradient_of_all_devices() -> None:
+    """Of the weight, which all devices share, where the sums themselves are called: no caller has made it differ."""
+    random = np.random.default_rng(4)
+    hidden, weight = (jnp.asarray(random.normal(size=size), jnp.float32) for size in ((16, 2, 3), (3, 5)))
+    labels = jnp.arange(32, dtype=jnp.int32).reshape(16, 2) % 5
+
+    def total(weight: jax.Array, hidden: jax.Array, labels: jax.Array) -> jax.Array:
+        operands = LayerOperands(hidden, weight, None, labels, *[None] * 5, False, False, False, False)
+        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(layer_sums(operands)[1]))
+
+    def on_mesh(*operands: jax.Array) -> jax.Array:
+        here: jax.Array = jax.lax.psum(total(*operands), "data")
+        return here
+
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = (jax.P(), jax.P("data"), jax.P("data"))
+    divided_rows = jax.shard_map(on_mesh, mesh=mesh, in_specs=specs, out_specs=jax.P())
+    ours, theirs = (jax.jit(jax.grad(loss))(weight, hidden, labels) for loss in (divided_rows, total))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_axes_of_rows() -> None:

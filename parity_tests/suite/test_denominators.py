@@ -64,7 +64,7 @@ def assert_agrees(cases: list[Case], loss: Adapter) -> None:
 @pytest.mark.parametrize("weights", [None, WEIGHTS])
 @pytest.mark.parametrize("where", [None, np.array([[True], [False]]), np.array(False)])
 def test_against_the_specification(framework: str, dtype: str, weights: Any, where: Any) -> None:
-    """Of valid labels; those that are not classes weigh 1, and count."""
+    """A label that is no class counts, and has the weight 1."""
     labels = np.abs(LABELS) % 5
     given = {"where": where, "class_weight": weights, "ignore_index": 1}
     arrays = {n: as_array(framework, v) if isinstance(v, np.ndarray) else v for n, v in given.items()}
