@@ -23,8 +23,8 @@ export LSCE_TORCHTPU_PYTHON ?= $(abspath $(VENV_TORCHTPU))/bin/python
 PIP := pip install --quiet --disable-pip-version-check
 
 .PHONY: install install-devices install-torchtpu demo test test-slow test-distributed test-devices test-devices-slow
-.PHONY: test-parity test-rest test-simulated test-interpreted test-triton test-compiled test-cuda test-tpu test-oldest
-.PHONY: bench-cuda bench-tpu lint wheel clean
+.PHONY: test-parity test-rest test-distributed-jax test-distributed-torch test-simulated test-interpreted test-triton
+.PHONY: test-compiled test-cuda test-tpu test-oldest bench-cuda bench-tpu lint wheel clean
 
 install: $(VENV)/installed
 
@@ -64,9 +64,17 @@ test-slow: install
 	$(MAKE) --jobs=2 $(WHOLE_OUTPUT) test-parity test-rest SELECTED="slow and not devices" EVIDENCE=
 
 # The tests marked as distributed: losses whose classes and rows are divided over processes and virtual devices in many
-# more ways than in `make test`.
+# more ways than in `make test`. In two halves, too.
 test-distributed: install
-	$(BIN)/python -m pytest -m "distributed" parity_tests $(REST)
+	$(MAKE) --jobs=2 $(WHOLE_OUTPUT) test-distributed-jax test-distributed-torch
+
+OF_TORCH := torch or dtensor
+
+test-distributed-jax: install
+	$(BIN)/python -m pytest -m "distributed" -k "not ($(OF_TORCH))" parity_tests $(REST)
+
+test-distributed-torch: install
+	$(BIN)/python -m pytest -m "distributed" -k "$(OF_TORCH)" parity_tests $(REST)
 
 # The tests marked as devices: losses on the arithmetic of devices that are not here, and programs that are made for
 # them, in an interpreter, by IREE and by the compilers of TPUs and GPUs. No device is needed.

@@ -36,6 +36,7 @@ def test_the_halves_of_the_tests_are_all() -> None:
         *("devices and not slow", "devices and slow"),
     }
     assert selected <= {*re.findall(r'(?:SELECTED \?= |SELECTED="|-m ")([^"\n]*)', makefile)}
+    assert [*re.findall(r'-m "distributed" -k "(.*)" parity_tests', makefile)] == ["not ($(OF_TORCH))", "$(OF_TORCH)"]
 
 
 def test_every_package_is_typed() -> None:

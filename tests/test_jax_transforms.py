@@ -238,11 +238,7 @@ def pairs() -> Iterator[Any]:
     for loss, inner, outer in product(LOSSES, TRANSFORMS, TRANSFORMS):
         is_basic = {inner, outer} <= set(BASIC)
         if is_basic or loss != BASIC_PAIRS_ONLY:
-            marks = [pytest.mark.slow]
-            if is_basic and loss == "fused":
-                marks = []
-            elif not is_basic and loss.startswith("vocab-parallel"):
-                marks = [pytest.mark.distributed]
+            marks = [] if is_basic and loss == "fused" else [pytest.mark.slow]
             yield pytest.param(loss, inner, outer, marks=marks)
 
 

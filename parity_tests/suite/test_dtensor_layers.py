@@ -98,11 +98,10 @@ def test_rows_of_two_dimensions(layout: str) -> None:
     assert_agrees(with_logits(replace(case, **fields)), LayerAdapter(layout))
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize(("layout", "dtype"), [
-    ("tensor parallel, plain hidden", "float32"),
-    ("FSDP", "bfloat16"),
-    ("data and tensor parallel", "float32"),
+    pytest.param("tensor parallel, plain hidden", "float32", marks=pytest.mark.slow),
+    pytest.param("FSDP", "bfloat16", marks=pytest.mark.distributed),
+    pytest.param("data and tensor parallel", "float32", marks=pytest.mark.distributed),
 ])  # fmt: skip
 def test_compiled(layout: str, dtype: str) -> None:
     """One graph, with the collectives in it."""

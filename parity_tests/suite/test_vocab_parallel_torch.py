@@ -110,8 +110,10 @@ def test_gradients_of_statistics(compiled: bool) -> None:
 COMPILED = ("everything", "class_mask_of_rows", "soft_max_sup", "minus_infinity", "ties_max_sup", "bad_labels")
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("division", ["even", "the first without a class"])
+@pytest.mark.parametrize("division", [
+    pytest.param("even", marks=pytest.mark.slow),
+    pytest.param("the first without a class", marks=pytest.mark.distributed),
+])  # fmt: skip
 def test_compiled(division: str) -> None:
     """One graph, with the collectives in it."""
     loss = adapter(2, division, compiled=True)
@@ -368,8 +370,10 @@ def test_dtensors_of_one_class(soft: bool) -> None:
     assert compared(case, DTensorAdapter(((2, "rows"), (2, "classes")))).agrees
 
 
-@pytest.mark.distributed
-@pytest.mark.parametrize("layout", [LAYOUTS[1], LAYOUTS[2]])
+@pytest.mark.parametrize("layout", [
+    pytest.param(LAYOUTS[1], marks=pytest.mark.slow),
+    pytest.param(LAYOUTS[2], marks=pytest.mark.distributed),
+])  # fmt: skip
 def test_compiled_dtensors(layout: Layout) -> None:
     loss = DTensorAdapter(layout, compiled=True)
     for name in ("everything", "class_weight", "bad_labels"):
