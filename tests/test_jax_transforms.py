@@ -230,15 +230,20 @@ def test_transform(loss: str, name: str) -> None:
     assert_as_plain(loss, name)
 
 
-# The other transforms are made of the basic ones, and this loss compiles long.
-BASIC_PAIRS_ONLY = "vocab-parallel, linear, on two devices, capped"
+# The other transforms are made of the basic ones. The first of these losses is one of the others on one device, and the
+# second compiles long.
+BASIC_PAIRS_ONLY = ("vocab-parallel", "vocab-parallel, linear, on two devices, capped")
 
 
 def pairs() -> Iterator[Any]:
     for loss, inner, outer in product(LOSSES, TRANSFORMS, TRANSFORMS):
         is_basic = {inner, outer} <= set(BASIC)
-        if is_basic or loss != BASIC_PAIRS_ONLY:
-            marks = [] if is_basic and loss == "fused" else [pytest.mark.slow]
+        if is_basic or loss not in BASIC_PAIRS_ONLY:
+            marks = [pytest.mark.slow]
+            if is_basic and loss == "fused":
+                marks = []
+            elif not is_basic and loss.startswith("vocab-parallel"):
+                marks = [pytest.mark.distributed]
             yield pytest.param(loss, inner, outer, marks=marks)
 
 
