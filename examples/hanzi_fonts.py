@@ -404,14 +404,13 @@ def fetch(folder: Path, faces: Iterable[Face], console: Console) -> dict[str, st
 # --- The command line -----------------------------------------------------------------------------------------------
 
 
-def make_table(present: dict[str, FetchedFace], problems: dict[str, str]) -> Table:
-    """Return a row for each face: what it is, and where it is from, or why it is not there."""
-    table = Table("face", "style", "for", "package", "version", "licence")
+def make_table(present: dict[str, FetchedFace]) -> Table:
+    """Return a row for each face: what it is, and where it is from. The manifest has packages and licences."""
+    table = Table("face", "style", "for", "from", "version")
     for face in FACES:
         fetched = present.get(face.name)
-        version = fetched.version if fetched else "[bold red]not fetched[/]"
-        use = "testing" if face.held_out else "training"
-        table.add_row(face.family, face.style, use, f"{face.source}: {face.package}", version, face.licence)
+        version = fetched.version if fetched else "not fetched"
+        table.add_row(face.family, face.style, "testing" if face.held_out else "training", face.source, version)
     return table
 
 
@@ -428,7 +427,7 @@ def main(output: Annotated[Path, typer.Option(callback=made_folder, help="Folder
     console = Console()
     problems = fetch(output, FACES, console)
     present = present_faces(output)
-    console.print(make_table(present, problems))
+    console.print(make_table(present))
     for name, problem in problems.items():
         console.print(f"not fetched: {name}: {problem}", soft_wrap=True, highlight=False, markup=False)
     console.print(f"{len(present)} of {len(FACES)} faces are in {output}", soft_wrap=True, highlight=False)
