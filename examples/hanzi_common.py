@@ -329,7 +329,7 @@ def train_and_report(
 
     Args:
         train: takes the name of a loss, data, options, files, and a function to call with the number of steps that are
-            done and the last loss; returns the network.
+            done and the last loss, the first time before any step; returns the network.
         evaluate: takes a network and pictures; returns the metrics and what the network says.
         options: of the command line.
         sources: of the command line.
@@ -366,22 +366,23 @@ def train_one(
     console: Console,
 ) -> Result:
     """Train a network with one loss, with a progress bar, and test it."""
-    start, first = time.perf_counter(), 0
+    start = time.perf_counter()
+    first: int | None = None
     with progress_bar(console) as progress:
-        task = progress.add_task(loss, total=options.steps, note="")
+        task = progress.add_task(loss, total=options.steps)
 
         def on_step(done: int, value: float) -> None:
             nonlocal first
-            first = first if math.isfinite(value) else done
-            progress.update(task, completed=done, note=f"loss {value:.3f}")
+            first = done if first is None else first
+            progress.update(task, completed=done, description=f"{loss}: {value:.3f}")
 
         network = train(loss, data, options, files, on_step)
         seconds = time.perf_counter() - start
-        progress.update(task, note="testing")
+        progress.update(task, description=f"{loss}: testing")
         tested = {name: evaluate(network, samples) for name, samples in data.tests.items()}
-        progress.update(task, note="")
-    steps = options.steps - first
-    if steps:
+        progress.update(task, description=loss)
+    steps = options.steps - (first or 0)
+    if steps > 0:
         console.print(f"{loss}: {steps} steps in {seconds:.0f} s, {1000 * seconds / steps:.0f} ms each", highlight=False)
     predictions = {name: said for name, (_, said) in tested.items()}
     by_hand = {name: accuracy_by_hand(data.tests[name], said) for name, said in predictions.items()}
@@ -404,10 +405,9 @@ def accuracy_by_hand(samples: Samples, predictions: Predictions) -> dict[str, fl
 def progress_bar(console: Console) -> Progress:
     """Return a progress bar with the time that is left."""
     return Progress(
-        TextColumn("{task.description:11}"),
+        TextColumn("{task.description:17}"),
         BarColumn(bar_width=18),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

@@ -150,7 +150,7 @@ class Typeface:
         self.file_of: dict[int, Path] = {}
         for file in files:
             try:
-                with TTFont(file, lazy=True, fontNumber=number) as font:
+                with file.open("rb") as stream, TTFont(stream, lazy=True, fontNumber=number) as font:
                     codes = font.getBestCmap() or {}
             except (TTLibError, OSError, AssertionError, ImportError) as problem:
                 raise FontsError(f"{file} cannot be read as a font: {problem}") from None

@@ -28,7 +28,7 @@ from scipy import ndimage
 from scipy.interpolate import BSpline
 
 from examples.common import write_array
-from examples.hanzi_fonts import FetchedFace, Ink, level_one
+from examples.hanzi_fonts import FetchedFace, FontsError, Ink, level_one
 
 SIZE = 32  # of a picture that the network sees
 FIELD = 48  # of a field of distances: its points lie SIZE / FIELD pixels apart
@@ -111,12 +111,18 @@ def font_hand(face: FetchedFace, fonts: Path, characters: int, cache: Path) -> H
         fonts: the folder of the manifest.
         characters: how many.
         cache: the folder that keeps fields.
+
+    Raises:
+        FontsError: the font lacks one of them.
     """
     key = checksum(face.fingerprint, characters, VERSION)
 
     def draw() -> Fields:
-        typeface = face.typeface(fonts)
-        return np.stack([field_of(typeface.ink(character, DRAWN)) for character in level_one()[:characters]])
+        typeface, wanted = face.typeface(fonts), level_one()[:characters]
+        lacking = typeface.lacks(wanted)
+        if lacking:
+            raise FontsError(f"{face.family} lacks the character {lacking[0]}")
+        return np.stack([field_of(typeface.ink(character, DRAWN)) for character in wanted])
 
     fields = cached(cache / f"{face.name}-{key}.npy", draw)
     return Hand(face.family, face.style, face.held_out, key, np.arange(characters, dtype=np.int32), fields)
@@ -153,11 +159,9 @@ def distort(fields: Fields, seed: Sequence[int]) -> Pictures:
     return np.rint(255 * np.clip(ink, 0, 1)).astype(np.uint8)
 
 
-def undistorted(fields: Fields) -> Pictures:
-    """Return a picture of each character as it is, 255 where there is ink."""
-    points = np.stack(np.meshgrid(*2 * [axis_points()], indexing="ij"))
-    sampled = np.stack([ndimage.map_coordinates(field.astype(np.float32), points, order=1) for field in fields])
-    return np.rint(255 * np.clip(0.5 + sampled / UNIT / 1.2, 0, 1)).astype(np.uint8)
+def undistorted(fields: Fields) -> UInt8[np.ndarray, "N 48 48"]:
+    """Return a picture of each character as it is, of the size of its field, 255 where there is ink."""
+    return np.rint(255 * np.clip(0.5 + fields / np.float32(UNIT), 0, 1)).astype(np.uint8)
 
 
 def axis_points() -> Float32[np.ndarray, " 32"]:
