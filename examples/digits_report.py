@@ -94,9 +94,7 @@ def confidence_bins(probabilities: Probabilities, labels: Labels, bins: int = BI
     return sort_confidences(probabilities.max(axis=-1), probabilities.argmax(axis=-1) == labels, bins)
 
 
-def sort_confidences(
-    confidence: Float32[np.ndarray, " N"], correct: Bool[np.ndarray, " N"], bins: int = BINS
-) -> Bins:
+def sort_confidences(confidence: Float32[np.ndarray, " N"], correct: Bool[np.ndarray, " N"], bins: int = BINS) -> Bins:
     """Sort predictions into bins as `confidence_bins` does, by their confidences."""
     confidence = confidence.astype(np.float64)
     # Softmax in float32 may sum to a little more than 1.
@@ -351,10 +349,7 @@ def write(runs: list[Run], options: Mapping[str, object], folder: Path) -> list[
 
 def render(runs: list[Run], options: Mapping[str, object]) -> str:
     """Return the web page with its images."""
-    images = [
-        [base64_png(single_figure(draw, run), dots_per_inch=130) for run in runs]
-        for draw in PANELS
-    ]
+    images = [[base64_png(single_figure(draw, run), dots_per_inch=130) for run in runs] for draw in PANELS]
     return template("digits_report.html.jinja").render(
         runs=runs,
         agrees=all(run.verdict.agrees for run in runs),

@@ -189,7 +189,9 @@ def count_variants(data: Data, options: Options) -> int:
 
 def distort_all(data: Data, options: Options, console: Console) -> None:
     """Make all pictures that are not there yet, with a progress bar."""
-    wanted = [(data.train, hand, variant) for variant in range(count_variants(data, options)) for hand in data.train.hands]
+    wanted = [
+        (data.train, hand, variant) for variant in range(count_variants(data, options)) for hand in data.train.hands
+    ]
     wanted += [(samples, hand, 0) for samples in data.tests.values() for hand in samples.hands]
     with progress_bar(console) as progress:
         for samples, hand, variant in progress.track(wanted, description="distortions"):
@@ -383,7 +385,9 @@ def train_one(
         progress.update(task, description=loss)
     steps = options.steps - (first or 0)
     if steps > 0:
-        console.print(f"{loss}: {steps} steps in {seconds:.0f} s, {1000 * seconds / steps:.0f} ms each", highlight=False)
+        console.print(
+            f"{loss}: {steps} steps in {seconds:.0f} s, {1000 * seconds / steps:.0f} ms each", highlight=False
+        )
     predictions = {name: said for name, (_, said) in tested.items()}
     by_hand = {name: accuracy_by_hand(data.tests[name], said) for name, said in predictions.items()}
     result = Result({name: metrics for name, (metrics, _) in tested.items()}, by_hand)
@@ -394,9 +398,7 @@ def train_one(
 def accuracy_by_hand(samples: Samples, predictions: Predictions) -> dict[str, float]:
     """Return the accuracy of each hand."""
     hands = samples.hand_of(np.arange(len(samples)))
-    return {
-        hand.name: float(predictions.correct[hands == number].mean()) for number, hand in enumerate(samples.hands)
-    }
+    return {hand.name: float(predictions.correct[hands == number].mean()) for number, hand in enumerate(samples.hands)}
 
 
 # --- Tables and plot ------------------------------------------------------------------------------------------------
@@ -448,8 +450,8 @@ def compare_dense_with_linear(files: dict[str, RunFiles], results: dict[str, Res
     apart = np.abs(dense - linear)
     early = min(len(apart), 64)
     return [
-        f"uniform, dense and linear: losses differ by at most {apart[:early].max():.1e} in the first {early} steps, and "
-        f"by {apart.max():.1e} in all {len(apart)}"
+        f"uniform, dense and linear: losses differ by at most {apart[:early].max():.1e} in the first {early} steps, "
+        f"and by {apart.max():.1e} in all {len(apart)}"
     ]
 
 
@@ -471,4 +473,3 @@ def plot(files: dict[str, RunFiles], framework: str, picture: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
     figure.savefig(picture, dpi=100)
-

@@ -20,7 +20,7 @@ from fnmatch import fnmatch
 from functools import cache
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import IO, Annotated, Any, NamedTuple
+from typing import IO, Annotated, NamedTuple
 
 import numpy as np
 import typer

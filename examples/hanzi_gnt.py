@@ -157,7 +157,7 @@ def read_folder(folder: Path, characters: int, cache: Path, *, keep_damaged: boo
 def writer_hand(
     path: Path, samples: list[Sample], characters: int, cache: Path, held_out: bool
 ) -> tuple[Hand | None, Counter[str], int]:
-    """Return the hand of a writer, None if no sample can be used; labels of others, counted; and the number of blanks."""
+    """Return a writer's hand, None if no sample can be used; the labels of others, counted; the number of blanks."""
     place = {character: number for number, character in enumerate(level_one()[:characters])}
     skipped = Counter(sample.character for sample in samples if sample.character not in place)
     known = [sample for sample in samples if sample.character in place]

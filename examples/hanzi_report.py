@@ -61,7 +61,6 @@ from examples.hanzi_common import (
     initial_weights,
     progress_bar,
     read_data,
-    run_options,
     smoothed,
 )
 from examples.hanzi_fonts import FOLDER, level_one
@@ -253,7 +252,10 @@ def metric_rows(runs: list[Run], test: str) -> list[tuple[str, ...]]:
 def hand_rows(runs: list[Run], test: str) -> list[tuple[str, ...]]:
     """Return the cells of the table of accuracies by hand, those of both frameworks in each."""
     return [
-        (hand, *(f"{run.jax_result.by_hand[test][hand]:.3f} {run.torch_result.by_hand[test][hand]:.3f}" for run in runs))
+        (
+            hand,
+            *(f"{run.jax_result.by_hand[test][hand]:.3f} {run.torch_result.by_hand[test][hand]:.3f}" for run in runs),
+        )
         for hand in runs[0].jax_result.by_hand[test]
     ]
 

@@ -16,9 +16,9 @@ The same in torch: torch_hanzi.py, from the same weights on the same batches. ha
 says whether they agree.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-import json
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -180,9 +180,7 @@ def train_steps(
         yield step, float(train_step(network, optimizer, pictures, labels, loss_fn))
 
 
-def train(
-    loss: str, data: Data, options: Options, files: RunFiles, on_step: Callable[[int, float], None]
-) -> Network:
+def train(loss: str, data: Data, options: Options, files: RunFiles, on_step: Callable[[int, float], None]) -> Network:
     """Train a network with one loss, going on from the last checkpoint."""
     network = Network(options.characters, initial_weights(options.seed))
     optimizer = make_optimizer(network, options.steps)

@@ -16,9 +16,9 @@ The same in JAX: jax_hanzi.py, from the same weights on the same batches. hanzi_
 says whether they agree.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
-import json
 from pathlib import Path
 
 import numpy as np
@@ -169,9 +169,7 @@ def train_steps(
         yield step, train_step(network, optimizer, pictures, labels, loss_fn, float(rates[step])).item()
 
 
-def train(
-    loss: str, data: Data, options: Options, files: RunFiles, on_step: Callable[[int, float], None]
-) -> Network:
+def train(loss: str, data: Data, options: Options, files: RunFiles, on_step: Callable[[int, float], None]) -> Network:
     """Train a network with one loss, going on from the last checkpoint."""
     network = Network(options.characters, initial_weights(options.seed))
     optimizer = make_optimizer(network, options.steps)

@@ -26,7 +26,6 @@ from matplotlib.image import imread
 from examples import (
     hanzi_common,
     hanzi_fonts,
-    hanzi_gnt,
     hanzi_images,
     hanzi_report,
     jax_hanzi,
@@ -331,7 +330,7 @@ def test_undistorted_is_the_character(hands):
     for hand in hands:
         drawn = undistorted(hand.fields) > 127
         np.testing.assert_array_equal(drawn, hand.fields >= 0)
-        assert np.all((0.05 < drawn.mean((1, 2))) & (drawn.mean((1, 2)) < 0.6))
+        assert np.all((drawn.mean((1, 2)) > 0.05) & (drawn.mean((1, 2)) < 0.6))
 
 
 def test_distortions(hands):
@@ -341,7 +340,7 @@ def test_distortions(hands):
     assert np.any(pictures != distort(fields, [1, 3]), axis=(1, 2)).all()
     ink = pictures.mean((1, 2)) / 255
     assert ink.std() > 0.02  # strokes of different width
-    assert np.all((0.02 < ink) & (ink < 0.7))
+    assert np.all((ink > 0.02) & (ink < 0.7))
     middle = (pictures.astype(float) * np.arange(32)).sum((1, 2)) / pictures.sum((1, 2))
     assert 0.2 < middle.std() < 3  # shifted, and not away
 
@@ -423,9 +422,7 @@ def test_gnt_that_is_cut_anywhere(tmp_path):
         assert [sample.character for sample in caught.value.samples] == [*CHARACTERS[:whole]]
 
 
-@pytest.mark.parametrize(
-    "header", [(17, 3, 2), (16, 2, 2), (0, 3, 2), (10, 0, 2), (2**32 - 1, 65535, 65535)], ids=str
-)
+@pytest.mark.parametrize("header", [(17, 3, 2), (16, 2, 2), (0, 3, 2), (10, 0, 2), (2**32 - 1, 65535, 65535)], ids=str)
 def test_gnt_with_sizes_that_contradict_each_other(header, tmp_path):
     size, width, height = header
     good = gnt_sample(CHARACTERS[0], np.zeros((2, 3), np.uint8))
@@ -446,7 +443,9 @@ def test_writers(gnt, cache):
 def test_other_characters_are_counted(tmp_path, cache):
     ink, paper = np.zeros((4, 4), np.uint8), np.full((4, 4), 255, np.uint8)
     shown = [(CHARACTERS[2], ink), ("丂", ink), ("A", ink), (CHARACTERS[3], paper), (level_one()[50], ink), ("亍", ink)]
-    content = b"".join(gnt_sample(c, p) for c, p in shown if c != "丂") + struct.pack("<I2sHH", 11, b"\xff\xff", 1, 1) + b"\0"
+    content = (
+        b"".join(gnt_sample(c, p) for c, p in shown if c != "丂") + struct.pack("<I2sHH", 11, b"\xff\xff", 1, 1) + b"\0"
+    )
     (tmp_path / "a.gnt").write_bytes(content)
     found = read_folder(tmp_path, len(CHARACTERS), cache)
     assert [*found.hands[0].labels] == [2]
@@ -517,7 +516,9 @@ def test_what_is_done_is_not_done_again(example, runs, fonts, cache, run_example
     monkeypatch.setattr(example, "train_step", None)
     monkeypatch.setattr(example, "evaluation_step", None)
     again = train(example, run_example, fonts, cache, folder / name(example), *TWO)
-    assert again[again.index("Characters of") :] == printed[name(example)][printed[name(example)].index("Characters of") :]
+    assert (
+        again[again.index("Characters of") :] == printed[name(example)][printed[name(example)].index("Characters of") :]
+    )
 
 
 @each_example
@@ -652,9 +653,7 @@ def test_a_wrong_loss_disagrees(runs, fonts, cache, run_example, tmp_path, monke
     shutil.copytree(runs[0] / "jax_hanzi", tmp_path / "jax_hanzi")
     right = torch_hanzi.make_loss
     wrong = {"uniform": "non_target"}
-    monkeypatch.setattr(
-        torch_hanzi, "make_loss", lambda loss, *others: right(wrong.get(loss, loss), *others)
-    )
+    monkeypatch.setattr(torch_hanzi, "make_loss", lambda loss, *others: right(wrong.get(loss, loss), *others))
     train(torch_hanzi, run_example, fonts, cache, tmp_path / "torch_hanzi", *TWO)
     result = report(run_example, tmp_path, fonts, cache, tmp_path / "page")
     assert result.exit_code == 1, (result.output, result.exception)
@@ -749,8 +748,7 @@ def test_kill_9(example, fonts, cache, run_example, tmp_path):
         process.stderr.close()
     assert 20 < len(losses(output, "linear").splitlines()) < 60
     for folder in (output, whole):
-        again = subprocess.run([*command, "--output", str(folder)], env=environment, capture_output=True, text=True)
-        assert again.returncode == 0, again.stderr
+        subprocess.run([*command, "--output", str(folder)], env=environment, stdout=subprocess.DEVNULL, check=True)
     for loss in ("uniform", "linear"):
         assert outcome(output, loss) == outcome(whole, loss)
 
