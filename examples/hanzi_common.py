@@ -169,7 +169,14 @@ def read_writers(sources: Sources, options: Options, console: Console) -> list[H
     if sources.gnt is None:
         return []
     try:
-        found = read_folder(sources.gnt, options.characters, sources.cache, keep_damaged=sources.keep_damaged)
+        with progress_bar(console) as progress:
+            found = read_folder(
+                sources.gnt,
+                options.characters,
+                sources.cache,
+                keep_damaged=sources.keep_damaged,
+                track=lambda paths: progress.track(paths, description="writers"),
+            )
     except FileNotFoundError as problem:
         raise typer.BadParameter(f"{problem}.", param_hint="'--gnt'") from None
     except ExceptionGroup as group:

@@ -17,6 +17,7 @@ References:
 
 import struct
 from collections import Counter
+from collections.abc import Callable, Iterable
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -120,7 +121,14 @@ class Handwriting(NamedTuple):
         return f"{len(self.hands)} writers, {read} samples; left out: {skipped} of other characters, {self.blank} blank"
 
 
-def read_folder(folder: Path, characters: int, cache: Path, *, keep_damaged: bool = False) -> Handwriting:
+def read_folder(
+    folder: Path,
+    characters: int,
+    cache: Path,
+    *,
+    keep_damaged: bool = False,
+    track: Callable[[list[Path]], Iterable[Path]] = iter,
+) -> Handwriting:
     """Return the writers of all .gnt files in a folder and below, of whom every fifth is held out.
 
     Args:
@@ -128,6 +136,7 @@ def read_folder(folder: Path, characters: int, cache: Path, *, keep_damaged: boo
         characters: how many of `level_one()` to use; samples of others are counted and left out.
         cache: the folder that keeps fields.
         keep_damaged: whether to use what comes before the damage in a damaged file.
+        track: is given the files and yields them, to show how far it is.
 
     Raises:
         FileNotFoundError: there is no .gnt file.
@@ -137,7 +146,7 @@ def read_folder(folder: Path, characters: int, cache: Path, *, keep_damaged: boo
     if not paths:
         raise FileNotFoundError(f"there are no .gnt files in {folder}")
     result = Handwriting([], Counter(), 0, [])
-    for number, path in enumerate(paths):
+    for number, path in enumerate(track(paths)):
         try:
             samples = read_gnt(path)
         except GntError as error:

@@ -270,6 +270,37 @@ def test_fetched_once(registry, run_example, tmp_path):
     assert len(read_manifest(tmp_path / "fonts")) == 2
 
 
+def test_an_interrupted_fetch_goes_on(registry, run_example, tmp_path, monkeypatch):
+    fetch_archive = hanzi_fonts.fetch_archive
+
+    def interrupted(source, package, folder):
+        if package == "web-2":
+            raise KeyboardInterrupt
+        return fetch_archive(source, package, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hanzi_fonts, "fetch_archive", interrupted)
+        assert run_example(hanzi_fonts, "--output", tmp_path).exit_code != 0
+    assert registry == ["web-1"]
+    assert run_example(hanzi_fonts, "--output", tmp_path).exit_code == 0
+    assert registry == ["web-1", "web-2"]
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb, which Debian and Ubuntu have")
+def test_files_of_a_debian_package(tmp_path):
+    root = tmp_path / "root"
+    for file, content in {
+        "DEBIAN/control": "Package: face\nVersion: 1-2\nArchitecture: all\nMaintainer: none\nDescription: none\n",
+        "usr/share/fonts/truetype/face/face.ttf": "font",
+        "usr/share/doc/face/copyright": "none",
+    }.items():
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_text(content)
+    subprocess.run(["dpkg-deb", "--build", root, tmp_path / "face.deb"], check=True, stdout=subprocess.DEVNULL)
+    found = hanzi_fonts.matching(tmp_path / "face.deb", "*/truetype/*.tt[fc]", "*/doc/face/copyright")
+    assert sorted(found) == [("copyright", b"none"), ("face.ttf", b"font")]
+
+
 def test_a_font_that_lacks_characters_is_refused(registry, run_example, tmp_path, monkeypatch):
     monkeypatch.setattr(hanzi_fonts, "level_one", lambda: level_one()[:14])
     result = run_example(hanzi_fonts, "--output", tmp_path / "fonts")
