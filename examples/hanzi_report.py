@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from examples import jax_hanzi
-from examples.common import WeightOf, made_folder, new_app, print_written
+from examples.common import WeightOf, initial_weights, made_folder, new_app, print_written
 from examples.digits_report import (
     GREY,
     JAX_COLOUR,
@@ -58,7 +58,6 @@ from examples.hanzi_common import (
     RunFiles,
     Sources,
     count_variants,
-    initial_weights,
     progress_bar,
     read_data,
     smoothed,

@@ -27,7 +27,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float32, Int32
 
-from examples.common import Metrics, Smoothing, WeightOf, new_app
+from examples.common import Metrics, Smoothing, WeightOf, initial_weights, new_app
 from examples.common_jax import adam, set_weights
 from examples.digits_common import keep_losses
 from examples.hanzi_common import (
@@ -35,6 +35,7 @@ from examples.hanzi_common import (
     FEATURES,
     LOSSES,
     NORM_EPSILON,
+    NORM_SHARE,
     SIDE,
     STRIDES,
     WIDTHS,
@@ -55,7 +56,6 @@ from examples.hanzi_common import (
     Seed,
     Sources,
     Steps,
-    initial_weights,
     learning_rates,
     test_batches,
     train_and_report,
@@ -83,11 +83,13 @@ class Network(nnx.Module):
     def __init__(self, characters: int, weight_of: WeightOf) -> None:
         """Make the layers, with weights by their names."""
         rngs = nnx.Rngs(0)
+        norm = partial(nnx.BatchNorm, momentum=1 - NORM_SHARE, epsilon=NORM_EPSILON, use_fast_variance=False, rngs=rngs)
         shapes = zip((1, *WIDTHS[:-1]), WIDTHS, STRIDES, strict=True)
-        self.convs = nnx.List([nnx.Conv(i, o, (3, 3), strides=s, padding=1, rngs=rngs) for i, o, s in shapes])
-        self.norms = nnx.List([nnx.RMSNorm(width, epsilon=NORM_EPSILON, rngs=rngs) for width in WIDTHS])
-        self.hidden = nnx.Linear(SIDE * SIDE * WIDTHS[-1], FEATURES, rngs=rngs)
-        self.norm = nnx.RMSNorm(FEATURES, epsilon=NORM_EPSILON, rngs=rngs)
+        conv = partial(nnx.Conv, kernel_size=(3, 3), padding=1, use_bias=False, rngs=rngs)
+        self.convs = nnx.List([conv(i, o, strides=stride) for i, o, stride in shapes])
+        self.norms = nnx.List([norm(width) for width in WIDTHS])
+        self.hidden = nnx.Linear(SIDE * SIDE * WIDTHS[-1], FEATURES, use_bias=False, rngs=rngs)
+        self.norm = norm(FEATURES)
         self.output = nnx.Linear(FEATURES, characters, rngs=rngs)
         set_weights(self, weight_of)
 
@@ -96,7 +98,7 @@ class Network(nnx.Module):
         maps = pictures[..., None]
         for conv, norm in zip(self.convs, self.norms, strict=True):
             maps = nnx.silu(norm(conv(maps)))
-        return nnx.silu(self.norm(self.hidden(maps.reshape(len(maps), -1))))
+        return self.norm(self.hidden(maps.reshape(len(maps), -1)))
 
     def __call__(self, pictures: Pictures) -> Float32[Array, "N K"]:
         """Return the logits."""
@@ -211,6 +213,7 @@ def evaluate(network: Network, samples: Samples) -> tuple[Metrics, Predictions]:
     metrics = nnx.MultiMetric(
         accuracy=Accuracy(), top_5=TopKAccuracy(5), nll=MeanNLL(), calibration_error=CalibrationError()
     )
+    network.eval()  # the batch norms take what they have seen in training
     rows = [evaluation_step(network, metrics, *batch) for batch in test_batches(samples)]
     predictions = Predictions(
         samples.labels,
@@ -228,7 +231,7 @@ app = new_app()
 @app.command()
 def main(  # noqa: PLR0913, PLR0917 - the options of the command line
     loss: LossNames = tuple(LOSSES),
-    steps: Steps = 2048,
+    steps: Steps = 3072,
     batch_size: BatchSize = 128,
     smoothing: Smoothing = 0.1,
     characters: Characters = 3755,

@@ -17,8 +17,11 @@ import tarfile
 import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from flax import nnx
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.image import imread
@@ -643,9 +646,34 @@ def options(module):
 
 
 def test_pair_mirrors():
-    # torch's optimizer is given the learning rate at each step; Optax's has them all.
-    assert [each for each in definitions(jax_hanzi) if each != "make_transformation"] == definitions(torch_hanzi)
+    # torch's optimizer is given the rate of each step, Optax's has them all; torch's batch norm is not Flax's.
+    in_jax = [each for each in definitions(jax_hanzi) if each != "make_transformation"]
+    assert in_jax == [each for each in definitions(torch_hanzi) if each != "BatchNorm"]
     assert options(jax_hanzi) == options(torch_hanzi)
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 2, 3), (4, 3)], ids=["maps", "features"])
+def test_batch_norms_are_one(shape):
+    """Also what is kept for testing: the variance of n values is their mean square in both, not n / (n - 1) of it."""
+    in_jax = nnx.BatchNorm(
+        3,
+        momentum=1 - hanzi_common.NORM_SHARE,
+        epsilon=hanzi_common.NORM_EPSILON,
+        use_fast_variance=False,
+        rngs=nnx.Rngs(0),
+    )
+    in_torch = torch_hanzi.BatchNorm(3)
+    random = np.random.default_rng(0)
+    for training in (True, True, True, False):
+        for norm in (in_jax, in_torch):
+            (norm.train if training else norm.eval)()
+        values = random.normal(1, 2, shape).astype(np.float32)
+        ours = np.asarray(in_jax(jnp.asarray(values)))
+        theirs = np.moveaxis(in_torch(torch.from_numpy(np.moveaxis(values, -1, 1))).detach().numpy(), 1, -1)
+        # Each is a sum of at most 16 terms, a product and a few roundings of numbers of size 1: far less than 64 units.
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=64 * 2.0**-24 * np.abs(ours).max())
+    np.testing.assert_allclose(in_jax.var[...], in_torch.running_var, rtol=64 * 2.0**-24)
+    np.testing.assert_allclose(in_jax.mean[...], in_torch.running_mean, rtol=0, atol=64 * 2.0**-24)
 
 
 def test_learning_rates_rise_and_fall():
