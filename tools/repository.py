@@ -88,7 +88,7 @@ def rename_links(text: str, rename: Callable[[str], str]) -> str:
 def is_relative(target: str) -> bool:
     """Return whether a link leads to another file of the repository."""
     parts = urlsplit(target)
-    return not parts.scheme and not parts.netloc and bool(parts.path)
+    return not parts.scheme and not parts.netloc and bool(parts.path) and not parts.path.startswith("/")
 
 
 def path_of(target: str, page: str) -> tuple[str, str]:
