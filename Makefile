@@ -24,7 +24,7 @@ PIP := pip install --quiet --disable-pip-version-check
 
 .PHONY: install install-devices install-torchtpu demo test test-slow test-distributed test-devices test-devices-slow
 .PHONY: test-parity test-rest test-simulated test-interpreted test-triton test-compiled test-cuda test-tpu test-oldest
-.PHONY: bench-cuda bench-tpu lint wheel clean
+.PHONY: bench-cuda bench-tpu docs lint wheel clean
 
 install: $(VENV)/installed
 
@@ -146,6 +146,17 @@ lint: install
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/deptry .
 	$(BIN)/codespell $$(git ls-files '*.py' '*.md' '*.toml' '*.yml' '*.jinja' Makefile)
+
+# The code of all pages and docstrings runs as tests, then the site is made from them: out/site/html/index.html. Every
+# warning is an error, and every link, anchor and public name is checked. LINKS=external looks up the addresses of other
+# sites, too, which needs a network. NOTEBOOKS=as-they-are does not execute notebooks.
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m pytest README.md docs lsce_spec lsce_jax lsce_torch lsce_parity
+	$(BIN)/python -m tools.site $(if $(LINKS),--$(LINKS)) $(if $(NOTEBOOKS),--$(NOTEBOOKS))
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/$(PIP) --editable '.[all,docs]' $(addprefix --constraint ,$(CONSTRAINTS))
+	touch $@
 
 # Into dist/, the wheel from the sdist. Then each extra alone, in an environment of its own: up to 2 GB at a time, where
 # torch is the one for CPUs, and 8 minutes on two cores. EXTRAS="--extra jax --extra torch" checks these only.

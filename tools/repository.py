@@ -102,6 +102,18 @@ def path_of(target: str, page: str) -> tuple[str, str]:
     return posixpath.normpath(posixpath.join(posixpath.dirname(page), path)), hash_sign + anchor
 
 
+def relative_links(text: str) -> list[str]:
+    """Return the targets of links and pictures in Markdown that lead to files beside it.
+
+    Example:
+        >>> relative_links("[one](a.md), [two](https://example.com), [three](#here)")
+        ['a.md']
+    """
+    found: list[str] = []
+    rename_links(text, lambda target: found.append(target) or target if is_relative(target) else target)
+    return found
+
+
 def with_absolute_links(text: str, page: str, url: str, ref: str) -> str:
     """Return the Markdown of a page with links that work from anywhere.
 

@@ -221,6 +221,14 @@ def assignment(public: Public) -> tuple[Path, int]:
     raise ValueError(f"{public.full_name} has neither a docstring nor an assignment")
 
 
+def path_of_source(file: Path) -> str:
+    """Return the path in the repository of a file of one of the packages, wherever that is installed."""
+    top = file.parent
+    while (top.parent / "__init__.py").is_file():
+        top = top.parent
+    return file.relative_to(top.parent).as_posix()
+
+
 def heading(text: str, line: str = "=") -> str:
     """Return a heading."""
     return f"{text}\n{line * len(text)}"

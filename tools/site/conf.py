@@ -8,9 +8,9 @@ from typing import Any
 
 from sphinx.application import Sphinx
 
+from tools.release import version
 from tools.repository import repository_url, source_link
 from tools.site import api
-from tools.site.version import version
 
 ROOT = Path(__file__).parents[2]
 URL = repository_url(ROOT)
@@ -76,7 +76,7 @@ html_css_files = ["site.css"]
 html_baseurl = f"{SITE}/" if SITE else ""
 html_show_sourcelink = False
 html_copy_source = False
-html_sidebars = {"index": [], "docs/**": ["sidebar-nav-bs"]}
+html_sidebars = {"index": []}
 pygments_style = "default"
 copybutton_exclude = ".linenos, .gp"
 html_theme_options: dict[str, Any] = {
@@ -117,14 +117,14 @@ def linkcode_resolve(domain: str, info: dict[str, str]) -> str | None:
     public = KNOWN.get(full_name)
     if public is not None and not api.has_docstring(public.value):
         file, first = api.assignment(public)
-        return f"{source_link(URL, file.relative_to(ROOT).as_posix(), REF)}#L{first}"
+        return f"{source_link(URL, api.path_of_source(file), REF)}#L{first}"
     value: Any = importlib.import_module(info["module"])
     for name in info["fullname"].split("."):
         value = getattr(value, name)
     value = value.fget if isinstance(value, property) else inspect.unwrap(value)
     lines, first = inspect.getsourcelines(value)
-    file = Path(inspect.getfile(value)).resolve()
-    return f"{source_link(URL, file.relative_to(ROOT).as_posix(), REF)}#L{first}-L{first + len(lines) - 1}"
+    path = api.path_of_source(Path(inspect.getfile(value)))
+    return f"{source_link(URL, path, REF)}#L{first}-L{first + len(lines) - 1}"
 
 
 def _signature(app: Sphinx, kind: str, name: str, value: Any, options: Any, text: str, returns: str) -> Any:

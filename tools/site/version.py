@@ -1,18 +1,16 @@
-"""The version of the project, which pyproject.toml states and nothing else, and the versions that are published."""
+"""The versions that are published: the list for the menu of the theme, and the page that lists them.
+
+    python -m tools.site.version ADDRESS FOLDER      write versions.json for the folders of versions in FOLDER
+"""
 
 import json
-import re
 import subprocess
-import tomllib
+import sys
 from pathlib import Path
 
+from tools.release import numbers, version
+
 NEWEST = "dev"  # the folder of the default branch
-
-
-def version(root: Path) -> str:
-    """Return the version in pyproject.toml."""
-    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return str(project["version"])
 
 
 def released(root: Path) -> list[str]:
@@ -23,12 +21,7 @@ def released(root: Path) -> list[str]:
         ).stdout.split()
     except (OSError, subprocess.CalledProcessError):
         return []
-    return sorted((tag for tag in listed if _numbers(tag)), key=_numbers, reverse=True)
-
-
-def _numbers(tag: str) -> tuple[int, ...]:
-    found = re.fullmatch(r"v(\d+)\.(\d+)\.(\d+)", tag)
-    return tuple(map(int, found.groups())) if found else ()
+    return sorted((tag for tag in listed if numbers(tag)), key=numbers, reverse=True)
 
 
 def switcher(site: str, folders: list[str]) -> str:
@@ -38,7 +31,7 @@ def switcher(site: str, folders: list[str]) -> str:
         site: the address of the site.
         folders: the folders of the versions on the site, such as "v0.1.0" and "dev".
     """
-    tags = sorted((folder for folder in folders if _numbers(folder)), key=_numbers, reverse=True)
+    tags = sorted((folder for folder in folders if numbers(folder)), key=numbers, reverse=True)
     entries = [
         {"name": f"{tag} (stable)" if i == 0 else tag, "version": tag, "url": f"{site}/{tag}/", "preferred": i == 0}
         for i, tag in enumerate(tags)
@@ -71,3 +64,17 @@ def page(root: Path, site: str) -> str:
     else:
         lines.append("Nothing has been released yet.")
     return "\n".join(lines) + "\n"
+
+
+def main(site: str, folder: Path) -> None:
+    """Write the list for the menu, and a first page that leads to the newest release, or to the default branch."""
+    folders = sorted(path.name for path in folder.iterdir() if (path / "index.html").is_file())
+    listed = switcher(site.rstrip("/"), folders)
+    (folder / "versions.json").write_text(listed, encoding="utf-8")
+    first = json.loads(listed)[0]["version"]
+    redirect = f'<!doctype html><meta http-equiv="refresh" content="0; url={first}/"><a href="{first}/">lsce</a>\n'
+    (folder / "index.html").write_text(redirect, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
