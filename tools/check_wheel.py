@@ -274,7 +274,9 @@ def main() -> int:
     except CheckError as error:
         print(f"FAILED {error}")
         return 1
-    print(f"{wheel.name}: {wheel.stat().st_size / 1e3:.0f} kB, the same from sdist and checkout; twine has no objections")
+    print(
+        f"{wheel.name}: {wheel.stat().st_size / 1e3:.0f} kB, the same from sdist and checkout; twine has no objections"
+    )
     if not urls:
         print("No LSCE_REPOSITORY_URL and no git remote `origin` with an address: built without project URLs")
     for label, address in urls.items():

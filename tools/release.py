@@ -1,4 +1,4 @@
-"""Is everything as a release needs it? The version stands in pyproject.toml alone; the tag and CHANGELOG.md must fit it.
+"""May a tag be published? The version stands in pyproject.toml alone; the tag and CHANGELOG.md must fit it.
 
     python -m tools.release v0.1.0      exit code 1 if that tag may not be published, with the reasons
 

@@ -1,1 +1,1 @@
-"""The documentation's site: `make docs` builds it from README, docs, notebooks, examples and docstrings, and checks it."""
+"""The site, which `make docs` builds from README, docs, notebooks, examples and docstrings, and checks."""

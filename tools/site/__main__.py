@@ -1,8 +1,8 @@
 """Build the site into out/site/html, strictly, and check it. `make docs` runs the code of the pages first, then this.
 
-    python -m tools.site
-    python -m tools.site --as-they-are      notebooks without outputs: quicker
-    python -m tools.site --external         look up the addresses of other sites, too; needs a network
+python -m tools.site
+python -m tools.site --as-they-are      notebooks without outputs: quicker
+python -m tools.site --external         look up the addresses of other sites, too; needs a network
 """
 
 import argparse
@@ -12,10 +12,11 @@ import sys
 from pathlib import Path
 
 from sphinx.cmd.build import build_main
+from sphinx.util.inventory import InventoryFile
 
 from tools.repository import repository_url
 from tools.site import api, gallery, notebooks, targets, version
-from tools.site.check import broken_links, missing_names
+from tools.site.check import broken_links
 from tools.site.sections import HOME, SECTIONS, Section
 from tools.site.sources import (
     ROOT,
@@ -26,7 +27,6 @@ from tools.site.sources import (
     adapt_notebook,
     card,
     described,
-    document,
     entry_of,
     first_markdown,
     grid,
@@ -58,13 +58,9 @@ def write_sources(folder: Path, published: Published, site: str, *, execute: boo
     """
     sections, out = pages(), Folder(folder)
     texts = markdown_pages(sections, published, site)
-    for page in {page for section in sections.values() for page in section.pages if page.endswith(".ipynb")}:
-        notebook = adapt_notebook((ROOT / page).read_text(encoding="utf-8"), page, published)
+    for page, notebook in notebook_pages(sections, published, execute=execute).items():
         texts[page] = first_markdown(notebook)
-        is_executed = execute and Path(page).name not in notebooks.AS_THEY_ARE
-        if is_executed:
-            print(f"executing {page}", flush=True)
-        out.write(page, notebooks.execute(notebook) if is_executed else notebook)
+        out.write(page, notebook)
     about = described((ROOT / HOME).read_text(encoding="utf-8"))
     for key, section in sections.items():
         if len(section.pages) > 1:
@@ -81,6 +77,17 @@ def write_sources(folder: Path, published: Published, site: str, *, execute: boo
         for path in (ROOT / "docs").glob(pattern):
             out.copy(path, path.relative_to(ROOT / "docs").as_posix())
     out.close()
+
+
+def notebook_pages(sections: dict[str, Section], published: Published, *, execute: bool) -> dict[str, str]:
+    """Return the notebooks of the site, by path below Sphinx's source folder; if asked, with what their cells print."""
+    made = {}
+    for page in sorted(page for section in sections.values() for page in section.pages if page.endswith(".ipynb")):
+        made[page] = adapt_notebook((ROOT / page).read_text(encoding="utf-8"), page, published)
+        if execute and Path(page).name not in notebooks.AS_THEY_ARE:
+            print(f"executing {page}", flush=True)
+            made[page] = notebooks.execute(made[page])
+    return made
 
 
 def markdown_pages(sections: dict[str, Section], published: Published, site: str) -> dict[str, str]:
@@ -122,8 +129,10 @@ def sphinx(builder: str) -> None:
 def check() -> None:
     """Raise SiteError if a link or anchor leads nowhere, or a public name has no entry."""
     html = OUTPUT / "html"
-    found = broken_links(html)
-    found += [f"no entry for {name}" for name in missing_names(html, {p.full_name for p in api.all_public_names()})]
+    inventory = InventoryFile.loads((html / "objects.inv").read_bytes(), uri="")
+    known = {name for kind, entries in inventory.data.items() if kind.startswith("py:") for name in entries}
+    missing = {public.full_name for public in api.all_public_names()} - known
+    found = [*broken_links(html), *(f"no entry for {name}" for name in sorted(missing))]
     if found:
         raise SiteError("\n".join(found))
 

@@ -68,7 +68,7 @@ class Public(NamedTuple):
 
 
 def public_names(module: str) -> list[Public]:
-    """Return the public names of a module, in the order of its source: what it lists in `__all__`, imports or defines."""
+    """Return the public names of a module, in the order of its source: what it lists, imports or defines."""
     imported = importlib.import_module(module)
     names = {name: getattr(imported, name) for name in _names_of(imported)}
     return [
@@ -179,7 +179,9 @@ def _directive(public: Public) -> str:
     value = public.value
     if inspect.isclass(value) and has_docstring(value):
         kind = "exception" if issubclass(value, BaseException) else "class"
-        options = "" if kind == "exception" else "\n   :members:\n   :special-members: __call__\n   :member-order: bysource"
+        options = (
+            "" if kind == "exception" else "\n   :members:\n   :special-members: __call__\n   :member-order: bysource"
+        )
         return f".. auto{kind}:: {public.full_name}{options}"
     if callable(value) and has_docstring(value):
         return f".. autofunction:: {public.full_name}"

@@ -40,9 +40,15 @@ extensions = [
 nitpicky = True
 # Types of other projects, whose pages are not looked up: a build needs no network.
 nitpick_ignore_regex = [
-    ("py:(class|obj|exc|data)", r"(Any|Array|ArrayLike|Bool|Callable|Float|Int|Literal|Mapping|Path|Real|Self|Sequence)"),
+    (
+        "py:(class|obj|exc|data)",
+        r"(Any|Array|ArrayLike|Bool|Callable|Float|Int|Literal|Mapping|Path|Real|Self|Sequence)",
+    ),
     ("py:(class|obj|exc|data)", r"(bool|bytes|dict|float|int|list|object|str|tuple|type|Exception|None|optional)"),
-    ("py:(class|obj|exc|data)", r"(Tensor|ProcessGroup|torch|Unpack|typing|nnx|jax|collections|fractions|pathlib)(\..*)?"),
+    (
+        "py:(class|obj|exc|data)",
+        r"(Tensor|ProcessGroup|torch|Unpack|typing|nnx|jax|collections|fractions|pathlib)(\..*)?",
+    ),
     ("py:exc", r"\w+(Error|Warning)(, \w+Error)*"),
     # Types of the packages that are named in signatures and are not public.
     ("py:class", r"(Batch|CompareOptions|ComputeLoss|Inputs|Kernel|Loss|Number|Pair|Shape|_Pair)"),

@@ -1,7 +1,7 @@
 """The gallery: the table of docs/examples.md as cards, with the pictures that the examples draw.
 
-    python -m tools.site.gallery               draw all pictures again, into docs/images/gallery; some minutes
-    python -m tools.site.gallery digits mixup  draw these
+python -m tools.site.gallery               draw all pictures again, into docs/images/gallery; some minutes
+python -m tools.site.gallery digits mixup  draw these
 """
 
 import argparse

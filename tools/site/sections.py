@@ -54,7 +54,9 @@ SECTIONS = {
         ("performance.md", "devices.md", "notebooks/your_device.ipynb", "gpu.md", "tpu.md", "cost.md"),
     ),
     "gallery": Section("Gallery", "The examples, with their pictures and their source.", ("examples.md",)),
-    "api": Section("API", "Every public name: arguments, results, errors and an example that runs.", ("api/index.rst",)),
+    "api": Section(
+        "API", "Every public name: arguments, results, errors and an example that runs.", ("api/index.rst",)
+    ),
     "project": Section(
         "Project",
         "What has changed, how to contribute, and how to report a security problem.",

@@ -176,10 +176,10 @@ def title_and_summary(text: str) -> tuple[str, str]:
 
 
 def described(readme: str) -> dict[str, str]:
-    """Return what the README's list of pages says about each: a text by path in the repository.
+    r"""Return what the README's list of pages says about each: a text by path in the repository.
 
     Example:
-        >>> described("- [GPUs](docs/gpu.md), [TPUs](docs/tpu.md): two kinds\\n  of devices.\\n")
+        >>> described("- [GPUs](docs/gpu.md), [TPUs](docs/tpu.md): two kinds\n  of devices.\n")
         {'docs/gpu.md': 'Two kinds of devices.', 'docs/tpu.md': 'Two kinds of devices.'}
     """
     found = {}

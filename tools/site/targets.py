@@ -1,4 +1,4 @@
-"""The plots of docs/conventions.md: the target of each convention, computed by `lsce_spec`, for light and dark pages."""
+"""The plots of docs/conventions.md: the target of each convention by `lsce_spec`, for light and dark pages."""
 
 import io
 
@@ -24,7 +24,7 @@ def pictures() -> dict[str, bytes]:
     """Return the plots as SVG files, by name: `targets-light.svg` and so on."""
     drawn = {}
     for theme, ink in INK.items():
-        colours = {key: ink for key in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")}
+        colours = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), ink)
         with rc_context({**SHARED, **colours, "axes.spines.right": False}):
             for name, draw in (("targets", _draw_target), ("on_off", _draw_on_off)):
                 figure = Figure(figsize=(6.4, 5), layout="constrained")

@@ -1,6 +1,6 @@
 """The versions that are published: the list for the menu of the theme, and the page that lists them.
 
-    python -m tools.site.version ADDRESS FOLDER      write versions.json for the folders of versions in FOLDER
+python -m tools.site.version ADDRESS FOLDER      write versions.json for the folders of versions in FOLDER
 """
 
 import json
