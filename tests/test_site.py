@@ -13,7 +13,7 @@ import lsce_spec
 import lsce_torch
 from lsce_spec import CONVENTIONS
 from tools.release import version
-from tools.site import api, gallery, notebooks, sources, targets
+from tools.site import api, commands, gallery, notebooks, sources, targets
 from tools.site import version as versions
 from tools.site.check import broken_links, read
 from tools.site.sections import HOME, MADE, SECTIONS
@@ -234,6 +234,17 @@ def test_a_constant_without_a_comment_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(api, "assignment", lambda public: (file, 2))
     with pytest.raises(ValueError, match=r"lsce_spec\.\w+ needs a comment above its assignment"):
         api.pages()
+
+
+def test_every_command_has_its_help() -> None:
+    page = commands.page()
+    names = commands.subcommands(commands.PROGRAMS["lsce-parity"])
+    assert {"compare", "trajectory", "run", "peer-tests"} <= {*names}
+    for name in names:
+        assert f"\nlsce-parity {name}\n^^^^" in page
+        assert f"Usage: lsce-parity {name} [OPTIONS]" in page
+    assert "Usage: lsce-cost [OPTIONS]" in page
+    assert not commands.subcommands(commands.PROGRAMS["lsce-cost"])
 
 
 # --- What only a build can make -------------------------------------------------------------------------------------

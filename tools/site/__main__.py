@@ -15,7 +15,7 @@ from sphinx.cmd.build import build_main
 from sphinx.util.inventory import InventoryFile
 
 from tools.repository import repository_url
-from tools.site import api, gallery, notebooks, targets, version
+from tools.site import api, commands, gallery, notebooks, targets, version
 from tools.site.check import broken_links
 from tools.site.sections import HOME, SECTIONS, Section
 from tools.site.sources import (
@@ -68,7 +68,7 @@ def write_sources(folder: Path, published: Published, site: str, *, execute: boo
             texts[f"{key}/index.md"] = section_page(section, listed, about)
     for path in linked_sources(texts.values()):
         texts[f"source/{path}.md"] = source_page(path)
-    for name, text in {**texts, **api.pages()}.items():
+    for name, text in {**texts, **api.pages(), "api/commands.rst": commands.page()}.items():
         if not name.endswith(".ipynb"):
             out.write(name, text)
     for name, picture in targets.pictures().items():

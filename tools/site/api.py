@@ -33,7 +33,7 @@ INTRODUCTION = """\
 API
 ===
 
-Every public name, with its arguments, results, errors and an example that the tests run. ``lsce_jax`` and
+Every public name, with its arguments, results and errors, and for most an example that the tests run. ``lsce_jax`` and
 ``lsce_torch`` have the same names, arguments and defaults; :doc:`the Options page </options>` lists what differs on
 purpose. What is not listed here is internal and may change in any release.
 
@@ -127,7 +127,8 @@ def pages() -> dict[str, str]:
 def _index() -> str:
     rows = [*FRAMEWORKS, *MODULES]
     lines = [f"   * - :doc:`{module}`\n     - {summary(importlib.import_module(module))}\n" for module in rows]
-    return INTRODUCTION + "".join(lines) + "\n" + _toctree([f"/api/{module}" for module in rows])
+    lines.append("   * - :doc:`commands`\n     - What ``lsce-parity`` and ``lsce-cost`` answer to ``--help``.\n")
+    return INTRODUCTION + "".join(lines) + "\n" + _toctree([f"/api/{page}" for page in (*rows, "commands")])
 
 
 def _package_page(package: str, known: Mapping[str, Public]) -> str:
