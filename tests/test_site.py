@@ -17,7 +17,7 @@ from tools.site import api, commands, gallery, notebooks, sources, targets
 from tools.site import version as versions
 from tools.site.check import broken_links, read
 from tools.site.sections import HOME, MADE, SECTIONS
-from tools.site.sources import ROOT, Folder, Published, SiteError, adapt
+from tools.site.sources import ROOT, Published, SiteError, adapt
 
 UNKNOWN, KNOWN = Published(None, "HEAD"), Published("https://example.com/o/n", "v1.0.0")
 
@@ -86,7 +86,9 @@ def test_links_from_docs_and_from_notebooks() -> None:
     assert adapt("[a](../README.md#install) [b](linear.md)", "docs/options.md", KNOWN) == (
         "[a](/index.md#install) [b](/linear.md)"
     )
-    notebook = json.dumps({"cells": [{"cell_type": "markdown", "source": ["[a](../docs/linear.md)\n", "b"]}]})
+    notebook = json.dumps(
+        {"metadata": {}, "cells": [{"cell_type": "markdown", "source": ["[a](../docs/linear.md)\n", "b"]}]}
+    )
     cells = json.loads(sources.adapt_notebook(notebook, "notebooks/x.ipynb", KNOWN))["cells"]
     assert cells[0]["source"] == ["[a](/linear.md)\n", "b"]
 
@@ -115,19 +117,6 @@ def test_what_a_card_says() -> None:
     assert sources.title_and_summary(text) == ("Title", "`It` is new.")
     about = sources.described((ROOT / HOME).read_text(encoding="utf-8"))
     assert about["docs/options.md"] == "Every option, with formula and example."
-
-
-def test_a_folder_holds_what_was_written_last(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
-    folder.write("a/b.md", "one")
-    folder.write("c.md", "two")
-    folder.close()
-    before = (tmp_path / "c.md").stat().st_mtime_ns
-    again = Folder(tmp_path)
-    again.write("c.md", "two")
-    again.close()
-    assert [path.name for path in tmp_path.rglob("*")] == ["c.md"]
-    assert (tmp_path / "c.md").stat().st_mtime_ns == before
 
 
 def test_source_pages_show_the_whole_file() -> None:
@@ -160,7 +149,11 @@ def public_names() -> dict[str, str]:
 
 def test_every_public_name_has_an_entry_and_a_line_in_its_table() -> None:
     pages = api.pages()
-    entries = re.findall(r"^\.\. (?:auto\w+|py:data):: (\S+)$", "\n".join(pages.values()), re.MULTILINE)
+    text = "\n".join(pages.values())
+    entries = re.findall(r"^\.\. auto\w+:: (\S+)$", text, re.MULTILINE)
+    entries += [
+        f"{m}.{name}" for name, m in re.findall(r"^\.\. py:data:: (\S+)\n   :module: (\S+)$", text, re.MULTILINE)
+    ]
     assert sorted(entries) == sorted({*public_names().values()})
     for name, documented in public_names().items():
         module, _, short = name.rpartition(".")

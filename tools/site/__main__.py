@@ -20,7 +20,6 @@ from tools.site.check import broken_links
 from tools.site.sections import HOME, SECTIONS, Section
 from tools.site.sources import (
     ROOT,
-    Folder,
     Published,
     SiteError,
     adapt,
@@ -51,16 +50,16 @@ def write_sources(folder: Path, published: Published, site: str, *, execute: boo
     """Write Sphinx's source folder.
 
     Args:
-        folder: where it is, or will be.
+        folder: where it will be.
         published: where the source is published.
         site: where this site will be published, or nothing.
         execute: whether the cells of notebooks run.
     """
-    sections, out = pages(), Folder(folder)
+    sections = pages()
     texts = markdown_pages(sections, published, site)
     for page, notebook in notebook_pages(sections, published, execute=execute).items():
         texts[page] = first_markdown(notebook)
-        out.write(page, notebook)
+        write(folder / page, notebook)
     about = described((ROOT / HOME).read_text(encoding="utf-8"))
     for key, section in sections.items():
         if len(section.pages) > 1:
@@ -70,13 +69,18 @@ def write_sources(folder: Path, published: Published, site: str, *, execute: boo
         texts[f"source/{path}.md"] = source_page(path)
     for name, text in {**texts, **api.pages(), "api/commands.rst": commands.page()}.items():
         if not name.endswith(".ipynb"):
-            out.write(name, text)
+            write(folder / name, text)
     for name, picture in targets.pictures().items():
-        out.write(f"images/{name}", picture)
+        write(folder / "images" / name, picture)
     for pattern in ("*.json", "images/**/*.png"):
         for path in (ROOT / "docs").glob(pattern):
-            out.copy(path, path.relative_to(ROOT / "docs").as_posix())
-    out.close()
+            write(folder / path.relative_to(ROOT / "docs"), path.read_bytes())
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file, and make its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def notebook_pages(sections: dict[str, Section], published: Published, *, execute: bool) -> dict[str, str]:
@@ -96,14 +100,22 @@ def markdown_pages(sections: dict[str, Section], published: Published, site: str
     for page in {page for section in sections.values() for page in section.pages if page.endswith(".md")} - {*made}:
         path = path_in_repository(page)
         made[str(name_on_site(path))] = _marks_replaced(path, published)
-    made["index.md"] = _marks_replaced(HOME, published) + "\n" + toctree(entry_of(*item) for item in sections.items())
+    made["index.md"] = (
+        _marks_replaced(HOME, published)
+        + "\n"
+        + toctree(f"{section.title} <{entry_of(key, section)}>" for key, section in sections.items())
+    )
     return made
 
 
 def _marks_replaced(path: str, published: Published) -> str:
     text = (ROOT / path).read_text(encoding="utf-8")
     if path == HOME:
-        cards = (card(section.title, section.about, entry_of(key, section)) for key, section in SECTIONS.items())
+        cards = (
+            card(section.title, section.about, entry_of(key, section))
+            for key, section in SECTIONS.items()
+            if key != "project"
+        )
         text = replace_mark(text, "sections", grid(cards))
     elif path == "docs/conventions.md":
         text = replace_mark(text, "targets", targets.markdown())
@@ -142,10 +154,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Build the site into out/site/html, strictly, and check it.")
     parser.add_argument("--as-they-are", action="store_true", help="do not execute notebooks")
     parser.add_argument("--external", action="store_true", help="look up links to other sites, too")
-    parser.add_argument("--fresh", action="store_true", help="forget what earlier builds have left")
     arguments = parser.parse_args()
-    if arguments.fresh:
-        shutil.rmtree(OUTPUT, ignore_errors=True)
+    shutil.rmtree(OUTPUT, ignore_errors=True)  # what is no longer made must not seem to be there
     site = os.environ.get("LSCE_SITE_URL", "").rstrip("/")
     published = Published(repository_url(ROOT), os.environ.get("LSCE_REPOSITORY_REF") or "HEAD")
     try:

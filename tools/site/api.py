@@ -140,14 +140,19 @@ def _package_page(package: str, known: Mapping[str, Public]) -> str:
 
 
 def _name_page(public: Public, known: Mapping[str, Public]) -> str:
-    return "\n\n".join([heading(public.name), _entry(public, known)]) + "\n"
+    return "\n\n".join([heading(public.name), _within(public.home), _entry(public, known)]) + "\n"
 
 
 def _module_page(module: str, title: str, known: Mapping[str, Public]) -> str:
     names = public_names(module)
     text = rst(inspect.getdoc(importlib.import_module(module)) or "", module, known)
     entries = (_entry(public, known) for public in names)
-    return "\n\n".join([heading(title), text, _table(names), heading("Names", "-"), *entries]) + "\n"
+    return "\n\n".join([heading(title), text, _table(names), heading("Names", "-"), _within(module), *entries]) + "\n"
+
+
+def _within(module: str) -> str:
+    """Return what makes Sphinx look for names in a module first."""
+    return f".. currentmodule:: {module}"
 
 
 def _table(names: list[Public]) -> str:
@@ -180,15 +185,17 @@ def _directive(public: Public) -> str:
     value = public.value
     if inspect.isclass(value) and has_docstring(value):
         kind = "exception" if issubclass(value, BaseException) else "class"
-        options = (
-            "" if kind == "exception" else "\n   :members:\n   :special-members: __call__\n   :member-order: bysource"
-        )
+        # The fields of a named tuple are its arguments.
+        has_members = not issubclass(value, BaseException | tuple)
+        options = "\n   :members:\n   :special-members: __call__\n   :member-order: bysource" if has_members else ""
         return f".. auto{kind}:: {public.full_name}{options}"
     if callable(value) and has_docstring(value):
         return f".. autofunction:: {public.full_name}"
     # Constants have no docstrings: the comment above each says what it is.
     value_text = textwrap.shorten(" ".join(repr(value).replace("typing.", "").split()), 160, placeholder=" ...")
-    return f".. py:data:: {public.full_name}\n\n   {_literal_comment(public)}\n\n   ``{value_text}``"
+    return (
+        f".. py:data:: {public.name}\n   :module: {public.home}\n\n   {_literal_comment(public)}\n\n   ``{value_text}``"
+    )
 
 
 def has_docstring(value: Any) -> bool:
@@ -247,6 +254,7 @@ def summary(value: Any) -> str:
 
 
 _BACKTICKS = re.compile(r"(?<![:`\w])`([^`]+)`(?!`)")
+_BAR = re.compile(r"(?<![`\w|])\|(?=\w)")
 _TITLED_EXAMPLE = re.compile(r"^Example: (.*)$", re.MULTILINE)
 _NAMES_ON_TWO_LINES = re.compile(r"^(    \w[\w, ]*,)\n        +(?=[\w, ]+: )", re.MULTILINE)
 
@@ -267,8 +275,10 @@ def rst(docstring: str, module: str, known: Mapping[str, Public]) -> str:
                 return f":py:obj:`{text} <{full_name}>`"
         return f"``{text}``"
 
+    # A bar before a word would start a substitution.
+    lines = (line if re.match(" *(>>>|\\.\\.\\.)", line) else _BAR.sub(r"\\|", line) for line in docstring.split("\n"))
     # `Example: title` is no section for Napoleon, which also wants the names of an item on one line.
-    text = _TITLED_EXAMPLE.sub(r"Example:\n    \1\n", docstring)
+    text = _TITLED_EXAMPLE.sub(r"Example:\n    \1\n", "\n".join(lines))
     return _BACKTICKS.sub(link, _NAMES_ON_TWO_LINES.sub(r"\1 ", text))
 
 
@@ -313,7 +323,8 @@ class _Text(str):
 
 
 def _default(value: Any) -> str:
-    return getattr(value, "__name__", None) or repr(value)
+    shown = getattr(value, "__name__", None) or repr(value)
+    return "..." if shown == "<factory>" else shown  # of a dataclass
 
 
 def _constructor(value: type) -> Any:

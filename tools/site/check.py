@@ -40,7 +40,8 @@ def read(html: str) -> Page:
 
 def broken_links(folder: Path) -> list[str]:
     """Return the links inside a folder of HTML pages that lead nowhere, in words."""
-    pages = {path: read(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.html"))}
+    paths = (path for path in sorted(folder.rglob("*.html")) if "_static" not in path.parts)  # templates of the theme
+    pages = {path: read(path.read_text(encoding="utf-8")) for path in paths}
     found = []
     for path, page in pages.items():
         for link in page.links:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sphinx.application import Sphinx
 
-from tools.release import version
+from tools import release as releases
 from tools.repository import repository_url, source_link
 from tools.site import api
 
@@ -21,7 +21,7 @@ KNOWN = {public.full_name: public for public in api.all_public_names()}
 project = "lsce"
 author = "The lsce authors"
 project_copyright = author
-release = version(ROOT)
+release = version = releases.version(ROOT)
 exclude_patterns = ["**/README.md"]
 
 extensions = [
@@ -42,7 +42,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     (
         "py:(class|obj|exc|data)",
-        r"(Any|Array|ArrayLike|Bool|Callable|Float|Int|Literal|Mapping|Path|Real|Self|Sequence)",
+        r"(Any|Array|ArrayLike|AxisName|Bool|Callable|Float|Int|Literal|Mapping|Path|Real|Self|Sequence)",
     ),
     ("py:(class|obj|exc|data)", r"(bool|bytes|dict|float|int|list|object|str|tuple|type|Exception|None|optional)"),
     (
@@ -70,6 +70,7 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 python_maximum_signature_line_length = 80
 python_display_short_literal_types = True
+python_use_unqualified_type_names = True
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 
@@ -82,7 +83,7 @@ html_css_files = ["site.css"]
 html_baseurl = f"{SITE}/" if SITE else ""
 html_show_sourcelink = False
 html_copy_source = False
-html_sidebars = {"index": []}
+html_sidebars = {"index": [], "examples": []}
 pygments_style = "default"
 copybutton_exclude = ".linenos, .gp"
 html_theme_options: dict[str, Any] = {
@@ -136,7 +137,9 @@ def linkcode_resolve(domain: str, info: dict[str, str]) -> str | None:
 def _signature(app: Sphinx, kind: str, name: str, value: Any, options: Any, text: str, returns: str) -> Any:
     shown = api.signature(value) if kind in ("function", "class", "method") else None
     if shown is None:
-        return ("", "") if kind in ("class", "exception") else None
+        return None
+    if ".metrics." in name:  # both packages have one, and neither is of this module
+        shown = shown.replace("LossStats", f"{name.partition('.')[0]}.LossStats")
     arguments, arrow, result = shown.rpartition(" -> ")
     return (arguments, result) if arrow else (shown, "")
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from tools.repository import source_link
 from tools.site.sources import ROOT, Published, SiteError, grid
 
+TITLES = {"lm": "Language model", "digits_parity": "The demo", "mixup": "MixUp and CutMix"}
 PICTURES = ROOT / "docs" / "images" / "gallery"
 
 
@@ -66,14 +67,14 @@ def _card(example: Example, published: Published) -> str:
         path = f"examples/{script}.py"
         target = source_link(published.url, path, published.ref) if published.url else f"/source/{path}.md"
         links.append(f"[`{script}`]({target})")
-    title = example.task.replace("_", " ").capitalize()
+    title = TITLES.get(example.task, example.task.replace("_", " ").capitalize())
     picture = example.picture
     lines = [f":::{{grid-item-card}} {title}"]
     if picture is not None:
         name = picture.relative_to(ROOT / "docs").as_posix()
         lines += [f":img-top: /{name}", f":img-alt: What the example {example.task} draws."]
     about = example.about[0].upper() + example.about[1:]
-    return "\n".join([*lines, "", f"{about}.", "+++", " ".join(links), ":::", ""])
+    return "\n".join([*lines, "", f"{about}.", "", " ".join(links), ":::", ""])
 
 
 # --- Drawing --------------------------------------------------------------------------------------------------------

@@ -6,13 +6,10 @@ links are adapted, and marks in comments are replaced by what only a build can m
     <!-- site sections -->                                         cards that lead to the sections
     <!-- site targets -->                                          the plot of the targets
     <!-- site gallery: begin --> ... <!-- site gallery: end -->    cards with pictures, in place of a table
-
-A file is written only if its content changes, so that Sphinx builds again only what has changed.
 """
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -147,6 +144,8 @@ def adapt_notebook(text: str, page: str, published: Published) -> str:
         if cell["cell_type"] == "markdown":
             source = adapt("".join(cell["source"]), page, published)
             cell["source"] = source.splitlines(keepends=True)
+    # Without a kernel nothing says that there are lines for the shell.
+    notebook["metadata"].setdefault("language_info", {"name": "python"}).setdefault("pygments_lexer", "ipython3")
     return json.dumps(notebook, indent=1)
 
 
@@ -238,40 +237,3 @@ def section_page(section: Section, texts: Mapping[str, str], about: Mapping[str,
         title, first_sentence = title_and_summary(texts[page])
         cards.append(card(title, about.get(path_in_repository(page), first_sentence), document(page)))
     return f"# {section.title}\n\n{section.about}\n\n{grid(cards)}\n{toctree(map(document, section.pages))}"
-
-
-# --- The folder -----------------------------------------------------------------------------------------------------
-
-
-class Folder:
-    """A folder that holds what was written to it since it was opened, and nothing else.
-
-    Args:
-        path: the folder, which may be there already.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Keep the path; see the class."""
-        self.path = path
-        self._written: set[Path] = set()
-
-    def write(self, name: str, content: str | bytes) -> None:
-        """Write a file, unless it has this content already."""
-        path = self.path / name
-        self._written.add(path)
-        new = content.encode() if isinstance(content, str) else content
-        if not path.is_file() or path.read_bytes() != new:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(new)
-
-    def copy(self, source: Path, name: str) -> None:
-        """Write a file of the same content as another one."""
-        self.write(name, source.read_bytes())
-
-    def close(self) -> None:
-        """Remove the files that an earlier build has written and this one has not."""
-        for path in sorted(self.path.rglob("*"), reverse=True):
-            if path.is_file() and path not in self._written:
-                path.unlink()
-            elif path.is_dir() and not any(path.iterdir()):
-                shutil.rmtree(path)
