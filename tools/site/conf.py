@@ -59,7 +59,8 @@ nitpick_ignore_regex = [
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 6
 nb_execution_mode = "off"  # tools/site/notebooks.py has executed them
-smartquotes = False  # quotes and dashes are as they are typed, since many stand for code
+smartquotes_action = "D"  # dashes only: quotes are as they are typed
+mathjax4_config = {"output": {"linebreaks": {"inline": False}}}  # a formula in a narrow column of a table stays whole
 html_last_updated_fmt = None
 
 # --- Docstrings ---
@@ -81,6 +82,7 @@ html_title = f"lsce {release}"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_baseurl = f"{SITE}/" if SITE else ""
+html_context = {"default_mode": "auto"}  # light or dark, as the reader's system is
 html_show_sourcelink = False
 html_copy_source = False
 html_sidebars = {"index": [], "examples": []}

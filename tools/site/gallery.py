@@ -58,7 +58,7 @@ def examples(table: str) -> list[Example]:
 
 def cards(table: str, published: Published) -> str:
     """Return a card for each row of the table, with its picture and links to its scripts."""
-    return grid(_card(example, published) for example in examples(table))
+    return grid((_card(example, published) for example in examples(table)), columns=2)
 
 
 def _card(example: Example, published: Published) -> str:
@@ -98,7 +98,9 @@ def draw(example: Example) -> None:
 
 def main() -> None:
     """Draw the pictures of the pairs, or of those that are named."""
-    pairs = [e for e in examples((ROOT / "docs" / "examples.md").read_text(encoding="utf-8")) if len(e.scripts) > 1]
+    table = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+    # What has a picture outside of the gallery takes long, and has a command of its own.
+    pairs = [example for example in examples(table) if not (PICTURES.parent / f"{example.task}.png").is_file()]
     parser = argparse.ArgumentParser(description="Draw the pictures of the gallery.")
     parser.add_argument("task", nargs="*", help=f"one of {', '.join(pair.task for pair in pairs)}; all by default")
     asked = parser.parse_args().task

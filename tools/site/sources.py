@@ -198,9 +198,9 @@ def card(title: str, text: str, link: str) -> str:
     return f":::{{grid-item-card}} {title}\n:link: {link}\n:link-type: doc\n\n{text}\n:::\n"
 
 
-def grid(cards: Iterable[str]) -> str:
-    """Return cards side by side: one a row on a phone, three on a wide screen."""
-    return "::::{grid} 1 2 2 3\n:gutter: 3\n\n" + "\n".join(cards) + "::::\n"
+def grid(cards: Iterable[str], columns: int = 3) -> str:
+    """Return cards side by side: one a row on a phone, up to `columns` on a wide screen."""
+    return f"::::{{grid}} 1 2 2 {columns}\n:gutter: 3\n\n" + "\n".join(cards) + "::::\n"
 
 
 def toctree(names: Iterable[str]) -> str:
