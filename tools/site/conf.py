@@ -59,6 +59,7 @@ nitpick_ignore_regex = [
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 6
 nb_execution_mode = "off"  # tools/site/notebooks.py has executed them
+nb_merge_streams = True
 smartquotes_action = "D"  # dashes only: quotes are as they are typed
 mathjax4_config = {"output": {"linebreaks": {"inline": False}}}  # a formula in a narrow column of a table stays whole
 html_last_updated_fmt = None
