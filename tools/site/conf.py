@@ -95,6 +95,7 @@ html_theme_options: dict[str, Any] = {
     "header_links_before_dropdown": 7,
     "navbar_end": ["theme-switcher", "navbar-icon-links"],
     "navigation_with_keys": False,
+    "search_as_you_type": True,
     "show_nav_level": 1,
     "show_toc_level": 2,
     "secondary_sidebar_items": ["page-toc"],
