@@ -160,6 +160,17 @@ lint: install
 	$(BIN)/deptry .
 	$(BIN)/codespell $$(git ls-files '*.py' '*.md' '*.toml' '*.yml' '*.jinja' Makefile)
 
+# The code of all pages and docstrings runs as tests, then the site is made from them: out/site/html/index.html. Every
+# warning is an error, and every link, anchor and public name is checked. LINKS=external looks up the addresses of other
+# sites, too, which needs a network. NOTEBOOKS=as-they-are does not execute notebooks.
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m pytest README.md docs lsce_spec lsce_jax lsce_torch lsce_parity
+	$(BIN)/python -m tools.site $(if $(LINKS),--$(LINKS)) $(if $(NOTEBOOKS),--$(NOTEBOOKS))
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/$(PIP) --editable '.[all,docs]' $(addprefix --constraint ,$(CONSTRAINTS))
+	touch $@
+
 # Into dist/, the wheel from the sdist. Then each extra alone, in an environment of its own: up to 2 GB at a time, where
 # torch is the one for CPUs, and 8 minutes on two cores. EXTRAS="--extra jax --extra torch" checks these only.
 wheel: install

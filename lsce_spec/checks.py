@@ -12,7 +12,9 @@ from lsce_spec.errors import error, refused
 
 Shape = tuple[int, ...]
 
+# The names of the dtypes that logits may have.
 FLOATING = ("float64", "float32", "bfloat16", "float16")
+# The names of the dtypes that class indices may have.
 INTEGER = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 # What is added to the messages about shapes where each device has some of the classes.
 OF_SHARD = "In a vocab-parallel loss each device passes the slice of its own classes."

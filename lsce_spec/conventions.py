@@ -82,6 +82,7 @@ def _is_scalar(value: Number) -> bool:
     return isinstance(value, (int, float)) or not hasattr(value, "clip")
 
 
+# The smoothing is spread over all classes, the label included. The default.
 UNIFORM = Convention(
     "uniform",
     on=lambda smoothing, num_classes: 1 - smoothing + smoothing / num_classes,
@@ -90,6 +91,7 @@ UNIFORM = Convention(
     soft=lambda probabilities, smoothing, num_classes: (1 - smoothing) * probabilities + smoothing / num_classes,
 )
 
+# The smoothing is spread over the other classes.
 NON_TARGET = Convention(
     "non_target",
     on=lambda smoothing, num_classes: 1 - smoothing,
@@ -99,6 +101,7 @@ NON_TARGET = Convention(
     ),
 )
 
+# The one-hot target, clamped to [e/(K-1), 1-e].
 CLAMP = Convention(
     "clamp",
     # e/(K-1) never exceeds 1, so clamping a 1 always ends at the upper bound.
@@ -111,6 +114,8 @@ CLAMP = Convention(
 
 # With a target of 1 at the label, e/K added everywhere and e taken away at the largest logit,
 #   - sum q_k log p_k = lse - z_y + e (max z - mean z)
+
+# Max Suppression, which takes the smoothing from the largest logit.
 MAX_SUP = Convention(
     "max_sup",
     on=lambda smoothing, num_classes: 1 + smoothing / num_classes,
@@ -119,6 +124,7 @@ MAX_SUP = Convention(
     at_max=lambda smoothing, num_classes: -smoothing,
 )
 
+# The conventions that have a name, by name.
 CONVENTIONS: dict[str, Convention] = dict(
     zip(get_args(ConventionName), (UNIFORM, NON_TARGET, CLAMP, MAX_SUP), strict=True)
 )

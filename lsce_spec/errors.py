@@ -3,6 +3,7 @@
 A message says what was expected, what was given, and what to do about it.
 """
 
+# The exception and the text of each message, by key. The names in braces are filled in by `error`.
 MESSAGES: dict[str, tuple[type[Exception], str]] = {
     "array_type": (
         TypeError,

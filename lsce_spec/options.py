@@ -10,14 +10,22 @@ from lsce_spec.conventions import UNIFORM, Convention, find_convention
 from lsce_spec.errors import error, refused
 from lsce_spec.hints import for_choice
 
-# The names are stated once, as types, for type checkers and editors. The kernels of each package have names there.
+# The names are stated once, as types, for type checkers and editors.
+
+# The implementations that both packages have. The kernels of each package have names there.
 Implementation = Literal["fused", "reference"]
+# The implementations of the linear losses that both packages have.
 LinearImplementation = Literal["chunked", "reference"]
+# What a loss returns: a loss for each row, their sum, or their mean.
 Reduction = Literal["none", "sum", "mean"]
+# What a label outside the classes does: make loss and gradient NaN, or raise an error.
 BadLabels = Literal["nan", "raise"]
 
+# The names of `Implementation`, in order.
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
+# The names of `LinearImplementation`, in order.
 LINEAR_IMPLEMENTATIONS: tuple[LinearImplementation, ...] = get_args(LinearImplementation)
+# The names of `Reduction` and of `BadLabels`.
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 BAD_LABELS: tuple[BadLabels, ...] = get_args(BadLabels)
 

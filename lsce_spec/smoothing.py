@@ -26,7 +26,7 @@ _REDUCE = "it returns one loss per row, which you reduce"
 _ENTROPY = "the entropy of the target does not depend on the logits: subtract it from the result"
 _BAD_LABELS = "a label that is not a class always makes loss and gradient NaN"
 
-# Options of the losses that the functions do not take, and what to do instead.
+# Options of the losses that `add_smoothing` does not take, and what to do instead.
 REFUSED = {
     "softcap": "pass label_logit and mean_logit of the capped logits",
     "prior": "pass the mean of the logits under the prior as mean_logit, (logits * prior).sum(-1)",
@@ -38,6 +38,7 @@ REFUSED = {
     "reduction": _REDUCE,
     "denominator": _REDUCE,
 }
+# Options of the losses that `linear_add_smoothing` does not take, and what to do instead.
 LINEAR_REFUSED = {
     "softcap": "the mean of capped logits is not linear in hidden, and needs every logit. Use "
     "linear_label_smoothed_cross_entropy, which has softcap and smoothing",

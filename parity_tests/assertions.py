@@ -99,7 +99,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """The verdict: "AGREE", "DISAGREE" or "NO VERDICT"."""
+        """One of "AGREE", "DISAGREE" and "NO VERDICT"."""
         return self.pair.verdict
 
     def lines(self) -> list[str]:

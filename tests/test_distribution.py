@@ -1,16 +1,22 @@
 """`make wheel` checks all that pyproject.toml offers, and notices what is wrong. Nothing is installed here."""
 
 import re
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+from hatchling.metadata.core import ProjectMetadata
+from hatchling.plugin.manager import PluginManager
 
-from tools import check_wheel
+from tools import check_wheel, release, repository
 from tools.check_wheel import CHECKS, EXTRAS, METADATA, PACKAGES, PYPROJECT, ROOT, CheckError
 
-WHEEL = "lsce-0.1.0-py3-none-any.whl"
+VERSION = PYPROJECT["project"]["version"]
+WHEEL = f"lsce-{VERSION}-py3-none-any.whl"
+DIST_INFO = f"lsce-{VERSION}.dist-info"
 
 
 def test_every_extra_is_checked() -> None:
@@ -50,7 +56,7 @@ def test_every_package_is_typed() -> None:
 
 def write_wheel(folder: Path, *, without: str = "", extra: str = "", content: str = "") -> Path:
     """Write a wheel with the names that it must have, but for one, and the same content in each file."""
-    names = {f"lsce-0.1.0.dist-info/{name}" for name in METADATA} | check_wheel.sources()
+    names = {f"{DIST_INFO}/{name}" for name in METADATA} | check_wheel.sources()
     with zipfile.ZipFile(folder / WHEEL, "w") as archive:
         for name in sorted(name for name in names | {extra} if name not in ("", without)):
             archive.writestr(name, content)
@@ -66,7 +72,7 @@ def test_what_the_checkout_gives_must_be_the_same(tmp_path: Path, monkeypatch: p
         check_wheel.check_contents(wheel)
 
 
-@pytest.mark.parametrize("name", ["lsce_jax/fused.py", "lsce_torch/py.typed", "lsce-0.1.0.dist-info/licenses/LICENSE"])
+@pytest.mark.parametrize("name", ["lsce_jax/fused.py", "lsce_torch/py.typed", f"{DIST_INFO}/licenses/LICENSE"])
 def test_what_is_missing_is_named(name: str, tmp_path: Path) -> None:
     with pytest.raises(CheckError, match=re.escape(f"lacks ['{name}'] and should not hold []")):
         check_wheel.check_contents(write_wheel(tmp_path, without=name))
@@ -89,3 +95,203 @@ def test_a_block_that_is_not_there() -> None:
     assert "import jax" in check_wheel.readme_block("JAX, Flax and Optax")
     with pytest.raises(CheckError, match="no block of Python under 'No such heading'"):
         check_wheel.readme_block("No such heading")
+
+
+# --- Where it is published ------------------------------------------------------------------------------------------
+
+URL = "https://example.com/owner/name"
+
+
+@pytest.mark.parametrize(
+    ("remote", "address"),
+    [
+        (URL, URL),
+        (f"{URL}.git", URL),
+        ("https://user:secret@example.com/owner/name.git", URL),
+        ("git@example.com:owner/name.git", URL),
+        ("ssh://git@example.com:2222/owner/name.git", URL),
+        ("http://localhost:3000/owner/name", "http://localhost:3000/owner/name"),
+        ("/srv/git/name.git", None),
+        ("file:///srv/git/name.git", None),
+        ("../name", None),
+        ("https://example.com", None),
+        ("", None),
+    ],
+)
+def test_address_of_a_remote(remote: str, address: str | None) -> None:
+    assert repository.web_address(remote) == address
+
+
+def git(folder: Path, *arguments: str) -> None:
+    subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True)
+
+
+def test_where_the_address_is_from(tmp_path: Path) -> None:
+    assert repository.repository_url(tmp_path, {}) is None
+    git(tmp_path, "init")
+    assert repository.repository_url(tmp_path, {}) is None
+    git(tmp_path, "remote", "add", "origin", "git@example.com:owner/name.git")
+    assert repository.repository_url(tmp_path, {}) == URL
+    assert repository.repository_url(tmp_path, {"LSCE_REPOSITORY_URL": "https://example.com/other/one/"}) == (
+        "https://example.com/other/one"
+    )
+    (tmp_path / "unpacked").mkdir()  # an sdist in the checkout of something else
+    assert repository.repository_url(tmp_path / "unpacked", {}) is None
+    with pytest.raises(ValueError, match=r"LSCE_REPOSITORY_URL is 'name'; expected an address such as https://"):
+        repository.repository_url(tmp_path, {"LSCE_REPOSITORY_URL": "name"})
+
+
+def metadata_of_build() -> ProjectMetadata:
+    """Return the metadata that a build of the package would have now."""
+    return ProjectMetadata(str(ROOT), PluginManager())
+
+
+def test_metadata_with_a_known_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LSCE_REPOSITORY_URL", URL)
+    monkeypatch.setenv("LSCE_REPOSITORY_REF", "v1.2.3")
+    monkeypatch.delenv("LSCE_SITE_URL", raising=False)
+    core = metadata_of_build().core
+    assert core.urls == {
+        "Documentation": f"{URL}/tree/v1.2.3/docs",
+        "Source": URL,
+        "Issues": f"{URL}/issues",
+        "Changelog": f"{URL}/blob/v1.2.3/CHANGELOG.md",
+    }
+    assert repository.relative_links(core.readme) == []
+    assert f"({URL}/blob/v1.2.3/docs/options.md#statistics)" in core.readme
+    assert f"({URL}/raw/v1.2.3/docs/images/digits_parity.png)" in core.readme
+    assert core.readme_content_type == "text/markdown"
+    monkeypatch.setenv("LSCE_SITE_URL", "https://pages.example.com/name")
+    assert metadata_of_build().core.urls["Documentation"] == "https://pages.example.com/name"
+
+
+def test_metadata_without_an_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("LSCE_REPOSITORY_URL", "LSCE_REPOSITORY_REF", "LSCE_SITE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path))  # there is no git here
+    core = metadata_of_build().core
+    assert core.urls == {}
+    assert core.readme == (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "built without project URLs" in capfd.readouterr().err
+
+
+def test_no_file_has_the_address() -> None:
+    assert "urls" not in PYPROJECT["project"]
+    assert {*PYPROJECT["project"]["dynamic"]} == {"readme", "urls"}
+    for name in ("tests.yml", "docs.yml"):
+        workflow = yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text(encoding="utf-8"))
+        assert workflow["env"]["LSCE_REPOSITORY_URL"] == "${{ github.server_url }}/${{ github.repository }}"
+        assert workflow["env"]["LSCE_REPOSITORY_REF"] == "${{ github.ref_type == 'tag' && github.ref_name || 'HEAD' }}"
+
+
+def write_metadata(folder: Path, text: str) -> Path:
+    with zipfile.ZipFile(folder / WHEEL, "w") as archive:
+        archive.writestr(f"{DIST_INFO}/METADATA", f"Metadata-Version: 2.4\nName: lsce\nVersion: {VERSION}\n{text}")
+    return folder / WHEEL
+
+
+def test_metadata_of_the_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(check_wheel, "run", commands.append)
+    monkeypatch.setenv("LSCE_REPOSITORY_URL", URL)
+    right = f"Project-URL: Source, {URL}\n\n[a]({URL}/a.md)\n"
+    wheel = write_metadata(tmp_path, right)
+    assert check_wheel.check_metadata(tmp_path, wheel) == {"Source": URL}
+    assert commands == [[sys.executable, "-m", "twine", "check", "--strict", str(wheel)]]
+    for wrong in (right.replace("name\n", "other\n"), right.replace(f"({URL}/a.md)", "(a.md)"), "\ntext\n"):
+        with pytest.raises(CheckError, match=f"the repository is {URL}, but the wheel has"):
+            check_wheel.check_metadata(tmp_path, write_metadata(tmp_path, wrong))
+
+
+# --- Releases -------------------------------------------------------------------------------------------------------
+
+CHANGELOG = """# Changelog
+
+## Unreleased
+
+## 0.2.0 - 2026-02-01
+
+### Fixed
+
+- A mistake.
+
+## 0.1.0 - 2026-01-31
+
+### Added
+
+- All.
+- More.
+"""
+
+
+def test_the_changelog_has_the_form() -> None:
+    entries = release.read_changelog((ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
+    assert entries[0].lines
+    assert all(release.numbers(entry.version) <= release.numbers(VERSION) for entry in entries if entry.version)
+
+
+def test_reading_a_changelog() -> None:
+    entries = release.read_changelog(CHANGELOG)
+    assert [entry.version for entry in entries] == [None, "0.2.0", "0.1.0"]
+    assert [entry.lines for entry in entries] == [0, 1, 2]
+    assert str(entries[1].date) == "2026-02-01"
+    for old, new, said in (
+        ("## 0.2.0 - 2026-02-01", "## 0.2.0 - unreleased", "found '## 0.2.0 - unreleased'"),
+        ("### Fixed", "### Mended", "'### Mended' is none of Added, Changed"),
+        ("0.2.0", "0.0.9", "from the newest to the oldest"),
+        ("0.2.0", "0.1.0", "each once"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            release.read_changelog(CHANGELOG.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("tag", "stated", "said"),
+    [
+        ("v0.2.0", "0.2.0", []),
+        (
+            "v0.2.0",
+            "0.3.0",
+            ["the tag is v0.2.0, and pyproject.toml has the version 0.3.0", "'## 0.3.0 - DATE' is missing"],
+        ),
+        ("0.2.0", "0.2.0", ["the tag is 0.2.0"]),
+        ("v0.1.0", "0.1.0", ["the newest release in CHANGELOG.md is 0.2.0"]),
+    ],
+)
+def test_which_tags_may_be_published(tag: str, stated: str, said: list[str]) -> None:
+    found = release.problems(tag, stated, CHANGELOG)
+    assert len(found) == len(said)
+    assert all(part in whole for part, whole in zip(said, found, strict=True))
+
+
+def test_the_release_workflow_asks_first() -> None:
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8"))["jobs"]
+    assert jobs["tag"]["steps"][-1]["run"] == 'python -m tools.release "$TAG"'
+    assert jobs["tests"]["needs"] == "tag"
+    assert jobs["publish"]["needs"] == "tests"
+    assert release.main([]) == 2
+    assert release.main(["v0.0.0"]) == 1
+
+
+def test_the_version_stands_in_one_place() -> None:
+    for name in ("CITATION.cff", "SECURITY.md", "README.md", "lsce_spec/__init__.py", "lsce_jax/__init__.py"):
+        assert VERSION not in (ROOT / name).read_text(encoding="utf-8"), name
+
+
+def test_python_versions_are_those_that_are_tested() -> None:
+    tests = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8"))["jobs"]["test"]
+    claimed = re.findall(r"Programming Language :: Python :: (3\.\d+)", "\n".join(PYPROJECT["project"]["classifiers"]))
+    assert {*claimed} <= {*tests["strategy"]["matrix"]["python"]}
+    assert PYPROJECT["project"]["requires-python"] == f">={claimed[0]}"
+
+
+def test_citation() -> None:
+    """Only fields of the format, those that it demands, and the project's own words."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation.keys() == {"cff-version", "message", "type", "title", "abstract", "authors", "license", "keywords"}
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["type"] == "software"
+    assert citation["authors"] == PYPROJECT["project"]["authors"]
+    assert citation["license"] == PYPROJECT["project"]["license"]

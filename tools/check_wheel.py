@@ -1,4 +1,4 @@
-"""Does the wheel hold what it should, and does each extra install alone and work? `make wheel` builds, then runs this.
+"""Do wheel and sdist hold what they should, and does each extra install alone? `make wheel` builds, then runs this.
 
     python -m tools.check_wheel dist
     python -m tools.check_wheel dist --extra jax --extra torch
@@ -9,6 +9,7 @@ fails.
 """
 
 import argparse
+import email
 import os
 import shutil
 import subprocess
@@ -21,6 +22,8 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from tools.repository import relative_links, repository_url
 
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -139,6 +142,10 @@ CHECKS = {
         cannot_import("torch"),
     )),
     "bench-tpu": Check((("python", "-m", "benchmarks", "tpu"),), files=("benchmarks",)),
+    "docs": Check((("python", "-m", "tools.site", "--as-they-are"),), files=(
+        "docs", "examples", "notebooks", "parity_tests", "tools", "pyproject.toml", # the packages are the wheel's
+        "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md",
+    )),
     "dev": Check((
         # Fails where a package does not say that it is typed.
         ("mypy", "--config-file=", "--strict", "-c", f"import {', '.join(PACKAGES)}"),
@@ -166,6 +173,24 @@ def check_contents(wheel: Path) -> None:
     differing = sorted(name for name in files.keys() | direct.keys() if files.get(name) != direct.get(name))
     if differing:
         raise CheckError(f"the wheel made from the sdist and the one made from the checkout differ in {differing}")
+
+
+def check_metadata(folder: Path, wheel: Path) -> dict[str, str]:
+    """Return the addresses of the project in the metadata of the wheel, by label.
+
+    Raises:
+        CheckError: twine finds fault with wheel or sdist; or the repository's address is known, and the addresses are
+            missing or the README, which PyPI shows, has links that work in the repository only.
+    """
+    run([sys.executable, "-m", "twine", "check", "--strict", *map(str, sorted(folder.iterdir()))])
+    (content,) = (text for name, text in read_wheel(wheel).items() if name.endswith(".dist-info/METADATA"))
+    metadata = email.message_from_bytes(content)
+    urls = dict(line.split(", ", 1) for line in metadata.get_all("Project-URL", []))
+    url = repository_url(ROOT)
+    links = relative_links(str(metadata.get_payload()))
+    if url is not None and (urls.get("Source") != url or links):
+        raise CheckError(f"the repository is {url}, but the wheel has the addresses {urls} and relative links {links}")
+    return urls
 
 
 def sources() -> set[str]:
@@ -245,10 +270,17 @@ def main() -> int:
     try:
         wheel = find(arguments.folder, "*.whl")
         check_contents(wheel)
+        urls = check_metadata(arguments.folder, wheel)
     except CheckError as error:
         print(f"FAILED {error}")
         return 1
-    print(f"{wheel.name}: {wheel.stat().st_size / 1e3:.0f} kB, the same from sdist and checkout")
+    print(
+        f"{wheel.name}: {wheel.stat().st_size / 1e3:.0f} kB, the same from sdist and checkout; twine has no objections"
+    )
+    if not urls:
+        print("No LSCE_REPOSITORY_URL and no git remote `origin` with an address: built without project URLs")
+    for label, address in urls.items():
+        print(f"  {label}: {address}")
     for extra in arguments.extra or CHECKS:
         started, name = time.monotonic(), f"lsce[{extra}]" if extra else "lsce"
         try:
