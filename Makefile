@@ -24,7 +24,7 @@ PIP := pip install --quiet --disable-pip-version-check
 
 .PHONY: install install-devices install-torchtpu demo test test-slow test-distributed test-devices test-devices-slow
 .PHONY: test-parity test-rest test-simulated test-interpreted test-triton test-compiled test-cuda test-tpu test-oldest
-.PHONY: bench-cuda bench-tpu lint wheel clean
+.PHONY: bench bench-cuda bench-tpu lint wheel clean
 
 install: $(VENV)/installed
 
@@ -122,6 +122,11 @@ test-tpu bench-tpu: JAX_EXTRA ?= tpu
 test-cuda test-tpu: test-%: install
 	$(BIN)/$(PIP) 'jax[$(JAX_EXTRA)]'
 	$(BIN)/python -m parity_tests kit out/kit-$* --device $* --force
+
+# Ours and all that a user would take instead, on this CPU, into docs/benchmarks.md. Libraries that would change the
+# versions of others get thin environments in out/bench-envs, which are kept. Leave the machine alone meanwhile.
+bench: install
+	$(BIN)/python -m benchmarks all --write $(BENCH_OPTIONS)
 
 # On a machine with the device: ours and other libraries' losses, checked and timed (docs/gpu.md, docs/tpu.md). Looks for
 # the device before it installs anything.

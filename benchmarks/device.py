@@ -9,11 +9,12 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks.timing import LinearShape, Shape
@@ -60,6 +61,7 @@ def measure(
     device: str,
     parts: Sequence[Part],
     command: Sequence[str] = (sys.executable, "-m", "benchmarks.device_worker"),
+    variables: Mapping[str, str] = MappingProxyType({}),
     **options: Any,
 ) -> Iterator[dict[str, Any]]:
     """Yield the name of the card, or that it is absent, and then what was found for each part.
@@ -69,6 +71,7 @@ def measure(
         device: "cpu", "cuda" or "tpu".
         parts: what to do.
         command: of the process.
+        variables: of its environment, beside those of this process.
         options: the other fields of `device_worker.Task`.
     """
     failed: dict[str, dict[str, str]] = {}
@@ -77,7 +80,7 @@ def measure(
     while left:
         task = {"framework": framework, "device": device, "parts": left, "failed": failed, **options}
         now: dict[str, Any] = {}
-        with _process([*command, json.dumps(task)]) as (messages, outcome):
+        with _process([*command, json.dumps(task)], variables) as (messages, outcome):
             for message in messages:
                 if "card" in message or "absent" in message:
                     if is_first:
@@ -104,13 +107,14 @@ def measure(
 
 
 @contextmanager
-def _process(command: Sequence[str]) -> Iterator[tuple[Iterator[dict[str, Any]], Callable[[], str]]]:
+def _process(
+    command: Sequence[str], variables: Mapping[str, str]
+) -> Iterator[tuple[Iterator[dict[str, Any]], Callable[[], str]]]:
     """Start a process, and kill it if it says nothing for `PATIENCE`. Give its messages, and how it ended."""
     root = Path(__file__).parents[1]
     path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, cwd=root, env=os.environ | {"PYTHONPATH": path}
-    )
+    environment = os.environ | {"PYTHONPATH": path, **variables}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root, env=environment)
     timed_out = threading.Event()
 
     def give_up() -> None:
