@@ -467,8 +467,8 @@ def _measured(
                 record["sessions"].append(found)
             else:
                 found["parts"].append(part)
-                if "grows" not in part:
-                    print_table(all_report.part_table(found, part), console)
+                for table in all_report.part_tables(found, part) if "grows" not in part else ():
+                    print_table(table, console)
                 # After each part: so little is lost with the machine.
                 _keep(figures, json_file, False, Console(quiet=True))
         for table in all_report.scaling_tables(found):

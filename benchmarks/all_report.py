@@ -15,7 +15,7 @@ from benchmarks.timing import BYTES
 
 Figures = dict[str, Any]
 MARKS_LEGEND = device_report.LEGEND
-FLOOR_LEGEND = "Floor: the time that the memory needs alone: one read of the logits; with the gradient a write too."
+FLOOR_LEGEND = "of floor: its share\nof the time. The floor reads the logits once, and for the gradient writes as much."
 MISSING_CELL = "–"
 # Drawn by `all_plots`.
 PICTURES = {
@@ -39,17 +39,24 @@ def tables(figures: Figures) -> Iterator[Table]:
     for session in record["sessions"]:
         for part in session["parts"]:
             if "grows" not in part:
-                yield part_table(session, part)
+                yield from part_tables(session, part)
         yield from scaling_tables(session)
     if record["imports"]:
         yield import_table(record)
     yield from lost_tables(record)
 
 
-def part_table(session: dict[str, Any], part: dict[str, Any]) -> Table:
-    """Return the table of one part."""
-    stages = {"check": _accuracy_table, "memory": _memory_table, "time": _time_table}
-    return stages[part["stage"]](session, part)
+def part_tables(session: dict[str, Any], part: dict[str, Any]) -> Iterator[Table]:
+    """Yield the tables of one part."""
+    if part["stage"] == "check":
+        yield _accuracy_table(session, part)
+    elif part["stage"] == "memory":
+        yield _memory_table(session, part)
+    else:
+        for measure in reversed(MEASURES):
+            group = list(records.losses_of(session, part, measure))
+            if group or measure == WITH_GRADIENT:
+                yield _time_table(session, part, measure, group)
 
 
 def _title(session: dict[str, Any], part: dict[str, Any], what: str) -> str:
@@ -87,43 +94,30 @@ def _memory_table(session: dict[str, Any], part: dict[str, Any]) -> Table:
     return Table(_title(session, part, "memory"), headings, cells, "\n".join([legend, *notes([part])]))
 
 
-def _time_table(session: dict[str, Any], part: dict[str, Any]) -> Table:
-    groups = {measure: list(records.losses_of(session, part, measure)) for measure in MEASURES}
-    measures = [measure for measure in MEASURES if groups[measure]]
+def _time_table(session: dict[str, Any], part: dict[str, Any], measure: str, group: Sequence[Timed]) -> Table:
+    """Return times of a measure, their ratios to the first, and the share of the floor."""
+    by_name = {timed.name: timed for timed in group}
+    baseline = records.baseline_of(group)
     cells = []
     for row in part["rows"]:
-        status = device_report.status_of(row, part, session["parts"])
-        cells.append((row["name"], MARKS[status] if status else "?"))
-        for measure in measures:
-            cells[-1] += _time_cells(row["name"], part, measure, groups[measure])
-        cells[-1] += (_compile_cell(row),)
-    floors = 0
-    for name, measure in ((READ, ALONE), (READ_WRITE, WITH_GRADIENT)):
-        floor = records.floor_seconds(part, measure)
-        if floor is not None:
-            own = {measure: (three_digits(1e3 * floor), "", "")}
-            times = (cell for each in measures for cell in own.get(each, ("", "", "")))
-            cells.append((f"floor: {name}", "", *times, ""))
-            floors += 1
-    headings = ("loss", "")
-    for measure in measures:
-        short = "loss, ms" if measure == ALONE else "with gradient"
-        headings += (short, "÷ first", "floor")
-    headings += ("compile s",)
+        timed = by_name.get(row["name"])
+        compiled = _compile_cell(row) if measure == WITH_GRADIENT else ""
+        if timed is None:
+            cells.append((row["name"], "", *[MISSING_CELL] * 3, compiled))
+            continue
+        known = timed.status != "wrong" and baseline is not None
+        ratio = f"{records.ratio_of(timed.seconds, baseline.seconds).value:.2f}" if known else MISSING_CELL
+        mark = MARKS[timed.status] if timed.status else "?"
+        cells.append((row["name"], mark, three_digits(1e3 * median(timed.seconds)), ratio, _share(timed), compiled))
+    floor = records.floor_seconds(part, measure)
+    if floor is not None:
+        name = READ if measure == ALONE else READ_WRITE
+        cells.append((f"floor: {name}", "", three_digits(1e3 * floor), "", "", ""))
+    headings = (measure, "", "ms", "÷ first", "of floor", "compile s")
     first = device_report.BASELINES[part["framework"]]
-    legend = [f"÷ first: by the time of {first}. floor: its share of the time.", MARKS_LEGEND, *notes([part])]
-    return Table(_title(session, part, "time"), headings, cells, "\n".join(legend), floors)
-
-
-def _time_cells(name: str, part: dict[str, Any], measure: str, group: Sequence[Timed]) -> tuple[str, str, str]:
-    """Return the time of a loss, its ratio to the first, and the share of the floor."""
-    timed = next((timed for timed in group if timed.name == name), None)
-    if timed is None:
-        return (MISSING_CELL,) * 3
-    baseline = records.baseline_of(group)
-    wrong = timed.status == "wrong" or baseline is None
-    ratio = MISSING_CELL if wrong else f"{records.ratio_of(timed.seconds, baseline.seconds).value:.2f}"
-    return three_digits(1e3 * median(timed.seconds)), ratio, _share(timed)
+    legend = [f"÷ first: by the time of {first}. {FLOOR_LEGEND}", MARKS_LEGEND]
+    legend += notes([part]) if measure == WITH_GRADIENT else []
+    return Table(_title(session, part, "time"), headings, cells, "\n".join(legend), int(floor is not None))
 
 
 def _share(timed: Timed) -> str:

@@ -111,8 +111,7 @@ def losses_of(session: dict[str, Any], part: dict[str, Any], measure: str) -> It
 
 def baseline_of(group: Sequence[Timed]) -> Timed | None:
     """Return the loss that the others are compared with; None if it has no times."""
-    name = device_report.BASELINES[group[0].part["framework"]]
-    return next((timed for timed in group if timed.name == name), None)
+    return next((each for each in group if each.name == device_report.BASELINES[each.part["framework"]]), None)
 
 
 def floor_seconds(part: dict[str, Any], measure: str) -> float | None:
@@ -222,7 +221,7 @@ class Change(NamedTuple):
         return self.new.value / self.old.value
 
     def is_worse(self, tolerance: float) -> bool:
-        """Return whether it has grown by more than the tolerance, and every round of the new is above all of the old."""
+        """Return whether it has grown by more than the tolerance, and every new round is above every old one."""
         return self.new.least > self.old.largest and self.growth > 1 + tolerance
 
     def is_better(self, tolerance: float) -> bool:

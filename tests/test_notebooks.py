@@ -2,6 +2,9 @@
 
 import re
 import subprocess
+import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -68,7 +71,6 @@ def test_the_first_cells_are_the_same(name):
     source, setup = code_of(read(name))[:2]
     _, expected = code_of(read("your_device"))[:2]
     assert source.source == SOURCE
-    assert NEEDS.findall(setup.source) != NEEDS.findall(expected.source) or name == "your_device"
     assert NEEDS.sub("", setup.source) == NEEDS.sub("", expected.source)
     for extra in NEEDS.search(setup.source)[0].split('"')[1].split(","):
         assert re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
@@ -76,11 +78,9 @@ def test_the_first_cells_are_the_same(name):
 
 def set_up(source, monkeypatch):
     """Run the cell that finds or clones the project, in this process; return the folder of the clone."""
-    import sys  # noqa: PLC0415
-
     monkeypatch.setattr(sys, "path", [*sys.path])
     names = {"SOURCE": str(source)}
-    exec(code_of(read("ten_minutes_jax"))[1].source, names)  # noqa: S102
+    exec(code_of(read("ten_minutes_jax"))[1].source, names)
     assert sys.path[0] == str(names["clone"])
     return names["clone"]
 
@@ -116,11 +116,18 @@ def test_a_folder_without_a_clone_is_an_error(monkeypatch, tmp_path):
 # --- Ten minutes ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["jax", "torch"])
-def ten_minutes(request, tmp_path_factory):
-    cells = run(f"ten_minutes_{request.param}", tmp_path_factory.mktemp(request.param))
+@cache
+def cells_of(framework):
+    """Return the cells of a notebook that has run, by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        cells = run(f"ten_minutes_{framework}", folder)
     assert [errors(cell) for cell in cells] == [""] * len(cells)
-    return request.param, dict(zip(CELLS, cells, strict=True))
+    return dict(zip(CELLS, cells, strict=True))
+
+
+@pytest.fixture(params=["jax", "torch"])
+def ten_minutes(request):
+    return request.param, cells_of(request.param)
 
 
 CELLS = (
@@ -268,18 +275,13 @@ def test_training(ten_minutes):
     assert found[0.1]["nll"] > found[0.0]["nll"]
     assert found[0.1]["calibration"] > found[0.0]["calibration"]
     assert has_picture(cell)
-    RESULTS[ten_minutes[0]] = found
-
-
-RESULTS = {}
 
 
 def test_both_trainings_are_the_same():
-    """They differ by rounding, which a training of 400 steps does not let grow to the last digit that is printed."""
-    if RESULTS.keys() != {"jax", "torch"}:
-        pytest.skip("needs test_training of both")
-    for smoothing, of_jax in RESULTS["jax"].items():
-        of_torch = RESULTS["torch"][smoothing]
+    """They differ by rounding, which 400 steps do not let grow to the last digit that is printed."""
+    jax, torch = (trained(cells_of(framework)["training"]) for framework in ("jax", "torch"))
+    for smoothing, of_jax in jax.items():
+        of_torch = torch[smoothing]
         for name in ("loss", "accuracy", "nll"):
             assert abs(of_jax[name] - of_torch[name]) <= 1e-3 + 1e-9, (smoothing, name)
 
