@@ -40,7 +40,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
@@ -430,6 +430,8 @@ def measure_all(
         figures = _read_record(again)
         for table in report.tables(figures):
             print_table(table, console)
+    for title, lines in all_report.lost_lists(figures["all"]):
+        _print_list(f"{title}:" if lines else f"{title}: none", lines, console)
     _keep(figures, json_file, write, console)
     if write:
         from benchmarks import all_plots  # noqa: PLC0415 - it takes a second
@@ -474,9 +476,13 @@ def _measured(
         for table in all_report.scaling_tables(found):
             print_table(table, console)
     record["imports"] = everything.import_times(quick)
-    for table in (all_report.import_table(record), *all_report.lost_tables(record)):
-        print_table(table, console)
+    print_table(all_report.import_table(record), console)
     return figures
+
+
+def _print_list(title: str, lines: Iterable[object], console: Console) -> None:
+    for line in (title, *(f"- {line}" for line in lines), ""):
+        console.print(line, markup=False, highlight=False)
 
 
 def _read_record(path: Path) -> report.Figures:
@@ -524,7 +530,7 @@ def compare(
     better = [change for change in changes if change.is_better(tolerance)]
     for title, found in (("Slower than before", worse), ("Faster than before", better)):
         if found:
-            print_table(all_report.change_table(title, found), console)
+            _print_list(f"{title}, relative to the first loss of the session:", found, console)
     console.print(f"{len(changes)} ratios: {len(worse)} have grown, {len(better)} have shrunk")
     raise typer.Exit(code=1 if worse else 0)
 

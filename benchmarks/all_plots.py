@@ -1,5 +1,6 @@
 """The pictures of `benchmarks all`, drawn from its record: times, scaling, memory and accuracy."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from benchmarks.records import WITH_GRADIENT, Record, Timed
 
 OURS, OTHERS, FLOOR = "#c23b22", "#4a6fa5", "#999999"
 STYLES = (":", "-.", "--", "-")
+LEAST_ULPS = 0.01  # errors of less are drawn here
 
 
 def draw(figures: dict[str, Any], folder: Path, name: str) -> list[Path]:
@@ -91,11 +93,16 @@ def _draw_times(axes: Axes, ratios: Sequence[tuple[str, list[Timed]]]) -> None:
     axes.set(xscale="log", yticks=list(places.values()), yticklabels=list(places))
     for label, name in zip(axes.get_yticklabels(), places, strict=True):
         label.set(color=_colour(rows[name]), fontsize=8)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
-    axes.tick_params(axis="x", which="both", labelsize=8)
+    _plain_numbers(axes, "25")
     axes.grid(axis="x", which="both", linewidth=0.3)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+
+
+def _plain_numbers(axes: Axes, minor: str) -> None:
+    """Label a logarithmic axis with plain numbers: powers of ten, and those that begin with one of these digits."""
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in minor else "")
+    axes.tick_params(axis="x", which="both", labelsize=8)
 
 
 # --- Scaling --------------------------------------------------------------------------------------------------------
@@ -163,11 +170,20 @@ def _memory_and_accuracy(record: Record) -> Figure | None:
     memory.set(yticks=list(heights), xlabel="MB beyond the logits, float32")
     memory.set_yticklabels([f"{name}  ({session['name']})" for session, name, _ in rows], fontsize=8)
     for axes, dtype in zip(errors, ("float32", "bfloat16"), strict=True):
-        found = [records.figures_of(session, "check", "dense", dtype).get(name, {}) for session, name, _ in rows]
-        for height, (*_, row), checked in zip(heights, rows, found, strict=True):
-            if "worst_ulps" in checked:
-                axes.plot(max(checked["worst_ulps"], 1e-2), height, "o", color=_colour(row), markersize=5)
-                axes.plot(max(checked["median_ulps"], 1e-2), height, "|", color=_colour(row), markersize=8)
-        axes.set(xscale="log", xlabel=f"error of the gradient, ULP, {dtype}\ndot: worst, line: median")
-        axes.grid(axis="x", linewidth=0.3)
+        checked = [records.figures_of(session, "check", "dense", dtype).get(name, {}) for session, name, _ in rows]
+        _draw_errors(axes, [*zip(heights, (row for *_, row in rows), checked, strict=True)])
+        axes.set_xlabel(f"error of the gradient, ULP, {dtype}\ndot: worst, line: median")
     return figure
+
+
+def _draw_errors(axes: Axes, rows: Sequence[tuple[int, dict[str, Any], dict[str, Any]]]) -> None:
+    """Draw worst and median errors of losses, each with its height and its colour's row."""
+    drawn = [LEAST_ULPS, 1.0]
+    for height, row, checked in rows:
+        for key, marker, size in (("worst_ulps", "o", 5), ("median_ulps", "|", 8)):
+            if key in checked and math.isfinite(checked[key]):
+                drawn.append(max(checked[key], LEAST_ULPS))
+                axes.plot(drawn[-1], height, marker, color=_colour(row), markersize=size)
+    axes.set(xscale="log", xlim=(LEAST_ULPS, 10 ** math.ceil(math.log10(1.1 * max(drawn)))))
+    _plain_numbers(axes, "")
+    axes.grid(axis="x", linewidth=0.3)

@@ -43,7 +43,6 @@ def tables(figures: Figures) -> Iterator[Table]:
         yield from scaling_tables(session)
     if record["imports"]:
         yield import_table(record)
-    yield from lost_tables(record)
 
 
 def part_tables(session: dict[str, Any], part: dict[str, Any]) -> Iterator[Table]:
@@ -167,20 +166,11 @@ def import_table(record: Record) -> Table:
     return Table("Imports, in fresh processes", ("module", "after", "seconds"), cells, "\n".join(failed))
 
 
-def change_table(title: str, changes: Sequence[records.Change]) -> Table:
-    """Return ratios that have changed."""
-    cells = [(each.place, each.name, str(each.old), str(each.new), f"{each.growth:.2f}") for each in changes]
-    legend = "Ratios to the first loss of the session: the median, the least and the largest of the rounds."
-    return Table(title, ("where", "loss", "old", "new", "new ÷ old"), cells, legend)
-
-
-def lost_tables(record: Record) -> Iterator[Table]:
-    """Yield where others are better than ours: those that do the same, and those that do less."""
+def lost_lists(record: Record) -> Iterator[tuple[str, list[str]]]:
+    """Yield where others are better than ours, a title and a line for each: first those that do as much as ours."""
     found = list(records.lost(record))
-    for smoothed, title in ((True, "Where others are better"), (False, "Where losses without smoothing are better")):
-        cells = [(each.place, each.name, each.text, each.ours) for each in found if each.smoothed == smoothed]
-        if cells:
-            yield Table(title, ("where", "loss", "takes", "of ours"), cells)
+    yield "Losses with smoothing, in every round", [str(each) for each in found if each.smoothed]
+    yield "Losses without smoothing, which do less, in every round", [str(each) for each in found if not each.smoothed]
 
 
 def notes(parts: Sequence[dict[str, Any]]) -> list[str]:
@@ -313,15 +303,9 @@ def _moved(row: dict[str, Any], part: dict[str, Any] | None) -> str:
 
 
 def _page_lost(record: Record) -> Iterator[str]:
-    found = list(records.lost(record))
-    for smoothed, text in ((True, "Losses with smoothing"), (False, "Losses without smoothing, which do less")):
-        lines = [
-            f"- {each.place}: `{each.name}` takes {each.text} of `{each.ours}`"
-            for each in found
-            if each.smoothed == smoothed
-        ]
-        wrapped = [fill(line, 120, subsequent_indent="  ") for line in lines]
-        yield "\n".join([f"{text}, in every round:" if lines else f"{text}: none.", "", *wrapped]).rstrip()
+    for title, lines in lost_lists(record):
+        wrapped = [fill(f"- {line}", 120, subsequent_indent="  ") for line in lines]
+        yield "\n".join([f"{title}:", "", *wrapped] if lines else [f"{title}: none."])
 
 
 def _page_notes(record: Record) -> str:

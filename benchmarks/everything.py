@@ -36,7 +36,7 @@ IMPORT_RUNS = 3
 
 
 def measure(session: Session, patterns: Sequence[str], rounds: int, quick: bool) -> Iterator[Found]:
-    """Yield {"versions"} of a session, and then each part with what was found; or {"absent"}, with the reason."""
+    """Yield {"versions"} of a session, and each part with what was found; {"absent"}, with the reason, ends it."""
     try:
         python = python_of(_slug(session.name), session.requirements, not quick) if session.requirements else None
     except InstallError as error:
@@ -46,6 +46,8 @@ def measure(session: Session, patterns: Sequence[str], rounds: int, quick: bool)
     yield {"versions": versions_in(python, session.libraries)}
     work = _Work(session, python, patterns, quick)
     checked = yield from _kept(work(sessions.check_parts(session, quick)))
+    if any("absent" in each for each in checked):
+        return
     names = {kind: _names(checked, kind, work) for kind in session.kinds}
     memory = yield from _kept(_memory(work, sessions.memory_parts(session, quick), names))
     needs = {kind: _needs([part for part in memory if part["kind"] == kind]) for kind in session.kinds}

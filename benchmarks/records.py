@@ -139,16 +139,18 @@ class Lost(NamedTuple):
     Args:
         place: where, in words.
         name: of the other loss.
-        ours: of ours that is best there.
-        text: by how much, in words.
+        text: by how much, in words, and of ours which is best there.
         smoothed: whether the other has smoothing; one without does less.
     """
 
     place: str
     name: str
-    ours: str
     text: str
     smoothed: bool
+
+    def __str__(self) -> str:
+        """Return it as a line of a list."""
+        return f"{self.place}: `{self.name}` {self.text}"
 
 
 def lost(record: Record) -> Iterator[Lost]:
@@ -170,7 +172,8 @@ def _slower(group: Sequence[Timed]) -> Iterator[Lost]:
     for other in right:
         ratio = ratio_of(other.seconds, ours.seconds)
         if not other.row["ours"] and ratio.largest < 1:
-            yield Lost(ours.place, other.name, ours.name, f"{ratio} of the time", other.row["smoothing"] > 0)
+            text = f"takes {ratio} of the time of `{ours.name}`"
+            yield Lost(ours.place, other.name, text, other.row["smoothing"] > 0)
 
 
 def _larger(session: dict[str, Any], kind: str, dtype: str) -> Iterator[Lost]:
@@ -182,8 +185,8 @@ def _larger(session: dict[str, Any], kind: str, dtype: str) -> Iterator[Lost]:
     # Pages, and what an allocator keeps, are a few MB.
     for row in rows:
         if not row["ours"] and row["memory"] + 2**22 < ours["memory"]:
-            text = f"{row['memory'] / 1e6:.0f} MB for {ours['memory'] / 1e6:.0f} MB"
-            yield Lost(place, row["name"], ours["name"], text, row["smoothing"] > 0)
+            text = f"takes {row['memory'] / 1e6:.0f} MB, `{ours['name']}` {ours['memory'] / 1e6:.0f} MB"
+            yield Lost(place, row["name"], text, row["smoothing"] > 0)
 
 
 def _less_accurate(session: dict[str, Any], kind: str, dtype: str) -> Iterator[Lost]:
@@ -194,8 +197,8 @@ def _less_accurate(session: dict[str, Any], kind: str, dtype: str) -> Iterator[L
     place = f"{session['name']}, {kind}, {device_report.SHORT[dtype]}, worst error of the gradient"
     for row in rows:
         if not row["ours"] and row["worst_ulps"] < ours["worst_ulps"]:
-            text = f"{row['worst_ulps']:.2f} ULP for {ours['worst_ulps']:.2f} ULP"
-            yield Lost(place, row["name"], ours["name"], text, row["smoothing"] > 0)
+            text = f"is off by {row['worst_ulps']:.2f} ULP, `{ours['name']}` by {ours['worst_ulps']:.2f}"
+            yield Lost(place, row["name"], text, row["smoothing"] > 0)
 
 
 # --- Two records ----------------------------------------------------------------------------------------------------
@@ -214,6 +217,10 @@ class Change(NamedTuple):
     name: str
     old: Ratio
     new: Ratio
+
+    def __str__(self) -> str:
+        """Return it as a line of a list."""
+        return f"{self.place}, {self.name}: {self.old}, now {self.new}: {self.growth:.2f} times as much"
 
     @property
     def growth(self) -> float:
