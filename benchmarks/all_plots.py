@@ -146,6 +146,8 @@ def _draw_scaling(axes: Axes, session: dict[str, Any], grows: str) -> None:
     other = parts[0]["shape"][1 if grows == "rows" else 0]
     fixed = "classes" if grows == "rows" else "rows"
     axes.set(xscale="log", yscale="log", xlabel=f"{grows}, with {other} {fixed}")
+    axes.set_xticks(sizes, map(str, sizes))
+    axes.set_xticks([], minor=True)
     axes.set_title(session["name"], loc="left", fontsize=10)
     axes.grid(which="major", linewidth=0.3)
 

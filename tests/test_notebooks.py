@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom on a CPU, as they are, and print what NumPy computes in float64."""
 
+import os
 import re
 import subprocess
 import sys
@@ -36,7 +37,8 @@ def run(name, folder, **replacements):
     for cell in notebook.cells:
         for old, new in ({SOURCE: f"SOURCE = {str(ROOT)!r}"} | replacements).items():
             cell.source = cell.source.replace(old, new)
-    NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(folder)}}).execute()
+    client = NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": str(folder)}})
+    client.execute(env=os.environ | {"OMP_NUM_THREADS": "1"})  # or threads wait for each other where a core is taken
     return code_of(notebook)
 
 
@@ -45,9 +47,10 @@ def printed(cell):
     return "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
 
 
-def errors(cell):
-    """Return what a cell writes to stderr: warnings."""
-    return "".join(output.text for output in cell.outputs if output.get("name") == "stderr")
+def warnings(cell):
+    """Return what a cell writes to stderr; tqdm misses widgets, which notebooks have elsewhere."""
+    text = "".join(output.text for output in cell.outputs if output.get("name") == "stderr")
+    return re.sub(r"^.*TqdmWarning: .*\n.*\n", "", text, flags=re.MULTILINE)
 
 
 def has_picture(cell):
@@ -121,11 +124,11 @@ def cells_of(framework):
     """Return the cells of a notebook that has run, by name."""
     with tempfile.TemporaryDirectory() as folder:
         cells = run(f"ten_minutes_{framework}", folder)
-    assert [errors(cell) for cell in cells] == [""] * len(cells)
+    assert [warnings(cell) for cell in cells] == [""] * len(cells)
     return dict(zip(CELLS, cells, strict=True))
 
 
-@pytest.fixture(params=["jax", "torch"])
+@pytest.fixture(params=[pytest.param("jax", marks=pytest.mark.slow), "torch"])
 def ten_minutes(request):
     return request.param, cells_of(request.param)
 
@@ -178,7 +181,7 @@ def test_first_loss(ten_minutes):
     assert printed(ten_minutes[1]["first"]).splitlines() == [
         " ".join(["losses:", *(show(loss, 4) for loss in losses)]),
         f"mean: {show(losses.mean(), 4)}",
-        " ".join(["gradient of the first row:", *(show(value, 4) for value in gradient[0])]),
+        " ".join(["gradient of the first row:", *(show(value, 3) for value in gradient[0])]),
     ]
 
 
@@ -277,8 +280,9 @@ def test_training(ten_minutes):
     assert has_picture(cell)
 
 
+@pytest.mark.slow
 def test_both_trainings_are_the_same():
-    """They differ by rounding, which 400 steps do not let grow to the last digit that is printed."""
+    """They differ by rounding, which 200 steps do not let grow to the last digit that is printed."""
     jax, torch = (trained(cells_of(framework)["training"]) for framework in ("jax", "torch"))
     for smoothing, of_jax in jax.items():
         of_torch = torch[smoothing]
@@ -313,6 +317,7 @@ def test_linear_loss(ten_minutes):
 # --- Is my port the same loss? --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_same_loss(tmp_path):
     cells = run("same_loss", tmp_path)
     texts = [printed(cell) for cell in cells]
