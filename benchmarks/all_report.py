@@ -9,13 +9,13 @@ from benchmarks import device_report, records
 from benchmarks.device_report import MARKS, SHORT
 from benchmarks.machine import READ, READ_WRITE
 from benchmarks.records import ALONE, MEASURES, WITH_GRADIENT, Record, Timed
-from benchmarks.sessions import MEMORY_SHAPES
+from benchmarks.sessions import MEMORY_SHAPES, NEEDS_GPU
 from benchmarks.tables import Table, mb, shape_text, three_digits
 from benchmarks.timing import BYTES
 
 Figures = dict[str, Any]
 MARKS_LEGEND = device_report.LEGEND
-FLOOR_LEGEND = "of floor: its share\nof the time. The floor reads the logits once, and for the gradient writes as much."
+FLOOR_LEGEND = "of floor: its share of the time. It reads the logits once, and for the gradient writes as much."
 MISSING_CELL = "–"
 # Drawn by `all_plots`.
 PICTURES = {
@@ -73,7 +73,7 @@ def _accuracy_table(session: dict[str, Any], part: dict[str, Any]) -> Table:
         cells.append((row["name"], MARKS[row["status"]], *ulps, f"{row['loss_error']:.1e}"))
     headings = ("loss", "", "worst ULP", "median ULP", "loss, relative")
     legend = (
-        "Errors against the truth of the harness. ULP: of the gradient with respect to the logits, in units of the\n"
+        "Errors against the truth of the harness. ULP: of the gradient with respect to the logits, in units of the "
         "spacing of numbers at the larger of its two terms. ~: rounded to the dtype of the logits on the way."
     )
     return Table(_title(session, part, "accuracy"), headings, cells, "\n".join([legend, *notes([part])]))
@@ -108,6 +108,7 @@ def _time_table(session: dict[str, Any], part: dict[str, Any], measure: str, gro
         ratio = f"{records.ratio_of(timed.seconds, baseline.seconds).value:.2f}" if known else MISSING_CELL
         mark = MARKS[timed.status] if timed.status else "?"
         cells.append((row["name"], mark, three_digits(1e3 * median(timed.seconds)), ratio, _share(timed), compiled))
+    cells += [(name, NEEDS_GPU, "", "", "", "") for name in needing_gpu([part])]
     floor = records.floor_seconds(part, measure)
     if floor is not None:
         name = READ if measure == ALONE else READ_WRITE
@@ -173,13 +174,22 @@ def lost_lists(record: Record) -> Iterator[tuple[str, list[str]]]:
     yield "Losses without smoothing, which do less, in every round", [str(each) for each in found if not each.smoothed]
 
 
+def needing_gpu(parts: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the losses that cannot run here, but would on a GPU."""
+    named = [name for part in parts for name, reason in part["missing"].items() if reason == NEEDS_GPU]
+    return list(dict.fromkeys(named))
+
+
 def notes(parts: Sequence[dict[str, Any]]) -> list[str]:
     """Return what failed, what is not here, and why; each once."""
     found = [f"Not measured: {part['problem']}" for part in parts if "problem" in part]
     for part in parts:
         at = f" at {records.place_of(part)}" if part["shape"] else ""
         found += [f"{row['name']}{at}: {row['failed']}" for row in part["rows"] if "failed" in row]
-    found += [f"{name} is not here: {reason}" for part in parts for name, reason in part["missing"].items()]
+    missing = {name: reason for part in parts for name, reason in part["missing"].items() if reason != NEEDS_GPU}
+    found += [f"{name} is not here: {reason}" for name, reason in missing.items()]
+    if gpu := needing_gpu(parts):
+        found.append(f"On a GPU, make bench-cuda has {', '.join(gpu)}.")
     return list(dict.fromkeys(found))
 
 
@@ -224,6 +234,7 @@ def _page_times(session: dict[str, Any], kind: str, measure: str) -> Table | Non
         return None
     names = list(dict.fromkeys(timed.name for group in groups for timed in group))
     cells = [(name, *(_page_cell(name, group) for group in groups)) for name in names]
+    cells += [(name, NEEDS_GPU, *[""] * (len(parts) - 1)) for name in needing_gpu(parts)]
     shapes = [f"{shape_text(part['shape'])} {SHORT[part['dtype']]}" for part in parts]
     what = f"layer, {measure}" if kind == "linear" else measure
     title = f"{session['name']}: {what} ({_versions(session)})"

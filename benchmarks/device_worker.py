@@ -34,9 +34,9 @@ class Task(NamedTuple):
         framework: "jax" or "torch".
         device: "cpu", "cuda" or "tpu".
         parts: what to do: "stage" ("check", "time" or "memory"), "kind" ("dense" or "linear"), "dtype", "shape". Where
-            losses are timed, "alone" is whether also without the gradient, "floors" whether the memory of the machine
-            too, "schedule" how often, if not as below, and "needs" how much memory losses take, by name, as multiples
-            of the logits.
+            losses are timed: "alone", whether also without the gradient; "with_floors", whether the memory of the
+            machine too; "schedule", if not as below; and "needs", how much memory losses take, by name, as multiples of
+            the logits.
         patterns: of the names of losses, with * and ?.
         failed: for each part, by its number, the losses to leave out, and why.
         rounds, calls: see `Schedule`.
@@ -187,7 +187,7 @@ class _Worker:
             return found | ({} if "needs" in part and self.task.framework == "torch" else program.facts())
 
         rows, missing = self._each(part, compute)
-        if part.get("floors"):
+        if part.get("with_floors"):
             floors = machine.floors(math.prod(part["shape"]) * BYTES[part["dtype"]])
             timed |= {("floor", name): case for name, case in floors.items()}
         return {"rows": rows, "missing": missing, **self._time(part, rows, timed)}
@@ -275,7 +275,7 @@ class _Turns:
 
 def _accuracy(verdicts: Sequence[checks.Verdict]) -> dict[str, Any]:
     """Return the worst and the median error of the gradient in scaled ULPs, and the largest error of the loss."""
-    ulps = np.concatenate([verdict.ulps for verdict in verdicts])
+    ulps = np.concatenate([verdict.ulps.ravel() for verdict in verdicts])
     errors = [verdict.loss_error for verdict in verdicts if verdict.loss_error is not None]
     of_gradient = {"worst_ulps": float(ulps.max()), "median_ulps": float(np.median(ulps))} if ulps.size else {}
     return {**of_gradient, "loss_error": max(errors)}

@@ -13,17 +13,23 @@ from torch.nn import functional as F
 
 from benchmarks import device_torch
 from benchmarks.device_losses import SMOOTHING, Loss, load
-from benchmarks.sessions import CUT, KERAS_TORCH
+from benchmarks.sessions import CUT, KERAS_TORCH, NEEDS_GPU
 from parity_tests.losses.adapters import UnavailableError
 
 CLAMP = {"convention": "clamp"}
+# Their kernels are Triton's or CUDA's.
+ON_GPUS = frozenset({"Liger", "flash-attention", "QuACK*", "cut-cross-entropy*", "cut-cross-entropy, filtered*"})
 # On every device one of these is what `lsce` takes; the pages of the devices have them one by one.
 IMPLEMENTATIONS = frozenset({"lsce triton", "lsce fused", "lsce linear triton", "lsce linear chunked"})
 
 
 def losses(session: str, linear: bool, dtype: str, device: str) -> list[Loss]:
     """Return the losses of a session, the one first that the others are compared with."""
-    usual = [loss for loss in device_torch.losses(linear, dtype, device) if loss.name not in IMPLEMENTATIONS]
+    usual = [
+        loss._replace(make=_needs_gpu) if device == "cpu" and loss.name in ON_GPUS else loss
+        for loss in device_torch.losses(linear, dtype, device)
+        if loss.name not in IMPLEMENTATIONS
+    ]
     few = [loss for loss in usual if loss.name in {device_torch.DENSE_BASELINE, "lsce", "lsce linear"}]
     if session == KERAS_TORCH:
         return [*few, Loss("Keras", _keras)]
@@ -64,6 +70,10 @@ def _keras() -> Callable[..., Tensor]:
 
 def _cut_cross_entropy() -> Callable[..., Tensor]:
     return partial(load("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy, impl="torch_compile")
+
+
+def _needs_gpu() -> Callable[..., Tensor]:
+    raise UnavailableError(NEEDS_GPU)
 
 
 def _too_old() -> Callable[..., Tensor]:
