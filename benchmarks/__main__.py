@@ -53,6 +53,7 @@ from rich.console import Console
 
 from benchmarks import all_report, device_report, everything, records, report
 from benchmarks import device as on_device
+from benchmarks.sessions import Session
 from benchmarks.tables import print_table
 from benchmarks.timing import LinearShape, Row, Schedule, Shape
 from lsce_spec.devices import ENVIRONMENTS, has_cuda_plugin
@@ -445,7 +446,7 @@ def measure_all(
 
 
 def _measured(
-    chosen: Sequence[everything.Session],
+    chosen: Sequence[Session],
     patterns: Sequence[str],
     rounds: int,
     quick: bool,

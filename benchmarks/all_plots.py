@@ -91,8 +91,8 @@ def _draw_times(axes: Axes, ratios: Sequence[tuple[str, list[Timed]]]) -> None:
             )  # fmt: skip
     axes.axvline(1, color=FLOOR, linewidth=1)
     axes.set(xscale="log", yticks=list(places.values()), yticklabels=list(places))
-    for label, name in zip(axes.get_yticklabels(), places, strict=True):
-        label.set(color=_colour(rows[name]), fontsize=8)
+    for tick, name in zip(axes.get_yticklabels(), places, strict=True):
+        tick.set(color=_colour(rows[name]), fontsize=8)
     _plain_numbers(axes, "25")
     axes.grid(axis="x", which="both", linewidth=0.3)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
@@ -137,11 +137,9 @@ def _draw_scaling(axes: Axes, session: dict[str, Any], grows: str) -> None:
         style = STYLES[-1 - number % len(STYLES)]
         width = 2 if row["ours"] else 1
         axes.plot(*zip(*known, strict=True), marker=".", color=colour, linestyle=style, linewidth=width, label=name)
-    floors = [records.floor_seconds(part, WITH_GRADIENT) for part in parts]
-    if all(floor is not None for floor in floors):
-        of_logit = [
-            1e9 * floor / (part["shape"][0] * part["shape"][1]) for floor, part in zip(floors, parts, strict=True)
-        ]
+    floors = {part["shape"][0] * part["shape"][1]: records.floor_seconds(part, WITH_GRADIENT) for part in parts}
+    of_logit = [1e9 * floor / logits for logits, floor in floors.items() if floor is not None]
+    if len(of_logit) == len(sizes):
         axes.plot(sizes, of_logit, color=FLOOR, label="floor: read and write")
     other = parts[0]["shape"][1 if grows == "rows" else 0]
     fixed = "classes" if grows == "rows" else "rows"

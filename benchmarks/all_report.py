@@ -104,8 +104,9 @@ def _time_table(session: dict[str, Any], part: dict[str, Any], measure: str, gro
         if timed is None:
             cells.append((row["name"], "", *[MISSING_CELL] * 3, compiled))
             continue
-        known = timed.status != "wrong" and baseline is not None
-        ratio = f"{records.ratio_of(timed.seconds, baseline.seconds).value:.2f}" if known else MISSING_CELL
+        ratio = MISSING_CELL
+        if baseline is not None and timed.status != "wrong":
+            ratio = f"{records.ratio_of(timed.seconds, baseline.seconds).value:.2f}"
         mark = MARKS[timed.status] if timed.status else "?"
         cells.append((row["name"], mark, three_digits(1e3 * median(timed.seconds)), ratio, _share(timed), compiled))
     cells += [(name, NEEDS_GPU, "", "", "", "") for name in needing_gpu([part])]

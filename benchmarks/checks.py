@@ -125,8 +125,8 @@ def _check(adapter: Adapter, case: Case) -> Verdict | str:
         adapter.arithmetic,
         lambda arithmetic: within(case, truth, result, bounds_of(case, truth, arithmetic)),
     )
-    error = truth.loss.error_of(result.parts["loss"]) / np.abs(truth.loss.high)
-    return verdict._replace(loss_error=float(np.max(error)))
+    of_loss = truth.loss.error_of(result.parts["loss"]) / np.abs(truth.loss.high)
+    return verdict._replace(loss_error=float(np.max(of_loss)))
 
 
 def check_timed(

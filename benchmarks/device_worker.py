@@ -149,10 +149,10 @@ class _Worker:
             if not usual:
                 return {"failed": next(iter(no_result.values())), "no_result": no_result}
             worst = max(usual, key=lambda verdict: (_rank(verdict.status), verdict.share))
-            found = {name: _as_json(verdict) for name, verdict in verdicts.items()}
+            shown = {name: _as_json(verdict) for name, verdict in verdicts.items()}
             accuracy = _accuracy([verdicts[name] for name in verdicts if name not in checks.HARD_CASES])
             share = _as_json(worst)["share"]
-            return {"status": worst.status, "share": share, "cases": found, "no_result": no_result, **accuracy}
+            return {"status": worst.status, "share": share, "cases": shown, "no_result": no_result, **accuracy}
 
         rows, missing = self._each(part, compute)
         return {"rows": rows, "missing": missing}
@@ -176,7 +176,7 @@ class _Worker:
             self.framework.check_alive(self.device)
             verdict = self._verdict_on_timed(part, loss, function, result)
             del result
-            found = {"compile_s": seconds} if loss.compiled else {}
+            found: dict[str, Any] = {"compile_s": seconds} if loss.compiled else {}
             found |= {} if verdict is None else {"timed": _as_json(verdict)}
             if part.get("alone"):
                 alone = self.framework.program(loss, function, arguments, self.device, linear, alone=True).case
@@ -200,7 +200,8 @@ class _Worker:
             return None if right else checks.Verdict(checks.WRONG, float("inf"), "not finite")
         arithmetic = self.framework.adapter(loss, function, self.device, False).arithmetic
         rows = checks.timed_rows(part["dtype"], loss.smoothing, part["shape"][1], loss.options)
-        return checks.check_timed(rows, part["shape"][0], *self.framework.spread(result, checks.REPEATED), arithmetic)
+        value, least_and_largest = self.framework.spread(result, checks.REPEATED)
+        return checks.check_timed(rows, part["shape"][0], value, least_and_largest, arithmetic)
 
     def _time(self, part: dict[str, Any], rows: list[dict[str, Any]], timed: "_TimedCases") -> dict[str, Any]:
         """Time in turns; a loss that fails there has no more turns. Return the floors, if there are any."""

@@ -18,7 +18,7 @@ from benchmarks.sessions import KERAS_JAX, TOKAMAX
 from lsce_jax import label_smoothed_cross_entropy
 from parity_tests.losses.adapters import UnavailableError
 
-Z_LOSS = {"convention": "non_target", "z_loss": 1e-4}
+Z_LOSS: Any = {"convention": "non_target", "z_loss": 1e-4}
 # One of these is what `lsce` takes; the pages of the devices have them one by one.
 IMPLEMENTATIONS = frozenset({"lsce fused", "lsce pallas"})
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import device_report
 from benchmarks.machine import READ, READ_WRITE
+from benchmarks.tables import shape_text
 
 Record = dict[str, Any]  # figures["all"]
 Row = dict[str, Any]
@@ -82,7 +83,7 @@ class Timed(NamedTuple):
 def place_of(part: dict[str, Any]) -> str:
     """Return the size and dtype of a part, in words."""
     layer = "" if part["kind"] == "dense" else "layer "
-    return f"{layer}{device_report.shape_text(part['shape'])} {device_report.SHORT[part['dtype']]}"
+    return f"{layer}{shape_text(part['shape'])} {device_report.SHORT[part['dtype']]}"
 
 
 def timed_parts(session: dict[str, Any], grows: str | None = None) -> list[dict[str, Any]]:
@@ -256,7 +257,7 @@ def changes(old: Record, new: Record) -> list[Change]:
 
 def _ratios(record: Record) -> dict[tuple[str, str], Ratio]:
     """Return the ratio of each of our losses to the first of its session, by place and name."""
-    found = {}
+    found: dict[tuple[str, str], Ratio] = {}
     for group in groups(record):
         baseline = baseline_of(group)
         if baseline is not None:
