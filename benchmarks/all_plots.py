@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
 from benchmarks import all_report, records
@@ -93,16 +94,16 @@ def _draw_times(axes: Axes, ratios: Sequence[tuple[str, list[Timed]]]) -> None:
     axes.set(xscale="log", yticks=list(places.values()), yticklabels=list(places))
     for tick, name in zip(axes.get_yticklabels(), places, strict=True):
         tick.set(color=_colour(rows[name]), fontsize=8)
-    _plain_numbers(axes, "25")
+    _plain_numbers(axes.xaxis, "25")
     axes.grid(axis="x", which="both", linewidth=0.3)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
-def _plain_numbers(axes: Axes, minor: str) -> None:
+def _plain_numbers(axis: Axis, minor: str) -> None:
     """Label a logarithmic axis with plain numbers: powers of ten, and those that begin with one of these digits."""
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in minor else "")
-    axes.tick_params(axis="x", which="both", labelsize=8)
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in minor else "")
+    axis.set_tick_params(which="both", labelsize=8)
 
 
 # --- Scaling --------------------------------------------------------------------------------------------------------
@@ -146,6 +147,7 @@ def _draw_scaling(axes: Axes, session: dict[str, Any], grows: str) -> None:
     axes.set(xscale="log", yscale="log", xlabel=f"{grows}, with {other} {fixed}")
     axes.set_xticks(sizes, map(str, sizes))
     axes.set_xticks([], minor=True)
+    _plain_numbers(axes.yaxis, "25")
     axes.set_title(session["name"], loc="left", fontsize=10)
     axes.grid(which="major", linewidth=0.3)
 
@@ -167,7 +169,7 @@ def _memory_and_accuracy(record: Record) -> Figure | None:
     memory, *errors = figure.subplots(1, 3, sharey=True)
     heights = range(len(rows), 0, -1)
     memory.barh(heights, [row["memory"] / 1e6 for *_, row in rows], color=[_colour(row) for *_, row in rows])
-    memory.set(yticks=list(heights), xlabel="MB beyond the logits, float32")
+    memory.set(yticks=list(heights), ylim=(0.3, len(rows) + 0.7), xlabel="MB beyond the logits, float32")
     memory.set_yticklabels([f"{name}  ({session['name']})" for session, name, _ in rows], fontsize=8)
     for axes, dtype in zip(errors, ("float32", "bfloat16"), strict=True):
         checked = [records.figures_of(session, "check", "dense", dtype).get(name, {}) for session, name, _ in rows]
@@ -185,5 +187,5 @@ def _draw_errors(axes: Axes, rows: Sequence[tuple[int, dict[str, Any], dict[str,
                 drawn.append(max(checked[key], LEAST_ULPS))
                 axes.plot(drawn[-1], height, marker, color=_colour(row), markersize=size)
     axes.set(xscale="log", xlim=(LEAST_ULPS, 10 ** math.ceil(math.log10(1.1 * max(drawn)))))
-    _plain_numbers(axes, "")
+    _plain_numbers(axes.xaxis, "")
     axes.grid(axis="x", linewidth=0.3)

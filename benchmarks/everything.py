@@ -50,9 +50,9 @@ def measure(session: Session, patterns: Sequence[str], rounds: int, quick: bool)
         return
     names = {kind: _names(checked, kind, work) for kind in session.kinds}
     memory = yield from _kept(_memory(work, sessions.memory_parts(session, quick), names))
-    needs = {kind: _needs([part for part in memory if part["kind"] == kind]) for kind in session.kinds}
-    parts = [{**part, "needs": needs[part["kind"]]} for part in sessions.time_parts(session, quick, rounds)]
-    yield from work(parts)
+    needs = {(part["kind"], part["dtype"]): _needs(part) for part in memory}
+    parts = sessions.time_parts(session, quick, rounds)
+    yield from work([{**part, "needs": needs.get((part["kind"], part["dtype"]), {})} for part in parts])
 
 
 def _slug(name: str) -> str:
@@ -108,16 +108,11 @@ def _memory(work: _Work, parts: Sequence[Part], names: dict[str, list[str]]) -> 
         yield {**part, "rows": rows, "missing": {}}
 
 
-def _needs(parts: Sequence[Found]) -> dict[str, float]:
-    """Return the memory that each loss needs, as the largest multiple of the logits that was measured."""
-    needs: dict[str, float] = {}
-    for part in parts:
-        rows, *_, classes = part["shape"]
-        size = rows * classes * BYTES[part["dtype"]]
-        for row in part["rows"]:
-            if "memory" in row:
-                needs[row["name"]] = max(needs.get(row["name"], 0.0), row["memory"] / size)
-    return needs
+def _needs(part: Found) -> dict[str, float]:
+    """Return the memory that losses need beyond the logits, as multiples of them."""
+    rows, *_, classes = part["shape"]
+    size = rows * classes * BYTES[part["dtype"]]
+    return {row["name"]: row["memory"] / size for row in part["rows"] if "memory" in row}
 
 
 # --- Imports --------------------------------------------------------------------------------------------------------

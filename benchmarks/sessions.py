@@ -65,7 +65,7 @@ LINEAR_SHAPE = LinearShape(1024, 512, 32768)
 MEMORY_SHAPES = {"dense": DENSE_SHAPES[-1].sizes, "linear": LINEAR_SHAPE}
 QUICK_DENSE, QUICK_LINEAR = Shape(16, 100), LinearShape(16, 8, 64)
 # One size grows, and the other stays.
-SCALES = (16, 128, 1024, 8192, 65536)
+SCALES = (16, 256, 4096, 65536)
 FIXED = 1024
 # How often each has its turn, and calls in a turn. The largest take seconds for a call.
 ROUNDS, FEW_ROUNDS = 5, 3
@@ -115,7 +115,7 @@ def _time_parts(session: Session, rounds: int) -> Iterator[Part]:
             yield _timed(kind, "float32", shape.sizes, rounds, _calls(shape))
         yield _timed(kind, "bfloat16", DENSE_SHAPES[-1].sizes, rounds, _calls(DENSE_SHAPES[-1]))
         for dtype in ("float32", "bfloat16") if session.scales else ():
-            yield _timed(kind, dtype, LARGEST.sizes, few, 1)
+            yield _timed(kind, dtype, LARGEST.sizes, few, 1) | {"alone": False}
     if session.scales:
         for grows, size in product(("rows", "classes"), SCALES):
             shape = Shape(size, FIXED) if grows == "rows" else Shape(FIXED, size)

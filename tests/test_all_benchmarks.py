@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from importlib import metadata
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -527,3 +528,30 @@ def test_every_size_is_a_multiple_of_the_rows_that_repeat():
         for part in sessions.time_parts(session, False, 5):
             assert part["kind"] == "linear" or part["shape"][0] % checks.REPEATED == 0
             assert part["schedule"][0] >= records.LEAST_ROUNDS
+
+
+def test_needs_are_those_of_a_dtype(monkeypatch):
+    """A loss that computes in float32 takes twice as many multiples of bfloat16 logits."""
+    session = next(each for each in SESSIONS if each.name == sessions.KERAS_TORCH)
+    memory = {"float32": 3 * 10**8, "bfloat16": 2 * 10**8}
+
+    def found(framework, device, parts, *given, **options):
+        for part in parts:
+            rows = [row("lsce", [1.0] * 3, ours=True, memory=memory[part["dtype"]])]
+            yield {**part, "rows": rows, "missing": {}}
+
+    monkeypatch.setattr(everything.device, "measure", found)
+    parts = [each for each in everything.measure(session, ["*"], 5, quick=False) if each.get("stage") == "time"]
+    logits = 1024 * 32768
+    for part in parts:
+        size = {"float32": 4, "bfloat16": 2}[part["dtype"]] * logits
+        assert part["needs"] == {"lsce": memory[part["dtype"]] / size}
+    assert {part["dtype"] for part in parts} == memory.keys()
+
+
+def test_a_session_that_does_not_start_is_absent(monkeypatch):
+    monkeypatch.setattr(everything.device, "measure", lambda *_, **__: iter([{"absent": "why"}]))
+    session = next(each for each in SESSIONS if each.name == "torch")
+    versions, absent = everything.measure(session, ["*"], 5, quick=True)
+    assert versions["versions"]["torch"] == metadata.version("torch")
+    assert absent == {"absent": "why"}
