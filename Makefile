@@ -136,6 +136,11 @@ test-cuda test-tpu: test-%: install
 	$(BIN)/$(PIP) 'jax[$(JAX_EXTRA)]'
 	$(BIN)/python -m parity_tests kit out/kit-$* --device $* --force
 
+# Ours and all that a user would take instead, on this CPU, into docs/benchmarks.md. Libraries that would change the
+# versions of others get thin environments in out/bench-envs, which are kept. Leave the machine alone meanwhile.
+bench: install
+	$(BIN)/python -m benchmarks all --write $(BENCH_OPTIONS)
+
 # On a machine with the device: ours and other libraries' losses, checked and timed (docs/gpu.md, docs/tpu.md). Looks for
 # the device before it installs anything.
 bench-cuda bench-tpu: bench-%:

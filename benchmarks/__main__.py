@@ -17,6 +17,9 @@
     python -m benchmarks scaling --target tpu-v5e --rows 8192 --classes 131072 --mesh 4x4
     python -m benchmarks dense --write
     python -m benchmarks device cuda --install --write
+    python -m benchmarks all --write
+    python -m benchmarks all --quick --session torch
+    python -m benchmarks compare OLD.json NEW.json
 
 `--write` keeps the figures in docs/figures and writes the tables into the pages. A framework is imported where it is
 measured, so that each can be measured without the other.
@@ -37,7 +40,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
@@ -48,13 +51,15 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from benchmarks import all_report, device_report, everything, records, report
 from benchmarks import device as on_device
-from benchmarks import device_report, report
+from benchmarks.sessions import Session
 from benchmarks.tables import print_table
 from benchmarks.timing import LinearShape, Row, Schedule, Shape
 from lsce_spec.devices import ENVIRONMENTS, has_cuda_plugin
 from parity_tests.evidence.cards import AbsentError, find_device
 from parity_tests.evidence.pages import write_block
+from parity_tests.json_files import check_form, read_json
 
 SHAPES = {
     "large": (Shape(1024, 32768), Shape(2048, 50257), Shape(8192, 1000), Shape(128, 1000)),
@@ -120,6 +125,7 @@ PAGES = {
     "tpu kernel": "tpu.md",
     "device cuda": "gpu.md",
     "device tpu": "tpu.md",
+    "all": "benchmarks.md",
 }
 
 
@@ -385,6 +391,149 @@ def _found_on(
                 console.print()
             else:
                 yield found
+
+
+@app.command("all")
+def measure_all(
+    session: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Sessions, with * and ?; may be repeated. [default: all]"),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Losses, with * and ?; may be repeated. [default: all]"),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each loss has its turn; the largest at most 3.")] = 5,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small shapes; nothing is installed, or compiled by torch.")
+    ] = False,
+    again: Annotated[
+        Path | None,
+        typer.Option("--from", exists=True, dir_okay=False, help="Measure nothing: take the figures of this file."),
+    ] = None,
+    json_file: JsonOption = None,
+    write: WriteOption = False,
+) -> None:
+    """All that a user would take in place of our losses, beside ours, on the CPU: time, memory, accuracy, and more.
+
+    Exit code 0: all of ours are within their bounds, 1: one is not (the record is written all the same).
+    """
+    if write and (quick or session or only):
+        raise typer.BadParameter("keeps the figures of all losses.", param_hint="'--write'")
+    try:
+        chosen = everything.selected(session or ())
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="'--session'") from None
+    console = Console()
+    if again is None:
+        figures = _measured(chosen, only or ["*"], rounds, quick, json_file, console)
+    else:
+        figures = _read_record(again)
+        for table in report.tables(figures):
+            print_table(table, console)
+    for title, lines in all_report.lost_lists(figures["all"]):
+        _print_list(f"{title}:" if lines else f"{title}: none", lines, console)
+    _keep(figures, json_file, write, console)
+    if write:
+        from benchmarks import all_plots  # noqa: PLC0415 - it takes a second
+
+        for path in all_plots.draw(figures, DOCS / "images", report.file_name(figures)):
+            console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    wrong = device_report.wrong_of_ours([part for each in figures["all"]["sessions"] for part in each["parts"]])
+    if wrong:
+        console.print(f"outside of their bounds: {', '.join(wrong)}", soft_wrap=True, markup=False, highlight=False)
+        raise typer.Exit(code=1)
+
+
+def _measured(
+    chosen: Sequence[Session],
+    patterns: Sequence[str],
+    rounds: int,
+    quick: bool,
+    json_file: Path | None,
+    console: Console,
+) -> report.Figures:
+    """Return what the sessions find; print each table when it is there."""
+    machine = report.describe_machine(("lsce",))
+    report.print_machine(machine, console)
+    console.print()
+    record: records.Record = {"rounds": rounds, "quick": quick, "sessions": [], "absent": {}, "imports": []}
+    figures = {"machine": machine, "all": record}
+    for each in chosen:
+        found: dict[str, Any] = {"name": each.name, "framework": each.framework, "versions": {}, "parts": []}
+        for part in everything.measure(each, patterns, rounds, quick):
+            if "absent" in part:
+                record["absent"][each.name] = part["absent"]
+                console.print(f"{each.name}: {part['absent']}", markup=False, highlight=False, soft_wrap=True)
+            elif "versions" in part:
+                found["versions"] = part["versions"]
+                record["sessions"].append(found)
+            else:
+                found["parts"].append(part)
+                for table in all_report.part_tables(found, part) if "grows" not in part else ():
+                    print_table(table, console)
+                # After each part: so little is lost with the machine.
+                _keep(figures, json_file, False, Console(quiet=True))
+        for table in all_report.scaling_tables(found):
+            print_table(table, console)
+    record["imports"] = everything.import_times(quick)
+    print_table(all_report.import_table(record), console)
+    return figures
+
+
+def _print_list(title: str, lines: Iterable[object], console: Console) -> None:
+    for line in (title, *(f"- {line}" for line in lines), ""):
+        console.print(line, markup=False, highlight=False)
+
+
+def _read_record(path: Path) -> report.Figures:
+    """Return a record of `all`; exit with 2 and one line if the file holds none."""
+    try:
+        figures = read_json(path)
+        check_form(figures, {"machine": {"cpu": str, ...: None}, "all": RECORD_FORM})
+    except (OSError, ValueError) as error:
+        typer.echo(f"{path} holds no record of python -m benchmarks all: {error}", err=True)
+        raise typer.Exit(code=2) from None
+    return dict(figures)
+
+
+# As far as it is read without asking.
+PART_FORM = {"stage": str, "kind": str, "dtype": str, "shape": [int], "rows": [dict], "missing": dict, ...: None}
+SESSION_FORM = {"name": str, "framework": str, "versions": {str: str}, "parts": [PART_FORM]}
+RECORD_FORM = {"rounds": int, "quick": bool, "sessions": [SESSION_FORM], "absent": {str: str}, "imports": [dict]}
+
+
+@app.command()
+def compare(
+    old: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A record of `all`, such as that of main.")],
+    new: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A later one, of the same machine.")],
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="By how much a ratio may grow whatever the rounds say.")
+    ] = 0.05,
+) -> None:
+    """Which of our losses have become slower, relative to the first loss of the same run.
+
+    Times are those of a machine on a day; ratios of losses that took turns can be compared. A ratio has grown if every
+    round of the new record is above every round of the old, and the median by more than the tolerance.
+
+    Exit code 0: none has grown, 1: one has, 2: the records cannot be compared.
+    """
+    console, both = Console(), [_read_record(path) for path in (old, new)]
+    try:
+        changes = records.changes(*(figures["all"] for figures in both))
+    except ValueError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(code=2) from None
+    processors = [figures["machine"]["cpu"] for figures in both]
+    if len({*processors}) > 1:
+        console.print(f"Two machines: {' and '.join(processors)}. Their ratios differ for other reasons too.")
+    worse = [change for change in changes if change.is_worse(tolerance)]
+    better = [change for change in changes if change.is_better(tolerance)]
+    for title, found in (("Slower than before", worse), ("Faster than before", better)):
+        if found:
+            _print_list(f"{title}, relative to the first loss of the session:", found, console)
+    console.print(f"{len(changes)} ratios: {len(worse)} have grown, {len(better)} have shrunk")
+    raise typer.Exit(code=1 if worse else 0)
 
 
 @app.command()

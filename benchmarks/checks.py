@@ -5,9 +5,10 @@ may be rounded to the dtype of the logits, as losses do that compute in bfloat16
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from parity_tests.truth.cases import Case, LinearCase, make_case
 from parity_tests.truth.comparison import Comparison, bounds_of, error_over_bound, within
 from parity_tests.truth.linear_cases import make_linear_case
 from parity_tests.truth.oracle import Truth, solve
-from parity_tests.truth.precision import FORMATS, compute_dtype, round_to
+from parity_tests.truth.precision import FORMATS, FloatArray, compute_dtype, round_to
 
 # What other libraries take as well: integer labels, the mean, the uniform convention.
 DENSE_CASES = ("uniform_mean", "near_uniform", "large_offset", "wide")
@@ -31,6 +32,7 @@ LAYER, QUICK_LAYER = (1024, 128, 1024), (32, 16, 128)
 # Different rows of the logits that are timed, so that the truth is known of all.
 REPEATED = 8
 AGREES, ROUNDED, WRONG = "agrees", "rounded", "wrong"
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
 class Verdict(NamedTuple):
@@ -40,14 +42,21 @@ class Verdict(NamedTuple):
         status: one of the three.
         share: the largest error as a share of the harness's bound.
         reason: what is wrong; empty if nothing is.
+        ulps: the error of each entry of the gradient with respect to the logits, in scaled ULPs: see
+            `parity_tests.truth.comparison.Comparison`. Empty where it was not computed.
+        loss_error: of the loss, relative to it; None where it was not computed.
     """
 
     status: str
     share: float
     reason: str = ""
+    ulps: FloatArray = np.zeros(0)
+    loss_error: float | None = None
 
 
-def make_cases(linear: bool, dtype: str, smoothing: float, quick: bool) -> Iterator[Case]:
+def make_cases(
+    linear: bool, dtype: str, smoothing: float, quick: bool, options: Mapping[str, Any] = NO_OPTIONS
+) -> Iterator[Case]:
     """Yield representative cases.
 
     Args:
@@ -55,12 +64,13 @@ def make_cases(linear: bool, dtype: str, smoothing: float, quick: bool) -> Itera
         dtype: of the logits, or of hidden and weight.
         smoothing: of the loss.
         quick: whether to leave out what takes seconds.
+        options: of the loss, such as its convention.
     """
-    options = {"reduction": "mean"}
+    options = {"reduction": "mean", **options}
     if linear:
-        yield layer_case(dtype, smoothing, *(QUICK_LAYER if quick else LAYER))
+        yield replace(layer_case(dtype, smoothing, *(QUICK_LAYER if quick else LAYER)), options=options)
         for name in LINEAR_CASES:
-            yield replace(make_linear_case(name, dtype), smoothing=smoothing, chunk_size=None)
+            yield replace(make_linear_case(name, dtype), options=options, smoothing=smoothing, chunk_size=None)
         return
     for name in DENSE_CASES[: 3 if quick else None]:
         yield replace(make_case(name, dtype), options=options, smoothing=smoothing, upstream=None)
@@ -84,11 +94,12 @@ def layer_case(dtype: str, smoothing: float, rows: int, features: int, classes: 
     )
 
 
-def timed_rows(dtype: str, smoothing: float, classes: int) -> Case:
+def timed_rows(dtype: str, smoothing: float, classes: int, options: Mapping[str, Any] = NO_OPTIONS) -> Case:
     """Return the rows that are repeated in what is timed."""
     generator = np.random.default_rng(0)
     logits = round_to(generator.normal(size=(REPEATED, classes)), dtype)
-    return Case("timed", dtype, logits, generator.integers(classes, size=REPEATED), {"reduction": "mean"}, smoothing)
+    labels = generator.integers(classes, size=REPEATED)
+    return Case("timed", dtype, logits, labels, {"reduction": "mean", **options}, smoothing)
 
 
 def truth_of(case: Case) -> Truth:
@@ -108,12 +119,14 @@ def _check(adapter: Adapter, case: Case) -> Verdict | str:
     except Exception as error:  # another library may raise anything
         return one_line(error)
     truth = truth_of(case)
-    return _verdict(
+    verdict = _verdict(
         case,
         truth,
         adapter.arithmetic,
         lambda arithmetic: within(case, truth, result, bounds_of(case, truth, arithmetic)),
     )
+    of_loss = truth.loss.error_of(result.parts["loss"]) / np.abs(truth.loss.high)
+    return verdict._replace(loss_error=float(np.max(of_loss)))
 
 
 def check_timed(
@@ -147,12 +160,13 @@ def _verdict(case: Case, truth: Truth, arithmetic: Arithmetic, compare: Callable
     comparison = compare(arithmetic)
     # A loss in a narrow dtype is rounded; a wrong shape has no finite share.
     if comparison.share <= 1:
-        return Verdict(AGREES, comparison.share)
+        return Verdict(AGREES, comparison.share, ulps=comparison.ulps)
     rougher = rounding(case, truth, arithmetic)
     if rougher is not None and compare(rougher).share <= 1:
-        return Verdict(ROUNDED, comparison.share)
+        return Verdict(ROUNDED, comparison.share, ulps=comparison.ulps)
     part = max(comparison.shares, key=lambda part: comparison.shares[part])
-    return Verdict(WRONG, comparison.share, str(comparison.worst or f"{part}: {comparison.share:.3g} of the bound"))
+    reason = str(comparison.worst or f"{part}: {comparison.share:.3g} of the bound")
+    return Verdict(WRONG, comparison.share, reason, comparison.ulps)
 
 
 def rounding(case: Case, truth: Truth, arithmetic: Arithmetic) -> Arithmetic | None:

@@ -9,11 +9,12 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import NamedTemporaryFile, TemporaryFile
+from types import MappingProxyType
 from typing import Any
 
 from benchmarks.timing import LinearShape, Shape
@@ -60,6 +61,7 @@ def measure(
     device: str,
     parts: Sequence[Part],
     command: Sequence[str] = (sys.executable, "-m", "benchmarks.device_worker"),
+    variables: Mapping[str, str] = MappingProxyType({}),
     **options: Any,
 ) -> Iterator[dict[str, Any]]:
     """Yield the name of the card, or that it is absent, and then what was found for each part.
@@ -69,6 +71,7 @@ def measure(
         device: "cpu", "cuda" or "tpu".
         parts: what to do.
         command: of the process.
+        variables: of its environment, beside those of this process.
         options: the other fields of `device_worker.Task`.
     """
     failed: dict[str, dict[str, str]] = {}
@@ -77,7 +80,7 @@ def measure(
     while left:
         task = {"framework": framework, "device": device, "parts": left, "failed": failed, **options}
         now: dict[str, Any] = {}
-        with _process([*command, json.dumps(task)]) as (messages, outcome):
+        with _process([*command, json.dumps(task)], variables) as (messages, outcome):
             for message in messages:
                 if "card" in message or "absent" in message:
                     if is_first:
@@ -104,45 +107,53 @@ def measure(
 
 
 @contextmanager
-def _process(command: Sequence[str]) -> Iterator[tuple[Iterator[dict[str, Any]], Callable[[], str]]]:
-    """Start a process, and kill it if it says nothing for `PATIENCE`. Give its messages, and how it ended."""
+def _process(
+    command: Sequence[str], variables: Mapping[str, str]
+) -> Iterator[tuple[Iterator[dict[str, Any]], Callable[[], str]]]:
+    """Start a process, and kill it if it says nothing for `PATIENCE`. Give its messages; then how it ended.
+
+    What libraries write to stderr is not shown. Its last line belongs to how the process ended.
+    """
     root = Path(__file__).parents[1]
     path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, cwd=root, env=os.environ | {"PYTHONPATH": path}
-    )
-    timed_out = threading.Event()
+    environment = os.environ | {"PYTHONPATH": path, **variables}
+    timed_out, last_words = threading.Event(), ""
+    with TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=root, env=environment)
 
-    def give_up() -> None:
-        timed_out.set()
-        process.kill()
+        def give_up() -> None:
+            timed_out.set()
+            process.kill()
 
-    def messages() -> Iterator[dict[str, Any]]:
-        assert process.stdout is not None
-        while True:
-            timer = threading.Timer(PATIENCE, give_up)
-            timer.start()
-            line = process.stdout.readline()
-            timer.cancel()
-            if not line:
-                break
-            with suppress(json.JSONDecodeError):
-                yield json.loads(line)
-        process.wait()
+        def messages() -> Iterator[dict[str, Any]]:
+            assert process.stdout is not None
+            while True:
+                timer = threading.Timer(PATIENCE, give_up)
+                timer.start()
+                line = process.stdout.readline()
+                timer.cancel()
+                if not line:
+                    break
+                with suppress(json.JSONDecodeError):
+                    yield json.loads(line)
+            process.wait()
 
-    def outcome() -> str:
-        if timed_out.is_set():
-            return f"no answer in {PATIENCE:.0f} s"
-        code = process.wait()
-        return f"signal {-code}" if code < 0 else f"exit code {code}"
+        def outcome() -> str:
+            if timed_out.is_set():
+                return f"no answer in {PATIENCE:.0f} s"
+            code = process.wait()
+            ended = f"signal {-code}" if code < 0 else f"exit code {code}"
+            return f"{ended}: {last_words}" if last_words else ended
 
-    try:
-        yield messages(), outcome
-    finally:
-        process.kill()
-        process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
+        try:
+            yield messages(), outcome
+        finally:
+            process.kill()
+            process.wait()
+            errors.seek(0)
+            last_words = "".join(errors.read().strip().splitlines()[-1:])[:200]
+            if process.stdout is not None:
+                process.stdout.close()
 
 
 # --- The device -----------------------------------------------------------------------------------------------------

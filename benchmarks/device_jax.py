@@ -4,6 +4,7 @@ Tokamax's loss is called as the source of its version 0.0.12 says.
 """
 
 import gc
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -15,7 +16,7 @@ from jax import Array
 from numpy.typing import NDArray
 
 from benchmarks import dense_jax, linear_jax
-from benchmarks.device_losses import Loss, load
+from benchmarks.device_losses import Loss, Program, load
 from benchmarks.timing import Case as TimedCase
 from benchmarks.timing import LinearShape
 from lsce_jax.aot.ways import integer_labels, integer_labels_float32, one_hot
@@ -104,9 +105,9 @@ def _on(device: str) -> Any:
 def adapter(loss: Loss, function: Callable[..., Any], device: str, linear: bool) -> Adapter:
     """Return the function as an adapter of the harness, which calls it in cases of the loss's smoothing."""
 
-    def call(*operands: Any, smoothing: float, reduction: str, **named: Any) -> Any:
-        del reduction
-        return function(*operands, *named.values(), jnp.float32(smoothing))
+    def call(*operands: Any, labels: Any, smoothing: float, **options: Any) -> Any:
+        del options  # the function has them
+        return function(*operands, labels, jnp.float32(smoothing))
 
     made = JaxAdapter(call, device=device, name=loss.name, supports=frozenset(), linear=linear)
     if loss.ours:
@@ -129,15 +130,22 @@ def linear_arguments(shape: LinearShape, dtype: str, device: str) -> tuple[Array
     return linear_jax.make_arguments(shape, device, dtype)
 
 
-def timed_case(
-    loss: Loss, function: Callable[..., Any], arguments: Sequence[Any], device: str, linear: bool
-) -> tuple[TimedCase, Callable[[], int]]:
-    """Return what to time, and a function that returns the temporary memory of the program in bytes."""
+def program(
+    loss: Loss, function: Callable[..., Any], arguments: Sequence[Any], device: str, linear: bool, alone: bool = False
+) -> Program:
+    """Return the loss with its gradients, or alone, compiled; its memory is the temporary memory of the program."""
     with _on(device):
-        step = jax.value_and_grad(function, argnums=(0, 1) if linear else 0)
+        step = function if alone else jax.value_and_grad(function, argnums=(0, 1) if linear else 0)
+        start = time.perf_counter()
         compiled = jax.jit(step).lower(*arguments).compile()
+        seconds = time.perf_counter() - start
     case = TimedCase(loss.name, lambda *given: jax.block_until_ready(compiled(*given)), lambda: tuple(arguments))
-    return case, lambda: int(compiled.memory_analysis().temp_size_in_bytes)
+
+    def facts() -> dict[str, Any]:
+        moved = (compiled.cost_analysis() or {}).get("bytes accessed")
+        return {"memory": int(compiled.memory_analysis().temp_size_in_bytes), "compile_s": seconds, "moved": moved}
+
+    return Program(case, facts)
 
 
 def spread(result: Any, repeated: int) -> tuple[float, list[NDArray[np.float64]]]:

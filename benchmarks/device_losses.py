@@ -2,9 +2,11 @@
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from benchmarks.timing import Case
 from parity_tests.losses.adapters import UnavailableError
 
 SMOOTHING = 0.1
@@ -21,6 +23,7 @@ class Loss(NamedTuple):
         ours: whether it is of this project: its results must be within its bounds.
         overwrites: whether it writes over the logits, so that each call needs new ones.
         compiled: whether each shape is compiled anew, for seconds.
+        options: what it computes beyond the smoothed mean, by the names of our options, such as the convention.
     """
 
     name: str
@@ -29,6 +32,20 @@ class Loss(NamedTuple):
     ours: bool = False
     overwrites: bool = False
     compiled: bool = False
+    options: Mapping[str, Any] = MappingProxyType({})
+
+
+class Program(NamedTuple):
+    """A loss, ready to be timed.
+
+    Args:
+        case: to be timed.
+        facts: returns what else is known of it once it has run: "memory", the bytes that it takes; in JAX also
+            "compile_s", the seconds that compiling took, and "moved", the bytes that XLA says it reads and writes.
+    """
+
+    case: Case
+    facts: Callable[[], dict[str, Any]]
 
 
 def load(module: str, distribution: str) -> Any:

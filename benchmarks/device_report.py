@@ -5,10 +5,11 @@ from textwrap import fill
 from typing import Any
 
 from benchmarks.tables import Table, mb, shape_text, three_digits
+from benchmarks.timing import BYTES
 
 Part = dict[str, Any]
-# The blocks of pages, and the commands that write them.
-BLOCKS = {"device cuda": "make bench-cuda", "device tpu": "make bench-tpu"}
+# The blocks of pages that may have no record, and the commands that write them.
+BLOCKS = {"device cuda": "make bench-cuda", "device tpu": "make bench-tpu", "all": "make bench"}
 BASELINES = {"torch": "F.cross_entropy", "jax": "Optax one-hot"}
 TITLES = {"torch": "torch", "jax": "JAX under jit"}
 KINDS = {"dense": "loss and gradient", "linear": "layer, loss, gradients"}
@@ -179,7 +180,7 @@ def _percent(milliseconds: float, part: Part, limits: dict[str, Any] | None) -> 
 def _least_seconds(part: Part, limits: dict[str, Any]) -> float:
     if part["kind"] == "dense":
         rows, classes = part["shape"]
-        return 2 * rows * classes * {"bfloat16": 2, "float32": 4}[part["dtype"]] / limits["bandwidth"]
+        return 2 * rows * classes * BYTES[part["dtype"]] / limits["bandwidth"]
     rows, features, classes = part["shape"]
     return 6 * rows * features * classes / limits["matrix"][part["dtype"]]
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import lsce_torch
 from benchmarks import dense_torch, linear_torch
-from benchmarks.device_losses import SMOOTHING, Loss, load
+from benchmarks.device_losses import SMOOTHING, Loss, Program, load
 from benchmarks.timing import Case as TimedCase
 from benchmarks.timing import LinearShape
 from lsce_torch import kernels
@@ -192,9 +192,9 @@ def check_alive(device: str) -> None:
 def adapter(loss: Loss, function: Callable[..., Any], device: str, linear: bool) -> Adapter:
     """Return the function as an adapter of the harness, which calls it in cases of the loss's smoothing."""
 
-    def call(*operands: Any, smoothing: float, reduction: str, **named: Any) -> Any:
-        del smoothing, reduction
-        return function(*operands, *named.values())
+    def call(*operands: Any, labels: Any, **options: Any) -> Any:
+        del options  # the function has them
+        return function(*operands, labels)
 
     made = TorchAdapter(call, device=device, name=loss.name, supports=frozenset(), linear=linear)
     if loss.ours:
@@ -215,10 +215,10 @@ def linear_arguments(shape: LinearShape, dtype: str, device: str) -> tuple[Tenso
     return linear_torch.make_arguments(shape, device, getattr(torch, dtype))
 
 
-def timed_case(
-    loss: Loss, function: Callable[..., Any], arguments: Sequence[Any], device: str, linear: bool
-) -> tuple[TimedCase, Callable[[], int]]:
-    """Return what to time, and a function that returns the most bytes that a call allocates at a time."""
+def program(
+    loss: Loss, function: Callable[..., Any], arguments: Sequence[Any], device: str, linear: bool, alone: bool = False
+) -> Program:
+    """Return the loss with its gradients, or alone; its memory is the most bytes that a call allocates at a time."""
     compute = linear_torch.loss_and_gradients if linear else dense_torch.loss_and_gradient
 
     def fresh() -> tuple[Any, ...]:
@@ -226,8 +226,9 @@ def timed_case(
             return tuple(arguments)
         return (arguments[0].detach().clone().requires_grad_(), *arguments[1:])
 
-    case = TimedCase(loss.name, partial(compute, function), fresh, clock=dense_torch.clock_of(device))
-    return case, lambda: dense_torch.peak_bytes(case, device)
+    run = torch.no_grad()(function) if alone else partial(compute, function)
+    case = TimedCase(loss.name, run, fresh, clock=dense_torch.clock_of(device))
+    return Program(case, lambda: {"memory": dense_torch.peak_bytes(case, device)})
 
 
 def spread(result: Any, repeated: int) -> tuple[float, list[NDArray[np.float64]]]:

@@ -1,4 +1,4 @@
-"""The process that checks and times losses of one framework on a device, for `benchmarks device`.
+"""The process that checks and times losses of one framework on a device, for `benchmarks device` and `benchmarks all`.
 
 A loss may end the process, or leave the device unusable. So this is a process of its own, which says on its output, one
 JSON object a line, what it is about to do and what it has found; its parent starts another one that leaves that loss
@@ -7,16 +7,19 @@ out. It gets one JSON object as its argument; see `Task`.
 
 import importlib
 import json
+import math
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from typing import Any, NamedTuple
 
-from benchmarks import checks
+import numpy as np
+
+from benchmarks import checks, machine
 from benchmarks.device_losses import Loss, one_line
-from benchmarks.timing import Case, LinearShape, Schedule, Shape, host_clock, make_rows, time_in_turns
+from benchmarks.timing import BYTES, Case, LinearShape, Schedule, Shape, host_clock, make_rows, time_in_turns
 from parity_tests.evidence.cards import AbsentError, find_device
 from parity_tests.losses.adapters import UnavailableError
 
@@ -30,12 +33,16 @@ class Task(NamedTuple):
     Args:
         framework: "jax" or "torch".
         device: "cpu", "cuda" or "tpu".
-        parts: what to check and to time: "stage" ("check" or "time"), "kind" ("dense" or "linear"), "dtype", "shape".
+        parts: what to do: "stage" ("check", "time" or "memory"), "kind" ("dense" or "linear"), "dtype", "shape". Where
+            losses are timed: "alone", whether also without the gradient; "with_floors", whether the memory of the
+            machine too; "schedule", if not as below; and "needs", how much memory losses take, by name, as multiples of
+            the logits.
         patterns: of the names of losses, with * and ?.
         failed: for each part, by its number, the losses to leave out, and why.
         rounds, calls: see `Schedule`.
         few_calls: the calls where there are few logits.
         quick: whether few cases are enough.
+        session: of `benchmarks all`; empty for the losses of `benchmarks device`.
     """
 
     framework: str
@@ -47,6 +54,7 @@ class Task(NamedTuple):
     calls: int
     few_calls: int
     quick: bool
+    session: str = ""
 
 
 class _UnusableError(Exception):
@@ -65,17 +73,24 @@ class _Worker:
                 self.say(self._found(part))
 
     def _found(self, part: dict[str, Any]) -> dict[str, Any]:
+        stages = {"check": self._checked, "time": self._timed, "memory": self._measured}
         try:
             self.framework.begin(self.device)
-            rows, missing = (self._checked if part["stage"] == "check" else self._timed)(part)
+            return stages[part["stage"]](part)
         except _UnusableError:
             raise
         except Exception as error:  # as where there is no memory for the logits
             return {"rows": [], "missing": {}, "problem": self._alive_after(error)}
-        return {"rows": rows, "missing": missing}
 
     def _losses(self, part: dict[str, Any]) -> list[Loss]:
-        found = self.framework.losses(part["kind"] == "linear", part["dtype"], self.device)
+        given = part["kind"] == "linear", part["dtype"], self.device
+        if self.task.session:
+            peers: Any = importlib.import_module(f"benchmarks.peers_{self.task.framework}")
+            found = [
+                loss for loss in peers.losses(self.task.session, *given) if not (loss.compiled and self.task.quick)
+            ]
+        else:
+            found = self.framework.losses(*given)
         return [loss for loss in found if any(fnmatch(loss.name, pattern) for pattern in self.task.patterns)]
 
     def _each(
@@ -96,6 +111,8 @@ class _Worker:
                 raise
             except UnavailableError as error:
                 missing[loss.name] = str(error)
+            except machine.DoesNotFitError as error:
+                rows.append(row | {"failed": str(error)})
             except Exception as error:
                 rows.append(row | {"failed": self._alive_after(error)})
             self.framework.release(self.device)
@@ -116,11 +133,11 @@ class _Worker:
             self.say({"unusable": reason})
             raise _UnusableError from error
 
-    def _checked(self, part: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    def _checked(self, part: dict[str, Any]) -> dict[str, Any]:
         linear = part["kind"] == "linear"
 
         def compute(loss: Loss, function: Callable[..., Any]) -> dict[str, Any]:
-            cases = list(checks.make_cases(linear, part["dtype"], loss.smoothing, self.task.quick))
+            cases = list(checks.make_cases(linear, part["dtype"], loss.smoothing, self.task.quick, loss.options))
             adapter = self.framework.adapter(loss, function, self.device, linear)
             # Each shape is compiled anew.
             found = checks.check(adapter, cases[:1] if loss.compiled else cases)
@@ -132,56 +149,98 @@ class _Worker:
             if not usual:
                 return {"failed": next(iter(no_result.values())), "no_result": no_result}
             worst = max(usual, key=lambda verdict: (_rank(verdict.status), verdict.share))
-            cases = {name: _as_json(verdict) for name, verdict in verdicts.items()}
-            return {"status": worst.status, "share": _as_json(worst)["share"], "cases": cases, "no_result": no_result}
-
-        return self._each(part, compute)
-
-    def _timed(self, part: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, str]]:
-        linear, dtype = part["kind"] == "linear", part["dtype"]
-        timed: dict[str, Case] = {}
-        rows_of = {
-            smoothing: None if linear else checks.timed_rows(dtype, smoothing, part["shape"][1])
-            for smoothing in {loss.smoothing for loss in self._losses(part)}
-        }
-        if linear:
-            arguments = self.framework.linear_arguments(LinearShape(*part["shape"]), dtype, self.device)
-        else:
-            some = next(iter(rows_of.values()))
-            arguments = self.framework.dense_arguments(some, part["shape"][0], self.device)
-
-        def compute(loss: Loss, function: Callable[..., Any]) -> dict[str, Any]:
-            case, memory = self.framework.timed_case(loss, function, arguments, self.device, linear)
-            result = case.run(*case.arguments())
-            self.framework.check_alive(self.device)
-            if linear:
-                right = self.framework.is_finite(result)
-                verdict = None if right else checks.Verdict(checks.WRONG, float("inf"), "not finite")
-            else:
-                arithmetic = self.framework.adapter(loss, function, self.device, linear).arithmetic
-                least = self.framework.spread(result, checks.REPEATED)
-                verdict = checks.check_timed(rows_of[loss.smoothing], part["shape"][0], *least, arithmetic)
-            del result
-            timed[loss.name] = case
-            return {"memory": memory(), **({} if verdict is None else {"timed": _as_json(verdict)})}
+            shown = {name: _as_json(verdict) for name, verdict in verdicts.items()}
+            accuracy = _accuracy([verdicts[name] for name in verdicts if name not in checks.HARD_CASES])
+            share = _as_json(worst)["share"]
+            return {"status": worst.status, "share": share, "cases": shown, "no_result": no_result, **accuracy}
 
         rows, missing = self._each(part, compute)
-        self._time(part, rows, timed)
-        return rows, missing
+        return {"rows": rows, "missing": missing}
 
-    def _time(self, part: dict[str, Any], rows: list[dict[str, Any]], timed: dict[str, Case]) -> None:
-        """Time in turns; a loss that fails there has no more turns."""
+    def _arguments(self, part: dict[str, Any]) -> tuple[Any, ...]:
+        """Return what the losses of a part are given."""
+        if part["kind"] == "linear":
+            return tuple(self.framework.linear_arguments(LinearShape(*part["shape"]), part["dtype"], self.device))
+        some = checks.timed_rows(part["dtype"], 0.0, part["shape"][1])
+        return tuple(self.framework.dense_arguments(some, part["shape"][0], self.device))
+
+    def _timed(self, part: dict[str, Any]) -> dict[str, Any]:
+        linear = part["kind"] == "linear"
+        timed: _TimedCases = {}
+        arguments = self._arguments(part)
+
+        def compute(loss: Loss, function: Callable[..., Any]) -> dict[str, Any]:
+            machine.check_fits(part.get("needs", {}).get(loss.name), part)
+            program = self.framework.program(loss, function, arguments, self.device, linear)
+            result, seconds = host_clock(lambda: program.case.run(*program.case.arguments()))
+            self.framework.check_alive(self.device)
+            verdict = self._verdict_on_timed(part, loss, function, result)
+            del result
+            found: dict[str, Any] = {"compile_s": seconds} if loss.compiled else {}
+            found |= {} if verdict is None else {"timed": _as_json(verdict)}
+            if part.get("alone"):
+                alone = self.framework.program(loss, function, arguments, self.device, linear, alone=True).case
+                alone.run(*alone.arguments())
+                timed[loss.name, "alone"] = alone
+            timed[loss.name, ""] = program.case
+            # With "needs", memory was measured in a process of its own.
+            return found | ({} if "needs" in part and self.task.framework == "torch" else program.facts())
+
+        rows, missing = self._each(part, compute)
+        if part.get("with_floors"):
+            floors = machine.floors(math.prod(part["shape"]) * BYTES[part["dtype"]])
+            timed |= {("floor", name): case for name, case in floors.items()}
+        return {"rows": rows, "missing": missing, **self._time(part, rows, timed)}
+
+    def _verdict_on_timed(
+        self, part: dict[str, Any], loss: Loss, function: Callable[..., Any], result: Any
+    ) -> checks.Verdict | None:
+        if part["kind"] == "linear":
+            right = self.framework.is_finite(result)
+            return None if right else checks.Verdict(checks.WRONG, float("inf"), "not finite")
+        arithmetic = self.framework.adapter(loss, function, self.device, False).arithmetic
+        rows = checks.timed_rows(part["dtype"], loss.smoothing, part["shape"][1], loss.options)
+        value, least_and_largest = self.framework.spread(result, checks.REPEATED)
+        return checks.check_timed(rows, part["shape"][0], value, least_and_largest, arithmetic)
+
+    def _time(self, part: dict[str, Any], rows: list[dict[str, Any]], timed: "_TimedCases") -> dict[str, Any]:
+        """Time in turns; a loss that fails there has no more turns. Return the floors, if there are any."""
         turns = _Turns(lambda name: self.say({"part": part["number"], "now": name}), self._alive_after)
         small = part["kind"] == "dense" and Shape(*part["shape"]).logits_bytes <= 2**20
         schedule = Schedule(self.task.rounds, self.task.few_calls if small else self.task.calls)
+        if "schedule" in part:
+            schedule = Schedule(*part["schedule"])
         cases = [turns.guarded(case) for case in timed.values()]
-        measured = {row.name: row for row in make_rows(cases, time_in_turns(cases, schedule), [0] * len(cases))}
+        measured = make_rows(cases, time_in_turns(cases, schedule), [0] * len(cases))
+        times = {
+            key: {"seconds": of.seconds, "least_seconds": of.least_seconds, "median_ms": of.milliseconds}
+            for key, of in zip(timed, measured, strict=True)
+        }
         for row in rows:
-            if row["name"] in turns.failed:
-                row["failed"] = turns.failed[row["name"]]
-            elif row["name"] in measured:
-                of = measured[row["name"]]
-                row |= {"seconds": of.seconds, "least_seconds": of.least_seconds, "median_ms": of.milliseconds}
+            name = row["name"]
+            if name in turns.failed:
+                row["failed"] = turns.failed[name]
+            elif (name, "") in times:
+                alone = {"alone": times[name, "alone"]} if (name, "alone") in times else {}
+                row.update(times[name, ""], **alone)
+        floors = {name: times[kind, name] for kind, name in times if kind == "floor"}
+        return {"floors": floors} if floors else {}
+
+    def _measured(self, part: dict[str, Any]) -> dict[str, Any]:
+        """Return the memory of this process that losses take. There should be one loss: see `machine.peak_of`."""
+        arguments = self._arguments(part)
+
+        def compute(loss: Loss, function: Callable[..., Any]) -> dict[str, Any]:
+            linear = part["kind"] == "linear"
+            case = self.framework.program(loss, function, arguments, self.device, linear).case
+            return {"memory": machine.peak_of(lambda: case.run(*case.arguments()))}
+
+        rows, missing = self._each(part, compute)
+        return {"rows": rows, "missing": missing}
+
+
+# What to time, by the name of the loss and "" or "alone"; or by "floor" and its name.
+_TimedCases = dict[tuple[str, str], Case]
 
 
 class _Turns:
@@ -213,6 +272,14 @@ class _Turns:
         except Exception as error:  # another library may raise anything
             self.failed[name] = self.describe(error)
             return otherwise
+
+
+def _accuracy(verdicts: Sequence[checks.Verdict]) -> dict[str, Any]:
+    """Return the worst and the median error of the gradient in scaled ULPs, and the largest error of the loss."""
+    ulps = np.concatenate([verdict.ulps.ravel() for verdict in verdicts])
+    errors = [verdict.loss_error for verdict in verdicts if verdict.loss_error is not None]
+    of_gradient = {"worst_ulps": float(ulps.max()), "median_ulps": float(np.median(ulps))} if ulps.size else {}
+    return {**of_gradient, "loss_error": max(errors)}
 
 
 def _rank(status: str) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import device_report
+from benchmarks import all_report, device_report
 from benchmarks.tables import Table, markdown, mb, shape_text, three_digits
 from benchmarks.timing import LinearShape, Row, Shape
 
@@ -114,6 +114,8 @@ def tables(figures: Figures) -> Iterator[Table]:
         yield linear_tpu_table(figures["tpu linear"], shape, chunk_bytes)
     if "tpu kernel" in figures:
         yield from kernel_tables(figures["tpu kernel"], Shape(*figures["tpu kernel shape"]))
+    if "all" in figures:
+        yield from all_report.tables(figures)
     yield from device_report.tables(figures)
 
 
@@ -374,15 +376,18 @@ def page_blocks(records: Sequence[Figures]) -> dict[str, str]:
             is_of_compiler = name.startswith("tpu")
             heading = [] if is_of_compiler else [f"### {_place(machine)}"]
             source = fill(f"`{_command(name, machine)}`: {_as_text(machine)}.", 120)
-            blocks[name] = [*blocks.get(name, []), *heading, source, *map(markdown, of_page)]
+            parts = (part if isinstance(part, str) else markdown(part) for part in of_page)
+            blocks[name] = [*blocks.get(name, []), *heading, source, *parts]
     return {name: "\n\n".join(parts) for name, parts in blocks.items()}
 
 
-def _page_tables(figures: Figures) -> dict[str, list[Table]]:
-    """Return the tables of each block that the figures are for."""
+def _page_tables(figures: Figures) -> dict[str, list[Table | str]]:
+    """Return the tables of each block that the figures are for, and text between them."""
     block = device_report.block_of(figures)
     if block is not None:
-        return {block: device_report.page_tables(figures)}
+        return {block: [*device_report.page_tables(figures)]}
+    if "all" in figures:
+        return {"all": [*all_report.page_parts(figures, file_name(figures))]}
     if "tpu" in figures:
         *dense, linear = tables(figures)
         return {"tpu": dense, "tpu linear": [linear]}
@@ -397,12 +402,16 @@ def _page_tables(figures: Figures) -> dict[str, list[Table]]:
 def record_path(folder: Path, figures: Figures) -> Path:
     """Return the file that keeps the figures of a command. Times have one file for each CPU or card."""
     (block, *_) = _page_tables(figures)
-    words = re.findall(r"[a-z0-9]+", _place(figures["machine"]).lower().replace("(r)", ""))
     return (
         folder / f"{block.replace(' ', '-')}.json"
         if block in {"tpu", "tpu kernel"}
-        else folder / block.replace(" ", "-") / f"{'-'.join(words)}.json"
+        else folder / block.replace(" ", "-") / f"{file_name(figures)}.json"
     )
+
+
+def file_name(figures: Figures) -> str:
+    """Return the name of the card, or of the CPU, as that of a file."""
+    return "-".join(re.findall(r"[a-z0-9]+", _place(figures["machine"]).lower().replace("(r)", "")))
 
 
 def _place(machine: dict[str, Any]) -> str:

@@ -20,10 +20,8 @@ class Table(NamedTuple):
 
 def print_table(table: Table, console: Console) -> None:
     """Print a table and its legend."""
+    console.print(table.title, style="bold", markup=False, highlight=False)
     rich_table = RichTable(
-        title=table.title,
-        title_justify="left",
-        title_style="bold",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=(0, 1, 0, 0),

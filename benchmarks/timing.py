@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
+# Of an element of the dtypes that are measured.
+BYTES = {"bfloat16": 2, "float32": 4}
+
 
 class Shape(NamedTuple):
     """Of the logits: [rows, classes], or [rows, classes, pixels] if there is more than one pixel."""

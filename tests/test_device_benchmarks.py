@@ -421,6 +421,9 @@ def test_a_process_that_does_not_start():
     command = (sys.executable, "-c", "import sys; sys.exit(4)")
     reason = "torch on cuda: the process ended, exit code 4"
     assert list(device.measure("torch", "cuda", [{"number": 0}], command)) == [{"absent": reason}]
+    command = (sys.executable, "-c", "import sys; sys.exit('one\\ntwo')")
+    reason = "torch on cuda: the process ended, exit code 1: two"
+    assert list(device.measure("torch", "cuda", [{"number": 0}], command)) == [{"absent": reason}]
 
 
 # --- Records and pages ----------------------------------------------------------------------------------------------
