@@ -22,7 +22,7 @@ VENV_TORCHTPU ?= .venv-torchtpu
 export LSCE_TORCHTPU_PYTHON ?= $(abspath $(VENV_TORCHTPU))/bin/python
 PIP := pip install --quiet --disable-pip-version-check
 
-.PHONY: install install-devices install-torchtpu demo test test-slow test-distributed test-devices test-devices-slow
+.PHONY: install install-devices install-torchtpu demo fonts test test-slow test-distributed test-devices test-devices-slow
 .PHONY: test-parity test-rest test-simulated test-interpreted test-triton test-compiled test-cuda test-tpu test-oldest
 .PHONY: bench-cuda bench-tpu lint wheel clean
 
@@ -54,6 +54,11 @@ $(VENV_TORCHTPU)/installed: constraints-torchtpu.txt
 
 demo: install
 	$(BIN)/python -m examples.digits_parity
+
+# Open Chinese fonts for examples/jax_hanzi.py and torch_hanzi.py, into out/fonts: web fonts by `npm pack`, the others by
+# `apt-get download` where there is Debian or Ubuntu, without root and without installing them (docs/hanzi.md).
+fonts: install
+	$(BIN)/python -m examples.hanzi_fonts
 
 # In two halves, side by side where there are two cores. Each shows what it found when it is through.
 test: install

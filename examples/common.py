@@ -5,6 +5,7 @@ optimizers have constants that both frameworks round alike. So whatever a pair p
 """
 
 import math
+import os
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -82,7 +83,7 @@ def initial_weights(seed: int) -> WeightOf:
     return weight
 
 
-# --- Command lines --------------------------------------------------------------------------------------------------
+# --- Command lines and files ----------------------------------------------------------------------------------------
 
 
 def new_app() -> typer.Typer:
@@ -114,6 +115,21 @@ def made_folder(folder: Path) -> Path:
         reason = problem.strerror or str(problem)
         raise typer.BadParameter(f"cannot write to the folder {folder}: {reason}.", param_hint="'--output'") from None
     return folder
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that has its old content or its new one, whenever the process is killed."""
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write an array as `write_whole` does, even if another process writes the same."""
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        np.save(file, array)
+    os.replace(partial, path)
 
 
 def print_written(console: Console, *files: Path) -> None:

@@ -17,16 +17,16 @@ from lsce_torch.metrics import Accuracy, CalibrationError, MeanNLL
 adam = partial(torch.optim.Adam, betas=(BETA1, BETA2), eps=EPSILON)
 adamw = partial(torch.optim.AdamW, betas=(BETA1, BETA2), eps=EPSILON)
 
-REVERSED = nn.Linear | nn.Conv1d  # [out, in, ...]; the weights from NumPy are [..., in, out], as in Flax
+# Where the dimensions [..., in, out] of a weight from NumPy, as in Flax, are in torch.
+DIMENSIONS = {nn.Linear: (1, 0), nn.Conv1d: (2, 1, 0), nn.Conv2d: (2, 3, 1, 0), nn.Embedding: (0, 1), nn.RMSNorm: (0,)}
 
 
 @torch.no_grad()
 def set_weights(network: nn.Module, weight_of: WeightOf) -> None:
     """Set the weight of each layer by its name and shape, and its bias to 0."""
     for name, layer in network.named_modules():
-        if isinstance(layer, REVERSED | nn.Embedding | nn.RMSNorm):
-            dimensions = range(layer.weight.ndim)
-            weight = layer.weight.permute(*(reversed(dimensions) if isinstance(layer, REVERSED) else dimensions))
+        if type(layer) in DIMENSIONS:
+            weight = layer.weight.permute(DIMENSIONS[type(layer)])
             weight.copy_(torch.from_numpy(weight_of(name, tuple(weight.shape))))
             if getattr(layer, "bias", None) is not None:
                 layer.bias.zero_()

@@ -1,7 +1,6 @@
 """What jax_digits and torch_digits share, without a framework: the files of a run, table and plot."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from scipy.special import entr
 
-from examples.common import CLASSES, Metrics, made_folder
+from examples.common import CLASSES, Metrics, made_folder, write_whole
 from lsce_spec import smoothing_weights
 
 Epochs = Annotated[int, typer.Option(min=1, help="Passes over the training images.")]
@@ -56,13 +55,6 @@ def keep_losses(path: Path, steps: int) -> None:
     if len(lines) < steps:
         raise typer.BadParameter(f"{path} lacks steps that the checkpoint has. Start again with --fresh.")
     write_whole(path, b"".join(lines[:steps]))
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that has its old content or its new one, whenever the process is killed."""
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def describe_progress(first: int, last: int) -> str:

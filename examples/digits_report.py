@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jinja2
 import numpy as np
-from jaxtyping import Float32, Float64, Int32, Int64
+from jaxtyping import Bool, Float32, Float64, Int32, Int64
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich import box
@@ -91,8 +91,12 @@ def confidence_bins(probabilities: Probabilities, labels: Labels, bins: int = BI
     """Sort predictions into bins ((b-1)/bins, b/bins] of the probability of the predicted class; NaN fits in none."""
     known = ~np.isnan(probabilities).any(axis=-1)
     probabilities, labels = probabilities[known], labels[known]
-    confidence = probabilities.max(axis=-1).astype(np.float64)
-    correct = probabilities.argmax(axis=-1) == labels
+    return sort_confidences(probabilities.max(axis=-1), probabilities.argmax(axis=-1) == labels, bins)
+
+
+def sort_confidences(confidence: Float32[np.ndarray, " N"], correct: Bool[np.ndarray, " N"], bins: int = BINS) -> Bins:
+    """Sort predictions into bins as `confidence_bins` does, by their confidences."""
+    confidence = confidence.astype(np.float64)
     # Softmax in float32 may sum to a little more than 1.
     place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     count = np.bincount(place, minlength=bins)
@@ -297,7 +301,7 @@ def combined_figure(runs: list[Run]) -> Figure:
     for row, run in zip(figure.subplots(len(runs), len(PANELS), squeeze=False), runs, strict=True):
         for axes, draw in zip(row, PANELS, strict=True):
             draw(axes, run)
-            _tidy(axes)
+            tidy(axes)
     return figure
 
 
@@ -306,11 +310,12 @@ def single_figure(draw: Callable[[Axes, Run], None], run: Run) -> Figure:
     figure = Figure(figsize=(5.4, 4), layout="constrained")
     axes = figure.subplots()
     draw(axes, run)
-    _tidy(axes)
+    tidy(axes)
     return figure
 
 
-def _tidy(axes: Axes) -> None:
+def tidy(axes: Axes) -> None:
+    """Remove what a plot does not need, and make its text legible on a phone."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=11)
     axes.title.set_fontsize(13)
@@ -318,7 +323,13 @@ def _tidy(axes: Axes) -> None:
         label.set_fontsize(11)
 
 
-def _png(figure: Figure, dots_per_inch: int) -> bytes:
+def base64_png(figure: Figure, dots_per_inch: int) -> str:
+    """Return a figure as a page holds it."""
+    return base64.b64encode(png(figure, dots_per_inch)).decode()
+
+
+def png(figure: Figure, dots_per_inch: int) -> bytes:
+    """Return a figure as the content of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dots_per_inch)
     return buffer.getvalue()
@@ -330,7 +341,7 @@ def _png(figure: Figure, dots_per_inch: int) -> bytes:
 def write(runs: list[Run], options: Mapping[str, object], folder: Path) -> list[Path]:
     """Write the web page and the picture, and return their paths."""
     picture = folder / "digits_parity.png"
-    picture.write_bytes(_png(combined_figure(runs), dots_per_inch=100))
+    picture.write_bytes(png(combined_figure(runs), dots_per_inch=100))
     page = folder / "digits_parity.html"
     page.write_text(render(runs, options), encoding="utf-8")
     return [page, picture]
@@ -338,18 +349,8 @@ def write(runs: list[Run], options: Mapping[str, object], folder: Path) -> list[
 
 def render(runs: list[Run], options: Mapping[str, object]) -> str:
     """Return the web page with its images."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    images = [
-        [base64.b64encode(_png(single_figure(draw, run), dots_per_inch=130)).decode() for run in runs]
-        for draw in PANELS
-    ]
-    return environment.get_template("digits_report.html.jinja").render(
+    images = [[base64_png(single_figure(draw, run), dots_per_inch=130) for run in runs] for draw in PANELS]
+    return template("digits_report.html.jinja").render(
         runs=runs,
         agrees=all(run.verdict.agrees for run in runs),
         verdict=verdict_line(runs),
@@ -360,5 +361,22 @@ def render(runs: list[Run], options: Mapping[str, object]) -> str:
         run_rows=run_rows(runs),
         images=dict(zip(("losses", "difference", "reliability"), images, strict=True)),
         options=options,
-        versions={"Python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+        versions=versions(*LIBRARIES),
     )
+
+
+def template(name: str) -> jinja2.Template:
+    """Return a template of this folder. A name that it uses and is not given is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
+
+
+def versions(*libraries: str) -> dict[str, str]:
+    """Return the versions of Python and of libraries."""
+    return {"Python": platform.python_version()} | {name: version(name) for name in libraries}
