@@ -1,6 +1,6 @@
 """Does label smoothing help? Three tasks, several strengths and conventions, several seeds, and what can be said.
 
-    .venv/bin/python -m examples.smoothing_study --quick
+    make fonts && .venv/bin/python -m examples.smoothing_study
 
 trains every network with every seed, and writes what was measured of each as one line to the output folder. Stopped at
 any time, it goes on with the next network when the same command is given again. Then it compares each setting with no
@@ -24,9 +24,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from examples import jax_distillation, study_report
 from examples.common import made_folder, new_app, print_written
 from examples.distillation_common import Framework, Options, train_all
+from examples.hanzi_common import CACHE, Cache, Fonts, Sources
+from examples.hanzi_fonts import FOLDER
 from examples.study_measures import project
 from examples.study_report import DRAWN, NONE, Line, Setting
-from examples.study_tasks import Task, Trained, digits_task, language_task, look_at, measure, train
+from examples.study_tasks import Task, Trained, characters_task, digits_task, language_task, look_at, measure, train
 
 STRENGTHS = (0.05, 0.1, 0.2, 0.4)
 SETTINGS = (NONE, *(Setting("uniform", strength) for strength in STRENGTHS))
@@ -34,11 +36,12 @@ CONVENTIONS = (Setting("non_target", 0.1), Setting("max_sup", 0.1))
 DISTILLATION = Options(epochs=16, smoothing=0.1, rows=120, repeats=1, seed=0)
 
 
-def make_tasks(quick: bool) -> dict[str, Task]:
+def make_tasks(quick: bool, sources: Sources, console: Console) -> dict[str, Task]:
     """Return the tasks by name, in a setting of seconds if asked."""
     return {
         "few-digits": digits_task("200 digits to train on", train_rows=200, epochs=4 if quick else 96),
         "digits": digits_task("1000 digits to train on", train_rows=1000, epochs=1 if quick else 32),
+        "characters": characters_task(sources, console, characters=20 if quick else 200, steps=2 if quick else 320),
         "language": language_task(steps=2 if quick else 384),
     }
 
@@ -141,6 +144,8 @@ Page = Annotated[
 def main(
     seeds: Seeds = 6,
     quick: Quick = False,
+    fonts: Fonts = FOLDER,
+    cache: Cache = CACHE,
     output: StudyFolder = Path("out/smoothing_study"),
     page: Page = None,
 ) -> None:
@@ -149,7 +154,7 @@ def main(
     Killed at any time, it goes on when the same command is given again.
     """
     console = Console()
-    tasks = make_tasks(quick)
+    tasks = make_tasks(quick, Sources(fonts, gnt=None, keep_damaged=False, cache=cache), console)
     results = Results(output / "results.jsonl")
     lines = planned(tasks, seeds)
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())

@@ -13,14 +13,16 @@ import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
+from rich.console import Console
 
-from examples import common_jax, jax_lm, lm_common
+from examples import common_jax, hanzi_common, jax_hanzi, jax_lm, lm_common
 from examples.common import batch_rows, read_digits
 from examples.study_measures import fit_temperature, spread
 from lsce_jax import LossStats, linear_label_smoothed_cross_entropy, linear_label_smoothed_cross_entropy_with_stats
 from lsce_jax.metrics import Accuracy, CalibrationError, MeanNLL
 
 EVALUATION_BATCH_SIZE = 256
+DIGITS_BATCH_SIZE, CHARACTERS_BATCH_SIZE = 32, 64
 
 Layer = tuple[Float[Array, "D K"], Float[Array, " K"] | None]
 
@@ -197,9 +199,6 @@ class DigitsNetwork(common_jax.Network):
         return output.kernel[...], output.bias[...]
 
 
-DIGITS_BATCH_SIZE = 32
-
-
 def digits_data(train_rows: int, seed: int) -> Data:
     """Return some digits to train on; half of the others are for the temperature and half for the test."""
     digits = read_digits(seed, test_size=1797 - train_rows)
@@ -226,6 +225,60 @@ def digits_task(title: str, train_rows: int, epochs: int) -> Task:
         optimizer=common_jax.adamw(2.0**-9, weight_decay=2.0**-7),
         drawn=(4, 9, 0),
         names=("4", "9", "0"),
+    )
+
+
+# --- Characters -----------------------------------------------------------------------------------------------------
+
+
+class CharacterNetwork(jax_hanzi.Network):
+    """The network of the 3755 characters, in two parts."""
+
+    def last_layer(self) -> Layer:
+        """Return weight and bias of the last layer."""
+        return self.output.kernel[...], self.output.bias[...]
+
+
+def characters_task(sources: hanzi_common.Sources, console: Console, characters: int, steps: int) -> Task:
+    """Return the task of reading characters in fonts that the network has not seen.
+
+    Fonts are drawn and distorted once. Half of the pictures in unseen fonts, taken at random, are for the temperature.
+
+    Raises:
+        typer.BadParameter: there are no fonts.
+    """
+    options = hanzi_common.Options(("none",), steps, CHARACTERS_BATCH_SIZE, 0.0, characters, seed=0)
+
+    @cache
+    def pictures() -> hanzi_common.Data:
+        return hanzi_common.read_data(sources, options, console)
+
+    def data(seed: int) -> Data:
+        def batches(steps: int) -> Iterator[Part]:
+            return (
+                Part(*hanzi_common.training_batch(pictures(), options._replace(seed=seed), step))
+                for step in range(steps)
+            )
+
+        unseen = pictures().tests["unseen fonts"]
+        order = np.random.default_rng([seed, 3]).permutation(len(unseen))
+        half = len(order) // 2
+        seen = np.arange(len(pictures().train))
+        return Data(
+            Part(*pictures().train.batch(seen, 0)),
+            Part(*unseen.batch(order[:half], 0)),
+            Part(*unseen.batch(order[half:], 0)),
+            batches,
+        )
+
+    return Task(
+        title=f"{characters} characters in unseen fonts",
+        data=data,
+        network=lambda seed: CharacterNetwork(characters, hanzi_common.initial_weights(seed)),
+        steps=steps,
+        optimizer=jax_hanzi.make_transformation(steps),
+        drawn=(2, 3, 13),  # 埃 and 挨 share their right half; 爱 is another character
+        names=("U+57C3", "U+6328", "U+7231"),
     )
 
 

@@ -127,7 +127,7 @@ def test_students_are_compared_at_one_temperature():
 def few(monkeypatch):
     """A study of seconds: two settings of one task, and no distillation."""
     task = digits_task("few digits", train_rows=64, epochs=1)
-    monkeypatch.setattr(smoothing_study, "make_tasks", lambda quick: {"few": task})
+    monkeypatch.setattr(smoothing_study, "make_tasks", lambda *given: {"few": task})
     monkeypatch.setattr(smoothing_study, "SETTINGS", (NONE, USUAL))
     monkeypatch.setattr(smoothing_study, "CONVENTIONS", ())
     made = [{"role": "teacher", "smoothing": s, "temperature": 0, "accuracy": 0.5} for s in (0.0, 0.1)]
