@@ -34,7 +34,17 @@ SECTIONS = {
     "guide": Section(
         "Guide",
         "What the loss computes, every option, and the losses for large vocabularies and many devices.",
-        ("concepts.md", "conventions.md", "options.md", "metrics.md", "linear.md", "smoothing.md", "scaling.md"),
+        (
+            "concepts.md",
+            "conventions.md",
+            "does-it-help.md",
+            "hanzi.md",
+            "options.md",
+            "metrics.md",
+            "linear.md",
+            "smoothing.md",
+            "scaling.md",
+        ),
     ),
     "parity": Section(
         "Parity",
@@ -51,7 +61,15 @@ SECTIONS = {
     "devices": Section(
         "Speed and devices",
         "Time, memory and accuracy on CPUs, GPUs and TPUs: measured, compiled or simulated, and which of these.",
-        ("performance.md", "devices.md", "notebooks/your_device.ipynb", "gpu.md", "tpu.md", "cost.md"),
+        (
+            "performance.md",
+            "benchmarks.md",
+            "devices.md",
+            "notebooks/your_device.ipynb",
+            "gpu.md",
+            "tpu.md",
+            "cost.md",
+        ),
     ),
     "gallery": Section("Gallery", "The examples, with their pictures and their source.", ("examples.md",)),
     "api": Section(
