@@ -93,7 +93,7 @@ def mean_denominator(
 
 def _total(here: Tensor, group: "ProcessGroup | Sequence[ProcessGroup] | None") -> Tensor:
     """Return the sum over the ranks of one group after the other."""
-    groups = tuple(group) if isinstance(group, list | tuple) else (group,)
+    groups = tuple(group) if isinstance(group, (list, tuple)) else (group,)
     if group is None and not has_group():
         groups = ()
     # Whatever its dtype, so that a rank which passes weights and one which does not still understand each other.

@@ -1,8 +1,10 @@
 """What torch users do with a loss: backward, torch.compile, torch.func, autocast, gradcheck, the drop-in module."""
 
+import ast
 import itertools
 import pickle
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import lsce_spec
 import lsce_torch
 from lsce_torch import LabelSmoothedCrossEntropyLoss, label_smoothed_cross_entropy
 
@@ -239,3 +242,12 @@ def test_plain_module_is_cross_entropy_and_never_overflows() -> None:
     expected = torch.nn.functional.cross_entropy(1000 * LOGITS, LABELS)
     assert loss.shape == ()
     assert abs(loss - expected) <= 16 * 2.0**-53 * expected
+
+
+@pytest.mark.parametrize("package", [lsce_spec, lsce_torch], ids=lambda package: package.__name__)
+def test_no_instance_of_a_union_is_asked_for(package) -> None:
+    """torch.compile of torch 2.9 cannot trace `isinstance(x, A | B)`. A tuple of types is right in all versions."""
+    for path in Path(package.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
+                assert not isinstance(node.args[1], ast.BinOp), f"{path}:{node.lineno}"
