@@ -147,8 +147,13 @@ def public_names() -> dict[str, str]:
     return found | {f"lsce_spec.{name}": f"lsce_spec.{name}" for name in names}
 
 
-def test_every_public_name_has_an_entry_and_a_line_in_its_table() -> None:
-    pages = api.pages()
+@pytest.fixture(scope="module")
+def pages() -> dict[str, str]:
+    """Return the API pages."""
+    return api.pages()
+
+
+def test_every_public_name_has_an_entry_and_a_line_in_its_table(pages: dict[str, str]) -> None:
     text = "\n".join(pages.values())
     entries = re.findall(r"^\.\. auto\w+:: (\S+)$", text, re.MULTILINE)
     entries += [
@@ -161,8 +166,7 @@ def test_every_public_name_has_an_entry_and_a_line_in_its_table() -> None:
     assert {public.full_name for public in api.all_public_names()} == {*entries}
 
 
-def test_both_packages_point_at_each_other() -> None:
-    pages = api.pages()
+def test_both_packages_point_at_each_other(pages: dict[str, str]) -> None:
     for name in set(lsce_jax.__all__) & set(lsce_torch.__all__):
         if getattr(lsce_jax, name) is not getattr(lsce_torch, name):
             assert f"In PyTorch: :py:obj:`lsce_torch.{name}`" in pages[f"api/lsce_jax/{name}.rst"]

@@ -222,13 +222,21 @@ def _literal_comment(public: Public) -> str:
 
 def assignment(public: Public) -> tuple[Path, int]:
     """Return the file and line in which a constant gets its value."""
-    package = importlib.import_module(public.home.partition(".")[0])
-    for file in sorted(Path(inspect.getfile(package)).parent.glob("*.py")):
+    found = _assignments(public.home.partition(".")[0]).get(public.name)
+    if found is None:
+        raise ValueError(f"{public.full_name} has neither a docstring nor an assignment")
+    return found
+
+
+@functools.cache
+def _assignments(package: str) -> dict[str, tuple[Path, int]]:
+    """Return file and line of each assignment at the top of a package's modules, by name."""
+    found = {}
+    for file in sorted(Path(inspect.getfile(importlib.import_module(package))).parent.glob("*.py"), reverse=True):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-            if any(isinstance(target, ast.Name) and target.id == public.name for target in targets):
-                return file, node.lineno
-    raise ValueError(f"{public.full_name} has neither a docstring nor an assignment")
+            found |= {target.id: (file, node.lineno) for target in targets if isinstance(target, ast.Name)}
+    return found
 
 
 def path_of_source(file: Path) -> str:
