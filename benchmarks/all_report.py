@@ -109,7 +109,7 @@ def _time_table(session: dict[str, Any], part: dict[str, Any], measure: str, gro
             ratio = f"{records.ratio_of(timed.seconds, baseline.seconds).value:.2f}"
         mark = MARKS[timed.status] if timed.status else "?"
         cells.append((row["name"], mark, three_digits(1e3 * median(timed.seconds)), ratio, _share(timed), compiled))
-    cells += [(name, NEEDS_GPU, "", "", "", "") for name in needing_gpu([part])]
+    cells += [(name, "GPU", *[MISSING_CELL] * 3, "") for name in needing_gpu([part])]
     floor = records.floor_seconds(part, measure)
     if floor is not None:
         name = READ if measure == ALONE else READ_WRITE
@@ -190,7 +190,7 @@ def notes(parts: Sequence[dict[str, Any]]) -> list[str]:
     missing = {name: reason for part in parts for name, reason in part["missing"].items() if reason != NEEDS_GPU}
     found += [f"{name} is not here: {reason}" for name, reason in missing.items()]
     if gpu := needing_gpu(parts):
-        found.append(f"On a GPU, make bench-cuda has {', '.join(gpu)}.")
+        found.append(f"GPU: needs one, and make bench-cuda: {', '.join(gpu)}.")
     return list(dict.fromkeys(found))
 
 

@@ -183,7 +183,8 @@ def test_the_page():
     assert "- torch, 1024 x 32768 f32, loss and gradient: `timm` takes 0.80 (0.77-0.82) of the time of `lsce`" in page
     assert "- torch, dense, f32, memory: `timm` takes 100 MB, `lsce` 134 MB" in page
     assert "- torch, dense, f32, worst error of the gradient: `timm` is off by 1.00 ULP, `lsce` by 2.00" in page
-    assert "- Tokamax: pip cannot install it\n- torch: a is not here: why\n- torch: On a GPU" in page
+    assert "- Tokamax: pip cannot install it\n- torch: a is not here: why\n" in page
+    assert "\n- torch: GPU: needs one, and make bench-cuda: Liger." in page
     assert "| Liger | needs a GPU |" in page
     assert max(len(line) for line in page.splitlines() if not line.startswith(("|", "!["))) <= 120
 
