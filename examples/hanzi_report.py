@@ -513,7 +513,7 @@ def write(
             comparison_rows=comparison_rows(comparisons),
             steps=len(comparisons[0].verdict.difference),
             misread=runs[-1].loss,
-            confusions={test: frequent_confusions(runs[-1].jax.read_predictions(test), ERRORS) for test in tests},
+            confusions={test: frequent_confusions(runs[-1].jax.read_predictions(test), 12) for test in tests},
             images={name: base64_png(figure, dots_per_inch=90) for name, figure in figures.items()},
             versions=versions(*LIBRARIES),
         ),
