@@ -40,6 +40,9 @@ FEATURES = 256
 NORM_EPSILON = 2.0**-16
 NORM_SHARE = 2.0**-4  # of the last batch, in what is used for testing
 PEAK_LEARNING_RATE = 2.0**-9
+# Adam's first step is g / (|g| + epsilon). With an epsilon below the rounding of the gradients, rounding alone would
+# decide which way the weights go whose gradient is almost 0.
+EPSILON = 2.0**-16
 EVALUATION_BATCH_SIZE = 751  # 3755 = 5 x 751: one shape to compile
 
 Network = TypeVar("Network")

@@ -294,9 +294,10 @@ def draw_mosaic(rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str], inc
         labels: of the rows.
         inch: the side of a picture.
     """
-    columns = max(map(len, rows))
-    figure = Figure(figsize=(columns * inch + 2.6, len(rows) * inch + 0.2), layout="constrained")
-    axes = figure.subplots()
+    width, height = max(map(len, rows)) * inch, len(rows) * inch
+    margin = 0.2 + 0.08 * max(map(len, labels))
+    figure = Figure(figsize=(width + margin, height))
+    axes = figure.add_axes((margin / (width + margin), 0, width / (width + margin), 1))
     image = mosaic(rows)
     axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     axes.set_yticks((np.arange(len(rows)) + 0.5) * len(image) / len(rows), labels, fontsize=10)
@@ -312,7 +313,7 @@ def draw_hands(data: Data) -> Figure:
     hands = [*data.train.hands[:16], *held_out[:8]]
     rows = [[*undistorted(hand.fields[places_of(SHOWN, hand)])] for hand in hands]
     labels = [f"{hand.name}: {hand.style}{', held out' if hand.held_out else ''}" for hand in hands]
-    return draw_mosaic(rows, labels, 0.5)
+    return draw_mosaic(rows, labels, 0.58)
 
 
 def places_of(characters: str, hand: Hand) -> np.ndarray:
@@ -326,14 +327,14 @@ def places_of(characters: str, hand: Hand) -> np.ndarray:
 
 def draw_distortions(data: Data, options: Options) -> Figure:
     """Return a picture of one character in each row: as drawn, and as the passes over the hands see it."""
-    hands = data.train.hands[:8]
+    hands = data.train.hands[::2][:8]
     variants = range(min(8, count_variants(data, options)))
     rows = []
     for number, hand in enumerate(hands):
         place = (97 * number) % len(hand.labels)
         seen = [enlarged(data.train.pictures(hand, variant)[place]) for variant in variants]
         rows.append([enlarged(undistorted(hand.fields[place : place + 1])[0]), *seen])
-    return draw_mosaic(rows, [hand.name for hand in hands], 0.62)
+    return draw_mosaic(rows, [f"{hand.name}: {hand.style}" for hand in hands], 0.8)
 
 
 def enlarged(picture: np.ndarray, side: int = 96) -> np.ndarray:
@@ -512,7 +513,7 @@ def write(
             comparison_rows=comparison_rows(comparisons),
             steps=len(comparisons[0].verdict.difference),
             misread=runs[-1].loss,
-            confusions={test: frequent_confusions(runs[-1].jax.read_predictions(test), ERRORS) for test in tests},
+            confusions={test: frequent_confusions(runs[-1].jax.read_predictions(test), 12) for test in tests},
             images={name: base64_png(figure, dots_per_inch=90) for name, figure in figures.items()},
             versions=versions(*LIBRARIES),
         ),

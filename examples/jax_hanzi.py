@@ -32,6 +32,7 @@ from examples.common_jax import adam, set_weights
 from examples.digits_common import keep_losses
 from examples.hanzi_common import (
     CACHE,
+    EPSILON,
     FEATURES,
     LOSSES,
     NORM_EPSILON,
@@ -154,7 +155,7 @@ def make_loss(loss: str, smoothing: float, characters: int) -> LossFn:
 def make_transformation(steps: int) -> optax.GradientTransformation:
     """Return Adam with the learning rate of each step."""
     rates = jnp.asarray(learning_rates(steps))
-    return adam(lambda step: rates[step])
+    return adam(lambda step: rates[step], eps=EPSILON)
 
 
 def make_optimizer(network: Network, steps: int) -> Optimizer:

@@ -32,6 +32,7 @@ from examples.common_torch import adam, set_weights
 from examples.digits_common import keep_losses
 from examples.hanzi_common import (
     CACHE,
+    EPSILON,
     FEATURES,
     LOSSES,
     NORM_EPSILON,
@@ -165,7 +166,7 @@ def make_loss(loss: str, smoothing: float, characters: int) -> LossFn:
 
 def make_optimizer(network: Network, steps: int) -> Optimizer:
     """Return Adam, which `train_step` gives the learning rate of each step."""
-    return adam(network.parameters(), lr=float(learning_rates(steps)[0]))
+    return adam(network.parameters(), lr=float(learning_rates(steps)[0]), eps=EPSILON)
 
 
 def train_step(

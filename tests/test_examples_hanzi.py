@@ -375,8 +375,25 @@ def test_distortions(hands):
     ink = pictures.mean((1, 2)) / 255
     assert ink.std() > 0.02  # strokes of different width
     assert np.all((ink > 0.02) & (ink < 0.7))
-    middle = (pictures.astype(float) * np.arange(32)).sum((1, 2)) / pictures.sum((1, 2))
-    assert 0.2 < middle.std() < 3  # shifted, and not away
+
+
+def between(low, values, high):
+    return np.all((low < values) & (values < high))
+
+
+def test_grids_are_shifted_turned_scaled_and_bent():
+    grid = hanzi_images.bent_grid(400, np.random.default_rng(0)).astype(np.float64).reshape(800, -1)
+    plain = np.stack([np.ones((32, 32)), *np.meshgrid(*2 * [np.linspace(-1, 1, 32)], indexing="ij")]).reshape(3, -1)
+    fit, *_ = np.linalg.lstsq(plain.T, grid.T)
+    centre, down, across = fit.reshape(3, 400, 2).transpose(0, 2, 1)
+    assert between(1, centre.std(axis=1), 2)
+    assert np.all(np.abs(centre.mean(axis=1) - 23.5) < 0.2)
+    along, aslant = np.array([down[0], across[1]]), np.array([down[1], across[0]])
+    assert between(1, along.std(axis=1), 4)  # scaled
+    assert np.all(np.abs(along.mean(axis=1) - 24) < 1.5)
+    assert between(2, aslant.std(axis=1), 4)  # turned and sheared
+    bent = np.abs(grid - (plain.T @ fit).T).max(axis=1)
+    assert 0.3 < np.median(bent) < 2
 
 
 def test_a_row_is_the_picture_of_its_hand(hands, cache):
