@@ -28,7 +28,10 @@ Layer = tuple[Float[Array, "D K"], Float[Array, " K"] | None]
 
 
 class Classifier(Protocol):
-    """A network that ends in a linear layer."""
+    """A Flax module that ends in a linear layer."""
+
+    def eval(self) -> None:
+        """Make it ready for rows that are not trained on."""
 
     def features(self, inputs: Array) -> Float[Array, "... D"]:
         """Return the input of the last layer."""
@@ -134,6 +137,7 @@ def features_of(network: Classifier, inputs: Array) -> Float[Array, "... D"]:
 
 def look_at(network: Classifier, data: Data) -> Trained:
     """Return the features of all rows, in one dimension, and the last layer."""
+    network.eval()  # batch norms take what they have seen in training
 
     def features(part: Part) -> Part:
         found = [np.asarray(features_of(network, inputs)) for inputs in in_batches(part.inputs)]

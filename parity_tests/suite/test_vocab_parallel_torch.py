@@ -372,7 +372,10 @@ def test_dtensors_of_one_class(soft: bool) -> None:
 
 @pytest.mark.parametrize("layout", [
     pytest.param(LAYOUTS[1], marks=pytest.mark.slow),
-    pytest.param(LAYOUTS[2], marks=pytest.mark.distributed),
+    pytest.param(LAYOUTS[2], marks=[
+        pytest.mark.distributed,
+        pytest.mark.skipif(torch.__version__ < "2.10", reason="torch 2.9 places this gradient on every rank"),
+    ]),
 ])  # fmt: skip
 def test_compiled_dtensors(layout: Layout) -> None:
     loss = DTensorAdapter(layout, compiled=True)
