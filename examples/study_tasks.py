@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Int
 from rich.console import Console
 
 from examples import common_jax, hanzi_common, jax_hanzi, jax_lm, lm_common
-from examples.common import batch_rows, read_digits
+from examples.common import batch_rows, initial_weights, read_digits
 from examples.study_measures import fit_temperature, spread
 from lsce_jax import LossStats, linear_label_smoothed_cross_entropy, linear_label_smoothed_cross_entropy_with_stats
 from lsce_jax.metrics import Accuracy, CalibrationError, MeanNLL
@@ -278,7 +278,7 @@ def characters_task(sources: hanzi_common.Sources, console: Console, characters:
     return Task(
         title=f"{characters} characters in unseen fonts",
         data=data,
-        network=lambda seed: CharacterNetwork(characters, hanzi_common.initial_weights(seed)),
+        network=lambda seed: CharacterNetwork(characters, initial_weights(seed)),
         steps=steps,
         optimizer=jax_hanzi.make_transformation(steps),
         drawn=(2, 3, 13),  # 埃 and 挨 share their right half; 爱 is another character

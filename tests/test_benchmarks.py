@@ -439,6 +439,7 @@ def test_trained_logits_have_small_losses():
 # --- The pages ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_writing_a_page(monkeypatch, tmp_path):
     for page in set(PAGES.values()):
         blocks = [block for block in PAGES if PAGES[block] == page]

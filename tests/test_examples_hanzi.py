@@ -25,6 +25,7 @@ from flax import nnx
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.image import imread
+from rich.console import Console
 
 from examples import (
     hanzi_common,
@@ -32,6 +33,7 @@ from examples import (
     hanzi_images,
     hanzi_report,
     jax_hanzi,
+    study_tasks,
     torch_hanzi,
 )
 from examples.hanzi_fonts import FACES, Face, FetchedFace, FontsError, Typeface, level_one, read_manifest
@@ -543,6 +545,7 @@ def losses(output, loss="uniform"):
     return (output / loss / "losses.jsonl").read_text()
 
 
+@pytest.mark.slow
 @each_example
 def test_run(example, runs):
     folder, printed = runs
@@ -565,6 +568,7 @@ def test_run(example, runs):
     assert f"{result['metrics']['unseen fonts']['nll']:.4f}" in shown[0]
 
 
+@pytest.mark.slow
 @each_example
 def test_what_is_done_is_not_done_again(example, runs, fonts, cache, run_example, monkeypatch):
     folder, printed = runs
@@ -576,6 +580,7 @@ def test_what_is_done_is_not_done_again(example, runs, fonts, cache, run_example
     )
 
 
+@pytest.mark.slow
 @each_example
 def test_other_options_are_refused(example, runs, fonts, cache, run_example):
     folder = runs[0] / name(example)
@@ -710,6 +715,7 @@ def report(run_example, folder, fonts, cache, output, *more):
     )
 
 
+@pytest.mark.slow
 def test_report(runs, fonts, cache, run_example, tmp_path):
     result = report(run_example, runs[0], fonts, cache, tmp_path)
     assert result.exit_code == 0, (result.output, result.exception)
@@ -729,6 +735,7 @@ def test_report(runs, fonts, cache, run_example, tmp_path):
         assert 0.4 < imread(path)[..., :3].mean() < 0.99, path
 
 
+@pytest.mark.slow
 def test_a_wrong_loss_disagrees(runs, fonts, cache, run_example, tmp_path, monkeypatch):
     shutil.copytree(runs[0] / "jax_hanzi", tmp_path / "jax_hanzi")
     right = torch_hanzi.make_loss
@@ -741,6 +748,7 @@ def test_a_wrong_loss_disagrees(runs, fonts, cache, run_example, tmp_path, monke
     assert 'class="verdict disagree"' in (tmp_path / "page" / "hanzi.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_report_refuses_what_does_not_belong_together(runs, fonts, cache, run_example, tmp_path):
     folder = shutil.copytree(runs[0], tmp_path / "runs")
     file = folder / "torch_hanzi" / "linear" / "options.json"
@@ -772,8 +780,9 @@ def outcome(output, loss="uniform"):
     return losses(output, loss), (output / loss / "result.json").read_text(), arrays
 
 
+@pytest.mark.slow
 @each_example
-@pytest.mark.parametrize("loss", ["uniform", pytest.param("linear", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("loss", ["uniform", "linear"])
 def test_goes_on_as_if_nothing_had_happened(example, loss, runs, fonts, cache, run_example, tmp_path):
     def training_batch(data, options, step):
         if step == 7:
@@ -789,6 +798,7 @@ def test_goes_on_as_if_nothing_had_happened(example, loss, runs, fonts, cache, r
     assert outcome(tmp_path, loss) == outcome(runs[0] / name(example), loss)
 
 
+@pytest.mark.slow
 @each_example
 def test_a_wrong_resumption_shows(example, runs, fonts, cache, run_example, tmp_path, monkeypatch):
     shutil.copytree(runs[0] / name(example) / "uniform", tmp_path / "uniform")
@@ -840,3 +850,26 @@ def test_all_losses_agree(fonts, cache, run_example, tmp_path):
     result = report(run_example, tmp_path, fonts, cache, tmp_path / "page")
     assert result.exit_code == 0, (result.output, result.exception)
     assert result.stdout.splitlines()[-1].endswith("in 8 pairs, first 10 steps")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("optax_promotion")
+def test_characters_in_the_study_of_smoothing(fonts, cache, monkeypatch):
+    """The task of smoothing_study: unseen fonts are halved, and batch norms use what they have seen."""
+    monkeypatch.setattr(study_tasks, "CHARACTERS_BATCH_SIZE", 8)
+    sources = hanzi_common.Sources(fonts, None, False, cache)
+    task = study_tasks.characters_task(sources, Console(quiet=True), len(CHARACTERS), steps=12)
+    data = task.data(0)
+    assert (len(data.train.labels), len(data.calibration.labels), len(data.test.labels)) == (24, 6, 6)
+    assert {*data.calibration.labels, *data.test.labels} == {*range(12)}
+    trained = study_tasks.look_at(study_tasks.train(task, data, 0, "uniform", 0.1), data)
+    measures = study_tasks.measure(task, trained)
+    assert all(np.isfinite(list(measures.values())))
+    weight, bias = map(np.asarray, trained.layer)
+    right = np.argmax(trained.test.inputs @ weight + bias, axis=-1) == data.test.labels
+    assert measures["accuracy"] == pytest.approx(right.mean(), rel=1e-6)
+    # One picture alone has the features that it has among others: batch norms use what they have seen.
+    alone = study_tasks.Part(data.test.inputs[:1], data.test.labels[:1])
+    network = study_tasks.train(task, data, 0, "uniform", 0.1)
+    again = study_tasks.look_at(network, data._replace(test=alone))
+    np.testing.assert_allclose(again.test.inputs[0], trained.test.inputs[0], rtol=1e-3, atol=1e-3)

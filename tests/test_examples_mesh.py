@@ -66,6 +66,7 @@ def test_meshes_that_do_not_divide(mesh, sizes, what):
     lm_common.check_mesh(OPTIONS._replace(mesh=lm_common.Mesh(4, 4)))
 
 
+@pytest.mark.slow
 @each_framework
 def test_checkpoints_that_do_not_fit(framework, run_example, tmp_path, monkeypatch):
     """Each is an error, and no checkpoint is lost."""
