@@ -34,7 +34,7 @@ DRAWN = (NONE, USUAL)
 
 
 class Measure(NamedTuple):
-    """What was measured: its name for people, its decimals, and whether more of it is better, or None."""
+    """How a measure is shown. `more_is_better` is None for measures that are neither good nor bad."""
 
     title: str
     decimals: int
@@ -213,7 +213,7 @@ class DrawnTask(Protocol):
 
     @property
     def title(self) -> str:
-        """Its name for people."""
+        """The title in tables and plots."""
 
     @property
     def clustered(self) -> bool:

@@ -67,7 +67,7 @@ class Task(NamedTuple):
     """What to learn.
 
     Args:
-        title: for people.
+        title: in tables and plots.
         data: takes a seed.
         network: takes a seed.
         steps: of a training.
