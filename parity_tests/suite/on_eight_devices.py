@@ -663,8 +663,8 @@ def test_derivatives_of_what_all_rows_share(layer: str | None) -> None:
 def test_sums_of_a_layer_have_the_gradient_of_all_devices() -> None:
     """Of the weight, which all devices share, where the sums themselves are called: no caller has made it differ."""
     random = np.random.default_rng(4)
-    hidden, weight = (jnp.asarray(random.normal(size=size), jnp.float32) for size in ((16, 2, 3), (3, 5)))
-    labels = jnp.arange(32, dtype=jnp.int32).reshape(16, 2) % 5
+    hidden, weight = (random.normal(size=size) for size in ((16, 2, 3), (3, 5)))
+    labels = np.arange(32, dtype=np.int32).reshape(16, 2) % 5
 
     def total(weight: jax.Array, hidden: jax.Array, labels: jax.Array) -> jax.Array:
         operands = LayerOperands(hidden, weight, None, labels, *[None] * 5, False, False, False, False)
@@ -677,8 +677,9 @@ def test_sums_of_a_layer_have_the_gradient_of_all_devices() -> None:
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     specs = (jax.P(), jax.P("data"), jax.P("data"))
     divided_rows = jax.shard_map(on_mesh, mesh=mesh, in_specs=specs, out_specs=jax.P())
-    ours, theirs = (jax.jit(jax.grad(loss))(weight, hidden, labels) for loss in (divided_rows, total))
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    with jax.enable_x64(True):
+        ours, theirs = (jax.jit(jax.grad(loss))(weight, hidden, labels) for loss in (divided_rows, total))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-13)
 
 
 def test_axes_of_rows() -> None:
