@@ -420,7 +420,7 @@ def progress_bar(console: Console) -> Progress:
 
 
 def describe_data(data: Data, options: Options) -> str:
-    """Return what there is to train and to test on, in a sentence."""
+    """Return a sentence that says how many pictures there are to train on, and how many to test on."""
     tests = ", ".join(f"{len(samples)} of {len(samples.hands)} {name}" for name, samples in data.tests.items())
     return (
         f"{options.characters} characters: {len(data.train)} of {len(data.train.hands)} hands to train on, {tests} to "

@@ -1,4 +1,4 @@
-"""Does label smoothing help? Three tasks, several strengths and conventions, several seeds, and what can be said.
+"""Does label smoothing help? Four tasks, several strengths, conventions and seeds, and what their differences show.
 
     make fonts && .venv/bin/python -m examples.smoothing_study
 

@@ -68,7 +68,10 @@ class Convention:
 
 
 def _at_most(value: Number, high: Number) -> Number:
-    return min(value, high) if _is_scalar(value) else value.clip(max=high)
+    if _is_scalar(value):
+        # Not `min`, which torch 2.9 compiles for symbolic numbers into a condition that never holds.
+        return high if high < value else value
+    return value.clip(max=high)
 
 
 def _clip(value: Number, low: Number, high: Number) -> Number:
