@@ -169,7 +169,7 @@ def import_table(record: Record) -> Table:
 
 
 def lost_lists(record: Record) -> Iterator[tuple[str, list[str]]]:
-    """Yield the lists of what others do better than ours, each with a title. First the losses that smooth, as ours do."""
+    """Yield lists of what others do better than ours, with titles. Losses that smooth, as ours do, come first."""
     found = list(records.lost(record))
     yield "Losses with smoothing, in every round", [str(each) for each in found if each.smoothed]
     yield "Losses without smoothing, which do less, in every round", [str(each) for each in found if not each.smoothed]
