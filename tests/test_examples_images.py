@@ -54,6 +54,7 @@ def refusal(run_example):
     return refuse
 
 
+@pytest.mark.slow
 def test_run_with_other_options(copied, refusal, run_example, monkeypatch):
     example, folder = copied
     first = (folder / "losses.jsonl").read_text()

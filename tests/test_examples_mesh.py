@@ -148,6 +148,7 @@ def killed_after(process, checkpoints):
     process.stderr.close()
 
 
+@pytest.mark.slow
 def test_two_devices_of_this_process():
     """JAX has two here. Both divide the table, and the losses are those of one."""
     with pytest.MonkeyPatch.context() as patch:

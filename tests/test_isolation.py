@@ -12,6 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
+JAX_NAMES = ("jax", "jaxlib", "flax", "optax")
+
 # Forbids the import of a module as if it were not installed.
 BLOCK = """
 import sys
@@ -47,6 +49,7 @@ import sys
 for name in {forbidden!r}:
     assert name not in sys.modules, f"{{name}} was loaded"
 """
+NOT_TORCH, NOT_JAX = ("torch", "torchmetrics", "lsce_torch"), (*JAX_NAMES, "lsce_jax")
 
 # transformers is no requirement; its Trainer calls the functions of lsce_torch.trainers.
 USE_TRAINERS = """
@@ -55,26 +58,27 @@ from lsce_torch.trainers import causal_lm_loss
 assert causal_lm_loss()({"logits": torch.zeros(1, 3, 4)}, torch.tensor([[0, 1, 2]])) > 1
 """
 
-JAX_NAMES = ("jax", "jaxlib", "flax", "optax")
-
 
 def run(*parts: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", "".join(parts)], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize(("use", "forbidden"), [
-    ("import lsce_jax", ("torch", "lsce_torch")),
-    ("import lsce_torch", (*JAX_NAMES, "lsce_jax")),
-    ("import lsce_spec", ("torch", *JAX_NAMES, "numpy", "lsce_jax", "lsce_torch")),
-    ("import parity_tests.__main__", ("torch", *JAX_NAMES)),
-    ("import parity_tests.plugin", ("torch", *JAX_NAMES, "numpy", "lsce_jax", "lsce_torch")),
-    (USE_JAX, ("torch", "lsce_torch")),
-    (USE_TORCH, (*JAX_NAMES, "lsce_jax", "torchmetrics")),
-    ("import lsce_jax.metrics", ("torch", "torchmetrics", "lsce_torch")),
-    ("import lsce_torch.metrics", (*JAX_NAMES, "lsce_jax")),
-])  # fmt: skip
-def test_other_framework_stays_unloaded(use: str, forbidden: tuple[str, ...]) -> None:
-    outcome = run(use, LOADED.format(forbidden=forbidden))
+@pytest.mark.parametrize("steps", [
+    # What a later step of a process may load, an earlier one may not.
+    [("import lsce_jax", NOT_TORCH), (USE_JAX, NOT_TORCH), ("import lsce_jax.metrics", NOT_TORCH)],
+    [
+        ("import lsce_torch", (*NOT_JAX, "torchmetrics")),
+        (USE_TORCH, (*NOT_JAX, "torchmetrics")),
+        ("import lsce_torch.metrics", NOT_JAX),
+    ],
+    [
+        ("import lsce_spec", (*NOT_JAX, *NOT_TORCH, "numpy")),
+        ("import parity_tests.plugin", (*NOT_JAX, *NOT_TORCH, "numpy")),
+        ("import parity_tests.__main__", ("torch", *JAX_NAMES)),
+    ],
+], ids=["jax", "torch", "neither"])  # fmt: skip
+def test_other_framework_stays_unloaded(steps: list[tuple[str, tuple[str, ...]]]) -> None:
+    outcome = run(*(f"{use}\n{LOADED.format(forbidden=forbidden)}" for use, forbidden in steps))
     assert outcome.returncode == 0, outcome.stderr
 
 

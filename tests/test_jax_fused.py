@@ -6,6 +6,7 @@ The parity tests hold its values against the truth. These tests hold them agains
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from typing import Any
 
 import jax
@@ -190,7 +191,10 @@ def test_hessian() -> None:
         assert np.all(np.abs(jax.jit(hessian(lambda z: fused_loss(z, 2)))(LOGITS[0]) - exact) < 1e-15)
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIONS if not {"smoothing", "where"} & OPTIONS[name].keys()])
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[] if name in ("plain", "capped", "max_sup") else [pytest.mark.slow])
+    for name in OPTIONS if not {"smoothing", "where"} & OPTIONS[name].keys()
+])  # fmt: skip
 def test_vmap_is_the_batch(name: str, small_blocks: None) -> None:
     """Bit for bit, since the rule of vmap turns the new dimension into rows."""
     options = {**OPTIONS[name], "reduction": "none"}
@@ -230,8 +234,10 @@ def test_vmap_over_class_vectors() -> None:
     assert_close((np.asarray(losses),), (np.asarray(expected),))
 
 
-@pytest.mark.parametrize("num_rows", [1, 3, 4, 5, 8, 9])
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize(("num_rows", "dtype"), [
+    pytest.param(*each, marks=[] if each in {(1, "float32"), (8, "float64"), (9, "bfloat16")} else [pytest.mark.slow])
+    for each in product([1, 3, 4, 5, 8, 9], ["float64", "float32", "bfloat16"])
+])  # fmt: skip
 def test_blocks_do_not_matter(num_rows: int, dtype: str) -> None:
     """Numbers of rows that are not a multiple of the block, rows larger than a block, two dimensions of rows."""
     generator = np.random.default_rng(num_rows)
@@ -263,9 +269,14 @@ def rows_of_every_kind(num_classes: int, dtype: str) -> tuple[Any, Any]:
     return logits.astype(dtype), labels
 
 
-# Each way of cpu.py, its edges, and numbers of classes that no group divides.
-@pytest.mark.parametrize("num_classes", [2, 16, 17, 64, 65, 127, 128, 131, 200, 1009, 1024])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+# Each way of cpu.py, its edges, and numbers of classes that no group divides. JAX compiles each for a second.
+OF_EVERY_WAY = {(2, "float32"), (17, "float32"), (65, "float32"), (131, "float64"), (1009, "float32")}
+
+
+@pytest.mark.parametrize(("num_classes", "dtype"), [
+    pytest.param(*each, marks=[] if each in OF_EVERY_WAY else [pytest.mark.slow])
+    for each in product([2, 16, 17, 64, 65, 127, 128, 131, 200, 1009, 1024], ["float32", "float64"])
+])  # fmt: skip
 @pytest.mark.parametrize("kinds", ["every kind", "random alone"])
 @pytest.mark.parametrize("few", [False, True], ids=["many", "few"])
 def test_ways_of_the_cpu(few: bool, kinds: str, dtype: str, num_classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -453,8 +464,10 @@ def test_exported_with_any_number_of_rows() -> None:
     assert_close((np.asarray(losses),), (np.asarray(fused_loss(LOGITS.astype(np.float32), LABELS)),), 2.0**-23)
 
 
-@pytest.mark.parametrize("name", ["plain", "capped", "where", "entropy", "max_sup"])
-@pytest.mark.parametrize("implementation", ["fused", "reference"])
+@pytest.mark.parametrize(("implementation", "name"), [
+    pytest.param(*each, marks=[] if each in {("fused", "plain"), ("reference", "capped")} else [pytest.mark.slow])
+    for each in product(["fused", "reference"], ["plain", "capped", "where", "entropy", "max_sup"])
+])  # fmt: skip
 def test_exported_with_any_number_of_classes(implementation: str, name: str) -> None:
     """One class too, from which no convention takes anything."""
     options = {"smoothing": 0.1, "reduction": "mean"} | OPTIONS[name] | {"class_weight": None, "class_mask": None}

@@ -411,7 +411,9 @@ def test_rows_of_an_explicit_mesh() -> None:
             assert_close((np.asarray(one),), (np.asarray(other),))
 
 
-@pytest.mark.parametrize("name", ["where", "where_none", "everything", "recompute"])
+@pytest.mark.parametrize(
+    "name", ["everything", *(pytest.param(n, marks=pytest.mark.slow) for n in ("where", "where_none", "recompute"))]
+)
 def test_rows_that_count_come_first_on_one_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a single device chunks without a row that counts are skipped. The tests have several, so they patch that."""
     monkeypatch.setattr(jax, "device_count", lambda: 1)

@@ -411,8 +411,12 @@ def update_all(metrics: nnx.MultiMetric, logits: Any, labels: Any) -> None:
     metrics.update(stats=stats, logits=logits, labels=labels)
 
 
-@pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
-@pytest.mark.parametrize("spec", [PartitionSpec("data"), PartitionSpec(None, "data")], ids=["rows", "classes"])
+@pytest.mark.parametrize(("axis_type", "spec"), [
+    (jax.sharding.AxisType.Auto, PartitionSpec("data")),
+    (jax.sharding.AxisType.Explicit, PartitionSpec(None, "data")),
+    pytest.param(jax.sharding.AxisType.Auto, PartitionSpec(None, "data"), marks=pytest.mark.slow),
+    pytest.param(jax.sharding.AxisType.Explicit, PartitionSpec("data"), marks=pytest.mark.slow),
+])  # fmt: skip
 def test_compiled_and_sharded(axis_type: Any, spec: PartitionSpec) -> None:
     """Within `nnx.jit` in one `MultiMetric`, the rows or the classes divided over two devices."""
     rows, metrics = make_rows(FRAMEWORKS["jax"], 512), all_metrics()

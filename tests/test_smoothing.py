@@ -174,6 +174,7 @@ def test_infinite_logits() -> None:
         assert np.asarray(add(*map(np.float32, numbers), smoothing=0.1))[0] == np.inf
 
 
+@pytest.mark.slow
 def test_narrow_gradients_of_equal_labels_are_added_up_in_float32() -> None:
     """In bfloat16 1 + 2^-9 is 1: of 257 rows of one label all but one would be lost."""
     num_rows = 257

@@ -145,6 +145,7 @@ def run(*options):
     return result.output
 
 
+@pytest.mark.slow
 def test_a_study_that_was_stopped_goes_on(few, tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- examples.smoothing_study: begin -->\n<!-- examples.smoothing_study: end -->\nafter\n")

@@ -226,11 +226,11 @@ def all_tokens_counted(outputs: Any, labels: Tensor, num_items_in_batch: Any = N
     "wrong",
     [
         mean_of_means,
-        sum_of_means,
-        all_tokens_counted,
-        unshifted_loss(smoothing=SMOOTHING),
         causal_lm_loss(smoothing=SMOOTHING + 1e-4),
-        causal_lm_loss(smoothing=SMOOTHING, convention="non_target"),
+        pytest.param(sum_of_means, marks=pytest.mark.slow),
+        pytest.param(all_tokens_counted, marks=pytest.mark.slow),
+        pytest.param(unshifted_loss(smoothing=SMOOTHING), marks=pytest.mark.slow),
+        pytest.param(causal_lm_loss(smoothing=SMOOTHING, convention="non_target"), marks=pytest.mark.slow),
     ],
 )
 def test_wrong_losses_are_rejected(tmp_path: Path, wrong: Any) -> None:
@@ -516,6 +516,7 @@ assert 0.59 < after < 1.2 < 2.5 < before, (before, after)  # at its best it is t
 """
 
 
+@pytest.mark.slow
 def test_script(tmp_path: Path) -> None:
     environment = {
         **os.environ,

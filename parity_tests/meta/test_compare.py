@@ -178,8 +178,8 @@ def compare(*arguments: str) -> CommandResult:
 
 @pytest.mark.parametrize("first", [
     ["torch:torch.nn:CrossEntropyLoss", "--a", "label_smoothing=0.1"],
-    ["torch:torch.nn.functional:cross_entropy", "--a", "label_smoothing=0.1"],
-    ["torch:lsce_torch:label_smoothed_cross_entropy"],
+    pytest.param(["torch:torch.nn.functional:cross_entropy", "--a", "label_smoothing=0.1"], marks=pytest.mark.slow),
+    pytest.param(["torch:lsce_torch:label_smoothed_cross_entropy"], marks=pytest.mark.slow),
     ["jax:brought_losses:jax_rows"],
     ["jax-fused"],
     ["oracle"],
@@ -231,7 +231,10 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in ("non_target", "detached") else [pytest.mark.slow]) for name in WRONG],
+)
 def test_a_wrong_loss_is_named(name: str) -> None:
     outcome = compare(f"torch:brought_losses:{name}", "jax:brought_losses:jax_uniform", "--convention", "uniform")
     assert outcome.exit_code == 1, outcome.output
@@ -306,6 +309,7 @@ def test_which_part_differs() -> None:
     assert "gradients: DIFFERENT" in detached
 
 
+@pytest.mark.slow
 def test_a_denominator_that_counts_ignored_rows_is_named() -> None:
     options = ["--ignore-index", "-100"]
     right = compare("torch:torch.nn:CrossEntropyLoss", "torch-fused", "--a", "label_smoothing=0.1", *options)
@@ -363,7 +367,7 @@ def test_nan_agrees_with_nothing(tmp_path: Path) -> None:
             assert finding in text
 
 
-@pytest.mark.parametrize("second", ["oracle", "jax:brought_losses:jax_uniform"])
+@pytest.mark.parametrize("second", ["oracle", pytest.param("jax:brought_losses:jax_uniform", marks=pytest.mark.slow)])
 def test_a_random_loss_gets_no_verdict(second: str, tmp_path: Path) -> None:
     outcome = compare("torch:brought_losses:dropped", second, "--json", str(tmp_path / "found.json"))
     assert outcome.exit_code == 2, outcome.output
@@ -390,6 +394,7 @@ def test_losses_that_are_not_known_are_held_against_each_other_by_their_size() -
     assert compare(*pair, "--b", "c=1.0001e-5").exit_code == 1
 
 
+@pytest.mark.slow
 def test_what_was_chosen_is_right() -> None:
     pair = ("torch:brought_losses:summed", "torch:brought_losses:summed")
     assert compare(*pair).exit_code == 0

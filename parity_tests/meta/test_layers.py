@@ -310,6 +310,7 @@ def torch_images(train: bool = False) -> TorchModel:
     return TorchModel(TorchImages().train(train), torch.tensor(images().transpose(0, 3, 1, 2)))
 
 
+@pytest.mark.slow
 def test_images_have_channels_last_and_first() -> None:
     """The outputs of the convolution, 5 x 4 with 4 channels, fit in two ways; their kinds tell which."""
     one = jax_images()

@@ -125,7 +125,7 @@ def test_right_in_float32(name: str, case: str) -> None:
     assert outcome.status == "agree", (outcome.reason, str(outcome.comparison))
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * ("keras" in name)) for name in PLAIN])
 def test_wrong_logits_are_found(name: str) -> None:
     """The check above is no formality: logits that are a thousandth too large are found, in each peer."""
     case, expected = make_case(PLAIN[name][0], "float32"), truth(PLAIN[name][0], "float32")

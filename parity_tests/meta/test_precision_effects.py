@@ -67,7 +67,11 @@ def test_a_bfloat16_pass_explains_what_it_changes(compare, tmp_path: Path) -> No
         assert changes["matrix products"][part] > 3 * changes["exp, log, log1p, tanh, quotients"][part]
 
 
-@pytest.mark.parametrize(("second", "device"), [("layer", "cpu"), ("layer", "gpu-h100"), ("smoothed_more", "tpu-v5e")])
+@pytest.mark.parametrize(("second", "device"), [
+    pytest.param("layer", "cpu", marks=pytest.mark.slow),
+    pytest.param("layer", "gpu-h100", marks=pytest.mark.slow),
+    ("smoothed_more", "tpu-v5e"),
+])  # fmt: skip
 def test_a_fault_and_a_more_accurate_device_do_not(compare, second: str, device: str) -> None:  # type: ignore[no-untyped-def]
     found = compare(f"torch:layers_of_a_user:{second}", device)
     assert f"NOT EXPLAINED by the arithmetic of {device}" in found.output

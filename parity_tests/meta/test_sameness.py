@@ -324,7 +324,7 @@ def is_plain(case: Case) -> bool:
 
 
 @pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[pytest.mark.slow] * (name not in ("asymmetric", "gap_of_sums"))) for name in CANCEL
+    pytest.param(name, marks=[pytest.mark.slow] * (name != "asymmetric")) for name in CANCEL
 ])  # fmt: skip
 @pytest.mark.usefixtures("_as_users_set_jax")
 def test_ports_that_round_otherwise_in_the_middle_agree(name: str) -> None:

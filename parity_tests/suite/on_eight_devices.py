@@ -24,24 +24,17 @@ from lsce_jax.layer_sums import layer_sums
 from parity_tests.losses.adapters import JaxAdapter, operands_of
 from parity_tests.losses.rows_divided import as_mean, over_devices
 from parity_tests.losses.sharded import AXIS, ShardedAdapter, divided, on_shards
+from parity_tests.suite.chosen import CHOSEN, EDGES
 from parity_tests.suite.jax_results import STATISTICS_DTYPES
 from parity_tests.suite.test_stats import assert_statistics
 from parity_tests.truth.bounds import error_bound
-from parity_tests.truth.cases import Case, LinearCase, case_names, features, make_case, random_case
+from parity_tests.truth.cases import Case, LinearCase, case_names, make_case, random_case
 from parity_tests.truth.comparison import Comparison, against_oracle
 from parity_tests.truth.linear_cases import linear_case_names, make_linear_case
 from parity_tests.truth.oracle import solve
 from parity_tests.truth.precision import DTYPES
 
 DEVICES = 8
-FEATURES = {name: features(make_case(name, "float32")) for name in case_names()}
-# The first case with each option.
-QUICK = {
-    next(name for name in FEATURES if option in FEATURES[name]) for option in frozenset().union(*FEATURES.values())
-}
-# More: fewer classes than devices, -inf, large logits, small losses, labels and ties on several devices.
-QUICK |= {"classes_2", "classes_129", "minus_infinity", "minus_infinity_unsmoothed", "large_offset", "dominant"}
-QUICK |= {"ties", "all_ignored", "no_rows", "class_mask_of_rows_soft"}
 EVERY_OPTION = ("everything", "class_mask_max_sup", "bad_labels", "soft_clamp", "axis_in_the_middle")
 OF_LAYERS = ("linear_everything", "linear_class_mask_of_rows", "linear_many_chunks", "linear_max_sup", "linear_no_rows")
 NARROW_PRODUCTS = frozenset({"products", "products of rows"})
@@ -77,7 +70,7 @@ def cases(names: Iterable[str], is_quick: Callable[[str, int, str], bool], dtype
     """Return a decorator for tests of cases, numbers of devices and dtypes. Those that are not quick are marked."""
     marked = []
     for name, number, dtype in product(names, (DEVICES, 3), dtypes):
-        is_one_of_some = (number, dtype) in IN_SOME_CASES and name in {*QUICK, *EVERY_OPTION, *OF_LAYERS}
+        is_one_of_some = (number, dtype) in IN_SOME_CASES and name in {*CHOSEN, *EVERY_OPTION, *OF_LAYERS}
         quick = is_quick(name, number, dtype)
         if quick or is_one_of_some or (number, dtype) in IN_EVERY_CASE:
             marked.append(pytest.param(name, number, dtype, marks=[] if quick else [pytest.mark.distributed]))
@@ -87,7 +80,7 @@ def cases(names: Iterable[str], is_quick: Callable[[str, int, str], bool], dtype
 def is_quick(name: str, num_devices: int, dtype: str) -> bool:
     if num_devices != DEVICES:
         return name in EVERY_OPTION[:2] and dtype == "float32"
-    return name in (QUICK if dtype == "float32" else EVERY_OPTION[:2]) and dtype != "float16"
+    return name in {"float32": {*EVERY_OPTION, *EDGES}, "bfloat16": EVERY_OPTION[:2]}.get(dtype, ())
 
 
 @cases(case_names(), is_quick, DTYPES)

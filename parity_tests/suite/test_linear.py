@@ -8,6 +8,7 @@ loss, with the same oracle and bounds. The cases of `linear_cases` have layers o
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
+from itertools import product
 from typing import Any
 
 import jax.numpy as jnp
@@ -190,9 +191,16 @@ ADAPTERS: dict[str, Adapter] = {
     "torch recompute": TorchAdapter(torch_again, linear=True, narrow=TORCH_NARROW["chunked"]),
     "torch dense": TorchAdapter(torch_dense, linear=True, narrow=TORCH_NARROW["reference"]),
 }
-# JAX compiles each for most of a second.
-JAX_LINEAR_CASES = [(name, dtype) for dtype in ("float32", "bfloat16") for name in linear_case_names()]
-JAX_LINEAR_CASES += [(name, dtype) for dtype in ("float64", "float16") for name in (*SOME, "linear_no_rows")]
+# JAX compiles each for most of a second. The dtypes differ by their precision only: most of one are slow tests.
+JAX_LINEAR_CASES = [
+    *product(linear_case_names(), ["float32"]),
+    *product([*SOME, "linear_no_rows"], ["bfloat16", "float64", "float16"]),
+    *(
+        pytest.param(name, "bfloat16", marks=pytest.mark.slow)
+        for name in linear_case_names()
+        if name not in {*SOME, "linear_no_rows"}
+    ),
+]
 FEW = [(f"linear_{name}", dtype) for dtype in ("float32", "bfloat16") for name in ("master_weight_mean", "everything")]
 # In a dense layer 0 times what a row holds that does not count reaches the weight.
 HOLDS_NAN = ("linear_where_none", "linear_where_mean", "linear_everything")

@@ -22,19 +22,20 @@ from parity_tests.losses.registry import make_adapter
 from parity_tests.plugin import Recorder
 from parity_tests.studies.verdicts import examine
 from parity_tests.suite import jax_results
+from parity_tests.suite.chosen import CHOSEN, EVERY_OPTION
 from parity_tests.truth.cases import case_names, make_case
 from parity_tests.truth.comparison import AnyResult, against_each_other, against_oracle
 from parity_tests.truth.oracle import Truth, solve
 from parity_tests.truth.precision import DTYPES
 
 ADAPTERS = [f"{framework}-{implementation}" for framework in ("jax", "torch") for implementation in IMPLEMENTATIONS]
-EVERY_OPTION = ["everything", "class_mask", "bad_labels", "soft_clamp", "axis_in_the_middle"]
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 each_case = pytest.mark.parametrize("name", case_names())
-# JAX compiles each case. Float64 and float16 differ from the others by their precision only: most are slow tests.
+# JAX compiles each case. The other dtypes differ from float32 by their precision only: most are slow tests.
+QUICK = {"float32": case_names(), "bfloat16": CHOSEN, "float64": EVERY_OPTION, "float16": EVERY_OPTION}
 each_dtype_of_each_case = pytest.mark.parametrize(("name", "dtype"), [
-    pytest.param(name, dtype, marks=[pytest.mark.slow] * (dtype in ("float64", "float16") and name not in EVERY_OPTION))
+    pytest.param(name, dtype, marks=[] if name in QUICK[dtype] else [pytest.mark.slow])
     for name, dtype in product(case_names(), DTYPES)
 ])  # fmt: skip
 each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -122,11 +123,10 @@ def compiled_anew() -> Iterator[None]:
     row_sums.clear_cache()
 
 
-@pytest.mark.parametrize("name", list(filter(is_plain, case_names())))
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "way", ["groups", *(pytest.param(way, marks=pytest.mark.slow) for way in JAX_WAYS if way != "groups")]
-)
+@pytest.mark.parametrize(("way", "dtype", "name"), [
+    pytest.param(*each, marks=[] if each[:2] == ("groups", "float32") and each[2] in CHOSEN else [pytest.mark.slow])
+    for each in product(JAX_WAYS, ["float32", "bfloat16"], filter(is_plain, case_names()))
+])  # fmt: skip
 @pytest.mark.usefixtures("compiled_anew")
 def test_every_way_of_jax(way: str, dtype: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_FEW_LOGITS", 0)
@@ -151,9 +151,11 @@ def test_jax_against_torch(implementation: str, name: str, dtype: str, parity_le
 
 
 # Without jit every operation rounds to memory; with it XLA fuses. Both must hold, on cases that use every option.
-@each_dtype
 @each_implementation
-@pytest.mark.parametrize("name", EVERY_OPTION)
+@pytest.mark.parametrize(("name", "dtype"), [
+    pytest.param(*each, marks=[] if "everything" in each or "float32" in each else [pytest.mark.slow])
+    for each in product(EVERY_OPTION, DTYPES)
+])  # fmt: skip
 def test_jax_eager(name: str, implementation: str, dtype: str, parity_ledger: Recorder) -> None:
     parity_ledger.record(f"jax-{implementation}-eager", "cpu", dtype, "executed")
     case, eager = make_case(name, dtype), adapter(f"jax-{implementation}-eager", "cpu")
@@ -225,9 +227,8 @@ def check_every_case(framework: str, device: str, dtype: str, parity_ledger: Rec
     card = find_device(framework.partition("-")[0], device)
     parity_ledger.record(framework, device, dtype, "executed", card)
     wrong, arithmetic = {}, adapter(framework, device).arithmetic
-    # On the CPU test_against_oracle has all cases, most of these two dtypes as slow tests.
-    names = EVERY_OPTION if device == "cpu" and dtype in ("float64", "float16") else case_names()
-    for name in names:
+    # On the CPU test_against_oracle has all cases, most of the other dtypes as slow tests.
+    for name in QUICK[dtype] if device == "cpu" else case_names():
         outcome = result(framework, name, dtype, device)
         comparison = against_oracle(make_case(name, dtype), truth(name, dtype), outcome, arithmetic)
         if not comparison.agrees:

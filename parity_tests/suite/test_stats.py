@@ -5,6 +5,7 @@ oracle and the bounds of the loss serve for them too.
 """
 
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import lsce_jax
 import lsce_torch
 from lsce_spec import IMPLEMENTATIONS
 from parity_tests.losses.adapters import JaxAdapter, TorchAdapter, operands_of, to_torch
+from parity_tests.suite.chosen import CHOSEN
 from parity_tests.suite.jax_results import STATISTICS_DTYPES, Statistics, statistics_of
 from parity_tests.suite.jax_results import statistics as jax_statistics
 from parity_tests.truth.arithmetic import Arithmetic
@@ -38,10 +40,13 @@ def torch_statistics(implementation: str, case: Case) -> Statistics:
     return loss.numpy(), {name: value.numpy().reshape(-1) for name, value in stats._asdict().items()}
 
 
-@pytest.mark.parametrize("dtype", STATISTICS_DTYPES)
+# JAX has compiled the same for the tests of the losses (jax_results.py). As there, most in bfloat16 are slow tests.
+@pytest.mark.parametrize(("name", "dtype"), [
+    pytest.param(name, dtype, marks=[] if dtype == "float32" or name in CHOSEN else [pytest.mark.slow])
+    for name, dtype in product(case_names(), STATISTICS_DTYPES) if name != "wide"
+])  # fmt: skip
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("framework", ["jax", "torch"])
-@pytest.mark.parametrize("name", [name for name in case_names() if name != "wide"])
 def test_statistics(name: str, framework: str, implementation: str, dtype: str) -> None:
     case = make_case(name, dtype)
     loss, stats = (
