@@ -176,8 +176,8 @@ $(VENV)/installed-docs: $(VENV)/installed
 	$(BIN)/$(PIP) --editable '.[all,docs]' $(addprefix --constraint ,$(CONSTRAINTS))
 	touch $@
 
-# Into dist/, the wheel from the sdist. Then each extra alone, in an environment of its own: up to 2 GB at a time, where
-# torch is the one for CPUs, and 8 minutes on two cores. EXTRAS="--extra jax --extra torch" checks these only.
+# Into dist/, the wheel from the sdist. Then each extra alone, in an environment of its own: up to 7 GB at a time where
+# torch is the one for CUDA, 2 GB where it is the one for CPUs. EXTRAS="--extra jax --extra torch" checks these only.
 wheel: install
 	rm -rf dist
 	$(BIN)/python -m build

@@ -86,7 +86,8 @@ def vocab_parallel_label_smoothed_cross_entropy(
         >>> from functools import partial
         >>> import jax, jax.numpy as jnp
         >>> mesh = jax.make_mesh((jax.device_count(),), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
-        >>> @partial(jax.shard_map, mesh=mesh, in_specs=(jax.P(None, "model"), jax.P()), out_specs=jax.P())
+        >>> @jax.jit
+        ... @partial(jax.shard_map, mesh=mesh, in_specs=(jax.P(None, "model"), jax.P()), out_specs=jax.P())
         ... def mean_loss(local_logits, labels):
         ...     return vocab_parallel_label_smoothed_cross_entropy(
         ...         local_logits, labels, axis_name="model", reduction="mean"
@@ -135,7 +136,7 @@ def vocab_parallel_label_smoothed_cross_entropy_with_stats(
         ...     return vocab_parallel_label_smoothed_cross_entropy_with_stats(
         ...         local_logits, jnp.array([3]), axis_name="model"
         ...     )
-        >>> _, stats = jax.vmap(with_stats, axis_name="model")(jnp.array([[[0.0, 1.0]], [[2.0, 5.0]]]))
+        >>> _, stats = jax.jit(jax.vmap(with_stats, axis_name="model"))(jnp.array([[[0.0, 1.0]], [[2.0, 5.0]]]))
         >>> stats.prediction.tolist(), f"{stats.nll[0, 0]:.4f}"
         ([[3], [3]], '0.0722')
     """
@@ -189,7 +190,8 @@ def vocab_parallel_linear_label_smoothed_cross_entropy(
         >>> import jax, jax.numpy as jnp
         >>> mesh = jax.make_mesh((jax.device_count(),), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
         >>> specs = jax.P(), jax.P(None, "model"), jax.P()
-        >>> @partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=jax.P())
+        >>> @jax.jit
+        ... @partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=jax.P())
         ... def mean_loss(hidden, local_weight, labels):
         ...     return vocab_parallel_linear_label_smoothed_cross_entropy(
         ...         hidden, local_weight, labels, axis_name="model", reduction="mean"
@@ -240,7 +242,7 @@ def vocab_parallel_linear_label_smoothed_cross_entropy_with_stats(
         ...     return vocab_parallel_linear_label_smoothed_cross_entropy_with_stats(
         ...         jnp.array([[1.0]]), local_weight, jnp.array([3]), axis_name="model"
         ...     )
-        >>> _, stats = jax.vmap(with_stats, axis_name="model")(jnp.array([[[0.0, 1.0]], [[2.0, 5.0]]]))
+        >>> _, stats = jax.jit(jax.vmap(with_stats, axis_name="model"))(jnp.array([[[0.0, 1.0]], [[2.0, 5.0]]]))
         >>> stats.prediction.tolist(), f"{stats.nll[0, 0]:.4f}"
         ([[3], [3]], '0.0722')
     """
