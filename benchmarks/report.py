@@ -20,6 +20,7 @@ from rich.console import Console
 from benchmarks import all_report, device_report
 from benchmarks.tables import Table, markdown, mb, shape_text, three_digits
 from benchmarks.timing import LinearShape, Row, Shape
+from parity_tests.evidence.environment import cpu_name
 
 Figures = dict[str, Any]  # what a command writes as JSON
 
@@ -66,20 +67,21 @@ def describe_machine(libraries: Sequence[str] = LIBRARIES) -> dict[str, Any]:
             versions[library] = importlib.metadata.version(library)
     return {
         "date": datetime.now().astimezone().date().isoformat(),
-        "cpu": _first_match("/proc/cpuinfo", r"model name\s*: (.*)") or platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load before": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else 0.0,
-        "huge pages": _first_match("/sys/kernel/mm/transparent_hugepage/enabled", r"\[(.*)\]") or "unknown",
+        "huge pages": _huge_pages(),
         "python": platform.python_version(),
         **versions,
     }
 
 
-def _first_match(path: str, pattern: str) -> str | None:
+def _huge_pages() -> str:
     with suppress(OSError):
-        found = re.search(pattern, Path(path).read_text(encoding="utf-8"))
-        return found and found[1]
-    return None
+        setting = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="utf-8")
+        if found := re.search(r"\[(.*)\]", setting):
+            return found[1]
+    return "unknown"
 
 
 def print_machine(machine: dict[str, Any], console: Console) -> None:

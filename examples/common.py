@@ -140,3 +140,7 @@ def print_written(console: Console, *files: Path) -> None:
 
 Smoothing = Annotated[float, typer.Option(callback=checked_smoothing, help="Label smoothing, from 0 to 1.")]
 PlotFolder = Annotated[Path, typer.Option(callback=made_folder, help="Folder for the plot.")]
+Page = Annotated[
+    Path | None,
+    typer.Option(exists=True, dir_okay=False, help="Page to write the tables into, and pictures beside it."),
+]

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from examples import jax_hanzi
-from examples.common import WeightOf, initial_weights, made_folder, new_app, print_written
+from examples.common import Page, WeightOf, initial_weights, made_folder, new_app, print_written
 from examples.digits_report import (
     GREY,
     JAX_COLOUR,
@@ -64,6 +64,7 @@ from examples.hanzi_common import (
 )
 from examples.hanzi_fonts import FOLDER, level_one
 from examples.hanzi_images import Hand, Samples, undistorted
+from examples.record_pages import Grid, Picture, write_record
 from parity_tests.trainings.stepwise import one_ulp_away
 from parity_tests.trainings.trajectory import TrajectoryVerdict, compare_trajectories, rounding_floor
 
@@ -522,13 +523,41 @@ def write(
     return [page, *paths]
 
 
+PICTURES = {
+    "curves": "Training loss of both frameworks, for each loss",
+    "differences": "Differences between trainings, and what is allowed",
+    "reliability": "Accuracy of predictions by their confidence, in both frameworks",
+    "errors": "Misread characters: the picture, what it is, and what it was taken for",
+}
+
+
+def write_page(
+    page: Path, runs: list[Run], comparisons: list[Comparison], shared: dict[str, Any], folder: Path
+) -> None:
+    """Write the tables, and the pictures that a folder has, into a page of the documentation."""
+    parts: list[Grid | Picture | str] = []
+    for test in runs[0].jax_result.metrics:
+        title = f"Characters of {test}, after {shared['steps']} steps of {shared['batch_size']} pictures"
+        parts.append(Grid(title, metric_headings(), metric_rows(runs, test)))
+        hands = Grid("Accuracy in JAX and in torch", ("", *(run.loss for run in runs)), hand_rows(runs, test))
+        parts.append(hands)
+    steps = len(comparisons[0].verdict.difference)
+    parts.append(Grid(f"The first {steps} steps", COMPARISON_HEADINGS, comparison_rows(comparisons)))
+    parts.append(f"The verdict: `{verdict_line(comparisons)}`.")
+    for path in sorted(folder.glob("*.png")):
+        kind = path.stem.partition("_")[0]
+        if kind in PICTURES:
+            parts.append(Picture(path, f"hanzi_{path.name}", PICTURES[kind]))
+    write_record(page, "examples.hanzi_report", f"--page {page}", LIBRARIES, parts)
+
+
 # --- The command line -----------------------------------------------------------------------------------------------
 
 app = new_app()
 
 
 @app.command()
-def main(
+def main(  # noqa: PLR0913, PLR0917 - the options of the command line
     jax: Annotated[Path, typer.Option(help="Folder of the runs in JAX.")] = Path("out/jax_hanzi"),
     torch: Annotated[Path, typer.Option(help="Folder of the runs in torch.")] = Path("out/torch_hanzi"),
     steps: Annotated[int, typer.Option(min=1, help="First steps that are compared.")] = 48,
@@ -540,6 +569,7 @@ def main(
     output: Annotated[Path, typer.Option(callback=made_folder, help="Folder for page and pictures.")] = Path(
         "out/hanzi_report"
     ),
+    page: Page = None,
 ) -> None:
     """Put what jax_hanzi and torch_hanzi have found on one page, and say whether the two trainings agree.
 
@@ -555,6 +585,9 @@ def main(
     comparisons = compare_runs(runs, data, options, steps, replicas, console)
     print_tables(runs, comparisons, console)
     print_written(console, *write(runs, comparisons, data, options, shared, output))
+    if page is not None:
+        write_page(page, runs, comparisons, shared, output)
+        print_written(console, page)
     console.print(verdict_line(comparisons), soft_wrap=True, highlight=False)
     if not all(each.verdict.agrees for each in comparisons):
         raise typer.Exit(code=1)

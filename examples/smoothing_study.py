@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from examples import jax_distillation, study_report
-from examples.common import made_folder, new_app, print_written
+from examples.common import Page, made_folder, new_app, print_written
 from examples.distillation_common import Framework, Options, train_all
 from examples.hanzi_common import CACHE, Cache, Fonts, Sources
 from examples.hanzi_fonts import FOLDER
@@ -135,9 +135,6 @@ app = new_app()
 Seeds = Annotated[int, typer.Option(min=2, help="Trainings of each setting.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Train for seconds, to see that it works.")]
 StudyFolder = Annotated[Path, typer.Option(callback=made_folder, help="Folder for lines, tables and plots.")]
-Page = Annotated[
-    Path | None, typer.Option(exists=True, dir_okay=False, help="Page to write the tables into, and plots beside it.")
-]
 
 
 @app.command()
@@ -171,7 +168,7 @@ def main(
     for table in report.tables:
         console.print(table)
     pictures = study_report.draw(found, tasks, output)
-    print_written(console, results.path, *pictures)
+    print_written(console, results.path, *(picture.path for picture in pictures))
     if page is not None:
         study_report.write_page(page, report, pictures)
         print_written(console, page)

@@ -10,11 +10,12 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from examples.distillation_common import TEMPERATURES
+from examples.record_pages import Grid, Picture, write_record
 from examples.study_measures import Difference, holm, paired
-from parity_tests.evidence.pages import write_block
 
 LEVEL = 0.05
-MARKS = "examples.smoothing_study"
+MODULE = "examples.smoothing_study"
+LIBRARIES = ("lsce", "jax", "flax", "optax", "numpy", "scipy")
 Line = dict[str, Any]  # what fixes a training, and what was measured of its network
 
 
@@ -52,26 +53,6 @@ MEASURES = {
     "test_spread": Measure("spread, test", 3, None),
 }
 JUDGED = [name for name, measure in MEASURES.items() if measure.more_is_better is not None]
-
-
-class Grid(NamedTuple):
-    """A table, for terminals and for pages."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-
-    def for_terminal(self) -> Table:
-        """Return it for rich."""
-        table = Table(*self.header, title=self.title, title_justify="left")
-        for row in self.rows:
-            table.add_row(*row)
-        return table
-
-    def for_page(self) -> str:
-        """Return it in Markdown."""
-        rows = [self.header, ["---"] * len(self.header), *self.rows]
-        return "\n".join([f"{self.title}:", "", *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 # --- Tables ---------------------------------------------------------------------------------------------------------
@@ -196,13 +177,9 @@ def make_report(lines: Sequence[Line], titles: Mapping[str, str]) -> Report:
     return Report(grids)
 
 
-def write_page(page: Path, report: Report, pictures: Sequence[Path]) -> None:
-    """Write the tables into a page, between the comments that name the study, and the plots beside it."""
-    images = page.parent / "images"
-    images.mkdir(exist_ok=True)
-    for picture in pictures:
-        (images / f"study_{picture.name}").write_bytes(picture.read_bytes())
-    write_block(page, MARKS, "\n\n".join(grid.for_page() for grid in report.grids))
+def write_page(page: Path, report: Report, pictures: Sequence[Picture]) -> None:
+    """Write tables and plots into a page, between the comments that name the study."""
+    write_record(page, MODULE, f"--page {page}", LIBRARIES, [*report.grids, *pictures])
 
 
 # --- Plots ----------------------------------------------------------------------------------------------------------
@@ -228,17 +205,19 @@ class DrawnTask(Protocol):
         """Their numbers."""
 
 
-def draw(lines: Sequence[Line], tasks: Mapping[str, DrawnTask], folder: Path) -> list[Path]:
-    """Draw all plots into a folder, and return their paths."""
+def draw(lines: Sequence[Line], tasks: Mapping[str, DrawnTask], folder: Path) -> list[Picture]:
+    """Draw all plots into a folder, and return them."""
     pictures = []
     for name, task in tasks.items():
-        picture = folder / f"{name}-strength.png"
-        draw_strengths([line for line in lines if line["task"] == name], task.title, picture)
-        pictures.append(picture)
+        path = folder / f"{name}-strength.png"
+        draw_strengths([line for line in lines if line["task"] == name], task.title, path)
+        text = f"{task.title}: accuracy, nll and calibration error by the strength of smoothing"
+        pictures.append(Picture(path, f"study_{path.name}", text))
         if task.clustered:
-            picture = folder / f"{name}-planes.png"
-            draw_planes(task, folder, name, picture)
-            pictures.append(picture)
+            path = folder / f"{name}-planes.png"
+            draw_planes(task, folder, name, path)
+            text = f"{task.title}: features of three classes, without and with smoothing"
+            pictures.append(Picture(path, f"study_{path.name}", text))
     return pictures
 
 

@@ -717,7 +717,9 @@ def report(run_example, folder, fonts, cache, output, *more):
 
 @pytest.mark.slow
 def test_report(runs, fonts, cache, run_example, tmp_path):
-    result = report(run_example, runs[0], fonts, cache, tmp_path)
+    documentation = tmp_path / "page.md"
+    documentation.write_text("<!-- examples.hanzi_report: begin -->\n<!-- examples.hanzi_report: end -->\n")
+    result = report(run_example, runs[0], fonts, cache, tmp_path, "--page", documentation)
     assert result.exit_code == 0, (result.output, result.exception)
     last = result.stdout.splitlines()[-1]
     assert last.startswith("AGREE: at most ")
@@ -733,6 +735,16 @@ def test_report(runs, fonts, cache, run_example, tmp_path):
     assert "<script" not in page
     for path in tmp_path.glob("*.png"):
         assert 0.4 < imread(path)[..., :3].mean() < 0.99, path
+
+    written = documentation.read_text(encoding="utf-8")
+    assert "`python -m examples.hanzi_report --page " in written
+    assert f"`{last}`" in written
+    nll = [json.loads((runs[0] / f / "linear" / "result.json").read_text()) for f in ("jax_hanzi", "torch_hanzi")]
+    both = " | ".join(f"{each['metrics']['unseen fonts']['nll']:.4f}" for each in nll)
+    assert f" | {both} | " in written
+    copied = {path.name for path in (tmp_path / "images").iterdir()}
+    assert copied == {f"hanzi_{name}" for name in pictures if not name.startswith(("hands", "distortions"))}
+    assert all(f"](images/{name})" in written for name in copied)
 
 
 @pytest.mark.slow

@@ -165,8 +165,11 @@ def test_a_study_that_was_stopped_goes_on(few, tmp_path, monkeypatch):
     assert "Uniform smoothing of 0.1 against none, 2 seeds" in output
     assert f"{page}" in output.replace("\n", "")
     written = page.read_text()
-    assert written.startswith("before\n<!-- examples.smoothing_study: begin -->\nUniform smoothing of 0.1 against none")
+    begin = "before\n<!-- examples.smoothing_study: begin -->\n`python -m examples.smoothing_study --page "
+    assert written.startswith(begin)
+    assert "\n\nUniform smoothing of 0.1 against none, 2 seeds:\n" in written
     assert "| uniform 0.1 | " in written
+    assert "](images/study_few-planes.png)" in written
     assert {path.name for path in (tmp_path / "images").iterdir()} == {"study_few-strength.png", "study_few-planes.png"}
 
     trained.clear()

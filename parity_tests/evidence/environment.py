@@ -1,10 +1,13 @@
 """Versions, devices and flags that change arithmetic. Only frameworks that are already loaded are asked."""
 
 import platform
+import re
 import sys
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 LIBRARIES = ("lsce", "numpy", "jax", "jaxlib", "flax", "optax", "torch", "keras", "timm", "torchax", "libtpu")
@@ -30,6 +33,14 @@ def installed_versions(names: Iterable[str]) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def cpu_name() -> str:
+    """Return what the system calls the processor: its model on Linux, elsewhere perhaps its architecture only."""
+    with suppress(OSError):
+        if found := re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8")):
+            return found[1]
+    return platform.processor() or platform.machine()
 
 
 def _devices() -> dict[str, list[str]]:
