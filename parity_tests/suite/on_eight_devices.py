@@ -448,14 +448,14 @@ ALL_LOGITS = MANY_ROWS * MANY_CLASSES
 DENSE_SPECS = [("data", None), (None, "model"), ("data", "model"), (None, ("data", "model"))]
 LAYER_SPECS = [("data", (None, None)), (None, (None, "model")), ("data", (None, "model")), ("data", ("data", "model"))]
 OF_HIDDEN = [("data", None), (None, "model"), ("data", "model")]
-each_mesh = pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+each_mesh = pytest.mark.parametrize("axis_type", ["Auto", pytest.param("Explicit", marks=pytest.mark.distributed)])
 
 
 def placed(mesh: Any, array: np.ndarray, *axes: Any) -> jax.Array:
     return jax.device_put(array, jax.NamedSharding(mesh, jax.P(*axes)))
 
 
-@each_mesh
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
 @pytest.mark.parametrize("axes", DENSE_SPECS)
 def test_plain_jit_sends_no_logits(axes: tuple[Any, Any], axis_type: str) -> None:
     """Of logits divided over rows, classes or both, loss and gradient send at most two numbers for each row."""
