@@ -739,9 +739,14 @@ def test_report(runs, fonts, cache, run_example, tmp_path):
     written = documentation.read_text(encoding="utf-8")
     assert "`python -m examples.hanzi_report --page " in written
     assert f"`{last}`" in written
-    nll = [json.loads((runs[0] / f / "linear" / "result.json").read_text()) for f in ("jax_hanzi", "torch_hanzi")]
-    both = " | ".join(f"{each['metrics']['unseen fonts']['nll']:.4f}" for each in nll)
-    assert f" | {both} | " in written
+    both = [runs[0] / name(example) for example in PAIR]
+    results = [json.loads((folder / "linear" / "result.json").read_text()) for folder in both]
+    nll = " | ".join(f"{result['metrics']['unseen fonts']['nll']:.4f}" for result in results)
+    assert f" | {nll} | " in written
+    steps = [[json.loads(line)["loss"] for line in losses(folder, "linear").splitlines()] for folder in both]
+    said = [np.load(folder / "linear" / "unseen_fonts_prediction.npy") for folder in both]
+    apart, differ = np.abs(np.subtract(*steps)).max(), np.count_nonzero(np.not_equal(*said))
+    assert f"| linear | {apart:.1e} | {differ} of 12 | " in written
     copied = {path.name for path in (tmp_path / "images").iterdir()}
     assert copied == {f"hanzi_{name}" for name in pictures if not name.startswith(("hands", "distortions"))}
     assert all(f"](images/{name})" in written for name in copied)
