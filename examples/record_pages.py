@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from textwrap import fill
 from typing import NamedTuple
 
 from rich.table import Table
@@ -72,7 +73,8 @@ def write_record(
         ValueError: the comments are not there.
     """
     command = f"python -m {module} {options}".strip()
-    text = [f"`{command}`, {cpu_name()}, {datetime.now().astimezone().date()}, {_in_text(versions(*libraries))}."]
+    source = f"`{command}`, {cpu_name()}, {datetime.now().astimezone().date()}, {_in_text(versions(*libraries))}."
+    text = [fill(source, width=120, break_long_words=False, break_on_hyphens=False)]
     for part in parts:
         if isinstance(part, Grid):
             text.append(part.for_page())
