@@ -100,7 +100,7 @@ def _draw_times(axes: Axes, ratios: Sequence[tuple[str, list[Timed]]]) -> None:
 
 
 def _plain_numbers(axis: Axis, minor: str) -> None:
-    """Label a logarithmic axis with plain numbers; of the minor ticks only those that begin with these digits."""
+    """Write plain numbers at the ticks of a logarithmic axis. A minor tick has one if its first digit is in `minor`."""
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in minor else "")
     axis.set_tick_params(which="both", labelsize=8)

@@ -328,7 +328,7 @@ def draw_mosaic(rows: Sequence[Sequence[np.ndarray]], labels: Sequence[str], inc
 
 
 def draw_hands(data: Data) -> Figure:
-    """Return a picture: a row for each font or writer, with those that are held out at the bottom."""
+    """Return a picture with a row of characters for each font or writer. The last rows are the ones held out."""
     held_out = [hand for samples in data.tests.values() for hand in samples.hands]
     hands = [*data.train.hands[:16], *held_out[:8]]
     rows = [[*undistorted(hand.fields[places_of(SHOWN, hand)])] for hand in hands]

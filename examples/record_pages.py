@@ -1,6 +1,6 @@
 """Writes what an example has found into a page of the documentation: tables, pictures, and how to get them again."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from textwrap import fill
@@ -73,7 +73,8 @@ def write_record(
         ValueError: the comments are not there.
     """
     command = f"python -m {module} {options}".strip()
-    source = f"`{command}`, {cpu_name()}, {datetime.now().astimezone().date()}, {_in_text(versions(*libraries))}."
+    installed = ", ".join(f"{name} {version}" for name, version in versions(*libraries).items())
+    source = f"`{command}`, {cpu_name()}, {datetime.now().astimezone().date()}, {installed}."
     text = [fill(source, width=120, break_long_words=False, break_on_hyphens=False)]
     for part in parts:
         if isinstance(part, Grid):
@@ -87,7 +88,3 @@ def write_record(
     images.mkdir(exist_ok=True)
     for picture in (part for part in parts if isinstance(part, Picture)):
         (images / picture.name).write_bytes(picture.path.read_bytes())
-
-
-def _in_text(named: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in named.items())
