@@ -46,7 +46,10 @@ def _colour(row: dict[str, Any]) -> str:
 
 
 def _times(record: Record) -> Figure | None:
-    """Draw a panel for each session: a dot for each loss and size, with the least and the largest ratio."""
+    """Draw a panel for each session: a dot for each loss and size, with the least and the largest ratio.
+
+    All have the scale of the widest: one that spans a factor of less than two would have no number but 1.
+    """
     panels = [(session, _ratios(session)) for session in record["sessions"]]
     panels = [(session, ratios) for session, ratios in panels if ratios]
     if not panels:
@@ -54,7 +57,7 @@ def _times(record: Record) -> Figure | None:
     heights = [len({timed.name for _, group in ratios for timed in group}) + 2 for _, ratios in panels]
     figure = Figure(figsize=(9, 0.27 * sum(heights) + 1), layout="constrained")
     for axes, (session, ratios) in zip(
-        figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0], panels, strict=True
+        figure.subplots(len(panels), 1, height_ratios=heights, sharex=True, squeeze=False)[:, 0], panels, strict=True
     ):
         _draw_times(axes, ratios)
         axes.set_title(session["name"], loc="left", fontsize=10)
@@ -95,6 +98,7 @@ def _draw_times(axes: Axes, ratios: Sequence[tuple[str, list[Timed]]]) -> None:
     for tick, name in zip(axes.get_yticklabels(), places, strict=True):
         tick.set(color=_colour(rows[name]), fontsize=8)
     _plain_numbers(axes.xaxis, "25")
+    axes.tick_params(which="both", labelbottom=True)
     axes.grid(axis="x", which="both", linewidth=0.3)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 

@@ -17,6 +17,7 @@ Figures = dict[str, Any]
 MARKS_LEGEND = device_report.LEGEND
 FLOOR_LEGEND = "of floor: its share of the time. It reads the logits once, and for the gradient writes as much."
 MISSING_CELL = "–"
+WIDE_CLASSES = 2**18  # of the harness's case "wide"
 # Drawn by `all_plots`.
 PICTURES = {
     "time": "Times of loss and gradient, relative to the first loss of each session",
@@ -276,6 +277,8 @@ def _page_figures(session: dict[str, Any], kind: str) -> Table | None:
     for name in names:
         row, part = timed.get(name, ({}, None))
         errors = [_ulps(checks[dtype].get(name, {})) for dtype in checks] if kind == "dense" else []
+        if kind == "dense":
+            errors.append(_wide_ulps(checks["float32"].get(name, {})))
         losses = [_loss_error(checks[dtype].get(name, {})) for dtype in checks]
         used = memory.get(name, {})
         used_text = f"{mb(used['memory'])} MB" if "memory" in used else MISSING_CELL
@@ -283,14 +286,14 @@ def _page_figures(session: dict[str, Any], kind: str) -> Table | None:
     headings = (
         "loss and gradient",
         f"memory, {shape_text(shape)}",
-        *(("gradient, ULP, f32", "bf16") if kind == "dense" else ()),
+        *(("gradient, ULP, f32", "bf16", f"f32, {WIDE_CLASSES} classes") if kind == "dense" else ()),
         "loss, relative error, f32",
         "bf16",
         "compile, s",
         "moved ÷ read + write" if kind == "dense" else "moved, GB",
     )
     legend = (
-        "ULP: worst and median error. Memory: the most of a process of its own, beyond what it had before. Moved: by "
+        "ULP: worst and median error; the worst of many classes. Memory: the most of a process of its own, beyond what it had before. Moved: by "
         f"XLA's cost analysis; not known elsewhere. Compile and moved: of {shape_text(shape)}, float32."
     )
     return Table(f"{session['name']}, {kind}: memory, accuracy, compilation", headings, cells, fill(legend, 120))
@@ -298,6 +301,11 @@ def _page_figures(session: dict[str, Any], kind: str) -> Table | None:
 
 def _ulps(row: dict[str, Any]) -> str:
     return f"{row['worst_ulps']:.1f}, {row['median_ulps']:.2f}" if "worst_ulps" in row else MISSING_CELL
+
+
+def _wide_ulps(row: dict[str, Any]) -> str:
+    ulps = row.get("cases", {}).get("wide", {}).get("worst_ulps")
+    return MISSING_CELL if ulps is None else three_digits(ulps)
 
 
 def _loss_error(row: dict[str, Any]) -> str:

@@ -1,7 +1,9 @@
 """Are the losses right that are timed? Held against the truth of the harness, on the device, before and as timed.
 
-Three verdicts: "agrees" is within the harness's bounds. "rounded" is within them if each intermediate result of a row
-may be rounded to the dtype of the logits, as losses do that compute in bfloat16. Anything else is "wrong".
+Four verdicts: "agrees" is within the harness's bounds. "rounded" is within them if each intermediate result of a row
+may be rounded to the dtype of the logits, as losses do that compute in bfloat16. "in sequence" is within them, rounded
+or not, if sums may be added one term after another: the error of such a sum grows with the number of terms, while the
+harness expects sums in blocks. Anything else is "wrong".
 """
 
 import math
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 
 from benchmarks.device_losses import one_line
 from parity_tests.losses.adapters import Adapter
-from parity_tests.truth.arithmetic import NARROW, Arithmetic
+from parity_tests.truth.arithmetic import NARROW, Arithmetic, any_order
 from parity_tests.truth.cases import Case, LinearCase, make_case
 from parity_tests.truth.comparison import Comparison, bounds_of, error_over_bound, within
 from parity_tests.truth.linear_cases import make_linear_case
@@ -31,7 +33,8 @@ LINEAR_CASES = ("linear_mean",)
 LAYER, QUICK_LAYER = (1024, 128, 1024), (32, 16, 128)
 # Different rows of the logits that are timed, so that the truth is known of all.
 REPEATED = 8
-AGREES, ROUNDED, WRONG = "agrees", "rounded", "wrong"
+STATUSES = ("agrees", "rounded", "in sequence", "wrong")  # from best to worst
+AGREES, ROUNDED, IN_SEQUENCE, WRONG = STATUSES
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -39,7 +42,7 @@ class Verdict(NamedTuple):
     """How a result compares with the truth.
 
     Args:
-        status: one of the three.
+        status: one of the four.
         share: the largest error as a share of the harness's bound.
         reason: what is wrong; empty if nothing is.
         ulps: the error of each entry of the gradient with respect to the logits, in scaled ULPs: see
@@ -142,12 +145,12 @@ def check_timed(
         arithmetic: what the bounds assume.
     """
     truth, times = truth_of(case), rows // REPEATED
-    more = arithmetic.depth(rows) - arithmetic.depth(REPEATED)
     roundoff = FORMATS[compute_dtype(case.dtype)].roundoff
-    of_mean = 2 * roundoff * more * float(np.mean(np.abs(truth.row_loss)))
 
     def compare(arithmetic: Arithmetic) -> Comparison:
         bounds = bounds_of(case, truth, arithmetic)
+        more = arithmetic.depth(rows) - arithmetic.depth(REPEATED)
+        of_mean = 2 * roundoff * more * float(np.mean(np.abs(truth.row_loss)))
         of_loss = error_over_bound(truth.loss.error_of(np.asarray(loss)), bounds["loss"] + of_mean)
         # A row's gradient is divided by the number of all rows.
         shares = [error_over_bound(truth.gradient.error_of(times * each), bounds["gradient"]) for each in gradients]
@@ -161,9 +164,11 @@ def _verdict(case: Case, truth: Truth, arithmetic: Arithmetic, compare: Callable
     # A loss in a narrow dtype is rounded; a wrong shape has no finite share.
     if comparison.share <= 1:
         return Verdict(AGREES, comparison.share, ulps=comparison.ulps)
-    rougher = rounding(case, truth, arithmetic)
-    if rougher is not None and compare(rougher).share <= 1:
+    rounded = rounding(case, truth, arithmetic)
+    if rounded is not None and compare(rounded).share <= 1:
         return Verdict(ROUNDED, comparison.share, ulps=comparison.ulps)
+    if compare(replace(rounded or arithmetic, depth=any_order)).share <= 1:
+        return Verdict(IN_SEQUENCE, comparison.share, ulps=comparison.ulps)
     part = max(comparison.shares, key=lambda part: comparison.shares[part])
     reason = str(comparison.worst or f"{part}: {comparison.share:.3g} of the bound")
     return Verdict(WRONG, comparison.share, reason, comparison.ulps)

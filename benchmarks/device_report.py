@@ -14,10 +14,13 @@ BASELINES = {"torch": "F.cross_entropy", "jax": "Optax one-hot"}
 TITLES = {"torch": "torch", "jax": "JAX under jit"}
 KINDS = {"dense": "loss and gradient", "linear": "layer, loss, gradients"}
 SHORT = {"bfloat16": "bf16", "float32": "f32"}
-MARKS = {"agrees": "", "rounded": "~", "wrong": "wrong"}
+MARKS = {"agrees": "", "rounded": "~", "in sequence": "^", "wrong": "wrong"}
 MEMORY = {"torch": "the most allocated at a time beyond the arguments", "jax": "temporary memory of the program"}
-ROUNDED = "~: right, but rounded to the dtype of the logits on the way."
-LEGEND = f"*: without smoothing; the others have 0.1. {ROUNDED} ?: unchecked."
+ERRORS = (
+    "~: right, but rounded to the dtype of the logits on the way. ^: right, but for sums whose errors grow with the "
+    "number of their terms, added one after another."
+)
+LEGEND = f"*: without smoothing; the others have 0.1. {ERRORS} ?: unchecked."
 
 
 def block_of(figures: dict[str, Any]) -> str | None:
@@ -54,7 +57,7 @@ def check_table(part: Part) -> Table:
         if "failed" not in row
     ]
     title = f"{TITLES[part['framework']]}, {part['kind']}, {part['dtype']}: against the truth"
-    legend = f"The largest error as a share of its bound. {ROUNDED}"
+    legend = f"The largest error as a share of its bound. {ERRORS}"
     return Table(title, ("loss", *names), cells, "\n".join([legend, *_notes([part]), *notes]))
 
 

@@ -283,12 +283,13 @@ def _accuracy(verdicts: Sequence[checks.Verdict]) -> dict[str, Any]:
 
 
 def _rank(status: str) -> int:
-    return (checks.AGREES, checks.ROUNDED, checks.WRONG).index(status)
+    return checks.STATUSES.index(status)
 
 
 def _as_json(verdict: checks.Verdict) -> dict[str, Any]:
     share = verdict.share if verdict.share < float("inf") else "inf"
-    return {"status": verdict.status, "share": share, "reason": verdict.reason}
+    ulps = {"worst_ulps": float(verdict.ulps.max())} if verdict.ulps.size else {}
+    return {"status": verdict.status, "share": share, "reason": verdict.reason, **ulps}
 
 
 def main() -> int:

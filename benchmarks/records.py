@@ -58,7 +58,7 @@ class Timed(NamedTuple):
         measure: one of `MEASURES`.
         row: of the part.
         seconds: of the rounds.
-        status: "agrees", "rounded" or "wrong"; None if it was not checked.
+        status: one of `checks.STATUSES`; None if it was not checked.
     """
 
     session: str

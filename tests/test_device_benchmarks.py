@@ -221,6 +221,23 @@ def test_all_that_is_timed_is_checked(fault, dtype):
     assert (verdict.status == checks.AGREES) == (fault is None)
 
 
+@pytest.mark.parametrize(
+    ("error", "expected"), [(0, checks.AGREES), (2e-5, checks.IN_SEQUENCE), (1e-2, checks.WRONG)]
+)
+def test_sums_in_sequence_are_not_wrong(error, expected):
+    # The sum of 2^15 terms may be off by 2^-9 = 2e-3 of itself in sequence, and in blocks of 32 by 6e-6.
+    rows = checks.timed_rows("float32", 0.1, 2**15)
+    logits, labels = device_torch.dense_arguments(rows, 8, "cpu")
+    loss = device_torch.DENSE(logits.double(), labels)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    gradient += error * torch.softmax(logits.detach().double(), dim=-1) / 8
+    value, spread = device_torch.spread((loss, gradient), checks.REPEATED)
+    adapter = device_torch.adapter(Loss("", lambda: None), None, "cpu", linear=False)
+    verdict = checks.check_timed(rows, 8, value, spread, adapter.arithmetic)
+    assert verdict.status == expected, verdict
+    assert (verdict.share > 1) == (expected != checks.AGREES)
+
+
 # --- Failures -------------------------------------------------------------------------------------------------------
 
 
