@@ -53,7 +53,7 @@ from rich.console import Console
 
 from benchmarks import all_report, device_report, everything, records, report
 from benchmarks import device as on_device
-from benchmarks.sessions import Session
+from benchmarks.sessions import SESSIONS, Session
 from benchmarks.tables import print_table
 from benchmarks.timing import LinearShape, Row, Schedule, Shape
 from lsce_spec.devices import ENVIRONMENTS, has_cuda_plugin
@@ -409,7 +409,12 @@ def measure_all(
     ] = False,
     again: Annotated[
         Path | None,
-        typer.Option("--from", exists=True, dir_okay=False, help="Measure nothing: take the figures of this file."),
+        typer.Option(
+            "--from",
+            exists=True,
+            dir_okay=False,
+            help="Take the figures of this file, and measure only the sessions that --session names.",
+        ),
     ] = None,
     json_file: JsonOption = None,
     write: WriteOption = False,
@@ -418,15 +423,18 @@ def measure_all(
 
     Exit code 0: all of ours are within their bounds, 1: one is not (the record is written all the same).
     """
-    if write and (quick or session or only):
+    if write and (quick or only or (session and again is None)):
         raise typer.BadParameter("keeps the figures of all losses.", param_hint="'--write'")
     try:
         chosen = everything.selected(session or ())
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="'--session'") from None
     console = Console()
+    measured = partial(_measured, chosen, only or ["*"], rounds, quick, json_file, console)
     if again is None:
-        figures = _measured(chosen, only or ["*"], rounds, quick, json_file, console)
+        figures = measured()
+    elif session:
+        figures = _renewed(_record_of_this_machine(again), measured())
     else:
         figures = _read_record(again)
         for table in report.tables(figures):
@@ -481,6 +489,17 @@ def _measured(
     return figures
 
 
+def _renewed(figures: report.Figures, newer: report.Figures) -> report.Figures:
+    """Return a record with the sessions of a newer one in their places, which say when they were measured."""
+    machine = newer["machine"]
+    measured = f"measured on {machine['date']}, commit {machine.get('commit', 'unknown')}"
+    sessions = {each["name"]: each for each in figures["all"]["sessions"]}
+    sessions |= {each["name"]: {**each, "measured": measured} for each in newer["all"]["sessions"]}
+    absent = {name: reason for name, reason in figures["all"]["absent"].items() if name not in sessions}
+    in_order = [sessions[each.name] for each in SESSIONS if each.name in sessions]
+    return {**figures, "all": {**figures["all"], "sessions": in_order, "absent": absent}}
+
+
 def _print_list(title: str, lines: Iterable[object], console: Console) -> None:
     for line in (title, *(f"- {line}" for line in lines), ""):
         console.print(line, markup=False, highlight=False)
@@ -497,9 +516,18 @@ def _read_record(path: Path) -> report.Figures:
     return dict(figures)
 
 
+def _record_of_this_machine(path: Path) -> report.Figures:
+    """Return a record of `all`; exit with 2 and one line also if it is that of another processor."""
+    figures = _read_record(path)
+    cpu, other = report.describe_machine()["cpu"], figures["machine"]["cpu"]
+    if cpu != other:
+        raise typer.BadParameter(f"is a record of {other}, and this is {cpu}.", param_hint="'--from'")
+    return figures
+
+
 # As far as it is read without asking.
 PART_FORM = {"stage": str, "kind": str, "dtype": str, "shape": [int], "rows": [dict], "missing": dict, ...: None}
-SESSION_FORM = {"name": str, "framework": str, "versions": {str: str}, "parts": [PART_FORM]}
+SESSION_FORM = {"name": str, "framework": str, "versions": {str: str}, "parts": [PART_FORM], ...: None}
 RECORD_FORM = {"rounds": int, "quick": bool, "sessions": [SESSION_FORM], "absent": {str: str}, "imports": [dict]}
 
 

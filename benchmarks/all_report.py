@@ -225,7 +225,8 @@ def page_parts(figures: Figures, name: str) -> Iterator[str | Table]:
 
 
 def _versions(session: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in session["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in session["versions"].items())
+    return f"{versions}; {session['measured']}" if "measured" in session else versions
 
 
 def _page_times(session: dict[str, Any], kind: str, measure: str) -> Table | None:
@@ -293,8 +294,9 @@ def _page_figures(session: dict[str, Any], kind: str) -> Table | None:
         "moved ÷ read + write" if kind == "dense" else "moved, GB",
     )
     legend = (
-        "ULP: worst and median error; the worst of many classes. Memory: the most of a process of its own, beyond what it had before. Moved: by "
-        f"XLA's cost analysis; not known elsewhere. Compile and moved: of {shape_text(shape)}, float32."
+        "ULP: worst and median error; of many classes the worst. Memory: the most of a process of its own, beyond what "
+        "it had before. Moved: by XLA's cost analysis; not known elsewhere. Compile and moved: of "
+        f"{shape_text(shape)}, float32."
     )
     return Table(f"{session['name']}, {kind}: memory, accuracy, compilation", headings, cells, fill(legend, 120))
 

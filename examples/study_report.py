@@ -177,9 +177,9 @@ def make_report(lines: Sequence[Line], titles: Mapping[str, str]) -> Report:
     return Report(grids)
 
 
-def write_page(page: Path, report: Report, pictures: Sequence[Picture]) -> None:
+def write_page(page: Path, seeds: int, report: Report, pictures: Sequence[Picture]) -> None:
     """Write tables and plots into a page, between the comments that name the study."""
-    write_record(page, MODULE, f"--page {page}", LIBRARIES, [*report.grids, *pictures])
+    write_record(page, MODULE, f"--seeds {seeds} --page {page}", LIBRARIES, [*report.grids, *pictures])
 
 
 # --- Plots ----------------------------------------------------------------------------------------------------------

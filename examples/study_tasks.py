@@ -301,7 +301,7 @@ class LanguageModel(jax_lm.LanguageModel):
         return self.embed.embedding[...].T, None
 
 
-LM_VOCABULARY, LM_WIDTH, LM_BATCH_SIZE = 2048, 96, 16
+LM_VOCABULARY, LM_WIDTH, LM_BATCH_SIZE = 2048, 96, 8
 LM_MEASURED = 64  # windows of each part
 
 
@@ -310,9 +310,10 @@ def _text() -> lm_common.Text:
     return lm_common.read_text(LM_VOCABULARY)
 
 
-def language_data(seed: int) -> Data:
+def language_data(train_tokens: int | None, seed: int) -> Data:
     """Return windows of text; those held out are for the temperature and for the test in turn."""
     text = _text()
+    text = text._replace(train=text.train[:train_tokens])
     held_out = np.concatenate(list(lm_common.held_out_batches(text)))[: 2 * LM_MEASURED]
     starts = np.random.default_rng([seed, 2]).integers(len(text.train) - lm_common.CONTEXT, size=LM_MEASURED)
     seen = text.train[starts[:, None] + np.arange(lm_common.CONTEXT + 1)]
@@ -327,11 +328,11 @@ def language_data(seed: int) -> Data:
     return Data(part(seen), part(held_out[::2]), part(held_out[1::2]), batches)
 
 
-def language_task(steps: int) -> Task:
-    """Return the task of predicting the next token."""
+def language_task(title: str, steps: int, train_tokens: int | None = None) -> Task:
+    """Return the task of predicting the next token, after training on the first tokens of the text, or on all."""
     return Task(
-        title=f"a language model, {LM_VOCABULARY} tokens",
-        data=language_data,
+        title=title,
+        data=lambda seed: language_data(train_tokens, seed),
         network=lambda seed: LanguageModel(lm_common.initial_weights(_text().vocabulary, LM_WIDTH, seed)),
         steps=steps,
         optimizer=jax_lm.ADAMW,

@@ -216,6 +216,29 @@ def test_a_record_is_written_into_the_page(tmp_path, monkeypatch):
     assert len(list((tmp_path / "images").glob("bench-a-cpu-*.png"))) == 3
 
 
+def test_some_sessions_are_measured_again(tmp_path, monkeypatch):
+    old, newer = make_record(), make_record(SECONDS | {OURS: [0.25] * 3})
+    kept = {**old["all"]["sessions"][0], "name": "JAX"}
+    old["all"]["sessions"].append(kept)
+    newer["machine"] |= {"date": "2026-11-28", "commit": "abc"}
+    (tmp_path / "old.json").write_text(json.dumps(old), encoding="utf-8")
+    monkeypatch.setattr(main, "_measured", lambda *_: newer)
+    monkeypatch.setattr(report, "describe_machine", lambda: {"cpu": "A CPU"})
+    arguments = ("all", "--from", tmp_path / "old.json", "--session", "torch", "--json", tmp_path / "new.json")
+    assert run(*arguments).exit_code == 0
+    figures = json.loads((tmp_path / "new.json").read_text(encoding="utf-8"))
+    measured = {"measured": "measured on 2026-11-28, commit abc"}
+    assert figures["all"]["sessions"] == [newer["all"]["sessions"][0] | measured, kept]
+    assert {**figures, "all": None} == {**old, "all": None}
+    page = report.page_blocks([figures])["all"]
+    assert "**torch: loss and gradient (torch 2.15.0; measured on 2026-11-28, commit abc)**" in page
+    assert "**JAX: loss and gradient (torch 2.15.0)**" in page
+    monkeypatch.setattr(report, "describe_machine", lambda: {"cpu": "Another"})
+    refused = run(*arguments)
+    assert refused.exit_code == 2
+    assert "is a record of A CPU, and this is Another." in " ".join(refused.stderr.replace("│", " ").split())
+
+
 # --- Two records ----------------------------------------------------------------------------------------------------
 
 

@@ -221,9 +221,7 @@ def test_all_that_is_timed_is_checked(fault, dtype):
     assert (verdict.status == checks.AGREES) == (fault is None)
 
 
-@pytest.mark.parametrize(
-    ("error", "expected"), [(0, checks.AGREES), (2e-5, checks.IN_SEQUENCE), (1e-2, checks.WRONG)]
-)
+@pytest.mark.parametrize(("error", "expected"), [(0, checks.AGREES), (2e-5, checks.IN_SEQUENCE), (1e-2, checks.WRONG)])
 def test_sums_in_sequence_are_not_wrong(error, expected):
     # The sum of 2^15 terms may be off by 2^-9 = 2e-3 of itself in sequence, and in blocks of 32 by 6e-6.
     rows = checks.timed_rows("float32", 0.1, 2**15)

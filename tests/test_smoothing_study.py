@@ -208,7 +208,12 @@ def test_the_quick_study_runs(tmp_path, monkeypatch):
 
     monkeypatch.setattr(smoothing_study, "make_tasks", without_characters)
     output = run("--quick", "--seeds", 2, "--output", tmp_path, "--cache", tmp_path)
-    for title in ("200 digits to train on", "1000 digits to train on", "a language model, 2048 tokens"):
+    for title in (
+        "200 digits to train on",
+        "1000 digits to train on",
+        "a language model, the whole text",
+        "a language model, 8192 tokens",
+    ):
         assert title in " ".join(output.split())
     assert len(list(tmp_path.glob("*.png"))) == 5
     assert Setting("max_sup", 0.1) in {

@@ -1,5 +1,7 @@
 """What the frameworks' own losses get wrong. Where they are right, `test_drop_in` shows that ours give the same."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +52,28 @@ def test_readme_small_loss() -> None:
     assert float(optax.softmax_cross_entropy_with_integer_labels(logits, label)[0]) == 0
     assert f"{lsce_torch.label_smoothed_cross_entropy(*tensors, smoothing=0.0):.3e}" == "6.183e-09"
     assert f"{lsce_jax.label_smoothed_cross_entropy(logits, label, smoothing=0.0)[0]:.3e}" == "6.183e-09"
+
+
+def test_readme_many_classes() -> None:
+    """How torch adds up the gradient of the smoothed term loses 1e-4 of each probability, and the others do not."""
+    num_classes, smoothing, assumed = 2**18, 0.1, Arithmetic()
+    logits, labels = np.zeros((1, num_classes), np.float32), np.array([0])
+    # Of other classes than the label's: p less its target. An error of the logarithm of K is a relative one of p.
+    exact = (1 - smoothing) / num_classes
+    bound = (assumed.log * math.log(num_classes) + assumed.exp + 2) * 2.0**-24 / num_classes
+    tensor = torch.from_numpy(logits).requires_grad_()
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, num_classes), smoothing)
+    losses = {
+        "torch": torch.nn.functional.cross_entropy(tensor, torch.from_numpy(labels), label_smoothing=smoothing),
+        "lsce_torch": lsce_torch.label_smoothed_cross_entropy(tensor, torch.from_numpy(labels), smoothing=smoothing),
+    }
+    gradients = {name: torch.autograd.grad(loss, tensor)[0].numpy() for name, loss in losses.items()}
+    of_optax = jax.grad(lambda logits: optax.softmax_cross_entropy(logits, targets).sum())
+    ours = jax.grad(lambda logits: lsce_jax.label_smoothed_cross_entropy(logits, labels, smoothing=smoothing).sum())
+    gradients |= {"optax": np.asarray(of_optax(logits)), "lsce_jax": np.asarray(ours(logits))}
+    errors = {name: np.abs(gradient[0, 1:].astype(float) - exact).max() for name, gradient in gradients.items()}
+    assert errors.pop("torch") > 1e-4 / num_classes
+    assert max(errors.values()) <= bound < 4e-6 / num_classes
 
 
 def test_readme_bad_label() -> None:
