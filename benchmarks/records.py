@@ -197,7 +197,8 @@ def _less_accurate(session: dict[str, Any], kind: str, dtype: str) -> Iterator[L
         return
     place = f"{session['name']}, {kind}, {device_report.SHORT[dtype]}, worst error of the gradient"
     for row in rows:
-        if not row["ours"] and row["worst_ulps"] < ours["worst_ulps"]:
+        # To the digits that are shown.
+        if not row["ours"] and round(row["worst_ulps"], 2) < round(ours["worst_ulps"], 2):
             text = f"is off by {row['worst_ulps']:.2f} ULP, `{ours['name']}` by {ours['worst_ulps']:.2f}"
             yield Lost(place, row["name"], text, row["smoothing"] > 0)
 

@@ -41,9 +41,11 @@ def make_tasks(quick: bool, sources: Sources, console: Console) -> dict[str, Tas
     return {
         "few-digits": digits_task("200 digits to train on", train_rows=200, epochs=4 if quick else 96),
         "digits": digits_task("1000 digits to train on", train_rows=1000, epochs=1 if quick else 32),
+        "mislabelled": digits_task(
+            "400 digits, a fifth of them mislabelled", train_rows=400, epochs=1 if quick else 256, mislabelled=80
+        ),
         "characters": characters_task(sources, console, characters=20 if quick else 200, steps=2 if quick else 320),
-        "language": language_task("a language model, the whole text", steps=2 if quick else 384),
-        "few-tokens": language_task("a language model, 8192 tokens", steps=2 if quick else 384, train_tokens=8192),
+        "language": language_task(steps=2 if quick else 384),
     }
 
 

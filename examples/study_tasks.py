@@ -203,11 +203,21 @@ class DigitsNetwork(common_jax.Network):
         return output.kernel[...], output.bias[...]
 
 
-def digits_data(train_rows: int, seed: int) -> Data:
-    """Return some digits to train on; half of the others are for the temperature and half for the test."""
+def digits_data(train_rows: int, mislabelled: int, seed: int) -> Data:
+    """Return some digits to train on; half of the others are for the temperature and half for the test.
+
+    Args:
+        train_rows: how many are trained on.
+        mislabelled: how many of these have the label of another digit, each with the same probability.
+        seed: of what is random.
+    """
     digits = read_digits(seed, test_size=1797 - train_rows)
     half = len(digits.test_labels) // 2
-    train = Part(digits.train_images, digits.train_labels)
+    random = np.random.default_rng([seed, 5])
+    wrong = random.choice(train_rows, size=mislabelled, replace=False)
+    labels = digits.train_labels.copy()
+    labels[wrong] = (labels[wrong] + random.integers(1, 10, size=mislabelled)) % 10
+    train = Part(digits.train_images, labels)
 
     def batches(steps: int) -> Iterator[Part]:
         for step in range(steps):
@@ -219,11 +229,11 @@ def digits_data(train_rows: int, seed: int) -> Data:
     return Data(train, calibration, test, batches)
 
 
-def digits_task(title: str, train_rows: int, epochs: int) -> Task:
-    """Return the task of learning some digits."""
+def digits_task(title: str, train_rows: int, epochs: int, mislabelled: int = 0) -> Task:
+    """Return the task of learning some digits, some of which may have wrong labels."""
     return Task(
         title=title,
-        data=lambda seed: digits_data(train_rows, seed),
+        data=lambda seed: digits_data(train_rows, mislabelled, seed),
         network=lambda seed: DigitsNetwork((128, 128), seed),
         steps=epochs * (train_rows // DIGITS_BATCH_SIZE),
         optimizer=common_jax.adamw(2.0**-9, weight_decay=2.0**-7),
@@ -301,7 +311,7 @@ class LanguageModel(jax_lm.LanguageModel):
         return self.embed.embedding[...].T, None
 
 
-LM_VOCABULARY, LM_WIDTH, LM_BATCH_SIZE = 2048, 96, 8
+LM_VOCABULARY, LM_WIDTH, LM_BATCH_SIZE = 2048, 96, 16
 LM_MEASURED = 64  # windows of each part
 
 
@@ -310,10 +320,9 @@ def _text() -> lm_common.Text:
     return lm_common.read_text(LM_VOCABULARY)
 
 
-def language_data(train_tokens: int | None, seed: int) -> Data:
+def language_data(seed: int) -> Data:
     """Return windows of text; those held out are for the temperature and for the test in turn."""
     text = _text()
-    text = text._replace(train=text.train[:train_tokens])
     held_out = np.concatenate(list(lm_common.held_out_batches(text)))[: 2 * LM_MEASURED]
     starts = np.random.default_rng([seed, 2]).integers(len(text.train) - lm_common.CONTEXT, size=LM_MEASURED)
     seen = text.train[starts[:, None] + np.arange(lm_common.CONTEXT + 1)]
@@ -328,11 +337,11 @@ def language_data(train_tokens: int | None, seed: int) -> Data:
     return Data(part(seen), part(held_out[::2]), part(held_out[1::2]), batches)
 
 
-def language_task(title: str, steps: int, train_tokens: int | None = None) -> Task:
-    """Return the task of predicting the next token, after training on the first tokens of the text, or on all."""
+def language_task(steps: int) -> Task:
+    """Return the task of predicting the next token."""
     return Task(
-        title=title,
-        data=lambda seed: language_data(train_tokens, seed),
+        title=f"a language model, {LM_VOCABULARY} tokens",
+        data=language_data,
         network=lambda seed: LanguageModel(lm_common.initial_weights(_text().vocabulary, LM_WIDTH, seed)),
         steps=steps,
         optimizer=jax_lm.ADAMW,

@@ -64,6 +64,19 @@ def test_a_temperature_divides_the_logits():
         np.testing.assert_array_equal(getattr(scaled, name), values, err_msg=name)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_fifth_is_mislabelled(seed):
+    clean, wrong = (digits_task("", train_rows=400, epochs=1, mislabelled=count).data(seed) for count in (0, 80))
+    assert (clean.train.labels != wrong.train.labels).sum() == 80
+    assert {*wrong.train.labels} == set(range(10))
+    np.testing.assert_array_equal(clean.train.inputs, wrong.train.inputs)
+    np.testing.assert_array_equal(clean.test.labels, wrong.test.labels)
+    # What is trained on has the wrong labels too: a batch is rows of the training part.
+    (inputs, labels), *_ = wrong.batches(1)
+    rows = [np.flatnonzero((wrong.train.inputs == image).all(axis=1))[0] for image in inputs]
+    np.testing.assert_array_equal(labels, wrong.train.labels[rows])
+
+
 # --- Tables ---------------------------------------------------------------------------------------------------------
 
 
@@ -208,14 +221,10 @@ def test_the_quick_study_runs(tmp_path, monkeypatch):
 
     monkeypatch.setattr(smoothing_study, "make_tasks", without_characters)
     output = run("--quick", "--seeds", 2, "--output", tmp_path, "--cache", tmp_path)
-    for title in (
-        "200 digits to train on",
-        "1000 digits to train on",
-        "a language model, the whole text",
-        "a language model, 8192 tokens",
-    ):
+    titles = ("200 digits", "1000 digits", "400 digits, a fifth of them mislabelled", "a language model, 2048 tokens")
+    for title in titles:
         assert title in " ".join(output.split())
-    assert len(list(tmp_path.glob("*.png"))) == 5
+    assert len(list(tmp_path.glob("*.png"))) == 7
     assert Setting("max_sup", 0.1) in {
         Setting(line["convention"], line["smoothing"]) for line in read_lines(tmp_path / "results.jsonl")
     }
