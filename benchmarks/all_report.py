@@ -326,7 +326,7 @@ def _moved(row: dict[str, Any], part: dict[str, Any] | None) -> str:
 
 def _page_lost(record: Record) -> Iterator[str]:
     for title, lines in lost_lists(record):
-        wrapped = [fill(f"- {line}", 120, subsequent_indent="  ") for line in lines]
+        wrapped = [fill(f"- {line}", 120, subsequent_indent="  ", break_on_hyphens=False) for line in lines]
         yield "\n".join([f"{title}:", "", *wrapped] if lines else [f"{title}: none."])
 
 
@@ -334,4 +334,4 @@ def _page_notes(record: Record) -> str:
     lines = [f"- {name}: {reason}" for name, reason in record["absent"].items()]
     for session in record["sessions"]:
         lines += [f"- {session['name']}: {note}" for note in notes(session["parts"])]
-    return "\n".join(fill(line, 120, subsequent_indent="  ") for line in lines) or "Nothing."
+    return "\n".join(fill(line, 120, subsequent_indent="  ", break_on_hyphens=False) for line in lines) or "Nothing."

@@ -94,7 +94,7 @@ def timed_parts(session: dict[str, Any], grows: str | None = None) -> list[dict[
 def groups(record: Record) -> Iterator[list[Timed]]:
     """Yield what took turns: the losses of each session, size and measure, the first first."""
     for session in record["sessions"]:
-        for part in timed_parts(session):
+        for part in (part for grows in (None, "rows", "classes") for part in timed_parts(session, grows)):
             for measure in MEASURES:
                 group = list(losses_of(session, part, measure))
                 if group:

@@ -73,6 +73,8 @@ def read_gnt(path: Path) -> list[Sample]:
         GntError: it is damaged. The error has the samples before the damage.
     """
     content = path.read_bytes()
+    if not content:
+        raise GntError(path, 0, "is missing: the file is empty", [])
     samples: list[Sample] = []
     offset = 0
     while offset < len(content):
@@ -117,8 +119,9 @@ class Handwriting(NamedTuple):
     def summary(self) -> str:
         """Return what was read and what was left out, in a sentence."""
         read = sum(len(hand.labels) for hand in self.hands)
+        held_out = sum(hand.held_out for hand in self.hands)
         skipped = self.skipped.total()
-        return f"{len(self.hands)} writers, {read} samples; left out: {skipped} of other characters, {self.blank} blank"
+        return f"{len(self.hands)} writers, {held_out} held out, {read} samples; left out: {skipped} of other characters, {self.blank} blank"
 
 
 def read_folder(

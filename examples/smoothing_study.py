@@ -108,7 +108,7 @@ def measured(line: Line, tasks: dict[str, Task], folder: Path) -> Line:
     data = task.data(seed)
     trained = look_at(train(task, data, seed, *setting), data)
     if task.clustered and seed == 0 and setting in DRAWN:
-        np.savez(folder / f"{line['task']}-{setting.smoothing:g}.npz", **planes(task, trained))
+        np.savez(folder / f"{line['task']}-{task.steps}-{setting.smoothing:g}.npz", **planes(task, trained))
     return line | measure(task, trained)
 
 
@@ -157,6 +157,8 @@ def main(
     tasks = make_tasks(quick, Sources(fonts, gnt=None, keep_damaged=False, cache=cache), console)
     results = Results(output / "results.jsonl")
     lines = planned(tasks, seeds)
+    if kept := sum(map(results.has, lines)):
+        console.print(f"{kept} of {len(lines)} trainings are in {results.path}; remove it to train these again")
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("training", total=len(lines))

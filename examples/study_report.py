@@ -193,6 +193,10 @@ class DrawnTask(Protocol):
         """The title in tables and plots."""
 
     @property
+    def steps(self) -> int:
+        """How many steps its networks are trained for."""
+
+    @property
     def clustered(self) -> bool:
         """Whether a plane of its features was written."""
 
@@ -250,7 +254,7 @@ def draw_planes(task: DrawnTask, folder: Path, name: str, picture: Path) -> None
     """Draw the features of three classes in the plane through their weights, without and with smoothing."""
     figure = Figure(figsize=(9, 8), layout="constrained")
     for row, setting in zip(figure.subplots(2, 2), DRAWN, strict=True):
-        with np.load(folder / f"{name}-{setting.smoothing:g}.npz") as found:
+        with np.load(folder / f"{name}-{task.steps}-{setting.smoothing:g}.npz") as found:
             for axes, part in zip(row, ("train", "test"), strict=True):
                 points, labels = found[f"{part}_points"], found[f"{part}_labels"]
                 for number, label in zip(task.drawn, task.names, strict=True):

@@ -462,7 +462,7 @@ def test_gnt_that_is_cut_anywhere(tmp_path):
     picture = np.arange(6, dtype=np.uint8).reshape(2, 3)
     content = b"".join(gnt_sample(character, picture) for character in CHARACTERS[:3])
     path = tmp_path / "cut.gnt"
-    for size in range(len(content) + 1):
+    for size in range(1, len(content) + 1):
         path.write_bytes(content[:size])
         whole, left = divmod(size, 16)
         if left == 0:
@@ -503,14 +503,23 @@ def test_other_characters_are_counted(tmp_path, cache):
     found = read_folder(tmp_path, len(CHARACTERS), cache)
     assert [*found.hands[0].labels] == [2]
     assert found.skipped == {"A": 1, level_one()[50]: 1, "亍": 1, "": 1}
-    assert found.summary() == "1 writers, 1 samples; left out: 4 of other characters, 1 blank"
+    assert found.summary() == "1 writers, 0 held out, 1 samples; left out: 4 of other characters, 1 blank"
 
 
 def test_a_writer_with_nothing_to_use(tmp_path, cache):
     (tmp_path / "a.gnt").write_bytes(gnt_sample("A", np.zeros((4, 4), np.uint8)))
-    (tmp_path / "b.gnt").write_bytes(b"")
     found = read_folder(tmp_path, len(CHARACTERS), cache)
     assert (found.hands, found.skipped) == ([], {"A": 1})
+
+
+def test_an_empty_file_is_damaged(tmp_path, cache):
+    path = tmp_path / "a.gnt"
+    path.write_bytes(b"")
+    with pytest.raises(ExceptionGroup) as caught:
+        read_folder(tmp_path, len(CHARACTERS), cache)
+    assert str(caught.value.exceptions[0]).startswith(f"{path}: the sample at byte 0 is missing: the file is empty; 0 ")
+    found = read_folder(tmp_path, len(CHARACTERS), cache, keep_damaged=True)
+    assert (found.hands, len(found.damaged)) == ([], 1)
 
 
 # --- The command lines ----------------------------------------------------------------------------------------------
@@ -629,7 +638,7 @@ def test_no_face_that_is_held_out(fonts, cache, run_example, tmp_path):
 
 def test_handwriting(gnt, fonts, cache, run_example, tmp_path):
     printed = train(torch_hanzi, run_example, fonts, cache, tmp_path / "out", "--loss", "clamp", "--gnt", str(gnt))
-    assert "6 writers, 72 samples; left out: 0 of other characters, 0 blank" in printed
+    assert "6 writers, 1 held out, 72 samples; left out: 0 of other characters, 0 blank" in printed
     assert "84 of 7 hands to train on, 12 of 1 unseen fonts, 12 of 1 unseen writers" in " ".join(printed.split())
     assert "Characters of unseen writers" in printed
     result = json.loads((tmp_path / "out" / "clamp" / "result.json").read_text())
@@ -650,7 +659,7 @@ def test_damaged_handwriting(gnt, fonts, cache, run_example, tmp_path):
     assert "--keep-damaged" in said
     kept = run_example(torch_hanzi, *options, "--keep-damaged")
     assert kept.exit_code == 0, kept.output
-    assert "6 writers, 71 samples" in kept.output
+    assert "6 writers, 1 held out, 71 samples" in kept.output
     assert f"damaged: {path}: the sample at byte {last} is cut off: " in kept.output
 
 
