@@ -120,8 +120,8 @@ class Handwriting(NamedTuple):
         """Return what was read and what was left out, in a sentence."""
         read = sum(len(hand.labels) for hand in self.hands)
         held_out = sum(hand.held_out for hand in self.hands)
-        skipped = self.skipped.total()
-        return f"{len(self.hands)} writers, {held_out} held out, {read} samples; left out: {skipped} of other characters, {self.blank} blank"
+        left_out = f"{self.skipped.total()} of other characters, {self.blank} blank"
+        return f"{len(self.hands)} writers, {held_out} held out, {read} samples; left out: {left_out}"
 
 
 def read_folder(
