@@ -167,7 +167,8 @@ def _in_columns(operands: Operands) -> tuple[Peaks, Sums]:
     logits = operands.logits.astype(compute_dtype(operands.logits))
     labels = operands.labels
     columns = [logits[:, i] for i in range(logits.shape[1])]
-    peak = _in_pairs(jnp.maximum, columns)
+    # A reduction, which XLA does not fuse, or it would look for the largest logit again for every exponential.
+    peak = jnp.max(logits, axis=1)
     label_gap = _in_pairs(jnp.add, [jnp.where(labels == i, peak - column, 0) for i, column in enumerate(columns)])
     weighted_gaps = _in_pairs(jnp.add, [weighted_gap(column - peak) for column in columns])
     rest, other_gaps, first = _class_by_class(logits, labels, peak)
