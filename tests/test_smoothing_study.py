@@ -178,8 +178,8 @@ def test_a_study_that_was_stopped_goes_on(few, tmp_path, monkeypatch):
     assert "Uniform smoothing of 0.1 against none, 2 seeds" in output
     assert f"{page}" in output.replace("\n", "")
     written = page.read_text()
-    begin = "before\n<!-- examples.smoothing_study: begin -->\n`python -m examples.smoothing_study --page "
-    assert written.startswith(begin)
+    begin = "before <!-- examples.smoothing_study: begin --> `python -m examples.smoothing_study --seeds 2 --page "
+    assert " ".join(written.split()).startswith(begin)
     assert "\n\nUniform smoothing of 0.1 against none, 2 seeds:\n" in written
     assert "| uniform 0.1 | " in written
     assert "](images/study_few-planes.png)" in written
