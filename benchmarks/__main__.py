@@ -53,7 +53,7 @@ from rich.console import Console
 
 from benchmarks import all_report, device_report, everything, records, report
 from benchmarks import device as on_device
-from benchmarks.sessions import SESSIONS, Session
+from benchmarks.sessions import Session
 from benchmarks.tables import print_table
 from benchmarks.timing import LinearShape, Row, Schedule, Shape
 from lsce_spec.devices import ENVIRONMENTS, has_cuda_plugin
@@ -423,18 +423,18 @@ def measure_all(
 
     Exit code 0: all of ours are within their bounds, 1: one is not (the record is written all the same).
     """
+    if again is not None and not session and (quick or only):
+        raise typer.BadParameter("measures nothing without --session.", param_hint="'--from'")
     if write and (quick or only or (session and again is None)):
         raise typer.BadParameter("keeps the figures of all losses.", param_hint="'--write'")
-    try:
-        chosen = everything.selected(session or ())
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="'--session'") from None
+    chosen = _sessions(session or ())
     console = Console()
-    measured = partial(_measured, chosen, only or ["*"], rounds, quick, json_file, console)
+    measured = partial(_measured, chosen, only or ["*"], rounds, quick, console)
     if again is None:
-        figures = measured()
+        figures = measured(json_file)
     elif session:
-        figures = _renewed(_record_of_this_machine(again), measured())
+        # Nothing is kept on the way, as the file may be the one whose other sessions are needed.
+        figures = records.renewed(_record_of_this_machine(again), measured(None))
     else:
         figures = _read_record(again)
         for table in report.tables(figures):
@@ -453,13 +453,20 @@ def measure_all(
         raise typer.Exit(code=1)
 
 
+def _sessions(names: Sequence[str]) -> list[Session]:
+    try:
+        return everything.selected(names)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="'--session'") from None
+
+
 def _measured(
     chosen: Sequence[Session],
     patterns: Sequence[str],
     rounds: int,
     quick: bool,
-    json_file: Path | None,
     console: Console,
+    json_file: Path | None,
 ) -> report.Figures:
     """Return what the sessions find; print each table when it is there."""
     machine = report.describe_machine(("lsce",))
@@ -487,17 +494,6 @@ def _measured(
     record["imports"] = everything.import_times(quick)
     print_table(all_report.import_table(record), console)
     return figures
-
-
-def _renewed(figures: report.Figures, newer: report.Figures) -> report.Figures:
-    """Return a record with the sessions of a newer one in their places, which say when they were measured."""
-    machine = newer["machine"]
-    measured = f"measured on {machine['date']}, commit {machine.get('commit', 'unknown')}"
-    sessions = {each["name"]: each for each in figures["all"]["sessions"]}
-    sessions |= {each["name"]: {**each, "measured": measured} for each in newer["all"]["sessions"]}
-    absent = {name: reason for name, reason in figures["all"]["absent"].items() if name not in sessions}
-    in_order = [sessions[each.name] for each in SESSIONS if each.name in sessions]
-    return {**figures, "all": {**figures["all"], "sessions": in_order, "absent": absent}}
 
 
 def _print_list(title: str, lines: Iterable[object], console: Console) -> None:

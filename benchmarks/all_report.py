@@ -326,12 +326,17 @@ def _moved(row: dict[str, Any], part: dict[str, Any] | None) -> str:
 
 def _page_lost(record: Record) -> Iterator[str]:
     for title, lines in lost_lists(record):
-        wrapped = [fill(f"- {line}", 120, subsequent_indent="  ", break_on_hyphens=False) for line in lines]
+        wrapped = [_item(line) for line in lines]
         yield "\n".join([f"{title}:", "", *wrapped] if lines else [f"{title}: none."])
 
 
 def _page_notes(record: Record) -> str:
-    lines = [f"- {name}: {reason}" for name, reason in record["absent"].items()]
+    lines = [f"{name}: {reason}" for name, reason in record["absent"].items()]
     for session in record["sessions"]:
-        lines += [f"- {session['name']}: {note}" for note in notes(session["parts"])]
-    return "\n".join(fill(line, 120, subsequent_indent="  ", break_on_hyphens=False) for line in lines) or "Nothing."
+        lines += [f"{session['name']}: {note}" for note in notes(session["parts"])]
+    return "\n".join(map(_item, lines)) or "Nothing."
+
+
+def _item(line: str) -> str:
+    """Return an item of a list, in lines of the page's width."""
+    return fill(f"- {line}", 120, subsequent_indent="  ", break_on_hyphens=False)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import device_report
 from benchmarks.machine import READ, READ_WRITE
+from benchmarks.sessions import SESSIONS
 from benchmarks.tables import shape_text
 
 Record = dict[str, Any]  # figures["all"]
@@ -47,6 +48,17 @@ def ratio_of(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
     """Return the ratio of two losses, from the seconds of their rounds."""
     ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
     return Ratio(median(ratios), min(ratios), max(ratios), len(ratios))
+
+
+def renewed(figures: dict[str, Any], newer: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of all sessions, those of some in newer figures, which then say when they were measured."""
+    machine = newer["machine"]
+    measured = f"measured on {machine['date']}, commit {machine.get('commit', 'unknown')}"
+    found = {each["name"]: each for each in figures["all"]["sessions"]}
+    found |= {each["name"]: {**each, "measured": measured} for each in newer["all"]["sessions"]}
+    absent = {name: reason for name, reason in figures["all"]["absent"].items() if name not in found}
+    in_order = [found[session.name] for session in SESSIONS if session.name in found]
+    return {**figures, "all": {**figures["all"], "sessions": in_order, "absent": absent}}
 
 
 class Timed(NamedTuple):

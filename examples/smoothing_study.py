@@ -108,7 +108,8 @@ def measured(line: Line, tasks: dict[str, Task], folder: Path) -> Line:
     data = task.data(seed)
     trained = look_at(train(task, data, seed, *setting), data)
     if task.clustered and seed == 0 and setting in DRAWN:
-        np.savez(folder / f"{line['task']}-{task.steps}-{setting.smoothing:g}.npz", **planes(task, trained))
+        path = study_report.planes_file(folder, line["task"], task.steps, setting)
+        np.savez(path, **planes(task, trained))
     return line | measure(task, trained)
 
 

@@ -209,6 +209,11 @@ class DrawnTask(Protocol):
         """Their numbers."""
 
 
+def planes_file(folder: Path, name: str, steps: int, setting: Setting) -> Path:
+    """Return the file with the features of a task's classes in a plane. The quick study has other steps, and files."""
+    return folder / f"{name}-{steps}-{setting.smoothing:g}.npz"
+
+
 def draw(lines: Sequence[Line], tasks: Mapping[str, DrawnTask], folder: Path) -> list[Picture]:
     """Draw all plots into a folder, and return them."""
     pictures = []
@@ -254,7 +259,7 @@ def draw_planes(task: DrawnTask, folder: Path, name: str, picture: Path) -> None
     """Draw the features of three classes in the plane through their weights, without and with smoothing."""
     figure = Figure(figsize=(9, 8), layout="constrained")
     for row, setting in zip(figure.subplots(2, 2), DRAWN, strict=True):
-        with np.load(folder / f"{name}-{task.steps}-{setting.smoothing:g}.npz") as found:
+        with np.load(planes_file(folder, name, task.steps, setting)) as found:
             for axes, part in zip(row, ("train", "test"), strict=True):
                 points, labels = found[f"{part}_points"], found[f"{part}_labels"]
                 for number, label in zip(task.drawn, task.names, strict=True):

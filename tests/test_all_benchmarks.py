@@ -229,6 +229,7 @@ def test_some_sessions_are_measured_again(tmp_path, monkeypatch):
     arguments = ("all", "--from", tmp_path / "old.json", "--session", "torch", "--json", tmp_path / "new.json")
     assert run(*arguments).exit_code == 0
     figures = json.loads((tmp_path / "new.json").read_text(encoding="utf-8"))
+    assert run("all", "--from", tmp_path / "old.json", "--only", "lsce").exit_code == 2  # nothing would be measured
     measured = {"measured": "measured on 2026-11-28, commit abc"}
     assert figures["all"]["sessions"] == [newer["all"]["sessions"][0] | measured, kept]
     assert {**figures, "all": None} == {**old, "all": None}
