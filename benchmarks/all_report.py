@@ -75,7 +75,7 @@ def _accuracy_table(session: dict[str, Any], part: dict[str, Any]) -> Table:
     headings = ("loss", "", "worst ULP", "median ULP", "loss, relative")
     legend = (
         "Errors against the truth of the harness. ULP: of the gradient with respect to the logits, in units of the "
-        "spacing of numbers at the larger of its two terms. ~: rounded to the dtype of the logits on the way."
+        f"spacing of numbers at the larger of its two terms. {device_report.ERRORS}"
     )
     return Table(_title(session, part, "accuracy"), headings, cells, "\n".join([legend, *notes([part])]))
 
