@@ -115,8 +115,6 @@ def test_marks() -> None:
 def test_what_a_card_says() -> None:
     text = "# Title\n\n| a | b |\n|---|---|\n\n`It` is [new](new.md). It has more.\n"
     assert sources.title_and_summary(text) == ("Title", "`It` is new.")
-    about = sources.described((ROOT / HOME).read_text(encoding="utf-8"))
-    assert about["docs/options.md"] == "Every option, with formula and example."
 
 
 def test_source_pages_show_the_whole_file() -> None:
@@ -327,10 +325,11 @@ def test_broken_links(tmp_path: Path) -> None:
     (tmp_path / "index.html").write_text(
         '<h1 id="top"></h1><a href="a/b.html#there">1</a><a href="a/b.html#gone">2</a><a href="a/c.html">3</a>'
         '<a href="#top">4</a><a href="#bottom">5</a><img src="x.png"><a href="https://example.com/d">6</a>'
-        '<a href="#">7</a>'
+        '<a href="#">7</a><script src="https://example.com/e.js"></script><link rel="canonical" href="//example.com/f">'
     )
     (tmp_path / "a" / "b.html").write_text('<a name="there"></a><a href="../index.html?x=1#top">1</a>')
     assert broken_links(tmp_path) == [
+        "index.html: loads https://example.com/e.js from another site",
         "index.html: a/b.html#gone has no such anchor",
         "index.html: a/c.html is not there",
         "index.html: #bottom has no such anchor",

@@ -21,7 +21,7 @@ from parity_tests.evidence import ledger
 from parity_tests.evidence.pages import replace_block
 from parity_tests.studies.kit import evidence_of, is_kit, read_kit
 
-COMMAND, DETAILS_COMMAND = "lsce-parity matrix", "lsce-parity matrix --devices"
+COMMAND, DETAILS_COMMAND = "lsce-parity matrix", "lsce-parity matrix devices"
 
 
 def matrix(
@@ -33,12 +33,9 @@ def matrix(
             metavar="FILE", help="Ledger of a session, or folder of a kit, to merge into it; may be repeated."
         ),
     ] = None,
-    readme: Annotated[
+    page: Annotated[
         Path, typer.Option(metavar="FILE", help="Page with the two comments that the matrix stands between.")
     ] = Path("README.md"),
-    devices: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Page with the comments for the evidence of every device.")
-    ] = None,
     json_file: JsonOption = None,
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; exit code 1 if the page is out of date.")
@@ -46,43 +43,46 @@ def matrix(
 ) -> None:
     """Write the support matrix into a page, from the ledger that `pytest --parity-ledger=FILE` writes.
 
-    With --devices the evidence for each generation of devices is written into another page. Of a kit, which
-    `lsce-parity kit` makes, every result is compared with the truth as it is here, and what agrees is added.
+    If the page also has the comments of `lsce-parity matrix devices`, the evidence for each generation of devices is
+    written there. Of a kit, which `lsce-parity kit` makes, every result is compared with the truth as it is here, and
+    what agrees is added.
 
     Exit code 0: written, or up to date; 1: a page is out of date; 2: a file is missing or malformed.
 
     Examples:
-        lsce-parity matrix --ledger docs/ledger.json --devices docs/devices.md --check
-        lsce-parity matrix --ledger docs/ledger.json --devices docs/devices.md --add my-gpu
+        lsce-parity matrix --ledger docs/ledger.json --page docs/devices.md --check
+        lsce-parity matrix --ledger docs/ledger.json --page docs/devices.md --add my-gpu
     """
     if check and add:
         cannot_run("--check writes nothing, and --add does; give one of them")
-    commands = {readme: COMMAND} | ({} if devices is None else {devices: DETAILS_COMMAND})
-    for page, command in commands.items():
-        check_page(page, command)
+    check_page(page, COMMAND)
     try:
         known = ledger.read(ledger_file)
         added = [session for path in add or () for session in (_read_kit(path) if is_kit(path) else ledger.read(path))]
         sessions = ledger.merge([*known, *added])
-        texts = {COMMAND: ledger.matrix(sessions), DETAILS_COMMAND: ledger.details(sessions)}
-        old = {page: page.read_text(encoding="utf-8") for page in commands}
-        new = {page: replace_block(old[page], command, texts[command]) for page, command in commands.items()}
-        stale = [page for page in commands if new[page] != old[page]]
+        old = page.read_text(encoding="utf-8")
+        new = replace_block(old, COMMAND, ledger.matrix(sessions))
+        if f"<!-- {DETAILS_COMMAND}:" in new:
+            new = replace_block(new, DETAILS_COMMAND, ledger.details(sessions))
         if add:
             ledger.write(ledger_file, sessions)
-        for page in commands if not check else ():
-            page.write_text(new[page], encoding="utf-8")
+        if not check:
+            page.write_text(new, encoding="utf-8")
     except OSError as error:
         cannot_run(f"{error.filename}: {reason_of(error)}")
     except ValueError as error:
         cannot_run(str(error))
-    found = {"command": "matrix", "changed": list(map(str, stale)), "sessions": [_as_json(each) for each in sessions]}
-    write_json(json_file, found, PlainConsole())
+    changed = [str(page)] if new != old else []
+    write_json(
+        json_file,
+        {"command": "matrix", "changed": changed, "sessions": [_as_json(each) for each in sessions]},
+        PlainConsole(),
+    )
     if check:
-        for page in stale:
+        if changed:
             announce(f"{page} is not what {ledger_file} gives; run this without --check")
-        exit_with(not stale)
-    typer.echo(f"wrote {', '.join(map(str, new))}")
+        exit_with(not changed)
+    typer.echo(f"wrote {page}")
 
 
 def _as_json(session: ledger.Session) -> dict[str, Any]:

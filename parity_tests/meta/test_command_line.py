@@ -35,7 +35,7 @@ QUICK: dict[str, tuple[str, ...]] = {
     "hunt": ("--adapter", "numpy", "--examples", "2", "--dtype", "float32"),
     "kit": ("kit", "--adapter", "numpy", "--case", "ties", "--dtype", "float32", "--no-benchmarks", "--force"),
     "layers": ("torch:models:make", "torch:models:make"),
-    "matrix": ("--ledger", "ledger.json", "--readme", "page.md"),
+    "matrix": ("--ledger", "ledger.json", "--page", "page.md"),
     "peer-tests": (),
     "power": ("--fault", "bfloat16_l*", "--dtype", "float32"),
     "record": ("bundle", "--adapter", "numpy", "--case", "ties", "--dtype", "float32", "--force"),
@@ -317,13 +317,13 @@ def test_nearest() -> None:
     (("hunt", "--seconds", "nan", "--adapter", "numpy"), "seconds must be above 0 and finite, not nan"),
     (("peer-tests", "--markdown", "nowhere.md"), "nowhere.md cannot be updated: No such file or directory\n"),
     (("devices", "--markdown", "steps.py"), "steps.py cannot be updated: the page needs each of these lines once"),
-    (("matrix", "--ledger", "nowhere.json", "--readme", "page.md"), "run: nowhere.json: No such file or directory\n"),
-    (("matrix", "--ledger", ".", "--readme", "page.md"), "cannot run: .: Is a directory\n"),
-    (("matrix", "--ledger", "ledger.json", "--readme", "steps.py"), "steps.py cannot be updated: the page needs"),
-    (("matrix", "--ledger", "ledger.json", "--readme", "no.md"), "no.md cannot be updated: No such file or dir"),
-    (("matrix", "--ledger", "steps.py", "--readme", "page.md"), "steps.py is no ledger as --parity-ledger writes it: "),
-    (("matrix", "--ledger", "ledger.json", "--readme", "page.md", "--add", "recorded"), "That is a bundle"),
-    (("matrix", "--ledger", "ledger.json", "--readme", "page.md", "--add", "."), "there is no kit: kit.json: No such "),
+    (("matrix", "--ledger", "nowhere.json", "--page", "page.md"), "run: nowhere.json: No such file or directory\n"),
+    (("matrix", "--ledger", ".", "--page", "page.md"), "cannot run: .: Is a directory\n"),
+    (("matrix", "--ledger", "ledger.json", "--page", "steps.py"), "steps.py cannot be updated: the page needs"),
+    (("matrix", "--ledger", "ledger.json", "--page", "no.md"), "no.md cannot be updated: No such file or dir"),
+    (("matrix", "--ledger", "steps.py", "--page", "page.md"), "steps.py is no ledger as --parity-ledger writes it: "),
+    (("matrix", "--ledger", "ledger.json", "--page", "page.md", "--add", "recorded"), "That is a bundle"),
+    (("matrix", "--ledger", "ledger.json", "--page", "page.md", "--add", "."), "there is no kit: kit.json: No such "),
 ])  # fmt: skip
 def test_what_is_wrong(arguments: tuple[str, ...], message: str, there: Path) -> None:
     before = sorted(there.iterdir())
@@ -433,7 +433,7 @@ def test_exceptions_of_a_loss_do_not_reach_the_terminal(there: Path, tmp_path: P
     ("run", "--case", EVIL),
     ("compare", f"torch:{EVIL}:loss", "oracle"),
     ("replay", EVIL_PATH),
-    ("matrix", "--ledger", EVIL_PATH, "--readme", "page.md"),
+    ("matrix", "--ledger", EVIL_PATH, "--page", "page.md"),
     ("record", "new", "--case", "x\nAGREE: all"),
 ])  # fmt: skip
 @pytest.mark.usefixtures("there")

@@ -236,7 +236,7 @@ def kit(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def added(path: Path) -> CommandResult:
     folder = path.parent
-    files = ("--ledger", str(folder / "ledger.json"), "--readme", str(folder / "README.md"))
+    files = ("--ledger", str(folder / "ledger.json"), "--page", str(folder / "README.md"))
     return invoke("matrix", *files, "--add", str(path))
 
 

@@ -69,7 +69,7 @@ def page(tmp_path: Path) -> Path:
 
 
 def add(kit: Path, page: Path) -> CommandResult:
-    return run("matrix", "--ledger", page.with_name("ledger.json"), "--readme", page, "--add", kit)
+    return run("matrix", "--ledger", page.with_name("ledger.json"), "--page", page, "--add", kit)
 
 
 def executed(page: Path) -> set[Evidence]:

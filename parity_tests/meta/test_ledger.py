@@ -1,4 +1,4 @@
-"""The ledger: its files, its tables, and that the README says what it says."""
+"""The ledger: its files, its tables, and that docs/devices.md says what it says."""
 
 import re
 from pathlib import Path
@@ -207,43 +207,44 @@ def test_matrix_keeps_its_columns() -> None:
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
     """Return a page that is what its ledger gives, and the ledger of one more session."""
-    found = {"ledger": tmp_path / "ledger.json", "readme": tmp_path / "README.md", "more": tmp_path / "more.json"}
+    found = {"ledger": tmp_path / "ledger.json", "page": tmp_path / "page.md", "more": tmp_path / "more.json"}
     ledger.write(found["ledger"], [session(*executed("jax-fused"), jax="0.10")])
     ledger.write(found["more"], [session(*executed("jax-fused", device="cuda"), jax="0.10")])
-    found["readme"].write_text(f"Before.\n\n{BEGIN}\n{END}\n\nAfter.\n", encoding="utf-8")
+    found["page"].write_text(f"Before.\n\n{BEGIN}\n{END}\n\nAfter.\n", encoding="utf-8")
     assert matrix(found).exit_code == 0
     return found
 
 
 def matrix(files: dict[str, Path], *options: str) -> CommandResult:
-    return invoke("matrix", "--ledger", str(files["ledger"]), "--readme", str(files["readme"]), *options)
+    return invoke("matrix", "--ledger", str(files["ledger"]), "--page", str(files["page"]), *options)
 
 
 def test_the_page_around_the_matrix_stays(files: dict[str, Path]) -> None:
-    page = files["readme"].read_text(encoding="utf-8")
+    page = files["page"].read_text(encoding="utf-8")
     assert page.startswith(f"Before.\n\n{BEGIN}\n| adapter |")
     assert page.endswith(f"- executed (CPU): with jax 0.10\n{END}\n\nAfter.\n")
     assert matrix(files).exit_code == 0
-    assert files["readme"].read_text(encoding="utf-8") == page
+    assert files["page"].read_text(encoding="utf-8") == page
 
 
-def test_the_evidence_of_every_device_has_a_page_of_its_own(files: dict[str, Path]) -> None:
-    page = files["readme"].parent / "devices.md"
-    page.write_text("<!-- lsce-parity matrix --devices: begin -->\n<!-- lsce-parity matrix --devices: end -->\n")
-    assert matrix(files, "--check", "--devices", str(page)).exit_code == 1
-    assert matrix(files, "--devices", str(page)).exit_code == 0
+def test_the_evidence_of_every_device_stands_where_the_page_asks_for_it(files: dict[str, Path]) -> None:
+    page = files["page"]
+    with page.open("a", encoding="utf-8") as file:
+        file.write("<!-- lsce-parity matrix devices: begin -->\n<!-- lsce-parity matrix devices: end -->\n")
+    assert matrix(files, "--check").exit_code == 1
+    assert matrix(files).exit_code == 0
     assert "| executed | cpu | `jax-fused` | float32, bfloat16 |" in page.read_text(encoding="utf-8")
-    assert matrix(files, "--check", "--devices", str(page)).exit_code == 0
+    assert matrix(files, "--check").exit_code == 0
 
 
 def test_check(files: dict[str, Path]) -> None:
     assert matrix(files, "--check").exit_code == 0
-    page = files["readme"].read_text(encoding="utf-8").replace("| not run | not run |", "| executed | not run |")
-    files["readme"].write_text(page, encoding="utf-8")
+    page = files["page"].read_text(encoding="utf-8").replace("| not run | not run |", "| executed | not run |")
+    files["page"].write_text(page, encoding="utf-8")
     result = matrix(files, "--check")
     assert result.exit_code == 1
     assert "run this without --check" in result.stderr
-    assert files["readme"].read_text(encoding="utf-8") == page
+    assert files["page"].read_text(encoding="utf-8") == page
 
 
 def test_add(files: dict[str, Path]) -> None:
@@ -251,14 +252,14 @@ def test_add(files: dict[str, Path]) -> None:
     assert ledger.read(files["ledger"]) == [
         session(*executed("jax-fused"), *executed("jax-fused", device="cuda"), jax="0.10")
     ]
-    assert "| executed | executed | not run |" in files["readme"].read_text(encoding="utf-8")
+    assert "| executed | executed | not run |" in files["page"].read_text(encoding="utf-8")
     assert matrix(files, "--check").exit_code == 0
 
 
 @pytest.mark.parametrize(("broken", "message"), [
     ("ledger", "is no ledger"),
     ("more", "is no ledger"),
-    ("readme", "needs each of these lines once"),
+    ("page", "needs each of these lines once"),
 ])  # fmt: skip
 @pytest.mark.parametrize("missing", [False, True])
 def test_files_that_are_not_what_they_should_be(
@@ -290,7 +291,7 @@ def test_comments_that_do_not_pair(page: str) -> None:
 # --- What this repository claims ------------------------------------------------------------------------------------
 
 
-def test_the_readme_says_what_the_ledger_says() -> None:
-    claims = {"ledger": ROOT / "docs" / "ledger.json", "readme": ROOT / "README.md"}
-    result = matrix(claims, "--check", "--devices", str(ROOT / "docs" / "devices.md"))
+def test_the_page_of_devices_says_what_the_ledger_says() -> None:
+    claims = {"ledger": ROOT / "docs" / "ledger.json", "page": ROOT / "docs" / "devices.md"}
+    result = matrix(claims, "--check")
     assert result.exit_code == 0, result.output

@@ -25,7 +25,6 @@ from tools.site.sources import (
     adapt,
     adapt_notebook,
     card,
-    described,
     entry_of,
     first_markdown,
     grid,
@@ -60,11 +59,10 @@ def write_sources(folder: Path, published: Published, site: str, *, execute: boo
     for page, notebook in notebook_pages(sections, published, execute=execute).items():
         texts[page] = first_markdown(notebook)
         write(folder / page, notebook)
-    about = described((ROOT / HOME).read_text(encoding="utf-8"))
     for key, section in sections.items():
         if len(section.pages) > 1:
             listed = {page: texts[str(name_on_site(path_in_repository(page)))] for page in section.pages}
-            texts[f"{key}/index.md"] = section_page(section, listed, about)
+            texts[f"{key}/index.md"] = section_page(section, listed)
     for path in linked_sources(texts.values()):
         texts[f"source/{path}.md"] = source_page(path)
     for name, text in {**texts, **api.pages(), "api/commands.rst": commands.page()}.items():

@@ -28,9 +28,9 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.mathjax",
     "sphinx_copybutton",
     "sphinx_design",
+    "tools.site.mathml",
     # A link to the source: in the repository if its address is known, otherwise on a page of the site.
     "sphinx.ext.linkcode" if URL else "sphinx.ext.viewcode",
 ]
@@ -61,7 +61,7 @@ myst_heading_anchors = 6
 nb_execution_mode = "off"  # tools/site/notebooks.py has executed them
 nb_merge_streams = True
 smartquotes_action = "D"  # dashes only: quotes are as they are typed
-mathjax4_config = {"output": {"linebreaks": {"inline": False}}}  # a formula in a narrow column of a table stays whole
+html_math_renderer = "mathml"
 html_last_updated_fmt = None
 
 # --- Docstrings ---

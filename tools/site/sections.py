@@ -23,6 +23,7 @@ SECTIONS = {
         "Start",
         "A first loss and a first training, in the framework that you use.",
         (
+            "install.md",
             "notebooks/ten_minutes_jax.ipynb",
             "notebooks/ten_minutes_torch.ipynb",
             "flax.md",

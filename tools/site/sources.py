@@ -174,20 +174,6 @@ def title_and_summary(text: str) -> tuple[str, str]:
     return title.strip(), re.sub(r":$", ".", without_links)
 
 
-def described(readme: str) -> dict[str, str]:
-    r"""Return what the README's list of pages says about each: a text by path in the repository.
-
-    Example:
-        >>> described("- [GPUs](docs/gpu.md), [TPUs](docs/tpu.md): two kinds\n  of devices.\n")
-        {'docs/gpu.md': 'Two kinds of devices.', 'docs/tpu.md': 'Two kinds of devices.'}
-    """
-    found = {}
-    for links, text in re.findall(r"^- (\[.*?\)): (.*(?:\n  .*)*)$", readme, re.MULTILINE):
-        about = " ".join(text.split())
-        found |= {path: about[0].upper() + about[1:] for path in re.findall(r"\]\(([^)#]+)\)", links)}
-    return found
-
-
 def first_markdown(text: str) -> str:
     """Return the Markdown cells of a notebook, one after the other."""
     return "\n\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown")
@@ -224,16 +210,12 @@ def entry_of(key: str, section: Section) -> str:
     return document(section.pages[0]) if len(section.pages) == 1 else f"/{key}/index"
 
 
-def section_page(section: Section, texts: Mapping[str, str], about: Mapping[str, str]) -> str:
-    """Return the page of a section: a card for each of its pages.
+def section_page(section: Section, texts: Mapping[str, str]) -> str:
+    """Return the page of a section: for each of its pages a card with title and first sentence.
 
     Args:
         section: the section.
         texts: the Markdown of its pages, by the name that the section lists.
-        about: what is said about pages elsewhere, by path in the repository. Of others the first sentence is shown.
     """
-    cards = []
-    for page in section.pages:
-        title, first_sentence = title_and_summary(texts[page])
-        cards.append(card(title, about.get(path_in_repository(page), first_sentence), document(page)))
+    cards = [card(*title_and_summary(texts[page]), document(page)) for page in section.pages]
     return f"# {section.title}\n\n{section.about}\n\n{grid(cards)}\n{toctree(map(document, section.pages))}"
