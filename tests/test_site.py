@@ -117,6 +117,18 @@ def test_what_a_card_says() -> None:
     assert sources.title_and_summary(text) == ("Title", "`It` is new.")
 
 
+def test_the_readme_is_short_and_starts_with_what_a_reader_can_run() -> None:
+    text = (ROOT / HOME).read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+    headings = re.findall(r"^## (.*)$", text, re.MULTILINE)
+    assert headings[:5] == ["Install", "JAX", "PyTorch", "Is my port the same loss?", headings[4]]
+    first_screen, _, rest = text.partition("<!-- site sections -->")
+    assert f"## {headings[4]}" in rest
+    assert "![" not in first_screen
+    for block in re.findall(r"```python\n(.*?)```", first_screen, re.DOTALL):
+        assert len(re.findall(r"^.+$", block, re.MULTILINE)) == 5
+
+
 def test_source_pages_show_the_whole_file() -> None:
     page = sources.source_page("tools/site/sources.py")
     assert page.count((ROOT / "tools/site/sources.py").read_text(encoding="utf-8")) == 1

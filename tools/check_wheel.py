@@ -109,7 +109,7 @@ from lsce_parity import compare_losses, save_batch
 assert compare_losses("oracle", "oracle").agrees
 """
 
-JAX = python(readme_block("JAX, Flax and Optax"))
+JAX = python(readme_block("JAX"))
 TORCH = python(readme_block("PyTorch"))
 PORT = ("torch:examples.torch_original_loss:label_smoothed_nll", "jax:examples.jax_ported_loss:ported")
 
