@@ -37,6 +37,8 @@ def mean_denominator(
         where: as passed to the loss, but with the shape of these labels, or one that broadcasts to it.
         ignore_index: as passed to the loss.
         class_weight: the weights of all classes, also where the loss gets a slice of them.
+        class_mask: the mask of all classes, likewise; with the dimensions of the labels and then K, if rows have masks
+            of their own. It matters only beside `class_weight`: a label outside of it weighs 1, as does any bad label.
 
     Returns:
         The number of rows that count; with class weights the sum of the weights of their labels. A scalar, the same on
@@ -67,12 +69,14 @@ def mean_denominator(
     if is_floating(labels.dtype.name):
         raise error("denominator_labels", given=labels.dtype.name)
     options = LossOptions.of({**_DEFAULTS, "ignore_index": keywords["ignore_index"]})
-    weights = keywords["class_weight"]
-    # Without weights no label needs to be looked up, and the number of classes does not matter.
+    weights, mask = keywords["class_weight"], keywords["class_mask"]
+    # Without either no label needs to be looked up, and the number of classes does not matter.
     num_classes, dtype = np.iinfo(np.int32).max, np.dtype(np.float32)
     if weights is not None:
         weights = as_array("class_weight", weights)
         num_classes, dtype = max(weights.size, 1), compute_dtype(weights)
+    elif mask is not None:
+        num_classes = max(as_array("class_mask", mask).shape[-1:], default=1)
     describe: Any = jax.ShapeDtypeStruct
     logits = describe((*labels.shape, num_classes), dtype)
     return _total(jnp.asarray(denominator_of(prepare(logits, labels, options, keywords))), axis_name)

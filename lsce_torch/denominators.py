@@ -45,6 +45,8 @@ def mean_denominator(
         where: as passed to the loss, but with the shape of these labels, or one that broadcasts to it.
         ignore_index: as passed to the loss.
         class_weight: the weights of all classes, also where the loss gets a slice of them.
+        class_mask: the mask of all classes, likewise; with the dimensions of the labels and then K, if rows have masks
+            of their own. It matters only beside `class_weight`: a label outside of it weighs 1, as does any bad label.
 
     Returns:
         The number of rows that count; with class weights the sum of the weights of their labels, which is a constant to
@@ -78,12 +80,15 @@ def mean_denominator(
     if labels.is_floating_point():
         raise error("denominator_labels", given=dtype_name(labels))
     options = LossOptions.of({**_DEFAULTS, "ignore_index": keywords["ignore_index"]})
-    weights = keywords["class_weight"]
-    # Without weights no label needs to be looked up, and the number of classes does not matter.
+    weights, mask = keywords["class_weight"], keywords["class_mask"]
+    # Without either no label needs to be looked up, and the number of classes does not matter.
     num_classes, dtype = torch.iinfo(torch.int32).max, torch.float32
     if weights is not None:
         check_tensor("class_weight", weights)
         num_classes, dtype = max(weights.numel(), 1), compute_dtype(weights)
+    elif mask is not None:
+        check_tensor("class_mask", mask)
+        num_classes = mask.shape[-1] if mask.ndim else 1
     logits = torch.zeros(1, dtype=dtype, device=labels.device).expand(*labels.shape, num_classes)
     here = torch.as_tensor(
         denominator_of(prepare(logits, labels, options, keywords), None), device=labels.device

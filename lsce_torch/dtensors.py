@@ -107,7 +107,7 @@ def loss_of_layer(
     functions, given = mesh.functions(_LINEAR_FUNCTIONS, keywords, of_shards)
     given, own_labels = _parts_here(mesh, labels, given, compute_dtype(hidden))
     if not is_dtensor(hidden) and not torch.compiler.is_compiling():
-        _check_rows(mesh, weight, own_labels, given["where"])
+        _check_rows(mesh, weight, own_labels, given, hidden)
     own_hidden = mesh.here("hidden", hidden, mesh.rows)
     own_weight = mesh.here("weight", weight, mesh.classes, has_sum=True)
     own_bias = None if bias is None else mesh.here("bias", bias, mesh.classes, has_sum=True)
@@ -145,16 +145,17 @@ def _mesh_of_layer(
     return _Mesh(mesh, placements, shape, axis)
 
 
-def _check_rows(mesh: "_Mesh", weight: Any, labels: Tensor, where: object) -> None:
-    """Raise if ranks that are about to gather the weight have different labels.
+def _check_rows(mesh: "_Mesh", weight: Any, labels: Tensor, given: Mapping[str, Any], hidden: Tensor) -> None:
+    """Raise if ranks that are about to gather the weight have different rows.
 
     A plain `hidden` is taken to be the same on every rank. With FSDP2 each rank often has its own, which would give
     a wrong gradient.
     """
-    where = where if isinstance(where, Tensor) else None
+    where = given["where"] if isinstance(given["where"], Tensor) else None
     for place, placement in enumerate(weight.placements if is_dtensor(weight) else ()):
         if placement.is_shard() and place != mesh.dim_of_classes:
-            told = Told(1, labels.numel(), {}, rows_that_agree(labels, where), {"nothing": 0.0})
+            rows = rows_that_agree(labels, where, given["ignore_index"], {"hidden": hidden})
+            told = Told(1, labels.numel(), {}, rows, {"nothing": 0.0})
             tell(told, ranks_of(mesh.mesh.get_group(place)), labels.device)
 
 
@@ -228,6 +229,15 @@ class _Mesh:
                 raise error("dtensor_option", name=f"{name} where the classes are divided")
         given = {name: value for name, value in keywords.items() if name not in of_shards}
         return _OF_SHARDS[functions], {**given, "group": self.mesh.get_group(self.dim_of_classes)}
+
+    def mask_of_rows(self, mask: Any) -> Any:
+        """Return a class mask for this rank's rows and all classes, which come last."""
+        if not isinstance(mask, Tensor):
+            return mask
+        if check_class_mask(tuple(mask.shape), dtype_name(mask), self.shape, self.axis):
+            at_rows = [self.at_all[0] if place.is_shard(self.axis) else place for place in self.logits]
+            return self.here("class_mask", mask.expand(self.shape), at_rows).movedim(self.axis, -1)
+        return self.here("class_mask", mask.reshape(-1), self.at_all)
 
     def here(self, name: str, value: Tensor, placements: Sequence[Any], *, has_sum: bool = False) -> Tensor:
         """Return this rank's part of a tensor. The gradient is placed as the tensor is, or is whole as the tensor is.
@@ -445,7 +455,8 @@ def _denominator(
     """Return the denominator of the call, or of the mean of all rows where other ranks have some of these."""
     denominator = keywords["denominator"]
     if denominator is None and keywords["reduction"] == "mean" and mesh.divides_rows:
-        whole = mesh.whole_number(_mass(mesh, labels, given, keywords, dtype))
+        # In float64, so that ranks which add up in other orders do not get another float32 number.
+        whole = mesh.whole_number(_mass(mesh, labels, given, keywords, dtype).to(torch.float64)).to(dtype)
         mesh.told.append(whole)
         return whole
     return denominator.full_tensor() if is_dtensor(denominator) else denominator
@@ -460,10 +471,12 @@ def _mass(
         # Each row counts as one, also on a rank that has no class.
         sizes = [size for dim, size in enumerate(labels.shape) if dim != mesh.axis]
         rows, weights = labels.new_zeros(sizes, dtype=torch.int64), None
+    mask = None
     if weights is not None:
         weights = (weights.full_tensor() if is_dtensor(weights) else weights).to(dtype)
-    options = {"where": given["where"], "ignore_index": given["ignore_index"], "class_weight": weights}
-    return mean_denominator(rows, group=(), **options).to(dtype)
+        mask = mesh.mask_of_rows(keywords["class_mask"])
+    options = {name: given[name] for name in ("where", "ignore_index")}
+    return mean_denominator(rows, group=(), **options, class_weight=weights, class_mask=mask).to(dtype)
 
 
 def _called(

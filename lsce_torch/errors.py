@@ -87,6 +87,11 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         "rows on every rank; only the classes are divided. If the rows of a linear loss are divided too, and its "
         "weight is a DTensor, pass hidden and labels as DTensors: DTensor.from_local(hidden, mesh, [Shard(0)]).",
     ),
+    "ranks_tensor": (
+        ValueError,
+        "the ranks of the group disagree about {name}: the tensor of rank {rank} is not that of rank 0. "
+        "Pass the same on every rank; only the classes are divided.",
+    ),
     "rank_failed": (
         RuntimeError,
         "the loss failed on other ranks of the group: {ranks}. The error of each says why.",

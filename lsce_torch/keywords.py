@@ -144,7 +144,7 @@ class VocabParallelLinearStatsKeywords(VocabParallelLinearKeywords, _Differentia
     """The options of `vocab_parallel_linear_label_smoothed_cross_entropy_with_stats` besides `group`."""
 
 
-class DenominatorKeywords(_Where, _Counted, total=False):
+class DenominatorKeywords(_Where, _Counted, _ClassMask, total=False):
     """The options of `mean_denominator` besides `group`."""
 
 

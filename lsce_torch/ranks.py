@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from lsce_spec import CONVENTIONS, FLOATING
@@ -62,6 +62,14 @@ def ranks_of(group: "ProcessGroup | None") -> Ranks:
             raise error("group_member")
         raise error("group_type", given=type(group).__name__)
     return Ranks(group.group_name, distributed.get_world_size(group), distributed.get_rank(group))
+
+
+def checks_everything() -> bool:
+    """Return whether the ranks also compare what is large: with TORCH_DISTRIBUTED_DEBUG=DETAIL, but not compiled."""
+    if torch.compiler.is_compiling():
+        return False
+    distributed: Any = torch.distributed
+    return bool(distributed.get_debug_level() == distributed.DebugLevel.DETAIL)
 
 
 def total(rows: Shaped[Tensor, "..."], ranks: Ranks, after: Sequence[Tensor]) -> Shaped[Tensor, "..."]:
@@ -153,14 +161,15 @@ class Told(NamedTuple):
         num_classes: that it has.
         num_rows: of the call.
         shared: what else must be the same on every rank, as numbers by name; NaN for what is not at hand.
-        rows: integers or booleans of the rows that must be the same on every rank, by name.
+        tensors: that must be the same on every rank, by name. Of scalars the ranks compare the values, of others
+            checksums.
         sums: numbers that the ranks want to add up, by name.
     """
 
     num_classes: int
     num_rows: int
     shared: dict[str, float]
-    rows: dict[str, Shaped[Tensor, "..."]]
+    tensors: dict[str, Shaped[Tensor, "..."]]
     sums: dict[str, Float[Tensor, ""] | float]
 
 
@@ -180,9 +189,10 @@ def tell(
     """
     sums = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in told.sums.values()]
     sizes, shared = [told.num_classes, told.num_rows], list(told.shared.values())
-    rows, names = list(told.rows.values()), [*told.shared, *told.rows]
-    heard = torch.ops.lsce.tell(torch.stack(sums), rows, sizes, shared, names, ranks.name)
-    start = 1 + len(sizes) + len(names)
+    tensors, names = [tensor.detach() for tensor in told.tensors.values()], [*told.shared, *told.tensors]
+    heard = torch.ops.lsce.tell(torch.stack(sums), tensors, sizes, shared, names, ranks.name)
+    # The sums come before the tensors, of which ranks that disagree may have different numbers.
+    start = 1 + len(sizes)
     return heard[:, 1], {name: heard[:, start + place].sum() for place, name in enumerate(told.sums)}
 
 
@@ -194,11 +204,11 @@ def tell_failure(ranks: Ranks, device: torch.device) -> None:
 @torch.library.custom_op(
     "lsce::tell",
     mutates_args=(),
-    schema="(Tensor sums, Tensor[] rows, SymInt[] sizes, float[] shared, str[] names, str group) -> Tensor",
+    schema="(Tensor sums, Tensor[] tensors, SymInt[] sizes, float[] shared, str[] names, str group) -> Tensor",
 )
 def _tell(
     sums: Tensor,
-    rows: Sequence[Tensor],
+    tensors: Sequence[Tensor],
     sizes: Sequence[int],
     shared: Sequence[float],
     names: Sequence[str],
@@ -206,16 +216,18 @@ def _tell(
 ) -> Tensor:
     has_failed = 0.0
     numbers = sums.new_tensor([has_failed, *map(float, sizes), *shared])
-    heard = _gathered(torch.cat([numbers, *map(_checksum, rows), sums]), group)
+    first, others = numbers.tensor_split([1 + len(sizes)])
+    digests = [_digest(tensor).to(sums.device) for tensor in tensors]
+    heard = _gathered(torch.cat([first, sums, others, *digests]), group)
     if may_wait(sums):
-        _check_agreement(heard.tolist(), ["the number of rows", *names], names[len(shared) :])
+        _check_agreement(heard.tolist(), sums.numel(), names, [not tensor.ndim for tensor in tensors])
     return heard
 
 
 @_tell.register_fake
 def _(
     sums: Tensor,
-    rows: Sequence[Tensor],
+    tensors: Sequence[Tensor],
     sizes: Sequence[int],
     shared: Sequence[float],
     names: Sequence[str],
@@ -224,12 +236,25 @@ def _(
     return sums.new_empty(_find(group).size(), _TOLD)
 
 
-def _checksum(values: Shaped[Tensor, "..."]) -> Float[Tensor, " 1"]:
+def _digest(values: Shaped[Tensor, "..."]) -> Float[Tensor, " 1"]:
+    """Return the number that stands for a tensor: the value of a scalar, of others a checksum of their bytes.
+
+    It is never NaN, which says that there is no tensor.
+    """
+    values = values.reshape(-1) if values.ndim else values.to(torch.float64)
+    if not values.ndim:
+        return torch.where(torch.isnan(values), _NAN, values)[None]
+    if values.is_floating_point():
+        values = values.contiguous().view(_INTEGERS[values.itemsize])
+    return _checksum(values)
+
+
+def _checksum(values: Int[Tensor, " n"] | Bool[Tensor, " n"]) -> Float[Tensor, " 1"]:
     """Return a number of 52 bits, which other integers, or these in another order, do not have as far as we can tell.
 
     Integers wrap around, so the order of the sum does not matter. The mixing is that of splitmix64.
     """
-    mixed = values.reshape(-1).to(torch.int64)
+    mixed = values.to(torch.int64)
     mixed = mixed + torch.arange(1, mixed.numel() + 1, device=mixed.device) * _GOLDEN
     for shift, factor in _MIXING:
         mixed = (mixed ^ (mixed >> shift)) * factor
@@ -237,9 +262,9 @@ def _checksum(values: Shaped[Tensor, "..."]) -> Float[Tensor, " 1"]:
 
 
 def _gathered(vector: Float[Tensor, " n"], group: str) -> Float[Tensor, "ranks told"]:
-    """Return the vectors of all ranks, which may differ in length, filled up with 0."""
+    """Return the vectors of all ranks, which may differ in length, filled up with NaN."""
     found = _find(group)
-    vector = torch.nn.functional.pad(vector, (0, _TOLD - vector.numel()))
+    vector = torch.nn.functional.pad(vector, (0, _TOLD - vector.numel()), value=math.nan)
     vectors = [torch.empty_like(vector) for _ in range(found.size())]
     torch.distributed.all_gather(vectors, vector, group=found)
     return torch.stack(vectors)
@@ -251,39 +276,67 @@ def _find(group: str) -> Any:
     return distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined,arg-type]
 
 
-def _check_agreement(heard: Sequence[Sequence[float]], names: Sequence[str], of_rows: Sequence[str]) -> None:
+def _check_agreement(
+    heard: Sequence[Sequence[float]], num_sums: int, names: Sequence[str], are_scalars: Sequence[bool]
+) -> None:
     """Raise unless no rank has failed, all have the same numbers of these names, and some rank has classes.
 
-    The numbers of the names in `of_rows` are checksums.
+    The last names are those of tensors. `are_scalars` says of each whether its number is its value, not a checksum.
     """
-    failed = [rank for rank, values in enumerate(heard) if values[0]]
+    failed = [rank for rank, told in enumerate(heard) if told[0]]
     if failed:
         raise error("rank_failed", ranks=failed)
-    for place, name in enumerate(names, 2):
-        values = [of_rank[place] for of_rank in heard]
-        for rank, value in enumerate(values):
-            if value != values[0] and not (math.isnan(value) or math.isnan(values[0])):
-                if name in of_rows:
-                    raise error("ranks_rows", name=name, rank=rank)
-                first, other = (_text(name, number) for number in (values[0], value))
-                raise error("ranks_differ", name=name, first=first, rank=rank, other=other)
-    if not any(values[1] for values in heard):
+    names = ["the number of rows", *names]
+    are_values = [*[True] * (len(names) - len(are_scalars)), *are_scalars]
+    first, *others = ([told[2], *told[3 + num_sums :]] for told in heard)
+    for place, name in enumerate(names):
+        for rank, other in enumerate(others, 1):
+            # NaN stands for what is not at hand.
+            if other[place] == first[place] or math.isnan(other[place]) or math.isnan(first[place]):
+                continue
+            if not are_values[place]:
+                raise error("ranks_rows" if name in _OF_ROWS else "ranks_tensor", name=name, rank=rank)
+            texts = [_text(place, names, numbers) for numbers in (first, other)]
+            name = name.removeprefix(_KIND_OF)  # noqa: PLW2901
+            raise error("ranks_differ", name=name, first=texts[0], rank=rank, other=texts[1])
+    if not any(told[1] for told in heard):
         raise error("no_classes_anywhere")
 
 
-def _text(name: str, value: float) -> str:
-    """Return the value of an option from the number that stands for it."""
-    texts = _TEXTS.get(name, ())
-    return texts[int(value)] if 0 <= value < len(texts) else f"{value:.9g}"
+def _text(place: int, names: Sequence[str], numbers: Sequence[float]) -> str:
+    """Return what a rank has at a place, as its caller wrote it."""
+    name, number = names[place], numbers[place]
+    if name in _CHOICES:
+        known = _CHOICES[name]
+        if number >= len(known):
+            return f"{name}=<one of your own, whose name has the CRC-32 {number:.0f}>"
+        return str(known[int(number)]) if name.startswith("the ") else f"{name}={known[int(number)]!r}"
+    option = name.removeprefix(_KIND_OF)
+    if option != name:
+        kind, number = _KINDS[int(number)], math.nan
+        if kind == "a number" and option in names:
+            number = numbers[names.index(option)]
+        if math.isnan(number):
+            return f"{option}=None" if kind == "None" else f"{kind} as {option}"
+    number = math.nan if number == _NAN else number
+    return f"{number:.9g}" if option.startswith("the ") else f"{option}={number:.9g}"
 
 
 # Of splitmix64 (Steele, Lea and Flood, 2014), as signed integers.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MIXING = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# What a NaN is told as: no option may be this.
+_NAN = -math.inf
 # How many numbers a rank tells, at most.
 _TOLD = 32
-# Options that are told as their place in a list.
-_TEXTS: dict[str, Sequence[str]] = {
+# Tensors that hold the rows of the call.
+_OF_ROWS = ("labels", "where", "hidden")
+# Options that may be given in several ways are told as the place in this list, and as a number of their own name.
+_KIND_OF = "the kind of "
+_KINDS = ("None", "a number", "a tensor", "a tensor of one number for each row")
+# Others are told as their place in a list.
+_CHOICES: dict[str, Sequence[str | bool]] = {
     "the dtype of the logits": FLOATING,
     "the kind of labels": ("class indices", "class probabilities"),
     "the kind of class_mask": ("None", "one for all rows", "one for each row"),
@@ -291,10 +344,11 @@ _TEXTS: dict[str, Sequence[str]] = {
     "convention": tuple(CONVENTIONS),
     "reduction": REDUCTIONS,
     "bad_labels": BAD_LABELS,
+    "subtract_entropy": (False, True),
 }
 
 
 def place_of(name: str, value: str) -> int:
     """Return the number that stands for the value of an option."""
-    known = _TEXTS[name]
+    known = _CHOICES[name]
     return known.index(value) if value in known else zlib.crc32(value.encode())

@@ -32,7 +32,7 @@ from lsce_torch.plain import (
     relative_to,
     sums_of_parts,
 )
-from lsce_torch.ranks import Ranks, Told, largest, least, place_of, tell, total
+from lsce_torch.ranks import Ranks, Told, checks_everything, largest, least, place_of, tell, total
 from lsce_torch.stats import LossStats
 from lsce_torch.sums import (
     ROWS,
@@ -73,7 +73,7 @@ def shard_of(
     keywords: Mapping[str, Any],
     statistics: int,
     ranks: Ranks,
-    num_features: int = 0,
+    hidden: Float[Tensor, "*batch D"] | None = None,
 ) -> tuple[Shard, Batch]:
     """Return this rank's classes, and its rows in one dimension. The labels count over all classes.
 
@@ -83,7 +83,7 @@ def shard_of(
         keywords: `prior` and `denominator` of the call.
         statistics: see `row_losses`.
         ranks: of the group.
-        num_features: of the layer that makes the logits.
+        hidden: the features of the layer that makes the logits, or None.
 
     Raises:
         ValueError: the ranks disagree, no rank has a class, or the prior of all classes is no distribution.
@@ -95,9 +95,12 @@ def shard_of(
         "allowed": float(logits.shape[-1]) if class_mask is None or by_row else class_mask.sum(),
         "prior": 0.0 if given.prior is None else given.prior.double().sum(),
     }
-    shared = _shared(given, options, keywords, statistics, num_features)
     told = Told(
-        logits.shape[-1], math.prod(logits.shape[:-1]), shared, rows_that_agree(given.labels, given.where), sums
+        num_classes=logits.shape[-1],
+        num_rows=math.prod(logits.shape[:-1]),
+        shared=_shared(given, options, keywords, statistics, 0 if hidden is None else hidden.shape[-1]),
+        tensors=_tensors_that_agree(given, options, keywords, hidden),
+        sums=sums,
     )
     classes, heard = tell(told, ranks, logits.device)
     if given.prior is not None and is_on_cpu(logits) and not torch.compiler.is_compiling():
@@ -120,6 +123,9 @@ def _shared(
     def kind(value: object) -> int:
         return 2 if isinstance(value, Tensor) else int(value is not None)
 
+    def kind_of_rows(value: object) -> int:
+        return 3 if isinstance(value, Tensor) and value.ndim else kind(value)
+
     mask = given.class_mask
     return {
         "the dtype of the logits": place_of("the dtype of the logits", name_of(given.logits.dtype)),
@@ -136,7 +142,7 @@ def _shared(
         "the kind of where": kind(given.where),
         "the kind of ignore_index": kind(options.ignore_index),
         "the kind of softcap": kind(options.softcap),
-        "the kind of smoothing": kind(options.smoothing),
+        "the kind of smoothing": kind_of_rows(options.smoothing),
         "the kind of denominator": kind(keywords["denominator"]),
         "ignore_index": number(options.ignore_index),
         "z_loss": number(options.z_loss),
@@ -146,16 +152,54 @@ def _shared(
     }
 
 
-def rows_that_agree(
-    labels: Int[Tensor, "*batch"] | Float[Tensor, "..."], where: Bool[Tensor, "*#batch"] | None
+def _tensors_that_agree(
+    given: Given, options: LossOptions, keywords: Mapping[str, Any], hidden: Float[Tensor, "*batch D"] | None
 ) -> dict[str, Tensor]:
-    """Return what must be the same on every rank: `where`, and the class indices of rows that it does not leave out."""
-    if labels.is_floating_point():
-        return {} if where is None else {"where": where}
-    if where is None:
-        return {"labels": labels}
-    where = where.expand(labels.shape)
-    return {"where": where, "labels": torch.where(where, labels, 0)}
+    """Return the tensors that must be the same on every rank, by name. For a smoothing of all rows it is a scalar."""
+    smoothing, denominator = options.smoothing, keywords["denominator"]
+    is_scalar = isinstance(smoothing, Tensor) and not smoothing.ndim
+    by_row = {"smoothing": None if is_scalar else given.smoothing, "hidden": hidden}
+    tensors = rows_that_agree(given.labels, given.where, options.ignore_index, by_row)
+    if is_scalar:
+        tensors["smoothing"] = smoothing
+    if isinstance(denominator, Tensor):
+        # Ranks may have added it up in different orders.
+        tensors["denominator"] = denominator.to(torch.float32)
+    return tensors
+
+
+def rows_that_agree(
+    labels: Int[Tensor, "*batch"] | Float[Tensor, "*batch K"],
+    where: Bool[Tensor, "*#batch"] | None,
+    ignore_index: int | None,
+    others: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """Return the rows that must be the same on every rank, by name; of rows that do not count, a constant.
+
+    Args:
+        labels: class indices, or this rank's slice of probabilities, which ranks do not share.
+        where: of the call.
+        ignore_index: of the call.
+        others: tensors with one more dimension than the losses, by name. `hidden`, which may be large, is compared only
+            with TORCH_DISTRIBUTED_DEBUG=DETAIL.
+    """
+    rows: dict[str, Tensor] = {}
+    counted = where
+    if where is not None:
+        rows["where"] = where
+    if not labels.is_floating_point():
+        if where is not None:
+            counted = where = rows["where"] = where.expand(labels.shape)
+            labels = torch.where(where, labels, 0)
+        rows["labels"] = labels
+    for name, value in others.items():
+        if not isinstance(value, Tensor) or (name == "hidden" and not checks_everything()):
+            continue
+        if ignore_index is not None and not labels.is_floating_point():
+            is_counted = labels != ignore_index
+            counted = is_counted if where is None else where & is_counted
+        rows[name] = value if counted is None else torch.where(counted[..., None], value, 0)
+    return rows
 
 
 def _flat(batch: Batch, class_mask: Bool[Tensor, " K"] | Bool[Tensor, "*batch K"] | None) -> Batch:

@@ -3,8 +3,8 @@ r"""The loss where the classes are divided over the ranks of a process group: no
 A loss is made of a few sums over the classes, relative to the largest logit (see `sums.py`). So each rank sums over its
 own classes, and what it sends is a few numbers for each row:
 
-1. what the call is, how many classes the rank has, and checksums of the labels and of which rows count: some thirty
-   numbers, gathered. Ranks that disagree raise.
+1. what the call is, how many classes the rank has, and checksums of the labels, of which rows count, and of other
+   tensors that the ranks share: some thirty numbers, gathered. Ranks that disagree raise.
 2. the largest logit of its classes, of which all ranks take the maximum,
 3. its sums relative to that maximum, which all ranks add up. They are one tensor, and so one collective.
 
@@ -66,8 +66,8 @@ def vocab_parallel_label_smoothed_cross_entropy(
 
     The loss is the same on every rank. Forward it takes one maximum of a number for each row, one sum of a few numbers
     for each row, and before them some thirty numbers from each rank: by these the ranks notice that they were given
-    different shapes, dtypes, options or labels, and raise. On a GPU that check waits for the device. `backward` takes
-    no collective.
+    different shapes, dtypes, options, labels or other tensors of rows, and raise. On a GPU that check waits for the
+    device. `backward` takes no collective.
 
     Args:
         local_logits: the logits of this rank's classes, of shape [..., K of this rank, ...].
@@ -167,8 +167,9 @@ def vocab_parallel_linear_label_smoothed_cross_entropy(
     torch.compile computes all logits at once.
 
     Args:
-        hidden: [..., D] features, the same on every rank; see `linear_label_smoothed_cross_entropy`. It requires a
-            gradient on every rank or on none, since `backward` adds up what the ranks have.
+        hidden: [..., D] features, the same on every rank, which is checked with TORCH_DISTRIBUTED_DEBUG=DETAIL; see
+            `linear_label_smoothed_cross_entropy`. It requires a gradient on every rank or on none, since `backward`
+            adds up what the ranks have.
         local_weight: [K of this rank, D], the rows of nn.Linear's weight of this rank's classes.
         labels: [...] class indices from 0 to K - 1, the same on every rank.
         group: see `vocab_parallel_label_smoothed_cross_entropy`.
@@ -308,7 +309,7 @@ def _evaluate_linear(
             tell_failure(ranks, hidden.device)
         raise
     statistics, num_rows, num_features = with_stats + differentiable, labels.numel(), layer.hidden.shape[-1]
-    shard, batch = shard_of(given, options, keywords, statistics, ranks, num_features)
+    shard, batch = shard_of(given, options, keywords, statistics, ranks, layer.hidden)
     layer = layer._replace(hidden=layer.hidden.reshape(num_rows, num_features))
     sharded = None
     if torch.compiler.is_compiling() or not num_rows:

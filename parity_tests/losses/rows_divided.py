@@ -91,12 +91,16 @@ def denominator_of(package: Any, arrays: dict[str, Any], axis: int, **over: Any)
         axis: of the classes.
         over: the axis or the group that divides the rows, as an argument of `mean_denominator`.
     """
-    names = ("where", "ignore_index", "class_weight")
+    names = ("where", "ignore_index", "class_weight", "class_mask")
     given = {name: arrays[name] for name in names if arrays.get(name) is not None}
-    labels = arrays["labels"]
+    labels, mask = arrays["labels"], given.get("class_mask")
+    if mask is not None and mask.ndim > 1:  # of rows
+        order = sorted(range(mask.ndim), key=lambda dim: dim == axis % mask.ndim)
+        given["class_mask"] = mask.permute(order) if hasattr(mask, "permute") else mask.transpose(order)
     if is_soft(labels):
         labels = labels.argmax(axis)
         given.pop("class_weight", None)
+        given.pop("class_mask", None)
     return package.mean_denominator(labels, **given, **over)
 
 

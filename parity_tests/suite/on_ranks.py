@@ -100,6 +100,18 @@ def in_blocks(group: Any, options: dict[str, Any], arrays: dict[str, Any], size:
     return loss.detach(), logits.grad
 
 
+def _on(smoothing: Any, num_classes: Any) -> Any:
+    return 1 - smoothing
+
+
+def _off(smoothing: Any, num_classes: Any) -> Any:
+    return smoothing / num_classes
+
+
+# Of functions that can be sent to other processes.
+LEAKY = lsce_torch.Convention("leaky", _on, _off)
+
+
 def called(group: Any, keywords: dict[str, Any]) -> Any:
     """Return the loss of a call as a user makes it."""
     arguments = {name: to_torch(value) if hasattr(value, "dtype") else value for name, value in keywords.items()}
@@ -262,6 +274,32 @@ def linear_called(group: Any, changes: dict[str, Any]) -> Any:
     }
     arguments |= {name: to_torch(value) for name, value in changes.items()}
     return linear_loss(**arguments, group=group)
+
+
+def in_debug_mode(group: Any, function: Any, *arguments: Any) -> Any:
+    """Return what a function returns with TORCH_DISTRIBUTED_DEBUG=DETAIL."""
+    distributed: Any = torch.distributed
+    before = distributed.get_debug_level()
+    distributed.set_debug_level(distributed.DebugLevel.DETAIL)
+    try:
+        return function(group, *arguments)
+    finally:
+        distributed.set_debug_level(before)
+
+
+def gathered_weight(_: Any, hidden: Any) -> Any:
+    """Return the linear loss of a weight that FSDP2 divides, of rows that are said to be the same on every rank."""
+    weight = tensor.distribute_tensor(torch.ones(6, 2), mesh_of((4,)), [tensor.Shard(0)])
+    loss = lsce_torch.linear_label_smoothed_cross_entropy(torch.from_numpy(hidden), weight, torch.tensor([0, 1]))
+    return loss.detach()
+
+
+def dtensor_with(_: Any, options: dict[str, Any]) -> Any:
+    """Return the loss of logits that a mesh divides by rows and by classes."""
+    divided = tensor.distribute_tensor(torch.zeros(4, 6), mesh_of((2, 2)), [tensor.Shard(0), tensor.Shard(1)])
+    given = {name: to_torch(value) for name, value in options.items()}
+    loss: Any = lsce_torch.label_smoothed_cross_entropy(divided, torch.arange(4), **given)
+    return loss.full_tensor()
 
 
 def linear_transformed(group: Any) -> Any:

@@ -15,8 +15,8 @@ import torch
 import lsce_jax
 import lsce_torch
 from lsce_spec import mean_denominator
-from parity_tests.losses.adapters import Adapter, JaxAdapter, TorchAdapter
-from parity_tests.losses.rows_divided import RowsOnRanks, as_mean, in_microbatches
+from parity_tests.losses.adapters import Adapter, JaxAdapter, TorchAdapter, operands_of
+from parity_tests.losses.rows_divided import RowsOnRanks, as_mean, denominator_of, in_microbatches
 from parity_tests.losses.sharded import on_shards
 from parity_tests.losses.sharded_torch import DIVISIONS, run_on_ranks
 from parity_tests.suite import on_ranks
@@ -77,6 +77,64 @@ def test_against_the_specification(framework: str, dtype: str, weights: Any, whe
 
 
 @pytest.mark.parametrize("framework", PACKAGES)
+def test_labels_outside_the_mask(framework: str) -> None:
+    """They weigh 1, so that the mean is NaN and not 0 where all weights are 0."""
+    package, labels = PACKAGES[framework], as_array(framework, LABELS)
+    by_row = np.ones((2, 4, 4), bool)
+    by_row[0, 1, 2] = by_row[1, 0, :] = False
+    for mask, expected in ((np.array([True, False, True, True]), 0.5 + 2 + 1 + 1), (by_row, 0.5 + 1 + 1 + 1)):
+        given = {"ignore_index": -100, "class_mask": as_array(framework, mask)}
+        weights = as_array(framework, WEIGHTS)
+        assert float(package.mean_denominator(labels, class_weight=weights, **given)) == expected
+        assert int(package.mean_denominator(labels, **given)) == 4
+        assert float(package.mean_denominator(labels, class_weight=0 * weights, **given)) == 2
+
+
+class _KnownError(Exception):
+    """Ends a loss once its divisor is known."""
+
+
+def divisor_of_the_loss(framework: str, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]) -> float:
+    """Return what the loss of a package divides by."""
+    functional = PACKAGES[framework].functional
+    compute = functional.mean_divisor
+
+    def stop(*arguments: Any) -> Any:
+        raise _KnownError(compute(*arguments)[1])
+
+    monkeypatch.setattr(functional, "mean_divisor", stop)
+    with pytest.raises(_KnownError) as known:
+        PACKAGES[framework].label_smoothed_cross_entropy(**given, implementation="reference")
+    monkeypatch.undo()
+    return float(known.value.args[0])
+
+
+def with_bad_labels(case: Case) -> Case:
+    """Return a case with random weights and labels, of which some are no classes or outside a mask."""
+    generator = np.random.default_rng(len(case.name))
+    num_classes = case.logits.shape[case.axis]
+    mask = generator.random(num_classes) < 0.7 if case.class_mask is None and case.prior is None else case.class_mask
+    weights = generator.integers(0, 3, num_classes) / 2
+    labels = generator.integers(-1, num_classes + 1, case.labels.shape)
+    return replace(case, labels=labels, class_mask=mask, class_weight=weights)
+
+
+@pytest.mark.parametrize("framework", PACKAGES)
+def test_what_the_loss_divides_by(framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is what `mean_denominator` returns, for every option, and for labels that are no classes."""
+    cases = mean_cases("float32", case_names(), make_case)
+    cases += [with_bad_labels(case) for case in cases if case.labels.dtype.kind != "f"]
+    for case in cases:
+        arrays, options = operands_of(case)
+        given = {name: as_array(framework, value) for name, value in arrays.items() if name != "upstream"}
+        given |= {**options, "denominator": None}
+        ours = float(denominator_of(PACKAGES[framework], given, case.axis))
+        # Without any row the loss divides by 1.
+        possible = [ours] if ours else [0, 1]
+        assert divisor_of_the_loss(framework, monkeypatch, given) in possible, case.name
+
+
+@pytest.mark.parametrize("framework", PACKAGES)
 @pytest.mark.parametrize("weights", ["float64", "bfloat16"])
 def test_dtypes_of_weights(framework: str, weights: str) -> None:
     """The sum has the dtype of the loss: float32 at least."""
@@ -107,6 +165,9 @@ def test_no_row_counts(framework: str) -> None:
     ({"where": np.ones(4)}, TypeError, "where must be boolean"),
     ({"class_weight": np.ones((2, 2), np.float32)}, ValueError, "class_weight must hold one value per class"),
     ({"class_weight": np.ones(4, int)}, TypeError, "class_weight must"),
+    ({"class_mask": np.ones(4)}, TypeError, "class_mask must be boolean"),
+    ({"class_mask": np.ones((4, 4), bool)}, ValueError, "class_mask must have shape [4], one mask for all rows"),
+    ({"class_mask": np.ones(3, bool), "class_weight": WEIGHTS}, ValueError, "class_mask must have shape [4]"),
     ({"ignore_index": 2**31}, ValueError, "ignore_index"),
     ({"axis": 1}, TypeError, "axis"),
 ])  # fmt: skip

@@ -1,5 +1,6 @@
 """The vocab-parallel losses of lsce_torch in processes by gloo: truth, errors, collectives."""
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -440,19 +441,18 @@ MASKS = np.ones(3, bool), np.ones((4, 3), bool)
 DIFFERENCES = {
     "the number of rows": call(local_logits=LOGITS[:3], labels=LABELS[:3]),
     "the dtype of the logits": call(local_logits=LOGITS.astype(np.float64)),
-    "the kind of labels": call(labels=LOGITS),
-    "the kind of class_mask": call(class_mask=MASKS[0]),
+    "labels": call(labels=LOGITS),
+    "class_mask": call(class_mask=MASKS[0]),
     "convention": call(convention="clamp"),
     "reduction": call(reduction="sum"),
     "bad_labels": call(bad_labels="raise"),
     "subtract_entropy": call(subtract_entropy=True),
-    "the kind of prior": call(prior=np.full(3, 1 / 6, F32)),
-    "the kind of class_weight": call(class_weight=np.ones(3, F32)),
-    "the kind of where": call(where=np.ones(4, bool)),
-    "the kind of ignore_index": call(ignore_index=-100),
-    "the kind of softcap": call(softcap=30.0),
-    "the kind of smoothing": call(smoothing=np.array(0.1, F32)),
-    "the kind of denominator": call(denominator=np.array(2.0, F32)),
+    "prior": call(prior=np.full(3, 1 / 6, F32)),
+    "class_weight": call(class_weight=np.ones(3, F32)),
+    "where": call(where=np.ones(4, bool)),
+    "ignore_index": call(ignore_index=-100),
+    "softcap": call(softcap=30.0),
+    "denominator": call(denominator=np.array(2.0, F32)),
     "z_loss": call(z_loss=1e-4),
     "smoothing": call(smoothing=0.2),
 }
@@ -468,17 +468,64 @@ def test_ranks_that_disagree(name: str) -> None:
     assert processes().on_ranks(on_ranks.called, [(call(),)] * 3)[0].isfinite()
 
 
-@pytest.mark.parametrize(("ours", "theirs", "name"), [
-    (call(class_mask=MASKS[0]), call(class_mask=MASKS[1]), "the kind of class_mask"),
-    (call(ignore_index=1), call(ignore_index=2), "ignore_index"),
-    (call(softcap=10.0), call(softcap=30.0), "softcap"),
-    (call(denominator=1.0), call(denominator=2.0), "denominator"),
-])  # fmt: skip
-def test_ranks_with_other_numbers(ours: dict[str, Any], theirs: dict[str, Any], name: str) -> None:
-    assert all(f"disagree about {name}:" in str(problem) for problem in raised([ours, theirs]))
-
-
 WHERE = np.array([True, True, False, True])
+SMOOTHINGS = np.array([0.1, 0.2, 0.3, 0.4], F32)
+SOFT = {"labels": LOGITS, "reduction": "sum"}
+
+
+@pytest.mark.parametrize(("ours", "theirs", "words"), [
+    ({}, {"local_logits": LOGITS[:3], "labels": LABELS[:3]}, "the number of rows: rank 0 has 4, rank 1 has 3."),
+    ({}, {"labels": LOGITS}, "about labels: rank 0 has class indices, rank 1 has class probabilities."),
+    ({"class_mask": MASKS[0]}, {"class_mask": MASKS[1]},
+     "about class_mask: rank 0 has one for all rows, rank 1 has one for each row."),
+    ({}, {"local_logits": LOGITS.astype(np.float64)}, "logits: rank 0 has float32, rank 1 has float64."),
+    ({}, {"convention": "clamp"}, "convention: rank 0 has convention='uniform', rank 1 has convention='clamp'."),
+    ({"convention": "clamp"}, {"convention": on_ranks.LEAKY},
+     f"rank 1 has convention=<one of your own, whose name has the CRC-32 {zlib.crc32(b'leaky')}>."),
+    ({}, {"subtract_entropy": True}, "rank 0 has subtract_entropy=False, rank 1 has subtract_entropy=True."),
+    ({"ignore_index": 1}, {"ignore_index": 2}, "rank 0 has ignore_index=1, rank 1 has ignore_index=2."),
+    ({}, {"ignore_index": -100}, "ignore_index: rank 0 has ignore_index=None, rank 1 has ignore_index=-100."),
+    ({"softcap": 10.0}, {"softcap": 30.0}, "softcap: rank 0 has softcap=10, rank 1 has softcap=30."),
+    ({}, {"where": np.ones(4, bool)}, "where: rank 0 has where=None, rank 1 has a tensor as where."),
+    ({"denominator": 1.0}, {"denominator": 2.0}, "rank 0 has denominator=1, rank 1 has denominator=2."),
+    ({}, {"smoothing": 0.25}, "smoothing: rank 0 has smoothing=0.1, rank 1 has smoothing=0.25."),
+    ({}, {"smoothing": np.array(0.1, F32)}, "rank 0 has smoothing=0.1, rank 1 has a tensor as smoothing."),
+    ({"smoothing": np.array(0.1, F32)}, {"smoothing": SMOOTHINGS},
+     "rank 0 has a tensor as smoothing, rank 1 has a tensor of one number for each row as smoothing."),
+    # Of tensors of one number, the numbers.
+    ({"smoothing": np.array(0.125, F32)}, {"smoothing": np.array(0.25, F32)},
+     "smoothing: rank 0 has smoothing=0.125, rank 1 has smoothing=0.25."),
+    ({"smoothing": np.array(0.125, F32)}, {"smoothing": np.array(np.nan, F32)}, "rank 1 has smoothing=nan."),
+    ({"smoothing": np.array(0.125, F32), **SOFT}, {"smoothing": np.array(0.25, F32), **SOFT},
+     "smoothing: rank 0 has smoothing=0.125, rank 1 has smoothing=0.25."),
+    ({"denominator": np.array(2)}, {"denominator": np.array(3.0, F32)},
+     "denominator: rank 0 has denominator=2, rank 1 has denominator=3."),
+    ({"smoothing": SMOOTHINGS}, {"smoothing": SMOOTHINGS[::-1].copy()}, "smoothing: the tensor of rank 1 is not that"),
+    ({"smoothing": SMOOTHINGS}, {"smoothing": SMOOTHINGS + F32(1e-7)}, "smoothing: the tensor of rank 1 is not"),
+])  # fmt: skip
+def test_ranks_with_other_values(ours: dict[str, Any], theirs: dict[str, Any], words: str) -> None:
+    """Each rank raises, and says what each has."""
+    for problem in raised([call(**ours), call(**theirs)]):
+        assert isinstance(problem, ValueError)
+        assert words in str(problem)
+
+
+@pytest.mark.parametrize("changes", [
+    {"smoothing": SMOOTHINGS, "denominator": np.array(2.0, F32)},
+    {"smoothing": SMOOTHINGS[:1], "ignore_index": 2},
+    {"smoothing": SMOOTHINGS[:3, None], "local_logits": np.zeros((3, 3, 4), F32), "axis": 1,
+     "labels": np.zeros((3, 4), int), "where": np.ones(4, bool)},
+    {"smoothing": np.array(0.2, F32), **SOFT},
+])  # fmt: skip
+def test_tensors_that_are_the_same(changes: dict[str, Any]) -> None:
+    assert same(processes().on_ranks(on_ranks.called, [(call(**changes),)] * 2)).isfinite()
+
+
+def test_smoothings_of_rows_that_do_not_count_may_differ() -> None:
+    other = np.array([0.1, np.nan, 7.0, 0.4], F32)
+    counted = {"where": WHERE, "ignore_index": 1}
+    arguments = [(call(smoothing=smoothing, **counted),) for smoothing in (SMOOTHINGS, other)]
+    assert same(processes().on_ranks(on_ranks.called, arguments)).isfinite()
 
 
 @pytest.mark.parametrize(("ours", "theirs", "name"), [
@@ -500,10 +547,45 @@ def test_labels_of_rows_that_do_not_count_may_differ() -> None:
     assert same(run_on_ranks(on_ranks.called, [(ours,), (theirs,)])).isfinite()
 
 
-def test_numbers_are_shown_as_the_user_wrote_them() -> None:
-    text = str(raised([call(), call(convention="clamp")])[0])
-    assert "rank 0 has uniform, rank 1 has clamp" in text
-    assert "rank 0 has float32, rank 1 has float64" in str(raised([call(), DIFFERENCES["the dtype of the logits"]])[0])
+@pytest.mark.parametrize(("first", "second"), [
+    ({"smoothing": np.array(0.1, F32)}, {"smoothing": np.array(0.2, F32)}),
+    ({"smoothing": SMOOTHINGS}, {"smoothing": SMOOTHINGS + F32(0.1)}),
+    ({"denominator": np.array(2.0, F32)}, {"denominator": np.array(3.0, F32)}),
+])  # fmt: skip
+def test_tensors_of_dtensors(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Ranks that divide the classes of the same rows compare them; in this mesh they are 0 and 1, and 2 and 3."""
+    (name,) = first
+    assert same(processes().on_ranks(on_ranks.dtensor_with, [(first,)] * 4)).isfinite()
+    for problem in processes().on_ranks(on_ranks.dtensor_with, [(first,), (second,)] * 2):
+        assert f"the ranks of the group disagree about {name}: " in str(problem)
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_labels_of_dtensors_outside_the_mask(by_row: bool) -> None:
+    """They weigh 1, so that the mean is NaN and not 0 where all weights are 0."""
+    mask = np.ones((4, 6) if by_row else 6, bool)
+    mask[..., 0] = False
+    options = {"class_weight": np.zeros(6, F32), "class_mask": mask}
+    assert all(loss.isnan() for loss in processes().on_ranks(on_ranks.dtensor_with, [(options,)] * 4))
+
+
+HIDDEN = np.arange(8, dtype=F32).reshape(4, 2)
+
+
+@pytest.mark.parametrize(("function", "hidden", "number"), [
+    (on_ranks.linear_called, lambda hidden: {"hidden": hidden}, 2),
+    (on_ranks.gathered_weight, lambda hidden: hidden[:2], 4),
+])  # fmt: skip
+def test_hidden_is_compared_in_debug_mode(function: Any, hidden: Any, number: int) -> None:
+    """Only there, since it may be as large as the logits."""
+    ours, theirs = ((hidden(array),) for array in (HIDDEN, HIDDEN + 1))
+    different = [ours] * (number - 1) + [theirs]
+    assert all(isinstance(loss, torch.Tensor) for loss in processes().on_ranks(function, different))
+    debugged = [(function, *arguments) for arguments in [ours] * number]
+    assert same(processes().on_ranks(on_ranks.in_debug_mode, debugged)).isfinite()
+    debugged = [(function, *arguments) for arguments in different]
+    for problem in processes().on_ranks(on_ranks.in_debug_mode, debugged):
+        assert str(problem) == MESSAGES["ranks_rows"][1].format(name="hidden", rank=number - 1)
 
 
 def test_a_rank_whose_call_is_wrong() -> None:
