@@ -13,7 +13,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from lsce_jax import fused, kernels, reference
 from lsce_jax.accurate import divide
-from lsce_jax.inputs import Batch, as_array, extremes, prepare
+from lsce_jax.inputs import Batch, as_array, extremes, prepare, warn_of_bad_labels
 from lsce_jax.keywords import DenseLossKeywords, DenseStatsKeywords
 from lsce_jax.stats import LossStats
 from lsce_spec import LossOptions, check_denominator_array, check_denominator_values, check_flag
@@ -155,6 +155,7 @@ def _evaluate(
     options = LossOptions.of(keywords, kernels.IMPLEMENTATIONS)
     check_flag("differentiable", differentiable)
     batch, divisor = mean_divisor(prepare(logits, labels, options, keywords), options, keywords["denominator"])
+    warn_of_bad_labels(labels, batch, options)
     if kernels.takes(batch, options, differentiable=differentiable, class_axis=keywords["axis"]):
         return kernels.loss_and_stats(batch, options, with_stats, divisor, reduce_losses)
     losses, stats = _ROW_LOSSES[options.implementation](batch, options, with_stats)

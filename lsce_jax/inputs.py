@@ -18,6 +18,7 @@ from lsce_jax.errors import error
 from lsce_spec import (
     OF_SHARD,
     LossOptions,
+    bad_labels,
     check_axis,
     check_batch_operand,
     check_class_mask,
@@ -27,7 +28,6 @@ from lsce_spec import (
     check_prior_values,
     check_smoothing_dtype,
     check_smoothing_values,
-    ignored,
     is_floating,
     is_number,
 )
@@ -200,8 +200,6 @@ def prepare(
     if options.ignore_index is not None:
         batch = batch.counting_only(labels != options.ignore_index)
     _check_smoothing_of_rows(batch)
-    if batch.bad is not None and options.ignore_index is None and options.bad_labels == "nan":
-        _warn_of_labels(labels, batch.bad)
     if options.bad_labels == "raise" and batch.bad is not None and not divided:
         raise_bad_label(labels, batch.bad, class_mask is not None, num_classes)
     return batch
@@ -391,16 +389,35 @@ def _is_traced(array: object) -> bool:
     return isinstance(array, jax.core.Tracer)
 
 
-def _warn_of_labels(labels: Array, bad: Array) -> None:
-    """Warn, once in a process, of labels that seem to be meant to be ignored, where they are at hand."""
-    if ignored.is_looking() and _is_at_hand(bad) and _is_at_hand(labels):
-        ignored.count_call()
-        ignored.warn_of(np.asarray(labels)[np.asarray(bad)].tolist(), labels.size)
+def warn_of_bad_labels(labels: ArrayLike, batch: Batch, options: LossOptions) -> None:
+    """Warn of labels that are no class, once for each line that calls a loss, where labels are at hand.
+
+    Args:
+        labels: as the caller passed them.
+        batch: of the call, with the rows that count.
+        options: of the call.
+    """
+    if batch.bad is None or options.bad_labels == "raise" or not _is_at_hand(batch.bad) or _is_traced(labels):
+        return
+    is_bad = np.asarray(batch.bad)
+    if not is_bad.any():
+        return
+    given = np.asarray(labels)
+    bad, counted = given[is_bad], given if batch.counted is None else given[np.asarray(batch.counted)]
+    bad_labels.warn(
+        number=bad.size,
+        total=given.size,
+        bad=(int(bad.min()), int(bad.max())),
+        counted=(int(counted.min()), int(counted.max())),
+        num_classes=batch.logits.shape[-1],
+        ignore_index=options.ignore_index,
+        masked=batch.class_mask is not None,
+    )
 
 
 def raise_bad_label(labels: Array, bad: Array, masked: bool, num_classes: int) -> None:
     """Raise for the first bad label, if there is one."""
-    expected = f"0 to {num_classes - 1}" + (", inside class_mask" if masked else "")
+    expected = bad_labels.expected_labels(num_classes, masked)
     if _is_traced(bad):
         # Under jit this needs checkify.checkify around the caller; without it JAX's own error says so.
         first = jnp.argmax(bad.ravel())

@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from lsce_jax import chunked, reference
 from lsce_jax.errors import error
 from lsce_jax.functional import mean_divisor, reduce_losses
-from lsce_jax.inputs import Batch, as_array, compute_dtype, prepare, within_int32
+from lsce_jax.inputs import Batch, as_array, compute_dtype, prepare, warn_of_bad_labels, within_int32
 from lsce_jax.keywords import LinearLossKeywords, LinearStatsKeywords
 from lsce_jax.layer import Layer
 from lsce_jax.stats import LossStats
@@ -130,6 +130,7 @@ def _evaluate(
     shape = (*layer.hidden.shape[:-1], num_classes)
     logits = jax.ShapeDtypeStruct(shape, layer.hidden.dtype)  # type: ignore[no-untyped-call]
     batch, divisor = mean_divisor(prepare(logits, labels, options, keywords), options, keywords["denominator"])
+    warn_of_bad_labels(labels, batch, options)
     if chunks.gradient_filter and batch.has_row_masks:
         raise error("filter_row_mask")
     if options.implementation != "reference" and 0 not in batch.batch_shape:

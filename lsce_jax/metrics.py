@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from lsce_jax.errors import error
-from lsce_jax.inputs import as_array, as_last_axis, prepare
+from lsce_jax.inputs import as_array, as_last_axis, prepare, warn_of_bad_labels
 from lsce_jax.stats import LossStats
 from lsce_spec import (
     LossOptions,
@@ -245,12 +245,15 @@ def _top_k_accuracy_sums(
     **keywords: Any,
 ) -> dict[str, _Pair]:
     rows = _rows(stats, mask)
-    batch = prepare(logits, labels, LossOptions(), keywords)
+    options = LossOptions()
+    batch = prepare(logits, labels, options, keywords)
     if batch.batch_shape != stats.valid.shape:
         raise error("stats_shape", expected=list(stats.valid.shape), given=list(batch.batch_shape))
     num_classes = batch.logits.shape[-1]
     if k > num_classes:
         raise error("top_k", k=k, given=num_classes)
+    batch = batch.counting_only(rows)
+    warn_of_bad_labels(labels, batch, options)
     labels = (jnp.argmax(batch.labels, axis=-1) if batch.soft else batch.labels)[..., None]
     # Comparisons and sums only, which work on logits that are divided over devices in any way.
     classes = jax.lax.broadcasted_iota(labels.dtype, (1,) * (labels.ndim - 1) + (num_classes,), labels.ndim - 1)

@@ -17,7 +17,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from lsce_jax import reference
 from lsce_jax.errors import error
-from lsce_jax.inputs import Batch, as_array, at_labels, compute_dtype, prepare, within_int32
+from lsce_jax.inputs import Batch, as_array, at_labels, compute_dtype, prepare, warn_of_bad_labels, within_int32
 from lsce_jax.keywords import AddSmoothingKeywords, LinearAddSmoothingKeywords, LinearLossKeywords
 from lsce_jax.layer import Layer
 from lsce_jax.linear import prepare_layer
@@ -170,6 +170,7 @@ def linear_add_smoothing(
         raise error("smoothing_soft_labels", given=labels.dtype.name)
     logits = jax.ShapeDtypeStruct((*layer.hidden.shape[:-1], num_classes), layer.hidden.dtype)  # type: ignore[no-untyped-call]
     batch = prepare(logits, labels, options, keywords)
+    warn_of_bad_labels(labels, batch, options)
     if batch.has_row_masks:
         raise error("smoothing_row_mask")
     nll = as_array("nll", nll)

@@ -304,11 +304,10 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         "labels of the linear loss must be class indices (an integer dtype), got {given}: class probabilities are as "
         "large as the logits that it avoids. Use label_smoothed_cross_entropy on the logits.",
     ),
-    "labels_to_ignore": (
+    "labels_no_class": (
         UserWarning,
-        "{number} of {total} labels are {value}, which is no class, and ignore_index is None: their losses are NaN. To "
-        "leave such rows out pass ignore_index={value}; bad_labels='raise' names the first bad label. This is said "
-        "once in a process.",
+        "{number} of {total} labels are no class, and make the loss NaN: {found}, expected {expected}. {cure} "
+        "bad_labels='raise' names the first bad label. This is said once for each line that calls a loss.",
     ),
     "smoothing_refused": (
         TypeError,

@@ -25,7 +25,7 @@ from lsce_spec import (
 from lsce_spec.keywords import takes
 from lsce_torch import fused, lean, reference
 from lsce_torch.accurate import divide
-from lsce_torch.inputs import Batch, at_labels, canonical, check, dtype_name, extremes
+from lsce_torch.inputs import Batch, at_labels, canonical, check, dtype_name, extremes, warn_of_bad_labels
 from lsce_torch.kernels import IMPLEMENTATIONS, NAME, whole
 from lsce_torch.keywords import DenseLossKeywords, DenseStatsKeywords
 from lsce_torch.overwrite import check_inplace, tensors_to_overwrite
@@ -198,6 +198,7 @@ def _evaluate(
     if keywords["inplace_backward"]:
         batch = replace(batch, overwritten=tensors_to_overwrite(logits))
     batch, divisor = mean_divisor(batch, options, keywords["denominator"])
+    warn_of_bad_labels(labels, batch, options)
     if options.implementation in {None, "fused"} and not with_stats:
         loss = lean.loss(batch, options, divisor)
         if loss is not None:

@@ -20,6 +20,7 @@ from lsce_spec import (
     INTEGER,
     OF_SHARD,
     LossOptions,
+    bad_labels,
     check_axis,
     check_batch_operand,
     check_class_mask,
@@ -30,7 +31,6 @@ from lsce_spec import (
     check_prior_values,
     check_smoothing_dtype,
     check_smoothing_values,
-    ignored,
     is_number,
 )
 from lsce_torch.device import is_on_cpu
@@ -213,8 +213,8 @@ def canonical(given: Given, options: LossOptions, num_classes: Int[Tensor, ""] |
     if options.ignore_index is not None:
         batch = batch.counting_only(labels != options.ignore_index)
     _check_smoothing_of_rows(batch)
-    if batch.bad is not None and options.ignore_index is None and options.bad_labels == "nan":
-        _warn_of_labels(labels, batch.bad)
+    if batch.bad is not None and _is_nowhere(batch.bad):
+        batch.bad = None
     if options.bad_labels == "raise" and batch.bad is not None:
         raise_bad_label(labels, batch.bad, given.class_mask is not None, number)
     return batch
@@ -293,12 +293,7 @@ def _class_indices(
 
     None stands for none, where the labels are at hand.
     """
-    dtype = labels.dtype
-    if dtype != torch.int64:
-        labels = labels.to(torch.int64)
-    if dtype == torch.uint64:
-        # Labels beyond int64 turned negative and become its largest number, which is never a class.
-        labels = torch.where(labels < 0, torch.iinfo(torch.int64).max, labels)
+    labels = _signed(labels)
     at_hand = extremes(labels) if class_mask is None else []
     if at_hand and at_hand[0] >= 0 and at_hand[1] < num_classes:
         return labels, None
@@ -307,6 +302,27 @@ def _class_indices(
     else:
         bad = labels.clamp(0, num_classes - 1) != labels
     return labels, bad if class_mask is None else bad | ~at_labels(class_mask, labels.masked_fill(bad, 0))
+
+
+def _signed(labels: Int[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
+    """Return labels in int64."""
+    if labels.dtype == torch.int64:
+        return labels
+    signed = labels.to(torch.int64)
+    if labels.dtype == torch.uint64:
+        # Labels beyond int64 turned negative and become its largest number, which is never a class.
+        signed = torch.where(signed < 0, torch.iinfo(torch.int64).max, signed)
+    return signed
+
+
+def _is_nowhere(bad: Bool[Tensor, "*batch"]) -> bool:
+    """Whether no row is bad, as far as that is at hand."""
+    if not is_on_cpu(bad) or _is_tracing():
+        return False
+    try:
+        return not bad.any()
+    except RuntimeError:  # within vmap, or a tensor without data
+        return False
 
 
 def at_labels(vector: Shaped[Tensor, "*#batch K"], labels: Int[Tensor, "*batch"]) -> Shaped[Tensor, "*batch"]:
@@ -410,16 +426,37 @@ def _is_tracing() -> bool:
     return tracing or torch.compiler.is_compiling()
 
 
-def _warn_of_labels(labels: Tensor, bad: Tensor) -> None:
-    """Warn, once in a process, of labels that seem to be meant to be ignored, where they are at hand."""
-    # The order is that of cost. A count that torch.compile reads would make it compile again.
-    if torch.compiler.is_compiling() or not ignored.is_looking() or not is_on_cpu(labels) or _is_tracing():
+def warn_of_bad_labels(
+    labels: Tensor, batch: Batch, options: LossOptions, num_classes: int | Int[Tensor, ""] | None = None
+) -> None:
+    """Warn of labels that are no class, once for each line that calls a loss, where labels are at hand.
+
+    Args:
+        labels: as the caller passed them.
+        batch: of the call, with the rows that count.
+        options: of the call.
+        num_classes: of all shards, if the logits are one.
+    """
+    # Labels on accelerators would be waited for, and `canonical` leaves nothing to say of those that are all classes.
+    if batch.bad is None or not is_on_cpu(labels) or _is_tracing():
         return
-    ignored.count_call()
     try:
-        ignored.warn_of(labels[bad].tolist(), labels.numel())
+        signed = _signed(labels)
+        bad = extremes(signed[batch.bad])
+        counted = extremes(signed if batch.counted is None else signed[batch.counted])
+        number = int(batch.bad.sum())
     except RuntimeError:  # within vmap, or a tensor without data
         return
+    if bad and counted:
+        bad_labels.warn(
+            number=number,
+            total=labels.numel(),
+            bad=(int(bad[0]), int(bad[1])),
+            counted=(int(counted[0]), int(counted[1])),
+            num_classes=int(batch.logits.shape[-1] if num_classes is None else num_classes),
+            ignore_index=options.ignore_index,
+            masked=batch.class_mask is not None,
+        )
 
 
 def raise_bad_label(labels: Tensor, bad: Tensor, masked: bool, num_classes: int | Int[Tensor, ""]) -> None:
@@ -431,7 +468,7 @@ def raise_bad_label(labels: Tensor, bad: Tensor, masked: bool, num_classes: int 
     except RuntimeError as problem:  # within vmap, or a tensor without data
         raise error("bad_labels_compiled") from problem
     if found:
-        expected = f"0 to {int(num_classes) - 1}" + (", inside class_mask" if masked else "")
+        expected = bad_labels.expected_labels(int(num_classes), masked)
         index = bad.nonzero()[0].tolist()
         value = labels[tuple(index)].item()
         ignore_index = f"ignore_index={value}" if value < 0 else "ignore_index"

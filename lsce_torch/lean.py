@@ -134,15 +134,7 @@ def _is_plain(batch: Batch, options: LossOptions) -> bool:
         return False
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return has_memory(logits) and not _any(batch.bad)
-
-
-def _any(bad: Bool[Tensor, "*batch"] | None) -> bool:
-    """Whether any row is bad, or may be: fake tensors have no values."""
-    try:
-        return bad is not None and bool(bad.any())
-    except RuntimeError:
-        return True
+    return batch.bad is None and has_memory(logits)
 
 
 def _are_accurate(losses: Tensor, counted: Tensor | None, plan: _Plan, factor: float = 1.0) -> bool:

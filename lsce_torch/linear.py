@@ -15,7 +15,7 @@ from lsce_spec.keywords import takes
 from lsce_torch import chunked, fused, kernels, reference
 from lsce_torch.errors import error
 from lsce_torch.functional import mean_divisor, reduce_losses
-from lsce_torch.inputs import Batch, check_tensor, dtype_name, prepare
+from lsce_torch.inputs import Batch, check_tensor, dtype_name, prepare, warn_of_bad_labels
 from lsce_torch.keywords import LinearLossKeywords, LinearStatsKeywords
 from lsce_torch.layer import Layer
 from lsce_torch.overwrite import is_wrapper
@@ -147,6 +147,7 @@ def _evaluate(
         raise error("linear_soft_labels", given=dtype_name(labels))
     logits = layer.hidden.new_zeros(1).expand(*layer.hidden.shape[:-1], num_classes)
     batch, divisor = mean_divisor(prepare(logits, labels, options, keywords), options, keywords["denominator"])
+    warn_of_bad_labels(labels, batch, options)
     if chunks.gradient_filter and batch.has_row_masks:
         raise error("filter_row_mask")
     reason = _why_reference(batch, layer, options, with_stats)

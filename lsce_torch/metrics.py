@@ -25,7 +25,7 @@ from lsce_spec import (
 )
 from lsce_spec.extras import require
 from lsce_torch.errors import error
-from lsce_torch.inputs import at_labels, dtype_name, prepare, tensor_of
+from lsce_torch.inputs import at_labels, dtype_name, prepare, tensor_of, warn_of_bad_labels
 from lsce_torch.stats import LossStats
 
 require("lsce_torch.metrics", "metrics", "torchmetrics")
@@ -249,12 +249,15 @@ def _top_k_accuracy_sums(
     **keywords: Any,
 ) -> dict[str, Tensor]:
     rows = _rows(stats, mask)
-    batch = prepare(logits, labels, LossOptions(), keywords)
+    options = LossOptions()
+    batch = prepare(logits, labels, options, keywords)
     if batch.batch_shape != tuple(stats.valid.shape):
         raise error("stats_shape", expected=list(stats.valid.shape), given=list(batch.batch_shape))
     num_classes = batch.logits.shape[-1]
     if k > num_classes:
         raise error("top_k", k=k, given=num_classes)
+    batch = batch.counting_only(rows)
+    warn_of_bad_labels(labels, batch, options)
     labels = (torch.argmax(batch.labels, dim=-1) if batch.soft else batch.labels)[..., None]
     classes = torch.arange(num_classes, device=labels.device)
     label_logit = torch.gather(batch.logits, -1, labels)

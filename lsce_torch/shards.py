@@ -19,7 +19,16 @@ from lsce_torch import fused, reference, saved
 from lsce_torch.device import is_on_cpu
 from lsce_torch.errors import error
 from lsce_torch.functional import mean_divisor
-from lsce_torch.inputs import Batch, Given, at_labels, canonical, compute_dtype, name_of, raise_bad_label
+from lsce_torch.inputs import (
+    Batch,
+    Given,
+    at_labels,
+    canonical,
+    compute_dtype,
+    name_of,
+    raise_bad_label,
+    warn_of_bad_labels,
+)
 from lsce_torch.layer import Gradients, Layer, Settings, chunks, multiplied
 from lsce_torch.overwrite import has_memory
 from lsce_torch.plain import (
@@ -109,7 +118,9 @@ def shard_of(
         check_prior_sum(heard["prior"].item(), torch.finfo(dtype).eps / 2)
     classes = classes.to(torch.int64)
     shard = Shard(ranks, classes.sum(), classes[: ranks.rank].sum(), heard["allowed"])
-    return shard, _flat(canonical(replace(given, class_mask=None), options, shard.num_classes), class_mask)
+    batch = canonical(replace(given, class_mask=None), options, shard.num_classes)
+    warn_of_bad_labels(given.labels, batch, options, shard.num_classes)
+    return shard, _flat(batch, class_mask)
 
 
 def _shared(
@@ -299,6 +310,7 @@ def row_losses(
         if options.bad_labels == "raise":
             raise_bad_label(batch.labels, bad, True, shard.num_classes)
         batch = replace(batch, bad=bad)
+        warn_of_bad_labels(batch.labels, batch, options, shard.num_classes)
     batch, divisor = mean_divisor(batch, options, denominator, columns.get("class_weight at the label"))
     entropy: float | Tensor | None
     if batch.soft:

@@ -33,7 +33,16 @@ from lsce_spec import (
 from lsce_spec.keywords import defaults_of, refuses, takes
 from lsce_torch import reference
 from lsce_torch.errors import error
-from lsce_torch.inputs import Batch, at_labels, check_tensor, compute_dtype, dtype_name, prepare, tensor_of
+from lsce_torch.inputs import (
+    Batch,
+    at_labels,
+    check_tensor,
+    compute_dtype,
+    dtype_name,
+    prepare,
+    tensor_of,
+    warn_of_bad_labels,
+)
 from lsce_torch.keywords import AddSmoothingKeywords, LinearAddSmoothingKeywords, LinearLossKeywords
 from lsce_torch.linear import prepare_layer
 from lsce_torch.memory import in_large_pages
@@ -173,6 +182,7 @@ def linear_add_smoothing(
         raise error("smoothing_soft_labels", given=dtype_name(labels))
     logits = layer.hidden.new_zeros(1).expand(*layer.hidden.shape[:-1], num_classes)
     batch = prepare(logits, labels, options, keywords)
+    warn_of_bad_labels(labels, batch, options)
     if batch.has_row_masks:
         raise error("smoothing_row_mask")
     check_tensor("nll", nll)

@@ -166,7 +166,7 @@ ELSEWHERE = {
     # in test_manners.py
     "unexpected_keyword",
     "array_option",
-    "labels_to_ignore",
+    "labels_no_class",
     "not_installed",  # in test_isolation.py
     "array_type",
     "convention_functions",

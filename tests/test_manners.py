@@ -1,8 +1,9 @@
-"""What new users type, and what they read: other libraries' names, wrong values, arrays for options, labels of -100.
+"""What new users type, and what they read: other libraries' names, wrong values, arrays for options, bad labels.
 
 Each message is the same in both packages, but where a package's names differ.
 """
 
+import importlib
 import inspect
 import os
 import re
@@ -19,15 +20,18 @@ import numpy as np
 import optax
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from mypy import api as mypy
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import lsce_jax
 import lsce_jax.kernels
 import lsce_torch
 import lsce_torch.kernels
 from lsce_jax import keywords as jax_keywords
-from lsce_spec import CONVENTIONS, ConventionName, hints, ignored
+from lsce_spec import CONVENTIONS, ConventionName, hints
 from lsce_spec.hints import for_choice, for_keyword
 from lsce_spec.keywords import parameters_of
 from lsce_torch import keywords as torch_keywords
@@ -370,76 +374,191 @@ def test_hints_under_compilation() -> None:
         assert words in str(raised(lambda wrong=wrong: wrong(logits)))
 
 
-# --- Labels that are meant to be ignored ----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def first_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make this the start of a process."""
-    monkeypatch.setattr(ignored, "_calls_left", 32)
-
+# --- Labels that are no class ---------------------------------------------------------------------------------------
 
 PADDED = np.array([0, -100, 1, -100])
-HALF = "2 of 4 labels are -100, which is no class, and ignore_index is None: their losses are NaN. To leave such rows"
+HALF = "2 of 4 labels are no class, and make the loss NaN: -100, expected 0 to 2. To leave such rows out pass"
+
+
+MEAN = {"reduction": "mean"}
 
 
 def each_loss() -> Iterator[Any]:
     for package, names in (("jax", IN_JAX), ("torch", IN_TORCH)):
         functions = (lsce_jax, lsce_torch)[package == "torch"]
         convert = torch.from_numpy if package == "torch" else np.asarray
+        z, of_layer = names["logits"], (names["hidden"], names["weight"])
         dense, linear = functions.label_smoothed_cross_entropy, functions.linear_label_smoothed_cross_entropy
-        with_stats = functions.label_smoothed_cross_entropy_with_stats
-        module = functions.LinearLabelSmoothedCrossEntropyLoss(reduction="mean")
+        of_parts, with_stats = functions.linear_add_smoothing, functions.label_smoothed_cross_entropy_with_stats
+        module = functions.LabelSmoothedCrossEntropyLoss(**({"ignore_index": None} if package == "torch" else MEAN))
+        of_layers = functions.LinearLabelSmoothedCrossEntropyLoss(**MEAN)
+        original = functions.CELossWithLabelSmoothing(0.1, 3)
         for name, call in (
-            ("dense", lambda y, f=dense, n=names, **o: f(n["logits"], y, reduction="mean", **o)),
-            ("stats", lambda y, f=with_stats, n=names, **o: f(n["logits"], y, reduction="mean", **o)[0]),
-            ("linear", lambda y, f=linear, n=names, **o: f(n["hidden"], n["weight"], y, reduction="mean", **o)),
-            ("module", lambda y, f=module, n=names, **o: f(n["hidden"], n["weight"], y, **o)),
+            ("dense", lambda y, f=dense, z=z, **o: f(z, y, **MEAN, **o)),
+            ("stats", lambda y, f=with_stats, z=z, **o: f(z, y, **MEAN, **o)[0]),
+            ("linear", lambda y, f=linear, layer=of_layer, **o: f(*layer, y, **MEAN, **o)),
+            ("module", lambda y, f=module, z=z, **o: f(z, y, **o)),
+            ("linear module", lambda y, f=of_layers, layer=of_layer, **o: f(*layer, y, **o)),
+            ("original", lambda y, f=original, z=z: f(z, y)),
+            ("added", lambda y, f=of_parts, z=z, layer=of_layer, **o: f(z[:, 0], *layer, y, **o).sum()),
         ):
-            yield pytest.param(lambda y, call=call, convert=convert, **o: call(convert(y), **o), id=f"{package}-{name}")
+            yield pytest.param(lambda y, call=call, convert=convert, **o: call(convert(y), **o), id=f"{package} {name}")
+    yield pytest.param(
+        lambda y: lsce_torch.cross_entropy(IN_TORCH["logits"], torch.from_numpy(y), ignore_index=-7), id="torch drop-in"
+    )
 
 
-@pytest.mark.usefixtures("first_calls")
 @pytest.mark.parametrize("loss", list(each_loss()))
-def test_labels_of_minus_100_are_pointed_out_once(loss: Callable[..., Any]) -> None:
+def test_bad_labels_are_pointed_out_where_the_loss_is_called(loss: Callable[..., Any]) -> None:
     with pytest.warns(UserWarning, match=HALF) as caught:
         assert np.isnan(float(loss(PADDED)))
     assert [Path(warning.filename).name for warning in caught] == ["test_manners.py"]
+
+
+def top_k_of_masked(framework: Any, names: dict[str, Any], labels: Any, *, counted: Any) -> None:
+    loss = framework.label_smoothed_cross_entropy_with_stats
+    _, stats = loss(names["logits"], labels, ignore_index=-100)
+    metrics = importlib.import_module(f"{framework.__name__}.metrics")
+    metrics.TopKAccuracy(k=1).update(stats=stats, mask=counted, logits=names["logits"], labels=labels)
+
+
+@pytest.mark.parametrize("framework", [lsce_jax, lsce_torch])
+def test_metrics_point_out_the_bad_labels_of_their_rows(framework: Any) -> None:
+    names, convert = (IN_JAX, np.asarray) if framework is lsce_jax else (IN_TORCH, torch.from_numpy)
+    left_out, bad = convert(PADDED), convert(np.array([0, -100, 5, 1]))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert np.isnan(float(loss(PADDED)))
+        top_k_of_masked(framework, names, left_out, counted=None)
+    with pytest.warns(UserWarning, match="1 of 4 labels are no class") as caught:
+        top_k_of_masked(framework, names, bad, counted=None)
+    assert len(caught) == 2  # of the loss and of the metric
+    assert {Path(warning.filename).name for warning in caught} == {"test_manners.py"}
+    with pytest.warns(UserWarning, match="1 of 4 labels are no class") as caught:
+        top_k_of_masked(framework, names, bad, counted=convert(np.array([True, True, False, True])))
+    assert len(caught) == 1  # of the loss, since the metric takes other rows
 
 
-@pytest.mark.usefixtures("first_calls")
+def test_shards_point_out_bad_labels() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    loss, logits = lsce_torch.vocab_parallel_label_smoothed_cross_entropy, IN_TORCH["logits"]
+    of_layer = lsce_torch.vocab_parallel_linear_label_smoothed_cross_entropy
+    labels, mask = torch.from_numpy(PADDED), torch.tensor([True, True, False])
+    try:
+        for call in (
+            lambda: loss(logits, labels),
+            lambda: of_layer(IN_TORCH["hidden"], IN_TORCH["weight"], labels),
+        ):
+            with pytest.warns(UserWarning, match=HALF) as caught:
+                assert call().isnan()
+            assert [Path(warning.filename).name for warning in caught] == ["test_manners.py"]
+        with pytest.warns(UserWarning, match="1 of 4 labels are no class.* inside class_mask. Allow"):
+            assert loss(logits, IN_TORCH["labels"], class_mask=mask).isnan()
+    finally:
+        dist.destroy_process_group()
+
+
+CAUSES = [
+    # labels, options, what is bad, and the cure
+    ([1, 2, 3, 3], {}, "2 of 4 .*: 3, expected 0 to 2. ", "Labels run from 1 to 3: subtract 1."),
+    ([-100, 1, 2, 3], {"ignore_index": -100}, "1 of 4 .*: 3, ", "Labels run from 1 to 3: subtract 1."),
+    ([0, 2, 3, 3], {}, "2 of 4 .*: 3, ", "Labels run from 0 to 3 for 3 classes: does the last layer have enough "),
+    ([0, 7, 3, 3], {}, "3 of 4 .*: from 3 to 7, ", "Labels run from 0 to 7 for 3 classes: "),
+    ([0, 7, -1, 2], {}, "2 of 4 .*: from -1 to 7, ", "Labels run from -1 to 7 for 3 classes: "),
+    ([0, 1, 2, -1], {}, "1 of 4 .*: -1, ", "To leave such rows out pass ignore_index=-1 or where."),
+    ([0, 255, 2, 255], {}, "2 of 4 .*: 255, ", "To leave such rows out pass ignore_index=255 or where."),
+    (
+        [0, -1, -100, -100],
+        {"ignore_index": -100},
+        "1 of 4 .*: -1, ",
+        "pass ignore_index=-1, in place of -100, or where",
+    ),
+    ([0, -1, -2, -2], {}, "3 of 4 .*: from -2 to -1, ", "To leave such rows out pass where=labels >= 0."),
+    (
+        [0, 1, 2, 2],
+        {"class_mask": np.array([True, True, False])},
+        "2 of 4 .*: 2, expected 0 to 2, inside class_mask. ",
+        "Allow these classes in class_mask, or leave such rows out with where.",
+    ),
+]
+
+
+@pytest.mark.parametrize("package", ["jax", "torch"])
+@pytest.mark.parametrize(("labels", "options", "found", "cure"), CAUSES)
+def test_the_cause_is_named(package: str, labels: list[int], options: dict[str, Any], found: str, cure: str) -> None:
+    given = np.array(labels, np.uint8 if min(labels) >= 0 else np.int16)
+    if package == "jax":
+        loss, logits = lsce_jax.label_smoothed_cross_entropy, LOGITS
+    else:
+        loss, logits, given = lsce_torch.label_smoothed_cross_entropy, IN_TORCH["logits"], torch.from_numpy(given)
+        options = {key: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for key, v in options.items()}
+    with pytest.warns(UserWarning, match=found + ".*" + re.escape(cure)):
+        loss(logits, given, **options)
+
+
 @pytest.mark.parametrize("loss", list(each_loss()))
-def test_no_word_where_nothing_is_wrong(loss: Callable[..., Any]) -> None:
-    """Labels that are left out, and a single label that is negative by mistake, are not meant."""
-    counted = PADDED >= 0
-    kind = torch.from_numpy if type(loss(LABELS)) is torch.Tensor else np.asarray
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert np.isfinite(float(loss(PADDED, where=kind(counted))))
-        assert np.isnan(float(loss(np.array([0, -7, 1, 2]))))
-        assert np.isnan(float(loss(np.array([0, 7, 7, 7]))))
-    with pytest.warns(UserWarning, match="2 of 4 labels are -1, "):
-        loss(np.array([0, -1, -1, 2]))
+def test_each_line_is_warned_once(loss: Callable[..., Any]) -> None:
+    """Whatever the numbers in the text."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for number in (1, 2, 3):
+            labels = np.where(np.arange(4) < number, -100, 0)
+            loss(labels)
+    assert len(caught) == 1, [str(warning.message) for warning in caught]
 
 
-@pytest.mark.usefixtures("first_calls")
-def test_nothing_is_looked_at_under_transforms() -> None:
+@pytest.mark.parametrize("loss", list(each_loss()))
+def test_no_word_where_nothing_is_wrong(loss: Callable[..., Any], request: pytest.FixtureRequest) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        assert np.isfinite(float(loss(LABELS)))
+        if not {"original", "drop-in"} & set(request.node.callspec.id.split()):
+            kind = torch.from_numpy if type(loss(LABELS)) is torch.Tensor else np.asarray
+            assert np.isfinite(float(loss(PADDED, where=kind(PADDED >= 0))))
+
+
+@pytest.mark.parametrize("framework", [lsce_jax, lsce_torch])
+def test_no_word_where_no_row_counts_or_an_error_says_it(framework: Any) -> None:
+    names, convert = (IN_JAX, np.asarray) if framework is lsce_jax else (IN_TORCH, torch.from_numpy)
+    loss, labels = framework.label_smoothed_cross_entropy, convert(PADDED)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert loss(names["logits"], labels, reduction="mean", denominator=0) == 0
+        assert framework.mean_denominator(labels) == 4
+        with pytest.raises(IndexError):
+            loss(names["logits"], labels, bad_labels="raise")
+
+
+def test_no_word_under_transforms() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
         loss = lsce_jax.label_smoothed_cross_entropy
         assert np.isnan(jax.jit(loss)(LOGITS, PADDED)).any()
+        assert np.isnan(jax.jit(lambda z: loss(z, PADDED))(LOGITS)).any()
         assert np.isnan(jax.vmap(loss)(LOGITS, PADDED)).any()
         padded, torch_loss = torch.from_numpy(PADDED), lsce_torch.label_smoothed_cross_entropy
+        torch._dynamo.reset()
         compiled = torch.compile(torch_loss, backend="eager", fullgraph=True)
         assert compiled(IN_TORCH["logits"], padded).isnan()
         assert torch.func.vmap(torch_loss)(IN_TORCH["logits"], padded).isnan().any()
-    assert ignored._calls_left > 0
+        traced = make_fx(lambda z, y: torch_loss(z, labels=y))(IN_TORCH["logits"], padded)
+        assert traced(IN_TORCH["logits"], padded).isnan()
+        torch_loss(IN_TORCH["logits"].to("meta"), padded.to("meta"))
+        with FakeTensorMode() as mode:
+            torch_loss(mode.from_tensor(IN_TORCH["logits"]), mode.from_tensor(padded))
+        module = lsce_torch.LabelSmoothedCrossEntropyLoss(ignore_index=None)
+        program = torch.export.export(module, (IN_TORCH["logits"], padded))
+        assert program.module()(IN_TORCH["logits"], padded).isnan()
 
 
-@pytest.mark.usefixtures("first_calls")
+@pytest.mark.parametrize(("framework", "grad"), [(lsce_jax, jax.grad), (lsce_torch, torch.func.grad)])
+def test_labels_at_hand_are_looked_at_where_logits_are_differentiated(framework: Any, grad: Any) -> None:
+    logits, labels = (LOGITS, PADDED) if framework is lsce_jax else (IN_TORCH["logits"], torch.from_numpy(PADDED))
+    gradient = grad(lambda z: framework.label_smoothed_cross_entropy(z, labels, reduction="mean"))
+    with pytest.warns(UserWarning, match=HALF) as caught:
+        gradient(logits)
+    assert [Path(warning.filename).name for warning in caught] == ["test_manners.py"]
+
+
 def test_labels_may_be_traced_where_the_bad_ones_are_known() -> None:
     """As where a user's custom_jvp calls jax.jvp of the loss, and is differentiated."""
 
@@ -450,19 +569,6 @@ def test_labels_may_be_traced_where_the_bad_ones_are_known() -> None:
     of_user.defjvp(lambda primals, tangents: jax.jvp(loss, primals, tangents))
     _, pullback = jax.vjp(of_user, jnp.asarray(LOGITS))
     np.testing.assert_array_equal(pullback(jnp.float32(1))[0], jax.grad(loss)(jnp.asarray(LOGITS)))
-
-
-@pytest.mark.usefixtures("first_calls")
-@pytest.mark.parametrize("package", ["jax", "torch"])
-def test_only_the_first_calls_are_looked_at(package: str) -> None:
-    names, labels = (IN_JAX, PADDED) if package == "jax" else (IN_TORCH, torch.from_numpy(PADDED))
-    loss = (lsce_jax, lsce_torch)[package == "torch"].label_smoothed_cross_entropy
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(40):
-            loss(names["logits"], labels, where=labels >= 0)
-        loss(names["logits"], labels)
-    assert ignored._calls_left == 0
 
 
 def test_bad_labels_raise_says_what_to_pass() -> None:
