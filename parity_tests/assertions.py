@@ -16,7 +16,7 @@ from typing import Any, TypedDict, Unpack
 from parity_tests.losses.adapters import Adapter, UnavailableError
 from parity_tests.losses.callables import FrameworkError, framework_of, name_of
 from parity_tests.losses.user_losses import FRAMEWORKS, SpecificationError, adapt, load_adapter
-from parity_tests.report.pairs import lines_of, verdict_line
+from parity_tests.report.pairs import lines_of, verdict_lines
 from parity_tests.studies.pairs import Pair, compare_sides, make_tolerance
 from parity_tests.studies.probes import plain_cases
 from parity_tests.studies.questions import check_pair, make_question, make_sides, take_batches
@@ -104,7 +104,7 @@ class Comparison:
 
     def lines(self) -> list[str]:
         """Return the report, the verdict first."""
-        return [verdict_line(self.pair), "", *lines_of(self.pair)]
+        return [*verdict_lines(self.pair), "", *lines_of(self.pair)]
 
     def __str__(self) -> str:
         """Return the report as text."""

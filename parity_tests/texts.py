@@ -3,6 +3,7 @@
 Standard library only, for every part of the harness.
 """
 
+import math
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -27,9 +28,32 @@ def visible(text: str) -> str:
     return _OBEYED.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
-def count_of(number: int, noun: str) -> str:
+def count_of(number: int, noun: str, plural: str = "") -> str:
     """Return a number with its noun, in the plural unless the number is 1."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
+def share_text(share: float) -> str:
+    """Return a share in few characters: one of a thousand and more as a power of ten, none but 1 rounded to 1.
+
+    Example:
+        >>> [share_text(share) for share in (0.0, 0.997, 1.003, 25.2, 31415.0, float("inf"))]
+        ['0', '0.99', '1.01', '25', '10^4', '∞']
+    """
+    if share == 0:
+        return "0"
+    if not math.isfinite(share):
+        return "∞"
+    if share < 1:
+        return f"{min(share, 0.99):.2f}"
+    if share < 9.995:
+        return f"{max(share, 1.01) if share > 1 else 1:.2f}"
+    return f"{share:.0f}" if share < 999.5 else f"10^{math.log10(share):.0f}"
+
+
+def used_share(share: float) -> str:
+    """Return the share of a bound, as the start of a phrase: "0.5 of", "2 times", "10^6 times"."""
+    return f"{share_text(share)} {'of' if share <= 1 else 'times'}"
 
 
 def one_line(text: str) -> str:

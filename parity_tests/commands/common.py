@@ -74,11 +74,13 @@ ReportOption = Annotated[
 DtypeOption = Annotated[
     list[str] | None, typer.Option("--dtype", help="float64, float32, bfloat16 or float16; may be repeated.")
 ]
+# How the value of a KEY=VALUE is read.
+VALUES = "True, False, None, 3, 1e-5 and [1, 2] are Python values, any other text is a string. May be repeated."
 FirstOption = Annotated[
-    list[str] | None, typer.Option("--a", metavar="KEY=VALUE", help="Argument for the first; may be repeated.")
+    list[str] | None, typer.Option("--a", metavar="KEY=VALUE", help=f"Argument for the first. {VALUES}")
 ]
 SecondOption = Annotated[
-    list[str] | None, typer.Option("--b", metavar="KEY=VALUE", help="Argument for the second; may be repeated.")
+    list[str] | None, typer.Option("--b", metavar="KEY=VALUE", help=f"Argument for the second. {VALUES}")
 ]
 RtolOption = Annotated[
     float | None,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -31,7 +31,7 @@ from parity_tests.commands.common import (
     write_json,
     write_page,
 )
-from parity_tests.commands.terminal import FittingTable, PlainConsole
+from parity_tests.commands.terminal import FittingTable, PlainConsole, print_verdict
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.losses.adapters import Adapter, UnavailableError
 from parity_tests.losses.user_losses import (
@@ -39,7 +39,7 @@ from parity_tests.losses.user_losses import (
     load_adapter,
     parse_options,
 )
-from parity_tests.report.pairs import lines_of, parts_of_page, verdict_line
+from parity_tests.report.pairs import lines_of, parts_of_page, verdict_lines
 from parity_tests.report.words import PageTable
 from parity_tests.studies.pairs import Pair, compare_sides, make_tolerance
 from parity_tests.studies.precision_effects import OBSERVED, Effects, find_effects
@@ -188,9 +188,7 @@ def compare(  # noqa: PLR0913 - each option of the command line is a parameter
         effects = find_effects(adapters, ordinary, explain_precision)
         _print_effects(effects, console)
     write_pair("compare", pair, question, effects, json_file, report, console)
-    if pair.agrees is None:
-        raise typer.Exit(code=CANNOT_RUN)
-    exit_with(pair.agrees)
+    end_with_verdict(pair, console)
 
 
 def load_loss(
@@ -213,18 +211,25 @@ def announce_batches(question: Question, own: Own) -> None:
 
 
 def print_pair(pair: Pair, console: Console) -> None:
-    """Print the comparison of two losses."""
+    """Print what the comparison of two losses found, without the verdict."""
     for line in lines_of(pair):
         console.print(Text(line, style="bold" if line.startswith(("A  ", "B  ")) else ""))
     console.print()
-    console.print(Text(verdict_line(pair)))
+
+
+def end_with_verdict(pair: Pair, console: Console) -> NoReturn:
+    """Print the verdict on two losses and exit with its code."""
+    print_verdict(verdict_lines(pair), console)
+    if pair.agrees is None:
+        raise typer.Exit(code=CANNOT_RUN)
+    exit_with(pair.agrees)
 
 
 def _print_effects(effects: Effects, console: Console) -> None:
     table = _effects_table(effects)
-    console.print(f"\n{table.note}:\n")
+    console.print(f"{table.note}:\n")
     console.print(FittingTable.of(table.headings, table.rows))
-    console.print(f"\n{_explanation(effects)}.", highlight=False)
+    console.print(f"\n{_explanation(effects)}.\n", highlight=False)
 
 
 def _effects_table(effects: Effects) -> PageTable:

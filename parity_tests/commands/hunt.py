@@ -39,6 +39,7 @@ from parity_tests.studies.bundle import MANIFEST, BundleError, read_bundle, reco
 from parity_tests.studies.hunt import Find, describe, parts_of, share_of
 from parity_tests.studies.hunt import hunt as search
 from parity_tests.studies.survey import Survey
+from parity_tests.texts import count_of
 from parity_tests.truth.cases import Case
 
 SECONDS = 20.0
@@ -146,7 +147,7 @@ def _save(
             cases[find.case.name] = find.case
     with writing(folder):  # without adapters: a replay compares these cases with the truth alone
         write_bundle(folder, record([], [cases[name] for name in sorted(cases)]))
-    console.print(f"wrote {folder}: {len(cases)} cases", soft_wrap=True, highlight=False)
+    console.print(f"wrote {folder}: {count_of(len(cases), 'case')}", soft_wrap=True, highlight=False)
 
 
 def _print(finds: Sequence[Find], console: Console) -> None:
@@ -172,8 +173,8 @@ def _verdict(finds: Sequence[Find]) -> str:
     """Return the verdict in one line."""
     broken = sum(not find.agrees for find in finds)
     if broken:
-        return f"DISAGREE: {broken} of {len(finds)} searches found a result beyond its bound"
-    return f"AGREE: no result beyond its bound in {sum(find.evaluations for find in finds)} calls"
+        return f"DISAGREE: {broken} of {count_of(len(finds), 'search', 'searches')} found a result beyond its bound"
+    return f"AGREE: no result beyond its bound in {count_of(sum(find.evaluations for find in finds), 'call')}"
 
 
 def _as_code(case: Case) -> str:

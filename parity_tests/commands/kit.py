@@ -52,6 +52,7 @@ from parity_tests.studies.kit import (
     write_kit,
 )
 from parity_tests.studies.survey import make_cases
+from parity_tests.texts import count_of
 from parity_tests.truth.linear_cases import all_case_names
 from parity_tests.truth.precision import DTYPES
 
@@ -175,7 +176,7 @@ def _fingerprint_line(taken: Fingerprint) -> str:
 def _record(folder: Path, adapters: Sequence[Adapter], names: Sequence[str], dtype: str) -> list[Line]:
     """Write the bundle of a dtype, and return what the adapters did, from the bundle as read back."""
     cases, part = make_cases(names, [dtype]), bundle_folder(folder, dtype)
-    announce(f"running {len(adapters)} adapters in {len(cases)} cases in {dtype}")
+    announce(f"running {count_of(len(adapters), 'adapter')} in {count_of(len(cases), 'case')} in {dtype}")
     try:
         with writing(part):
             shown = partial(track, total=len(cases), title="cases")
@@ -220,7 +221,7 @@ def verdict_line(lines: Sequence[Line], fingerprints: Sequence[Fingerprint], dev
     where = ", ".join(dict.fromkeys(card for card in cards.values() if card)) or device
     names = len({line.adapter for line in ours})
     dtypes = ", ".join(dict.fromkeys(line.dtype for line in ours))
-    scope = f"{names} adapters in {dtypes}, {sum(line.cases for line in ours)} results"
+    scope = f"{count_of(names, 'adapter')} in {dtypes}, {count_of(sum(line.cases for line in ours), 'result')}"
     exceeding = [f"{taken.framework}'s arithmetic" for taken in fingerprints if not taken.within]
     beyond = ", ".join([*(f"{line.adapter} in {line.dtype}" for line in wrong), *exceeding])
     if _agrees(lines, fingerprints):

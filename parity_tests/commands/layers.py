@@ -21,16 +21,17 @@ from parity_tests.commands.common import (
     write_json,
     write_page,
 )
-from parity_tests.commands.terminal import FittingTable, PlainConsole
+from parity_tests.commands.terminal import FittingTable, PlainConsole, print_verdict
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.losses.models import Model, ModelError
 from parity_tests.losses.user_losses import SpecificationError, find, parse_options
 from parity_tests.report.verdict import Banner
 from parity_tests.report.words import PageTable
-from parity_tests.studies.layer_arithmetic import Part
+from parity_tests.studies.layer_arithmetic import Direction, Part
 from parity_tests.studies.layer_pairs import MOVED, SAME
 from parity_tests.studies.layers import LayerVerdict, ModelsVerdict, compare_layers
 from parity_tests.studies.survey import Survey
+from parity_tests.texts import count_of, share_text
 from parity_tests.truth.devices import device_of_name
 
 ModelArgument = Annotated[
@@ -43,7 +44,9 @@ ModelArgument = Annotated[
 ]
 # Layers to show in full.
 SHOWN = 5
-SHARES = "shares of what rounding explains: at most 1 is the same"
+# Layers to name in the verdict.
+NAMED = 3
+SHARES = "in units of what rounding explains; at most 1 is the same"
 
 
 def layers(  # noqa: PLR0913 - options of a command
@@ -112,6 +115,7 @@ def layers(  # noqa: PLR0913 - options of a command
     except (Exception, SystemExit) as error:  # a model of the user's may raise anything
         cannot_run(f"a model raised {type(error).__name__}: {error}")
     _print(verdict, (first, second), console)
+    headline, *explanation = _conclusion(verdict)
     content = {
         "command": "layers",
         "agrees": verdict.agrees,
@@ -125,9 +129,10 @@ def layers(  # noqa: PLR0913 - options of a command
     }
     write_json(json_file, content, console)
     findings = {first: rest for first, *rest in map(_lines, _wrong(verdict))}
-    word, _, rest = _conclusion(verdict).partition(": ") if verdict.agrees is not True else ("AGREE", "", "")
-    style = {True: "agree", False: "disagree", None: "nothing"}[verdict.agrees]
-    banner = Banner(word, style, [rest or _conclusion(verdict)])
+    word, style = {True: ("AGREE", "agree"), False: ("DISAGREE", "disagree"), None: ("NO VERDICT", "nothing")}[
+        verdict.agrees
+    ]
+    banner = Banner(word, style, [headline.removeprefix(word).removeprefix(":").strip(), *explanation])
     wrong = [each.is_open or not each.agrees for each in verdict.layers]
     table = PageTable("Layers", *_rows(verdict), note=SHARES, wrong=wrong)
     notes = [*verdict.notes, *(f"not compared by itself: {each}, {why}" for each, why in verdict.left_out.items())]
@@ -141,7 +146,7 @@ def layers(  # noqa: PLR0913 - options of a command
         notes=notes,
         findings=findings,
     )
-    console.print(_conclusion(verdict), soft_wrap=True, highlight=False)
+    print_verdict((headline, *explanation), console)
     if verdict.agrees is None:
         raise typer.Exit(code=CANNOT_RUN)
     exit_with(verdict.agrees)
@@ -224,7 +229,7 @@ def _rows(verdict: ModelsVerdict) -> tuple[list[str], list[list[str]]]:
     renamed = any(each.name != each.other for each in verdict.layers)
     rows = []
     for each in verdict.layers:
-        shares = [f"{each.share('forward'):.2g}", f"{each.share('backward'):.2g}"] if each.parts else ["", ""]
+        shares = [share_text(each.share("forward")), share_text(each.share("backward"))] if each.parts else ["", ""]
         rows.append([each.name, *([each.other] if renamed else []), *shares, _word(each)])
     return ["layer of A", *(["of B"] if renamed else []), ">forward", ">backward", "finding"], rows
 
@@ -329,19 +334,50 @@ def _element(part: Part) -> str:
     return f"{place}: A {part.first:.9g} | B {part.second:.9g}{shown}"
 
 
-def _conclusion(verdict: ModelsVerdict) -> str:
+def _conclusion(verdict: ModelsVerdict) -> list[str]:
+    """Return the verdict in at most three lines: whether the models agree, where the mistake is, what to change."""
+    layers = count_of(len(verdict.layers), "layer")
     open_ones = sum(each.is_open for each in verdict.layers)
     if verdict.agrees:
-        return f"AGREE in {len(verdict.layers)} layers, forward and backward"
-    if verdict.first is None:
-        return f"NO VERDICT: {open_ones} of {len(verdict.layers)} layers cannot be compared, the others agree"
-    direction = "forward" if verdict.first.beyond("forward") or not verdict.first.parts else "backward"
-    parting = sum(not each.agrees and not each.is_open for each in verdict.layers)
-    return (
-        f"DISAGREE: {parting} of {len(verdict.layers)} layers part; first {verdict.first.name}, in the {direction} pass"
-        + (f"; explained by {verdict.common_cause}" if verdict.common_cause else "")
-        + (f"; {open_ones} cannot be compared" if open_ones else "")
-    )
+        return [f"AGREE in {layers}, forward and backward."]
+    first = verdict.first
+    if first is None:
+        return [f"NO VERDICT: {open_ones} of {layers} cannot be compared, the others agree."]
+    also = f"; {open_ones} cannot be compared" if open_ones else ""
+    direction: Direction = "forward" if first.beyond("forward") or not first.parts else "backward"
+    names = [each.name for each in _wrong(verdict) if not each.is_open]
+    named = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    right = "" if first.causes else " (A is taken as right)"
+    return [
+        f"DISAGREE in {len(names)} of {layers}{right}: {named}{also}.",
+        f"The first mistake is in {first.name}, {direction}: {_mistake(verdict, first, direction)}.",
+        f"{_cure(first)}.",
+    ]
+
+
+def _mistake(verdict: ModelsVerdict, first: LayerVerdict, direction: Direction) -> str:
+    """Return what is wrong in the first layer that parts."""
+    if verdict.common_cause:
+        return f"{verdict.common_cause}, which explain all that differs"
+    known = [*first.weights, *first.settings]
+    return known[0] if known else f"{_word(first)}{_place(first)}" + _start(first, direction)
+
+
+def _start(first: LayerVerdict, direction: Direction) -> str:
+    part = first.beyond(direction)
+    return f", seen in {_element(part).partition(' | in float64')[0]}" if part else ""
+
+
+def _cure(first: LayerVerdict) -> str:
+    if first.random:
+        return "Change: switch dropout off on both sides, by model.eval()"
+    if first.weights:
+        return f"Change in B: the weights of {first.other}; without --weights own they are copied from A"
+    if first.cures:
+        return f"Change in B: {' and '.join(first.cures)} in {first.other}"
+    if any(first.causes.values()):
+        return f"Change in {' and '.join(first.causes)}: the precision of matrix products, to all bits of {first.dtype}"
+    return f"Change in {' and '.join(first.causes) or 'B'}: the code of {first.other}{_place(first)}"
 
 
 def _as_json(each: LayerVerdict) -> dict[str, Any]:

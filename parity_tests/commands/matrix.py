@@ -20,6 +20,7 @@ from parity_tests.commands.terminal import PlainConsole
 from parity_tests.evidence import ledger
 from parity_tests.evidence.pages import replace_block
 from parity_tests.studies.kit import evidence_of, is_kit, read_kit
+from parity_tests.texts import count_of
 
 COMMAND, DETAILS_COMMAND = "lsce-parity matrix", "lsce-parity matrix devices"
 
@@ -96,7 +97,7 @@ def _read_kit(path: Path) -> Iterator[ledger.Session]:
     for bundle, session, lines in track(evidence_of(kit, bundles), len(bundles), "dtypes"):
         dtype = bundle.cases[0].dtype
         proven = ", ".join(sorted(entry.adapter for entry in session.evidence))
-        typer.echo(f"{dtype}: {len(bundle.cases)} cases; within their bounds: {proven or 'none'}")
+        typer.echo(f"{dtype}: {count_of(len(bundle.cases), 'case')}; within their bounds: {proven or 'none'}")
         for line in (each for each in lines if not each.is_right):
             failed = f"{line.cases - line.agree} of {line.cases} cases, as {line.worst}: {line.reason}"
             typer.echo(f"{dtype}: not added: {line.adapter}, wrong in {failed}")

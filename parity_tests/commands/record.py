@@ -38,6 +38,7 @@ from parity_tests.studies.probes import LABEL_KINDS, LOGIT_KINDS
 from parity_tests.studies.questions import make_question
 from parity_tests.studies.replays import replay as replay_bundle
 from parity_tests.studies.survey import make_cases
+from parity_tests.texts import count_of
 from parity_tests.truth.precision import DTYPES
 
 PLAIN = ("logits", "classes")
@@ -128,7 +129,7 @@ def record(  # noqa: PLR0913 - each option of the command line is a parameter
         adapters = [each for each in adapters if any(each.unsupported(case) is None for case in cases)]
     if not any(each.unsupported(case) is None for each in adapters for case in cases):
         cannot_run("no adapter can handle these cases")
-    announce(f"recording {', '.join(each.name for each in adapters)} in {len(cases)} cases")
+    announce(f"recording {', '.join(each.name for each in adapters)} in {count_of(len(cases), 'case')}")
     try:
         with writing(folder):
             shown = partial(track, total=len(cases), title="cases")
@@ -141,5 +142,5 @@ def record(  # noqa: PLR0913 - each option of the command line is a parameter
     print_missing(missing, console)
     content = {"command": "record", "agrees": found.agrees, "lines": found.lines(), "missing": missing}
     write_json(json_file, {**content, "environment": found.bundle.environment}, console)
-    console.print(f"wrote {folder}: {len(cases)} cases", soft_wrap=True, highlight=False)
+    console.print(f"wrote {folder}: {count_of(len(cases), 'case')}", soft_wrap=True, highlight=False)
     exit_with(found.agrees)

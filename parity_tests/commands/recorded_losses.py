@@ -3,27 +3,25 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import typer
 from rich.text import Text
 
 from parity_tests.commands.common import (
-    CANNOT_RUN,
     announce,
     cannot_run,
     check_device,
     check_dtypes,
     check_free,
-    exit_with,
     write_json,
     writing,
 )
-from parity_tests.commands.compare import announce_batches, load_loss, print_pair, write_pair
+from parity_tests.commands.compare import announce_batches, end_with_verdict, load_loss, print_pair, write_pair
 from parity_tests.commands.terminal import PlainConsole
 from parity_tests.studies.pairs import Tolerance, compare_sides
 from parity_tests.studies.probes import Question, plain_cases
 from parity_tests.studies.questions import check_pair, take_batches
 from parity_tests.studies.recorded_losses import MANIFEST, read_recording, record_loss, sides_of
 from parity_tests.studies.sealed_folders import RecordingError
+from parity_tests.texts import count_of
 
 
 def record_own(
@@ -60,7 +58,7 @@ def record_own(
         cannot_run(str(error))
     console = PlainConsole()
     write_json(json_file, {"command": "record", "loss": specification, "cases": [case.name for case in cases]}, console)
-    console.print(Text(f"wrote {folder}: {specification} in {len(cases)} cases"), soft_wrap=True)
+    console.print(Text(f"wrote {folder}: {specification} in {count_of(len(cases), 'case')}"), soft_wrap=True)
 
 
 def replay_own(
@@ -95,6 +93,4 @@ def replay_own(
     console.print(Text(f"recorded with Python {recording.environment['python']}, {versions}"), soft_wrap=True)
     print_pair(pair, console)
     write_pair("replay", pair, question, None, json_file, report, console)
-    if pair.agrees is None:
-        raise typer.Exit(code=CANNOT_RUN)
-    exit_with(pair.agrees)
+    end_with_verdict(pair, console)

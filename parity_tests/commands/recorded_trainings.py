@@ -17,6 +17,7 @@ from parity_tests.commands.trajectory import (
 )
 from parity_tests.studies.recorded_trainings import MANIFEST, read_training, record_training
 from parity_tests.studies.sealed_folders import RecordingError
+from parity_tests.texts import count_of
 from parity_tests.trainings.stepwise import TrainingError, compare_with_steps
 
 
@@ -36,7 +37,7 @@ def record_steps(
     )
     check_free(folder, "recorded training", MANIFEST, force)
     training = make_training(specification, options)
-    announce(f"recording {specification} over {steps} steps")
+    announce(f"recording {specification} over {count_of(steps, 'step')}")
     try:
         with writing(folder):
             shown = partial(track_steps, steps)
@@ -57,7 +58,7 @@ def record_steps(
         "environment": recorded.environment,
     }
     write_json(json_file, content, console)
-    console.print(Text(f"wrote {folder}: {specification} over {steps} steps"), soft_wrap=True)
+    console.print(Text(f"wrote {folder}: {specification} over {count_of(steps, 'step')}"), soft_wrap=True)
 
 
 def replay_steps(

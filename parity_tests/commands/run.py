@@ -37,6 +37,7 @@ from parity_tests.losses.adapters import UnavailableError
 from parity_tests.losses.registry import ELSEWHERE, ENTRIES, make_adapter, match_names
 from parity_tests.studies.survey import Member, Survey, examine_each, make_cases
 from parity_tests.studies.verdicts import Difference, Outcome
+from parity_tests.texts import count_of
 
 # torch.compile takes seconds for each combination of options, and so does JAX for each linear case. Outside of `jit`
 # JAX compiles every operation for each shape.
@@ -96,7 +97,7 @@ def run(
         members = {name: each if each.ours else replace(each, dtypes=PEER_DTYPES) for name, each in members.items()}
     cases = make_cases(names, dtypes)
     where = f" on the simulated arithmetic of {device_model}" if device_model else ""
-    announce(f"running {', '.join(members)} in {len(names)} cases in {', '.join(dtypes)}{where}")
+    announce(f"running {', '.join(members)} in {count_of(len(names), 'case')} in {', '.join(dtypes)}{where}")
     found = Survey(members, [], [])
     for outcomes, differences in track(examine_each(members, cases), len(cases), "cases"):
         found.outcomes.extend(outcomes)
@@ -219,12 +220,14 @@ def verdict_line(found: Survey) -> str:
     ours = [outcome for outcome in found.outcomes if found.members[outcome.adapter].ours]
     called = [outcome for outcome in ours if outcome.status != "unsupported"]
     adapters = len({outcome.adapter for outcome in called})
-    scope = f"{adapters} adapters, {len(called)} results, {len(found.differences)} of them in pairs"
+    scope = (
+        f"{count_of(adapters, 'adapter')}, {count_of(len(called), 'result')}, {len(found.differences)} of them in pairs"
+    )
     if found.agrees:
         return f"AGREE: {scope}, at most {max(map(_share, called), default=0):.2f} of a bound"
     wrong = sum(outcome.status != "agree" for outcome in called)
     differing = sum(not difference.agrees for difference in found.differences)
-    return f"DISAGREE: {wrong} results and {differing} pairs of them ({scope})"
+    return f"DISAGREE: {count_of(wrong, 'result')} and {count_of(differing, 'pair')} of them ({scope})"
 
 
 def adapters(*, device: DeviceOption = "cpu", json_file: JsonOption = None) -> None:

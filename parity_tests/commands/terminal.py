@@ -30,6 +30,12 @@ class PlainConsole(Console):
         super().print(*map(_visible, objects), **options)
 
 
+def print_verdict(lines: Iterable[str], console: Console) -> None:
+    """Print the lines of a verdict, each on a line of its own where there is no terminal: `... | tail -3` has them."""
+    for line in lines:
+        console.print(Text(line), soft_wrap=not console.is_terminal)
+
+
 def _visible(item: Any) -> Any:
     if isinstance(item, str):
         return visible(item)

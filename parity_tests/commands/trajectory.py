@@ -27,6 +27,7 @@ from parity_tests.losses.user_losses import SpecificationError, find, parse_opti
 from parity_tests.report.verdict import Banner
 from parity_tests.report.words import PageTable
 from parity_tests.studies.survey import Survey
+from parity_tests.texts import count_of
 from parity_tests.trainings.stepwise import (
     Divergence,
     Step,
@@ -131,12 +132,12 @@ def show_verdicts(
         Survey({}, [], []),
         console,
         title=" and ".join(names),
-        banner=Banner(word, word.lower(), [f"Over {steps} steps, counted from 0.", *sentences]),
+        banner=Banner(word, word.lower(), [f"Over {count_of(steps, 'step')}, counted from 0.", *sentences]),
         trajectory=verdicts[0].losses,
         parted=parted and parted.step,
         tables=tables,
     )
-    console.print(f"{word} over {steps} steps, counted from 0", highlight=False)
+    console.print(f"{word} over {count_of(steps, 'step')}, counted from 0", highlight=False)
     exit_with(agrees)
 
 

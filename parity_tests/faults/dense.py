@@ -64,6 +64,50 @@ FAULTS = {
     "prior_ignored": "the smoothing goes to all classes alike, not to the prior",
 }
 
+# Name -> what to change, as the end of "Change in B: ".
+CURES = {
+    "zero_gradient": "let the gradient reach the logits",
+    "zero_non_target_gradient": "let the gradient reach all classes, through the log-sum-exp",
+    "other_off": "give the smoothing to the other number of classes, K or K - 1",
+    "unsmoothed_gradient": "differentiate the smoothed target, not the one-hot label",
+    "smoothing_detached": "remove the detach or stop_gradient from the smoothing term",
+    "unsmoothed_loss": "return the loss of the smoothed target",
+    "sum_for_mean": "return the mean",
+    "all_rows_counted": "divide by the number of rows that count",
+    "ignored_rows_leak": "mask the smoothing term too",
+    "weight_not_in_smoothing": "multiply every term of the sum over the classes with its class weight",
+    "weight_not_in_denominator": "divide by the sum of the labels' weights",
+    "gradient_sign": "change the sign of the gradient",
+    "label_off_by_one": "take the labels as they are, from 0 to K - 1",
+    "z_loss_gradient": "remove the detach or stop_gradient from the z-loss",
+    "softcap_derivative": "multiply the gradient with 1 - tanh(z / c)^2",
+    "padding_joins": "mask the padded classes with -inf",
+    "local_classes": "divide the smoothing by the number of all classes, not of those on one device",
+    "maximum_kept": "subtract the largest logit before exp, as log_softmax does",
+    "bfloat16_sum": "add up the exponentials in float32",
+    "bfloat16_loss": "return the loss in float32",
+    "infinity_to_nan": "let 0 times infinity be 0",
+    "upstream_ignored": "multiply the gradient with the incoming gradient",
+    "last_block_dropped": "take the last block of classes too",
+    "stale_lse": "take each row's own log-sum-exp",
+    "entropy_kept": "subtract the entropy of the target",
+    "log_for_log1p": "use log1p, or log_softmax",
+    "max_sup_at_label": "take the smoothing from the largest logit",
+    "max_sup_first": "share what is taken among all largest logits",
+    "label_without_share": "give the label its share too: 1 - e + e/K",
+    "label_kept_whole": "take the smoothing from the label: 1 - e + e/K",
+    "pad_class_left_out": "give class 0 its share of the smoothing",
+    "local_mean": "take the mean over all classes, not over those on one device",
+    "bfloat16_logits": "keep the logits in float32",
+    "bfloat16_gradient": "return the gradient in the dtype of the logits",
+    "entropy_subtracted": "take the cross-entropy, not the KL divergence",
+    "gradient_of_sum": "divide the gradient too",
+    "base_two": "use the natural logarithm",
+    "masked_classes_smoothed": "divide the smoothing by the number of classes that the mask allows",
+    "first_class_mask": "give each row its own class mask",
+    "prior_ignored": "give the smoothing to the classes as the prior says",
+}
+
 
 def evaluate(case: Case, fault: str | None = None, arithmetic: Simulation = EXACT) -> Result:
     """Return loss and gradient of a case, wrong in the way that `fault` names, on a device of that arithmetic."""

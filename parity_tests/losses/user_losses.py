@@ -6,10 +6,12 @@ loss returns a scalar or one loss per row; the harness computes the gradients. A
 is called. Options are keyword arguments of the function or class.
 """
 
+import ast
 import importlib
 import inspect
 import json
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -33,22 +35,30 @@ def is_user_loss(specification: str) -> bool:
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """Return the keyword arguments of `key=value` pairs. Values are read as JSON if possible, else as strings.
+    """Return the keyword arguments of `key=value` pairs. Values are read as Python or JSON, any other text as a string.
 
     Example:
-        >>> parse_options(["smoothing=0.1", "reduction=mean", "weight=[1, 2]", "flag=true"])
-        {'smoothing': 0.1, 'reduction': 'mean', 'weight': [1, 2], 'flag': True}
+        >>> parse_options(["smoothing=.1", "reduction=mean", "weight=[1, 2]", "flag=False", "cap=None", "old=true"])
+        {'smoothing': 0.1, 'reduction': 'mean', 'weight': [1, 2], 'flag': False, 'cap': None, 'old': True}
     """
     options = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key.isidentifier():
             raise SpecificationError(f"an option must be like smoothing=0.1, got {pair!r}")
-        try:
-            options[key] = json.loads(text)
-        except json.JSONDecodeError:
-            options[key] = text
+        options[key] = _value(text)
     return options
+
+
+def _value(text: str) -> Any:
+    for read in (ast.literal_eval, json.loads):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", SyntaxWarning)  # of a backslash in a text
+                return read(text)
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
+    return text
 
 
 def find(specification: str) -> Any:

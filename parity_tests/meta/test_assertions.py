@@ -54,7 +54,7 @@ def test_the_message_is_the_report() -> None:
     with pytest.raises(AssertionError) as failure:
         assert_same_loss(torch_focal, functools.partial(jax_focal, gamma=2.5), inputs=BATCH)
     lines = str(failure.value).splitlines()
-    assert lines[0].startswith("DISAGREE in 1 case.")
+    assert lines[0].startswith("DISAGREE in 1 of 1 case: ")
     assert "they differ in the focal gamma: A 2 | B 2.5" in lines
     assert any(" | B " in line and line.strip().startswith(("gradient", "loss")) for line in lines)
 
@@ -275,7 +275,7 @@ def test_the_fixture(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch)
     result = pytester.runpytest_subprocess("-p", "parity_tests.plugin")
     text = result.stdout.str()
     result.assert_outcomes(passed=1, failed=3, skipped=2)
-    assert "AssertionError: DISAGREE in 8 cases." in text
+    assert "AssertionError: DISAGREE in 8 of 8 cases: " in text
     assert "no verdict: NO VERDICT in 8 cases." in text
     assert "no verdict: torch finds no tpu device" in text
     assert "assertions.py" not in text  # the traceback ends in the test

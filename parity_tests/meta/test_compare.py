@@ -187,7 +187,10 @@ def compare(*arguments: str) -> CommandResult:
 def test_a_correct_pair_agrees(first: list[str]) -> None:
     outcome = compare(*first, "jax:brought_losses:jax_uniform")
     assert outcome.exit_code == 0, outcome.output
-    assert "AGREE in 9 cases. Right is: uniform convention, mean" in outcome.output
+    assert outcome.output.splitlines()[-3:-1] == [
+        "AGREE in 9 cases: values and gradients are the same up to rounding.",
+        "Both compute: uniform convention, mean.",
+    ]
     assert "known difference" not in outcome.output
 
 
@@ -195,7 +198,8 @@ def test_a_correct_pair_agrees(first: list[str]) -> None:
 def test_a_correct_linear_pair_agrees(second: str) -> None:
     outcome = compare("torch:brought_losses:linear", second, "--linear")
     assert outcome.exit_code == 0, outcome.output
-    assert "AGREE in 8 cases. Right is: uniform convention, mean" in outcome.output
+    assert "AGREE in 8 cases: values and gradients are the same" in outcome.output
+    assert "Both compute: uniform convention, mean." in outcome.output
 
 
 def test_a_wrong_linear_loss_is_named() -> None:
@@ -214,9 +218,15 @@ def test_a_dense_loss_is_not_held_against_a_linear_one() -> None:
 def test_two_losses_of_another_convention_agree_with_each_other() -> None:
     outcome = compare("torch:brought_losses:non_target", "torch-fused", "--convention", "non_target")
     assert outcome.exit_code == 0, outcome.output
-    assert "Right is: non_target convention" in outcome.output
+    assert "Both compute: non_target convention" in outcome.output
     # Without a word about it, two losses of a user's are held against what the first one does.
-    assert "Right is: non_target" in compare("torch:brought_losses:non_target", "jax:brought_losses:jax_uniform").output
+    lines = compare("torch:brought_losses:non_target", "jax:brought_losses:jax_uniform").output.splitlines()
+    assert lines[-3:] == [
+        "DISAGREE in 9 of 9 cases: values and gradients differ (A is taken as right).",
+        "The mistake is in B (jax_uniform): uniform convention, not non_target.",
+        "Change in B: make the target 1-e at the label, e/(K-1) elsewhere (smoothing e).",
+    ]
+    assert max(map(len, lines[-3:])) <= 80
 
 
 WRONG = {
@@ -314,7 +324,7 @@ def test_a_denominator_that_counts_ignored_rows_is_named() -> None:
     options = ["--ignore-index", "-100"]
     right = compare("torch:torch.nn:CrossEntropyLoss", "torch-fused", "--a", "label_smoothing=0.1", *options)
     # All but the case of which every row is ignored, whose mean is NaN in torch.
-    assert "1 of 10 cases differ" in right.output
+    assert "DISAGREE in 1 of 10 cases" in right.output
     wrong = compare("jax:brought_losses:jax_ignoring", "torch-fused", *options)
     assert wrong.exit_code == 1
     assert "known difference: all_rows_counted\n" in wrong.output
@@ -380,9 +390,9 @@ def test_a_random_loss_gets_no_verdict(second: str, tmp_path: Path) -> None:
 def test_the_true_values_of_two_losses_without_smoothing_are_known() -> None:
     plain = "torch:torch.nn.functional:cross_entropy"
     same = compare(plain, plain)
-    assert (same.exit_code, "AGREE in 9 cases. Right is: no smoothing, mean" in same.output) == (0, True)
+    assert (same.exit_code, "Both compute: no smoothing, mean." in same.output) == (0, True)
     twice = compare(plain, "torch:brought_losses:twice_unsmoothed")
-    assert (twice.exit_code, "Right is: no smoothing, mean" in twice.output) == (1, True)
+    assert (twice.exit_code, "only" not in twice.output and "(A is taken as right)" in twice.output) == (1, True)
     assert twice.output.count("B is off") == 5
 
 
@@ -390,7 +400,10 @@ def test_losses_that_are_not_known_are_held_against_each_other_by_their_size() -
     pair = ("torch:brought_losses:times", "torch:brought_losses:times", "--a", "c=1e-5")
     same = compare(*pair, "--b", "c=1e-5")
     assert same.exit_code == 0, same.output
-    assert "AGREE in 9 cases. Neither is a loss that is known here" in same.output
+    assert "AGREE in 9 cases: " in same.output
+    # What they compute is said once, and nothing says that it is not known.
+    assert "Both compute: uniform convention, smoothing 0.1, 1e-05 times the mean." in same.output
+    assert "known here" not in same.output
     assert compare(*pair, "--b", "c=1.0001e-5").exit_code == 1
 
 
@@ -487,7 +500,7 @@ def test_report(tmp_path: Path) -> None:
     shown = compare("torch:brought_losses:non_target", "oracle", "--report", str(tmp_path / "page")).stdout
     page = (tmp_path / "page" / "index.html").read_text().replace("<wbr>", "")
     assert "<strong>DISAGREE</strong>" in page
-    texts = [line.strip() for line in shown.partition("differ; the largest")[0].splitlines()[:-1] if line.strip()]
+    texts = [line.strip() for line in shown.partition("The largest, in units")[0].splitlines()[:-1] if line.strip()]
     assert len(texts) > 8
     for line in texts:
         assert re.sub("^([AB])  ", r"\1: ", line) in unescape(page)

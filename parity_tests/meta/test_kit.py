@@ -49,7 +49,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = ["--adapter", "torch-fused", "--adapter", "torch-cross-entropy"]
     done = make(folder, *names, "--dtype", "float32", "--dtype", "bfloat16")
     assert done.exit_code == 0, done.output
-    assert "AGREE on cpu: 1 adapters in float32, bfloat16, 6 results, at most 0." in done.stdout
+    assert "AGREE on cpu: 1 adapter in float32, bfloat16, 6 results, at most 0." in done.stdout
     return folder
 
 
@@ -96,7 +96,7 @@ def test_what_is_written(original: Path) -> None:
 def test_a_wrong_loss_disagrees(tmp_path: Path) -> None:
     done = make(tmp_path / "kit", "--adapter", MUTANT, "--dtype", "float32")
     assert done.exit_code == 1
-    assert f"DISAGREE on cpu: {MUTANT} in float32 (of 1 adapters in float32, 3 results)" in done.stdout
+    assert f"DISAGREE on cpu: {MUTANT} in float32 (of 1 adapter in float32, 3 results)" in done.stdout
     assert re.search(rf"^{MUTANT} in \w+ float32: .* of the bound: ", done.stdout, re.MULTILINE)
     assert (tmp_path / "kit" / REPORT).is_file()
 
@@ -111,7 +111,7 @@ def test_arithmetic_beyond_the_bounds_disagrees(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(command, "take_fingerprint", beyond)
     done = make(tmp_path / "kit", "--adapter", "torch-fused", "--dtype", "float16")
     assert done.exit_code == 1
-    assert "DISAGREE on cpu: torch's arithmetic (of 1 adapters" in done.stdout
+    assert "DISAGREE on cpu: torch's arithmetic (of 1 adapter" in done.stdout
 
 
 @pytest.mark.slow

@@ -615,12 +615,16 @@ def test_command(pair: tuple[str, str], tmp_path: Path) -> None:
     file, page = tmp_path / "out" / "found.json", tmp_path / "page"
     outcome = invoke("layers", *pair, "--b", "eps=1e-6", "--json", str(file), "--report", str(page))
     assert outcome.exit_code == 1, outcome.output
-    assert "DISAGREE: 1 of 3 layers part; first 1, in the forward pass" in outcome.output
+    assert outcome.output.splitlines()[-3:] == [
+        "DISAGREE in 1 of 3 layers (A is taken as right): 1.",
+        "The first mistake is in 1, forward: eps is 1e-05 in A, eps 1e-06 in B.",
+        "Change in B: set eps to 1e-05 in 1.",
+    ]
     assert "eps is 1e-05 in A, eps 1e-06 in B" in outcome.output
     content = json.loads(file.read_text())
     assert content["first"] == "1"
     assert [each["verdict"] for each in content["layers"]] == ["same", "same", "another function"]
-    assert "first 1, in the forward pass" in (page / "index.html").read_text()
+    assert "The first mistake is in 1, forward" in (page / "index.html").read_text()
 
 
 def test_command_simulates_devices(pair: tuple[str, str]) -> None:

@@ -22,9 +22,10 @@ from parity_tests.report.heat_map import heat_map
 from parity_tests.report.page import FILTER, write_report
 from parity_tests.report.tables import case_rows, closer_than_peers, ledger, summarize, worst_rows
 from parity_tests.report.verdict import Banner
-from parity_tests.report.words import PageTable, share_text
+from parity_tests.report.words import PageTable
 from parity_tests.studies.survey import Member, Survey, make_cases, survey
 from parity_tests.studies.verdicts import Difference, Outcome
+from parity_tests.texts import share_text, used_share
 from parity_tests.trainings.trajectory import TrajectoryVerdict, compare_trajectories
 from parity_tests.truth.cases import Case, case_names, describe_inputs, make_case
 from parity_tests.truth.comparison import Comparison, Result, Worst
@@ -318,7 +319,7 @@ def test_of_two_losses_that_differ_only_the_difference_is_shown(tmp_path: Path) 
     ).read_text(encoding="utf-8")  # fmt: skip
     text = words(page)
     assert "Findings A: torch:one.two computes: a thing B" in text
-    assert "mine, float32 : 1.9e4 times what rounding explains; B is off A and B differ by 1.9e4 times what" in text
+    assert "mine, float32 : 10^4 times what rounding explains; B is off A and B differ by 10^4 times what" in text
     assert len(re.findall("<summary><b>", page)) == 1
     assert "adapter" not in text.lower()
 
@@ -330,13 +331,21 @@ def test_of_two_losses_that_differ_only_the_difference_is_shown(tmp_path: Path) 
     "share", [0.0, 1e-9, 0.29, 0.9999999, 1.0, np.nextafter(1, 2), 1.5, 9.991, 99.5, 999.5, 9.5e15, 1e308]
 )
 def test_share_text_stays_on_its_side_of_one(share: float) -> None:
-    text, short = share_text(share), share_text(share, digits=1)
-    assert len(text) <= 7
-    assert len(short) <= 5
+    text = share_text(share)
+    assert len(text) <= 6
+    power = text.removeprefix("10^")
+    if power != text:
+        assert abs(int(power) - math.log10(share)) <= 0.5
+        return
     # At worst half of the last digit that is shown; a hundredth next to 1.
-    for shown, error in ((float(text), share / 20), (float(short), share / 2)):
-        assert (shown < 1, shown > 1) == (share < 1, share > 1)
-        assert abs(shown - share) <= max(0.01, error)
+    assert (float(text) < 1, float(text) > 1) == (share < 1, share > 1)
+    assert abs(float(text) - share) <= max(0.01, share / 20)
+
+
+def test_a_large_share_is_a_power_of_ten() -> None:
+    texts = [used_share(share) for share in (999.0, 3.8e5, 1e12, math.nan)]
+    assert texts == ["999 times", "10^6 times", "10^12 times", "∞ times"]
+    assert used_share(0.5) == "0.50 of"
 
 
 def test_nan_shares_count_as_infinite() -> None:

@@ -54,7 +54,7 @@ def test_linear_adapters_are_held_against_each_other(tmp_path: Path) -> None:
     )
     assert outcome.exit_code == 1, outcome.output
     assert "mutant:linear_strided_rows in linear_sum bfloat16: " in outcome.output
-    assert "DISAGREE: 1 results and 0 pairs of them (3 adapters, 3 results, 1 of them in pairs)" in outcome.output
+    assert "DISAGREE: 1 result and 0 pairs of them (3 adapters, 3 results, 1 of them in pairs)" in outcome.output
     content = json.loads(file.read_text())["survey"]
     statuses = {each["adapter"]: each["status"] for each in content["outcomes"]}
     assert statuses["torch-fused"] == "unsupported"

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from parity_tests.report.tables import element_texts
-from parity_tests.report.words import LETTERS, share_text, used_share
+from parity_tests.report.words import LETTERS
 from parity_tests.studies.probes import is_edge_name
 from parity_tests.studies.survey import Survey
 from parity_tests.studies.verdicts import Difference, Outcome
+from parity_tests.texts import share_text, used_share
 from parity_tests.truth.comparison import Comparison
 
 # How far two adapters may be apart.

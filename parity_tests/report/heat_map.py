@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from parity_tests.report.words import share_text, used_share
 from parity_tests.studies.survey import Survey
 from parity_tests.studies.verdicts import Outcome
+from parity_tests.texts import share_text, used_share
 
 LONGEST_BLOCK = 35
 
@@ -66,4 +66,4 @@ def _cell_of(outcome: Outcome) -> Cell:
         return Cell((2, math.inf), "form", "out2", f"{outcome.dtype}: {outcome.comparison.problem}")
     share = outcome.comparison.share
     style = next((style for end, style in LEVELS if share <= end), "out2")
-    return Cell((1, share), share_text(share, digits=1), style, f"{outcome.dtype}: {used_share(share)} the bound")
+    return Cell((1, share), share_text(share), style, f"{outcome.dtype}: {used_share(share)} the bound")

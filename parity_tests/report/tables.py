@@ -4,9 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from parity_tests.evidence.ledger import KINDS, Evidence
-from parity_tests.report.words import known_share, share_text, used_share, values_text
+from parity_tests.report.words import known_share, values_text
 from parity_tests.studies.survey import Survey
 from parity_tests.studies.verdicts import Difference, Outcome
+from parity_tests.texts import share_text, used_share
 from parity_tests.truth.comparison import Comparison
 from parity_tests.truth.precision import DTYPES
 

@@ -2,10 +2,9 @@
 
 from typing import NamedTuple
 
-from parity_tests.report.words import share_text
 from parity_tests.studies.survey import Survey
 from parity_tests.studies.verdicts import Difference, Outcome
-from parity_tests.texts import count_of
+from parity_tests.texts import count_of, share_text
 from parity_tests.trainings.trajectory import TrajectoryVerdict
 
 

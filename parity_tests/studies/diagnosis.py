@@ -9,9 +9,9 @@ candidates give the same results in these cases, all are named, the plainest fir
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from parity_tests.faults.dense import FAULTS
+from parity_tests.faults.dense import CURES, FAULTS
 from parity_tests.faults.linear import OF_LAYER, PREFIX, describe, wrong_result
 from parity_tests.faults.sharded import gradient_factor, sharded_faults
 from parity_tests.truth.arithmetic import Arithmetic
@@ -24,6 +24,15 @@ ARITHMETIC = Arithmetic()
 CLOSER = 20
 # Options of a candidate that have a number.
 OWN_OPTIONS = ("smoothing", "z_loss", "softcap")
+# What the target holds in each convention, for a smoothing e.
+TARGETS = {
+    "uniform": "1-e+e/K at the label, e/K elsewhere",
+    "non_target": "1-e at the label, e/(K-1) elsewhere",
+    "clamp": "1 and 0 clamped to [e/(K-1), 1-e]",
+    "max_sup": "1+e/K at the label, e/K elsewhere, less e at the largest logit",
+    "leaky": "1-e at the label, e/K elsewhere",
+    "none": "1 at the label, 0 elsewhere",
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ class Candidate:
 
     def __str__(self) -> str:
         """Return a description."""
-        parts = ["no smoothing" if self.convention == "none" else f"{self.convention or 'the stated'} convention"]
+        parts = [convention_text(self.convention or "the stated")]
         own = {name: getattr(self, name) for name in OWN_OPTIONS}
         parts += [f"{name.replace('_', '-')} {value:.6g}" for name, value in own.items() if value is not None]
         if self.reduction not in (None, "none"):
@@ -218,3 +227,54 @@ def departures(candidate: Candidate, expected: Candidate) -> list[str]:
     if candidate.fault not in (None, expected.fault):
         names.append(str(candidate.fault))
     return names
+
+
+class Mistake(NamedTuple):
+    """What is wrong in a loss, and what to change: both continue a sentence after a colon."""
+
+    what: str
+    cure: str
+
+
+def mistakes(candidate: Candidate, expected: Candidate, asked: Mapping[str, Any]) -> list[Mistake]:
+    """Return the differences of a candidate from the expected one in words, in the order of `departures`.
+
+    Args:
+        candidate: what a loss computes.
+        expected: what it should.
+        asked: the options that a field which is None stands for.
+
+    Example:
+        >>> [each.what for each in mistakes(Candidate("none", "sum", False), Candidate("uniform", "mean", False), {})]
+        ['no smoothing, not uniform', 'sum, not mean']
+    """
+    found = []
+    if candidate.convention != expected.convention:
+        found.append(of_convention(str(candidate.convention), str(expected.convention)))
+    for name in OWN_OPTIONS:
+        value, other = getattr(candidate, name), getattr(expected, name) or asked.get(name) or 0.0
+        if value is not None and not math.isclose(value, other, rel_tol=1e-6):
+            option = name.replace("_", "-")
+            found.append(Mistake(f"{option} {value:.6g}, not {other:.6g}", f"set the {option} to {other:.6g}"))
+    if candidate.reduction != expected.reduction:
+        found.append(Mistake(f"{candidate.reduction}, not {expected.reduction}", f"return the {expected.reduction}"))
+    if candidate.subtract_entropy != expected.subtract_entropy:
+        fault = "entropy_subtracted" if candidate.subtract_entropy else "entropy_kept"
+        found.append(Mistake(describe(fault), CURES[fault]))
+    if candidate.fault not in (None, expected.fault):
+        fault = str(candidate.fault)
+        found.append(
+            Mistake(describe(fault), CURES.get(fault.removeprefix(PREFIX), f"the place where {describe(fault)}"))
+        )
+    return found
+
+
+def of_convention(name: str, expected: str) -> Mistake:
+    """Return the mistake of a convention in place of another."""
+    other = "without" if expected == "none" else expected
+    return Mistake(f"{convention_text(name)}, not {other}", f"make the target {TARGETS[expected]} (smoothing e)")
+
+
+def convention_text(name: str) -> str:
+    """Return a convention as in "uniform convention", or "no smoothing"."""
+    return "no smoothing" if name == "none" else f"{name} convention"

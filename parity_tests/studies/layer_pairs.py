@@ -346,20 +346,23 @@ _SETTINGS = {"eps": "epsilon", "p": "rate", "negative_slope": "alpha"}
 _COMPARED = ("epsilon", "rate", "alpha", "use_bias", "num_groups")
 
 
-def differing_settings(first: Layer, second: Layer) -> list[str]:
-    """Return in words which settings of two layers differ that have the same meaning."""
+def differing_settings(first: Layer, second: Layer) -> dict[str, str]:
+    """Return in words which settings of two layers differ that have the same meaning, and how B would have A's."""
     ours, theirs = (
         {_SETTINGS.get(name, name): (name, value) for name, value in layer.settings.items()}
         for layer in (first, second)
     )
-    found = [
-        f"{ours[name][0]} is {ours[name][1]!r} in A, {theirs[name][0]} {theirs[name][1]!r} in B"
+    found = {
+        f"{ours[name][0]} is {ours[name][1]!r} in A, {theirs[name][0]} {theirs[name][1]!r} in B": (
+            f"set {theirs[name][0]} to {ours[name][1]!r}"
+        )
         for name in _COMPARED
         if name in ours and name in theirs and ours[name][1] != theirs[name][1]
-    ]
+    }
     modes = [_is_training(layer) for layer in (first, second)]
     if None not in modes and modes[0] != modes[1]:
-        found.append(f"{'A' if modes[0] else 'B'} is in training mode, {'B' if modes[0] else 'A'} is not")
+        text = f"{'A' if modes[0] else 'B'} is in training mode, {'B' if modes[0] else 'A'} is not"
+        found[text] = f"set the mode to {'training' if modes[0] else 'evaluation'}"
     return found
 
 

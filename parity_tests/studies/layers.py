@@ -48,6 +48,7 @@ from parity_tests.studies.layer_pairs import (
     unmatched_weights,
     weight_layout,
 )
+from parity_tests.texts import count_of
 from parity_tests.truth.arithmetic import FULL
 from parity_tests.truth.precision import FORMATS
 
@@ -74,6 +75,7 @@ class LayerVerdict:
         causes: for each side that is less accurate than rounding explains, what explains it and how that is known;
             None if no matrix products of fewer bits do.
         settings: attributes that differ, such as epsilon.
+        cures: for each of these what to change in B.
         no_exact: for each side without a float64 run, why.
         error: why it cannot be compared; None if it can.
     """
@@ -90,6 +92,7 @@ class LayerVerdict:
     weights: list[str] = field(default_factory=list)
     causes: dict[str, tuple[str, str] | None] = field(default_factory=dict)
     settings: list[str] = field(default_factory=list)
+    cures: list[str] = field(default_factory=list)
     no_exact: dict[str, str] = field(default_factory=dict)
     error: str | None = None
 
@@ -266,7 +269,7 @@ class _Comparison:
             layout = weight_layout(self.first, self.second, name, other, self.declared)
             self.second.tensors[other] = layout.to_second(ours)
             self.weight_layouts[name] = layout
-        self.notes.append(f"{len(self.matches.tensors)} tensors copied from A to B")
+        self.notes.append(f"{count_of(len(self.matches.tensors), 'tensor')} copied from A to B")
         if filled:
             self.notes[-1] += f"; to {filled} constant ones, such as biases of 0, random numbers were added before"
 
@@ -298,7 +301,7 @@ class _Comparison:
             layout = expected or found
             if layout is not None:
                 self.weight_layouts[name] = layout
-        self.notes.append(f"{len(self.matches.tensors)} tensors compared, as both models have them")
+        self.notes.append(f"{count_of(len(self.matches.tensors), 'tensor')} compared, as both models have them")
 
     # --- The recorded run ---------------------------------------------------------------------------------------------
 
@@ -395,7 +398,8 @@ class _Comparison:
                 name, others[name].key, (pair[0].kind, pair[1].kind), _depth(call, calls), call.finished
             )
             verdict.weights = self.wrong_weights.get(path, [])
-            verdict.settings = differing_settings(*pair)
+            of_settings = differing_settings(*pair)
+            verdict.settings, verdict.cures = list(of_settings), list(of_settings.values())
             given = Given(
                 call.inputs,
                 {child: calls[child].outputs for child in call.children},

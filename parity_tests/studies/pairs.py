@@ -14,6 +14,7 @@ import numpy as np
 
 from parity_tests.faults.linear import describe, is_known
 from parity_tests.losses.adapters import Adapter
+from parity_tests.losses.user_losses import is_user_loss
 from parity_tests.studies.diagnosis import (
     AS_STATED,
     Candidate,
@@ -35,6 +36,7 @@ from parity_tests.studies.sameness import (
 )
 from parity_tests.studies.survey import Member, Survey
 from parity_tests.studies.verdicts import Difference, Outcome, attempt, compare_outcomes, judge
+from parity_tests.texts import count_of, share_text
 from parity_tests.truth.cases import CONVENTIONS, Case, LinearCase
 from parity_tests.truth.comparison import AnyResult, Result, within
 from parity_tests.truth.linear_cases import all_case_names, make_any_case
@@ -116,7 +118,7 @@ class SideReading:
         if self.formula is not None and (best is None or not best.exact):
             return str(self.formula)
         if best is None:
-            return "no loss that is known here"
+            return "no formula that is known here"
         closeness = "" if best.exact else ", but for roundings elsewhere"
         where = "; in the edge cases something else" if self.only_ordinary else ""
         return f"{best.candidate}{closeness}{where}"
@@ -219,6 +221,22 @@ class Pair:
             return None
         return all(getattr(each.comparison, part) <= 1 for each in self.survey.differences)
 
+    @property
+    def apart(self) -> int:
+        """In how many cases the two differ, one has no result, or one is NaN and should not be."""
+        troubled = {each.partition(" in ")[2] for each in self.with_nan}
+        return len(self.cases) - sum(each.agrees and each.case not in troubled for each in self.survey.differences)
+
+    @property
+    def reference(self) -> str:
+        """The letter of the loss that is taken as right: one of the harness, or else the first that fits."""
+        fitting = [
+            (is_user_loss(reading.name), letter)
+            for letter, reading in zip("AB", self.readings, strict=True)
+            if reading.explanations and not reading.mutants
+        ]
+        return min(fitting)[1] if self.known and fitting else "A"
+
     def off(self, difference: Difference) -> str:
         """Return which of the two is wrong in the case of a difference; empty if it is not known what is right."""
         key = difference.case, difference.dtype
@@ -245,7 +263,7 @@ class Pair:
     def troubles(self) -> list[str]:
         """Return sentences on failures and NaN."""
         found = [
-            f"{letter} failed in {count} of {len(self.cases)} cases: {reason}"
+            f"{letter} failed in {count} of {count_of(len(self.cases), 'case')}: {reason}"
             for letter, reasons in zip("AB", self.failures, strict=True)
             for reason, count in reasons.items()
         ]
@@ -284,13 +302,13 @@ def _function_text(same: Sameness) -> str:
             f"the same, {same.why}; a difference of {same.sees:.0e} of a typical value would have been seen{left_out}"
         )
     apart = [each for each in same.differences if not each.agrees]
-    count = f"DIFFERENT in {len(apart)} of {len(same.differences)} cases run in {same.dtype}"
     edges = all(is_edge_name(each.case) for each in apart)
-    return count + ("; in the ordinary ones the same" if edges else "") + left_out
+    return f"DIFFERENT, also in {same.dtype}" + ("; in the ordinary cases the same" if edges else "") + left_out
 
 
 def _accuracy_text(each: Accuracy) -> str:
-    errors = f"errors of up to {each.errors[0]:.2g} (A) and {each.errors[1]:.2g} (B) of what rounding explains"
+    first, second = map(share_text, each.errors)
+    errors = f"errors of up to {first} (A) and {second} (B) times what rounding explains"
     if each.alike:
         return f"alike, {errors}"
     side = "AB".index(each.less_accurate)

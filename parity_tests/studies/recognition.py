@@ -33,7 +33,6 @@ from numpy.typing import NDArray
 from scipy.linalg import lstsq
 from scipy.optimize import least_squares
 
-from parity_tests.texts import count_of
 from parity_tests.truth.cases import Case
 from parity_tests.truth.comparison import Result
 from parity_tests.truth.precision import FloatArray
@@ -336,8 +335,7 @@ class Recognised:
     @property
     def evidence(self) -> str:
         """How well the formula fits."""
-        cases = f"{count_of(self.num_cases, 'ordinary case')} in {self.dtype}"
-        return f"fits the gradients of {cases} to {self.distance:.0e} of the largest"
+        return f"fits its gradients in {self.dtype} to {self.distance:.0e} of the largest"
 
 
 def _weights_text(weights: dict[int, dict[int, float]]) -> str:

@@ -31,6 +31,7 @@ from parity_tests.studies.questions import Own, reduction_of
 from parity_tests.studies.sameness import PRECISIONS, RecordedRuns, Runs
 from parity_tests.studies.sealed_folders import Arrays, RecordingError, read_sealed, write_sealed
 from parity_tests.studies.verdicts import attempt
+from parity_tests.texts import count_of
 from parity_tests.truth.cases import Case
 from parity_tests.truth.comparison import AnyResult, Parts, make_result
 from parity_tests.truth.precision import FORMATS
@@ -100,7 +101,9 @@ def record_loss(
         arrays |= {f"keywords/{i}/{name}": array for name, array in case.keywords.items()}
     sides = {}
     for each in dict.fromkeys((reduction, "mean")):
-        announce(f"running {adapter.name} in {len(cases)} cases{'' if each == reduction else ', as its mean'}")
+        announce(
+            f"running {adapter.name} in {count_of(len(cases), 'case')}{'' if each == reduction else ', as its mean'}"
+        )
         if each != reduction:
             take_mean(adapter, question.ignore_index)
         sides[each], found = _take_apart(adapter, [_reduced(case, each) for case in cases], each)
