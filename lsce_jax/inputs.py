@@ -167,7 +167,7 @@ def prepare(
     check_logits(logits.shape, logits.dtype.name)
     axis = check_axis(keywords.get("axis", -1), logits.shape)
     divided, hint = num_classes is not None, "" if num_classes is None else OF_SHARD
-    check_labels(labels.shape, labels.dtype.name, logits.shape, axis, hint)
+    check_labels(labels.shape, labels.dtype.name, logits.shape, axis, hint, takes_axis="axis" in keywords)
     dtype = compute_dtype(logits)
     class_mask = _class_mask(keywords, logits.shape, axis, hint)
 

@@ -19,12 +19,15 @@ from lsce_spec import (
     LossOptions,
     check_class_count,
     check_class_num,
-    check_smoothing,
+    check_label_smooth,
     find_convention,
+    rename,
 )
 from lsce_spec.keywords import hinting, parameters_of, takes
 
 _CONSTANTS = ("prior", "class_weight", "class_mask")
+# What the arguments of a function are called in `CELossWithLabelSmoothing`.
+_NAMES_OF_CLASS_NUM = {"smoothing": "label_smooth", r"pass axis=(\d+)": r"pass jnp.moveaxis(logits, \1, 1)"}
 
 
 class LossConstant(nnx.Variable[Array]):
@@ -201,8 +204,7 @@ class CELossWithLabelSmoothing(nnx.Module):
         convention: ConventionName | Convention = "clamp",
     ) -> None:
         """Check the options and keep them; see the class."""
-        if label_smooth is not None:
-            check_smoothing(label_smooth, key="label_smooth")
+        check_label_smooth(label_smooth)
         check_class_num(class_num)
         find_convention(convention)
         self.label_smooth = label_smooth
@@ -218,11 +220,15 @@ class CELossWithLabelSmoothing(nnx.Module):
         """
         logits = as_array("logits", logits)
         check_class_count(self.class_num, logits.shape)
-        return label_smoothed_cross_entropy(
-            logits,
-            labels,
-            smoothing=0.0 if self.label_smooth is None else self.label_smooth,
-            convention=self.convention,
-            axis=1,
-            reduction="mean",
-        )
+        try:
+            return label_smoothed_cross_entropy(
+                logits,
+                labels,
+                smoothing=0.0 if self.label_smooth is None else self.label_smooth,
+                convention=self.convention,
+                axis=1,
+                reduction="mean",
+            )
+        except (TypeError, ValueError) as problem:
+            rename(problem, _NAMES_OF_CLASS_NUM)
+            raise

@@ -29,6 +29,7 @@ from lsce_spec import (
     check_addable,
     check_batch_operand,
     check_class_num,
+    check_layer_operands,
     check_num_classes,
     check_row_numbers,
     check_weights,
@@ -164,6 +165,7 @@ def linear_add_smoothing(
     """
     options = LossOptions.of({**_DEFAULTS, **keywords})
     check_addable(options.convention)
+    check_layer_operands(*(getattr(operand, "shape", None) for operand in (nll, hidden, weight)))
     layer, num_classes = prepare_layer(hidden, weight, keywords["bias"])
     labels = as_array("labels", within_int32(labels))
     if is_floating(labels.dtype.name):

@@ -13,6 +13,7 @@ from lsce_spec.checks import check_denominator as check_denominator
 from lsce_spec.checks import check_denominator_array as check_denominator_array
 from lsce_spec.checks import check_denominator_values as check_denominator_values
 from lsce_spec.checks import check_flag as check_flag
+from lsce_spec.checks import check_label_smooth as check_label_smooth
 from lsce_spec.checks import check_labels as check_labels
 from lsce_spec.checks import check_layer as check_layer
 from lsce_spec.checks import check_logits as check_logits
@@ -24,6 +25,7 @@ from lsce_spec.checks import check_smoothing_dtype as check_smoothing_dtype
 from lsce_spec.checks import check_smoothing_values as check_smoothing_values
 from lsce_spec.checks import is_floating as is_floating
 from lsce_spec.checks import is_integer as is_integer
+from lsce_spec.checks import is_integral as is_integral
 from lsce_spec.checks import is_number as is_number
 from lsce_spec.conventions import CLAMP as CLAMP
 from lsce_spec.conventions import CONVENTIONS as CONVENTIONS
@@ -42,6 +44,7 @@ from lsce_spec.definition import model_row as model_row
 from lsce_spec.definition import target_distribution as target_distribution
 from lsce_spec.errors import MESSAGES as MESSAGES
 from lsce_spec.errors import error as error
+from lsce_spec.errors import rename as rename
 from lsce_spec.migration import Reading as Reading
 from lsce_spec.migration import convert_smoothing as convert_smoothing
 from lsce_spec.migration import identify_loss as identify_loss
@@ -57,6 +60,7 @@ from lsce_spec.options import Reduction as Reduction
 from lsce_spec.smoothing import LINEAR_REFUSED as LINEAR_REFUSED
 from lsce_spec.smoothing import REFUSED as REFUSED
 from lsce_spec.smoothing import check_addable as check_addable
+from lsce_spec.smoothing import check_layer_operands as check_layer_operands
 from lsce_spec.smoothing import check_num_classes as check_num_classes
 from lsce_spec.smoothing import check_row_numbers as check_row_numbers
 from lsce_spec.smoothing import check_weights as check_weights

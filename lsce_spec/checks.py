@@ -41,11 +41,20 @@ def is_integral(value: object) -> bool:
     return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
-def check_smoothing(smoothing: object, key: str = "smoothing_range") -> None:
+def check_label_smooth(value: object) -> None:
+    """Raise unless the smoothing of `CELossWithLabelSmoothing` is None or a number in [0, 1]."""
+    if is_number(value):
+        if not 0 <= value <= 1:  # type: ignore[operator]  # as below
+            raise error("label_smooth", given=value)
+    elif value is not None and not hasattr(value, "dtype"):
+        raise error("label_smooth", wrong_type=True, given=repr(value))
+
+
+def check_smoothing(smoothing: object) -> None:
     """Raise unless a number lies in [0, 1]. Arrays of numbers pass: their values may be traced."""
     if is_number(smoothing):
         if not 0 <= smoothing <= 1:  # type: ignore[operator]  # numbers.Real has no __le__(int)
-            raise error(key, given=smoothing)
+            raise error("smoothing_range", given=smoothing)
     elif not hasattr(smoothing, "dtype"):
         raise error("smoothing_type", given=repr(smoothing))
 
@@ -98,7 +107,11 @@ def check_class_count(class_num: int, shape: Shape) -> None:
     if len(shape) < 2:
         raise error("class_num_shape", shape=list(shape))
     if shape[1] != class_num:
-        raise error("class_num", expected=class_num, shape=list(shape), given=shape[1])
+        fitting = [index for index, size in enumerate(shape) if size == class_num]
+        hint = f"Pass class_num={shape[1]}, or check the width of the last layer."
+        if len(fitting) == 1 and len(shape) > 2:
+            hint = f"Move dimension {fitting[0]} of the logits to 1."
+        raise error("class_num", expected=class_num, shape=list(shape), given=shape[1], hint=hint)
 
 
 def check_logits(shape: Shape, dtype: str) -> None:
@@ -160,18 +173,22 @@ def check_axis(axis: object, shape: Shape, *, of_shard: bool = False) -> int:
     return index % rank
 
 
-def check_labels(shape: Shape, dtype: str, logits_shape: Shape, axis: int, hint: str = "") -> None:
+def check_labels(
+    shape: Shape, dtype: str, logits_shape: Shape, axis: int, hint: str = "", *, takes_axis: bool = True
+) -> None:
     """Raise unless the labels fit logits of `logits_shape` with classes at `axis` (from the front).
 
-    The message about soft labels ends with `hint`.
+    The message about soft labels ends with `hint`. `takes_axis` tells whether the caller can choose the axis.
     """
     if is_floating(dtype):
         if shape != logits_shape:
+            instead = _moved_hint(shape, logits_shape) or "For class indices pass an integer dtype."
+            hint = f"{instead} {hint}"
             raise error("soft_labels_shape", expected=list(logits_shape), given=list(shape), hint=hint)
         return
     if not is_integer(dtype):
         raise error("labels_dtype", given=dtype)
-    expected = logits_shape[:axis] + logits_shape[axis + 1 :]
+    expected = _without(logits_shape, axis)
     if shape != expected:
         raise error(
             "labels_shape",
@@ -179,16 +196,43 @@ def check_labels(shape: Shape, dtype: str, logits_shape: Shape, axis: int, hint:
             logits=list(logits_shape),
             axis=axis,
             given=list(shape),
-            hint=_labels_hint(shape, expected, logits_shape),
+            hint=_labels_hint(shape, expected, logits_shape, takes_axis),
         )
 
 
-def _labels_hint(shape: Shape, expected: Shape, logits_shape: Shape) -> str:
+def _labels_hint(shape: Shape, expected: Shape, logits_shape: Shape, takes_axis: bool) -> str:
     if shape == logits_shape:
         return "One-hot or soft labels must be floating point; class indices have no class dimension."
-    if math.prod(shape) == math.prod(expected) and len(shape) == len(expected) + 1:
-        return "Squeeze the dimension of size 1."
-    return "Check the order of the arguments (logits first) and axis."
+    for index, size in enumerate(shape):
+        if size == 1 and _without(shape, index) == expected:
+            return "Squeeze the dimension of size 1."
+    if not takes_axis:
+        return _moved_hint(shape, expected) or "Check the order of the arguments."
+    fitting = [index for index in range(len(logits_shape)) if _without(logits_shape, index) == shape]
+    moved = _moved_hint(shape, expected)
+    if len(fitting) == 1 and not moved:
+        return f"The shapes fit with the classes at axis {fitting[0]}: pass axis={fitting[0]}."
+    # If both would do, neither is known to be right.
+    return (
+        not fitting and moved
+    ) or "Check the order of the arguments (logits first) and which dimension holds the classes."
+
+
+def _moved_hint(shape: Shape, expected: Shape) -> str:
+    """Return which one dimension to move, or nothing if none or several would do."""
+    moves = {}
+    for source in range(len(shape) if len(shape) == len(expected) else 0):
+        for target in range(len(shape)):
+            order = list(range(len(shape)))
+            order.insert(target, order.pop(source))
+            if tuple([shape[index] for index in order]) == expected:
+                # The order tells whether two moves are the same, as of neighbours.
+                moves[tuple(order)] = f"Move dimension {source} of the labels to {target}."
+    return next(iter(moves.values())) if len(moves) == 1 else ""
+
+
+def _without(shape: Shape, index: int) -> Shape:
+    return shape[:index] + shape[index + 1 :]
 
 
 def check_batch_operand(name: str, shape: Shape, dtype: str | None, batch_shape: Shape) -> None:

@@ -3,6 +3,9 @@
 A message says what was expected, what was given, and what to do about it.
 """
 
+import re
+from collections.abc import Mapping
+
 # The exception and the text of each message, by key. The names in braces are filled in by `error`.
 MESSAGES: dict[str, tuple[type[Exception], str]] = {
     "array_type": (
@@ -16,7 +19,7 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
     "logits_dtype": (
         TypeError,
         "logits must be floating point (float64, float32, bfloat16 or float16), got {given}. "
-        "Convert them to a floating-point dtype first; the order of the arguments is logits, labels.",
+        "Convert to a floating-point dtype first; the order of the arguments is logits, labels.",
     ),
     "logits_scalar": (
         ValueError,
@@ -35,7 +38,7 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
     "labels_dtype": (
         TypeError,
         "labels must be class indices (an integer dtype) or class probabilities "
-        "(a floating-point dtype), got {given}. Convert them to one of these.",
+        "(a floating-point dtype), got {given}. Convert to one of these.",
     ),
     "labels_shape": (
         ValueError,
@@ -45,8 +48,8 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
     ),
     "soft_labels_shape": (
         ValueError,
-        "floating-point labels are class probabilities and must have the shape of the logits: "
-        "expected {expected}, got {given}. For class indices pass an integer dtype. {hint}",
+        "floating-point labels must have the shape of the logits, one probability for each class: "
+        "expected {expected}, got {given}. {hint}",
     ),
     "smoothing_type": (
         TypeError,
@@ -55,7 +58,7 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
     ),
     "smoothing_range": (
         ValueError,
-        "smoothing must be in [0, 1], got {given}. 0 means no smoothing; 0.1 is usual.",
+        "smoothing must be in [0, 1], got {given}. 0 turns it off; 0.1 is usual.",
     ),
     "label_smooth": (
         ValueError,
@@ -85,6 +88,14 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
     "unexpected_keyword": (
         TypeError,
         "{function}() got an unexpected keyword argument {name}. {hint}",
+    ),
+    "positional": (
+        TypeError,
+        "{function}() takes only {names} by position. {hint}",
+    ),
+    "missing": (
+        TypeError,
+        "{function}() is missing {name}. {hint}",
     ),
     "implementation": (
         ValueError,
@@ -121,7 +132,7 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
     ),
     "ignore_index_soft": (
         ValueError,
-        "ignore_index={given} needs integer labels, but the labels are class probabilities. Leave out rows with where.",
+        "ignore_index={given} needs class indices as labels, got class probabilities. Leave out rows with where.",
     ),
     "denominator": (
         ValueError,
@@ -197,8 +208,7 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
     ),
     "class_num": (
         ValueError,
-        "class_num is {expected}, but the logits of shape {shape} have {given} classes at axis 1. "
-        "Pass class_num={given}, or check the width of the last layer.",
+        "class_num is {expected}, but the logits of shape {shape} have {given} classes at axis 1. {hint}",
     ),
     "convert_smoothing": (
         ValueError,
@@ -323,6 +333,11 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         "class_mask must be one mask for all rows: with one for each row, each needs every logit for its mean. "
         "Use linear_label_smoothed_cross_entropy.",
     ),
+    "smoothing_operands": (
+        ValueError,
+        "hidden must be [..., D] and weight a matrix, got both with the shape of nll, {given}. "
+        "If they are the label_logit and mean_logit of each row, call add_smoothing.",
+    ),
     "smoothing_num_classes": (
         ValueError,
         "convention={given} depends on the number of classes: pass num_classes. Only 'uniform' does not.",
@@ -364,6 +379,27 @@ def error(key: str, *, wrong_type: bool = False, **given: object) -> Exception:
     """
     kind, text = MESSAGES[key]
     return (TypeError if wrong_type else kind)(text.format(**given).rstrip())
+
+
+def rename(problem: Exception, names: Mapping[str, str]) -> None:
+    """Rewrite the message of an exception in the names of the function that was called.
+
+    Args:
+        problem: what a function raised that another one called.
+        names: that of the caller for each of the function's own. The keys are patterns, and match whole words.
+
+    Example:
+        >>> problem = error("smoothing_range", given=1.5)
+        >>> rename(problem, {"smoothing": "label_smoothing"})
+        >>> print(problem)
+        label_smoothing must be in [0, 1], got 1.5. 0 turns it off; 0.1 is usual.
+    """
+    text = problem.args[0] if problem.args else None
+    if isinstance(text, str):
+        for pattern, name in names.items():
+            # What is quoted is a value.
+            text = re.sub(rf"(?<![\w'.]){pattern}(?![\w'])", name, text)
+        problem.args = (text, *problem.args[1:])
 
 
 def refused(key: str, name: str, value: object, *, wrong_type: bool, **given: object) -> Exception:

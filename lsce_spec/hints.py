@@ -111,6 +111,22 @@ ADVICE = {
     ),
 }
 
+# Names that belong to the other of two functions.
+_NUMBERS = "add_smoothing takes nll, label_logit and mean_logit, of logits that exist."
+_LAYER_OPERANDS = "linear_add_smoothing takes nll, hidden, weight and labels."
+_ELSEWHERE = {
+    "add_smoothing": dict.fromkeys(("hidden", "weight", "bias", "labels"), _LAYER_OPERANDS),
+    "linear_add_smoothing": dict.fromkeys(
+        ("label_logit", "mean_logit", "num_classes", "label_weight", "mean_weight"), _NUMBERS
+    ),
+}
+_AXIS_NAME = (
+    "Pass the name of the mesh axis that divides the classes, inside jax.shard_map. Logits that have all classes go to "
+    "label_smoothed_cross_entropy."
+)
+# What to say about an operand that is missing.
+_MISSING = {"axis_name": _AXIS_NAME, "linear_add_smoothing": _NUMBERS}
+
 # Values of other libraries.
 REDUCTIONS = {
     "batchmean": "For the sum over the number of examples pass reduction='mean' and that number as denominator.",
@@ -126,6 +142,13 @@ CONVENTIONS = {
     "uniform": ("torch", "pytorch", "keras", "timm", "optax", "paddle", "szegedy", "liger", "flash_attention"),
     "non_target": ("fairseq", "tensor2tensor", "t2t", "flax", "t5x", "megatron", "vaswani"),
     "max_sup": ("maxsup", "max_suppression"),
+}
+# Options with names as values, and what tells their values apart.
+_CHOICES = {
+    "convention": ("uniform", "non_target", "clamp", "max_sup"),
+    "reduction": ("none", "sum", "mean"),
+    "bad_labels": ("nan", "raise"),
+    "implementation": ("fused", "chunked", "reference", "triton", "pallas"),
 }
 
 
@@ -157,12 +180,67 @@ def for_keyword(name: str, accepted: Collection[str], function: str) -> str:
         return f"Pass {ours} to each call of the module."
     if method in _MODULE_CALLS and ours in _PER_MODULE.split():
         return "It is an option of the module: pass it where the module is made."
-    advice = ADVICE.get(name) or ADVICE.get(ours)
+    advice = _ELSEWHERE.get(function, {}).get(name) or ADVICE.get(name) or ADVICE.get(ours)
     if advice is not None:
         return advice
-    if ours in _LINEAR_ONLY:
-        return f"{ours} belongs to the linear loss, linear_label_smoothed_cross_entropy."
-    return _close_match(name, accepted) or f"help({function}) lists the names."
+    of_linear = f"{ours} belongs to the linear loss, linear_label_smoothed_cross_entropy."
+    return of_linear if ours in _LINEAR_ONLY else _close_match(name, accepted) or f"help({function}) lists the names."
+
+
+def for_missing(name: str, function: str) -> str:
+    """Return what to do about an operand that a call lacks, or nothing if its name says it all."""
+    return _MISSING.get(name) or (_MISSING.get(function, "") if name == "labels" else "")
+
+
+def for_positional(value: object, options: Collection[str], function: str) -> str:
+    """Return which option to write for a value that was passed without a name.
+
+    Args:
+        value: what was passed.
+        options: the names that the function takes by keyword only.
+        function: its name.
+
+    Example:
+        >>> for_positional(0.1, ("smoothing", "convention", "softcap"), "loss")
+        'Options are keyword-only: write smoothing=0.1.'
+        >>> for_positional("mean", ("smoothing", "convention", "reduction"), "loss")
+        "Options are keyword-only: write reduction='mean'."
+    """
+    is_array = hasattr(value, "dtype")
+    if is_array and function == "add_smoothing":
+        return _LAYER_OPERANDS
+    names = [name for name in _meant_by(value) if name in options]
+    if names:
+        shown = "..." if is_array or not isinstance(value, (bool, int, float, str)) else repr(value)
+        return "Options are keyword-only: write " + " or ".join([f"{name}={shown}" for name in names]) + "."
+    return f"Write the name of the option: {', '.join(options)}." if options else "It has no options."
+
+
+def _meant_by(value: object) -> tuple[str, ...]:
+    """Return the options that a value may be meant for."""
+    if hasattr(value, "dtype"):
+        is_vector = len(getattr(value, "shape", ())) == 1
+        of_floats = ("bias", "class_weight", "weight", "prior") if is_vector else ("smoothing", "denominator")
+        dtype = str(value.dtype)
+        return ("where", "class_mask") if "bool" in dtype else of_floats if "float" in dtype else ()
+    if isinstance(value, str):
+        fitting = [name for name, known in _CHOICES.items() if value in known or for_choice(name, value, known)]
+        return tuple(fitting) or ("axis_name", "convention", "reduction")
+    if isinstance(value, (bool, int, float)):
+        return _meant_by_number(value)
+    return ("convention",) if hasattr(value, "at_max") else ()
+
+
+def _meant_by_number(value: float) -> tuple[str, ...]:
+    if isinstance(value, bool):
+        return "subtract_entropy", "differentiable", "recompute", "inplace_backward"
+    if isinstance(value, float):
+        return ("smoothing",) if 0 <= value <= 1 else ("softcap", "denominator")
+    if value in {0, 1}:
+        return "smoothing", "axis", "ignore_index"
+    if -8 < value < 8:
+        return "axis", "ignore_index"
+    return ("ignore_index", "denominator") if value > 0 else ("ignore_index",)
 
 
 def for_choice(name: str, given: object, known: Collection[str]) -> str:

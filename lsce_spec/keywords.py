@@ -7,11 +7,12 @@
     def loss(logits: Array, labels: Array, **keywords: Unpack[LossKeywords]) -> Array: ...
 
 Type checkers and editors read names and types from the TypedDict. `takes` shows the same to `help()` and
-`inspect.signature`, fills in the defaults, and rejects unknown names with a TypeError that says what was meant.
+`inspect.signature`, fills in the defaults, and rejects unknown names, and options without a name, with a TypeError that
+says what was meant.
 """
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar, get_type_hints
 
@@ -49,6 +50,31 @@ def unexpected(name: str, accepted: Collection[str], function: str) -> Exception
     return error("unexpected_keyword", function=function, name=repr(name), hint=hint)
 
 
+class _Places:
+    """The parameters of a function by how they are passed, for calls that give too many or too few without a name."""
+
+    def __init__(self, signature: inspect.Signature, function: str) -> None:
+        self.function = function
+        parameters = [parameter for parameter in signature.parameters.values() if parameter.name != "self"]
+        self.by_position = tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)
+        self.options = tuple(each.name for each in parameters if each.kind is each.KEYWORD_ONLY)
+        self.most = len(self.by_position) + ("self" in signature.parameters)
+        self.required = [name for name, each in signature.parameters.items() if each.default is each.empty]
+
+    def surplus(self, operands: Sequence[object]) -> Exception:
+        """Return the TypeError for operands beyond those that have a place. It says which options they may be."""
+        hint = hints.for_positional(operands[self.most], self.options, self.function)
+        *most, last = self.by_position or ("nothing",)
+        names = f"{', '.join(most)} and {last}" if most else last
+        return error("positional", function=self.function, names=names, hint=hint)
+
+    def missing(self, given: int, named: Collection[str]) -> Exception | None:
+        """Return the TypeError for the first operand that is missing, if there is more to say than its name."""
+        name = next((name for name in self.required[given:] if name not in named), "")
+        hint = hints.for_missing(name, self.function)
+        return error("missing", function=self.function, name=repr(name), hint=hint) if hint else None
+
+
 def takes(keywords: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return a decorator for functions whose last parameter is `**keywords: Unpack[...]` of this TypedDict.
 
@@ -63,6 +89,9 @@ def takes(keywords: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
         positional = [parameter.name for parameter in first]
         accepted = [name for name in (*positional, *defaults) if name != "self"]
         qualified = function.__qualname__
+        whole = signature.replace(parameters=[*first, *parameters.values()])
+        places = _Places(whole, qualified)
+        most, least = places.most, len(places.required)
 
         @wraps(function)
         def with_defaults(*operands: P.args, **given: P.kwargs) -> R:
@@ -70,26 +99,33 @@ def takes(keywords: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
             for name in given:
                 if name not in defaults:
                     raise unexpected(name, accepted, qualified)
+            if len(operands) > most:
+                raise places.surplus(operands)
+            if len(operands) + len(named) < least and (problem := places.missing(len(operands), named)):
+                raise problem
             return function(*operands, **named, **{**defaults, **given})  # type: ignore[arg-type]
 
-        with_defaults.__signature__ = signature.replace(  # type: ignore[attr-defined]
-            parameters=[*first, *parameters.values()]
-        )
+        with_defaults.__signature__ = whole  # type: ignore[attr-defined]
         return with_defaults
 
     return decorate
 
 
 def hinting(function: Callable[P, R]) -> Callable[P, R]:
-    """Make the TypeError for an unknown keyword argument say what to do, of a function with plain parameters."""
-    accepted = tuple(name for name in inspect.signature(function).parameters if name != "self")
+    """Make the TypeErrors for wrong names and places of arguments say what to do, of plain parameters."""
+    signature = inspect.signature(function)
+    accepted = tuple(name for name in signature.parameters if name != "self")
     qualified = function.__qualname__
+    places = _Places(signature, qualified)
+    most = places.most
 
     @wraps(function)
     def with_hint(*operands: P.args, **given: P.kwargs) -> R:
         for name in given:
             if name not in accepted:
                 raise unexpected(name, accepted, qualified)
+        if len(operands) > most:
+            raise places.surplus(operands)
         return function(*operands, **given)
 
     return with_hint

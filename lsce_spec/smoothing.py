@@ -71,10 +71,22 @@ def check_row_numbers(name: str, shape: Shape, dtype: str, batch_shape: Shape) -
             name=name,
             expected=list(batch_shape),
             given=list(shape),
-            hint="For a loss that returns only a mean, pass zeros, and add the mean of the result to it."
-            if shape == () and name == "nll"
-            else "Neither of them is reduced or broadcast.",
+            hint=_row_hint(name, shape, batch_shape),
         )
+
+
+def _row_hint(name: str, shape: Shape, batch_shape: Shape) -> str:
+    if shape == () and name == "nll":
+        return "For a loss that returns only a mean, pass zeros, and add the mean of the result to it."
+    if name == "label_logit" and shape[:-1] == batch_shape:
+        return "If these are hidden states or logits: linear_add_smoothing takes nll, hidden, weight and labels."
+    return "Neither of them is reduced or broadcast."
+
+
+def check_layer_operands(nll: Shape | None, hidden: Shape | None, weight: Shape | None) -> None:
+    """Raise if the shapes are those of the operands of `add_smoothing`, which are all the same."""
+    if nll is not None and nll == hidden == weight:
+        raise error("smoothing_operands", given=list(nll))
 
 
 def check_weights(label_weight: object, mean_weight: object) -> None:

@@ -67,6 +67,7 @@ __all__ = [
     "vocab_parallel_linear_label_smoothed_cross_entropy",
     "vocab_parallel_linear_label_smoothed_cross_entropy_with_stats",
 ]
+lsce_torch.errors.refuse_script(globals()[name] for name in __all__)
 __version__: str
 if not TYPE_CHECKING:  # a type checker would take any name for one of the package
     __getattr__, __dir__ = hide_internals(__name__, __all__)

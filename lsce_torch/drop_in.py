@@ -1,17 +1,27 @@
 """`torch.nn.functional.cross_entropy` with the options of this package: swap the import, nothing else."""
 
 import warnings
+from collections.abc import Mapping
 from typing import Unpack
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lsce_spec import Reduction
+from lsce_spec import Reduction, is_integral, rename
 from lsce_spec.keywords import takes
 from lsce_torch.errors import error
 from lsce_torch.functional import label_smoothed_cross_entropy
 from lsce_torch.keywords import CrossEntropyKeywords
+
+# torch's names of the arguments, for our messages. The classes cannot be elsewhere than in dimension 1.
+NAMES = {
+    "logits": "input",
+    "labels": "target",
+    "smoothing": "label_smoothing",
+    "class_weight": "weight",
+    r"pass axis=(\d+)": r"pass input.movedim(\1, 1)",
+}
 
 
 @takes(CrossEntropyKeywords)
@@ -65,10 +75,11 @@ def cross_entropy(
     check_weight(weight)
     if size_average is not None or reduce is not None:
         reduction = _translated(size_average, reduce)
-    return with_names_of_torch(input, target, weight, ignore_index, reduction, label_smoothing, **options)
+    return with_names_of_torch(NAMES, input, target, weight, ignore_index, reduction, label_smoothing, **options)
 
 
 def with_names_of_torch(
+    names: Mapping[str, str],
     input: Tensor,  # noqa: A002  # as above
     target: Tensor,
     weight: Tensor | None,
@@ -77,20 +88,27 @@ def with_names_of_torch(
     label_smoothing: float | Tensor,
     **options: Unpack[CrossEntropyKeywords],
 ) -> Tensor:
-    """Return the loss of `cross_entropy`, for the module as well, which has every option already."""
-    soft = isinstance(target, Tensor) and target.is_floating_point()
-    if soft and ignore_index is not None and ignore_index >= 0:
-        raise error("ignore_index_soft", given=ignore_index)
-    return label_smoothed_cross_entropy(
-        input,
-        target,
-        smoothing=label_smoothing,
-        axis=0 if isinstance(input, Tensor) and input.ndim == 1 else 1,
-        ignore_index=None if soft else ignore_index,
-        class_weight=weight,
-        reduction=reduction,
-        **options,
-    )
+    """Return the loss of `cross_entropy`, for the module as well, which has every option already.
+
+    Messages call arguments by `names`.
+    """
+    try:
+        soft = isinstance(target, Tensor) and target.is_floating_point()
+        if soft and is_integral(ignore_index) and ignore_index >= 0:
+            raise error("ignore_index_soft", given=ignore_index)
+        return label_smoothed_cross_entropy(
+            input,
+            target,
+            smoothing=label_smoothing,
+            axis=0 if isinstance(input, Tensor) and input.ndim == 1 else 1,
+            ignore_index=None if soft else ignore_index,
+            class_weight=weight,
+            reduction=reduction,
+            **options,
+        )
+    except (TypeError, ValueError, IndexError, RuntimeError) as problem:
+        rename(problem, names)
+        raise
 
 
 def _translated(size_average: bool | None, reduce: bool | None) -> Reduction:

@@ -101,7 +101,7 @@ def loss_of_layer(
     if labels.is_floating_point():
         raise error("linear_soft_labels", given=dtype_name(labels))
     shape = (*hidden.shape[:-1], num_classes)
-    check_labels(tuple(labels.shape), dtype_name(labels), shape, len(shape) - 1)
+    check_labels(tuple(labels.shape), dtype_name(labels), shape, len(shape) - 1, takes_axis=False)
     mesh = _mesh_of_layer(hidden, weight, labels, bias, shape)
     of_shards = {"implementation": (None,), "recompute": (None, True), "gradient_filter": (0,)}
     functions, given = mesh.functions(_LINEAR_FUNCTIONS, keywords, of_shards)

@@ -1,8 +1,19 @@
 """The messages that only PyTorch users can get. All others are in `lsce_spec.errors`."""
 
+from collections.abc import Iterable
+from inspect import isfunction
+from typing import Any, NoReturn
+
+from torch import nn
+
 from lsce_spec import MESSAGES as SHARED_MESSAGES
 
 MESSAGES: dict[str, tuple[type[Exception], str]] = {
+    "not_traceable": (
+        RuntimeError,
+        "{tool} cannot record this loss, which chooses by shapes and values how to compute: use torch.export or "
+        "torch.compile.",
+    ),
     "labels_device": (
         ValueError,
         "logits and labels must be on the same device, got {logits} and {labels}. Move one of them.",
@@ -20,7 +31,7 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
     "weight_type": (
         TypeError,
         "weight must be None or a tensor of class weights, got {given}. "
-        "The smoothing goes to label_smoothing, as in nn.CrossEntropyLoss.",
+        "A number goes to label_smoothing, as in nn.CrossEntropyLoss.",
     ),
     "trainer_outputs": (
         TypeError,
@@ -139,3 +150,17 @@ def error(key: str, **given: object) -> Exception:
     """Return the exception for `key` of this table or of the shared one, filled in with `given`."""
     kind, text = (MESSAGES if key in MESSAGES else SHARED_MESSAGES)[key]
     return kind(text.format(**given))
+
+
+def refuse_script(public: Iterable[Any]) -> None:
+    """Make torch.jit.script of our functions and modules, and of what contains them, say what to use instead.
+
+    torch calls the `__prepare_scriptable__` of each function and module that it is about to compile.
+    """
+
+    def refuse(*_: object) -> NoReturn:
+        raise error("not_traceable", tool="torch.jit.script")
+
+    for each in public:
+        if each.__module__.startswith(__package__) and (isfunction(each) or issubclass(each, nn.Module)):
+            each.__prepare_scriptable__ = refuse

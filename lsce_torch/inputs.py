@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+from torch.fx import Proxy
 
 from lsce_spec import (
     FLOATING,
@@ -163,7 +164,7 @@ def check(
     check_tensor("labels", labels)
     if labels.device != logits.device:
         raise error("labels_device", logits=logits.device, labels=labels.device)
-    axis = _checked_axis(logits, labels, keywords.get("axis", -1), of_shard)
+    axis = _checked_axis(logits, labels, keywords.get("axis", -1), of_shard, "axis" in keywords)
     dtype = compute_dtype(logits)
     hint = OF_SHARD if of_shard else ""
     class_mask = _class_mask(keywords.get("class_mask"), logits, axis, hint)
@@ -220,13 +221,15 @@ def canonical(given: Given, options: LossOptions, num_classes: Int[Tensor, ""] |
     return batch
 
 
-def _checked_axis(logits: Tensor, labels: Tensor, axis: object, of_shard: bool) -> int:
+def _checked_axis(logits: Tensor, labels: Tensor, axis: object, of_shard: bool, takes_axis: bool) -> int:
     """Check shapes and dtypes, and return the axis counted from the front.
 
     To check them takes longer than an operation, so what was good is kept.
     """
-    described = logits.shape, logits.dtype, labels.shape, labels.dtype, axis, of_shard
+    described = logits.shape, logits.dtype, labels.shape, labels.dtype, axis, of_shard, takes_axis
     if _is_tracing():
+        if torch.jit.is_tracing():  # type: ignore[no-untyped-call,attr-defined]
+            raise error("not_traceable", tool="torch.jit.trace")
         return _check_shapes(*described)
     try:
         return _check_shapes_once(*described)
@@ -241,12 +244,14 @@ def _check_shapes(
     labels_dtype: torch.dtype,
     axis: object,
     of_shard: bool,
+    takes_axis: bool,
 ) -> int:
     """Raise unless shapes and dtypes fit, and return the axis counted from the front."""
     logits_shape = tuple(logits)
     check_logits(logits_shape, name_of(logits_dtype))
     from_front = check_axis(axis, logits_shape, of_shard=of_shard)
-    check_labels(tuple(labels), name_of(labels_dtype), logits_shape, from_front, OF_SHARD if of_shard else "")
+    hint = OF_SHARD if of_shard else ""
+    check_labels(tuple(labels), name_of(labels_dtype), logits_shape, from_front, hint, takes_axis=takes_axis)
     return from_front
 
 
@@ -360,6 +365,8 @@ def tensor_of(value: float | Tensor, dtype: torch.dtype, device: torch.device) -
 def check_tensor(name: str, value: object) -> None:
     """Raise unless the argument of that name is a tensor."""
     if not isinstance(value, Tensor):
+        if isinstance(value, Proxy):
+            raise error("not_traceable", tool="torch.fx.symbolic_trace")
         raise error("array_type", name=name, expected="a tensor", given=type(value).__name__)
     if value.layout is not torch.strided:
         raise error("layout", name=name, given=value.layout)

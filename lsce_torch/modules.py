@@ -15,19 +15,23 @@ from lsce_spec import (
     Reduction,
     check_class_count,
     check_class_num,
-    check_smoothing,
+    check_label_smooth,
     find_convention,
+    rename,
 )
 from lsce_spec.keywords import hinting, parameters_of, takes
 from lsce_torch import kernels
-from lsce_torch.drop_in import check_weight, with_names_of_torch
+from lsce_torch.drop_in import NAMES, check_weight, with_names_of_torch
 from lsce_torch.functional import label_smoothed_cross_entropy
-from lsce_torch.inputs import check_prior
+from lsce_torch.inputs import check_prior, check_tensor
 from lsce_torch.keywords import DenseModuleKeywords, LinearModuleKeywords
 from lsce_torch.linear import linear_label_smoothed_cross_entropy
 from lsce_torch.overwrite import check_inplace
 
 _CONSTANTS = ("prior", "class_weight", "class_mask")
+# What the arguments of a function are called here.
+_NAMES_OF_CALL = {name: NAMES[name] for name in NAMES if name != "smoothing"}
+_NAMES_OF_CLASS_NUM = {"smoothing": "label_smooth", r"pass axis=(\d+)": r"pass logits.movedim(\1, 1)"}
 
 
 class _LossModule(nn.Module):
@@ -102,9 +106,13 @@ class LabelSmoothedCrossEntropyLoss(_LossModule, nn.CrossEntropyLoss):
         check_weight(weight)
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         own = {"smoothing": label_smoothing, "ignore_index": ignore_index, "reduction": self.reduction}
-        LossOptions.of({**own, **options}, kernels.IMPLEMENTATIONS)
-        check_inplace(options)
-        self._keep(options)
+        try:
+            LossOptions.of({**own, **options}, kernels.IMPLEMENTATIONS)
+            check_inplace(options)
+            self._keep(options)
+        except (TypeError, ValueError) as problem:
+            rename(problem, NAMES)
+            raise
 
     def extra_repr(self) -> str:
         """Return the main options for `print(module)`."""
@@ -133,6 +141,7 @@ class LabelSmoothedCrossEntropyLoss(_LossModule, nn.CrossEntropyLoss):
             denominator: the number that reduction="mean" divides by.
         """
         return with_names_of_torch(
+            NAMES if smoothing is None else _NAMES_OF_CALL,
             input,
             target,
             self.weight,
@@ -251,8 +260,7 @@ class CELossWithLabelSmoothing(nn.Module):
     ) -> None:
         """Check the options and keep them; see the class."""
         super().__init__()
-        if label_smooth is not None:
-            check_smoothing(label_smooth, key="label_smooth")
+        check_label_smooth(label_smooth)
         check_class_num(class_num)
         find_convention(convention)
         self.label_smooth = label_smooth
@@ -266,15 +274,20 @@ class CELossWithLabelSmoothing(nn.Module):
         Raises:
             ValueError: the logits have no dimension 1, or not class_num classes there.
         """
+        check_tensor("logits", logits)
         check_class_count(self.class_num, tuple(logits.shape))
-        return label_smoothed_cross_entropy(
-            logits,
-            labels,
-            smoothing=0.0 if self.label_smooth is None else self.label_smooth,
-            convention=self.convention,
-            axis=1,
-            reduction="mean",
-        )
+        try:
+            return label_smoothed_cross_entropy(
+                logits,
+                labels,
+                smoothing=0.0 if self.label_smooth is None else self.label_smooth,
+                convention=self.convention,
+                axis=1,
+                reduction="mean",
+            )
+        except (TypeError, ValueError) as problem:
+            rename(problem, _NAMES_OF_CLASS_NUM)
+            raise
 
     def extra_repr(self) -> str:
         """Return the options for `print(module)`."""

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from lsce_spec import LossOptions
+from lsce_spec import LossOptions, rename
 from lsce_spec.keywords import takes
 from lsce_torch.errors import error
 from lsce_torch.functional import label_smoothed_cross_entropy
@@ -24,6 +24,8 @@ from lsce_torch.overwrite import check_inplace
 
 # What the Trainer leaves out when it counts labels.
 _IGNORED = -100
+# What the arguments of the loss are called here.
+_NAMES = {"denominator": "num_items_in_batch", r"pass axis=(\d+)": "move them last"}
 
 ComputeLoss: TypeAlias = Callable[..., Float[Tensor, ""]]
 
@@ -118,7 +120,11 @@ def _compute_loss(
         # With several GPUs in one process (nn.DataParallel) the Trainer gives a count for each of them. It has divided
         # the counts by the number of GPUs, or will multiply the loss, although this is the loss of the outputs of all.
         denominator = denominator.sum().to(logits.device)
-    return label_smoothed_cross_entropy(logits, labels, **options, denominator=denominator)
+    try:
+        return label_smoothed_cross_entropy(logits, labels, **options, denominator=denominator)
+    except (TypeError, ValueError) as problem:
+        rename(problem, _NAMES)
+        raise
 
 
 def _logits_of(outputs: Any) -> Tensor:

@@ -1,5 +1,6 @@
 """Bad input: one clear message each, the same words from both frameworks, and every message has a way to show up."""
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ import lsce_jax
 import lsce_jax.errors
 import lsce_torch
 import lsce_torch.errors
+import lsce_torch.trainers
 from lsce_spec import MESSAGES
 from lsce_spec import smoothing_weights as spec_smoothing_weights
 
@@ -167,6 +169,8 @@ ELSEWHERE = {
     "unexpected_keyword",
     "array_option",
     "labels_no_class",
+    "positional",
+    "missing",
     "not_installed",  # in test_isolation.py
     "array_type",
     "convention_functions",
@@ -190,6 +194,7 @@ ELSEWHERE = {
     "kernel",
     "differentiable_recompute",
     # in test_smoothing.py
+    "smoothing_operands",
     "smoothing_refused",
     "smoothing_at_max",
     "smoothing_row_mask",
@@ -204,6 +209,7 @@ ELSEWHERE = {
 KERNELS = (", 'triton'", ", 'pallas'")
 # The messages of one package alone.
 TORCH_ELSEWHERE = {
+    "not_traceable",
     "labels_device",
     "layer_device",
     "layout",
@@ -419,13 +425,13 @@ def test_other_messages() -> None:
     problem = raised(lambda: lsce_torch.label_smoothed_cross_entropy(to_torch(LOGITS), on_no_device))
     assert "on the same device, got cpu and meta" in str(problem)
     assert "the on of a Convention must be a function" in str(raised(lambda: lsce_jax.Convention("flat", 0.9, 0.1)))
-    assert "smoothing goes to label_smoothing" in str(raised(lambda: lsce_torch.LabelSmoothedCrossEntropyLoss(0.1)))
+    assert "A number goes to label_smoothing" in str(raised(lambda: lsce_torch.LabelSmoothedCrossEntropyLoss(0.1)))
 
 
 @pytest.mark.parametrize(("key", "kind", "arguments", "shape"), [
     ("label_smooth", ValueError, (1.5, 3), (4, 3)),
     ("label_smooth", ValueError, (-0.1, 3), (4, 3)),
-    ("smoothing_type", TypeError, ("0.1", 3), (4, 3)),
+    ("label_smooth", TypeError, ("0.1", 3), (4, 3)),
     ("count", ValueError, (0.1, 0), (4, 3)),
     ("count", TypeError, (0.1, 3.0), (4, 3)),
     ("class_num", ValueError, (0.1, 4), (4, 3)),
@@ -459,7 +465,6 @@ def test_modules_check_options_when_made() -> None:
         assert words in messages.pop()
     for make in (
         lambda: lsce_jax.LabelSmoothedCrossEntropyLoss(1.5),
-        lambda: lsce_torch.LabelSmoothedCrossEntropyLoss(label_smoothing=1.5),
         lambda: spec_smoothing_weights("uniform", 1.5, 3),
     ):
         assert str(raised(make)) == MESSAGES["smoothing_range"][1].format(given=1.5)
@@ -485,3 +490,199 @@ def test_raise_under_compilation() -> None:
     arguments = to_torch(LOGITS), to_torch(LABELS)
     for transformed in (torch.compile(torch_loss, fullgraph=True), torch.func.vmap(torch_loss)):
         assert "call the loss eagerly" in str(raised(lambda transformed=transformed: transformed(*arguments)))
+
+
+# --- Shapes that tell where the classes are -------------------------------------------------------------------------
+
+IMAGES, PIXELS = np.zeros((2, 3, 4, 5), F32), np.zeros((2, 4, 5), int)  # [N, K, H, W] and [N, H, W]
+STEPS, TOKENS = np.zeros((2, 7, 3), F32), np.zeros((2, 7), int)  # [B, T, K] and [B, T]
+WITH_AXIS = ("label_smoothed_cross_entropy", "label_smoothed_cross_entropy_with_stats")
+
+
+@pytest.mark.parametrize(("logits", "labels", "options", "end"), [
+    (IMAGES, PIXELS, {}, "The shapes fit with the classes at axis 1: pass axis=1."),
+    (STEPS.swapaxes(1, 2), TOKENS, {}, "The shapes fit with the classes at axis 1: pass axis=1."),
+    (STEPS, TOKENS, {"axis": 1}, "The shapes fit with the classes at axis 2: pass axis=2."),
+    (STEPS, TOKENS.T, {}, "Move dimension 1 of the labels to 0."),
+    (IMAGES, np.moveaxis(IMAGES, 1, -1), {"axis": 1}, "Move dimension 3 of the labels to 1."),
+    # H = W, so that more than one order fits, but only one that moves one dimension
+    (IMAGES[..., :4], np.moveaxis(IMAGES[..., :4], 1, -1), {"axis": 1}, "Move dimension 3 of the labels to 1."),
+    # several answers, or none
+    (np.zeros((5, 5, 7), F32), np.zeros((5, 7), int), {}, "which dimension holds the classes."),
+    (np.zeros((2, 3, 2), F32), np.zeros((3, 2), int), {}, "which dimension holds the classes."),
+    (STEPS, np.zeros((2, 3, 7), F32)[:, :, :6], {}, "For class indices pass an integer dtype."),
+    (LOGITS, np.zeros((2, 2), int), {}, "which dimension holds the classes."),
+    (LOGITS, np.zeros((4, 1), int), {}, "Squeeze the dimension of size 1."),
+])  # fmt: skip
+def test_shapes_tell_the_axis(logits: np.ndarray, labels: np.ndarray, options: dict[str, int], end: str) -> None:
+    from_jax = [raised(lambda f=f: getattr(lsce_jax, f)(logits, labels, **options)) for f in WITH_AXIS]
+    arguments = torch.tensor(logits), torch.tensor(labels)
+    from_torch = [raised(lambda f=f: getattr(lsce_torch, f)(*arguments, **options)) for f in WITH_AXIS]
+    from_jax.append(raised(lambda: lsce_jax.LabelSmoothedCrossEntropyLoss(**options)(logits, labels)))
+    assert {str(problem) for problem in from_jax} == {str(problem) for problem in from_torch}
+    assert str(from_jax[0]).endswith(end)
+
+
+def test_a_loss_without_axis_says_how_to_move_the_classes() -> None:
+    logits, labels = to_torch(STEPS), to_torch(TOKENS)
+    for loss in (lsce_torch.cross_entropy, lsce_torch.LabelSmoothedCrossEntropyLoss()):
+        assert str(raised(lambda loss=loss: loss(logits, labels))).endswith("at axis 2: pass input.movedim(2, 1).")
+        assert loss(logits.movedim(2, 1), labels).isfinite()
+        problem = raised(lambda loss=loss: loss(logits.movedim(2, 1), torch.softmax(logits, -1)))
+        assert str(problem).endswith("Move dimension 2 of the target to 1.")
+    for package, array, move in ((lsce_jax, np.asarray, "jnp.moveaxis(logits, 2, 1)"),
+                                 (lsce_torch, torch.tensor, "logits.movedim(2, 1)")):  # fmt: skip
+        loss = package.CELossWithLabelSmoothing(0.1, 3)
+        problem = raised(lambda loss=loss, array=array: loss(array(STEPS), array(TOKENS)))
+        assert str(problem).endswith("have 7 classes at axis 1. Move dimension 2 of the logits to 1.")
+        loss, square = package.CELossWithLabelSmoothing(0.1, 7), np.zeros((2, 7, 5), F32)
+        problem = raised(lambda loss=loss, array=array, z=square: loss(array(z), array(TOKENS)))
+        assert str(problem).endswith(f"pass {move}.")
+    # The linear loss has no axis to pass.
+    hidden, weight = torch.zeros(4, 3, 2), torch.zeros(5, 2)
+    problem = raised(lambda: lsce_torch.linear_label_smoothed_cross_entropy(hidden, weight, torch.zeros(4, 5).long()))
+    assert "axis=" not in str(problem)
+    problem = raised(lambda: lsce_jax.linear_label_smoothed_cross_entropy(
+        np.zeros((4, 3, 2), F32), np.zeros((2, 5), F32), np.zeros((4, 5), int)
+    ))  # fmt: skip
+    assert "axis=" not in str(problem)
+
+
+# --- The names of torch's arguments ---------------------------------------------------------------------------------
+
+NAMES_OF_TORCH = {"logits": "input", "labels": "target", "smoothing": "label_smoothing", "class_weight": "weight"}
+OF_DROP_IN: dict[str, list[dict[str, Any]]] = {
+    **CALLS,
+    "ignore_index_soft": [call(labels=LOGITS, ignore_index=2)],
+    "labels_shape": [*CALLS["labels_shape"][:-1], call(logits=STEPS, labels=TOKENS)],
+    "soft_labels_shape": [*CALLS["soft_labels_shape"], call(logits=IMAGES, labels=np.moveaxis(IMAGES, 1, -1))],
+    "array_type": [call(logits="x"), call(labels=[0, 1]), call(prior="x"), call(class_mask="x"), call(where="x")],
+    "array_option": [call(z_loss=np.ones(2)), call(ignore_index=np.ones(2)), call(reduction=np.ones(2))],
+    "layout": [call(labels=torch.zeros(4).to_sparse()), call(logits=torch.zeros(4, 3).to_sparse())],
+    "labels_device": [call(labels=torch.zeros(4, device="meta"))],
+    "weight_type": [call(class_weight=0.1)],
+    "inplace_reference": [call(inplace_backward=True, implementation="reference")],
+    "inplace_logits": [call(inplace_backward=True, logits=torch.zeros(4, 1, requires_grad=True).expand(4, 3))],
+    "inplace_needs_reference": [call(inplace_backward=True, class_weight=torch.ones(3, requires_grad=True))],
+    "kernel": [call(implementation="triton")],
+}  # fmt: skip
+NOT_OF_DROP_IN = {"axis"}  # its place is fixed
+
+
+def calls_of_drop_in() -> list[Any]:
+    cases = [(key, one) for calls in (OF_DROP_IN, WRONG_TYPES) for key in calls for one in calls[key]]
+    return [pytest.param(one, id=f"{key}-{i}") for i, (key, one) in enumerate(cases) if key not in NOT_OF_DROP_IN]
+
+
+def foreign(text: str, *own: Callable[..., Any]) -> set[str]:
+    """Return which arguments a message names, outside of quoted values, that the functions do not have."""
+    names = set(inspect.signature(lsce_torch.label_smoothed_cross_entropy).parameters)
+    names -= {name for function in own for name in inspect.signature(function).parameters}
+    said = re.sub(r"'[^']*'", "", text)
+    return {name for name in names if re.search(rf"\b{name}\b" + "=" * (name == "axis"), said)}
+
+
+@pytest.mark.parametrize("arguments", calls_of_drop_in())
+def test_arguments_have_the_names_of_torch(arguments: dict[str, Any]) -> None:
+    given = {NAMES_OF_TORCH.get(name, name): to_torch(value) for name, value in arguments.items()}
+    problem = raised(lambda: lsce_torch.cross_entropy(**given))
+    assert not foreign(str(problem), lsce_torch.cross_entropy), problem
+    of_call = {name: given.pop(name) for name in ("input", "target", "where", "denominator") if name in given}
+    of_module = raised(lambda: lsce_torch.LabelSmoothedCrossEntropyLoss(**given)(**of_call))
+    module = lsce_torch.LabelSmoothedCrossEntropyLoss
+    assert type(of_module) is type(problem)
+    assert foreign(str(of_module), module.__init__, module.forward) == set(), of_module
+    if "smoothing" not in str(problem).split():  # it is the name of an argument of calls too
+        assert "smoothing" not in re.findall(r"\w+", re.sub(r"'[^']*'", "", str(of_module))), of_module
+
+
+def test_names_where_they_differ_between_calls_and_modules() -> None:
+    logits, labels = to_torch(LOGITS), to_torch(LABELS)
+    module = lsce_torch.LabelSmoothedCrossEntropyLoss
+    assert str(raised(lambda: module(label_smoothing=1.5))).startswith("label_smoothing must be in [0, 1], got 1.5.")
+    assert str(raised(lambda: module()(logits, labels, smoothing=1.5))).startswith("smoothing must be in [0, 1]")
+    assert str(raised(lambda: module(weight=torch.ones(4))(logits, labels))).startswith("weight must hold one value")
+    for package, array in ((lsce_jax, np.asarray), (lsce_torch, torch.tensor)):
+        loss = package.CELossWithLabelSmoothing(array(np.array(1.5, F32)), 3)
+        problem = raised(lambda loss=loss, array=array: loss(array(LOGITS), array(LABELS)))
+        assert str(problem).startswith("label_smooth must be in [0, 1]")
+    compute_loss = lsce_torch.trainers.unshifted_loss()
+    problem = raised(lambda: compute_loss({"logits": logits}, labels, num_items_in_batch=-1))
+    assert str(problem).startswith("num_items_in_batch must be a finite number")
+
+
+def test_names_of_torch_under_compilation() -> None:
+    logits, labels = to_torch(LOGITS), to_torch(LABELS)
+    module = lsce_torch.LabelSmoothedCrossEntropyLoss(label_smoothing=0.1)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(logits, labels), module(logits, labels))
+    torch._dynamo.reset()
+    assert "integer target must have the shape of the input" in str(raised(lambda: compiled(logits, labels[:3])))
+
+
+# --- Tracers that torch has no longer -------------------------------------------------------------------------------
+
+
+class Model(torch.nn.Module):
+    """A layer and a loss."""
+
+    def __init__(self, loss: Any) -> None:
+        """Keep the loss, a module or a function."""
+        super().__init__()
+        self.layer, self.loss = torch.nn.Linear(3, 3), loss
+
+    def forward(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the loss."""
+        return self.loss(self.layer(features), labels)
+
+
+def function_of_user(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return lsce_torch.label_smoothed_cross_entropy(logits, labels)
+
+
+def linear_of_user(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return lsce_torch.linear_label_smoothed_cross_entropy(hidden, torch.eye(3), labels)
+
+
+ROOTS = {
+    "function": function_of_user,
+    "linear": linear_of_user,
+    "model": Model(lsce_torch.LabelSmoothedCrossEntropyLoss()),
+    "model with class_num": Model(lsce_torch.CELossWithLabelSmoothing(0.1, 3)),
+    "model with cross_entropy": Model(lsce_torch.cross_entropy),
+    "CELossWithLabelSmoothing": lsce_torch.CELossWithLabelSmoothing(0.1, 3),
+}
+# torch.fx fails at functions and modules with keyword arguments before it calls them.
+BEYOND_FX = {
+    "the function": lsce_torch.label_smoothed_cross_entropy,
+    "cross_entropy": lsce_torch.cross_entropy,
+    "mean_denominator": lsce_torch.mean_denominator,
+    "module": lsce_torch.LabelSmoothedCrossEntropyLoss(),
+    "linear module": lsce_torch.LinearLabelSmoothedCrossEntropyLoss(),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", [*ROOTS, *BEYOND_FX])
+def test_old_tracers_name_the_new_ones(name: str) -> None:
+    root = (ROOTS | BEYOND_FX)[name]
+    example = (to_torch(LOGITS), to_torch(LABELS))
+    if "linear module" in name:
+        example = (to_torch(LOGITS), torch.eye(3), to_torch(LABELS))
+    tracers: dict[str, Callable[[], Any]] = {
+        "torch.jit.trace": lambda: torch.jit.trace(root, example[1:] if "denominator" in name else example),
+        "torch.jit.script": lambda: torch.jit.script(root),
+        "torch.fx.symbolic_trace": lambda: torch.fx.symbolic_trace(root),
+    }
+    for tracer, trace in tracers.items():
+        if not (tracer == "torch.fx.symbolic_trace" and name in BEYOND_FX):
+            problem = raised(trace)
+            assert type(problem) is RuntimeError
+            # torch.jit.script puts it into its own words where a function is an attribute of a module.
+            assert lsce_torch.errors.MESSAGES["not_traceable"][1].format(tool=tracer) in str(problem)
+
+
+def test_what_the_message_names_works() -> None:
+    model, example = Model(lsce_torch.LabelSmoothedCrossEntropyLoss()), (torch.zeros(4, 3), to_torch(LABELS))
+    assert torch.export.export(model, example).module()(*example).isfinite()
+    assert torch.compile(model, backend="eager", fullgraph=True)(*example).isfinite()

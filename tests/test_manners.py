@@ -216,6 +216,101 @@ def test_values_of_other_libraries_lead_to_ours() -> None:
     assert for_choice("convention", "nothing like it", CONVENTIONS) == ""
 
 
+# --- Places instead of names ----------------------------------------------------------------------------------------
+
+PLACED = [
+    *(
+        (f"{DENSE}{given})", f"takes only logits and labels by position. Options are keyword-only: write {end}.")
+        for given, end in (
+            ("0.1", "smoothing=0.1"),
+            ("'mean'", "reduction='mean'"),
+            ("'avg'", "reduction='avg'"),
+            ("'fairseq'", "convention='fairseq'"),
+            ("'fused'", "implementation='fused'"),
+            ("'raise'", "bad_labels='raise'"),
+            ("'?'", "convention='?' or reduction='?'"),
+            ("-100", "ignore_index=-100"),
+            ("255", "ignore_index=255 or denominator=255"),
+            ("-1", "axis=-1 or ignore_index=-1"),
+            ("1", "smoothing=1 or axis=1 or ignore_index=1"),
+            ("30.0", "softcap=30.0 or denominator=30.0"),
+            ("labels > 0", "where=... or class_mask=..."),
+            ("logits[0]", "class_weight=... or prior=..."),
+            ("logits.sum()", "smoothing=... or denominator=..."),
+        )
+    ),
+    (f"{LINEAR}hidden[:, 0])", "write bias=... or class_weight=... or prior=...."),
+    (f"{LINEAR}0.1, 'mean')", "takes only hidden, weight and labels by position. Options are keyword-only: "
+                              "write smoothing=0.1."),
+    ("LinearLabelSmoothedCrossEntropyLoss(0.1, 'sum')", "write reduction='sum'."),
+    ("LinearLabelSmoothedCrossEntropyLoss()(hidden, weight, labels, 0.1)", "write smoothing=0.1."),
+    ("CELossWithLabelSmoothing(0.1, 3, 'uniform')", "takes only label_smooth and class_num by position. "
+                                                    "Options are keyword-only: write convention='uniform'."),
+    ("CELossWithLabelSmoothing(0.1, 3)(logits, labels, 0.1)", "takes only logits and labels by position. "
+                                                              "It has no options."),
+    ("mean_denominator(labels, -100)", "takes only labels by position. Options are keyword-only: "
+                                       "write ignore_index=-100."),
+    ("add_smoothing(hidden[:, 0], hidden[:, 0], hidden[:, 0], 0.1)", "write smoothing=0.1."),
+    ("linear_add_smoothing(hidden[:, 0], hidden, weight, labels, 0.1)", "write smoothing=0.1."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("typed", "end"), PLACED)
+def test_options_without_a_name(typed: str, end: str) -> None:
+    answers = [answer(f"{package}.{typed}") for package in ("lsce_jax", "lsce_torch")]
+    assert answers[0].replace("__call__", "forward") == answers[1]
+    assert answers[0].endswith(end)
+
+
+def test_any_other_value_without_a_name() -> None:
+    text = answer(f"lsce_torch.{DENSE}None)")
+    assert "Write the name of the option: smoothing, convention, prior, axis, " in text
+    assert answer("lsce_torch.LabelSmoothedCrossEntropyLoss()(logits, labels, 0.1)").endswith("write smoothing=0.1.")
+    assert answer("lsce_torch.cross_entropy(logits, labels, *[None] * 6, 'clamp')").endswith(
+        "reduction and label_smoothing by position. Options are keyword-only: write convention='clamp'."
+    )
+    assert answer("lsce_jax.LabelSmoothedCrossEntropyLoss(0.1, 'clamp')").endswith("write convention='clamp'.")
+    convention = answer("lsce_jax.label_smoothed_cross_entropy(logits, labels, lsce_jax.Convention('c', max, min))")
+    assert convention.endswith("write convention=....")
+
+
+@pytest.mark.parametrize("name", [name for name in lsce_jax.__all__ if "cross_entropy" in name])
+def test_too_many_and_too_few_operands_of_every_loss(name: str) -> None:
+    for package in (lsce_jax, lsce_torch):
+        function = getattr(package, name)
+        operands = [LOGITS] * 3 if "linear" in name else [LOGITS] * 2
+        assert "keyword-only: write smoothing=0.1." in str(raised(lambda f=function, o=operands: f(*o, 0.1)))
+    if name.startswith("vocab_parallel"):
+        problem = raised(lambda: getattr(lsce_jax, name)(*operands))
+        assert "is missing 'axis_name'. Pass the name of the mesh axis" in str(problem)
+        assert answer(f"lsce_jax.{name}({'hidden, ' * ('linear' in name)}weight, labels, 'model')").endswith(
+            "write axis_name='model' or convention='model' or reduction='model'."
+        )
+
+
+ROWS = "hidden[:, 0]"
+OF_THE_OTHER = [
+    (f"add_smoothing({ROWS}, hidden, weight, labels)", "linear_add_smoothing takes nll, hidden, weight and labels."),
+    (f"add_smoothing({ROWS}, hidden, weight)", "linear_add_smoothing takes nll, hidden, weight and labels."),
+    (f"add_smoothing({ROWS}, hidden, weight, bias=None)", "linear_add_smoothing takes nll, hidden, weight and labels."),
+    (f"add_smoothing(nll={ROWS}, hidden=hidden, weight=weight, labels=labels)",
+     "linear_add_smoothing takes nll, hidden, weight and labels."),
+    (f"linear_add_smoothing({ROWS}, {ROWS}, {ROWS})", "add_smoothing takes nll, label_logit and mean_logit, of logits "
+                                                      "that exist."),
+    (f"linear_add_smoothing({ROWS}, label_logit={ROWS}, mean_logit={ROWS})", "of logits that exist."),
+    (f"linear_add_smoothing({ROWS}, hidden, weight, labels, num_classes=3)", "of logits that exist."),
+    (f"linear_add_smoothing({ROWS}, {ROWS}, {ROWS}, labels)",
+     "If they are the label_logit and mean_logit of each row, call add_smoothing."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("typed", "end"), OF_THE_OTHER)
+def test_operands_of_the_other_smoothing(typed: str, end: str) -> None:
+    answers = {answer(f"{package}.{typed}").replace("[3, 2]", "[2, 3]") for package in ("lsce_jax", "lsce_torch")}
+    assert len(answers) == 1
+    assert answers.pop().endswith(end)
+
+
 # --- Types ----------------------------------------------------------------------------------------------------------
 
 

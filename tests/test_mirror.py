@@ -157,6 +157,7 @@ ONLY_IN_JAX = {
 # torch: scalars, types, values that are not at hand; labels as they are given, for the kernels; checks that are kept,
 # since calls are eager; options in the places that nn.CrossEntropyLoss and inplace_backward need.
 ONLY_IN_TORCH = {
+    "errors.py": {"refuse_script"},
     "inputs.py": {
         "_as_tensor",
         "_check_shapes",
