@@ -230,7 +230,7 @@ def test_drop_in_module_options() -> None:
 
 def test_soft_labels_and_ignore_index_in_the_module() -> None:
     soft = torch.softmax(LOGITS, -1)
-    with pytest.raises(ValueError, match="needs integer labels"):
+    with pytest.raises(ValueError, match="needs class indices as target"):
         LabelSmoothedCrossEntropyLoss(ignore_index=3)(LOGITS, soft)
     assert torch.isfinite(LabelSmoothedCrossEntropyLoss()(LOGITS, soft))
 
