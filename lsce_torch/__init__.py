@@ -10,7 +10,7 @@ from lsce_spec.extras import require
 
 require("lsce_torch", "torch", "torch")
 
-import lsce_torch.dtensors  # noqa: F401 - makes the losses take DTensors
+import lsce_torch.dtensors  # makes the losses take DTensors
 from lsce_spec import Convention as Convention
 from lsce_spec import convert_smoothing as convert_smoothing
 from lsce_spec import identify_loss as identify_loss
