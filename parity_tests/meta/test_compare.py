@@ -616,3 +616,19 @@ def test_divided_classes_of_both_frameworks() -> None:
     outcome = invoke("compare", "mutant:sharded_cotangents:4", "torch-linear-sharded:2")
     assert outcome.exit_code == 1, outcome.output
     assert "known difference: sharded_cotangents:4\n" in outcome.output
+
+
+@pytest.mark.slow
+def test_the_pages_show_the_verdict_of_the_ports() -> None:
+    """The README's command, as a reader types it, and the three lines that it shows."""
+    root = Path(__file__).parents[2]
+    shown = re.search(r"```console\n\$ lsce-parity (.*)\n\.\.\.\n((?:.+\n){3})```", (root / "README.md").read_text())
+    assert shown
+    outcome = invoke(*shown[1].split())
+    assert outcome.exit_code == 1, outcome.output
+    assert outcome.output.splitlines()[-3:] == shown[2].splitlines()
+    page = (root / "docs" / "parity.md").read_text(encoding="utf-8")
+    assert shown[2] in page
+    outcome = invoke(*shown[1].replace("first_try", "ported").split())
+    assert outcome.exit_code == 0, outcome.output
+    assert "\n".join(outcome.output.splitlines()[-3:]) in page
