@@ -21,6 +21,9 @@ PRINT_PATH := 'import sys; print(sys.executable)'
 VENV_TORCHTPU ?= .venv-torchtpu
 export LSCE_TORCHTPU_PYTHON ?= $(abspath $(VENV_TORCHTPU))/bin/python
 PIP := pip install --quiet --disable-pip-version-check
+# Makes the environment if need be, and says what it installs, and how far it is.
+INSTALL := -m tools.install $(VENV)
+CONSTRAINED := $(addprefix --constraint ,$(CONSTRAINTS))
 
 .PHONY: install install-devices install-torchtpu demo fonts docs lint wheel clean test test-slow test-distributed
 .PHONY: test-devices test-devices-slow test-oldest test-parity test-rest test-distributed-jax test-distributed-torch
@@ -29,15 +32,19 @@ PIP := pip install --quiet --disable-pip-version-check
 install: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/$(PIP) --editable '.[all]' $(addprefix --constraint ,$(CONSTRAINTS))
-	touch $@
+	@$(PYTHON) $(INSTALL) all $(CONSTRAINED)
+	@touch $(VENV)/installed-demo $@
+
+# A part of `all`. What is missing to it, the other targets add.
+$(VENV)/installed-demo: pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) $(INSTALL) demo $(CONSTRAINED)
+	@touch $@
 
 # Compilers for what is not here, beside the rest.
 install-devices: $(VENV)/installed-devices install-torchtpu
 
 $(VENV)/installed-devices: $(VENV)/installed
-	$(BIN)/$(PIP) --editable '.[all,devices]' $(PEERS) $(addprefix --constraint ,$(CONSTRAINTS))
+	@$(PYTHON) $(INSTALL) all,devices $(PEERS) $(CONSTRAINED)
 	@$(BIN)/python -c "from parity_tests.losses.iree import IreeAdapter; IreeAdapter('tpu', 'vulkan-spirv')" 2>/dev/null \
 	  || echo "Tests on a software GPU will be skipped. They need: apt-get install libvulkan1 mesa-vulkan-drivers"
 	touch $@
@@ -52,8 +59,13 @@ $(VENV_TORCHTPU)/installed: constraints-torchtpu.txt
 	  $(VENV_TORCHTPU)/bin/$(PIP) --requirement constraints-torchtpu.txt && touch $@; } || \
 	  { rm -rf $(VENV_TORCHTPU); echo "TorchTPU cannot be installed here, and its tests will be skipped"; }
 
-demo: install
+# From nothing, it installs what it needs and no more.
+demo: $(VENV)/installed-demo
 	$(BIN)/python -m examples.digits_parity
+	@echo
+	@echo "Open out/digits_parity/digits_parity.html. Next, a port that is not the same loss, and why:"
+	@echo "  $(BIN)/lsce-parity compare torch:examples.torch_original_loss:label_smoothed_nll" \
+	  "jax:examples.jax_ported_loss:first_try"
 
 # Open Chinese fonts for examples/jax_hanzi.py and torch_hanzi.py, into out/fonts: web fonts by `npm pack`, the others by
 # `apt-get download` where there is Debian or Ubuntu, without root and without installing them (docs/hanzi.md).
@@ -173,7 +185,7 @@ docs: $(VENV)/installed-docs
 	$(BIN)/python -m tools.site $(if $(LINKS),--$(LINKS)) $(if $(NOTEBOOKS),--$(NOTEBOOKS))
 
 $(VENV)/installed-docs: $(VENV)/installed
-	$(BIN)/$(PIP) --editable '.[all,docs]' $(addprefix --constraint ,$(CONSTRAINTS))
+	@$(PYTHON) $(INSTALL) all,docs $(CONSTRAINED)
 	touch $@
 
 # Into dist/, the wheel from the sdist. Then each extra alone, in an environment of its own: up to 7 GB at a time where

@@ -126,6 +126,10 @@ CHECKS = {
         cannot_import("jax", "torch"),
     )),
     "peers": Check((python(PEERS),)),
+    "demo": Check((
+        ("python", "-m", "examples.digits_parity", "--epochs", "1"),
+        ("lsce-parity", "compare", *PORT),
+    ), files=("examples",)),
     "examples": Check((
         ("python", "-m", "examples.digits_parity", "--epochs", "1"),
         ("python", "-m", "examples.jax_digits", "--epochs", "1"),
