@@ -1,20 +1,45 @@
 """What to install for something that is missing, and how."""
 
+import json
 import sys
+from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 
 from lsce_spec.errors import error
 
+# Whether a package index has a version of lsce. With the first release this becomes True, and
+# tests/test_distribution.py names every page that has to change.
+RELEASED = False
 
-def install(extras: str, also: str = "") -> str:
-    """Return the commands that install extras of this distribution, and other packages.
+
+def install(extras: str, also: str = "", *, clone: bool | None = None) -> str:
+    """Return the command that installs extras of this distribution, and other packages.
+
+    Args:
+        extras: as within the brackets, such as "jax,parity".
+        also: requirements of other distributions.
+        clone: whether to write the form that works in the folder of a clone, or the one that works anywhere once an
+            index or a wheel has brought lsce. By default the one that works for this process.
 
     Example:
-        >>> install("metrics")
-        "pip install 'lsce[metrics]', or, from a clone, pip install -e '.[metrics]'"
+        >>> install("metrics", clone=True)
+        "pip install -e '.[metrics]'"
+        >>> install("metrics", "'jax[tpu]'", clone=False)
+        "pip install 'lsce[metrics]' 'jax[tpu]'"
     """
-    also = also and f" {also}"
-    return f"pip install 'lsce[{extras}]'{also}, or, from a clone, pip install -e '.[{extras}]'{also}"
+    if clone is None:
+        clone = is_clone()
+    command = f"pip install -e '.[{extras}]'" if clone else f"pip install 'lsce[{extras}]'"
+    return f"{command} {also}" if also else command
+
+
+def is_clone() -> bool:
+    """Return whether this distribution is a folder, installed or only on the path, and not an index's or a wheel."""
+    try:
+        origin = distribution("lsce").read_text("direct_url.json")
+    except PackageNotFoundError:
+        return True
+    return origin is not None and "dir_info" in json.loads(origin)
 
 
 def require(user: str, extras: str, *modules: str) -> None:

@@ -398,7 +398,7 @@ def test_errors_of_the_command_line(arguments: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("target", "module", "message"),
     [
-        ("tpu-v6e", "libtpu", "libtpu, which has the compiler, is missing. Run on Linux: pip install 'lsce[cost]'"),
+        ("tpu-v6e", "libtpu", "libtpu, which has the compiler, is missing. Run on Linux: pip install -e '.[cost]'"),
         ("gpu-h100", "jax_plugins", "is missing. Run: pip install --no-deps jax-cuda12-plugin=="),
     ],
 )  # fmt: skip
@@ -419,7 +419,7 @@ def test_without_what_shows_the_table() -> None:
     assert outcome.returncode == 2
     assert outcome.stderr == (
         "cannot run: lsce-cost needs typer, which is not installed. "
-        "Run: pip install 'lsce[cost]', or, from a clone, pip install -e '.[cost]'.\n"
+        "Run: pip install -e '.[cost]'.\n"
     )
 
 

@@ -1,17 +1,22 @@
 """`make wheel` checks all that pyproject.toml offers, and notices what is wrong. Nothing is installed here."""
 
+import doctest
+import json
 import re
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
 from hatchling.metadata.core import ProjectMetadata
 from hatchling.plugin.manager import PluginManager
 
-from tools import check_wheel, release, repository
+from lsce_spec import extras
+from tools import check_wheel, commands, install, release, repository
 from tools.check_wheel import CHECKS, EXTRAS, METADATA, PACKAGES, PYPROJECT, ROOT, CheckError
 
 VERSION = PYPROJECT["project"]["version"]
@@ -95,6 +100,153 @@ def test_a_block_that_is_not_there() -> None:
     assert "import jax" in check_wheel.readme_block("JAX")
     with pytest.raises(CheckError, match="no block of Python under 'No such heading'"):
         check_wheel.readme_block("No such heading")
+
+
+# --- What is installed, and how ------------------------------------------------------------------------------------
+
+# Distributions that no requirement of pyproject.toml names, as their index spells them.
+OTHERS = {
+    "cut-cross-entropy",
+    "jax-cuda12-pjrt",
+    "jax-cuda12-plugin",
+    "liger-kernel",
+    "tokamax",
+    "torch-tpu",
+    "torchax",
+}
+
+
+def name_of(requirement: str) -> str:
+    """Return the name of a requirement, as an index compares names."""
+    found = re.match(r"[\w.-]*\w", requirement)
+    return re.sub(r"[-_.]+", "-", found[0]).lower() if found else ""
+
+
+def texts_with_commands() -> dict[str, str]:
+    """Return the pages, docstrings, messages and notebooks that may tell a reader what to install, by path."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    tests = ("tests/", "parity_tests/meta/", "tools/commands.py", "lsce_spec/extras.py", "CHANGELOG.md")
+    paths = [
+        path for path in listed if path.endswith((".md", ".py", ".ipynb", ".jinja")) and not path.startswith(tests)
+    ]
+    return {path: (ROOT / path).read_text(encoding="utf-8") for path in paths}
+
+
+def complaints(line: str, *, clone: bool = not extras.RELEASED) -> list[str]:
+    """Return what is wrong with a line of `pip install`."""
+    ours, others = commands.requirements(line)
+    unknown = [name for name in (ours or "").split(",") if ours and name not in EXTRAS]
+    wrong = [f"there is no extra {name}" for name in unknown]
+    known = OTHERS | {name_of(requirement) for extra in EXTRAS.values() for requirement in extra}
+    wrong += [f"{name_of(other)} is not known here" for other in others if name_of(other) not in known]
+    expected = extras.install(ours, " ".join(others), clone=clone) if ours else line
+    return wrong + [f"write: {expected}"] * (line != expected)
+
+
+def literal_lines(text: str, path: str) -> list[str]:
+    """Return the lines of `pip install` in a text, without what only a run knows."""
+    if path.endswith((".py", ".ipynb")):
+        text = re.sub(r'\\?"(?!\.\[|lsce)', "\n", text)  # where a string ends
+        text = re.sub(r"\{[^}]*\}", "1", text).replace("pip install 1", "")
+    return [re.split(r"[,;.]? or pip|[.;,](?:\s|$)", line)[0] for line in commands.install_lines(text)]
+
+
+def test_what_pages_and_messages_tell_to_install() -> None:
+    lines = {(path, line) for path, text in texts_with_commands().items() for line in literal_lines(text, path)}
+    assert {at: wrong for at in lines if (wrong := complaints(at[1]))} == {}
+
+
+def test_lines_are_found_and_wrong_ones_rejected() -> None:
+    found = [line for path, text in texts_with_commands().items() for line in literal_lines(text, path)]
+    assert {"pip install -e '.[cost]'", "pip install torch-tpu", "pip install 'torch>=2.13'"} <= {*found}
+    assert complaints("pip install 'lsce[cost]'", clone=True) == ["write: pip install -e '.[cost]'"]
+    assert complaints("pip install -e '.[cost]'", clone=False) == ["write: pip install 'lsce[cost]'"]
+    assert complaints('pip install ".[metrics]" lightning') == ["write: pip install -e '.[metrics]' lightning"]
+    assert complaints("pip install -e '.[costs]' tokamacs") == ["there is no extra costs", "tokamacs is not known here"]
+
+
+@pytest.mark.parametrize(
+    ("origin", "clone"),
+    [
+        ({"dir_info": {"editable": True}, "url": "file:///src/lsce"}, True),
+        ({"dir_info": {}, "url": "file:///src/lsce"}, True),
+        ({"archive_info": {"hash": "sha256=0"}, "url": "file:///src/lsce/dist/lsce-0.1.0-py3-none-any.whl"}, False),
+        ({"vcs_info": {"vcs": "git", "commit_id": "0"}, "url": "https://example.com/lsce.git"}, False),
+        (None, False),  # an index
+    ],
+)
+def test_the_form_that_works_for_the_reader(origin: object, clone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Installed:
+        def read_text(self, name: str) -> str | None:
+            assert name == "direct_url.json"
+            return None if origin is None else json.dumps(origin)
+
+    monkeypatch.setattr(extras, "distribution", lambda name: Installed())
+    assert extras.install("cost") == ("pip install -e '.[cost]'" if clone else "pip install 'lsce[cost]'")
+
+
+def test_a_clone_that_is_only_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(extras, "distribution", missing)
+    assert extras.install("jax,torch", "torchax") == "pip install -e '.[jax,torch]' torchax"
+
+
+# --- make demo, make install ----------------------------------------------------------------------------------------
+
+
+def environment_with(folder: Path, script: str) -> Path:
+    """Return a virtual environment whose Python is a script of the shell."""
+    (folder / "bin").mkdir()
+    (folder / "bin/python").write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    (folder / "bin/python").chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_an_installation_shows_how_far_it_is(code: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    said = (
+        'echo "$@"; echo "  Downloading torch-2.15.0-cp311-cp311-manylinux_2_28_x86_64.whl (1.5 GB)"\n'
+        'echo "Collecting rich"; echo "Using cached scikit_learn-1.8.0-cp311-cp311-linux_x86_64.whl (30.5 MB)"\n'
+        f'echo "Installing collected packages: rich, torch"; echo "no space" >&2; exit {code}'
+    )
+    assert install.install(environment_with(tmp_path, said), "demo", ["--constraint", "oldest.txt"]) == code
+    assert capfd.readouterr() == (
+        "  downloading torch 2.15.0, 1500 MB\n  using cached scikit-learn 1.8.0, 30 MB\n  unpacking 2 packages\n",
+        "no space\n",
+    )
+
+
+def test_an_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "call", lambda command: made.append(command) or 0)
+    install.create(environment_with(tmp_path, "echo 3.13"))
+    assert made == []
+    install.create(tmp_path / "new")
+    assert made == [[sys.executable, "-m", "venv", str(tmp_path / "new")]]
+    (tmp_path / "bin/python").write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")  # its Python is too old
+    (tmp_path / "pyvenv.cfg").touch()
+    install.create(tmp_path)
+    assert made[1:] == [[sys.executable, "-m", "venv", "--clear", str(tmp_path)]]
+    monkeypatch.setattr(sys, "version_info", (3, 9, 6))
+    with pytest.raises(SystemExit, match=r"lsce needs Python 3\.11 or newer, .* make demo PYTHON=python3\.13"):
+        install.create(tmp_path)
+    assert f">={'.'.join(map(str, install.OLDEST))}" == PYPROJECT["project"]["requires-python"]
+
+
+def test_each_environment_of_make_is_announced() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    wanted = re.findall(r"\$\(INSTALL\) (\S+)", makefile)
+    assert {extra.rpartition(",")[2] for extra in wanted} == {*install.EXTRAS} <= {*EXTRAS}
+    assert re.search(
+        r"^demo: \$\(VENV\)/installed-demo\n(\t.*\n)*\t.*echo .*Open out/digits_parity", makefile, re.MULTILINE
+    )
+
+
+@pytest.mark.parametrize("module", [commands, install, repository], ids=lambda module: module.__name__)
+def test_examples_in_docstrings(module: ModuleType) -> None:
+    assert doctest.testmod(module).failed == 0
 
 
 # --- Where it is published ------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from lsce_spec.extras import install
+
 ROOT = Path(__file__).parents[1]
 
 JAX_NAMES = ("jax", "jaxlib", "flax", "optax")
@@ -99,13 +101,12 @@ def test_works_without_what_is_not_required(use: str, blocked: tuple[str, ...]) 
     ("import lsce_jax.metrics", "flax", "lsce_jax", "jax"),
 ])  # fmt: skip
 def test_what_is_missing_is_named_with_the_command(use: str, missing: str, user: str, extra: str) -> None:
-    """One that works with the installed package, and one from a clone. The exception has the module's name."""
+    """The exception has the module's name."""
     code = f"try: {use}\nexcept ModuleNotFoundError as problem: print(problem.name); raise"
     outcome = run(BLOCK.format(blocked=(missing,)), code)
     assert outcome.stdout == f"{missing}\n"
     assert outcome.stderr.splitlines()[-1] == (
-        f"ModuleNotFoundError: {user} needs {missing}, which is not installed. "
-        f"Run: pip install 'lsce[{extra}]', or, from a clone, pip install -e '.[{extra}]'."
+        f"ModuleNotFoundError: {user} needs {missing}, which is not installed. Run: {install(extra)}."
     )
 
 
@@ -119,8 +120,7 @@ def test_a_command_without_its_extra(module: str, command: str, missing: str, ex
     outcome = run(f"import sys; sys.modules[{missing!r}] = None; import {module}.__main__")
     assert outcome.returncode == 2, outcome.stderr
     assert outcome.stderr == (
-        f"cannot run: {command} needs {missing}, which is not installed. "
-        f"Run: pip install 'lsce[{extra}]', or, from a clone, pip install -e '.[{extra}]'.\n"
+        f"cannot run: {command} needs {missing}, which is not installed. Run: {install(extra)}.\n"
     )
 
 

@@ -228,7 +228,7 @@ def test_neither_framework_is_loaded_unless_needed() -> None:
 def test_what_is_not_installed_is_named() -> None:
     outcome = run_code("import lsce_parity", blocked=["scipy"])
     assert "lsce_parity needs scipy" in outcome.stderr
-    assert "pip install 'lsce[parity]'" in outcome.stderr
+    assert "pip install -e '.[parity]'" in outcome.stderr
     missing = "import lsce_parity\nlsce_parity.compare_losses('torch:a:b', 'oracle')"
     assert "UnavailableError: torch is not installed" in run_code(missing, blocked=["torch"]).stderr
 

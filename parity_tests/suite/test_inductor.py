@@ -186,7 +186,7 @@ def test_each_card_is_one_of_the_table_of_devices() -> None:
 def test_without_triton_the_error_says_what_to_install(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else found(name))
-    with pytest.raises(UnavailableError, match=re.escape("pip install 'lsce[torch,devices]'")):
+    with pytest.raises(UnavailableError, match=re.escape("pip install -e '.[torch,devices]'")):
         measure("gpu-h100", [])
 
 
