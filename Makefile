@@ -179,10 +179,10 @@ lint: install
 
 # The code of all pages and docstrings runs as tests, then the site is made from them: out/site/html/index.html. Every
 # warning is an error, and every link, anchor and public name is checked. LINKS=external looks up the addresses of other
-# sites, too, which needs a network. NOTEBOOKS=as-they-are does not execute notebooks.
+# sites, too, which needs a network.
 docs: $(VENV)/installed-docs
 	$(BIN)/python -m pytest README.md docs lsce_spec lsce_jax lsce_torch lsce_parity
-	$(BIN)/python -m tools.site $(if $(LINKS),--$(LINKS)) $(if $(NOTEBOOKS),--$(NOTEBOOKS))
+	$(BIN)/python -m tools.site $(if $(LINKS),--$(LINKS))
 
 $(VENV)/installed-docs: $(VENV)/installed
 	@$(PYTHON) $(INSTALL) all,docs $(CONSTRAINED)

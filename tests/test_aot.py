@@ -418,8 +418,7 @@ def test_without_what_shows_the_table() -> None:
     outcome = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, check=False)
     assert outcome.returncode == 2
     assert outcome.stderr == (
-        "cannot run: lsce-cost needs typer, which is not installed. "
-        "Run: pip install -e '.[cost]'.\n"
+        "cannot run: lsce-cost needs typer, which is not installed. Run: pip install -e '.[cost]'.\n"
     )
 
 

@@ -13,7 +13,7 @@ import lsce_spec
 import lsce_torch
 from lsce_spec import CONVENTIONS
 from tools.release import version
-from tools.site import api, commands, gallery, notebooks, sources, targets
+from tools.site import api, commands, gallery, sources, targets
 from tools.site import version as versions
 from tools.site.check import broken_links, read
 from tools.site.sections import HOME, MADE, SECTIONS
@@ -287,27 +287,6 @@ def test_pictures_of_the_targets() -> None:
     assert drawn == targets.pictures()  # Sphinx builds again what has changed
     named = re.findall(r"/images/(\S+\.svg)", targets.markdown())
     assert sorted(named) == sorted(drawn)
-
-
-def test_notebooks_say_nothing_of_this_machine() -> None:
-    cells = [
-        {
-            "cell_type": "code",
-            "id": f"cell-{i}",
-            "metadata": {},
-            "outputs": [],
-            "execution_count": None,
-            "source": source,
-        }
-        for i, source in enumerate(('SOURCE = ".."', "import os\nprint(SOURCE, os.getcwd())\n6 * 7"))
-    ]
-    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    text = json.dumps({"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5})
-    executed = json.loads(notebooks.execute(text))
-    assert "".join(executed["cells"][0]["source"]) == 'SOURCE = ".."'
-    printed, result = executed["cells"][1]["outputs"]
-    assert "".join(printed["text"]) == "lsce .\n"
-    assert "".join(result["data"]["text/plain"]) == "42"
 
 
 def test_versions(tmp_path: Path) -> None:

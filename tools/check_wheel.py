@@ -146,7 +146,7 @@ CHECKS = {
         cannot_import("torch"),
     )),
     "bench-tpu": Check((("python", "-m", "benchmarks", "tpu"),), files=("benchmarks",)),
-    "docs": Check((("python", "-m", "tools.site", "--as-they-are"),), files=(
+    "docs": Check((("python", "-m", "tools.site"),), files=(
         "docs", "examples", "notebooks", "parity_tests", "tools", "pyproject.toml", # the packages are the wheel's
         "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md",
     )),

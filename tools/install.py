@@ -2,8 +2,8 @@
 
     python3 -m tools.install .venv demo
 
-Standard library only, in a syntax that old Pythons read, too: it tells them which Python is needed. pip is quiet for
-minutes or prints hundreds of lines; here is a line for each large download, and one every few seconds after that.
+Standard library only, in a syntax that Python 3.8 reads, too: it tells old ones which Python is needed. pip is quiet
+for minutes or prints hundreds of lines; here is a line for each large download, and one every few seconds after that.
 """
 
 import argparse
@@ -23,6 +23,7 @@ EXTRAS = {
 }
 CUDA = 4.5
 LARGE = 20.0  # MB
+SILENCE = 10.0  # seconds
 _FETCHED = re.compile(r"\s*(Downloading|Using cached) (\S+?)-(\d[^-]*)-\S+\.whl \((\d+\.\d) ([MG]B)\)")
 _COLLECTED = re.compile(r"Installing collected packages: (.*)")
 
@@ -32,14 +33,15 @@ def announcement(extras: str, system: str) -> str:
 
     Example:
         >>> print(announcement("all", "darwin"))
-        Installing everything for tests, lint, examples and benchmarks. In all about 2.0 GB.
+        Installing everything for tests, lint, examples and benchmarks: about 2.0 GB
     """
     what, size = EXTRAS[extras.rpartition(",")[2]]
     if not system.startswith("linux"):
-        return f"Installing {what}. In all about {size:.1f} GB."
+        return f"Installing {what}: about {size:.1f} GB"
     return (
-        f"Installing {what}. In all about {size + CUDA:.1f} GB, since the torch that pip takes on Linux brings CUDA;\n"
-        f"about {size:.1f} GB if PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS names a place with PyTorch's wheels for CPUs."
+        f"Installing {what}: about {size + CUDA:.1f} GB, {CUDA} of them CUDA\n"
+        "and Triton, which torch for Linux brings. Where PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS names a place with\n"
+        "PyTorch's wheels for CPUs, pip takes one of those, without either."
     )
 
 
@@ -97,13 +99,18 @@ def install(folder: Path, extras: str, options: "list[str]") -> int:
                 print(text, flush=True)
             if _COLLECTED.match(line):
                 break
-        waited = 0
+        there, shown_at = installed(folder), time.monotonic()
         while pip.poll() is None:
-            time.sleep(0.5)
-            waited += 1
-            if waited % 20 == 0:
-                print(f"  {len([*folder.glob('lib/python*/site-packages/*.dist-info')])} are there", flush=True)
+            time.sleep(0.2)
+            if time.monotonic() - shown_at > SILENCE:
+                print(f"  {installed(folder) - there} are unpacked", flush=True)
+                shown_at = time.monotonic()
     return pip.returncode
+
+
+def installed(folder: Path) -> int:
+    """Return how many packages an environment has."""
+    return len([*folder.glob("lib/python*/site-packages/*.dist-info")])
 
 
 def main() -> int:

@@ -1,8 +1,7 @@
 """Build the site into out/site/html, strictly, and check it. `make docs` runs the code of the pages first, then this.
 
 python -m tools.site
-python -m tools.site --as-they-are      notebooks without outputs: quicker
-python -m tools.site --external         look up the addresses of other sites, too; needs a network
+python -m tools.site --external     look up the addresses of other sites, too; needs a network
 """
 
 import argparse
@@ -15,7 +14,7 @@ from sphinx.cmd.build import build_main
 from sphinx.util.inventory import InventoryFile
 
 from tools.repository import repository_url
-from tools.site import api, commands, gallery, notebooks, targets, version
+from tools.site import api, commands, gallery, targets, version
 from tools.site.check import broken_links
 from tools.site.sections import HOME, SECTIONS, Section
 from tools.site.sources import (
@@ -45,18 +44,17 @@ CONFIGURATION = Path(__file__).parent
 # --- Pages ----------------------------------------------------------------------------------------------------------
 
 
-def write_sources(folder: Path, published: Published, site: str, *, execute: bool) -> None:
+def write_sources(folder: Path, published: Published, site: str) -> None:
     """Write Sphinx's source folder.
 
     Args:
         folder: where it will be.
         published: where the source is published.
         site: where this site will be published, or nothing.
-        execute: whether the cells of notebooks run.
     """
     sections = pages()
     texts = markdown_pages(sections, published, site)
-    for page, notebook in notebook_pages(sections, published, execute=execute).items():
+    for page, notebook in notebook_pages(sections, published).items():
         texts[page] = first_markdown(notebook)
         write(folder / page, notebook)
     for key, section in sections.items():
@@ -81,14 +79,11 @@ def write(path: Path, content: str | bytes) -> None:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def notebook_pages(sections: dict[str, Section], published: Published, *, execute: bool) -> dict[str, str]:
-    """Return the notebooks of the site, by path below Sphinx's source folder; if asked, with what their cells print."""
+def notebook_pages(sections: dict[str, Section], published: Published) -> dict[str, str]:
+    """Return the notebooks of the site, as they are stored, by path below Sphinx's source folder."""
     made = {}
     for page in sorted(page for section in sections.values() for page in section.pages if page.endswith(".ipynb")):
         made[page] = adapt_notebook((ROOT / page).read_text(encoding="utf-8"), page, published)
-        if execute and Path(page).name not in notebooks.AS_THEY_ARE:
-            print(f"executing {page}", flush=True)
-            made[page] = notebooks.execute(made[page])
     return made
 
 
@@ -150,14 +145,13 @@ def check() -> None:
 def main() -> int:
     """Return the exit code."""
     parser = argparse.ArgumentParser(description="Build the site into out/site/html, strictly, and check it.")
-    parser.add_argument("--as-they-are", action="store_true", help="do not execute notebooks")
     parser.add_argument("--external", action="store_true", help="look up links to other sites, too")
     arguments = parser.parse_args()
     shutil.rmtree(OUTPUT, ignore_errors=True)  # what is no longer made must not seem to be there
     site = os.environ.get("LSCE_SITE_URL", "").rstrip("/")
     published = Published(repository_url(ROOT), os.environ.get("LSCE_REPOSITORY_REF") or "HEAD")
     try:
-        write_sources(OUTPUT / "source", published, site, execute=not arguments.as_they_are)
+        write_sources(OUTPUT / "source", published, site)
         sphinx("html")
         check()
         if arguments.external:
@@ -167,8 +161,6 @@ def main() -> int:
         return 1
     if published.url is None:
         print("No LSCE_REPOSITORY_URL and no git remote `origin` with an address: links to the source stay on the site")
-    if arguments.as_they_are:
-        print("Notebooks were not executed")
     if not arguments.external:
         print("Links to other sites were not looked up: --external (LINKS=external of make) does")
     print(f"{OUTPUT.relative_to(ROOT) / 'html' / 'index.html'}: links, anchors and public names are complete")

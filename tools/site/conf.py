@@ -58,7 +58,7 @@ nitpick_ignore_regex = [
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 6
-nb_execution_mode = "off"  # tools/site/notebooks.py has executed them
+nb_execution_mode = "off"  # tools/notebooks.py has executed and stored them
 nb_merge_streams = True
 smartquotes_action = "D"  # dashes only: quotes are as they are typed
 html_math_renderer = "mathml"
