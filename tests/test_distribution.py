@@ -16,7 +16,7 @@ from hatchling.metadata.core import ProjectMetadata
 from hatchling.plugin.manager import PluginManager
 
 from lsce_spec import extras
-from tools import check_wheel, commands, install, release, repository
+from tools import check_wheel, commands, install, notebooks, release, repository
 from tools.check_wheel import CHECKS, EXTRAS, METADATA, PACKAGES, PYPROJECT, ROOT, CheckError
 
 VERSION = PYPROJECT["project"]["version"]
@@ -244,7 +244,7 @@ def test_each_environment_of_make_is_announced() -> None:
     )
 
 
-@pytest.mark.parametrize("module", [commands, install, repository], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [commands, install, notebooks, repository], ids=lambda module: module.__name__)
 def test_examples_in_docstrings(module: ModuleType) -> None:
     assert doctest.testmod(module).failed == 0
 

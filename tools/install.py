@@ -14,14 +14,15 @@ import time
 from pathlib import Path
 
 OLDEST = (3, 11)  # requires-python of pyproject.toml
-# What an extra brings, and how much of it is neither CUDA nor Triton, in GB (CONTRIBUTING.md has the measurements).
+# What an extra brings, and GB of the environment without what torch for Linux brings: `main` prints them, and
+# CONTRIBUTING.md has measurements.
 EXTRAS = {
-    "demo": ("what the demo needs: JAX, Flax, Optax, torch, scikit-learn, Matplotlib and lsce-parity", 1.5),
-    "all": ("everything for tests, lint, examples and benchmarks", 2.0),
-    "docs": ("Sphinx and what the site needs", 2.1),
-    "devices": ("the compilers for devices that are not here: IREE and Triton", 3.5),
+    "demo": ("what the demo needs: JAX, Flax, Optax, torch, scikit-learn, Matplotlib and lsce-parity", 1.4),
+    "all": ("everything for tests, lint, examples and benchmarks", 1.8),
+    "docs": ("Sphinx and what the site needs", 1.9),
+    "devices": ("the compilers for devices that are not here: IREE and Triton", 2.2),
 }
-CUDA = 4.5
+CUDA = 4.9
 LARGE = 20.0  # MB
 SILENCE = 10.0  # seconds
 _FETCHED = re.compile(r"\s*(Downloading|Using cached) (\S+?)-(\d[^-]*)-\S+\.whl \((\d+\.\d) ([MG]B)\)")
@@ -33,7 +34,7 @@ def announcement(extras: str, system: str) -> str:
 
     Example:
         >>> print(announcement("all", "darwin"))
-        Installing everything for tests, lint, examples and benchmarks: about 2.0 GB
+        Installing everything for tests, lint, examples and benchmarks: about 1.8 GB
     """
     what, size = EXTRAS[extras.rpartition(",")[2]]
     if not system.startswith("linux"):

@@ -24,6 +24,11 @@ SOURCE = 'SOURCE = ".."'
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 # tqdm misses widgets, which notebooks have elsewhere.
 _TQDM = re.compile(r"^.*TqdmWarning: .*\n.*\n", re.MULTILINE)
+# A cell with this tag shows times: they are stored as dots, and a fresh run is not held to its text.
+TIMES = "times"
+# The line that describes the machine, torch's log, and bars.
+_MACHINE = re.compile(r"^(date \d{4}-.*|The machine was busy .*|[WI]\d{4} \d\d:.*|.*━.*)\n", re.MULTILINE)
+_IN_A_TABLE = re.compile(r"(?<=\s\s)\d+(\.\d+)?\b")
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
@@ -44,7 +49,7 @@ def execute(notebook: NotebookNode, folder: Path, timeout: int = 1200) -> Notebo
         cell.source = cell.source.replace(SOURCE, f"SOURCE = {str(ROOT)!r}")
     resources = {"metadata": {"path": str(folder)}}
     # With more threads they wait for each other where a core is taken.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "100"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "160"}
     NotebookClient(made, timeout=timeout, record_timing=False, resources=resources).execute(env=environment)
     names = {
         **{f"{ROOT}/": "", str(ROOT): "lsce", sys.executable: "python"},
@@ -53,7 +58,11 @@ def execute(notebook: NotebookNode, folder: Path, timeout: int = 1200) -> Notebo
     for cell, source in zip(made.cells, sources, strict=True):
         cell.source = source
         if cell.cell_type == "code":
-            cell.outputs = [output for one in _joined(cell.outputs) if (output := _cleaned(one, names)) is not None]
+            outputs = [_cleaned(output, names) for output in _joined(cell.outputs)]
+            cell.outputs = [output for output in outputs if output is not None]
+            if TIMES in cell.metadata.get("tags", ()):
+                for output in cell.outputs:
+                    output.text = without_times(output.text)
     made.metadata = nbformat.from_dict(notebook.metadata)  # without the version of this Python
     return made
 
@@ -89,8 +98,20 @@ def _cleaned(output: NotebookNode, names: dict[str, str]) -> NotebookNode | None
     return output
 
 
+def without_times(text: str) -> str:
+    r"""Return what a command printed without the machine it ran on, and with dots for the numbers in its tables.
+
+    Example:
+        >>> without_times("date 2026-12-03, cores 2\nloss   0.74  21")
+        'loss   ·.··  ··'
+    """
+    return _IN_A_TABLE.sub(lambda found: re.sub(r"\d", "·", found[0]), _MACHINE.sub("", text))
+
+
 def kinds(cell: NotebookNode) -> list[tuple[str, ...]]:
     """Return what a cell shows, without the numbers in it: the type of each output, and its text or its media types."""
+    if TIMES in cell.metadata.get("tags", ()):
+        return [(output.output_type, output.name) for output in cell.outputs]
     return [
         ("stream", output.name, _masked(output.text))
         if output.output_type == "stream"
