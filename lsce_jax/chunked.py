@@ -156,7 +156,7 @@ def losses(
     skip = arrangement.order is not None
     plan = _Plan(replace(options, smoothing=0.0), with_stats, skip, chunks.gradient_filter)
     if chunks.recompute or is_sharded(layer.hidden) or is_sharded(layer.weight):
-        # With an explicit mesh JAX would ask how the sums over rows and classes in matrix products are divided.
+        # Then JAX asks no more how the sums over rows and classes in matrix products are divided.
         row_losses, stats = _row_losses(plan, operands)
         result = arrangement.by_row(row_losses) if chunks.recompute else row_losses.sum()
     else:
@@ -198,11 +198,6 @@ def arrange(batch: Batch, hidden: Float[Array, "*batch D"], chunks: ChunkOptions
     if not all(isinstance(size, int) for size in (num_rows, num_features, num_classes)):
         return arrangement  # symbolic sizes: one chunk
     num_chunks = -(-num_rows // chunks.rows_at_most(preferred_rows(num_features), num_classes))
-    if is_sharded(hidden):
-        # Rows of a mesh cannot be padded, and every device needs the same number of rows of each chunk.
-        size = jax.sharding.get_abstract_mesh().size
-        fitting = (number for number in range(num_chunks, num_rows + 1) if num_rows % (number * size) == 0)
-        num_chunks = next(fitting, 1)
     chunk_rows = -(-num_rows // num_chunks)
     arrangement = arrangement._replace(num_chunks=num_chunks, chunk_rows=chunk_rows)
     if batch.counted is None or num_chunks == 1 or jax.device_count() > 1:

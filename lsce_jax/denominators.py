@@ -9,7 +9,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from lsce_jax.errors import error
 from lsce_jax.functional import denominator_of
-from lsce_jax.inputs import as_array, compute_dtype, prepare, within_int32
+from lsce_jax.inputs import as_array, compute_dtype, on_automatic_axes, prepare, within_int32
 from lsce_jax.keywords import DenominatorKeywords, DenseLossKeywords
 from lsce_spec import LossOptions, is_floating
 from lsce_spec.keywords import defaults_of, takes
@@ -65,6 +65,14 @@ def mean_denominator(
     References:
         The divisor: `lsce_spec.mean_denominator`.
     """
+    return _denominator(labels, axis_name, keywords)[0]
+
+
+@on_automatic_axes
+def _denominator(
+    labels: Int[ArrayLike, "..."], axis_name: str | tuple[str, ...], keywords: DenominatorKeywords
+) -> tuple[Int[Array, ""] | Float[Array, ""], None]:
+    """Return the denominator, and nothing for each row."""
     labels = as_array("labels", within_int32(labels))
     if is_floating(labels.dtype.name):
         raise error("denominator_labels", given=labels.dtype.name)
@@ -79,7 +87,7 @@ def mean_denominator(
         num_classes = max(as_array("class_mask", mask).shape[-1:], default=1)
     describe: Any = jax.ShapeDtypeStruct
     logits = describe((*labels.shape, num_classes), dtype)
-    return _total(jnp.asarray(denominator_of(prepare(logits, labels, options, keywords))), axis_name)
+    return _total(jnp.asarray(denominator_of(prepare(logits, labels, options, keywords))), axis_name), None
 
 
 def _total(here: Array, axis_name: str | tuple[str, ...]) -> Array:

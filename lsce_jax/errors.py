@@ -3,6 +3,12 @@
 from lsce_spec import MESSAGES as SHARED_MESSAGES
 
 MESSAGES: dict[str, tuple[type[Exception], str]] = {
+    "explicit_axes": (
+        TypeError,
+        "jax.shard_map leaves out the axes {given} of this mesh, which are explicit and divide operands of the loss; "
+        "JAX finds no type for an array that is computed from them. Expected automatic axes, as of jax.make_mesh(..., "
+        "axis_types=(jax.sharding.AxisType.Auto,) * {number}), or a jax.shard_map over all axes of the mesh.",
+    ),
     "merge_state": (
         TypeError,
         "only a metric of the same kind and options can be merged into a {expected}, got {given}.",

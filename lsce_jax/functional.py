@@ -13,7 +13,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from lsce_jax import fused, kernels, reference
 from lsce_jax.accurate import divide
-from lsce_jax.inputs import Batch, as_array, extremes, prepare, warn_of_bad_labels
+from lsce_jax.inputs import Batch, as_array, extremes, on_automatic_axes, prepare, warn_of_bad_labels
 from lsce_jax.keywords import DenseLossKeywords, DenseStatsKeywords
 from lsce_jax.stats import LossStats
 from lsce_spec import LossOptions, check_denominator_array, check_denominator_values, check_flag
@@ -148,6 +148,7 @@ def label_smoothed_cross_entropy_with_stats(
     return loss, stats
 
 
+@on_automatic_axes
 def _evaluate(
     logits: ArrayLike, labels: ArrayLike, keywords: DenseLossKeywords, *, with_stats: bool, differentiable: bool = False
 ) -> tuple[Float[Array, "..."], LossStats | None]:

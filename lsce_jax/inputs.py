@@ -4,9 +4,10 @@ In a `Batch` the class dimension comes last, every label indexes safely, and two
 not count and those whose label is bad. So no implementation handles axes, ignored labels or bad labels itself.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from functools import partial, wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,11 @@ from lsce_spec import (
     is_floating,
     is_number,
 )
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_NO_ARRAYS = frozenset({type(None), bool, int, float, str, np.ndarray})  # asking JAX whether they are takes longer
 
 
 class Whole(NamedTuple):
@@ -298,13 +304,70 @@ def is_sharded(array: Array) -> bool:
     return any(axes is not None for axes in jax.typeof(array).sharding.spec)
 
 
+def on_automatic_axes(evaluate: Callable[P, tuple[Array, R]]) -> Callable[P, tuple[Array, R]]:
+    """Return a function of operands and, last, keywords, in which the compiler divides what an explicit mesh divides.
+
+    On an explicit mesh the type of an array says how it is divided. JAX then refuses to index, to reshape or to sum
+    over divided dimensions, unless each such operation says how its result is divided. Here only the results of the
+    call do: values of rows are divided as the rows of the first operand, a loss of all rows is not. The gradient of
+    each operand is divided as the operand is.
+    """
+
+    @wraps(evaluate)
+    def with_any_axes(*arguments: P.args, **params: P.kwargs) -> tuple[Array, R]:
+        mesh = _explicit_mesh(arguments)
+        if mesh is None:
+            return evaluate(*arguments, **params)
+        if mesh.manual_axes:
+            return _with_types(mesh, partial(evaluate, *arguments, **params))
+        leaves, structure = jax.tree.flatten(arguments)
+        arrays = {place: leaf for place, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
+
+        def of_arrays(arrays: dict[int, Array]) -> tuple[Array, R]:
+            given = [arrays.get(place, leaf) for place, leaf in enumerate(leaves)]
+            return evaluate(*jax.tree.unflatten(structure, given), **params)
+
+        first, keywords = arguments[0], cast("dict[str, Any]", arguments[-1])
+        spec = jax.typeof(first).sharding.spec if isinstance(first, jax.Array) else ()
+        axis = check_axis(keywords.get("axis", -1), np.shape(first))
+        by_row = jax.NamedSharding(mesh, jax.P(*spec[:axis], *spec[axis + 1 :]))
+        of_loss = by_row if keywords.get("reduction") == "none" else jax.NamedSharding(mesh, jax.P())
+        divided = jax.sharding.auto_axes(of_arrays, axes=mesh.explicit_axes, out_sharding=(of_loss, by_row))
+        return cast("tuple[Array, R]", divided(arrays))
+
+    return with_any_axes
+
+
+def _explicit_mesh(arguments: tuple[Any, ...]) -> Any:
+    """Return the mesh of the first array whose type may divide it over devices, or None. Keywords come last."""
+    for value in (*arguments[:-1], *arguments[-1].values()):
+        if type(value) not in _NO_ARRAYS and isinstance(value, jax.Array):
+            mesh = jax.typeof(value).sharding.mesh
+            if mesh.explicit_axes:
+                return mesh
+    return None
+
+
+def _with_types(mesh: Any, evaluate: Callable[[], R]) -> R:
+    """Return what a function computes in a `jax.shard_map` that leaves out explicit axes, or say what to do instead.
+
+    There JAX cannot transpose what makes them automatic.
+    """
+    try:
+        return evaluate()
+    except Exception as problem:
+        if type(problem).__name__ != "ShardingTypeError":  # JAX exports it nowhere
+            raise
+        raise error("explicit_axes", given=mesh.explicit_axes, number=len(mesh.axis_names)) from problem
+
+
 def with_whole_features(weight: Float[Array, "D K"]) -> Float[Array, "D K"]:
     """Return the weight of a layer, or its gradient, with all features on each device.
 
     In a loop over chunks of rows, XLA gathers a weight whose features are divided, as in FSDP, in each chunk, and adds
     up its gradient over the devices in each. So both are gathered or divided outside of the loop.
 
-    With explicit axes the type says how the weight is divided. Otherwise this needs the mesh that `jax.set_mesh` sets.
+    Where axes are explicit the type says how the weight is divided. Otherwise this needs the mesh of `jax.set_mesh`.
     """
     spec: Any = jax.P  # neither it nor what takes it has types
     divided, *others = jax.typeof(weight).sharding.spec

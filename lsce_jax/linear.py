@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from lsce_jax import chunked, reference
 from lsce_jax.errors import error
 from lsce_jax.functional import mean_divisor, reduce_losses
-from lsce_jax.inputs import Batch, as_array, compute_dtype, prepare, warn_of_bad_labels, within_int32
+from lsce_jax.inputs import Batch, as_array, compute_dtype, on_automatic_axes, prepare, warn_of_bad_labels, within_int32
 from lsce_jax.keywords import LinearLossKeywords, LinearStatsKeywords
 from lsce_jax.layer import Layer
 from lsce_jax.stats import LossStats
@@ -110,6 +110,7 @@ def linear_label_smoothed_cross_entropy_with_stats(
     return loss, stats
 
 
+@on_automatic_axes
 def _evaluate(
     hidden: ArrayLike,
     weight: ArrayLike,

@@ -26,7 +26,18 @@ from lsce_jax import chunked, fused, reference
 from lsce_jax.accurate import log1p
 from lsce_jax.errors import error
 from lsce_jax.functional import mean_divisor, reduce_losses
-from lsce_jax.inputs import Batch, Whole, as_array, as_last_axis, at_labels, prepare, raise_bad_label, within_int32
+from lsce_jax.inputs import (
+    Batch,
+    Whole,
+    as_array,
+    as_last_axis,
+    at_labels,
+    is_sharded,
+    on_automatic_axes,
+    prepare,
+    raise_bad_label,
+    within_int32,
+)
 from lsce_jax.keywords import (
     VocabParallelKeywords,
     VocabParallelLinearKeywords,
@@ -82,7 +93,7 @@ def vocab_parallel_label_smoothed_cross_entropy(
         ValueError: wrong shape, value out of range, options that exclude each other, or no axis of that name.
         IndexError: a label outside the classes, with `bad_labels="raise"` (needs `jax.experimental.checkify`).
 
-    Example:
+    Example: on a laptop, XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight devices of the CPU.
         >>> from functools import partial
         >>> import jax, jax.numpy as jnp
         >>> mesh = jax.make_mesh((jax.device_count(),), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -185,7 +196,7 @@ def vocab_parallel_linear_label_smoothed_cross_entropy(
         ValueError: wrong shape, value out of range, options that exclude each other, or no axis of that name.
         IndexError: a label outside the classes, with `bad_labels="raise"` (needs `jax.experimental.checkify`).
 
-    Example:
+    Example: on a laptop, XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight devices of the CPU.
         >>> from functools import partial
         >>> import jax, jax.numpy as jnp
         >>> mesh = jax.make_mesh((jax.device_count(),), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -273,16 +284,25 @@ class _Shard(NamedTuple):
 
     def most(self, by_name: dict[str, Array]) -> dict[str, Array]:
         """Return the maxima over the devices, in one collective."""
-        found = jax.lax.pmax(jnp.stack(list(by_name.values())), self.axis_name)  # type: ignore[no-untyped-call]
+        found = jax.lax.pmax(_stacked([*by_name.values()]), self.axis_name)  # type: ignore[no-untyped-call]
         return dict(zip(by_name, found, strict=True))
 
     def total(self, tree: Any) -> Any:
         """Return the sums over the devices, in one collective."""
         leaves, structure = jax.tree.flatten(tree)
-        total = jax.lax.psum(jnp.stack(leaves), self.axis_name)  # type: ignore[no-untyped-call]
+        total = jax.lax.psum(_stacked(leaves), self.axis_name)  # type: ignore[no-untyped-call]
         return jax.tree.unflatten(structure, list(total))
 
 
+def _stacked(of_rows: list[Array]) -> Array:
+    """Return arrays of the same shape as one. Where explicit axes of the mesh divide some of them, they divide all."""
+    divided = next((jax.typeof(array).sharding.spec for array in of_rows if is_sharded(array)), None)
+    if divided is not None:
+        of_rows = [jax.sharding.reshard(array, divided) for array in of_rows]
+    return jnp.stack(of_rows)
+
+
+@on_automatic_axes
 def _evaluate(
     local_logits: ArrayLike,
     labels: ArrayLike,
@@ -319,6 +339,7 @@ def _evaluate(
     return _reduced(batch, results, options, keywords, differentiable)
 
 
+@on_automatic_axes
 def _evaluate_linear(
     hidden: ArrayLike,
     local_weight: ArrayLike,
@@ -427,7 +448,7 @@ def _with_first_largest(batch: Batch, peaks: Peaks, most: dict[str, Array], shar
         is_largest = _constant_labels(batch) == most["label"][..., None]
         index = jnp.argmax(is_largest, axis=-1).astype(jnp.int32)
         first.append(jnp.where(jnp.any(is_largest, axis=-1), index, NO_CLASS))
-    here = jnp.stack(first)
+    here = _stacked(first)
     of_all = jnp.where(here < shard.num_here, here + shard.first, NO_CLASS)
     found = jax.lax.pmin(of_all, shard.axis_name)  # type: ignore[no-untyped-call]
     assert batch.whole is not None

@@ -341,7 +341,7 @@ def test_every_message_has_a_call() -> None:
     assert set(lsce_torch.errors.MESSAGES) == TORCH_ELSEWHERE
     assert not set(lsce_torch.errors.MESSAGES) & set(MESSAGES)
     # In test_metrics.py, test_denominators.py and test_vocab_parallel.py.
-    assert set(lsce_jax.errors.MESSAGES) == {"merge_state", "denominator_axis", "axis_name"}
+    assert set(lsce_jax.errors.MESSAGES) == {"explicit_axes", "merge_state", "denominator_axis", "axis_name"}
     assert not set(lsce_jax.errors.MESSAGES) & set(MESSAGES)
 
 

@@ -150,7 +150,8 @@ def definitions(package: str, file: str) -> list[str]:
 ONLY_IN_JAX = {
     "inputs.py": {"as_array", "within_int32", "as_last_axis", "is_sharded", "_is_at_hand", "_is_traced"}
     | {"Whole"}  # for vocab_parallel.py
-    | {"varying_like", "_axes_of", "with_whole_features"},  # for shard_map, and for jit
+    | {"varying_like", "_axes_of", "with_whole_features"}  # for shard_map, and for jit
+    | {"on_automatic_axes", "_explicit_mesh", "_with_types"},  # for explicit meshes
     "modules.py": {"LossConstant"},
     "metrics.py": {"_sum_of_fractions", "_count", "_pair", "_add", "_two_sum"},
 }

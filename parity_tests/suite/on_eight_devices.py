@@ -535,6 +535,151 @@ def test_a_weight_whose_features_are_divided_is_gathered_once(axis_type: str, re
         np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-13)
 
 
+# --- Types of the axes ----------------------------------------------------------------------------------------------
+
+# The axes of both dimensions of rows, of the classes, and of the features of hidden and of the weight.
+DIVIDED: dict[str, tuple[tuple[Any, Any], Any, Any, Any]] = {
+    "rows": (("data", None), None, None, None),
+    "sequence": ((None, "data"), None, None, None),
+    "both dimensions": (("data", "model"), None, None, None),
+    "classes": ((None, None), "model", None, None),
+    "rows and classes": (("data", None), "model", None, None),
+    "features": (("data", None), None, "model", "model"),
+    "features of the weight": (("data", None), "model", None, "data"),
+}
+PLACES = np.arange(32).reshape(8, 4)
+ROWS_OF = {
+    "logits": np.random.default_rng(7).normal(size=(8, 4, 16)),
+    "labels": np.where(PLACES % 6 == 0, 3, PLACES % 10 + 6),
+    "hidden": np.random.default_rng(8).normal(size=(8, 4, 8)),
+    "weight": np.random.default_rng(9).normal(size=(8, 16)),
+}
+BY_CLASS = {"class_weight": np.linspace(0.5, 2, 16), "class_mask": np.arange(16) != 5}
+BY_ROW = {"where": PLACES % 7 != 2, "smoothing": np.linspace(0, 0.3, 32).reshape(8, 4)}
+MASKS = {"class_mask": (np.arange(512).reshape(8, 4, 16) % 11 != 5) | (ROWS_OF["labels"][..., None] == np.arange(16))}
+MEAN: dict[str, Any] = {"reduction": "mean", "ignore_index": 3, "z_loss": 0.1}
+layer_with_stats = lsce_jax.linear_label_smoothed_cross_entropy_with_stats
+CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "dense": (lsce_jax.label_smoothed_cross_entropy_with_stats, {}),
+    "options": (dense, {**BY_CLASS, **BY_ROW, **MEAN, "softcap": 5.0}),
+    "masks of rows": (dense, {**MASKS, "convention": "max_sup", "reduction": "mean"}),
+    "reference": (dense, {**BY_CLASS, "implementation": "reference"}),
+    "soft": (dense, {"labels": np.random.default_rng(6).dirichlet(np.ones(16), (8, 4)), "reduction": "mean"}),
+    "layer": (layer_with_stats, {"chunk_size": 8, "reduction": "mean"}),
+    "layer, options": (layer_with_stats, {**BY_CLASS, **BY_ROW, **MEAN, "chunk_size": 5}),
+    "layer, none": (layer_with_stats, {"chunk_size": 8}),
+    "layer, filter": (layer_with_stats, {"gradient_filter": 1e-30, "reduction": "sum"}),
+    "layer, reference": (layer_with_stats, {"implementation": "reference"}),
+}
+QUICK = {("layer", "sequence"), ("options", "classes"), ("layer, options", "features of the weight")}
+TYPES = (("Explicit", "Explicit"), ("Auto", "Explicit"), ("Explicit", "Auto"))
+
+
+def mesh_of(types: Sequence[str]) -> Any:
+    kinds = tuple(getattr(jax.sharding.AxisType, name) for name in types)
+    return jax.make_mesh((2, 4), ("data", "model"), axis_types=kinds)
+
+
+def on_mesh_of(types: Sequence[str], operands: dict[str, Any], divided_by: str) -> dict[str, Any]:
+    """Return the operands, divided as that entry of `DIVIDED` says; numbers and texts as they are."""
+    rows, classes, of_hidden, of_weight = DIVIDED[divided_by]
+    axes = {(8, 4): rows, (16,): (classes,), (8, 4, 16): (*rows, classes), (8, 4, 8): (*rows, of_hidden)}
+    axes[8, 16] = (of_weight, classes)
+    mesh = mesh_of(types)
+    return {
+        name: placed(mesh, value, *axes[value.shape]) if isinstance(value, np.ndarray) else value
+        for name, value in operands.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("types", "call", "divided_by"),
+    [
+        pytest.param(*each, marks=[] if each[0] is TYPES[0] and each[1:] in QUICK else [pytest.mark.distributed])
+        for each in product(TYPES, CALLS, DIVIDED)
+        if "features" not in each[2] or each[1].startswith("layer")
+    ],
+)
+def test_types_of_axes(types: tuple[str, str], call: str, divided_by: str) -> None:
+    """Explicit and mixed axes, without `jax.set_mesh`: the loss of one device, with gradients divided as operands."""
+    loss, options = CALLS[call]
+    floats = ("hidden", "weight") if call.startswith("layer") else ("logits",)
+    given = {name: ROWS_OF[name] for name in (*floats, "labels")} | options
+    texts = {name: value for name, value in given.items() if not isinstance(value, np.ndarray)}
+
+    @jax.jit
+    def step(arrays: dict[str, Any]) -> Any:
+        def value(by: dict[str, Any]) -> Any:
+            results = loss(**{**arrays, **by}, **texts)
+            return jnp.sum(jax.tree.leaves(results)[0]), results
+
+        return jax.grad(value, has_aux=True)({name: arrays[name] for name in floats})
+
+    with jax.enable_x64(True):
+        arrays = {name: value for name, value in given.items() if name not in texts}
+        expected = step(arrays)
+        arrays = on_mesh_of(types, arrays, divided_by)
+        found = step(arrays)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-13)
+    for name, gradient in found[0].items():
+        assert jax.typeof(gradient).sharding == jax.typeof(arrays[name]).sharding
+
+
+def test_types_of_results() -> None:
+    """Values of rows are divided as the rows of the logits are, a mean and the denominator of a mean not at all."""
+    operands = on_mesh_of(TYPES[0], {name: ROWS_OF[name] for name in ("logits", "labels")}, "rows and classes")
+    logits, labels = operands["logits"].transpose(0, 2, 1), operands["labels"]
+    losses = dense(logits, labels, axis=1)
+    mean, stats = lsce_jax.label_smoothed_cross_entropy_with_stats(logits, labels, axis=1, reduction="mean")
+    denominator = lsce_jax.mean_denominator(labels, class_weight=np.ones(16, np.float32), ignore_index=3)
+    assert jax.typeof(losses).sharding.spec == jax.typeof(stats.nll).sharding.spec == jax.P("data", None)
+    assert jax.typeof(mean).sharding.spec == jax.typeof(denominator).sharding.spec == jax.P()
+    assert float(denominator) == np.sum(ROWS_OF["labels"] != 3)
+
+
+def some_classes(logits: jax.Array, labels: jax.Array, class_weight: jax.Array, class_mask: jax.Array) -> jax.Array:
+    vectors = {"class_weight": class_weight, "class_mask": class_mask}
+    return sharded(logits, labels, axis_name="model", reduction="mean", **vectors)
+
+
+@pytest.mark.parametrize("check_vma", [True, pytest.param(False, marks=pytest.mark.distributed)])
+def test_shard_map_that_leaves_out_an_explicit_axis(check_vma: bool) -> None:
+    """It divides the classes, and types divide the rows."""
+    specs = jax.P(None, None, "model"), jax.P(), jax.P("model"), jax.P("model")
+    names: dict[str, Any] = {"axis_names": {"model"}, "check_vma": check_vma}
+    on_mesh = jax.shard_map(some_classes, mesh=mesh_of(TYPES[0]), in_specs=specs, out_specs=jax.P(), **names)
+    with jax.enable_x64(True):
+        arrays = {name: ROWS_OF[name] for name in ("logits", "labels")} | BY_CLASS
+        given = on_mesh_of(TYPES[0], arrays, "rows and classes")
+        found = jax.jit(jax.value_and_grad(on_mesh))(*given.values())
+        expected = jax.value_and_grad(partial(dense, reduction="mean", **BY_CLASS))(*[*arrays.values()][:2])
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("type_of_rest", ["Explicit", "Auto"])
+def test_an_array_for_which_jax_finds_no_type(type_of_rest: str) -> None:
+    """The error says which types to write, and with these the loss is computed."""
+    mesh = mesh_of(("Auto", type_of_rest))
+
+    def losses_of(hidden: jax.Array, weight: jax.Array, labels: jax.Array) -> jax.Array:
+        options: dict[str, Any] = {"implementation": "reference"}
+        return lsce_jax.linear_label_smoothed_cross_entropy(hidden, weight, labels, **options)
+
+    specs = jax.P("data"), jax.P(), jax.P("data")
+    loss = jax.shard_map(losses_of, mesh=mesh, in_specs=specs, out_specs=jax.P("data"), axis_names={"data"})
+    hidden, weight = placed(mesh, HIDDEN[:8, :4], "data", "model"), placed(mesh, WEIGHT[:4], "model", None)
+    operands = hidden, weight, placed(mesh, np.arange(8), "data")
+    if type_of_rest == "Auto":
+        np.testing.assert_allclose(
+            jax.jit(loss)(*operands), losses_of(HIDDEN[:8, :4], WEIGHT[:4], np.arange(8)), rtol=1e-5
+        )
+        return
+    with pytest.raises(TypeError, match=r"the axes \('model',\).* axis_types=\(jax.sharding.AxisType.Auto,\) \* 2\)"):
+        jax.jit(loss)(*operands)
+
+
 # --- Rows -----------------------------------------------------------------------------------------------------------
 
 
