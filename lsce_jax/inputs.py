@@ -327,11 +327,11 @@ def on_automatic_axes(evaluate: Callable[P, tuple[Array, R]]) -> Callable[P, tup
             given = [arrays.get(place, leaf) for place, leaf in enumerate(leaves)]
             return evaluate(*jax.tree.unflatten(structure, given), **params)
 
-        first, keywords = arguments[0], cast("dict[str, Any]", arguments[-1])
+        first, keywords, spec_of = cast("Any", arguments[0]), cast("dict[str, Any]", arguments[-1]), cast("Any", jax.P)
         spec = jax.typeof(first).sharding.spec if isinstance(first, jax.Array) else ()
         axis = check_axis(keywords.get("axis", -1), np.shape(first))
-        by_row = jax.NamedSharding(mesh, jax.P(*spec[:axis], *spec[axis + 1 :]))
-        of_loss = by_row if keywords.get("reduction") == "none" else jax.NamedSharding(mesh, jax.P())
+        by_row = jax.NamedSharding(mesh, spec_of(*spec[:axis], *spec[axis + 1 :]))
+        of_loss = by_row if keywords.get("reduction") == "none" else jax.NamedSharding(mesh, spec_of())
         divided = jax.sharding.auto_axes(of_arrays, axes=mesh.explicit_axes, out_sharding=(of_loss, by_row))
         return cast("tuple[Array, R]", divided(arrays))
 

@@ -298,7 +298,7 @@ def _stacked(of_rows: list[Array]) -> Array:
     """Return arrays of the same shape as one. Where explicit axes of the mesh divide some of them, they divide all."""
     divided = next((jax.typeof(array).sharding.spec for array in of_rows if is_sharded(array)), None)
     if divided is not None:
-        of_rows = [jax.sharding.reshard(array, divided) for array in of_rows]
+        of_rows = [jax.sharding.reshard(array, divided) for array in of_rows]  # type: ignore[no-untyped-call]
     return jnp.stack(of_rows)
 
 
