@@ -3,7 +3,7 @@
     python -m tools.commands
     python -m tools.commands --run --only 'README|cost'
 
-README.md: blocks of `sh`, and `make` and `pip` within the text. docs: every `pip install`. `--run` runs those of
+README.md: blocks of `sh` and `console`, and `make` and `pip` within the text. docs: every `pip install`. `--run` runs those of
 README.md in their order in one clone and one environment, as its reader does, and each line of the docs in a clone and
 an environment of its own. It prints exit code and seconds, and exits with 1 if a command fails.
 """
@@ -25,7 +25,9 @@ ROOT = Path(__file__).parents[1]
 # An hour or a device; CONTRIBUTING.md says which takes how long.
 LONG = r"make (test|bench|docs|fonts|wheel)"
 INSTALL = re.compile(r"pip install (?![.,:;])[^`\n]+")
-_SHELL = re.compile(r"^```(?:sh|bash|shell)\n(.*?)^```|`((?:make [a-z]|pip )[^`]*)`", re.MULTILINE | re.DOTALL)
+_SHELL = re.compile(
+    r"^```(?:sh|bash|shell)\n(.*?)^```|^```console\n\$ (.*?)^```|`((?:make [a-z]|pip )[^`]*)`", re.MULTILINE | re.DOTALL
+)
 
 
 class Command(NamedTuple):
@@ -36,15 +38,15 @@ class Command(NamedTuple):
 
 
 def in_order(page: str) -> list[str]:
-    r"""Return the commands of a page, without comments, each on one line: blocks of shell, and `make` and `pip`.
+    r"""Return the commands of a page, without comments, each on one line: shell, the first of a session, `make`, `pip`.
 
     Example:
         >>> in_order("```sh\npip install lsce  # or\nlsce-parity compare a \\\n    b\n```\nThen `make demo`.\n")
         ['pip install lsce', 'lsce-parity compare a b', 'make demo']
     """
     found = []
-    for block, within in _SHELL.findall(page):
-        lines = re.sub(r"\s*\\\n\s*", " ", block).splitlines() or [" ".join(within.split())]
+    for block, session, within in _SHELL.findall(page):
+        lines = re.sub(r"\s*\\\n\s*", " ", block).splitlines() or session.splitlines()[:1] or [" ".join(within.split())]
         found += [command for line in lines if (command := without_comment(line))]
     return found
 
