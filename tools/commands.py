@@ -3,9 +3,9 @@
     python -m tools.commands
     python -m tools.commands --run --only 'README|cost'
 
-README.md: blocks of `sh` and `console`, and `make` and `pip` within the text. docs: every `pip install`. `--run` runs those of
-README.md in their order in one clone and one environment, as its reader does, and each line of the docs in a clone and
-an environment of its own. It prints exit code and seconds, and exits with 1 if a command fails.
+README.md: blocks of `sh` and `console`, and `make` and `pip` within the text. docs: every `pip install`. `--run` runs
+those of README.md in their order in one clone and one environment, as its reader does, and each line of the docs in a
+clone and an environment of its own. It prints exit code and seconds, and exits with 1 if a command fails.
 """
 
 import argparse
