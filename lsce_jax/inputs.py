@@ -32,6 +32,7 @@ from lsce_spec import (
     is_floating,
     is_number,
 )
+from lsce_spec.hints import for_type
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -260,8 +261,8 @@ def as_array(name: str, value: ArrayLike) -> Array:
     except (TypeError, ValueError) as problem:
         if isinstance(value, jax.Array):  # it is one, and JAX says what is wrong with it
             raise
-        given = type(value).__name__
-        raise error("array_type", name=name, expected="an array", given=given) from problem
+        given, hint = type(value).__name__, for_type(name, value)
+        raise error("array_type", name=name, expected="an array", given=given, hint=hint) from problem
 
 
 def within_int32(labels: ArrayLike) -> ArrayLike:

@@ -29,6 +29,7 @@ from lsce_spec import (
     check_denominator_array,
     is_integer,
 )
+from lsce_spec.keywords import hinting
 
 # A number in two parts: the rounded sum and its rounding error.
 _Pair = tuple[Float[Array, "..."], Float[Array, "..."]]
@@ -99,6 +100,7 @@ class MeanLoss(_Sums):
         """Start with nothing seen."""
         super().__init__("loss", "denominator")
 
+    @hinting
     def update(
         self,
         *,
@@ -147,6 +149,7 @@ class MeanNLL(_Sums):
         """Start with nothing seen."""
         super().__init__("nll", "count")
 
+    @hinting
     def update(self, *, stats: LossStats, mask: Bool[ArrayLike, "..."] | None = None, **_: Any) -> None:
         """Add a batch; see `MeanLoss.update` for `stats` and `mask`."""
         self._add(**_mean_nll_sums(stats, mask))
@@ -196,6 +199,7 @@ class MeanEntropy(_Sums):
         """Start with nothing seen."""
         super().__init__("entropy", "count")
 
+    @hinting
     def update(self, *, stats: LossStats, mask: Bool[ArrayLike, "..."] | None = None, **_: Any) -> None:
         """Add a batch; see `MeanLoss.update` for `stats` and `mask`."""
         self._add(**_mean_entropy_sums(stats, mask))
@@ -227,6 +231,7 @@ class Accuracy(_Sums):
         """Start with nothing seen."""
         super().__init__("correct", "count")
 
+    @hinting
     def update(self, *, stats: LossStats, mask: Bool[ArrayLike, "..."] | None = None, **_: Any) -> None:
         """Add a batch; see `MeanLoss.update` for `stats` and `mask`."""
         self._add(**_accuracy_sums(stats, mask))
@@ -297,6 +302,7 @@ class TopKAccuracy(_Sums):
         super().__init__(f"correct_in_top_{k}", "count")
         self.k = k
 
+    @hinting
     def update(
         self,
         *,
@@ -380,6 +386,7 @@ class CalibrationError(_Sums):
         super().__init__("confidence", "correct", "count", shape=(num_bins,))
         self.num_bins = num_bins
 
+    @hinting
     def update(self, *, stats: LossStats, mask: Bool[ArrayLike, "..."] | None = None, **_: Any) -> None:
         """Add a batch; see `MeanLoss.update` for `stats` and `mask`."""
         for sums in _calibration_error_sums(self.num_bins, stats, mask):

@@ -21,13 +21,14 @@ from lsce_spec import (
     check_class_num,
     check_label_smooth,
     find_convention,
-    rename,
+    names_for,
+    renamed,
 )
 from lsce_spec.keywords import hinting, parameters_of, takes
 
 _CONSTANTS = ("prior", "class_weight", "class_mask")
 # What the arguments of a function are called in `CELossWithLabelSmoothing`.
-_NAMES_OF_CLASS_NUM = {"smoothing": "label_smooth", r"pass axis=(\d+)": r"pass jnp.moveaxis(logits, \1, 1)"}
+_NAMES_OF_CLASS_NUM = names_for({"smoothing": "label_smooth", r"pass axis=(\d+)": r"pass jnp.moveaxis(logits, \1, 1)"})
 
 
 class LossConstant(nnx.Variable[Array]):
@@ -230,5 +231,4 @@ class CELossWithLabelSmoothing(nnx.Module):
                 reduction="mean",
             )
         except (TypeError, ValueError) as problem:
-            rename(problem, _NAMES_OF_CLASS_NUM)
-            raise
+            raise renamed(problem, _NAMES_OF_CLASS_NUM) from problem.__cause__

@@ -4,13 +4,13 @@ A message says what was expected, what was given, and what to do about it.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 # The exception and the text of each message, by key. The names in braces are filled in by `error`.
 MESSAGES: dict[str, tuple[type[Exception], str]] = {
     "array_type": (
         TypeError,
-        "{name} must be {expected}, got {given}. Convert it first.",
+        "{name} must be {expected}, got {given}. {hint}",
     ),
     "not_installed": (
         ModuleNotFoundError,
@@ -91,7 +91,7 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
     ),
     "positional": (
         TypeError,
-        "{function}() takes only {names} by position. {hint}",
+        "{function}() takes {names} by position. {hint}",
     ),
     "missing": (
         TypeError,
@@ -381,25 +381,30 @@ def error(key: str, *, wrong_type: bool = False, **given: object) -> Exception:
     return (TypeError if wrong_type else kind)(text.format(**given).rstrip())
 
 
-def rename(problem: Exception, names: Mapping[str, str]) -> None:
-    """Rewrite the message of an exception in the names of the function that was called.
+# What a function calls an argument, and what the one that called it does. Compiled, as torch.compile cannot do it.
+Names = Sequence[tuple[re.Pattern[str], str]]
 
-    Args:
-        problem: what a function raised that another one called.
-        names: that of the caller for each of the function's own. The keys are patterns, and match whole words.
+
+def names_for(names: Mapping[str, str]) -> Names:
+    """Return names in the form that `renamed` takes: for each pattern, which matches whole words, the caller's name."""
+    # What is quoted is a value.
+    return [(re.compile(rf"(?<![\w'.]){pattern}(?![\w'])"), name) for pattern, name in names.items()]
+
+
+def renamed(problem: Exception, names: Names) -> Exception:
+    """Return an exception of ours in the names of the function that was called, and any other as it is.
 
     Example:
         >>> problem = error("smoothing_range", given=1.5)
-        >>> rename(problem, {"smoothing": "label_smoothing"})
-        >>> print(problem)
+        >>> print(renamed(problem, names_for({"smoothing": "label_smoothing"})))
         label_smoothing must be in [0, 1], got 1.5. 0 turns it off; 0.1 is usual.
     """
-    text = problem.args[0] if problem.args else None
-    if isinstance(text, str):
-        for pattern, name in names.items():
-            # What is quoted is a value.
-            text = re.sub(rf"(?<![\w'.]){pattern}(?![\w'])", name, text)
-        problem.args = (text, *problem.args[1:])
+    if type(problem) not in {TypeError, ValueError, IndexError, RuntimeError}:
+        return problem
+    text = str(problem)
+    for pattern, name in names:
+        text = pattern.sub(name, text)
+    return type(problem)(text)
 
 
 def refused(key: str, name: str, value: object, *, wrong_type: bool, **given: object) -> Exception:

@@ -192,6 +192,23 @@ def for_missing(name: str, function: str) -> str:
     return _MISSING.get(name) or (_MISSING.get(function, "") if name == "labels" else "")
 
 
+def for_type(name: str, value: object, make: str = "") -> str:
+    """Return how to make the argument of that name an array, which `make`, if any, does with lists and NumPy's arrays.
+
+    Example:
+        >>> for_type("labels", [0, 1], "torch.as_tensor")
+        'Pass torch.as_tensor(labels).'
+    """
+    if value is None:
+        return f"{name} cannot be left out."
+    if isinstance(value, dict) or hasattr(value, "logits"):
+        return "Pass the one that it holds."
+    kind = type(value)
+    if make and (isinstance(value, (list, int, float)) or kind.__module__ == "numpy"):
+        return f"Pass {make}({name})."
+    return f"Pass its {name}." if hasattr(value, name) else "Convert it first."
+
+
 def for_positional(value: object, options: Collection[str], function: str) -> str:
     """Return which option to write for a value that was passed without a name.
 
@@ -207,8 +224,11 @@ def for_positional(value: object, options: Collection[str], function: str) -> st
         "Options are keyword-only: write reduction='mean'."
     """
     is_array = hasattr(value, "dtype")
+    kind, _, method = function.rpartition(".")
     if is_array and function == "add_smoothing":
         return _LAYER_OPERANDS
+    if is_array and method == "__init__":
+        return f"Arrays go to the call of the module, as in loss = {kind}(...) and then loss(...)."
     names = [name for name in _meant_by(value) if name in options]
     if names:
         shown = "..." if is_array or not isinstance(value, (bool, int, float, str)) else repr(value)
@@ -228,7 +248,7 @@ def _meant_by(value: object) -> tuple[str, ...]:
         return tuple(fitting) or ("axis_name", "convention", "reduction")
     if isinstance(value, (bool, int, float)):
         return _meant_by_number(value)
-    return ("convention",) if hasattr(value, "at_max") else ()
+    return ("convention",) if hasattr(value, "at_max") else ("stats",) if hasattr(value, "confidence") else ()
 
 
 def _meant_by_number(value: float) -> tuple[str, ...]:

@@ -64,8 +64,8 @@ class _Places:
     def surplus(self, operands: Sequence[object]) -> Exception:
         """Return the TypeError for operands beyond those that have a place. It says which options they may be."""
         hint = hints.for_positional(operands[self.most], self.options, self.function)
-        *most, last = self.by_position or ("nothing",)
-        names = f"{', '.join(most)} and {last}" if most else last
+        *most, last = self.by_position or ("",)
+        names = f"only {', '.join(most)} and {last}" if most else f"only {last}" if last else "nothing"
         return error("positional", function=self.function, names=names, hint=hint)
 
     def missing(self, given: int, named: Collection[str]) -> Exception | None:
@@ -115,6 +115,7 @@ def hinting(function: Callable[P, R]) -> Callable[P, R]:
     """Make the TypeErrors for wrong names and places of arguments say what to do, of plain parameters."""
     signature = inspect.signature(function)
     accepted = tuple(name for name in signature.parameters if name != "self")
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
     qualified = function.__qualname__
     places = _Places(signature, qualified)
     most = places.most
@@ -122,7 +123,7 @@ def hinting(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def with_hint(*operands: P.args, **given: P.kwargs) -> R:
         for name in given:
-            if name not in accepted:
+            if name not in accepted and not takes_any:
                 raise unexpected(name, accepted, qualified)
         if len(operands) > most:
             raise places.surplus(operands)

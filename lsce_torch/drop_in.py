@@ -1,27 +1,28 @@
 """`torch.nn.functional.cross_entropy` with the options of this package: swap the import, nothing else."""
 
 import warnings
-from collections.abc import Mapping
 from typing import Unpack
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lsce_spec import Reduction, is_integral, rename
+from lsce_spec import Names, Reduction, is_integral, names_for, renamed
 from lsce_spec.keywords import takes
 from lsce_torch.errors import error
 from lsce_torch.functional import label_smoothed_cross_entropy
 from lsce_torch.keywords import CrossEntropyKeywords
 
 # torch's names of the arguments, for our messages. The classes cannot be elsewhere than in dimension 1.
-NAMES = {
+_OF_CALL = {
     "logits": "input",
     "labels": "target",
-    "smoothing": "label_smoothing",
     "class_weight": "weight",
     r"pass axis=(\d+)": r"pass input.movedim(\1, 1)",
 }
+NAMES = names_for({**_OF_CALL, "smoothing": "label_smoothing"})
+# The same where a call of the module has a smoothing of its own.
+NAMES_OF_CALL = names_for(_OF_CALL)
 
 
 @takes(CrossEntropyKeywords)
@@ -79,7 +80,7 @@ def cross_entropy(
 
 
 def with_names_of_torch(
-    names: Mapping[str, str],
+    names: Names,
     input: Tensor,  # noqa: A002  # as above
     target: Tensor,
     weight: Tensor | None,
@@ -107,8 +108,7 @@ def with_names_of_torch(
             **options,
         )
     except (TypeError, ValueError, IndexError, RuntimeError) as problem:
-        rename(problem, names)
-        raise
+        raise renamed(problem, names) from problem.__cause__
 
 
 def _translated(size_average: bool | None, reduce: bool | None) -> Reduction:

@@ -28,6 +28,11 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         "hidden, weight, bias and labels must be on the same device, got {name} on {given} and hidden on {expected}. "
         "Move one of them.",
     ),
+    "module_operands": (
+        TypeError,
+        "LabelSmoothedCrossEntropyLoss(...) makes the loss, and input and target go to its call: "
+        "loss = LabelSmoothedCrossEntropyLoss(...) and then loss(input, target).",
+    ),
     "weight_type": (
         TypeError,
         "weight must be None or a tensor of class weights, got {given}. "

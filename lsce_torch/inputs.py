@@ -34,6 +34,7 @@ from lsce_spec import (
     check_smoothing_values,
     is_number,
 )
+from lsce_spec.hints import for_type
 from lsce_torch.device import is_on_cpu
 from lsce_torch.errors import error
 
@@ -367,7 +368,8 @@ def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         if isinstance(value, Proxy):
             raise error("not_traceable", tool="torch.fx.symbolic_trace")
-        raise error("array_type", name=name, expected="a tensor", given=type(value).__name__)
+        hint = for_type(name, value, "torch.as_tensor")
+        raise error("array_type", name=name, expected="a tensor", given=type(value).__name__, hint=hint)
     if value.layout is not torch.strided:
         raise error("layout", name=name, given=value.layout)
 
@@ -378,8 +380,8 @@ def _as_tensor(name: str, value: object, device: torch.device) -> Tensor:
             return torch.full((), value, device=device)  # see `tensor_of`
         return torch.as_tensor(value, device=device)
     except (TypeError, ValueError, RuntimeError) as problem:
-        given = type(value).__name__
-        raise error("array_type", name=name, expected="a tensor", given=given) from problem
+        given, hint = type(value).__name__, for_type(name, value)
+        raise error("array_type", name=name, expected="a tensor", given=given, hint=hint) from problem
 
 
 def _class_mask(

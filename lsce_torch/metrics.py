@@ -24,6 +24,7 @@ from lsce_spec import (
     is_number,
 )
 from lsce_spec.extras import require
+from lsce_spec.keywords import hinting
 from lsce_torch.errors import error
 from lsce_torch.inputs import at_labels, dtype_name, prepare, tensor_of, warn_of_bad_labels
 from lsce_torch.stats import LossStats
@@ -98,6 +99,7 @@ class MeanLoss(_Sums):
         """Start with nothing seen."""
         super().__init__("loss", "denominator", **options)
 
+    @hinting
     def update(
         self,
         *,
@@ -147,6 +149,7 @@ class MeanNLL(_Sums):
         """Start with nothing seen."""
         super().__init__("nll", "count", **options)
 
+    @hinting
     def update(self, *, stats: LossStats, mask: Bool[Tensor, "..."] | None = None) -> None:
         """Add a batch; see `MeanLoss.update` for `stats` and `mask`."""
         self._add(**_mean_nll_sums(stats, mask))
@@ -198,6 +201,7 @@ class MeanEntropy(_Sums):
         """Start with nothing seen."""
         super().__init__("entropy", "count", **options)
 
+    @hinting
     def update(self, *, stats: LossStats, mask: Bool[Tensor, "..."] | None = None) -> None:
         """Add a batch; see `MeanLoss.update` for `stats` and `mask`."""
         self._add(**_mean_entropy_sums(stats, mask))
@@ -231,6 +235,7 @@ class Accuracy(_Sums):
         """Start with nothing seen."""
         super().__init__("correct", "count", **options)
 
+    @hinting
     def update(self, *, stats: LossStats, mask: Bool[Tensor, "..."] | None = None) -> None:
         """Add a batch; see `MeanLoss.update` for `stats` and `mask`."""
         self._add(**_accuracy_sums(stats, mask))
@@ -300,6 +305,7 @@ class TopKAccuracy(_Sums):
         super().__init__(f"correct_in_top_{k}", "count", **options)
         self.k = k
 
+    @hinting
     def update(
         self,
         *,
@@ -379,6 +385,7 @@ class CalibrationError(_Sums):
         super().__init__("confidence", "correct", "count", shape=(num_bins,), **options)
         self.num_bins = num_bins
 
+    @hinting
     def update(self, *, stats: LossStats, mask: Bool[Tensor, "..."] | None = None) -> None:
         """Add a batch; see `MeanLoss.update` for `stats` and `mask`."""
         self._add(**_calibration_error_sums(self.num_bins, stats, mask))

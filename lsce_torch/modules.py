@@ -17,11 +17,13 @@ from lsce_spec import (
     check_class_num,
     check_label_smooth,
     find_convention,
-    rename,
+    names_for,
+    renamed,
 )
 from lsce_spec.keywords import hinting, parameters_of, takes
 from lsce_torch import kernels
-from lsce_torch.drop_in import NAMES, check_weight, with_names_of_torch
+from lsce_torch.drop_in import NAMES, NAMES_OF_CALL, check_weight, with_names_of_torch
+from lsce_torch.errors import error
 from lsce_torch.functional import label_smoothed_cross_entropy
 from lsce_torch.inputs import check_prior, check_tensor
 from lsce_torch.keywords import DenseModuleKeywords, LinearModuleKeywords
@@ -29,9 +31,8 @@ from lsce_torch.linear import linear_label_smoothed_cross_entropy
 from lsce_torch.overwrite import check_inplace
 
 _CONSTANTS = ("prior", "class_weight", "class_mask")
-# What the arguments of a function are called here.
-_NAMES_OF_CALL = {name: NAMES[name] for name in NAMES if name != "smoothing"}
-_NAMES_OF_CLASS_NUM = {"smoothing": "label_smooth", r"pass axis=(\d+)": r"pass logits.movedim(\1, 1)"}
+# What the arguments of a function are called in `CELossWithLabelSmoothing`.
+_NAMES_OF_CLASS_NUM = names_for({"smoothing": "label_smooth", r"pass axis=(\d+)": r"pass logits.movedim(\1, 1)"})
 
 
 class _LossModule(nn.Module):
@@ -103,6 +104,8 @@ class LabelSmoothedCrossEntropyLoss(_LossModule, nn.CrossEntropyLoss):
         **options: Unpack[DenseModuleKeywords],
     ) -> None:
         """Check the options and keep them; see the class."""
+        if isinstance(size_average, Tensor):
+            raise error("module_operands")
         check_weight(weight)
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         own = {"smoothing": label_smoothing, "ignore_index": ignore_index, "reduction": self.reduction}
@@ -111,8 +114,7 @@ class LabelSmoothedCrossEntropyLoss(_LossModule, nn.CrossEntropyLoss):
             check_inplace(options)
             self._keep(options)
         except (TypeError, ValueError) as problem:
-            rename(problem, NAMES)
-            raise
+            raise renamed(problem, NAMES) from problem.__cause__
 
     def extra_repr(self) -> str:
         """Return the main options for `print(module)`."""
@@ -141,7 +143,7 @@ class LabelSmoothedCrossEntropyLoss(_LossModule, nn.CrossEntropyLoss):
             denominator: the number that reduction="mean" divides by.
         """
         return with_names_of_torch(
-            NAMES if smoothing is None else _NAMES_OF_CALL,
+            NAMES if smoothing is None else NAMES_OF_CALL,
             input,
             target,
             self.weight,
@@ -286,8 +288,7 @@ class CELossWithLabelSmoothing(nn.Module):
                 reduction="mean",
             )
         except (TypeError, ValueError) as problem:
-            rename(problem, _NAMES_OF_CLASS_NUM)
-            raise
+            raise renamed(problem, _NAMES_OF_CLASS_NUM) from problem.__cause__
 
     def extra_repr(self) -> str:
         """Return the options for `print(module)`."""

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from lsce_spec import LossOptions, rename
+from lsce_spec import LossOptions, names_for, renamed
 from lsce_spec.keywords import takes
 from lsce_torch.errors import error
 from lsce_torch.functional import label_smoothed_cross_entropy
@@ -25,7 +25,7 @@ from lsce_torch.overwrite import check_inplace
 # What the Trainer leaves out when it counts labels.
 _IGNORED = -100
 # What the arguments of the loss are called here.
-_NAMES = {"denominator": "num_items_in_batch", r"pass axis=(\d+)": "move them last"}
+_NAMES = names_for({"denominator": "num_items_in_batch", r"pass axis=(\d+)": "move them last"})
 
 ComputeLoss: TypeAlias = Callable[..., Float[Tensor, ""]]
 
@@ -123,8 +123,7 @@ def _compute_loss(
     try:
         return label_smoothed_cross_entropy(logits, labels, **options, denominator=denominator)
     except (TypeError, ValueError) as problem:
-        rename(problem, _NAMES)
-        raise
+        raise renamed(problem, _NAMES) from problem.__cause__
 
 
 def _logits_of(outputs: Any) -> Tensor:

@@ -210,6 +210,7 @@ KERNELS = (", 'triton'", ", 'pallas'")
 # The messages of one package alone.
 TORCH_ELSEWHERE = {
     "not_traceable",
+    "module_operands",
     "labels_device",
     "layer_device",
     "layout",
@@ -618,6 +619,37 @@ def test_names_of_torch_under_compilation() -> None:
     assert torch.equal(compiled(logits, labels), module(logits, labels))
     torch._dynamo.reset()
     assert "integer target must have the shape of the input" in str(raised(lambda: compiled(logits, labels[:3])))
+
+
+def test_a_loss_is_made_before_it_is_called() -> None:
+    logits, labels = to_torch(LOGITS), to_torch(LABELS)
+    problem = raised(lambda: lsce_torch.LabelSmoothedCrossEntropyLoss(logits, labels))
+    assert str(problem).endswith("and then loss(input, target).")
+    problem = raised(lambda: lsce_jax.LabelSmoothedCrossEntropyLoss(LOGITS, LABELS))
+    assert str(problem).endswith("as in loss = LabelSmoothedCrossEntropyLoss(...) and then loss(...).")
+
+
+@pytest.mark.parametrize(("arguments", "hint"), [
+    ((LOGITS, to_torch(LABELS)), "logits must be a tensor, got ndarray. Pass torch.as_tensor(logits)."),
+    ((to_torch(LOGITS), LABELS.tolist()), "labels must be a tensor, got list. Pass torch.as_tensor(labels)."),
+    ((to_torch(LOGITS), 1), "labels must be a tensor, got int. Pass torch.as_tensor(labels)."),
+    ((to_torch(LOGITS), None), "labels must be a tensor, got NoneType. labels cannot be left out."),
+    (({"logits": LOGITS}, to_torch(LABELS)), "logits must be a tensor, got dict. Pass the one that it holds."),
+    (("x", to_torch(LABELS)), "logits must be a tensor, got str. Convert it first."),
+])  # fmt: skip
+def test_how_to_make_a_tensor(arguments: tuple[Any, ...], hint: str) -> None:
+    assert str(raised(lambda: lsce_torch.label_smoothed_cross_entropy(*arguments))) == hint
+    for loss in (lsce_torch.cross_entropy, lsce_torch.LabelSmoothedCrossEntropyLoss()):
+        words = hint
+        for ours, name_of_torch in (("logits must", "input must"), ("(logits)", "(input)"), ("labels", "target")):
+            words = words.replace(ours, name_of_torch)
+        assert str(raised(lambda loss=loss: loss(*arguments))) == words
+
+
+def test_a_layer_in_the_place_of_its_weight() -> None:
+    hidden, labels = to_torch(HIDDEN), to_torch(LABELS)
+    problem = raised(lambda: lsce_torch.linear_label_smoothed_cross_entropy(hidden, torch.nn.Linear(2, 3), labels))
+    assert str(problem) == "weight must be a tensor, got Linear. Pass its weight."
 
 
 # --- Tracers that torch has no longer -------------------------------------------------------------------------------

@@ -28,8 +28,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import lsce_jax
 import lsce_jax.kernels
+import lsce_jax.metrics
 import lsce_torch
 import lsce_torch.kernels
+import lsce_torch.metrics
 from lsce_jax import keywords as jax_keywords
 from lsce_spec import CONVENTIONS, ConventionName, hints
 from lsce_spec.hints import for_choice, for_keyword
@@ -286,6 +288,15 @@ def test_too_many_and_too_few_operands_of_every_loss(name: str) -> None:
         assert answer(f"lsce_jax.{name}({'hidden, ' * ('linear' in name)}weight, labels, 'model')").endswith(
             "write axis_name='model' or convention='model' or reduction='model'."
         )
+
+
+@pytest.mark.parametrize("package", [lsce_jax, lsce_torch])
+def test_metrics_take_no_operands_by_position(package: Any) -> None:
+    names = IN_JAX if package is lsce_jax else IN_TORCH
+    _, stats = package.label_smoothed_cross_entropy_with_stats(names["logits"], names["labels"])
+    for metric in (package.metrics.MeanLoss(), package.metrics.Accuracy(), package.metrics.TopKAccuracy(1)):
+        text = str(raised(lambda metric=metric: metric.update(stats)))
+        assert text.endswith("update() takes nothing by position. Options are keyword-only: write stats=....")
 
 
 ROWS = "hidden[:, 0]"
