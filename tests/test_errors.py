@@ -210,6 +210,7 @@ KERNELS = (", 'triton'", ", 'pallas'")
 # The messages of one package alone.
 TORCH_ELSEWHERE = {
     "not_traceable",
+    "ranks_tensor",  # in parity_tests/suite/test_vocab_parallel_torch.py
     "module_operands",
     "labels_device",
     "layer_device",
