@@ -154,6 +154,8 @@ def literal_lines(text: str, path: str) -> list[str]:
 def test_what_pages_and_messages_tell_to_install() -> None:
     lines = {(path, line) for path, text in texts_with_commands().items() for line in literal_lines(text, path)}
     assert {at: wrong for at in lines if (wrong := complaints(at[1]))} == {}
+    said = "Nothing is on a package index yet" in (ROOT / "docs/install.md").read_text(encoding="utf-8")
+    assert said == (not extras.RELEASED)
 
 
 def test_lines_are_found_and_wrong_ones_rejected() -> None:

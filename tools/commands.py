@@ -3,9 +3,9 @@
     python -m tools.commands
     python -m tools.commands --run --only 'README|cost'
 
-README.md: blocks of `sh` and `console`, and `make` and `pip` within the text. docs: every `pip install`. `--run` runs
-those of README.md in their order in one clone and one environment, as its reader does, and each line of the docs in a
-clone and an environment of its own. It prints exit code and seconds, and exits with 1 if a command fails.
+README.md: blocks of `sh` and `console`, and commands within the text. docs: every `pip install`. `--run` runs those of
+README.md in their order in one clone and one environment, as its reader does, and each line of the docs in a clone and
+an environment of its own. It prints exit code and seconds, and exits with 1 if a command fails.
 """
 
 import argparse
@@ -23,10 +23,11 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 # An hour or a device; CONTRIBUTING.md says which takes how long.
-LONG = r"make (test|bench|docs|fonts|wheel)"
+LONG = r"make (test|bench|docs|fonts|wheel)|-m benchmarks"
 INSTALL = re.compile(r"pip install (?![.,:;])[^`\n]+")
 _SHELL = re.compile(
-    r"^```(?:sh|bash|shell)\n(.*?)^```|^```console\n\$ (.*?)^```|`((?:make [a-z]|pip )[^`]*)`", re.MULTILINE | re.DOTALL
+    r"^```(?P<kind>sh|bash|console)\n(?P<block>.*?)^```|`(?P<within>(?:make [a-z]|pip |python -m |lsce-\w+ )[^`]*)`",
+    re.MULTILINE | re.DOTALL,
 )
 
 
@@ -38,15 +39,21 @@ class Command(NamedTuple):
 
 
 def in_order(page: str) -> list[str]:
-    r"""Return the commands of a page, without comments, each on one line: shell, the first of a session, `make`, `pip`.
+    r"""Return the commands of a page, without comments, each on one line. Those of a console follow a dollar sign.
 
     Example:
         >>> in_order("```sh\npip install lsce  # or\nlsce-parity compare a \\\n    b\n```\nThen `make demo`.\n")
         ['pip install lsce', 'lsce-parity compare a b', 'make demo']
+        >>> in_order("```console\n$ lsce-parity --help\n...\n```")
+        ['lsce-parity --help']
     """
     found = []
-    for block, session, within in _SHELL.findall(page):
-        lines = re.sub(r"\s*\\\n\s*", " ", block).splitlines() or session.splitlines()[:1] or [" ".join(within.split())]
+    for match in _SHELL.finditer(page):
+        lines = re.sub(r"\s*\\\n\s*", " ", match["block"] or "").splitlines() or [
+            " ".join((match["within"] or "").split())
+        ]
+        if match["kind"] == "console":
+            lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
         found += [command for line in lines if (command := without_comment(line))]
     return found
 
