@@ -228,9 +228,9 @@ def _checked_axis(logits: Tensor, labels: Tensor, axis: object, of_shard: bool, 
     To check them takes longer than an operation, so what was good is kept.
     """
     described = logits.shape, logits.dtype, labels.shape, labels.dtype, axis, of_shard, takes_axis
-    if _is_tracing():
-        if torch.jit.is_tracing():  # type: ignore[no-untyped-call,attr-defined]
-            raise error("not_traceable", tool="torch.jit.trace")
+    if torch.jit.is_tracing():  # type: ignore[no-untyped-call,attr-defined]
+        raise error("not_traceable", tool="torch.jit.trace")
+    if torch.compiler.is_compiling():
         return _check_shapes(*described)
     try:
         return _check_shapes_once(*described)
@@ -282,7 +282,7 @@ def extremes(tensor: Tensor) -> list[float]:
 
     To read values on an accelerator would wait for it; compiled and vmapped functions have none.
     """
-    if not is_on_cpu(tensor) or not tensor.numel() or _is_tracing():
+    if not is_on_cpu(tensor) or not tensor.numel() or torch.compiler.is_compiling():
         return []
     try:
         least, largest = torch.aminmax(tensor.detach() if tensor.requires_grad else tensor)
@@ -323,7 +323,7 @@ def _signed(labels: Int[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
 
 def _is_nowhere(bad: Bool[Tensor, "*batch"]) -> bool:
     """Whether no row is bad, as far as that is at hand."""
-    if not is_on_cpu(bad) or _is_tracing():
+    if not is_on_cpu(bad) or torch.compiler.is_compiling():
         return False
     try:
         return not bad.any()
@@ -429,12 +429,6 @@ def check_prior(prior: Tensor, class_mask: Tensor | None, *, of_shard: bool = Fa
         return
 
 
-def _is_tracing() -> bool:
-    """Whether sizes and values may be symbols."""
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[no-untyped-call,attr-defined]
-    return tracing or torch.compiler.is_compiling()
-
-
 def warn_of_bad_labels(
     labels: Tensor, batch: Batch, options: LossOptions, num_classes: int | Int[Tensor, ""] | None = None
 ) -> None:
@@ -447,7 +441,7 @@ def warn_of_bad_labels(
         num_classes: of all shards, if the logits are one.
     """
     # Labels on accelerators would be waited for, and `canonical` leaves nothing to say of those that are all classes.
-    if batch.bad is None or not is_on_cpu(labels) or _is_tracing():
+    if batch.bad is None or not is_on_cpu(labels) or torch.compiler.is_compiling():
         return
     try:
         signed = _signed(labels)

@@ -165,7 +165,6 @@ ONLY_IN_TORCH = {
         "_check_shapes",
         "_checked_axis",
         "_is_nowhere",
-        "_is_tracing",
         "_signed",
         "Given",
         "canonical",
