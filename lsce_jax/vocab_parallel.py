@@ -669,8 +669,8 @@ def _relative_to(
     )
     return peaks, sums._replace(
         rest=jnp.where(owner, sums.rest, mass * scale),
-        label_gap=sums.label_gap + shift * has_label,
-        other_gaps=sums.other_gaps + shift * others,
+        label_gap=sums.label_gap + _product(has_label, shift),
+        other_gaps=sums.other_gaps + _product(others, shift),
         weighted_gaps=None
         if sums.weighted_gaps is None
         # Where exp(m - m') is 0 in any dtype, the other factor does not matter, if it is finite.
@@ -678,6 +678,11 @@ def _relative_to(
         largest_gap=None if sums.largest_gap is None else jnp.where(owner, sums.largest_gap, 0),
         largest_mass=None if sums.largest_mass is None else jnp.where(owner, sums.largest_mass, 0),
     )
+
+
+def _product(mass: Float[Array, "*#batch"], shift: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """Return mass * shift, where 0 * inf counts as 0: of logits near both ends of the dtype the shift is infinite."""
+    return mass * jnp.where((mass == 0) & jnp.isinf(shift), 0, shift)
 
 
 def _varying_alike(layer: Layer, batch: Batch) -> tuple[Layer, Batch]:

@@ -234,13 +234,18 @@ def relative_to(
     return Parts(
         rest=torch.where(has_peak, parts.rest, mass * scale),
         num_peaks=torch.where(has_peak, parts.num_peaks, 0),
-        label_gap=parts.label_gap + shift * num_labels,
-        other_gaps=parts.other_gaps + shift * other_mass,
+        label_gap=parts.label_gap + _product(num_labels, shift),
+        other_gaps=parts.other_gaps + _product(other_mass, shift),
         gap_mass=gap_mass,
         num_largest=None if parts.num_largest is None else torch.where(has_largest, parts.num_largest, 0),
         largest_mass=None if parts.largest_mass is None else torch.where(has_largest, parts.largest_mass, 0),
         largest_gap=None if parts.largest_gap is None else torch.where(has_largest, parts.largest_gap, 0),
     )
+
+
+def _product(mass: Float[Tensor, "*batch"], shift: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+    """Return mass * shift, where 0 * inf counts as 0: of logits near both ends of the dtype the shift is infinite."""
+    return mass * torch.where((mass == 0) & torch.isinf(shift), 0, shift)
 
 
 def _classes_and_sums(

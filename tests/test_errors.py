@@ -230,6 +230,7 @@ TORCH_ELSEWHERE = {
     "group_member",
     "ranks_differ",
     "ranks_rows",
+    "ranks_tensor",
     "rank_failed",
     "no_classes_anywhere",
     "shard_gradient",

@@ -176,6 +176,18 @@ def test_devices_whose_logits_are_minus_infinity(smoothing: float) -> None:
     assert compared(replace(case, logits=logits)).agrees
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_layers_whose_logits_are_at_both_ends_of_the_dtype(smoothing: float) -> None:
+    """A largest logit minus another is infinite: the loss is infinite only if that takes part, and never NaN."""
+    hidden = np.zeros((1, 16), np.float32)
+    hidden[0, 0], hidden[0, 8:] = 3e38, -3e38
+    loss = partial(divided(sharded_layer, DEVICES, linear=True), labels=jnp.array([0]), reduction="sum")
+    value, gradient = jax.value_and_grad(partial(loss, smoothing=smoothing))(hidden, jnp.eye(16))
+    assert value == (np.inf if smoothing else 0)
+    target = (np.arange(16) == 0) * (1 - smoothing) + smoothing / 16
+    np.testing.assert_allclose(gradient[0], (np.arange(16) == 0) - target, rtol=1e-5)
+
+
 def test_ties_over_devices() -> None:
     """Largest logits on several devices share what max_sup takes, and each counts in the sum of exponentials."""
     options = {"convention": "max_sup"}

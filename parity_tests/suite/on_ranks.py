@@ -276,6 +276,15 @@ def linear_called(group: Any, changes: dict[str, Any]) -> Any:
     return linear_loss(**arguments, group=group)
 
 
+def linear_with_gradient(group: Any, arrays: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the loss and its gradient with respect to hidden."""
+    tensors = tensors_of(arrays)
+    hidden = tensors["hidden"].requires_grad_()
+    loss = linear_loss(**tensors, group=group)
+    loss.backward()
+    return loss.detach(), hidden.grad
+
+
 def in_debug_mode(group: Any, function: Any, *arguments: Any) -> Any:
     """Return what a function returns with TORCH_DISTRIBUTED_DEBUG=DETAIL."""
     distributed: Any = torch.distributed

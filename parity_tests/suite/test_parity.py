@@ -4,6 +4,7 @@ What passes here is what the README's support matrix says.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -23,10 +24,10 @@ from parity_tests.plugin import Recorder
 from parity_tests.studies.verdicts import examine
 from parity_tests.suite import jax_results
 from parity_tests.suite.chosen import CHOSEN, EVERY_OPTION
-from parity_tests.truth.cases import case_names, make_case
+from parity_tests.truth.cases import Case, case_names, make_case, random_case
 from parity_tests.truth.comparison import AnyResult, against_each_other, against_oracle
 from parity_tests.truth.oracle import Truth, solve
-from parity_tests.truth.precision import DTYPES
+from parity_tests.truth.precision import DTYPES, round_to
 
 ADAPTERS = [f"{framework}-{implementation}" for framework in ("jax", "torch") for implementation in IMPLEMENTATIONS]
 
@@ -234,3 +235,55 @@ def check_every_case(framework: str, device: str, dtype: str, parity_ledger: Rec
         if not comparison.agrees:
             wrong[name] = comparison
     assert not wrong
+
+
+# --- Logits near the largest number ----------------------------------------------------------------------------------
+
+
+def near_the_largest_number(dtype: str, **fields: Any) -> Case:
+    """Return rows with losses that are mostly below 3.4e38, and differences of logits, or their sums, that are not."""
+    rows = [
+        [1, 0, 0, 0, 0, 0],
+        [1, -1, 0, 0, 0, 0],
+        [1, 1, 1, -1, 1, 1],
+        [1, -1, -1, -1, -1, -1],
+        [0.25, -0.25, 0, 0, 0, 0],
+        [0.25, 0.125, 0, 0, -0.25, -0.25],
+    ]
+    logits = round_to(3e38 * np.array(rows), dtype)
+    return random_case(
+        dtype, np.random.default_rng(0), **{"logits": logits, "labels": np.array([1, 2, 0, 0, 0, 1]), **fields}
+    )
+
+
+LARGEST = float(np.finfo("float32").max)
+WEIGHTS, PRIOR = np.array([1, 2, 0.5, 0, 1, 1]), np.array([1, 2, 2, 0, 1, 2]) / 8
+FIELDS: dict[str, dict[str, Any]] = {
+    "smoothing 0.1": {},
+    "smoothing 0": {"smoothing": 0.0},
+    "smoothing 1": {"smoothing": 1.0},
+    "smoothing of rows": {"smoothing": np.arange(6) / 8},
+    "soft labels": {"labels": np.eye(6)[[1, 2, 0, 0, 0, 1]] / 2 + 1 / 16},
+    "weights": {"class_weight": WEIGHTS},
+    "prior": {"prior": PRIOR},
+    "mask": {"class_mask": WEIGHTS > 0},
+    "clamp": {"options": {"convention": "clamp"}},
+    "max_sup": {"options": {"convention": "max_sup"}},
+    "entropy": {"options": {"subtract_entropy": True}},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("framework", ADAPTERS)
+def test_logits_near_the_largest_number(framework: str, dtype: str) -> None:
+    """The reference is right. The others are, but for losses that are infinite instead; see docs/numerics.md."""
+    loss = adapter(framework, "cpu")
+    for name, fields in FIELDS.items():
+        case = near_the_largest_number(dtype, **fields)
+        true, outcome = solve(case), loss(case)
+        is_infinite = np.isposinf(outcome.loss)
+        if "reference" in framework or name == "smoothing 0":
+            assert np.array_equal(is_infinite, true.loss.high > LARGEST), name
+        outcome = replace(outcome, loss=np.where(is_infinite, true.loss.high, outcome.loss))
+        comparison = against_oracle(case, true, outcome, loss.arithmetic)
+        assert comparison.agrees, (name, comparison)

@@ -290,6 +290,18 @@ def test_linear_ranks_whose_logits_are_minus_infinity() -> None:
         assert np.array_equal(values, masked.parts[part]), part
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_linear_ranks_whose_logits_are_at_both_ends_of_the_dtype(smoothing: float) -> None:
+    """A largest logit minus another is infinite: the loss is infinite only if that takes part, and never NaN."""
+    hidden, weight = np.array([[3e38, 0, 0, -3e38, -3e38, -3e38]], F32), np.eye(6, dtype=F32)
+    call = {"hidden": hidden, "labels": np.array([0]), "smoothing": np.array(smoothing, F32)}
+    arguments = [({**call, "local_weight": part},) for part in np.split(weight, 2)]
+    loss, gradient = zip(*processes().on_ranks(on_ranks.linear_with_gradient, arguments), strict=True)
+    assert same(loss) == (np.inf if smoothing else 0)
+    target = (np.arange(6) == 0) * (1 - smoothing) + smoothing / 6
+    np.testing.assert_allclose(same(gradient)[0], (np.arange(6) == 0) - target, rtol=1e-5, atol=1e-8)
+
+
 def test_linear_matrix_products() -> None:
     """Four: the logits, these again for the gradient, and the gradients of hidden and weight."""
     for flops in run_on_ranks(on_ranks.linear_flops, [()] * 2):
