@@ -9,6 +9,12 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         "JAX finds no type for an array that is computed from them. Expected automatic axes, as of jax.make_mesh(..., "
         "axis_types=(jax.sharding.AxisType.Auto,) * {number}), or a jax.shard_map over all axes of the mesh.",
     ),
+    "bad_labels_staged": (
+        ValueError,
+        "bad_labels='raise' under jax.jit needs checkify, which returns the error: with "
+        "`from jax.experimental import checkify` call `problem, loss = jax.jit(checkify.checkify(f))(...)`, where f is "
+        "your function, and then `problem.throw()`. Or use bad_labels='nan' there.",
+    ),
     "merge_state": (
         TypeError,
         "only a metric of the same kind and options can be merged into a {expected}, got {given}.",

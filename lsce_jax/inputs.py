@@ -7,7 +7,7 @@ not count and those whose label is bad. So no implementation handles axes, ignor
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial, wraps
-from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, NamedTuple, NoReturn, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax.experimental import checkify
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
 
 from lsce_jax.errors import error
+from lsce_jax.primitives import define_checked
 from lsce_spec import (
     OF_SHARD,
     LossOptions,
@@ -206,7 +207,7 @@ def prepare(
         batch = batch.counting_only(where)
     if options.ignore_index is not None:
         batch = batch.counting_only(labels != options.ignore_index)
-    _check_smoothing_of_rows(batch)
+    batch = _with_smoothing_in_range(batch)
     if options.bad_labels == "raise" and batch.bad is not None and not divided:
         raise_bad_label(labels, batch.bad, class_mask is not None, num_classes)
     return batch
@@ -224,10 +225,24 @@ def _row_smoothing(
     return jnp.broadcast_to(array.astype(dtype), batch_shape)[..., None]
 
 
-def _check_smoothing_of_rows(batch: Batch) -> None:
-    """Raise unless the rows that count have smoothings in [0, 1]. The others may hold anything."""
-    if not is_number(batch.smoothing):
-        check_smoothing_values(extremes(cast("Array", batch.smoothing)))
+def _with_smoothing_in_range(batch: Batch) -> Batch:
+    """Return the batch in which the rows that count have smoothings in [0, 1]. The others may hold anything.
+
+    Of values at hand, those outside raise. The others become NaN there, as `jax_debug_nans` notices, and checkify.
+    """
+    if is_number(batch.smoothing):
+        return batch
+    smoothing = cast("Array", batch.smoothing)
+    if values := extremes(smoothing):
+        check_smoothing_values(values)
+        return batch
+    within = (smoothing >= 0) & (smoothing <= 1)
+    if smoothing.size:
+        first = jnp.argmin(within.ravel())
+        message = str(error("smoothing_range", given="{given}"))
+        checkify.debug_check(jnp.all(within), message, given=smoothing.ravel()[first])
+    # A factor, so that the gradient of the smoothing is NaN, too.
+    return replace(batch, smoothing=smoothing * jnp.where(within, 1.0, jnp.nan).astype(smoothing.dtype))
 
 
 def extremes(array: Array) -> tuple[float, ...]:
@@ -479,12 +494,18 @@ def warn_of_bad_labels(labels: ArrayLike, batch: Batch, options: LossOptions) ->
     )
 
 
+def _refuse() -> NoReturn:
+    raise error("bad_labels_staged")
+
+
+_checked = define_checked("lsce_checked", _refuse)
+
+
 def raise_bad_label(labels: Array, bad: Array, masked: bool, num_classes: int) -> None:
     """Raise for the first bad label, if there is one."""
     expected = bad_labels.expected_labels(num_classes, masked)
     if _is_traced(bad):
-        # Under jit this needs checkify.checkify around the caller; without it JAX's own error says so.
-        first = jnp.argmax(bad.ravel())
+        first, bad = jnp.argmax(bad.ravel()), _checked.bind(bad)  # type: ignore[no-untyped-call]
         given = {"value": "{value}", "index": "{index} (flattened)", "expected": expected}
         message = str(error("bad_label", **given, ignore_index="ignore_index"))
         checkify.check(~jnp.any(bad), message, value=labels.ravel()[first], index=first)

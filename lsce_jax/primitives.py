@@ -1,12 +1,14 @@
 """How primitives of this package are defined: each computes a function, on some platforms by other formulas."""
 
+import sys
 from collections.abc import Callable, Collection
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
+from jax.experimental import checkify
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
+from jax.interpreters import ad, batching, mlir
 
 _formulas: dict[tuple[str, str | None], Callable[..., Any]] = {}  # by primitive and platform; None is any other
 
@@ -41,6 +43,23 @@ def define(
         _formulas[name, platform] = lowered
         lower = partial(_lower, function if platform in undivided else lowered, lowered, multiple_results)
         mlir.register_lowering(primitive, lower, platform=platform)
+    return primitive
+
+
+def define_checked(name: str, refuse: Callable[[], NoReturn]) -> Primitive:
+    """Return the identity, as a primitive that raises by `refuse` in programs that checkify has not transformed.
+
+    It belongs before a `checkify.check`, whose own error would not say what to do.
+    """
+    primitive = Primitive(name)
+    primitive.def_impl(lambda operand: operand)  # type: ignore[no-untyped-call]
+    primitive.def_abstract_eval(lambda aval: aval)  # type: ignore[no-untyped-call]
+    batching.defvectorized(primitive)  # type: ignore[no-untyped-call]
+    ad.defjvp(primitive, None)  # type: ignore[no-untyped-call]
+    mlir.register_lowering(primitive, lambda *_: refuse())
+    # JAX exports its rules nowhere. Without one, checkify would leave the primitive in the program.
+    rules = sys.modules[checkify.check.__module__].error_checks
+    rules[primitive] = lambda found, _, operand: (found, operand)
     return primitive
 
 

@@ -49,10 +49,10 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         "For class probabilities, whose elements the Trainer would count, override compute_loss and take "
         "label_smoothed_cross_entropy there.",
     ),
-    "bad_labels_compiled": (
+    "bad_labels_vmapped": (
         RuntimeError,
-        "bad_labels='raise' reads the labels' values, which a compiled or vmapped function cannot. "
-        "Use bad_labels='nan' there, or call the loss eagerly.",
+        "bad_labels='raise' reads the labels' values, which a function under vmap cannot. "
+        "Use bad_labels='nan' there, or call the loss outside of vmap.",
     ),
     "inplace_reference": (
         ValueError,

@@ -82,7 +82,7 @@ def label_smoothed_cross_entropy(
         softcap: c of z <- c tanh(z / c), applied first.
         subtract_entropy: subtract the entropy of the target: Kullback-Leibler divergence, 0 at the optimum.
         bad_labels: what a label outside the classes does. "nan": that row's loss and gradient are NaN. "raise":
-            IndexError (waits for the device; not within torch.compile or vmap).
+            IndexError (waits for the device; not under vmap).
         reduction: "none", "sum", or "mean": the sum over `denominator`.
         denominator: the number that "mean" divides by. None: the sum of the labels' class weights over the rows that
             count; without class weights, and for soft labels, the number of those rows. With 0 the loss is 0.

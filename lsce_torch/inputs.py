@@ -214,11 +214,12 @@ def canonical(given: Given, options: LossOptions, num_classes: Int[Tensor, ""] |
         batch = batch.counting_only(given.where)
     if options.ignore_index is not None:
         batch = batch.counting_only(labels != options.ignore_index)
-    _check_smoothing_of_rows(batch)
+    if isinstance(batch.smoothing, Tensor):
+        batch.smoothing = _smoothing_in_range(batch.smoothing)
     if batch.bad is not None and _is_nowhere(batch.bad):
         batch.bad = None
     if options.bad_labels == "raise" and batch.bad is not None:
-        raise_bad_label(labels, batch.bad, given.class_mask is not None, number)
+        batch.bad = raise_bad_label(labels, batch.bad, given.class_mask is not None, number)
     return batch
 
 
@@ -271,10 +272,13 @@ def _row_smoothing(
     return smoothing.to(dtype).broadcast_to(batch_shape)[..., None]
 
 
-def _check_smoothing_of_rows(batch: Batch) -> None:
-    """Raise unless the rows that count have smoothings in [0, 1]. The others may hold anything."""
-    if isinstance(batch.smoothing, Tensor):
-        check_smoothing_values(extremes(batch.smoothing))
+def _smoothing_in_range(smoothing: Float[Tensor, "*batch 1"]) -> Float[Tensor, "*batch 1"]:
+    """Return the smoothings of rows, or raise if any is outside of [0, 1]. Those not at hand become NaN there."""
+    if values := extremes(smoothing):
+        check_smoothing_values(values)
+        return smoothing
+    # A product, so that the gradient of the smoothing is NaN, too.
+    return smoothing * torch.ones_like(smoothing).masked_fill(smoothing.clamp(0, 1) != smoothing, torch.nan)
 
 
 def extremes(tensor: Tensor) -> list[float]:
@@ -462,17 +466,31 @@ def warn_of_bad_labels(
         )
 
 
-def raise_bad_label(labels: Tensor, bad: Tensor, masked: bool, num_classes: int | Int[Tensor, ""]) -> None:
-    """Raise if any label is bad; name the first."""
+def raise_bad_label(
+    labels: Int[Tensor, "*batch"], bad: Bool[Tensor, "*batch"], masked: bool, num_classes: int | Int[Tensor, ""]
+) -> Bool[Tensor, "*batch"]:
+    """Return `bad`, or raise if any label is bad; name the first."""
     if torch.compiler.is_compiling():
-        raise error("bad_labels_compiled")
+        # The program has the check as an operator, whose result the loss uses, so that it is not left out.
+        return _raise_bad_label(labels, bad, masked, tensor_of(num_classes, torch.int64, labels.device))  # type: ignore[no-any-return]
     try:
         found = bool(bad.any())
     except RuntimeError as problem:  # within vmap, or a tensor without data
-        raise error("bad_labels_compiled") from problem
+        raise error("bad_labels_vmapped") from problem
     if found:
         expected = bad_labels.expected_labels(int(num_classes), masked)
         index = bad.nonzero()[0].tolist()
         value = labels[tuple(index)].item()
         ignore_index = f"ignore_index={value}" if value < 0 else "ignore_index"
         raise error("bad_label", value=value, index=index, expected=expected, ignore_index=ignore_index)
+    return bad
+
+
+@torch.library.custom_op("lsce::raise_bad_label", mutates_args=())
+def _raise_bad_label(labels: Tensor, bad: Tensor, masked: bool, num_classes: Tensor) -> Tensor:
+    return raise_bad_label(labels, bad, masked, num_classes).clone()
+
+
+@_raise_bad_label.register_fake
+def _(labels: Tensor, bad: Tensor, masked: bool, num_classes: Tensor) -> Tensor:
+    return torch.empty_like(bad)

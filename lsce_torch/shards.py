@@ -308,7 +308,7 @@ def row_losses(
         bad = bad if batch.counted is None else bad & batch.counted
         bad = bad if batch.bad is None else bad | batch.bad
         if options.bad_labels == "raise":
-            raise_bad_label(batch.labels, bad, True, shard.num_classes)
+            bad = raise_bad_label(batch.labels, bad, True, shard.num_classes)
         batch = replace(batch, bad=bad)
         warn_of_bad_labels(batch.labels, batch, options, shard.num_classes)
     batch, divisor = mean_divisor(batch, options, denominator, columns.get("class_weight at the label"))

@@ -210,13 +210,12 @@ KERNELS = (", 'triton'", ", 'pallas'")
 # The messages of one package alone.
 TORCH_ELSEWHERE = {
     "not_traceable",
-    "ranks_tensor",  # in parity_tests/suite/test_vocab_parallel_torch.py
     "module_operands",
     "labels_device",
     "layer_device",
     "layout",
     "weight_type",
-    "bad_labels_compiled",
+    "bad_labels_vmapped",
     # in test_torch_fused.py
     "inplace_reference",
     "inplace_logits",
@@ -344,7 +343,8 @@ def test_every_message_has_a_call() -> None:
     assert set(lsce_torch.errors.MESSAGES) == TORCH_ELSEWHERE
     assert not set(lsce_torch.errors.MESSAGES) & set(MESSAGES)
     # In test_metrics.py, test_denominators.py and test_vocab_parallel.py.
-    assert set(lsce_jax.errors.MESSAGES) == {"explicit_axes", "merge_state", "denominator_axis", "axis_name"}
+    names = {"bad_labels_staged", "explicit_axes", "merge_state", "denominator_axis", "axis_name"}
+    assert set(lsce_jax.errors.MESSAGES) == names
     assert not set(lsce_jax.errors.MESSAGES) & set(MESSAGES)
 
 
@@ -474,12 +474,14 @@ def test_modules_check_options_when_made() -> None:
 
 
 def test_raise_under_compilation() -> None:
-    """Under jit the message points to checkify; with checkify the label is named. torch says to call eagerly."""
+    """Under jit the message says how to call checkify, which names the label. A compiled torch loss names it."""
 
     def loss(logits: Any, labels: Any) -> Any:
         return lsce_jax.label_smoothed_cross_entropy(logits, labels, bad_labels="raise")
 
-    assert "checkify" in str(raised(lambda: jax.jit(loss)(LOGITS, LABELS)))
+    for staged in (jax.jit(loss), jax.jit(jax.grad(lambda *operands: loss(*operands).sum()))):
+        problem = raised(lambda staged=staged: staged(LOGITS, LABELS))
+        assert str(problem) == lsce_jax.errors.MESSAGES["bad_labels_staged"][1]
     checked = jax.jit(jax.experimental.checkify.checkify(loss))
     outcome, losses = checked(LOGITS, LABELS)
     outcome.throw()
@@ -491,8 +493,41 @@ def test_raise_under_compilation() -> None:
         return lsce_torch.label_smoothed_cross_entropy(logits, labels, bad_labels="raise")
 
     arguments = to_torch(LOGITS), to_torch(LABELS)
-    for transformed in (torch.compile(torch_loss, fullgraph=True), torch.func.vmap(torch_loss)):
-        assert "call the loss eagerly" in str(raised(lambda transformed=transformed: transformed(*arguments)))
+    compiled = torch.compile(torch_loss, fullgraph=True)
+    assert compiled(*arguments) == torch_loss(*arguments)
+    assert str(raised(lambda: compiled(arguments[0], torch.tensor([0, 1, 9, 0])))).startswith("label 9 at index [2]")
+    message = lsce_torch.errors.MESSAGES["bad_labels_vmapped"][1]
+    assert str(raised(lambda: torch.func.vmap(torch_loss)(*arguments))) == message
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, [0.1, 1.5, 0.2, 0.0]])
+def test_smoothing_out_of_range_that_is_not_at_hand_makes_nan(smoothing: float | list[float]) -> None:
+    outside = np.broadcast_to([not 0 <= number <= 1 for number in np.atleast_1d(smoothing)], 4)
+
+    def loss(logits: Any, smoothing: Any) -> Any:
+        return lsce_jax.label_smoothed_cross_entropy(logits, LABELS, smoothing=smoothing)
+
+    operands = jnp.array(LOGITS), jnp.array(smoothing, F32)
+    gradients = jax.jit(jax.grad(lambda *of: loss(*of).sum(), (0, 1)))(*operands)
+    found = [jax.jit(loss)(*operands), gradients[0][:, 0], jnp.broadcast_to(gradients[1], 4)]
+    assert all(np.array_equal(np.isnan(values), outside) for values in found)
+    with jax.debug_nans(True):
+        assert str(raised(lambda: jax.jit(loss)(*operands))).startswith("smoothing must be in [0, 1], got an array")
+    problem, _ = jax.jit(jax.experimental.checkify.checkify(loss))(*operands)
+    assert problem.get().startswith(f"smoothing must be in [0, 1], got {operands[1].ravel()[outside.argmax() - 4]}.")
+    allowed, _ = jax.jit(jax.experimental.checkify.checkify(loss))(operands[0], jnp.array(0.1))
+    assert allowed.get() is None
+
+    def torch_loss(logits: torch.Tensor, smoothing: torch.Tensor) -> torch.Tensor:
+        labels = to_torch(LABELS)
+        return lsce_torch.label_smoothed_cross_entropy(logits, labels, smoothing=smoothing, reduction="none")
+
+    tensors = tuple(torch.tensor(np.array(operand), requires_grad=True) for operand in operands)
+    losses = torch.compile(torch_loss, fullgraph=True)(*tensors)
+    losses.sum().backward()
+    found = [losses, tensors[0].grad[:, 0], tensors[1].grad.expand(4)]
+    assert all(np.array_equal(values.detach().isnan(), outside) for values in found)
+    assert np.array_equal(torch.func.vmap(torch_loss, (None, 0))(tensors[0], tensors[1][None])[0].isnan(), outside)
 
 
 # --- Shapes that tell where the classes are -------------------------------------------------------------------------
