@@ -7,7 +7,7 @@ not count and those whose label is bad. So no implementation handles axes, ignor
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial, wraps
-from typing import Any, NamedTuple, NoReturn, ParamSpec, TypeVar, cast
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -207,7 +207,8 @@ def prepare(
         batch = batch.counting_only(where)
     if options.ignore_index is not None:
         batch = batch.counting_only(labels != options.ignore_index)
-    batch = _with_smoothing_in_range(batch)
+    if not is_number(batch.smoothing):
+        batch = replace(batch, smoothing=_smoothing_in_range(cast("Array", batch.smoothing)))
     if options.bad_labels == "raise" and batch.bad is not None and not divided:
         raise_bad_label(labels, batch.bad, class_mask is not None, num_classes)
     return batch
@@ -225,24 +226,21 @@ def _row_smoothing(
     return jnp.broadcast_to(array.astype(dtype), batch_shape)[..., None]
 
 
-def _with_smoothing_in_range(batch: Batch) -> Batch:
-    """Return the batch in which the rows that count have smoothings in [0, 1]. The others may hold anything.
+def _smoothing_in_range(smoothing: Float[Array, "*batch 1"]) -> Float[Array, "*batch 1"]:
+    """Return the smoothings of rows, or raise if any is outside [0, 1]. Those not at hand become NaN there.
 
-    Of values at hand, those outside raise. The others become NaN there, as `jax_debug_nans` notices, and checkify.
+    `jax_debug_nans` and checkify notice those.
     """
-    if is_number(batch.smoothing):
-        return batch
-    smoothing = cast("Array", batch.smoothing)
     if values := extremes(smoothing):
         check_smoothing_values(values)
-        return batch
+        return smoothing
     within = (smoothing >= 0) & (smoothing <= 1)
     if smoothing.size:
         first = jnp.argmin(within.ravel())
         message = str(error("smoothing_range", given="{given}"))
         checkify.debug_check(jnp.all(within), message, given=smoothing.ravel()[first])
     # A factor, so that the gradient of the smoothing is NaN, too.
-    return replace(batch, smoothing=smoothing * jnp.where(within, 1.0, jnp.nan).astype(smoothing.dtype))
+    return smoothing * jnp.where(within, 1.0, jnp.nan).astype(smoothing.dtype)
 
 
 def extremes(array: Array) -> tuple[float, ...]:
@@ -494,11 +492,7 @@ def warn_of_bad_labels(labels: ArrayLike, batch: Batch, options: LossOptions) ->
     )
 
 
-def _refuse() -> NoReturn:
-    raise error("bad_labels_staged")
-
-
-_checked = define_checked("lsce_checked", _refuse)
+_checked = define_checked("lsce_checked", partial(error, "bad_labels_staged"))
 
 
 def raise_bad_label(labels: Array, bad: Array, masked: bool, num_classes: int) -> None:

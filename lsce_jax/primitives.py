@@ -46,17 +46,21 @@ def define(
     return primitive
 
 
-def define_checked(name: str, refuse: Callable[[], NoReturn]) -> Primitive:
-    """Return the identity, as a primitive that raises by `refuse` in programs that checkify has not transformed.
+def define_checked(name: str, problem: Callable[[], Exception]) -> Primitive:
+    """Return the identity, as a primitive that raises `problem()` in programs that checkify has not transformed.
 
     It belongs before a `checkify.check`, whose own error would not say what to do.
     """
+
+    def refuse(*_: object) -> NoReturn:
+        raise problem()
+
     primitive = Primitive(name)
     primitive.def_impl(lambda operand: operand)  # type: ignore[no-untyped-call]
     primitive.def_abstract_eval(lambda aval: aval)  # type: ignore[no-untyped-call]
     batching.defvectorized(primitive)  # type: ignore[no-untyped-call]
     ad.defjvp(primitive, None)  # type: ignore[no-untyped-call]
-    mlir.register_lowering(primitive, lambda *_: refuse())
+    mlir.register_lowering(primitive, refuse)
     # JAX exports its rules nowhere. Without one, checkify would leave the primitive in the program.
     rules = sys.modules[checkify.check.__module__].error_checks
     rules[primitive] = lambda found, _, operand: (found, operand)

@@ -273,7 +273,7 @@ def _row_smoothing(
 
 
 def _smoothing_in_range(smoothing: Float[Tensor, "*batch 1"]) -> Float[Tensor, "*batch 1"]:
-    """Return the smoothings of rows, or raise if any is outside of [0, 1]. Those not at hand become NaN there."""
+    """Return the smoothings of rows, or raise if any is outside [0, 1]. Those not at hand become NaN there."""
     if values := extremes(smoothing):
         check_smoothing_values(values)
         return smoothing
@@ -491,6 +491,4 @@ def _raise_bad_label(labels: Tensor, bad: Tensor, masked: bool, num_classes: Ten
     return raise_bad_label(labels, bad, masked, num_classes).clone()
 
 
-@_raise_bad_label.register_fake
-def _(labels: Tensor, bad: Tensor, masked: bool, num_classes: Tensor) -> Tensor:
-    return torch.empty_like(bad)
+_raise_bad_label.register_fake(lambda _labels, bad, *_: torch.empty_like(bad))

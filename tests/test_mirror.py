@@ -165,6 +165,7 @@ ONLY_IN_TORCH = {
         "_check_shapes",
         "_checked_axis",
         "_is_nowhere",
+        "_raise_bad_label",  # for torch.compile
         "_signed",
         "Given",
         "canonical",
