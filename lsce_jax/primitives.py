@@ -62,8 +62,11 @@ def define_checked(name: str, problem: Callable[[], Exception]) -> Primitive:
     ad.defjvp(primitive, None)  # type: ignore[no-untyped-call]
     mlir.register_lowering(primitive, refuse)
     # JAX exports its rules nowhere. Without one, checkify would leave the primitive in the program.
-    rules = sys.modules[checkify.check.__module__].error_checks
-    rules[primitive] = lambda found, _, operand: (found, operand)
+    rules = getattr(sys.modules[checkify.check.__module__], "error_checks", {})
+    rules[primitive] = lambda *given: (
+        given[-3],
+        given[-1],
+    )  # the errors so far and the operand; 0.12 has a context first
     return primitive
 
 
