@@ -61,12 +61,10 @@ def define_checked(name: str, problem: Callable[[], Exception]) -> Primitive:
     batching.defvectorized(primitive)  # type: ignore[no-untyped-call]
     ad.defjvp(primitive, None)  # type: ignore[no-untyped-call]
     mlir.register_lowering(primitive, refuse)
-    # JAX exports its rules nowhere. Without one, checkify would leave the primitive in the program.
+    # JAX exports its rules nowhere. Without one, checkify would leave the primitive in the program. The last three
+    # operands of a rule are the errors so far, which errors count, and the operand of the primitive.
     rules = getattr(sys.modules[checkify.check.__module__], "error_checks", {})
-    rules[primitive] = lambda *given: (
-        given[-3],
-        given[-1],
-    )  # the errors so far and the operand; 0.12 has a context first
+    rules[primitive] = lambda *given: (given[-3], given[-1])
     return primitive
 
 
