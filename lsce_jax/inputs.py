@@ -37,6 +37,7 @@ from lsce_spec.hints import for_type
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 _NO_ARRAYS = frozenset({type(None), bool, int, float, str, np.ndarray})  # asking JAX whether they are takes longer
 
@@ -318,7 +319,7 @@ def is_sharded(array: Array) -> bool:
     return any(axes is not None for axes in jax.typeof(array).sharding.spec)
 
 
-def on_automatic_axes(evaluate: Callable[P, tuple[Array, R]]) -> Callable[P, tuple[Array, R]]:
+def on_automatic_axes(evaluate: Callable[P, tuple[T, R]]) -> Callable[P, tuple[T, R]]:
     """Return a function of operands and, last, keywords, in which the compiler divides what an explicit mesh divides.
 
     On an explicit mesh the type of an array says how it is divided. JAX then refuses to index, to reshape or to sum
@@ -328,7 +329,7 @@ def on_automatic_axes(evaluate: Callable[P, tuple[Array, R]]) -> Callable[P, tup
     """
 
     @wraps(evaluate)
-    def with_any_axes(*arguments: P.args, **params: P.kwargs) -> tuple[Array, R]:
+    def with_any_axes(*arguments: P.args, **params: P.kwargs) -> tuple[T, R]:
         mesh = _explicit_mesh(arguments)
         if mesh is None:
             return evaluate(*arguments, **params)
@@ -337,17 +338,18 @@ def on_automatic_axes(evaluate: Callable[P, tuple[Array, R]]) -> Callable[P, tup
         leaves, structure = jax.tree.flatten(arguments)
         arrays = {place: leaf for place, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
 
-        def of_arrays(arrays: dict[int, Array]) -> tuple[Array, R]:
+        def of_arrays(arrays: dict[int, Array]) -> tuple[T, R]:
             given = [arrays.get(place, leaf) for place, leaf in enumerate(leaves)]
             return evaluate(*jax.tree.unflatten(structure, given), **params)
 
         first, keywords, spec_of = cast("Any", arguments[0]), cast("dict[str, Any]", arguments[-1]), cast("Any", jax.P)
         spec = jax.typeof(first).sharding.spec if isinstance(first, jax.Array) else ()
-        axis = check_axis(keywords.get("axis", -1), np.shape(first))
+        axis = check_axis(keywords.get("axis", -1), np.shape(first)) if spec else 0
         by_row = jax.NamedSharding(mesh, spec_of(*spec[:axis], *spec[axis + 1 :]))
         of_loss = by_row if keywords.get("reduction") == "none" else jax.NamedSharding(mesh, spec_of())
         divided = jax.sharding.auto_axes(of_arrays, axes=mesh.explicit_axes, out_sharding=(of_loss, by_row))
-        return cast("tuple[Array, R]", divided(arrays))
+        # Unused operands are kept: they name the devices of a result that depends on none, such as a number of rows.
+        return cast("tuple[T, R]", jax.jit(divided, keep_unused=True)(arrays))
 
     return with_any_axes
 

@@ -9,7 +9,6 @@ of summation does not show in the result.
 Before each class stands the function that computes its sums of one batch; the class only adds them up.
 """
 
-from collections.abc import Iterator
 from typing import Any, Self
 
 import jax
@@ -19,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from lsce_jax.errors import error
-from lsce_jax.inputs import as_array, as_last_axis, prepare, warn_of_bad_labels
+from lsce_jax.inputs import as_array, as_last_axis, on_automatic_axes, prepare, warn_of_bad_labels
 from lsce_jax.stats import LossStats
 from lsce_spec import (
     LossOptions,
@@ -335,22 +334,26 @@ class TopKAccuracy(_Sums):
         return self._ratio(*self._names)
 
 
+@on_automatic_axes
 def _calibration_error_sums(
-    num_bins: int, stats: LossStats, mask: Bool[ArrayLike, "..."] | None
-) -> Iterator[dict[str, _Pair]]:
-    """Yield the sums of some rows at a time."""
-    rows, correct, confidence = (values.reshape(-1) for values in (_rows(stats, mask), stats.correct, stats.confidence))
+    rows: Bool[Array, "*batch"], correct: Bool[Array, "*batch"], confidence: Float[Array, "*batch"], options: Any
+) -> tuple[list[dict[str, _Pair]], None]:
+    """Return the sums of some rows at a time, and nothing for each row."""
+    num_bins, sums = options["num_bins"], []
+    rows, correct, confidence = (values.reshape(-1) for values in (rows, correct, confidence))
     edges = jnp.arange(1, num_bins, dtype=confidence.dtype)[:, None] / num_bins
     bins = jnp.arange(num_bins)[:, None]
     for start in range(0, rows.size, _MAX_ROWS):
         part = slice(start, start + _MAX_ROWS)
         place = jnp.sum(confidence[None, part] > edges, axis=0, dtype=int)
         in_bin = (place[None] == bins) & rows[None, part]
-        yield {
+        of_part = {
             "confidence": _sum_of_fractions(confidence[part], in_bin),
             "correct": _count(in_bin & correct[None, part], axis=-1),
             "count": _count(in_bin, axis=-1),
         }
+        sums.append(of_part)
+    return sums, None
 
 
 class CalibrationError(_Sums):
@@ -389,7 +392,8 @@ class CalibrationError(_Sums):
     @hinting
     def update(self, *, stats: LossStats, mask: Bool[ArrayLike, "..."] | None = None, **_: Any) -> None:
         """Add a batch; see `MeanLoss.update` for `stats` and `mask`."""
-        for sums in _calibration_error_sums(self.num_bins, stats, mask):
+        rows, options = _rows(stats, mask), {"num_bins": self.num_bins}
+        for sums in _calibration_error_sums(rows, stats.correct, stats.confidence, options)[0]:
             self._add(**sums)
 
     def compute(self) -> Float[Array, ""]:

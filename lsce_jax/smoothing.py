@@ -9,7 +9,7 @@ weight is narrow, the gradients of equal labels are added up in float32 first, i
 rounded once.
 """
 
-from typing import Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,16 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from lsce_jax import reference
 from lsce_jax.errors import error
-from lsce_jax.inputs import Batch, as_array, at_labels, compute_dtype, prepare, warn_of_bad_labels, within_int32
+from lsce_jax.inputs import (
+    Batch,
+    as_array,
+    at_labels,
+    compute_dtype,
+    on_automatic_axes,
+    prepare,
+    warn_of_bad_labels,
+    within_int32,
+)
 from lsce_jax.keywords import AddSmoothingKeywords, LinearAddSmoothingKeywords, LinearLossKeywords
 from lsce_jax.layer import Layer
 from lsce_jax.linear import prepare_layer
@@ -163,7 +172,19 @@ def linear_add_smoothing(
         Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2016, section 7. The derivation is
         in `lsce_spec.smoothing`.
     """
-    options = LossOptions.of({**_DEFAULTS, **keywords})
+    return _of_layer(hidden, weight, labels, nll, {**_DEFAULTS, **keywords})[0]
+
+
+@on_automatic_axes
+def _of_layer(
+    hidden: Float[ArrayLike, "... D"],
+    weight: Float[ArrayLike, "D K"],
+    labels: Int[ArrayLike, "..."],
+    nll: Float[ArrayLike, "..."],
+    keywords: dict[str, Any],
+) -> tuple[Float[Array, "..."], None]:
+    """Return the losses, and nothing beside them. See `linear_add_smoothing`."""
+    options = LossOptions.of(keywords)
     check_addable(options.convention)
     check_layer_operands(*(getattr(operand, "shape", None) for operand in (nll, hidden, weight)))
     layer, num_classes = prepare_layer(hidden, weight, keywords["bias"])
@@ -193,9 +214,8 @@ def linear_add_smoothing(
     if batch.class_weight is not None:
         weights["label_weight"] = at_labels(batch.class_weight, batch.labels)
         weights["mean_weight"] = jnp.broadcast_to(jnp.sum(factor), batch.batch_shape)
-    return _smoothed(
-        batch, options, nll=nll.astype(batch.dtype), label_logit=label_logit, mean_logit=mean_logit, **weights
-    )
+    rows = {"nll": nll.astype(batch.dtype), "label_logit": label_logit, "mean_logit": mean_logit}
+    return _smoothed(batch, options, **rows, **weights), None
 
 
 def _smoothed(

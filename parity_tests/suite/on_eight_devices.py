@@ -17,22 +17,25 @@ import numpy as np
 import pytest
 
 import lsce_jax
-from lsce_jax import LossStats
+from lsce_jax import LossStats, metrics
 from lsce_jax.aot import hlo
 from lsce_jax.layer import LayerOperands
 from lsce_jax.layer_sums import layer_sums
 from parity_tests.losses.adapters import JaxAdapter, operands_of
 from parity_tests.losses.rows_divided import as_mean, over_devices
 from parity_tests.losses.sharded import AXIS, ShardedAdapter, divided, on_shards
+from parity_tests.losses.wrapped import jax_added, ours_of_jax
+from parity_tests.suite.added_smoothing import bounds_of_added
 from parity_tests.suite.chosen import CHOSEN, EDGES
 from parity_tests.suite.jax_results import STATISTICS_DTYPES
 from parity_tests.suite.test_stats import assert_statistics
+from parity_tests.truth.arithmetic import Arithmetic
 from parity_tests.truth.bounds import error_bound
 from parity_tests.truth.cases import Case, LinearCase, case_names, make_case, random_case
-from parity_tests.truth.comparison import Comparison, against_oracle
+from parity_tests.truth.comparison import Comparison, Parts, against_oracle, bounds_of, error_over_bound
 from parity_tests.truth.linear_cases import linear_case_names, make_linear_case
 from parity_tests.truth.oracle import solve
-from parity_tests.truth.precision import DTYPES
+from parity_tests.truth.precision import DTYPES, round_to
 
 DEVICES = 8
 EVERY_OPTION = ("everything", "class_mask_max_sup", "bad_labels", "soft_clamp", "axis_in_the_middle")
@@ -139,6 +142,27 @@ def test_bounds_are_used() -> None:
     print("largest shares:", max(each.loss for each in shares), max(each.gradient for each in shares))
     assert max(each.loss for each in shares) > 0.1
     assert max(each.gradient for each in shares) > 0.1
+
+
+def assert_within_bounds(
+    case: Case, found: dict[str, Any], arithmetic: Arithmetic | None = None, bounds: Parts | None = None
+) -> None:
+    """Hold parts of the result of a case against the truth. Their rows may have dimensions."""
+    truth = solve(case, math if case.dtype == "float32" else None)
+    if bounds is None:
+        linear = isinstance(case, LinearCase)
+        bounds = bounds_of(case, truth, arithmetic or adapter(DEVICES, linear=linear).arithmetic)
+    for part, values in found.items():
+        exact = truth.parts[part]
+        error = exact.error_of(np.asarray(values, np.float64).reshape(exact.high.shape))
+        share = np.max(error_over_bound(error, bounds[part]), initial=0)
+        print(f"{part}: {share:.2f} of the bound")
+        assert share <= 1, part
+
+
+def eighths(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Return numbers whose products and their sums are exact in float32."""
+    return np.round(np.random.default_rng(seed).normal(size=shape) * 8) / 8
 
 
 # --- Where things are -----------------------------------------------------------------------------------------------
@@ -561,29 +585,40 @@ DIVIDED: dict[str, tuple[tuple[Any, Any], Any, Any, Any]] = {
 }
 PLACES = np.arange(32).reshape(8, 4)
 ROWS_OF = {
-    "logits": np.random.default_rng(7).normal(size=(8, 4, 16)),
     "labels": np.where(PLACES % 6 == 0, 3, PLACES % 10 + 6),
-    "hidden": np.random.default_rng(8).normal(size=(8, 4, 8)),
-    "weight": np.random.default_rng(9).normal(size=(8, 16)),
+    "hidden": eighths(8, (8, 4, 8)),
+    "weight": eighths(9, (8, 16)),
 }
-BY_CLASS = {"class_weight": np.linspace(0.5, 2, 16), "class_mask": np.arange(16) != 5}
-BY_ROW = {"where": PLACES % 7 != 2, "smoothing": np.linspace(0, 0.3, 32).reshape(8, 4)}
+ROWS_OF["logits"] = ROWS_OF["hidden"] @ ROWS_OF["weight"]
+BY_CLASS = {"class_weight": np.linspace(0.5, 2.375, 16), "class_mask": np.arange(16) != 5}
+BY_ROW = {"where": PLACES % 7 != 2, "smoothing": np.linspace(0, 31 / 128, 32).reshape(8, 4)}
 MASKS = {"class_mask": (np.arange(512).reshape(8, 4, 16) % 11 != 5) | (ROWS_OF["labels"][..., None] == np.arange(16))}
-MEAN: dict[str, Any] = {"reduction": "mean", "ignore_index": 3, "z_loss": 0.1}
+SOFT = round_to(np.random.default_rng(6).dirichlet(np.ones(16), (8, 4)), "float32")
+MEAN: dict[str, Any] = {"reduction": "mean"}
+OPTIONS: dict[str, Any] = {**MEAN, "ignore_index": 3, "z_loss": 0.1}
+dense_with_stats = lsce_jax.label_smoothed_cross_entropy_with_stats
 layer_with_stats = lsce_jax.linear_label_smoothed_cross_entropy_with_stats
+# A loss, and the fields of a case.
 CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    "dense": (lsce_jax.label_smoothed_cross_entropy_with_stats, {}),
-    "options": (dense, {**BY_CLASS, **BY_ROW, **MEAN, "softcap": 5.0}),
-    "masks of rows": (dense, {**MASKS, "convention": "max_sup", "reduction": "mean"}),
-    "reference": (dense, {**BY_CLASS, "implementation": "reference"}),
-    "soft": (dense, {"labels": np.random.default_rng(6).dirichlet(np.ones(16), (8, 4)), "reduction": "mean"}),
-    "layer": (layer_with_stats, {"chunk_size": 8, "reduction": "mean"}),
-    "layer, options": (layer_with_stats, {**BY_CLASS, **BY_ROW, **MEAN, "chunk_size": 5}),
-    "layer, none": (layer_with_stats, {"chunk_size": 8}),
-    "layer, filter": (layer_with_stats, {"gradient_filter": 1e-30, "reduction": "sum"}),
-    "layer, reference": (layer_with_stats, {"implementation": "reference"}),
+    "dense": (dense_with_stats, {}),
+    "options": (dense, {**BY_CLASS, **BY_ROW, "options": {**OPTIONS, "softcap": 5.0}}),
+    "masks of rows": (dense, {**MASKS, "options": {**MEAN, "convention": "max_sup"}}),
+    "reference": (partial(dense, implementation="reference"), BY_CLASS),
+    "soft": (dense, {"labels": SOFT, "options": MEAN}),
+    "layer": (partial(layer_with_stats, chunk_size=8), {"options": MEAN}),
+    "layer, options": (partial(layer_with_stats, chunk_size=5), {**BY_CLASS, **BY_ROW, "options": OPTIONS}),
+    "layer, none": (partial(layer_with_stats, chunk_size=8), {}),
+    "layer, filter": (partial(layer_with_stats, gradient_filter=1e-30), {"options": {"reduction": "sum"}}),
+    "layer, reference": (partial(layer_with_stats, implementation="reference"), {}),
+    "layer, added": (
+        partial(jax_added(ours_of_jax), reduction="none"),
+        {**BY_CLASS, **BY_ROW, "options": {"ignore_index": 3, "z_loss": 0.1}},
+    ),
 }
-QUICK = {("layer", "sequence"), ("options", "classes"), ("layer, options", "features of the weight")}
+QUICK = {
+    *{("layer", "sequence"), ("options", "classes"), ("layer, options", "features of the weight")},
+    ("layer, added", "rows and classes"),
+}
 TYPES = (("Explicit", "Explicit"), ("Auto", "Explicit"), ("Explicit", "Auto"))
 
 
@@ -593,15 +628,12 @@ def mesh_of(types: Sequence[str]) -> Any:
 
 
 def on_mesh_of(types: Sequence[str], operands: dict[str, Any], divided_by: str) -> dict[str, Any]:
-    """Return the operands, divided as that entry of `DIVIDED` says; numbers and texts as they are."""
+    """Return the operands, divided as that entry of `DIVIDED` says."""
     rows, classes, of_hidden, of_weight = DIVIDED[divided_by]
     axes = {(8, 4): rows, (16,): (classes,), (8, 4, 16): (*rows, classes), (8, 4, 8): (*rows, of_hidden)}
-    axes[8, 16] = (of_weight, classes)
+    axes |= {(8, 16): (of_weight, classes), (): ()}
     mesh = mesh_of(types)
-    return {
-        name: placed(mesh, value, *axes[value.shape]) if isinstance(value, np.ndarray) else value
-        for name, value in operands.items()
-    }
+    return {name: placed(mesh, value, *axes[value.shape]) for name, value in operands.items()}
 
 
 @pytest.mark.parametrize(
@@ -614,28 +646,34 @@ def on_mesh_of(types: Sequence[str], operands: dict[str, Any], divided_by: str) 
 )
 def test_types_of_axes(types: tuple[str, str], call: str, divided_by: str) -> None:
     """Explicit and mixed axes, without `jax.set_mesh`: the loss of one device, with gradients divided as operands."""
-    loss, options = CALLS[call]
-    floats = ("hidden", "weight") if call.startswith("layer") else ("logits",)
-    given = {name: ROWS_OF[name] for name in (*floats, "labels")} | options
-    texts = {name: value for name, value in given.items() if not isinstance(value, np.ndarray)}
+    (loss, fields), is_layer = CALLS[call], call.startswith("layer")
+    layer: dict[str, Any] = {name: ROWS_OF[name] for name in ("hidden", "weight")} if is_layer else {}
+    given = {"logits": ROWS_OF["logits"], "labels": ROWS_OF["labels"], **layer, **fields}
+    case = LinearCase(call, "float32", weight_dtype="float32", **given) if is_layer else Case(call, "float32", **given)
+    arrays, options = operands_of(case)
+    arrays.pop("upstream")
+    arrays = on_mesh_of(types, arrays, divided_by)
+    floats = tuple(layer) or ("logits",)
 
     @jax.jit
     def step(arrays: dict[str, Any]) -> Any:
         def value(by: dict[str, Any]) -> Any:
-            results = loss(**{**arrays, **by}, **texts)
+            results = loss(*by.values(), **arrays, **options)
             return jnp.sum(jax.tree.leaves(results)[0]), results
 
-        return jax.grad(value, has_aux=True)({name: arrays[name] for name in floats})
+        return jax.grad(value, has_aux=True)({name: arrays.pop(name) for name in floats})
 
-    with jax.enable_x64(True):
-        arrays = {name: value for name, value in given.items() if name not in texts}
-        expected = step(arrays)
-        arrays = on_mesh_of(types, arrays, divided_by)
-        found = step(arrays)
-    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-13)
-    for name, gradient in found[0].items():
+    gradients, results = step(arrays)
+    for name, gradient in gradients.items():
         assert jax.typeof(gradient).sharding == jax.typeof(arrays[name]).sharding
+    value, stats = results if isinstance(results, tuple) else (results, None)
+    arithmetic = on_shards(JaxAdapter(linear=is_layer).arithmetic, DEVICES)
+    bounds = bounds_of_added(case, arithmetic) if call.endswith("added") else None
+    found = {"loss": value, **(gradients if is_layer else {"gradient": gradients["logits"]})}
+    assert_within_bounds(case, found, arithmetic, bounds)
+    if stats is not None:
+        flat = {field: np.asarray(values).reshape(-1) for field, values in stats._asdict().items()}
+        assert_statistics(case, np.asarray(value), flat, arithmetic)
 
 
 def test_types_of_results() -> None:
@@ -645,9 +683,58 @@ def test_types_of_results() -> None:
     losses = dense(logits, labels, axis=1)
     mean, stats = lsce_jax.label_smoothed_cross_entropy_with_stats(logits, labels, axis=1, reduction="mean")
     denominator = lsce_jax.mean_denominator(labels, class_weight=np.ones(16, np.float32), ignore_index=3)
+    assert lsce_jax.mean_denominator(labels) == 32 * lsce_jax.mean_denominator(labels.max()) == 32
     assert jax.typeof(losses).sharding.spec == jax.typeof(stats.nll).sharding.spec == jax.P("data", None)
     assert jax.typeof(mean).sharding.spec == jax.typeof(denominator).sharding.spec == jax.P()
     assert float(denominator) == np.sum(ROWS_OF["labels"] != 3)
+
+
+METRICS: tuple[Callable[[], Any], ...] = (
+    *(metrics.MeanLoss, metrics.MeanNLL, metrics.Perplexity, metrics.MeanEntropy, metrics.Accuracy),
+    *(partial(metrics.TopKAccuracy, 3), metrics.CalibrationError),
+)
+
+
+@pytest.mark.parametrize(
+    "types", [TYPES[0], *(pytest.param(each, marks=pytest.mark.distributed) for each in TYPES[1:])]
+)
+def test_metrics_of_divided_rows(types: tuple[str, str]) -> None:
+    """The metrics of one device, to the bit: the order of summation does not show."""
+    arrays = {"logits": ROWS_OF["logits"].astype(np.float32), "labels": ROWS_OF["labels"]}
+    arrays |= dense_with_stats(*arrays.values(), ignore_index=3)[1]._asdict()
+
+    @jax.jit
+    def values(arrays: dict[str, Any]) -> list[Any]:
+        stats = LossStats(*(arrays[name] for name in LossStats._fields))
+        seen = [make() for make in METRICS]
+        for metric, mask in product(seen, (None, stats.nll > 2)):
+            metric.update(stats=stats, logits=arrays["logits"], labels=arrays["labels"], mask=mask)
+        return [metric.compute() for metric in seen]
+
+    expected = values(arrays)
+    for divided_by in ("sequence", "both dimensions", "rows and classes"):
+        assert values(on_mesh_of(types, arrays, divided_by)) == expected, divided_by
+
+
+def test_smoothing_added_to_rows_and_modules_of_divided_operands() -> None:
+    """`add_smoothing` takes each row for itself, and modules call the losses: the same numbers."""
+    nll = {"nll": ROWS_OF["logits"][..., 0].astype(np.float32) ** 2, **BY_ROW}
+    nll["smoothing"] = nll["smoothing"].astype(np.float32)
+    add = partial(lsce_jax.add_smoothing, label_logit=nll["nll"], mean_logit=-nll["nll"])
+    on_mesh = on_mesh_of(TYPES[0], nll, "both dimensions")
+    losses = lsce_jax.add_smoothing(**on_mesh, label_logit=on_mesh["nll"], mean_logit=-on_mesh["nll"])
+    assert jax.typeof(losses).sharding.spec == jax.P("data", "model")
+    assert np.array_equal(losses, add(**nll))
+    arrays = {name: array.astype(np.float32) for name, array in ROWS_OF.items() if name != "labels"}
+    given = on_mesh_of(TYPES[0], arrays | {"labels": ROWS_OF["labels"]}, "rows and classes")
+    logits, labels, layer = given["logits"], given["labels"], (given["hidden"], given["weight"])
+    options: dict[str, Any] = {"class_weight": np.float32(BY_CLASS["class_weight"]), "reduction": "mean"}
+    of_logits, of_layer = lsce_jax.LabelSmoothedCrossEntropyLoss, lsce_jax.LinearLabelSmoothedCrossEntropyLoss
+    assert of_logits(0.1, **options)(logits, labels) == dense(logits, labels, **options)
+    loss = lsce_jax.linear_label_smoothed_cross_entropy
+    assert of_layer(0.1, **options)(*layer, labels) == loss(*layer, labels, **options)
+    of_classes = lsce_jax.CELossWithLabelSmoothing(0.1, 16)(logits.transpose(0, 2, 1), labels)
+    assert of_classes == dense(logits, labels, convention="clamp", reduction="mean")
 
 
 def some_classes(logits: jax.Array, labels: jax.Array, class_weight: jax.Array, class_mask: jax.Array) -> jax.Array:
@@ -661,13 +748,11 @@ def test_shard_map_that_leaves_out_an_explicit_axis(check_vma: bool) -> None:
     specs = jax.P(None, None, "model"), jax.P(), jax.P("model"), jax.P("model")
     names: dict[str, Any] = {"axis_names": {"model"}, "check_vma": check_vma}
     on_mesh = jax.shard_map(some_classes, mesh=mesh_of(TYPES[0]), in_specs=specs, out_specs=jax.P(), **names)
+    arrays = {name: ROWS_OF[name] for name in ("logits", "labels")} | BY_CLASS
     with jax.enable_x64(True):
-        arrays = {name: ROWS_OF[name] for name in ("logits", "labels")} | BY_CLASS
-        given = on_mesh_of(TYPES[0], arrays, "rows and classes")
-        found = jax.jit(jax.value_and_grad(on_mesh))(*given.values())
-        expected = jax.value_and_grad(partial(dense, reduction="mean", **BY_CLASS))(*[*arrays.values()][:2])
-    for ours, theirs in zip(found, expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-11, atol=1e-13)
+        found = jax.jit(jax.value_and_grad(on_mesh))(*on_mesh_of(TYPES[0], arrays, "rows and classes").values())
+    case = Case("", "float64", options=MEAN, **arrays)
+    assert_within_bounds(case, dict(zip(("loss", "gradient"), found, strict=True)))
 
 
 @pytest.mark.parametrize("type_of_rest", ["Explicit", "Auto"])
