@@ -49,9 +49,9 @@ MESSAGES: dict[str, tuple[type[Exception], str]] = {
         "For class probabilities, whose elements the Trainer would count, override compute_loss and take "
         "label_smoothed_cross_entropy there.",
     ),
-    "bad_labels_vmapped": (
+    "bad_labels_unknown": (
         RuntimeError,
-        "bad_labels='raise' reads the labels' values, which a function under vmap cannot. "
+        "bad_labels='raise' reads the labels' values, which are not at hand under vmap and in tensors without data. "
         "Use bad_labels='nan' there, or call the loss outside of vmap.",
     ),
     "inplace_reference": (

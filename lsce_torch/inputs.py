@@ -476,7 +476,7 @@ def raise_bad_label(
     try:
         found = bool(bad.any())
     except RuntimeError as problem:  # within vmap, or a tensor without data
-        raise error("bad_labels_vmapped") from problem
+        raise error("bad_labels_unknown") from problem
     if found:
         expected = bad_labels.expected_labels(int(num_classes), masked)
         index = bad.nonzero()[0].tolist()

@@ -215,7 +215,7 @@ TORCH_ELSEWHERE = {
     "layer_device",
     "layout",
     "weight_type",
-    "bad_labels_vmapped",
+    "bad_labels_unknown",
     # in test_torch_fused.py
     "inplace_reference",
     "inplace_logits",
@@ -496,7 +496,7 @@ def test_raise_under_compilation() -> None:
     compiled = torch.compile(torch_loss, fullgraph=True)
     assert compiled(*arguments) == torch_loss(*arguments)
     assert str(raised(lambda: compiled(arguments[0], torch.tensor([0, 1, 9, 0])))).startswith("label 9 at index [2]")
-    message = lsce_torch.errors.MESSAGES["bad_labels_vmapped"][1]
+    message = lsce_torch.errors.MESSAGES["bad_labels_unknown"][1]
     assert str(raised(lambda: torch.func.vmap(torch_loss)(*arguments))) == message
 
 
