@@ -286,6 +286,7 @@ def write_pair(
             for each in pair.readings
         ],
         "formula_differences": pair.formula_differences,
+        "not_derivatives": {letter: each.what for letter, each in pair.not_derivatives.items()},
         "function": None if pair.sameness is None else {**_plain(pair.sameness), "text": pair.functions()},
         "accuracy": [{**_plain(each), "less_accurate": each.less_accurate} for each in pair.accuracy],
         "tolerance": pair.tolerance,

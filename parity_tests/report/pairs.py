@@ -171,6 +171,9 @@ def _mistakes(pair: Pair) -> dict[str, list[Mistake]]:
     """Return what is wrong on each side, by its letter."""
     asked = {"smoothing": pair.cases[0].smoothing, **pair.cases[0].options} if pair.cases else {}
     found: dict[str, list[Mistake]] = {letter: [] for letter in LETTERS}
+    if pair.not_derivatives:
+        text = "its gradient is not the derivative of its values: "
+        return {letter: [Mistake(f"{text}{each.what}", each.cure)] for letter, each in pair.not_derivatives.items()}
     for letter, reading in zip(LETTERS, pair.readings, strict=True):
         if pair.known and reading.mutants and not reading.only_ordinary:
             found[letter] = mistakes(reading.explanations[0].candidate, pair.definition, asked)
