@@ -274,8 +274,8 @@ def _word(each: LayerVerdict) -> str:
         return f"random in {each.random}"
     if each.weights:
         return "weights differ"
-    if any(part.is_function for part in beyond):
-        return "another function"
+    if each.not_derivatives or any(part.is_function for part in beyond):
+        return "another gradient" if each.not_derivatives else "another function"
     if beyond:
         known = each.causes and (not each.no_exact or all(each.causes.values()))
         return f"less accurate: {' and '.join(each.causes)}" if known else "differs"
@@ -304,9 +304,17 @@ def _lines(each: LayerVerdict) -> list[str]:
     for side, cause in each.causes.items():
         explained = ": ".join(filter(None, cause)) if cause else "no matrix products of fewer bits explain it"
         lines.append(f"    {side} is less accurate than rounding in {each.dtype} explains: {explained}")
+    lines += [f"    {what}" for what in _not_derivatives(each)]
     for side, reason in each.no_exact.items():
         lines.append(f"    {side} has no float64 run: {reason}")
     return lines
+
+
+def _not_derivatives(each: LayerVerdict) -> list[str]:
+    return [
+        f"its gradient in {side} is not the derivative of what it computes: {cause.what}"
+        for side, cause in each.not_derivatives.items()
+    ]
 
 
 def _place(each: LayerVerdict) -> str:
@@ -347,7 +355,8 @@ def _conclusion(verdict: ModelsVerdict) -> list[str]:
     direction: Direction = "forward" if first.beyond("forward") or not first.parts else "backward"
     names = [each.name for each in _wrong(verdict) if not each.is_open]
     named = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-    right = "" if first.causes else " (A is taken as right)"
+    taken = "B" if [*first.not_derivatives] == ["A"] else "A"
+    right = "" if first.causes else f" ({taken} is taken as right)"
     return [
         f"DISAGREE in {len(names)} of {layers}{right}: {named}{also}.",
         f"The first mistake is in {first.name}, {direction}: {_mistake(verdict, first, direction)}.",
@@ -359,7 +368,7 @@ def _mistake(verdict: ModelsVerdict, first: LayerVerdict, direction: Direction) 
     """Return what is wrong in the first layer that parts."""
     if verdict.common_cause:
         return f"{verdict.common_cause}, which explain all that differs"
-    known = [*first.weights, *first.settings]
+    known = [*first.weights, *_not_derivatives(first), *first.settings]
     return known[0] if known else f"{_word(first)}{_place(first)}" + _start(first, direction)
 
 
@@ -373,6 +382,8 @@ def _cure(first: LayerVerdict) -> str:
         return "Change: switch dropout off on both sides, by model.eval()"
     if first.weights:
         return f"Change in B: the weights of {first.other}; without --weights own they are copied from A"
+    if first.not_derivatives:
+        return "; ".join(f"Change in {side}: {cause.cure}" for side, cause in first.not_derivatives.items())
     if first.cures:
         return f"Change in B: {' and '.join(first.cures)} in {first.other}"
     if any(first.causes.values()):
@@ -395,5 +406,6 @@ def _as_json(each: LayerVerdict) -> dict[str, Any]:
         "settings": each.settings,
         "causes": each.causes,
         "no_float64": each.no_exact,
+        "not_derivatives": {side: cause.what for side, cause in each.not_derivatives.items()},
         "error": each.error,
     }

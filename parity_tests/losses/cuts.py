@@ -63,10 +63,11 @@ def _is_undone(what: str, seen: dict[Cut, None], undone: Collection[Cut], is_cus
     frameworks = tuple(
         str(Path(sys.modules[name].__file__ or "").parent) for name in _FRAMEWORKS if name in sys.modules
     )
-    frame = inspect.currentframe()
+    frame, called = inspect.currentframe(), ""
     while frame and frame.f_code.co_filename.startswith((__file__, *frameworks)):
-        frame = frame.f_back
-    if frame is None or frame.f_code.co_filename.startswith(here):  # a cut of the harness
+        called, frame = frame.f_code.co_name, frame.f_back
+    # Cuts of the harness, and of JAX's own functions, such as that of the maximum in log_softmax.
+    if frame is None or frame.f_code.co_filename.startswith(here) or (what == "stop_gradient" != called):
         return False
     cut = Cut(what, is_custom, frame.f_code.co_filename, frame.f_lineno)
     seen[cut] = None

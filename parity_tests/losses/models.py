@@ -137,6 +137,10 @@ class Model(Protocol):
         """Return the floating-point dtype with the fewest bits that a call computes anything in."""
         ...
 
+    def forget_programs(self) -> None:
+        """Drop what was traced: the next run runs the code of the layer again."""
+        ...
+
 
 Flatten = Callable[[Any], tuple[list[Any], Any]]
 

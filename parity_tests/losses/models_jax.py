@@ -164,6 +164,10 @@ class JaxModel:
             values = _RoundedProducts(bits).run(traced.jaxpr, jax.tree.leaves(operands))
             return result(jax.tree.unflatten(jax.tree.structure(traced.out_info), values))
 
+    def forget_programs(self) -> None:
+        """Drop what was traced."""
+        self._compiled.clear()
+
     def narrowest(self, key: str, given: Given, dtype: str | None = None) -> str:
         """Return the floating-point dtype with the fewest bits that a call computes anything in."""
         with _precision(dtype):

@@ -145,6 +145,9 @@ class TorchModel:
             mode = None if bits == FULL else _RoundedProducts(bits)
             return self._run(key, given, dtype, stream, mode, on_cpu=True)
 
+    def forget_programs(self) -> None:
+        """Drop what was traced: torch traces nothing."""
+
     def narrowest(self, key: str, given: Given, dtype: str | None = None) -> str:
         """Return the floating-point dtype with the fewest bits that a call computes anything in."""
         seen = _DtypesSeen()

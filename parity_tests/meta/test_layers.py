@@ -134,6 +134,7 @@ def test_mistakes_are_found_in_their_layers(block: JaxModel, fault: str) -> None
     assert part.what == what.replace("attention.", "")
     assert part.first != part.second
     assert part.is_function == (names != ["attention"])
+    assert list(found.not_derivatives) == ["B"] * (direction == "backward")
 
 
 def test_a_missing_bias(block: JaxModel) -> None:

@@ -101,7 +101,7 @@ def is_floating(values: NDArray[Any]) -> bool:
 
 def as_float64(given: Given) -> Given:
     """Return the same numbers in float64."""
-    return _changed(given, lambda values: values.astype(np.float64))
+    return changed(given, lambda values: values.astype(np.float64))
 
 
 def room_for_rounding(
@@ -117,7 +117,7 @@ def room_for_rounding(
         random: generator of the directions.
     """
     results = run(given)
-    moved = [run(_changed(given, lambda values: _moved(values, dtype, random))) for _ in range(replicas)]
+    moved = [run(changed(given, lambda values: _moved(values, dtype, random))) for _ in range(replicas)]
     depth = math.ceil(math.log2(max(2, *(array.size for array in _arrays(given))))) + 2
     room = {}
     for key, values in results.items():
@@ -134,18 +134,18 @@ def _arrays(given: Given) -> Iterator[NDArray[Any]]:
         yield from (each for each in gradients if each is not None)
 
 
-def _changed(given: Given, change: Callable[[NDArray[Any]], NDArray[Any]]) -> Given:
+def changed(given: Given, change: Callable[[NDArray[Any]], NDArray[Any]]) -> Given:
     """Return the same with all arrays of floating-point numbers changed."""
 
-    def changed(arrays: Any) -> Any:
+    def every(arrays: Any) -> Any:
         return [change(array) if array is not None and is_floating(array) else array for array in arrays]
 
     return Given(
-        changed(given.inputs),
-        {child: changed(arrays) for child, arrays in given.child_outputs.items()},
-        changed(given.output_gradients),
-        {child: changed(arrays) for child, arrays in given.child_input_gradients.items()},
-        dict(zip(given.weights, changed(given.weights.values()), strict=True)),
+        every(given.inputs),
+        {child: every(arrays) for child, arrays in given.child_outputs.items()},
+        every(given.output_gradients),
+        {child: every(arrays) for child, arrays in given.child_input_gradients.items()},
+        dict(zip(given.weights, every(given.weights.values()), strict=True)),
     )
 
 

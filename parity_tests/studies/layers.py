@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parity_tests.losses.models import LOSS, MODEL, Arrays, Call, Given, Gradients, Model, ModelError, Result
+from parity_tests.studies.derivatives import Cause, cause_of_layer
 from parity_tests.studies.layer_arithmetic import (
     Direction,
     Key,
@@ -77,6 +78,8 @@ class LayerVerdict:
         settings: attributes that differ, such as epsilon.
         cures: for each of these what to change in B.
         no_exact: for each side without a float64 run, why.
+        not_derivatives: for each side whose gradient is not the derivative of what it computes, why. It is asked if
+            only the backward pass parts.
         error: why it cannot be compared; None if it can.
     """
 
@@ -94,6 +97,7 @@ class LayerVerdict:
     settings: list[str] = field(default_factory=list)
     cures: list[str] = field(default_factory=list)
     no_exact: dict[str, str] = field(default_factory=dict)
+    not_derivatives: dict[str, Cause] = field(default_factory=dict)
     error: str | None = None
 
     def share(self, direction: Direction) -> float:
@@ -449,6 +453,8 @@ class _Comparison:
             true = [None if each is None else each[key] for each in exact]
             verdict.parts.append(part_of(key, (values, second[key]), room[key], true, exact_room[key]))
         self._explain(verdict, (first, second), exact, room, (run_first, run_second))
+        if verdict.beyond("backward") and not verdict.beyond("forward") and not any(verdict.causes.values()):
+            self._differentiate(verdict, given, other)
 
     def _exact(
         self, verdict: LayerVerdict, given: Given, other: Given, run_first: Run, run_second: Run
@@ -489,6 +495,18 @@ class _Comparison:
                     verdict.causes[side] = f"it computes in {verdict.narrow[index]}", ""
                     continue
                 verdict.causes[side] = explain_by_passes(results[index], true, room, runs[index])
+
+    def _differentiate(self, verdict: LayerVerdict, given: Given, other: Given) -> None:
+        """Find out which side's gradient is not the derivative of what it computes."""
+        sides = {
+            "A": (self.first, verdict.name, given),
+            "B": (self.second, self.in_second.get(verdict.name, verdict.name), other),
+        }
+        for side, each in sides.items():
+            cause = None if side in verdict.no_exact else cause_of_layer(*each, self.replicas, self.random)
+            if cause is not None:
+                verdict.not_derivatives[side] = cause
+                verdict.causes.pop(side, None)
 
     def _own_weights(self, path: str) -> dict[str, NDArray[Any]]:
         """Return the weights of the first model that a layer may use."""
