@@ -147,19 +147,19 @@ def test_the_line_that_holds_a_factor_constant_is_named(loss: Any, framework: st
     assert f'cuts["{cut}"]' in str(place)
 
 
-@pytest.mark.parametrize(("loss", "framework", "whats", "line"), [
+@pytest.mark.parametrize(("loss", "framework", "names", "line"), [
     (without_grad, "torch", ["no_grad"], "with torch.no_grad():  # the weight"),
     (twice_cut, "torch", ["detach", "detach"], "weight = (1 - torch.exp(-nll)).data"),
     (custom_in_jax, "jax", ["custom_vjp of focal_of"], "return focal_of(own).mean()"),
     (custom_in_torch, "torch", ["autograd.Function Focal"], "return Focal.apply("),
     (untraceable, "torch", [], "a detached factor or a custom gradient, in a place that cannot be traced"),
 ])  # fmt: skip
-def test_other_causes_are_named(loss: Any, framework: str, whats: list[str], line: str) -> None:
+def test_other_causes_are_named(loss: Any, framework: str, names: list[str], line: str) -> None:
     """Of several cuts those that matter: the detached maximum of `twice_cut` changes nothing."""
     found = cause_of(loss, framework)
     assert found is not None
-    assert [each.what for each in found.cuts] == whats
-    assert found.is_custom == (whats != ["no_grad"] and "detach" not in whats)
+    assert [each.what for each in found.cuts] == names
+    assert found.is_custom == (names != ["no_grad"] and "detach" not in names)
     assert line in found.what
 
 
