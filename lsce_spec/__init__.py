@@ -43,7 +43,6 @@ from lsce_spec.definition import mean_denominator as mean_denominator
 from lsce_spec.definition import model_row as model_row
 from lsce_spec.definition import target_distribution as target_distribution
 from lsce_spec.errors import MESSAGES as MESSAGES
-from lsce_spec.errors import Names as Names
 from lsce_spec.errors import error as error
 from lsce_spec.errors import names_for as names_for
 from lsce_spec.errors import renamed as renamed

@@ -381,17 +381,13 @@ def error(key: str, *, wrong_type: bool = False, **given: object) -> Exception:
     return (TypeError if wrong_type else kind)(text.format(**given).rstrip())
 
 
-# What a function calls an argument, and what the one that called it does. Compiled, as torch.compile cannot do it.
-Names = Sequence[tuple[re.Pattern[str], str]]
-
-
-def names_for(names: Mapping[str, str]) -> Names:
+def names_for(names: Mapping[str, str]) -> Sequence[tuple[re.Pattern[str], str]]:
     """Return names in the form that `renamed` takes: for each pattern, which matches whole words, the caller's name."""
-    # What is quoted is a value.
+    # What is quoted is a value. Compiled here, as torch.compile cannot do it.
     return [(re.compile(rf"(?<![\w'.]){pattern}(?![\w'])"), name) for pattern, name in names.items()]
 
 
-def renamed(problem: Exception, names: Names) -> Exception:
+def renamed(problem: Exception, names: Sequence[tuple[re.Pattern[str], str]]) -> Exception:
     """Return an exception of ours in the names of the function that was called, and any other as it is.
 
     Example:

@@ -1,13 +1,15 @@
 """`torch.nn.functional.cross_entropy` with the options of this package: swap the import, nothing else."""
 
+import re
 import warnings
+from collections.abc import Sequence
 from typing import Unpack
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lsce_spec import Names, Reduction, is_integral, names_for, renamed
+from lsce_spec import Reduction, is_integral, names_for, renamed
 from lsce_spec.keywords import takes
 from lsce_torch.errors import error
 from lsce_torch.functional import label_smoothed_cross_entropy
@@ -80,7 +82,7 @@ def cross_entropy(
 
 
 def with_names_of_torch(
-    names: Names,
+    names: Sequence[tuple[re.Pattern[str], str]],
     input: Tensor,  # noqa: A002  # as above
     target: Tensor,
     weight: Tensor | None,

@@ -47,7 +47,7 @@ nitpick_ignore_regex = [
     ("py:(class|obj|exc|data)", r"(bool|bytes|dict|float|int|list|object|str|tuple|type|Exception|None|optional)"),
     (
         "py:(class|obj|exc|data)",
-        r"(Tensor|ProcessGroup|torch|Unpack|typing|nnx|jax|collections|fractions|pathlib)(\..*)?",
+        r"(Tensor|ProcessGroup|torch|Unpack|typing|nnx|jax|collections|fractions|pathlib|re)(\..*)?",
     ),
     ("py:exc", r"\w+(Error|Warning)(, \w+Error)*"),
     # Types of the packages that are named in signatures and are not public.
