@@ -2,8 +2,7 @@
 
 The target is written out per class, so under `jit` the gradient costs a few arrays of the size of the logits.
 Forward mode, reverse mode and second derivatives all come from JAX. Comments explain the two lines that surprise: the
-sum inside `_log_sum_exp`, and the gap that is set to 0. Gaps are halved: of logits near both ends of the dtype the gap
-itself would be infinite.
+sum inside `_log_sum_exp`, and the gap that is set to 0.
 """
 
 import jax
@@ -27,7 +26,7 @@ def row_losses(
     target = target_distribution(batch, options)
     uncapped, allowed = _counted_logits(batch)
     logits = uncapped if options.softcap is None else options.softcap * jnp.tanh(uncapped / options.softcap)
-    peak, half_gap, log_sum = _log_sum_exp(logits, allowed)
+    peak, gap, log_sum = _log_sum_exp(logits, allowed)
     if options.convention.at_max is not None:
         target = target + at_max(batch, options) * _share_of_largest(uncapped, allowed)
         if batch.bad is not None:
@@ -37,9 +36,9 @@ def row_losses(
         weighted = target * as_last_axis(batch.class_weight, logits)
     # Where the target is 0, the logit may be -inf: 0 * inf counts as 0. Finite gaps keep their value, since the gap is
     # the derivative with respect to the target.
-    finite = jnp.where(is_nothing(weighted) & jnp.isinf(half_gap), 0, half_gap)
+    finite_gap = jnp.where(is_nothing(weighted) & jnp.isinf(gap), 0, gap)
     lse = peak + log_sum
-    smoothed = 2 * jnp.sum(weighted * finite, axis=-1) + jnp.sum(weighted, axis=-1) * log_sum
+    smoothed = jnp.sum(weighted * finite_gap, axis=-1) + jnp.sum(weighted, axis=-1) * log_sum
     if options.subtract_entropy:
         smoothed -= jnp.sum(entropy_terms(target, batch), axis=-1)
     # If the mask lets no class through, no target is NaN.
@@ -53,12 +52,12 @@ def row_losses(
     return losses, make_stats(
         batch,
         options,
-        nll=_nll(batch, half_gap, log_sum, allowed),
+        nll=_nll(batch, gap, log_sum, allowed),
         smoothed=smoothed,
         lse=lse,
         log_sum=log_sum,
         first=jnp.argmax(_constant(uncapped, allowed), axis=-1),
-        entropy=log_sum + _mean_gap(half_gap, allowed),
+        entropy=log_sum + _mean_gap(gap, allowed),
     )
 
 
@@ -113,27 +112,25 @@ def _share_of_largest(
 
 def _nll(
     batch: Batch,
-    half_gap: Float[Array, "*batch K"],
+    gap: Float[Array, "*batch K"],
     log_sum: Float[Array, "*batch"],
     allowed: Bool[Array, "*#batch K"] | None,
 ) -> Float[Array, "*batch"]:
     """Return the cross-entropy with the labels as they are."""
     if not batch.soft:
-        return 2 * jnp.take_along_axis(half_gap, batch.labels[..., None], axis=-1)[..., 0] + log_sum
-    labels = batch.labels.astype(half_gap.dtype)
+        return jnp.take_along_axis(gap, batch.labels[..., None], axis=-1)[..., 0] + log_sum
+    labels = batch.labels.astype(gap.dtype)
     if allowed is not None:
         labels = jnp.where(allowed, labels, 0)
-    terms = labels * jnp.where((labels == 0) & jnp.isinf(half_gap), 0, half_gap)
-    return 2 * jnp.sum(terms, axis=-1) + jnp.sum(labels, axis=-1) * log_sum
+    terms = labels * jnp.where((labels == 0) & jnp.isinf(gap), 0, gap)
+    return jnp.sum(terms, axis=-1) + jnp.sum(labels, axis=-1) * log_sum
 
 
-def _mean_gap(half_gap: Float[Array, "*batch K"], allowed: Bool[Array, "*#batch K"] | None) -> Float[Array, "*batch"]:
+def _mean_gap(gap: Float[Array, "*batch K"], allowed: Bool[Array, "*#batch K"] | None) -> Float[Array, "*batch"]:
     """Return sum_k p_k (m - z_k), the entropy without log sum exp(z - m)."""
-    mass = jnp.exp(-2 * half_gap)
-    if allowed is not None:
-        mass = jnp.where(allowed, mass, 0)
-    products = mass * jnp.where(jnp.isposinf(half_gap), 0, half_gap)
-    return divide(2 * jnp.sum(products, axis=-1), jnp.sum(mass, axis=-1))
+    mass = jnp.exp(-gap) if allowed is None else jnp.where(allowed, jnp.exp(-gap), 0)
+    products = mass * jnp.where(jnp.isposinf(gap), 0, gap)
+    return divide(jnp.sum(products, axis=-1), jnp.sum(mass, axis=-1))
 
 
 def entropy_terms(target: Float[Array, "*batch K"], batch: Batch) -> Float[Array, "*batch K"]:
@@ -211,21 +208,21 @@ def count_allowed(batch: Batch) -> int | Float[Array, ""] | Float[Array, "*batch
 def _log_sum_exp(
     logits: Float[Array, "*batch K"], allowed: Bool[Array, "*#batch K"] | None
 ) -> tuple[Float[Array, "*batch"], Float[Array, "*batch K"], Float[Array, "*batch"]]:
-    """Return the maximum m, half of the gaps m - z, and log sum exp(z - m)."""
+    """Return the maximum m, the gaps m - z, and log sum exp(z - m)."""
     constant = _constant(logits, allowed)
     peak = jnp.max(constant, axis=-1, keepdims=True)
-    half_gap = peak / 2 - logits / 2
+    gap = peak - logits
     if allowed is not None:
-        half_gap = jnp.where(allowed, half_gap, 0)
+        gap = jnp.where(allowed, gap, 0)
 
     # log1p of the sum without its largest term keeps small losses accurate. Subtracting 1 from each largest term, which
     # is exp(0), keeps its derivative: to drop the term would lose the gradient of the largest logit.
     is_peak = (constant == peak).astype(logits.dtype)
-    terms = jnp.exp(-2 * half_gap) - is_peak
+    terms = jnp.exp(-gap) - is_peak
     if allowed is not None:
         is_peak, terms = jnp.where(allowed, is_peak, 0), jnp.where(allowed, terms, 0)
     log_sum = log1p(jnp.sum(terms, axis=-1) + (jnp.sum(is_peak, axis=-1) - 1))
-    return jnp.squeeze(peak, axis=-1), half_gap, log_sum
+    return jnp.squeeze(peak, axis=-1), gap, log_sum
 
 
 def _constant(logits: Float[Array, "*batch K"], allowed: Bool[Array, "*#batch K"] | None) -> Float[Array, "*batch K"]:

@@ -2,7 +2,7 @@
 
 The target has one entry per class, so the gradient takes a few tensors of the size of the logits. Forward mode, reverse
 mode and second derivatives all come from torch. Two steps need their comments: the sum in `_log_sum_exp`, and the gap
-that is set to 0. Gaps are halved: of logits near both ends of the dtype the gap itself would be infinite.
+that is set to 0.
 """
 
 import torch
@@ -25,7 +25,7 @@ def row_losses(
     target = target_distribution(batch, options)
     uncapped, allowed = _counted_logits(batch)
     logits = uncapped if options.softcap is None else options.softcap * torch.tanh(uncapped / options.softcap)
-    peak, half_gap, rest = _log_sum_exp(logits, allowed)
+    peak, gap, rest = _log_sum_exp(logits, allowed)
     log_sum = log1p(rest)
     if options.convention.at_max is not None:
         target = target + at_max(batch, options) * _share_of_largest(uncapped, allowed)
@@ -36,9 +36,9 @@ def row_losses(
         weighted = target * batch.class_weight
     # Where the target is 0, the logit may be -inf: 0 * inf counts as 0. Finite gaps keep their value, since the gap is
     # the derivative with respect to the target.
-    finite = torch.where(is_nothing(weighted) & torch.isinf(half_gap), 0, half_gap)
+    finite_gap = torch.where(is_nothing(weighted) & torch.isinf(gap), 0, gap)
     lse = peak + log_sum
-    smoothed = 2 * torch.sum(weighted * finite, dim=-1) + torch.sum(weighted, dim=-1) * log_sum
+    smoothed = torch.sum(weighted * finite_gap, dim=-1) + torch.sum(weighted, dim=-1) * log_sum
     if options.subtract_entropy:
         smoothed = smoothed - torch.sum(entropy_terms(target, batch), dim=-1)
     # Needed besides the NaN in the target, which a mask without classes removes.
@@ -52,12 +52,12 @@ def row_losses(
     return losses, make_stats(
         batch,
         options,
-        nll=_nll(batch, half_gap, log_sum, allowed),
+        nll=_nll(batch, gap, log_sum, allowed),
         smoothed=smoothed,
         lse=lse,
         log_sum=log_sum,
         first=torch.argmax(_constant(uncapped, allowed), dim=-1),
-        entropy=log_sum + _mean_gap(half_gap, rest),
+        entropy=log_sum + _mean_gap(gap, rest),
         differentiable=differentiable,
     )
 
@@ -111,26 +111,26 @@ def _share_of_largest(
 
 def _nll(
     batch: Batch,
-    half_gap: Float[Tensor, "*batch K"],
+    gap: Float[Tensor, "*batch K"],
     log_sum: Float[Tensor, "*batch"],
     allowed: Bool[Tensor, "*#batch K"] | None,
 ) -> Float[Tensor, "*batch"]:
     """Return the cross-entropy with the labels as they are, NaN for bad labels."""
     if not batch.soft:
-        nll = 2 * torch.gather(half_gap, -1, batch.labels[..., None])[..., 0] + log_sum
+        nll = torch.gather(gap, -1, batch.labels[..., None])[..., 0] + log_sum
         # As a factor, so that the gradient of the row becomes NaN as well.
         return nll if batch.bad is None else nll * torch.where(batch.bad, torch.nan, 1)
-    labels = batch.labels.to(half_gap.dtype)
+    labels = batch.labels.to(gap.dtype)
     if allowed is not None:
         labels = torch.where(allowed, labels, 0)
-    terms = labels * torch.where((labels == 0) & torch.isinf(half_gap), 0, half_gap)
-    return 2 * torch.sum(terms, dim=-1) + torch.sum(labels, dim=-1) * log_sum
+    terms = labels * torch.where((labels == 0) & torch.isinf(gap), 0, gap)
+    return torch.sum(terms, dim=-1) + torch.sum(labels, dim=-1) * log_sum
 
 
-def _mean_gap(half_gap: Float[Tensor, "*batch K"], rest: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+def _mean_gap(gap: Float[Tensor, "*batch K"], rest: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
     """Return the mean of the gaps under the softmax; 0 * inf counts as 0."""
-    finite = torch.where(torch.isinf(half_gap), 0, half_gap)
-    return divide(2 * torch.sum(torch.exp(-2 * half_gap) * finite, dim=-1), 1 + rest)
+    finite = torch.where(torch.isinf(gap), 0, gap)
+    return divide(torch.sum(torch.exp(-gap) * finite, dim=-1), 1 + rest)
 
 
 def entropy_terms(target: Float[Tensor, "*batch K"], batch: Batch) -> Float[Tensor, "*batch K"]:
@@ -204,24 +204,24 @@ def count_allowed(batch: Batch) -> int | Float[Tensor, ""] | Float[Tensor, "*bat
 def _log_sum_exp(
     logits: Float[Tensor, "*batch K"], allowed: Bool[Tensor, "*#batch K"] | None
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch K"], Float[Tensor, "*batch"]]:
-    """Return the maximum m, half of the gaps m - z, and the sum of exp(z - m) less 1."""
+    """Return the maximum m, the gaps m - z, and the sum of exp(z - m) less 1."""
     constant = _constant(logits, allowed)
     peak = torch.amax(constant, dim=-1, keepdim=True)
-    half_gap = torch.add(peak / 2, logits, alpha=-0.5)
+    gap = peak - logits
     if allowed is not None:
-        half_gap = torch.where(allowed, half_gap, 0)
+        gap = torch.where(allowed, gap, 0)
 
     # log1p of the sum without its largest term keeps small losses accurate. Subtracting 1 from each largest term,
     # exp(0), keeps its derivative; leaving the term out would lose the gradient with respect to the largest logit.
     is_peak = (constant == peak).to(logits.dtype)
-    terms = torch.exp(-2 * half_gap) - is_peak
+    terms = torch.exp(-gap) - is_peak
     if allowed is not None:
         is_peak, terms = torch.where(allowed, is_peak, 0), torch.where(allowed, terms, 0)
     rest = torch.sum(terms, dim=-1) + (torch.sum(is_peak, dim=-1) - 1)
     if allowed is not None:
         # Below 0 without any class.
         rest = torch.where(rest < 0, torch.nan, rest)
-    return peak.squeeze(-1), half_gap, rest
+    return peak.squeeze(-1), gap, rest
 
 
 def _constant(

@@ -276,6 +276,6 @@ def test_the_fixture(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch)
     text = result.stdout.str()
     result.assert_outcomes(passed=1, failed=3, skipped=2)
     assert "AssertionError: DISAGREE in 8 of 8 cases: " in text
-    assert "no verdict: NO VERDICT in 8 cases." in text
+    assert "no verdict: NO VERDICT in 8 cases: " in text
     assert "no verdict: torch finds no tpu device" in text
     assert "assertions.py" not in text  # the traceback ends in the test

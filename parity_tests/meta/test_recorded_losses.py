@@ -101,7 +101,7 @@ def test_the_same_and_another_loss() -> None:
 def test_a_tolerance_of_ones_own() -> None:
     loose = replay("bce", "--b", "scale=1.001", "--rtol", "1e-2", "--atol", "1e-4", "--json", "found.json")
     assert loose.exit_code == 0, loose.output
-    assert "You chose what is allowed: --rtol 0.01 --atol 0.0001" in loose.output
+    assert "within --rtol 0.01 --atol 0.0001, which you chose" in loose.output
     assert json.loads(Path("found.json").read_text())["tolerance"] == {"rtol": 0.01, "atol": 0.0001}
     tight = replay("bce", "--b", "scale=1.001", "--rtol", "1e-4")
     assert tight.exit_code == 1, tight.output

@@ -276,14 +276,16 @@ FIELDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("framework", ADAPTERS)
 def test_logits_near_the_largest_number(framework: str, dtype: str) -> None:
-    """The reference is right. The others are, but for losses that are infinite instead; see docs/numerics.md."""
+    """Losses are right, or infinite: the reference's where a difference is; for the others see docs/numerics.md."""
     loss = adapter(framework, "cpu")
     for name, fields in FIELDS.items():
         case = near_the_largest_number(dtype, **fields)
         true, outcome = solve(case), loss(case)
         is_infinite = np.isposinf(outcome.loss)
         if "reference" in framework or name == "smoothing 0":
-            assert np.array_equal(is_infinite, true.loss.high > LARGEST), name
+            difference_is_infinite = np.ptp(case.logits.astype(np.float64), axis=-1) > LARGEST
+            assert np.all(is_infinite >= (true.loss.high > LARGEST)), name
+            assert np.all(is_infinite <= (true.loss.high > LARGEST) | difference_is_infinite), name
         outcome = replace(outcome, loss=np.where(is_infinite, true.loss.high, outcome.loss))
         comparison = against_oracle(case, true, outcome, loss.arithmetic)
         assert comparison.agrees, (name, comparison)
