@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from rich.cells import cell_len
+from rich.text import Text
 from typer.testing import CliRunner
 from typer.testing import Result as CommandResult
 
@@ -94,8 +95,8 @@ def there(files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return files
 
 
-def at_width(width: int, *arguments: str) -> CommandResult:
-    return CliRunner().invoke(app, arguments, env={"COLUMNS": str(width)})
+def at_width(width: int, *arguments: str, **environment: str) -> CommandResult:
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": str(width), **environment})
 
 
 def run_main(*arguments: str, code: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
@@ -214,14 +215,16 @@ def test_nothing_is_cut_at_any_width(name: str, there: Path) -> None:
     cut = ("…", "...")
     numbers = {}
     for width in WIDTHS:
-        done = at_width(width, name, *QUICK[name])
+        # On a terminal: elsewhere the lines of a verdict stay whole.
+        done = at_width(width, name, *QUICK[name], FORCE_COLOR="1", TERM="xterm")
         assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
-        for line in done.stdout.splitlines():
+        shown = Text.from_ansi(done.stdout).plain
+        for line in shown.splitlines():
             # Paths and reasons can be copied in one piece.
             is_whole = line.startswith(("wrote ", "AGREE on ")) or (": " in line and "/" in line)
             assert cell_len(line.rstrip()) <= width or is_whole, (width, line)
             assert not line.endswith(cut), (width, line)
-        numbers[width] = sorted(re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", done.stdout))
+        numbers[width] = sorted(re.findall(r"(?<![\w.])\d+\.\d+(?![\w.])", shown))
     if name not in ("hunt", "fingerprint", "kit"):  # each of which measures anew
         assert numbers[40] == numbers[80] == numbers[160]
 
