@@ -620,15 +620,17 @@ def test_divided_classes_of_both_frameworks() -> None:
 
 @pytest.mark.slow
 def test_the_pages_show_the_verdict_of_the_ports() -> None:
-    """The README's command, as a reader types it, and the three lines that it shows."""
+    """The commands of README and docs, as a reader types them, and the three lines that they show."""
     root = Path(__file__).parents[2]
-    shown = re.search(r"```console\n\$ lsce-parity (.*)\n\.\.\.\n((?:.+\n){3})```", (root / "README.md").read_text())
-    assert shown
-    outcome = invoke(*shown[1].split())
-    assert outcome.exit_code == 1, outcome.output
-    assert outcome.output.splitlines()[-3:] == shown[2].splitlines()
-    page = (root / "docs" / "parity.md").read_text(encoding="utf-8")
-    assert shown[2] in page
-    outcome = invoke(*shown[1].replace("first_try", "ported").split())
+    readme, page = ((root / name).read_text(encoding="utf-8") for name in ("README.md", "docs/parity.md"))
+    commands = re.findall(r"```console\n\$ lsce-parity (.*)\n\.\.\.\n((?:.+\n){3})```", readme + page)
+    assert len(commands) == 2
+    for command, lines in commands:
+        outcome = invoke(*command.split())
+        assert outcome.exit_code == 1, outcome.output
+        assert outcome.output.splitlines()[-3:] == lines.splitlines()
+    command, lines = commands[0]
+    assert lines in page
+    outcome = invoke(*command.replace("first_try", "ported").split())
     assert outcome.exit_code == 0, outcome.output
     assert "\n".join(outcome.output.splitlines()[-3:]) in page

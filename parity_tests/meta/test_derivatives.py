@@ -155,7 +155,7 @@ def test_the_line_that_holds_a_factor_constant_is_named(loss: Any, framework: st
     (untraceable, "torch", [], "a detached factor or a custom gradient, in a place that cannot be traced"),
 ])  # fmt: skip
 def test_other_causes_are_named(loss: Any, framework: str, names: list[str], line: str) -> None:
-    """Of several cuts those that matter: the detached maximum of `twice_cut` changes nothing."""
+    """Cuts that change no gradient are not named, such as that of the maximum in `twice_cut`."""
     found = cause_of(loss, framework)
     assert found is not None
     assert [each.what for each in found.cuts] == names

@@ -31,11 +31,6 @@ from parity_tests.truth.precision import FORMATS
 _OPERANDS = {"gradient": "logits", "hidden": "hidden", "weight": "weight", "bias": "bias"}
 
 
-def step_of(dtype: str) -> float:
-    """Return h for a dtype."""
-    return float((ROUNDINGS * FORMATS[dtype].roundoff) ** (1 / 3))
-
-
 class Stencil:
     """The values around a point in one direction.
 

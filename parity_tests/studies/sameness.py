@@ -336,6 +336,7 @@ def are_the_same(first: Runs, second: Runs) -> Sameness:
         of_constants = {i: _sum(*(each.allowed_constants(i) for each in runs)) for i in both}
         looser = {i: _sum(bounds[i], of_constants[i]) for i in both}
         compared = _compare(runs, results, looser, first.dtype)
+        # Where constants explain how the values differ, a difference of the gradients alone is left to be shown.
         apart = any(each.comparison.loss > 1 for each in differences)
         if all(each.agrees or (apart and each.comparison.loss <= 1) for each in compared):
             bounds, differences, why = looser, compared, CONSTANTS
