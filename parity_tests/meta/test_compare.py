@@ -447,6 +447,16 @@ def test_options_reach_the_loss() -> None:
     assert "known difference: log_for_log1p\n" in outcome.output
 
 
+def test_another_formula_outranks_roundings() -> None:
+    outcome = compare(
+        "torch:parity_tests.meta.losses_brought_to_torch:focal", "torch:torch.nn:CrossEntropyLoss", "--classes", "3"
+    )
+    assert "The mistake is in B (CrossEntropyLoss): no focal gamma." in outcome.output
+    stages = re.findall(r"^stage (\d) of at most (\d): ", outcome.stderr, re.MULTILINE)
+    assert [int(number) for number, _ in stages] == list(range(1, len(stages) + 1))
+    assert len(stages) <= int(stages[0][1])
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["torch:brought_losses:nothing", "oracle"], "brought_losses has no nothing"),
     (["torch:brought_losses:number", "oracle"], "cannot be called: it is a int"),

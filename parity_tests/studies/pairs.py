@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -359,7 +360,7 @@ def compare_sides(
         question: what is expected of them, and in which cases they are compared.
         dtypes: the dtypes of the cases.
         tolerance: what is allowed in place of what rounding explains.
-        announce: called with what takes long, before it starts.
+        announce: called with each stage and its number, before it starts.
         batches: the cases, if the user gave their own.
     """
     sides = (first, second)
@@ -379,9 +380,12 @@ def compare_sides(
         expected = Candidate(question.convention or "uniform", reductions[0], question.subtract_entropy)
         candidates = plain_candidates(reductions, question.smoothing, linear) if question.has_oracle else []
         cases = [expected.apply(case) for case in cases]
-    announce(f"running both losses in {len(cases)} cases")
+    # At most: both losses, what they compute, two formulas, float64, two derivatives.
+    announce = _numbered(announce, 7 if plain else 2)
+    announce(f"running both losses in {count_of(len(cases), 'case')}")
     attempts = [[attempt(side.adapter, case) for case in cases] for side in sides]
     wide = _Wide(sides, cases, announce)
+    announce("looking for known losses with these results")
     diagnosed = _diagnose(cases, attempts, expected, candidates)
     if plain and question.has_oracle:
         diagnosed = [wide.recognise(i, found, question) for i, found in enumerate(diagnosed)]
@@ -405,6 +409,12 @@ def compare_sides(
     if pair.silent or pair.within_bounds or not plain:
         return pair
     return wide.differentiate(wide.examine(pair, question, attempts))
+
+
+def _numbered(announce: Callable[[str], None], most: int) -> Callable[[str], None]:
+    """Return a function that announces the stages of some work with their numbers, of at most so many."""
+    numbers = count(1)
+    return lambda text: announce(f"stage {next(numbers)} of at most {most}: {text}")
 
 
 def _named_cases(dtype: str) -> list[Case]:
