@@ -11,7 +11,7 @@ SIMULATED := test_simulated or test_xla_passes
 # What has targets of its own.
 COMPILED := test_compiled or test_cost or test_scaling or test_triton
 # With parity_tests, the testpaths of pyproject.toml.
-REST := tests examples lsce_spec lsce_jax lsce_torch lsce_parity README.md docs
+REST := tests examples lsce_spec lsce_jax lsce_torch lsce_cost lsce_parity README.md docs
 SELECTED ?= not slow and not devices and not distributed
 # Make 3.81, which macOS has, would mix the two.
 WHOLE_OUTPUT := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
@@ -181,7 +181,7 @@ lint: install
 # warning is an error, and every link, anchor and public name is checked. LINKS=external looks up the addresses of other
 # sites, too, which needs a network.
 docs: $(VENV)/installed-docs
-	$(BIN)/python -m pytest README.md docs lsce_spec lsce_jax lsce_torch lsce_parity
+	$(BIN)/python -m pytest README.md docs lsce_spec lsce_jax lsce_torch lsce_cost lsce_parity
 	$(BIN)/python -m tools.site $(if $(LINKS),--$(LINKS))
 
 $(VENV)/installed-docs: $(VENV)/installed

@@ -56,7 +56,7 @@ from benchmarks import device as on_device
 from benchmarks.sessions import Session
 from benchmarks.tables import print_table
 from benchmarks.timing import LinearShape, Row, Schedule, Shape
-from lsce_spec.devices import ENVIRONMENTS, has_cuda_plugin
+from lsce_cost.devices import ENVIRONMENTS, has_cuda_plugin
 from parity_tests.evidence.cards import AbsentError, find_device
 from parity_tests.evidence.pages import write_block
 from parity_tests.json_files import check_form, read_json
@@ -631,7 +631,7 @@ def _dump_of_schedules() -> Iterator[Path]:
     """Have the TPU compiler, which must not have been loaded, write its schedules to a folder."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(ENVIRONMENTS["tpu"])
-        from lsce_jax.aot.bundles import FLAGS  # noqa: PLC0415 - JAX must find the environment set
+        from lsce_cost.bundles import FLAGS  # noqa: PLC0415 - JAX must find the environment set
 
         os.environ["LIBTPU_INIT_ARGS"] = FLAGS.format(folder=folder)
         yield Path(folder)
@@ -682,7 +682,7 @@ def launches() -> None:
 def cost(write: WriteOption = False) -> None:
     """The tables of docs/cost.md, which `lsce-cost` prints one by one, and published times beside estimates."""
     from benchmarks import cost as costs  # noqa: PLC0415 - JAX takes a second
-    from lsce_jax.aot import CompilerMissingError  # noqa: PLC0415
+    from lsce_cost.cost import CompilerMissingError  # noqa: PLC0415
 
     console = Console()
     try:
@@ -728,7 +728,7 @@ def scaling(
 ) -> None:
     """What loss and gradient send between devices, ours and other ways, from compiled programs and from a model."""
     from benchmarks import scaling as sent  # noqa: PLC0415 - JAX takes a second
-    from lsce_jax.aot import CompilerMissingError  # noqa: PLC0415
+    from lsce_cost.cost import CompilerMissingError  # noqa: PLC0415
 
     if write and (quick or rows is not None):
         raise typer.BadParameter("keeps the figures of the page's sizes.", param_hint="'--write'")

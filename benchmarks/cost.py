@@ -10,9 +10,11 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
-from lsce_jax.aot import Cost, Request, Roofline, hlo, measure_all, show
-from lsce_jax.aot.published import HEADINGS, PUBLISHED, compare
-from lsce_spec.devices import LIMITS
+from lsce_cost import hlo, show
+from lsce_cost.cost import Cost, Request, measure_all
+from lsce_cost.devices import LIMITS
+from lsce_cost.published import HEADINGS, PUBLISHED, compare
+from lsce_cost.roofline import Roofline
 
 TARGETS = ("tpu-v5e", "tpu-v6e", "gpu-h100")
 ROWS, CLASSES = 8192, 32768
@@ -37,7 +39,7 @@ def page_blocks(record: dict[str, Any]) -> dict[str, str]:
     """Return the Markdown of the figures, by the name of the block."""
     parts = [part for content in record["costs"] for part in _part(content, record["date"])]
     headings = [heading.removeprefix(">") for heading in HEADINGS]
-    source = f"`PYTHONPATH=.venv/compilers .venv/bin/python -m lsce_jax.aot.published`: {record['published with']}, "
+    source = f"`PYTHONPATH=.venv/compilers .venv/bin/python -m lsce_cost.published`: {record['published with']}, "
     published = [fill(f"{source}{record['date']}.", 120), _markdown(headings, record["published"])]
     return {NAME: "\n\n".join(parts), f"{NAME} published": "\n\n".join(published), f"{NAME} limits": _limits()}
 

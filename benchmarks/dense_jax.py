@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 import lsce_jax
 from benchmarks.timing import Case, Row, Schedule, Shape, make_rows, time_in_turns
-from lsce_jax.aot.ways import integer_labels, one_hot
+from lsce_cost.ways import integer_labels, one_hot
 
 Logits, Labels, Scalar = Float[Array, "N K"], Int[Array, " N"], Float[Array, ""]
 

@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from benchmarks.timing import LinearShape, Shape
-from lsce_spec.devices import CARDS, LIMITS, Limits
+from lsce_cost.devices import CARDS, LIMITS, Limits
 from parity_tests.truth.devices import device_of_kind
 
 # Which are measured on a device. A TPU serves one process at a time, and torch reaches it through JAX's compiler.

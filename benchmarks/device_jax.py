@@ -19,7 +19,7 @@ from benchmarks import dense_jax, linear_jax
 from benchmarks.device_losses import Loss, Program, load
 from benchmarks.timing import Case as TimedCase
 from benchmarks.timing import LinearShape
-from lsce_jax.aot.ways import integer_labels, integer_labels_float32, one_hot
+from lsce_cost.ways import integer_labels, integer_labels_float32, one_hot
 from parity_tests.losses.adapters import Adapter, JaxAdapter
 from parity_tests.losses.peers import PeerAdapter
 from parity_tests.losses.torchax import default_promotion

@@ -1,6 +1,6 @@
 """What XLA makes of the dense loss for NVIDIA's GPUs, by its compiler: kernels, and how often they move the logits.
 
-Needs JAX's plugin for CUDA, and `lsce_spec.devices.ENVIRONMENTS["gpu"]` set before the import.
+Needs JAX's plugin for CUDA, and `lsce_cost.devices.ENVIRONMENTS["gpu"]` set before the import.
 """
 
 from functools import partial
@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.timing import Shape
+from lsce_cost import hlo
+from lsce_cost.compilers import describe_devices
+from lsce_cost.devices import CARDS
 from lsce_jax import label_smoothed_cross_entropy, label_smoothed_cross_entropy_with_stats
-from lsce_jax.aot import hlo
-from lsce_jax.aot.compilers import describe_devices
-from lsce_spec.devices import CARDS
 
 ROWS, CLASSES, DTYPES = 8192, (1000, 32768, 128256), ("bfloat16", "float32")
 STATISTICS = "statistics"

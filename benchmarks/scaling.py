@@ -35,16 +35,16 @@ from benchmarks.scaling_model import (
     predict,
 )
 from benchmarks.tables import Table, markdown
+from lsce_cost import hlo, show, ways
+from lsce_cost.compilers import CompilerProcess, describe_devices
+from lsce_cost.cost import Request, check_compiler, in_short
+from lsce_cost.devices import ENVIRONMENTS
 from lsce_jax import (
     label_smoothed_cross_entropy,
     linear_label_smoothed_cross_entropy,
     vocab_parallel_label_smoothed_cross_entropy,
     vocab_parallel_linear_label_smoothed_cross_entropy,
 )
-from lsce_jax.aot import Request, hlo, show, ways
-from lsce_jax.aot.compilers import CompilerProcess, describe_devices
-from lsce_jax.aot.cost import check_compiler, in_short
-from lsce_spec.devices import ENVIRONMENTS
 
 CPU, CPU_DEVICES = "cpu", 8
 AXES = ("rows", "classes")

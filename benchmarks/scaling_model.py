@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lsce_jax.aot.hlo import least_sent
+from lsce_cost.devices import LIMITS
+from lsce_cost.hlo import least_sent
 from lsce_jax.chunked import preferred_rows
 from lsce_spec import ChunkOptions
-from lsce_spec.devices import LIMITS
 
 OURS, OURS_LOCAL = "lsce, jit", "lsce, vocab-parallel"
 ONE_HOT, INTEGER, NAIVE = "Optax one-hot", "Optax integer, unsmoothed", "log_softmax, indexed"
@@ -175,7 +175,7 @@ def estimate(way: str, step: Step, target: str) -> Estimate:
     Args:
         way: one of `WAYS`.
         step: the sizes.
-        target: a TPU of `lsce_spec.devices.LIMITS`.
+        target: a TPU of `lsce_cost.devices.LIMITS`.
 
     Raises:
         ValueError: it is no TPU.

@@ -1,6 +1,6 @@
 """What the compilers of TPUs and GPUs say that loss and gradient cost, without a device.
 
-Needs libtpu or JAX's plugin for CUDA, and one of `lsce_spec.devices.ENVIRONMENTS` set before the import.
+Needs libtpu or JAX's plugin for CUDA, and one of `lsce_cost.devices.ENVIRONMENTS` set before the import.
 Without a cast Optax's loss of integer labels is one in bfloat16; cast to float32, as accurate as the others, it costs
 more.
 """
@@ -16,12 +16,12 @@ from benchmarks.dense_jax import ours
 from benchmarks.linear_jax import LOSSES as ALL_LINEAR_LOSSES
 from benchmarks.linear_jax import with_gradients
 from benchmarks.timing import LinearShape, Shape
-from lsce_jax.aot import hlo
-from lsce_jax.aot.compilers import describe_devices
-from lsce_jax.aot.ways import integer_labels, integer_labels_float32, one_hot
+from lsce_cost import hlo
+from lsce_cost.compilers import describe_devices
+from lsce_cost.devices import CARDS, TOPOLOGIES
+from lsce_cost.ways import integer_labels, integer_labels_float32, one_hot
 from lsce_jax.chunked import preferred_rows
 from lsce_spec import ChunkOptions
-from lsce_spec.devices import CARDS, TOPOLOGIES
 
 SHAPE = Shape(8192, 32768)
 LINEAR_SHAPE = LinearShape(8192, 2048, 131072)

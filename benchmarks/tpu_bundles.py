@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.tpu import compile_loss
-from lsce_jax.aot.bundles import count_bundles, schedules
-from lsce_spec.devices import TOPOLOGIES
+from lsce_cost.bundles import count_bundles, schedules
+from lsce_cost.devices import TOPOLOGIES
 
 NAME = "lsce fused"
 EXPONENTIALS = {

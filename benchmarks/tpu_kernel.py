@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.timing import Shape
+from lsce_cost.bundles import count_bundles, schedules
+from lsce_cost.compilers import describe_devices
+from lsce_cost.devices import TOPOLOGIES
 from lsce_jax import label_smoothed_cross_entropy
-from lsce_jax.aot.bundles import count_bundles, schedules
-from lsce_jax.aot.compilers import describe_devices
-from lsce_spec.devices import TOPOLOGIES
 
 SHAPE = Shape(8192, 32768)
 IMPLEMENTATIONS = ("fused", "pallas")

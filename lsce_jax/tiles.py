@@ -43,7 +43,6 @@ from lsce_jax.sums import (
     peaks_at,
     sums_at,
 )
-from lsce_spec.devices import LIMITS, Limits, tpu_of_kind
 
 ByName = dict[str, Any]
 
@@ -54,6 +53,30 @@ TILE_SIZE = 2**24
 MOST_ROWS, MOST_ROWS_TO_SKIP = 8192, 2048
 _LANES = 128  # classes in a vector of a TPU
 _SUBLANES = 8  # rows
+
+
+class Tpu(NamedTuple):
+    """The most that a TPU can do, as JAX counts them: of a v4 and a v7x that is half of a chip.
+
+    Args:
+        kinds: parts of what JAX calls it, in small letters.
+        bandwidth: of its memory, bytes a second.
+        products: operations a second in matrix products of up to float32, which is multiplied in one bfloat16 pass.
+    """
+
+    kinds: tuple[str, ...]
+    bandwidth: float
+    products: float
+
+
+# The first that fits counts. Sources: `lsce_cost.devices`, which has the same numbers.
+TPUS = {
+    "tpu-v4": Tpu(("tpu v4",), 600e9, 137.5e12),
+    "tpu-v5e": Tpu(("tpu v5 lite", "tpu v5e"), 819e9, 197e12),
+    "tpu-v5p": Tpu(("tpu v5",), 2765e9, 459e12),
+    "tpu-v6e": Tpu(("tpu v6",), 1638e9, 918e12),
+    "tpu-v7x": Tpu(("tpu7", "tpu v7"), 3690e9, 1153.5e12),
+}
 
 
 class _Tiling(NamedTuple):
@@ -161,32 +184,31 @@ def saves_time(num_rows: int, num_features: int, num_classes: int, dtype: Any, c
     False where JAX has no TPU, and no mesh of one is set; and for programs that may be divided over devices, which have
     no tiles. The arguments are those of `least_seconds`.
     """
-    limits = _limits()
-    if limits is None or dtype.name not in limits.matrix or _may_be_divided():
+    tpu = _tpu_here()
+    if tpu is None or dtype.name not in ("float32", "bfloat16", "float16") or _may_be_divided():
         return False
-    by_chunks, by_tiles = least_seconds(limits, num_rows, num_features, num_classes, dtype, chunk_rows)
+    by_chunks, by_tiles = least_seconds(tpu, num_rows, num_features, num_classes, dtype, chunk_rows)
     return by_tiles < by_chunks
 
 
 def least_seconds(
-    limits: Limits, num_rows: int, num_features: int, num_classes: int, dtype: Any, chunk_rows: int
+    tpu: Tpu, num_rows: int, num_features: int, num_classes: int, dtype: Any, chunk_rows: int
 ) -> tuple[float, float]:
     """Return the least time of loss and gradient, with the gradient computed with the loss, and by tiles.
 
     Args:
-        limits: of the device.
+        tpu: the device.
         num_rows: N.
         num_features: D.
         num_classes: K.
-        dtype: of hidden and weight, one of `limits.matrix`.
+        dtype: of hidden and weight, up to float32.
         chunk_rows: rows of a chunk.
 
     Returns:
         Seconds of chunks and of tiles: the longer of operations by their peak and bytes by the bandwidth.
 
     Example:
-        >>> from lsce_spec.devices import LIMITS
-        >>> times = least_seconds(LIMITS["tpu-v6e"], 8192, 2048, 131072, jnp.dtype("bfloat16"), 1024)
+        >>> times = least_seconds(TPUS["tpu-v6e"], 8192, 2048, 131072, jnp.dtype("bfloat16"), 1024)
         >>> [f"{1e3 * seconds:.1f} ms" for seconds in times]
         ['27.5 ms', '19.2 ms']
     """
@@ -194,7 +216,7 @@ def least_seconds(
 
     def seconds(of_product: int, traffic: float) -> float:
         operations = of_product * of_logits * num_features
-        return max(operations / limits.matrix[dtype.name], traffic / limits.bandwidth)
+        return max(operations / tpu.products, traffic / tpu.bandwidth)
 
     # Each chunk reads the weight twice, and reads and writes the sum of its gradients. Its logits are written in
     # float32 and read twice; their gradient is written and read twice.
@@ -208,12 +230,11 @@ def least_seconds(
     return seconds(6, by_chunks), seconds(8, by_tiles)
 
 
-def _limits() -> Limits | None:
-    """Return the limits of the TPU that programs are made for, or None."""
+def _tpu_here() -> Tpu | None:
+    """Return the TPU that programs are made for, or None."""
     described = jax.sharding.get_abstract_mesh().abstract_device
     kind = jax.devices()[0].device_kind if described is None else described.device_kind
-    name = tpu_of_kind(kind)
-    return None if name is None else LIMITS[name]
+    return next((tpu for tpu in TPUS.values() if any(part in kind.lower() for part in tpu.kinds)), None)
 
 
 def _may_be_divided() -> bool:

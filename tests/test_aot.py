@@ -19,13 +19,15 @@ from typer.testing import CliRunner
 
 import lsce_jax
 from benchmarks import cost as cost_page
-from lsce_jax.aot import CompilerEndedError, CompilerMissingError, Cost, Request, hlo, measure, roofline, show, ways
-from lsce_jax.aot.__main__ import app
-from lsce_jax.aot.bundles import count_bundles, schedules
-from lsce_jax.aot.compilers import DEVICES_OF_CHIP, SLICES, CompilerProcess, largest_mesh, slice_for
-from lsce_jax.aot.published import LEAST, MOST, PUBLISHED
+from lsce_cost import hlo, show, ways
+from lsce_cost.__main__ import app
+from lsce_cost.bundles import count_bundles, schedules
+from lsce_cost.compilers import DEVICES_OF_CHIP, SLICES, CompilerEndedError, CompilerProcess, largest_mesh, slice_for
+from lsce_cost.cost import CompilerMissingError, Cost, Request, measure
+from lsce_cost.devices import CARDS, ENVIRONMENTS, LIMITS, TOPOLOGIES, Limits
+from lsce_cost.published import LEAST, MOST, PUBLISHED
+from lsce_cost.roofline import roofline
 from lsce_spec import LINEAR_IMPLEMENTATIONS
-from lsce_spec.devices import CARDS, ENVIRONMENTS, LIMITS, TOPOLOGIES, Limits
 from parity_tests.evidence.pages import replace_block
 
 # --- Counting in the text of a program ------------------------------------------------------------------------------
@@ -414,7 +416,7 @@ def test_without_the_compiler(target: str, module: str, message: str, monkeypatc
 
 
 def test_without_what_shows_the_table() -> None:
-    hide = "import sys; sys.modules['typer'] = None; import lsce_jax.aot, lsce_jax.aot.__main__"
+    hide = "import sys; sys.modules['typer'] = None; import lsce_cost, lsce_cost.__main__"
     outcome = subprocess.run([sys.executable, "-c", hide], capture_output=True, text=True, check=False)
     assert outcome.returncode == 2
     assert outcome.stderr == (

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from benchmarks import checks, device, device_jax, device_report, device_torch, device_worker, present, report
 from benchmarks.__main__ import app
 from benchmarks.device_losses import Loss, load
-from lsce_spec.devices import CARDS, LIMITS
+from lsce_cost.devices import CARDS, LIMITS
 from parity_tests.losses.adapters import UnavailableError
 
 ROOT = Path(__file__).parents[1]

@@ -113,7 +113,7 @@ def test_what_is_missing_is_named_with_the_command(use: str, missing: str, user:
 @pytest.mark.parametrize(("module", "command", "missing", "extra"), [
     ("parity_tests", "lsce-parity", "typer", "parity"),
     ("parity_tests", "lsce-parity", "numpy", "parity"),
-    ("lsce_jax.aot", "lsce-cost", "matplotlib", "cost"),
+    ("lsce_cost", "lsce-cost", "matplotlib", "cost"),
 ])  # fmt: skip
 def test_a_command_without_its_extra(module: str, command: str, missing: str, extra: str) -> None:
     """It exits with 2, since 1 of lsce-parity means that losses differ."""

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 import lsce_jax
+from lsce_cost.devices import LIMITS, TPU_KINDS
 from lsce_jax import layer_sums, tiles
 from lsce_jax.layer import LayerOperands
 
@@ -198,3 +199,11 @@ def test_few_features_are_computed_again() -> None:
     with on_a("TPU v5 lite"):
         chosen = [tiles.saves_time(8192, features, 131072, jnp.dtype(jnp.bfloat16), 1024) for features in (512, 4096)]
     assert chosen == [True, False]
+
+
+@pytest.mark.parametrize("name", TPU_KINDS)
+def test_the_speeds_are_those_of_the_table_of_devices(name: str) -> None:
+    limits = LIMITS[name]
+    products = {limits.matrix[dtype] for dtype in ("float32", "bfloat16", "float16")}
+    assert {name: tiles.TPUS[name].kinds for name in tiles.TPUS} == TPU_KINDS
+    assert (tiles.TPUS[name].bandwidth, {tiles.TPUS[name].products}) == (limits.bandwidth, products)

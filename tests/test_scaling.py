@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from benchmarks import scaling
 from benchmarks.__main__ import DOCS, app
 from benchmarks.scaling_model import AXIS, GATHERED, OURS, OURS_LOCAL, WAYS, Step, estimate, fewest, predict
+from lsce_cost.devices import LIMITS
 from lsce_jax import label_smoothed_cross_entropy, linear_label_smoothed_cross_entropy
-from lsce_spec.devices import LIMITS
 from parity_tests.evidence.pages import replace_block
 
 

@@ -1,13 +1,16 @@
-"""Writes the map and the picture of the layers into CONTRIBUTING.md, from the files and their imports.
+"""Prints the map of the house, from the files and their imports; on the site it is a page.
 
-python -m tools.house            print both
-python -m tools.house --write    write them into the page
+python -m tools.house            print the map, the layers and the size of each room
+python -m tools.house --write    write the layers into CONTRIBUTING.md
 """
 
 import ast
+import io
 import subprocess
 import sys
 import textwrap
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 import grimp
@@ -15,8 +18,9 @@ import grimp
 from parity_tests.evidence.pages import write_block
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("lsce_spec", "lsce_jax", "lsce_torch", "lsce_parity", "parity_tests", "examples", "benchmarks")
+PACKAGES = ("lsce_spec", "lsce_jax", "lsce_torch", "lsce_cost", "lsce_parity", "parity_tests", "examples", "benchmarks")
 TESTS = ("parity_tests.suite", "parity_tests.meta")  # imported by nothing
+LONG = 60  # lines of a function
 
 
 # --- The map --------------------------------------------------------------------------------------------------------
@@ -24,19 +28,24 @@ TESTS = ("parity_tests.suite", "parity_tests.meta")  # imported by nothing
 
 def house_map() -> str:
     """Return a line for each Python file, below its folder: the first sentence of its docstring."""
-    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
     folders: dict[Path, list[Path]] = {}
-    for path in map(Path, sorted(listed.stdout.split())):
+    for path in files():
         folders.setdefault(path.parent, []).append(path)
     blocks = []
-    for folder, files in folders.items():
-        summaries = {path.name: summary(path) for path in files}
+    for folder, paths in folders.items():
+        summaries = {path.name: summary(path) for path in paths}
         about = summaries.pop("__init__.py", "")
         title = "The root" if folder == Path() else f"`{folder}/`"
         lines = [f"- `{name}`: {text}" for name, text in summaries.items()]
         wrapped = [textwrap.fill(line, 120, subsequent_indent="  ", break_on_hyphens=False) for line in lines]
         blocks.append("\n".join([textwrap.fill(f"**{title}** {about}".rstrip(), 120), "", *wrapped]))
     return "\n\n".join(blocks)
+
+
+def files() -> list[Path]:
+    """Return the Python files of the repository, relative to its root."""
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [Path(path) for path in sorted(listed.stdout.split())]
 
 
 def summary(path: Path) -> str:
@@ -98,13 +107,69 @@ def picture() -> str:
     return "```text\n" + "\n\n".join(blocks) + "\n```"
 
 
+# --- The rooms --------------------------------------------------------------------------------------------------------
+
+
+def room_of(path: Path) -> str:
+    """Return the room that a file counts in: a package, or a part of the harness."""
+    if path.parts[0] != "parity_tests":
+        return path.parts[0] if path.parts[1:] else "the root"
+    return f"parity_tests/{path.parts[1]}" if path.parts[1] in ("suite", "meta") else "parity_tests, without its tests"
+
+
+def code_lines(source: str) -> int:
+    """Return how many lines hold code: neither blank, nor comments, nor docstrings."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    lines = {
+        number for token in tokens if token.type not in silent for number in range(token.start[0], token.end[0] + 1)
+    }
+    return len(lines - {number for first, last in _docstrings(source) for number in range(first, last + 1)})
+
+
+def _docstrings(source: str) -> Iterator[tuple[int, int]]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
+            first = node.body[0]
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and type(first.value.value) is str:
+                yield first.lineno, first.end_lineno or first.lineno
+
+
+def long_functions(source: str) -> int:
+    """Return how many functions have more than `LONG` lines."""
+    functions = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef))
+    return sum((node.end_lineno or 0) - node.lineno + 1 > LONG for node in functions)
+
+
+def rooms() -> str:
+    """Return a table of the rooms as Markdown: lines, lines of code, long functions."""
+    found: dict[str, list[int]] = {}
+    for path in files():
+        source = (ROOT / path).read_text(encoding="utf-8")
+        for total in (found.setdefault(room_of(path), [0, 0, 0]), found.setdefault("together", [0, 0, 0])):
+            for i, number in enumerate((len(source.splitlines()), code_lines(source), long_functions(source))):
+                total[i] += number
+    found["together"] = found.pop("together")
+    heading = f"| room | lines of Python | of code | functions over {LONG} lines |\n|---|---:|---:|---:|\n"
+    return heading + "\n".join(f"| {room} | {' | '.join(map(str, numbers))} |" for room, numbers in found.items())
+
+
+# --- The page ---------------------------------------------------------------------------------------------------------
+
+
+def page() -> str:
+    """Return the page of the site: the layers, the size of the rooms, and a line for each file."""
+    about = "What each file is for, in its own first sentence; how large each room is; and who imports whom."
+    parts = ["# The map of the house", about, "## Layers", picture(), "## Rooms", rooms(), "## Files", house_map()]
+    return "\n\n".join(parts) + "\n"
+
+
 def main() -> None:
-    """Print the blocks, or write them."""
-    for block, text in {"layers": picture(), "map": house_map()}.items():
-        if "--write" in sys.argv[1:]:
-            write_block(ROOT / "CONTRIBUTING.md", f"tools.house {block}", text)
-        else:
-            print(text, end="\n\n")
+    """Print the page, or write the layers into CONTRIBUTING.md."""
+    if "--write" in sys.argv[1:]:
+        write_block(ROOT / "CONTRIBUTING.md", "tools.house layers", picture())
+    else:
+        print(page())
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ libtpu has the compiler of every generation of TPUs, and JAX's plugin for CUDA h
 description of a device in place of a device. They show whether the compiler accepts a program, and how much memory the
 program needs. Nothing is run, so they show nothing of its results.
 
-A compiler works in a process of its own: see lsce_jax/aot/compilers.py.
+A compiler works in a process of its own: see lsce_cost/compilers.py.
 """
 
 import importlib
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from lsce_spec.devices import CARDS, ENVIRONMENTS, TOPOLOGIES, has_cuda_plugin, has_libtpu
+from lsce_cost.devices import CARDS, ENVIRONMENTS, TOPOLOGIES, has_cuda_plugin, has_libtpu
 from parity_tests.losses.adapters import JaxAdapter, UnavailableError
 from parity_tests.truth.cases import Case
 
@@ -125,7 +125,7 @@ _PROCESSES: dict[str, Any] = {}
 
 def _in_process(answer: Callable[..., Answer | str], device: str, *arguments: Any) -> Answer:
     """Return the answer of a function in the process of the device's compiler. A text is the reason for none."""
-    from lsce_jax.aot.compilers import CompilerEndedError, CompilerProcess
+    from lsce_cost.compilers import CompilerEndedError, CompilerProcess
 
     family = device.partition("-")[0]
     process: CompilerProcess = _PROCESSES.setdefault(family, CompilerProcess(ENVIRONMENTS[family]))
@@ -166,7 +166,7 @@ def _compile_function(
 def _figures(function: Callable[..., Any], device: str, operands: Any) -> Figures:
     import jax
 
-    from lsce_jax.aot.compilers import describe_devices
+    from lsce_cost.compilers import describe_devices
 
     (core,) = describe_devices(device)
     describe: Any = partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(core))
@@ -182,7 +182,7 @@ def _figures(function: Callable[..., Any], device: str, operands: Any) -> Figure
 
 
 def _accessed_bytes(compiled: Any) -> float | None:
-    from lsce_jax.aot import hlo
+    from lsce_cost import hlo
 
     counted: float | None = (compiled.cost_analysis() or {}).get("bytes accessed")
     if counted is not None:

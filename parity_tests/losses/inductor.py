@@ -27,7 +27,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from lsce_spec.devices import CARDS, Card
+from lsce_cost.devices import CARDS, Card
 from lsce_spec.extras import install
 from parity_tests.losses.adapters import UnavailableError
 

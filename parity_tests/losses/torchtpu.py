@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lsce_spec.devices import TPU_ENVIRONMENT
+from lsce_cost.devices import TPU_ENVIRONMENT
 from parity_tests.losses import iree
 from parity_tests.losses.adapters import LossError, TorchAdapter, UnavailableError, missing_features
 from parity_tests.truth.arithmetic import NARROW, any_order

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 import lsce_torch
-from lsce_spec.devices import TOPOLOGIES
+from lsce_cost.devices import TOPOLOGIES
 from parity_tests.losses.adapters import TorchAdapter, operands_of, to_torch
 from parity_tests.losses.interpreted import evaluate
 from parity_tests.truth.cases import Case

@@ -20,7 +20,7 @@ from unittest import mock
 
 import numpy as np
 
-from lsce_spec.devices import CARDS
+from lsce_cost.devices import CARDS
 from lsce_spec.extras import install
 from parity_tests.losses.adapters import TorchAdapter, UnavailableError
 from parity_tests.truth.cases import Case

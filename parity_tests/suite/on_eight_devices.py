@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 import lsce_jax
+from lsce_cost import hlo
 from lsce_jax import LossStats, metrics
-from lsce_jax.aot import hlo
 from lsce_jax.layer import LayerOperands
 from lsce_jax.layer_sums import layer_sums
 from parity_tests.losses.adapters import JaxAdapter, operands_of

@@ -19,13 +19,13 @@ import numpy as np
 import optax
 import pytest
 
+from lsce_cost.devices import CARDS, TOPOLOGIES, has_cuda_plugin, has_libtpu
 from lsce_jax import (
     label_smoothed_cross_entropy,
     label_smoothed_cross_entropy_with_stats,
     linear_label_smoothed_cross_entropy,
 )
 from lsce_spec import IMPLEMENTATIONS, LINEAR_IMPLEMENTATIONS
-from lsce_spec.devices import CARDS, TOPOLOGIES, has_cuda_plugin, has_libtpu
 from parity_tests.losses.adapters import JaxAdapter, UnavailableError
 from parity_tests.losses.compiled import (
     REMEDY,

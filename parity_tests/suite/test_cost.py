@@ -1,4 +1,4 @@
-"""`lsce_jax.aot` with the compilers of TPUs and GPUs: counts that are known, XLA's own, and published times.
+"""`lsce_cost` with the compilers of TPUs and GPUs: counts that are known, XLA's own, and published times.
 
 tests/test_aot.py has what needs no compiler.
 """
@@ -15,12 +15,12 @@ import pytest
 from jax.experimental import pallas as pl
 from typer.testing import CliRunner
 
-from lsce_jax.aot import Cost, Request, hlo, measure
-from lsce_jax.aot.__main__ import app
-from lsce_jax.aot.compilers import CompilerProcess, describe_devices
-from lsce_jax.aot.cost import program
-from lsce_jax.aot.published import LEAST, MOST, PUBLISHED, WAY, Published
-from lsce_spec.devices import CARDS, ENVIRONMENTS, LIMITS, TOPOLOGIES, has_cuda_plugin, has_libtpu
+from lsce_cost import hlo
+from lsce_cost.__main__ import app
+from lsce_cost.compilers import CompilerProcess, describe_devices
+from lsce_cost.cost import Cost, Request, measure, program
+from lsce_cost.devices import CARDS, ENVIRONMENTS, LIMITS, TOPOLOGIES, has_cuda_plugin, has_libtpu
+from lsce_cost.published import LEAST, MOST, PUBLISHED, WAY, Published
 from parity_tests.losses.compiled import REMEDY
 
 pytestmark = pytest.mark.devices

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from lsce_spec.devices import CARDS
+from lsce_cost.devices import CARDS
 from parity_tests.losses.adapters import UnavailableError
 from parity_tests.losses.inductor import Compiled, Kernel, Request, measure
 from parity_tests.plugin import Recorder

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks.launches import measure, measure_linear
-from lsce_spec.devices import CARDS
+from lsce_cost.devices import CARDS
 from lsce_torch import (
     kernels,
     label_smoothed_cross_entropy,

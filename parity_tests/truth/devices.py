@@ -6,7 +6,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from lsce_spec.devices import TPU_KINDS
+from lsce_cost.devices import TPU_KINDS
 from parity_tests.texts import with_nearest
 from parity_tests.truth.arithmetic import ERRORS, FULL, Arithmetic, any_order, tree_depth
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from sphinx.cmd.build import build_main
 from sphinx.util.inventory import InventoryFile
 
+from tools import house
 from tools.repository import repository_url
 from tools.site import api, commands, gallery, targets, version
 from tools.site.check import broken_links
@@ -89,7 +90,7 @@ def notebook_pages(sections: dict[str, Section], published: Published) -> dict[s
 
 def markdown_pages(sections: dict[str, Section], published: Published, site: str) -> dict[str, str]:
     """Return the Markdown pages of the site, by path below Sphinx's source folder."""
-    made = {"versions.md": version.page(ROOT, site)}
+    made = {"versions.md": version.page(ROOT, site), "house.md": house.page()}
     for page in {page for section in sections.values() for page in section.pages if page.endswith(".md")} - {*made}:
         path = path_in_repository(page)
         made[str(name_on_site(path))] = _marks_replaced(path, published)

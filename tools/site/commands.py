@@ -5,7 +5,7 @@ import textwrap
 import typer
 from typer.testing import CliRunner
 
-from lsce_jax.aot.__main__ import app as cost
+from lsce_cost.__main__ import app as cost
 from parity_tests.__main__ import app as parity
 from tools.site.api import heading
 

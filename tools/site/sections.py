@@ -79,7 +79,7 @@ SECTIONS = {
     "project": Section(
         "Project",
         "What has changed, how to contribute, and how to report a security problem.",
-        ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "versions.md"),
+        ("CHANGELOG.md", "CONTRIBUTING.md", "house.md", "SECURITY.md", "versions.md"),
     ),
 }
 
@@ -87,4 +87,4 @@ SECTIONS = {
 OTHER_NOTEBOOKS = "start"
 # Pages that no section lists, since the site starts with it, or since the build makes them.
 HOME = "README.md"
-MADE = ("api/index.rst", "versions.md")
+MADE = ("api/index.rst", "house.md", "versions.md")

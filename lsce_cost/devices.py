@@ -1,6 +1,6 @@
 """Devices that programs are compiled for although they are not there: what compilers ask of them, and their limits.
 
-One table for all users: `lsce_jax.aot` and the harness compile for these devices, and the harness has torch.compile's
+One table for all users: this package and the harness compile for these devices, and the harness has torch.compile's
 kernels made for the GPUs. The limits are what a device can do at most; no program reaches them.
 """
 
@@ -37,17 +37,6 @@ TPU_KINDS = {
     "tpu-v6e": ("tpu v6",),
     "tpu-v7x": ("tpu7", "tpu v7"),
 }
-
-
-def tpu_of_kind(kind: str) -> str | None:
-    """Return the name of a TPU in these tables, given what a framework calls it, or None.
-
-    Example:
-        >>> tpu_of_kind("TPU v5 lite")
-        'tpu-v5e'
-    """
-    fitting = (name for name, parts in TPU_KINDS.items() if any(part in kind.lower() for part in parts))
-    return next(fitting, None)
 
 
 class Card(NamedTuple):

@@ -1,4 +1,4 @@
-"""The command line: `lsce-cost`, or `python -m lsce_jax.aot`."""
+"""The command line: `lsce-cost`, or `python -m lsce_cost`."""
 
 import json
 import re
@@ -15,10 +15,10 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lsce_jax.aot import show
-from lsce_jax.aot.cost import CompilerMissingError, Cost, Request, check_compiler, measure_all
-from lsce_jax.aot.published import LEAST, MOST
-from lsce_spec.devices import LIMITS
+from lsce_cost import show
+from lsce_cost.cost import CompilerMissingError, Cost, Request, check_compiler, measure_all
+from lsce_cost.devices import LIMITS
+from lsce_cost.published import LEAST, MOST
 
 CANNOT_RUN = 2
 

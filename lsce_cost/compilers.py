@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from jax.experimental import topologies
 
-from lsce_spec.devices import CARDS, TOPOLOGIES
+from lsce_cost.devices import CARDS, TOPOLOGIES
 
 Answer = TypeVar("Answer")
 Arguments = ParamSpec("Arguments")

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from lsce_jax.aot.cost import Cost, Request
-from lsce_spec.devices import CARDS, LIMITS
+from lsce_cost.cost import Cost, Request
+from lsce_cost.devices import CARDS, LIMITS
 
 BLUE, RUST, GREY = "#8fbce6", "#b3410f", "#555555"
 # Of the palette of Okabe and Ito, which colour-blind people can tell apart.
@@ -108,7 +108,7 @@ def notes(request: Request, costs: Sequence[Cost], measured: tuple[float, float]
         f"Compiled, not run: {versions([request.target])}. Figures are for one device.",
         f"The estimate is no measurement. It is the least time by the limits of the device, the longest of {parts}"
         f"{', and the links after it' if request.mesh else ''}. Published times of layers with their loss, compiled by "
-        f"XLA, were {measured[0]:g} to {measured[1]:g} times as long (python -m lsce_jax.aot.published).",
+        f"XLA, were {measured[0]:g} to {measured[1]:g} times as long (python -m lsce_cost.published).",
         f"Limits of {request.target}, one {limits.part}: {limits.memory / 2**30:.0f} GiB, "
         f"{limits.bandwidth / 1e9:.0f} GB/s, {limits.matrix[request.dtype] / 1e12:.0f} TFLOP/s in "
         f"{request.dtype}{links}{clock}; {limits.source}, {limits.date}.",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from lsce_spec.devices import Limits
+from lsce_cost.devices import Limits
 
 
 class Roofline(NamedTuple):

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from lsce_jax.aot import bundles as of_bundles
-from lsce_jax.aot import hlo, ways
-from lsce_jax.aot.compilers import CompilerEndedError, CompilerProcess, describe_devices, largest_mesh
-from lsce_jax.aot.roofline import Roofline, roofline
-from lsce_spec.devices import CARDS, ENVIRONMENTS, LIMITS, has_cuda_plugin, has_libtpu
+from lsce_cost import bundles as of_bundles
+from lsce_cost import hlo, ways
+from lsce_cost.compilers import CompilerEndedError, CompilerProcess, describe_devices, largest_mesh
+from lsce_cost.devices import CARDS, ENVIRONMENTS, LIMITS, has_cuda_plugin, has_libtpu
+from lsce_cost.roofline import Roofline, roofline
 from lsce_spec.extras import install
 
 DTYPES = ("bfloat16", "float32", "float16", "float64")
@@ -45,7 +45,7 @@ class Request:
     """A loss of a size on a target.
 
     Args:
-        target: one of `lsce_spec.devices.LIMITS`.
+        target: one of `lsce_cost.devices.LIMITS`.
         rows: number of rows.
         classes: number of classes.
         features: number of features of the linear layer; None: the loss takes logits.

@@ -1,4 +1,4 @@
-"""How far estimates are from times that others have published: `python -m lsce_jax.aot.published`.
+"""How far estimates are from times that others have published: `python -m lsce_cost.published`.
 
 Each time is that of a program like ours, of the same size on the same device. The first are XLA's programs, which
 compute all logits with one product, as the way that is compiled here does. The others are kernels of other projects,
@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from lsce_jax.aot.cost import CompilerMissingError, Request, measure
-from lsce_jax.aot.show import make_table, versions
+from lsce_cost.cost import CompilerMissingError, Request, measure
+from lsce_cost.show import make_table, versions
 
 WAY = "lsce fused"
 # What the table shows for XLA's programs, least and most: measured time by estimate. A test holds the first.
