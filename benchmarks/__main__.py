@@ -667,7 +667,7 @@ def launches() -> None:
     if importlib.util.find_spec("triton") is None:
         typer.echo("Triton is not installed. Run: make install-devices, or pip install triton", err=True)
         raise typer.Exit(code=1)
-    from benchmarks import launches as counted  # noqa: PLC0415 - it needs torch alone
+    from parity_tests.losses import launches as counted  # noqa: PLC0415 - it needs torch alone
 
     console = Console()
     report.print_machine(report.describe_machine(), console)
@@ -675,7 +675,7 @@ def launches() -> None:
     print_table(report.launches_table([count._asdict() for count in counted.measure()]), console)
     console.print()
     of_linear = [count._asdict() for count in counted.measure_linear()]
-    print_table(report.linear_launches_table(of_linear, counted.LINEAR_SHAPE), console)
+    print_table(report.linear_launches_table(of_linear, counted.LAYER), console)
 
 
 @app.command()

@@ -303,9 +303,9 @@ def gpu_moves_table(counts: Sequence[dict[str, Any]]) -> Table:
 
 def launches_table(counts: Sequence[dict[str, Any]]) -> Table:
     """Return how many kernels each loss starts, and how often they move the logits, by dtype and number of classes."""
-    kinds = list(dict.fromkeys((count["shape"].classes, count["dtype"]) for count in counts))
+    kinds = list(dict.fromkeys((count["classes"], count["dtype"]) for count in counts))
     names = list(dict.fromkeys(count["name"] for count in counts))
-    of = {(count["name"], count["shape"].classes, count["dtype"]): count for count in counts}
+    of = {(count["name"], count["classes"], count["dtype"]): count for count in counts}
     cells = [
         (name, str(of[name, *kinds[0]]["launches"]), *(f"{of[name, *kind]['moved']:.0f}" for kind in kinds))
         for name in names
@@ -319,7 +319,7 @@ def launches_table(counts: Sequence[dict[str, Any]]) -> Table:
     return Table("torch, eager, on a GPU", headings, cells, legend)
 
 
-def linear_launches_table(counts: Sequence[dict[str, Any]], shape: LinearShape) -> Table:
+def linear_launches_table(counts: Sequence[dict[str, Any]], shape: Sequence[int]) -> Table:
     """Return how many kernels each linear loss starts, and the bytes that they move."""
     cells = [
         (

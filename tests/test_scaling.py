@@ -13,10 +13,21 @@ from typer.testing import CliRunner
 
 from benchmarks import scaling
 from benchmarks.__main__ import DOCS, app
-from benchmarks.scaling_model import AXIS, GATHERED, OURS, OURS_LOCAL, WAYS, Step, estimate, fewest, predict
 from lsce_cost.devices import LIMITS
 from lsce_jax import label_smoothed_cross_entropy, linear_label_smoothed_cross_entropy
 from parity_tests.evidence.pages import replace_block
+from parity_tests.losses import collectives, collectives_model
+from parity_tests.losses.collectives_model import (
+    AXIS,
+    GATHERED,
+    OURS,
+    OURS_LOCAL,
+    WAYS,
+    Step,
+    estimate,
+    fewest,
+    predict,
+)
 
 
 def test_the_page_is_what_the_record_gives() -> None:
@@ -35,7 +46,7 @@ def test_the_record_has_the_sizes_of_the_page_and_agrees_with_the_model() -> Non
         assert [way["way"] for way in part["ways"]] == list(WAYS)
         for way in part["ways"]:
             if way["reason"] is None:
-                found = scaling.Compiled(tuple(scaling.Sent(**each) for each in way["sent"]), part["hosts"])
+                found = collectives.Compiled(tuple(collectives.Sent(**each) for each in way["sent"]), part["hosts"])
                 assert found.total() == predict(way["way"], step, target[:3]), (target, way["way"])
 
 
@@ -43,7 +54,7 @@ def test_the_record_has_the_sizes_of_the_page_and_agrees_with_the_model() -> Non
 def test_the_ways_are_one_loss(features: int | None) -> None:
     """Each gives the loss and gradients of ours, but for the one that has no smoothing."""
     step = Step(6, 8, (1, 2), features, "float32")
-    mesh = jax.make_mesh(step.mesh, scaling.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mesh = jax.make_mesh(step.mesh, collectives.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)
     random = np.random.default_rng(0)
     shapes = [(6, 8)] if features is None else [(6, features), (features, 8)]
     floats = [jnp.asarray(random.normal(size=shape), jnp.float32) for shape in shapes]
@@ -56,10 +67,10 @@ def test_the_ways_are_one_loss(features: int | None) -> None:
 
     expected = jax.value_and_grad(reference, argnums=places)(*floats, *others)
     for way in WAYS:
-        found = jax.jit(jax.value_and_grad(scaling.loss_of(way, step, mesh), argnums=places))(*floats, *others)
+        found = jax.jit(jax.value_and_grad(collectives.loss_of(way, step, mesh), argnums=places))(*floats, *others)
         pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
         close = all(np.allclose(one, other, rtol=1e-5, atol=1e-6) for one, other in pairs)
-        assert close == (way != scaling.INTEGER), way
+        assert close == (way != collectives_model.INTEGER), way
 
 
 # --- Estimates ------------------------------------------------------------------------------------------------------

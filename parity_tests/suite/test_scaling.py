@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from benchmarks.scaling import AXES, CPU, Sent, compile_step, find_sent, operands_of
-from benchmarks.scaling_model import GATHERED, MEGATRON, NAIVE, OURS, OURS_LOCAL, WAYS, Step, predict
 from lsce_cost.compilers import CompilerProcess, describe_devices
 from lsce_cost.devices import ENVIRONMENTS, has_cuda_plugin, has_libtpu
 from lsce_jax import linear_label_smoothed_cross_entropy
+from parity_tests.losses.collectives import AXES, CPU, Sent, compile_step, find_sent, operands_of
+from parity_tests.losses.collectives_model import GATHERED, MEGATRON, NAIVE, OURS, OURS_LOCAL, WAYS, Step, predict
 from parity_tests.losses.compiled import REMEDY
 
 NEEDED = {

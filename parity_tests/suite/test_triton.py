@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.launches import VIEWS
 from lsce_torch import (
     label_smoothed_cross_entropy,
     label_smoothed_cross_entropy_with_stats,
@@ -24,6 +23,7 @@ from lsce_torch import (
     linear_label_smoothed_cross_entropy_with_stats,
 )
 from lsce_torch.kernels import launch
+from parity_tests.losses.launches import VIEWS
 from parity_tests.losses.registry import make_adapter
 from parity_tests.losses.triton_kernels import INTERPRET, Launch, interpret, on_pretended_gpu
 from parity_tests.plugin import Recorder

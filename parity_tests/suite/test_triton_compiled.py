@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.launches import measure, measure_linear
 from lsce_cost.devices import CARDS
 from lsce_torch import (
     kernels,
@@ -22,6 +21,7 @@ from lsce_torch import (
     label_smoothed_cross_entropy_with_stats,
     linear_label_smoothed_cross_entropy,
 )
+from parity_tests.losses.launches import measure, measure_linear
 from parity_tests.losses.triton_kernels import TARGETS, Launch, Machine, compile_launch, on_pretended_gpu
 from parity_tests.plugin import Recorder
 
@@ -177,7 +177,7 @@ def test_the_main_loop_is_found() -> None:
 
 def test_counted_launches() -> None:
     """The figures of docs/gpu.md."""
-    counts = {(count.name, count.shape.classes, count.dtype): count[3:] for count in measure()}
+    counts = {(count.name, count.classes, count.dtype): count[3:] for count in measure()}
     for dtype in ("bfloat16", "float32"):
         assert counts["F.cross_entropy, smoothed", 32768, dtype] == (23, 10)
         assert counts["lsce triton", 32768, dtype] == (4, 3)

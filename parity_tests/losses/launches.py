@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.timing import LinearShape, Shape
 from lsce_torch import (
     label_smoothed_cross_entropy,
     label_smoothed_cross_entropy_with_stats,
@@ -41,8 +40,7 @@ VIEWS = frozenset(
 )
 # Kernels of an operation, where they are not one: one fills the gradient with zeros, the next writes to it.
 KERNELS = {"nll_loss_backward": 2}
-SHAPES = (Shape(64, 32768), Shape(64, 1000))
-LINEAR_SHAPE = LinearShape(8192, 2048, 131072)
+ROWS, CLASSES = 64, (32768, 1000)
 _PRODUCTS = frozenset(("mm", "addmm", "baddbmm", "mv"))
 # Rows of a chunk and features that are run. No other size is the same.
 _FEW_ROWS, _FEW_FEATURES = 11, 16
@@ -53,17 +51,28 @@ class Count(NamedTuple):
 
     Args:
         name: of the loss.
-        shape: of the logits; the number of rows changes nothing.
+        classes: of the logits, which have `ROWS` rows; their number changes nothing.
         dtype: of the logits.
         launches: how many kernels.
         moved: bytes of accesses to whole logits, or to what is as large, as a multiple of the logits' bytes.
     """
 
     name: str
-    shape: Shape
+    classes: int
     dtype: str
     launches: int
     moved: float
+
+
+class Layer(NamedTuple):
+    """Sizes of a linear layer and its batch."""
+
+    rows: int
+    features: int
+    classes: int
+
+
+LAYER = Layer(8192, 2048, 131072)
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Any]] = {
@@ -80,11 +89,11 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Any]] = {
 }
 
 
-class _Counted(TorchDispatchMode):
+class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the kernels that torch would start, and the bytes of whole logits that they would move."""
 
     def __init__(self, size: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.size, self.launches, self.bytes = size, 0, 0
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -146,7 +155,7 @@ LINEAR_LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-class _CountedLayer(_Counted):
+class _CountedLayer(_Counted):  # type: ignore[no-untyped-call]
     """Counts all bytes, at the sizes of the shape.
 
     Args:
@@ -175,12 +184,12 @@ class _CountedLayer(_Counted):
         return self.sizes.get(size, size)
 
 
-def measure_linear(shape: LinearShape = LINEAR_SHAPE) -> list[LinearCount]:
+def measure_linear(shape: Layer = LAYER) -> list[LinearCount]:
     """Count each loss of a bfloat16 layer."""
     return [count_linear(name, shape) for name in LINEAR_LOSSES]
 
 
-def count_linear(name: str, shape: LinearShape) -> LinearCount:
+def count_linear(name: str, shape: Layer) -> LinearCount:
     """Count what one of `LINEAR_LOSSES` starts."""
     num_chunks = -(-shape.rows // (4096 if name.endswith("4096 rows") else preferred_rows(shape.features)))
     counted, launches = _linear_launches(name, shape, num_chunks)
@@ -192,7 +201,7 @@ def count_linear(name: str, shape: LinearShape) -> LinearCount:
     return LinearCount(name, total, total - fewer.launches - len(fewer_launches), of_products, moved)
 
 
-def _linear_launches(name: str, shape: LinearShape, num_chunks: int) -> tuple[_CountedLayer, list[Launch]]:
+def _linear_launches(name: str, shape: Layer, num_chunks: int) -> tuple[_CountedLayer, list[Launch]]:
     """Return what a loss starts in so many chunks."""
     few_rows = num_chunks * _FEW_ROWS
     hidden, weight = (
@@ -213,13 +222,13 @@ def _linear_launches(name: str, shape: LinearShape, num_chunks: int) -> tuple[_C
 
 def measure() -> list[Count]:
     """Count each loss."""
-    return [count(name, shape, dtype) for shape in SHAPES for dtype in ("bfloat16", "float32") for name in LOSSES]
+    return [count(name, classes, dtype) for classes in CLASSES for dtype in ("bfloat16", "float32") for name in LOSSES]
 
 
-def count(name: str, shape: Shape, dtype: str) -> Count:
+def count(name: str, classes: int, dtype: str) -> Count:
     """Count what one of `LOSSES` starts."""
-    logits = torch.zeros(shape.sizes, dtype=getattr(torch, dtype), requires_grad=True)
-    labels = torch.zeros(shape.rows, dtype=torch.int64)
+    logits = torch.zeros(ROWS, classes, dtype=getattr(torch, dtype), requires_grad=True)
+    labels = torch.zeros(ROWS, dtype=torch.int64)
     counted = _Counted(logits.numel())
     with on_pretended_gpu() as launches, counted:
         output = LOSSES[name](logits, labels)
@@ -227,7 +236,7 @@ def count(name: str, shape: Shape, dtype: str) -> Count:
         torch.autograd.grad(loss, logits)
     of_logits = logits.numel() * logits.element_size()
     moved = counted.bytes / of_logits + sum(map(_moved, launches))
-    return Count(name, shape, dtype, counted.launches + len(launches), moved)
+    return Count(name, classes, dtype, counted.launches + len(launches), moved)
 
 
 def _moved(launch: Launch) -> int:
