@@ -51,11 +51,12 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from benchmarks import all_report, device_report, everything, records, report
-from benchmarks import device as on_device
-from benchmarks.sessions import Session
-from benchmarks.tables import print_table
-from benchmarks.timing import LinearShape, Row, Schedule, Shape
+from benchmarks.engines import device as on_device
+from benchmarks.engines import everything
+from benchmarks.engines.sessions import Session
+from benchmarks.engines.timing import LinearShape, Row, Schedule, Shape
+from benchmarks.pages import all_report, device_report, records, report
+from benchmarks.pages.tables import print_table
 from lsce_cost.devices import ENVIRONMENTS, has_cuda_plugin
 from parity_tests.evidence.cards import AbsentError, find_device
 from parity_tests.evidence.pages import write_block
@@ -163,13 +164,13 @@ def dense(  # noqa: PLR0913, PLR0917 - a command line has its options as argumen
         results.append({"framework": name, "shape": size.sizes, "rows": [_figures(r) for r in rows]})
 
     if "jax" in frameworks:
-        from benchmarks import dense_jax  # noqa: PLC0415
+        from benchmarks.engines import dense_jax  # noqa: PLC0415
 
         for size in shapes:
             if size.pixels == 1:  # Optax has the classes last
                 measure("jax", size, partial(dense_jax.measure, device=device))
     if "torch" in frameworks and (device != "cpu" or allocator in {"default", "both", "here"}):
-        from benchmarks import dense_torch  # noqa: PLC0415
+        from benchmarks.engines import dense_torch  # noqa: PLC0415
 
         for size in shapes:
             measure("torch", size, partial(dense_torch.measure, with_compiled=compiled, device=device))
@@ -247,11 +248,11 @@ def linear(  # noqa: PLR0913, PLR0917 - as above
     schedule = Schedule(1 if quick else rounds, calls)
     modules: dict[str, ModuleType] = {}
     if "jax" in frameworks:
-        from benchmarks import linear_jax  # noqa: PLC0415
+        from benchmarks.engines import linear_jax  # noqa: PLC0415
 
         modules["jax"] = linear_jax
     if "torch" in frameworks and (device != "cpu" or allocator != "kept"):
-        from benchmarks import linear_torch  # noqa: PLC0415
+        from benchmarks.engines import linear_torch  # noqa: PLC0415
 
         modules["torch"] = linear_torch
     results: list[dict[str, Any]] = []
@@ -300,7 +301,7 @@ def smoothing(
     size, of_errors = (QUICK_LINEAR_SHAPE,) * 2 if quick else (shape or SMOOTHING_SHAPE, ERROR_SHAPE)
     results: list[dict[str, Any]] = []
     for name in frameworks:
-        module = importlib.import_module(f"benchmarks.smoothing_{name}")
+        module = importlib.import_module(f"benchmarks.engines.smoothing_{name}")
         if name == "torch" and threads is not None:
             module.set_threads(threads)
         rows = [_figures(row) for row in module.measure(size, Schedule(1 if quick else rounds, calls))]
@@ -443,9 +444,9 @@ def measure_all(
         _print_list(f"{title}:" if lines else f"{title}: none", lines, console)
     _keep(figures, json_file, write, console)
     if write:
-        from benchmarks import all_plots  # noqa: PLC0415 - it takes a second
+        from benchmarks.pages import plots  # noqa: PLC0415 - it takes a second
 
-        for path in all_plots.draw(figures, DOCS / "images", report.file_name(figures)):
+        for path in plots.draw(figures, DOCS / "images", report.file_name(figures)):
             console.print(f"wrote {path}", soft_wrap=True, highlight=False)
     wrong = device_report.wrong_of_ours([part for each in figures["all"]["sessions"] for part in each["parts"]])
     if wrong:
@@ -565,7 +566,7 @@ def tpu(json_file: JsonOption = None, write: WriteOption = False) -> None:
     """What loss and gradient would cost on TPUs that are not there, by their compiler."""
     _check_libtpu()
     os.environ.update(ENVIRONMENTS["tpu"])
-    from benchmarks import tpu as compiled  # noqa: PLC0415 - JAX must find the environment set
+    from benchmarks.engines import tpu as compiled  # noqa: PLC0415 - JAX must find the environment set
 
     console, machine = Console(), report.describe_machine()
     report.print_machine(machine, console)
@@ -591,7 +592,7 @@ def tpu_exp() -> None:
     report.print_machine(report.describe_machine(), console)
     console.print()
     with _dump_of_schedules() as dump:
-        from benchmarks import tpu_bundles  # noqa: PLC0415 - JAX must find the environment set
+        from benchmarks.engines import tpu_bundles  # noqa: PLC0415 - JAX must find the environment set
 
         costs = [cost._asdict() for cost in tpu_bundles.measure(dump)]
     print_table(report.bundle_table(costs), console)
@@ -612,7 +613,7 @@ def tpu_kernel(
     report.print_machine(machine, console)
     console.print()
     with _dump_of_schedules() as dump:
-        from benchmarks import tpu_kernel as compiled  # noqa: PLC0415 - JAX must find the environment set
+        from benchmarks.engines import tpu_kernel as compiled  # noqa: PLC0415 - JAX must find the environment set
 
         implementations = compiled.IMPLEMENTATIONS[alone:]
         costs = compiled.measure(dump, program or tuple(compiled.PROGRAMS), implementations)
@@ -651,8 +652,8 @@ def gpu() -> None:
         typer.echo("JAX's plugin for CUDA is not installed; see make test-compiled.", err=True)
         raise typer.Exit(code=1)
     os.environ.update(ENVIRONMENTS["gpu"])
-    from benchmarks import gpu as counted  # noqa: PLC0415 - JAX must find the environment set
-    from benchmarks import tpu as compiled  # noqa: PLC0415
+    from benchmarks.engines import gpu as counted  # noqa: PLC0415 - JAX must find the environment set
+    from benchmarks.engines import tpu as compiled  # noqa: PLC0415
 
     console = Console()
     report.print_machine(report.describe_machine(), console)
@@ -681,7 +682,7 @@ def launches() -> None:
 @app.command()
 def cost(write: WriteOption = False) -> None:
     """The tables of docs/cost.md, which `lsce-cost` prints one by one, and published times beside estimates."""
-    from benchmarks import cost as costs  # noqa: PLC0415 - JAX takes a second
+    from benchmarks.pages import cost as costs  # noqa: PLC0415 - JAX takes a second
     from lsce_cost.cost import CompilerMissingError  # noqa: PLC0415
 
     console = Console()
@@ -727,7 +728,7 @@ def scaling(
     ] = False,
 ) -> None:
     """What loss and gradient send between devices, ours and other ways, from compiled programs and from a model."""
-    from benchmarks import scaling as sent  # noqa: PLC0415 - JAX takes a second
+    from benchmarks.pages import scaling as sent  # noqa: PLC0415 - JAX takes a second
     from lsce_cost.cost import CompilerMissingError  # noqa: PLC0415
 
     if write and (quick or rows is not None):

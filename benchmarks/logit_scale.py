@@ -18,8 +18,8 @@ from rich.console import Console
 
 import lsce_jax
 import lsce_torch
-from benchmarks.tables import Table, print_table
-from benchmarks.timing import Case, LinearShape, Schedule, time_in_turns
+from benchmarks.engines.timing import Case, LinearShape, Schedule, time_in_turns
+from benchmarks.pages.tables import Table, print_table
 
 SHAPES = (LinearShape(1024, 512, 32000), LinearShape(4096, 512, 1000))
 PLAIN, FIXED, LEARNED = "no scale", "fixed scale", "learned scale"

@@ -13,9 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as main
-from benchmarks import (
-    all_plots,
-    all_report,
+from benchmarks.engines import (
     checks,
     device_jax,
     device_torch,
@@ -25,13 +23,12 @@ from benchmarks import (
     machine,
     peers_jax,
     peers_torch,
-    records,
-    report,
     sessions,
 )
-from benchmarks.device_losses import Loss
-from benchmarks.sessions import SESSIONS
-from benchmarks.tables import markdown
+from benchmarks.engines.device_losses import Loss
+from benchmarks.engines.sessions import SESSIONS
+from benchmarks.pages import all_report, plots, records, report
+from benchmarks.pages.tables import markdown
 from parity_tests.losses.adapters import UnavailableError
 from parity_tests.truth.cases import make_case
 
@@ -196,7 +193,7 @@ def test_the_page():
 
 
 def test_pictures(tmp_path):
-    drawn = all_plots.draw(make_record(), tmp_path, "a-cpu")
+    drawn = plots.draw(make_record(), tmp_path, "a-cpu")
     assert [path.name for path in drawn] == [f"bench-a-cpu-{kind}.png" for kind in all_report.PICTURES]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 

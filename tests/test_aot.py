@@ -18,7 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import lsce_jax
-from benchmarks import cost as cost_page
+from benchmarks.pages import cost as cost_page
 from lsce_cost import hlo, show, ways
 from lsce_cost.__main__ import app
 from lsce_cost.bundles import count_bundles, schedules

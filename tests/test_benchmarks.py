@@ -16,21 +16,12 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as main
-from benchmarks import (
-    dense_jax,
-    dense_torch,
-    device_report,
-    linear_jax,
-    linear_torch,
-    logit_scale,
-    report,
-    smoothing_jax,
-    smoothing_torch,
-    tpu,
-)
+from benchmarks import logit_scale
 from benchmarks.__main__ import DOCS, PAGES, QUICK_LINEAR_SHAPE, QUICK_SCALING_SHAPES, QUICK_SHAPE, app
-from benchmarks.tables import print_table
-from benchmarks.timing import Case, LinearShape, Schedule, Shape, time_in_turns
+from benchmarks.engines import dense_jax, dense_torch, linear_jax, linear_torch, smoothing_jax, smoothing_torch, tpu
+from benchmarks.engines.timing import Case, LinearShape, Schedule, Shape, time_in_turns
+from benchmarks.pages import device_report, report
+from benchmarks.pages.tables import print_table
 from parity_tests.evidence.cards import AbsentError
 from parity_tests.evidence.pages import replace_block
 
@@ -425,7 +416,9 @@ def test_losses_of_narrow_arrays_are_wide(name):
 @pytest.mark.parametrize(("framework", "other"), [("jax", "torch"), ("torch", "jax")])
 @pytest.mark.slow
 def test_a_framework_is_measured_without_the_other(framework, other, what):
-    code = f"import sys, benchmarks.__main__, benchmarks.{what}_{framework}; assert {other!r} not in sys.modules"
+    code = (
+        f"import sys, benchmarks.__main__, benchmarks.engines.{what}_{framework}; assert {other!r} not in sys.modules"
+    )
     outcome = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert outcome.returncode == 0, outcome.stderr
 

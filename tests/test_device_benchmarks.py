@@ -18,9 +18,11 @@ import torch
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from benchmarks import checks, device, device_jax, device_report, device_torch, device_worker, present, report
+from benchmarks import present
 from benchmarks.__main__ import app
-from benchmarks.device_losses import Loss, load
+from benchmarks.engines import checks, device, device_jax, device_torch, device_worker
+from benchmarks.engines.device_losses import Loss, load
+from benchmarks.pages import device_report, report
 from lsce_cost.devices import CARDS, LIMITS
 from parity_tests.losses.adapters import UnavailableError
 

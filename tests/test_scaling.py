@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import scaling
 from benchmarks.__main__ import DOCS, app
+from benchmarks.pages import scaling
 from lsce_cost.devices import LIMITS
 from lsce_jax import label_smoothed_cross_entropy, linear_label_smoothed_cross_entropy
 from parity_tests.evidence.pages import replace_block

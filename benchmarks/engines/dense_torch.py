@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import lsce_torch
-from benchmarks.timing import Case, Row, Schedule, Shape, make_rows, time_in_turns
+from benchmarks.engines.timing import Case, Row, Schedule, Shape, make_rows, time_in_turns
 
 Logits, Labels = Float[Tensor, "N K"], Int[Tensor, " N"]
 LossFunction = Callable[[Logits, Labels], Any]

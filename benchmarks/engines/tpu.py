@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks.dense_jax import ours
-from benchmarks.linear_jax import LOSSES as ALL_LINEAR_LOSSES
-from benchmarks.linear_jax import with_gradients
-from benchmarks.timing import LinearShape, Shape
+from benchmarks.engines.dense_jax import ours
+from benchmarks.engines.linear_jax import LOSSES as ALL_LINEAR_LOSSES
+from benchmarks.engines.linear_jax import with_gradients
+from benchmarks.engines.timing import LinearShape, Shape
 from lsce_cost import hlo
 from lsce_cost.compilers import describe_devices
 from lsce_cost.devices import CARDS, TOPOLOGIES

@@ -9,8 +9,8 @@ from itertools import product
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from benchmarks.device import Part
-from benchmarks.timing import LinearShape, Shape
+from benchmarks.engines.device import Part
+from benchmarks.engines.timing import LinearShape, Shape
 
 TORCH, JAX = "torch", "JAX"
 KERAS_TORCH, KERAS_JAX = "Keras on torch", "Keras on JAX"

@@ -5,20 +5,20 @@ from statistics import median
 from textwrap import fill
 from typing import Any
 
-from benchmarks import device_report, records
-from benchmarks.device_report import MARKS, SHORT
-from benchmarks.machine import READ, READ_WRITE
-from benchmarks.records import ALONE, MEASURES, WITH_GRADIENT, Record, Timed
-from benchmarks.sessions import MEMORY_SHAPES, NEEDS_GPU
-from benchmarks.tables import Table, mb, shape_text, three_digits
-from benchmarks.timing import BYTES
+from benchmarks.engines.machine import READ, READ_WRITE
+from benchmarks.engines.sessions import MEMORY_SHAPES, NEEDS_GPU
+from benchmarks.engines.timing import BYTES
+from benchmarks.pages import device_report, records
+from benchmarks.pages.device_report import MARKS, SHORT
+from benchmarks.pages.records import ALONE, MEASURES, WITH_GRADIENT, Record, Timed
+from benchmarks.pages.tables import Table, mb, shape_text, three_digits
 
 Figures = dict[str, Any]
 MARKS_LEGEND = device_report.LEGEND
 FLOOR_LEGEND = "of floor: its share of the time. It reads the logits once, and for the gradient writes as much."
 MISSING_CELL = "–"
 WIDE_CLASSES = 2**18  # of the harness's case "wide"
-# Drawn by `all_plots`.
+# Drawn by `plots`.
 PICTURES = {
     "time": "Times of loss and gradient, relative to the first loss of each session",
     "scaling": "Time for a logit, where rows grow and where classes grow",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from benchmarks.timing import Case
+from benchmarks.engines.timing import Case
 from parity_tests.losses.adapters import UnavailableError
 
 SMOOTHING = 0.1

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import checks, machine
-from benchmarks.device_losses import Loss, one_line
-from benchmarks.timing import BYTES, Case, LinearShape, Schedule, Shape, host_clock, make_rows, time_in_turns
+from benchmarks.engines import checks, machine
+from benchmarks.engines.device_losses import Loss, one_line
+from benchmarks.engines.timing import BYTES, Case, LinearShape, Schedule, Shape, host_clock, make_rows, time_in_turns
 from parity_tests.evidence.cards import AbsentError, find_device
 from parity_tests.losses.adapters import UnavailableError
 
@@ -64,7 +64,7 @@ class _UnusableError(Exception):
 class _Worker:
     def __init__(self, task: Task, say: Callable[[dict[str, Any]], None]) -> None:
         self.task, self.say, self.device = task, say, task.device
-        self.framework: Any = importlib.import_module(f"benchmarks.device_{task.framework}")
+        self.framework: Any = importlib.import_module(f"benchmarks.engines.device_{task.framework}")
 
     def run(self) -> None:
         with self.framework.settings():
@@ -85,7 +85,7 @@ class _Worker:
     def _losses(self, part: dict[str, Any]) -> list[Loss]:
         given = part["kind"] == "linear", part["dtype"], self.device
         if self.task.session:
-            peers: Any = importlib.import_module(f"benchmarks.peers_{self.task.framework}")
+            peers: Any = importlib.import_module(f"benchmarks.engines.peers_{self.task.framework}")
             found = [
                 loss for loss in peers.losses(self.task.session, *given) if not (loss.compiled and self.task.quick)
             ]

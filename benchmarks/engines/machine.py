@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.timing import BYTES, Case, host_clock
+from benchmarks.engines.timing import BYTES, Case, host_clock
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 # Fewer bytes are not worth a second thread; of more, the time is that of so many, times the number.
@@ -108,7 +108,7 @@ def check_fits(need: float | None, part: dict[str, Any]) -> None:
 
     Args:
         need: memory beyond the logits, as a multiple of them; None if it is not known.
-        part: of the losses, with "shape" and "dtype"; see `benchmarks.device_worker.Task`.
+        part: of the losses, with "shape" and "dtype"; see `benchmarks.engines.device_worker.Task`.
 
     Raises:
         DoesNotFitError: with both sizes.

@@ -14,11 +14,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks import device, sessions
-from benchmarks.device import Part
-from benchmarks.environments import InstallError, python_of, versions_in
-from benchmarks.sessions import COLD, Session
-from benchmarks.timing import BYTES
+from benchmarks.engines import device, sessions
+from benchmarks.engines.device import Part
+from benchmarks.engines.environments import InstallError, python_of, versions_in
+from benchmarks.engines.sessions import COLD, Session
+from benchmarks.engines.timing import BYTES
 
 Found = dict[str, Any]
 # Modules, with what is imported before them, in the order of the table.
@@ -71,7 +71,7 @@ class _Work:
             self.session.framework,
             "cpu",
             parts,
-            (str(self.python), "-m", "benchmarks.device_worker"),
+            (str(self.python), "-m", "benchmarks.engines.device_worker"),
             {**COLD, **self.session.variables},
             patterns=list(patterns or self.patterns),
             **options,
@@ -139,7 +139,7 @@ def _import_seconds(module: str, first: str) -> float | str:
     """Return the seconds, or why there are none."""
     before = f"import {first}\n" if first else ""
     code = f"import time\n{before}start = time.perf_counter()\nimport {module}\nprint(time.perf_counter() - start)"
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": path, "KERAS_BACKEND": first or "torch"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lsce_torch
-from benchmarks import linear_torch
-from benchmarks.timing import LinearShape, Row, Schedule, processor_clock
+from benchmarks.engines import linear_torch
+from benchmarks.engines.timing import LinearShape, Row, Schedule, processor_clock
 
 UNSMOOTHED = partial(lsce_torch.linear_label_smoothed_cross_entropy, smoothing=0.0)
 ROWS = partial(UNSMOOTHED, reduction="none")

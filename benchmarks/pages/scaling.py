@@ -9,7 +9,7 @@ from math import prod
 from textwrap import fill
 from typing import Any
 
-from benchmarks.tables import Table, markdown
+from benchmarks.pages.tables import Table, markdown
 from lsce_cost import hlo, show
 from parity_tests.losses.collectives import AXES, CPU, Sent, compile_step
 from parity_tests.losses.collectives_model import (

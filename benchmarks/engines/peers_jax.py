@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from benchmarks import device_jax
-from benchmarks.device_losses import SMOOTHING, Loss, load
-from benchmarks.sessions import KERAS_JAX, TOKAMAX
+from benchmarks.engines import device_jax
+from benchmarks.engines.device_losses import SMOOTHING, Loss, load
+from benchmarks.engines.sessions import KERAS_JAX, TOKAMAX
 from lsce_jax import label_smoothed_cross_entropy
 from parity_tests.losses.adapters import UnavailableError
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 import lsce_jax
-from benchmarks.timing import Case, Row, Schedule, Shape, make_rows, time_in_turns
+from benchmarks.engines.timing import Case, Row, Schedule, Shape, make_rows, time_in_turns
 from lsce_cost.ways import integer_labels, one_hot
 
 Logits, Labels, Scalar = Float[Array, "N K"], Int[Array, " N"], Float[Array, ""]

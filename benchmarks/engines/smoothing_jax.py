@@ -10,8 +10,8 @@ import numpy as np
 from jax import Array
 
 import lsce_jax
-from benchmarks import dense_jax, linear_jax
-from benchmarks.timing import LinearShape, Row, Schedule, processor_clock
+from benchmarks.engines import dense_jax, linear_jax
+from benchmarks.engines.timing import LinearShape, Row, Schedule, processor_clock
 from lsce_cost.ways import integer_labels_float32
 from parity_tests.losses.torchax import default_promotion
 from parity_tests.losses.wrapped import load_tokamax

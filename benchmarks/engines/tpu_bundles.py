@@ -11,7 +11,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from benchmarks.tpu import compile_loss
+from benchmarks.engines.tpu import compile_loss
 from lsce_cost.bundles import count_bundles, schedules
 from lsce_cost.devices import TOPOLOGIES
 

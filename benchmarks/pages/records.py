@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-from benchmarks import device_report
-from benchmarks.machine import READ, READ_WRITE
-from benchmarks.sessions import SESSIONS
-from benchmarks.tables import shape_text
+from benchmarks.engines.machine import READ, READ_WRITE
+from benchmarks.engines.sessions import SESSIONS
+from benchmarks.pages import device_report
+from benchmarks.pages.tables import shape_text
 
 Record = dict[str, Any]  # figures["all"]
 Row = dict[str, Any]

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from textwrap import fill
 from typing import Any
 
-from benchmarks.tables import Table, mb, shape_text, three_digits
-from benchmarks.timing import BYTES
+from benchmarks.engines.timing import BYTES
+from benchmarks.pages.tables import Table, mb, shape_text, three_digits
 
 Part = dict[str, Any]
 # The blocks of pages that may have no record, and the commands that write them.

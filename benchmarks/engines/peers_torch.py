@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import device_torch
-from benchmarks.device_losses import SMOOTHING, Loss, load
-from benchmarks.sessions import CUT, KERAS_TORCH, NEEDS_GPU
+from benchmarks.engines import device_torch
+from benchmarks.engines.device_losses import SMOOTHING, Loss, load
+from benchmarks.engines.sessions import CUT, KERAS_TORCH, NEEDS_GPU
 from parity_tests.losses.adapters import UnavailableError
 
 CLAMP = {"convention": "clamp"}

@@ -17,9 +17,9 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks import all_report, device_report
-from benchmarks.tables import Table, markdown, mb, shape_text, three_digits
-from benchmarks.timing import LinearShape, Row, Shape
+from benchmarks.engines.timing import LinearShape, Row, Shape
+from benchmarks.pages import all_report, device_report
+from benchmarks.pages.tables import Table, markdown, mb, shape_text, three_digits
 from parity_tests.evidence.environment import cpu_name
 
 Figures = dict[str, Any]  # what a command writes as JSON

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lsce_torch
-from benchmarks import dense_torch
-from benchmarks.timing import Case, LinearShape, Row, Schedule, make_rows, time_in_turns
+from benchmarks.engines import dense_torch
+from benchmarks.engines.timing import Case, LinearShape, Row, Schedule, make_rows, time_in_turns
 from lsce_spec import ChunkOptions
 from lsce_torch.chunked import preferred_rows
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.timing import Shape
+from benchmarks.engines.timing import Shape
 from lsce_cost.bundles import count_bundles, schedules
 from lsce_cost.compilers import describe_devices
 from lsce_cost.devices import TOPOLOGIES

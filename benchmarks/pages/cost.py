@@ -21,7 +21,7 @@ ROWS, CLASSES = 8192, 32768
 FEATURES = (None, 2048)
 MESH = Request("tpu-v6e", ROWS, 4 * CLASSES, mesh=(4, 4))
 NAME = "cost"
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def figures() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from tempfile import NamedTemporaryFile, TemporaryFile
 from types import MappingProxyType
 from typing import Any
 
-from benchmarks.timing import LinearShape, Shape
+from benchmarks.engines.timing import LinearShape, Shape
 from lsce_cost.devices import CARDS, LIMITS, Limits
 from parity_tests.truth.devices import device_of_kind
 
@@ -60,7 +60,7 @@ def measure(
     framework: str,
     device: str,
     parts: Sequence[Part],
-    command: Sequence[str] = (sys.executable, "-m", "benchmarks.device_worker"),
+    command: Sequence[str] = (sys.executable, "-m", "benchmarks.engines.device_worker"),
     variables: Mapping[str, str] = MappingProxyType({}),
     **options: Any,
 ) -> Iterator[dict[str, Any]]:
@@ -114,7 +114,7 @@ def _process(
 
     What libraries write to stderr is not shown. Its last line belongs to how the process ended.
     """
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": path, **variables}
     timed_out, last_words = threading.Event(), ""
@@ -180,7 +180,7 @@ def driver() -> dict[str, str]:
 
 def requirements(device: str) -> list[str]:
     """Return the other libraries that are timed on a device, as pip takes them."""
-    lines = Path(__file__).with_name(f"requirements-{device}.txt").read_text(encoding="utf-8").splitlines()
+    lines = Path(__file__).parents[1].joinpath(f"requirements-{device}.txt").read_text(encoding="utf-8").splitlines()
     return [line for line in lines if line and not line.startswith("#")]
 
 

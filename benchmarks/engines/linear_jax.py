@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 import lsce_jax
-from benchmarks import dense_jax
-from benchmarks.timing import Case, Clock, LinearShape, Row, Schedule, make_rows, time_in_turns
+from benchmarks.engines import dense_jax
+from benchmarks.engines.timing import Case, Clock, LinearShape, Row, Schedule, make_rows, time_in_turns
 
 Hidden, Weight = Float[Array, "N D"], Float[Array, "D K"]
 Labels, Scalar = Int[Array, " N"], Float[Array, ""]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.timing import Shape
+from benchmarks.engines.timing import Shape
 from lsce_cost import hlo
 from lsce_cost.compilers import describe_devices
 from lsce_cost.devices import CARDS

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
-from benchmarks import all_report, records
-from benchmarks.records import WITH_GRADIENT, Record, Timed
+from benchmarks.pages import all_report, records
+from benchmarks.pages.records import WITH_GRADIENT, Record, Timed
 
 OURS, OTHERS, FLOOR = "#c23b22", "#4a6fa5", "#999999"
 STYLES = (":", "-.", "--", "-")

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lsce_torch
-from benchmarks import dense_torch, linear_torch
-from benchmarks.device_losses import SMOOTHING, Loss, Program, load
-from benchmarks.timing import Case as TimedCase
-from benchmarks.timing import LinearShape
+from benchmarks.engines import dense_torch, linear_torch
+from benchmarks.engines.device_losses import SMOOTHING, Loss, Program, load
+from benchmarks.engines.timing import Case as TimedCase
+from benchmarks.engines.timing import LinearShape
 from lsce_torch import kernels
 from parity_tests.losses.adapters import Adapter, TorchAdapter, UnavailableError, to_torch
 from parity_tests.losses.triton_kernels import rounding_to_nearest

@@ -15,10 +15,10 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
-from benchmarks import dense_jax, linear_jax
-from benchmarks.device_losses import Loss, Program, load
-from benchmarks.timing import Case as TimedCase
-from benchmarks.timing import LinearShape
+from benchmarks.engines import dense_jax, linear_jax
+from benchmarks.engines.device_losses import Loss, Program, load
+from benchmarks.engines.timing import Case as TimedCase
+from benchmarks.engines.timing import LinearShape
 from lsce_cost.ways import integer_labels, integer_labels_float32, one_hot
 from parity_tests.losses.adapters import Adapter, JaxAdapter
 from parity_tests.losses.peers import PeerAdapter

@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
-FOLDER = Path(__file__).parents[1] / "out/bench-envs"
+FOLDER = Path(__file__).parents[2] / "out/bench-envs"
 COMPLETE = "complete.json"
 
 
