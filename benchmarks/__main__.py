@@ -40,19 +40,18 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
 from benchmarks.engines import device as on_device
-from benchmarks.engines import everything
+from benchmarks.engines import everything, in_turns
 from benchmarks.engines.sessions import Session
 from benchmarks.engines.timing import LinearShape, Row, Schedule, Shape
 from benchmarks.pages import all_report, device_report, records, report
@@ -157,23 +156,13 @@ def dense(  # noqa: PLR0913, PLR0917 - a command line has its options as argumen
     shapes = shape or ([QUICK_SHAPE] if quick else SHAPES[sizes])
     rounds = 1 if quick else rounds
     results: list[dict[str, Any]] = []
-
-    def measure(name: str, size: Shape, measured: Callable[[Shape, Schedule], list[Row]]) -> None:
-        few = size.logits_bytes <= 4 * FEW_LOGITS and not quick
-        rows = measured(size, Schedule(rounds, calls * MORE_CALLS if few else calls))
-        results.append({"framework": name, "shape": size.sizes, "rows": [_figures(r) for r in rows]})
-
-    if "jax" in frameworks:
-        from benchmarks.engines import dense_jax  # noqa: PLC0415
-
+    for name in _measured_here(frameworks, device, allocator):
         for size in shapes:
-            if size.pixels == 1:  # Optax has the classes last
-                measure("jax", size, partial(dense_jax.measure, device=device))
-    if "torch" in frameworks and (device != "cpu" or allocator in {"default", "both", "here"}):
-        from benchmarks.engines import dense_torch  # noqa: PLC0415
-
-        for size in shapes:
-            measure("torch", size, partial(dense_torch.measure, with_compiled=compiled, device=device))
+            if name == "torch" or size.pixels == 1:  # Optax has the classes last
+                few = size.logits_bytes <= 4 * FEW_LOGITS and not quick
+                schedule = Schedule(rounds, calls * MORE_CALLS if few else calls)
+                rows = in_turns.measure_dense(name, size, schedule, device, compiled)
+                results.append({"framework": name, "shape": size.sizes, "rows": [_figures(row) for row in rows]})
     if "torch" in frameworks and device == "cpu" and allocator in {"kept", "both"}:
         given = [part for size in shapes for part in ("--shape", "x".join(map(str, size.sizes)))]
         given += ["--rounds", str(rounds), "--calls", str(calls), *(["--compiled"] if compiled else [])]
@@ -182,6 +171,11 @@ def dense(  # noqa: PLR0913, PLR0917 - a command line has its options as argumen
     for table in report.tables(figures):
         print_table(table, console)
     _keep(figures, json_file, write, console)
+
+
+def _measured_here(frameworks: Sequence[str], device: str, allocator: str) -> list[str]:
+    """Return the frameworks that this process measures, with the allocator that it has."""
+    return [name for name in frameworks if name != "torch" or device != "cpu" or allocator != "kept"]
 
 
 def _find_frameworks(asked: str, device: str, console: Console) -> tuple[list[str], dict[str, Any]]:
@@ -246,27 +240,18 @@ def linear(  # noqa: PLR0913, PLR0917 - as above
     report.print_machine(machine, console)
     console.print()
     schedule = Schedule(1 if quick else rounds, calls)
-    modules: dict[str, ModuleType] = {}
-    if "jax" in frameworks:
-        from benchmarks.engines import linear_jax  # noqa: PLC0415
-
-        modules["jax"] = linear_jax
-    if "torch" in frameworks and (device != "cpu" or allocator != "kept"):
-        from benchmarks.engines import linear_torch  # noqa: PLC0415
-
-        modules["torch"] = linear_torch
+    here = _measured_here(frameworks, device, allocator)
     results: list[dict[str, Any]] = []
     if scaling:
         shapes = QUICK_SCALING_SHAPES if quick else SCALING_SHAPES
-        for name, module in modules.items():
-            rows = module.measure_scaling(shapes, schedule, device)
+        for name in here:
+            rows = in_turns.measure_scaling(name, shapes, schedule, device)
             results.append({"framework": name, "shapes": shapes, "rows": [_figures(row) for row in rows]})
     else:
         sizes = shape or ([QUICK_LINEAR_SHAPE] if quick else LINEAR_SHAPES)
-        for name, size in product(modules, sizes):
-            rows = modules[name].measure(size, schedule, device)
-            of_rows = [_figures(row) for row in rows]
-            results.append({"framework": name, "shape": size, "rows": of_rows})
+        for name, size in product(here, sizes):
+            rows = in_turns.measure_linear(name, size, schedule, device)
+            results.append({"framework": name, "shape": size, "rows": [_figures(row) for row in rows]})
         if "torch" in frameworks and device == "cpu" and allocator in {"kept", "both"}:
             given = [part for size in sizes for part in ("--shape", "x".join(map(str, size)))]
             results += _with_kept_pages("linear", [*given, "--rounds", str(schedule.rounds), "--calls", str(calls)])
@@ -301,11 +286,11 @@ def smoothing(
     size, of_errors = (QUICK_LINEAR_SHAPE,) * 2 if quick else (shape or SMOOTHING_SHAPE, ERROR_SHAPE)
     results: list[dict[str, Any]] = []
     for name in frameworks:
-        module = importlib.import_module(f"benchmarks.engines.smoothing_{name}")
         if name == "torch" and threads is not None:
-            module.set_threads(threads)
-        rows = [_figures(row) for row in module.measure(size, Schedule(1 if quick else rounds, calls))]
-        found = {"rows": rows, "error shape": of_errors, "errors": module.errors(of_errors)}
+            in_turns.engine(name).set_threads(threads)
+        rows = in_turns.measure_smoothing(name, size, Schedule(1 if quick else rounds, calls))
+        errors = in_turns.errors_of_smoothing(name, of_errors)
+        found = {"rows": [_figures(row) for row in rows], "error shape": of_errors, "errors": errors}
         results.append({"framework": name, "shape": size, **found})
     figures = {"machine": machine, "smoothing": results}
     for table in report.tables(figures):

@@ -14,25 +14,26 @@ from typer.testing import CliRunner
 
 from benchmarks import __main__ as main
 from benchmarks.engines import (
+    calls_jax,
+    calls_torch,
     checks,
-    device_jax,
-    device_torch,
     device_worker,
     environments,
     everything,
     machine,
-    peers_jax,
-    peers_torch,
+    on_jax,
+    on_torch,
     sessions,
 )
-from benchmarks.engines.device_losses import Loss
+from benchmarks.engines.losses import Loss, losses
 from benchmarks.engines.sessions import SESSIONS
 from benchmarks.pages import all_report, plots, records, report
 from benchmarks.pages.tables import markdown
 from parity_tests.losses.adapters import UnavailableError
 from parity_tests.truth.cases import make_case
 
-PEERS = {"torch": (peers_torch, device_torch), "jax": (peers_jax, device_jax)}
+BASELINES = {"torch": "F.cross_entropy", "jax": "Optax one-hot"}
+SMOOTHED = calls_torch.cross_entropy("cpu", label_smoothing=0.1)
 
 
 def run(*arguments):
@@ -351,11 +352,10 @@ def test_what_does_not_fit_is_left_out(need, fits, monkeypatch):
 
 @pytest.mark.parametrize("session", SESSIONS, ids=lambda session: session.name)
 def test_the_first_loss_and_ours_are_in_every_session(session):
-    peers, usual = PEERS[session.framework]
     for kind in session.kinds:
-        found = peers.losses(session.name, kind == "linear", "float32", "cpu")
+        found = losses(session.framework, kind, session.name)
         names = [loss.name for loss in found]
-        assert names[0] == (usual.LINEAR_BASELINE if kind == "linear" else usual.DENSE_BASELINE)
+        assert names[0] == BASELINES[session.framework]
         assert len(names) == len({*names})
         assert {loss.ours for loss in found} == {True, False}
         # Besides the first, each session has what it is there for.
@@ -372,8 +372,8 @@ def test_sessions_are_selected_by_name():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["clamped one-hot module", "lsce, clamp", "timm"])
 def test_losses_of_torch_are_right(name, dtype):
-    (loss,) = (each for each in peers_torch.losses("torch", False, dtype, "cpu") if each.name == name)
-    adapter = device_torch.adapter(loss, loss.make(), "cpu", linear=False)
+    (loss,) = (each for each in losses("torch", "dense", "torch", dtype=dtype) if each.name == name)
+    adapter = on_torch.adapter(loss, loss.make(), "cpu", linear=False)
     cases = list(checks.make_cases(False, dtype, loss.smoothing, True, loss.options))
     statuses = {verdict.status for verdict in checks.check(adapter, cases).values()}
     assert statuses == ({checks.AGREES} if dtype == "float32" or loss.ours else {checks.ROUNDED})
@@ -384,10 +384,10 @@ def test_losses_of_torch_are_right(name, dtype):
 
 @pytest.mark.parametrize("name", ["T5X, MaxText formula, z-loss", "lsce, z-loss"])
 def test_losses_of_jax_are_right(name):
-    (loss,) = (each for each in peers_jax.losses("JAX", False, "float32", "cpu") if each.name == name)
-    adapter = device_jax.adapter(loss, loss.make(), "cpu", linear=False)
+    (loss,) = (each for each in losses("jax", "dense", "JAX") if each.name == name)
+    adapter = on_jax.adapter(loss, loss.make(), "cpu", linear=False)
     case = next(checks.make_cases(False, "float32", loss.smoothing, True, loss.options))
-    with device_jax.settings():
+    with on_jax.settings():
         assert checks.check(adapter, [case])[case.name].status == checks.AGREES
         wrong = next(checks.make_cases(False, "float32", loss.smoothing, True, {"convention": "non_target"}))
         assert checks.check(adapter, [wrong])[wrong.name].status == checks.WRONG  # without the z-loss
@@ -397,8 +397,8 @@ def test_the_accuracy_of_a_loss():
     loss = Loss("loss", lambda: None)
     # 2^-10 of a number is 2^13 to 2^14 of its ULPs; p and q do not cancel in most entries.
     for factor, least, most in ((1.0, 0.0, 2.0**10), (1 + 2.0**-10, 2.0**12, 2.0**15)):
-        function = lambda logits, labels, factor=factor: factor * device_torch.SMOOTHED(logits, labels)  # noqa: E731
-        adapter = device_torch.adapter(loss, function, "cpu", linear=False)
+        function = lambda logits, labels, factor=factor: factor * SMOOTHED(logits, labels)  # noqa: E731
+        adapter = on_torch.adapter(loss, function, "cpu", linear=False)
         verdict = checks.check(adapter, list(checks.make_cases(False, "float32", 0.1, True)))["uniform_mean"]
         found = device_worker._accuracy([verdict])
         assert least < found["median_ulps"] < found["worst_ulps"] < most
@@ -407,17 +407,15 @@ def test_the_accuracy_of_a_loss():
 
 def test_keras_says_which_backend_it_needs(monkeypatch):
     keras = SimpleNamespace(backend=SimpleNamespace(backend=lambda: "tensorflow"))
-    for peers in (peers_torch, peers_jax):
-        monkeypatch.setattr(peers, "load", lambda *_: keras)
+    for calls in (calls_torch, calls_jax):
+        monkeypatch.setattr(calls, "load", lambda *_: keras)
         with pytest.raises(UnavailableError, match=r"KERAS_BACKEND must be (torch|jax) when it is imported"):
-            peers._keras()
+            calls.keras("cpu")
 
 
 def test_a_torch_without_the_linear_loss_is_named(monkeypatch):
     monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
-    (loss,) = (
-        each for each in peers_torch.losses("torch", True, "float32", "cpu") if each.name == "F.linear_cross_entropy"
-    )
+    (loss,) = (each for each in losses("torch", "linear", "torch") if each.name == "F.linear_cross_entropy")
     with pytest.raises(UnavailableError, match=r"torch \S+ has none; torch 2\.13 brought it"):
         loss.make()
 
@@ -425,8 +423,8 @@ def test_a_torch_without_the_linear_loss_is_named(monkeypatch):
 # --- The worker -----------------------------------------------------------------------------------------------------
 
 
-def work(monkeypatch, part, losses):
-    monkeypatch.setattr(peers_torch, "losses", lambda *_: losses)
+def work(monkeypatch, part, found):
+    monkeypatch.setattr(device_worker, "losses", lambda *_: found)
     said = []
     task = device_worker.Task("torch", "cpu", [part], ["*"], {}, 2, 1, 1, True, session="torch")
     device_worker._Worker(task, said.append).run()
@@ -442,7 +440,7 @@ def test_time_alone_and_floors(monkeypatch):
 
     def loss(logits, labels):
         calls.append(torch.is_grad_enabled())
-        return device_torch.SMOOTHED(logits, labels)
+        return SMOOTHED(logits, labels)
 
     found = work(monkeypatch, part, [Loss("first", lambda: loss), Loss("compiled", lambda: 1 / 0, compiled=True)])
     (first,) = found["rows"]  # a quick run leaves out what is compiled
@@ -455,15 +453,14 @@ def test_time_alone_and_floors(monkeypatch):
 
 def test_what_does_not_fit_is_not_run(monkeypatch):
     part = PART | {"stage": "time", "needs": {"large": 1e9}, "schedule": [1, 1]}
-    losses = [Loss("large", lambda: None), Loss("small", lambda: device_torch.SMOOTHED)]
-    large, small = work(monkeypatch, part, losses)["rows"]
+    large, small = work(monkeypatch, part, [Loss("large", lambda: None), Loss("small", lambda: SMOOTHED)])["rows"]
     assert re.fullmatch(r"needs about 2048\.0 GB beyond the logits, and \S+ GB are free", large["failed"])
     assert small["seconds"]
 
 
 def test_memory_of_a_loss(monkeypatch):
     def loss(logits, labels):
-        return device_torch.SMOOTHED(logits, labels) + 0 * torch.ones(2**24).sum()
+        return SMOOTHED(logits, labels) + 0 * torch.ones(2**24).sum()
 
     (found,) = work(monkeypatch, PART | {"stage": "memory"}, [Loss("large", lambda: loss)])["rows"]
     assert 2**26 - STEP <= found["memory"] <= 2**26 + 2 * KEPT
@@ -523,10 +520,9 @@ def test_a_quick_run(session, tmp_path):
     (found,) = figures["all"]["sessions"]
     chosen = next(each for each in SESSIONS if each.name == session)
     assert found["versions"].keys() == {*chosen.libraries}
-    peers, _ = PEERS[chosen.framework]
     for part in found["parts"]:
-        losses = peers.losses(session, part["kind"] == "linear", part["dtype"], "cpu")
-        names = [loss.name for loss in losses if not loss.compiled]
+        of_session = losses(chosen.framework, part["kind"], session, dtype=part["dtype"])
+        names = [loss.name for loss in of_session if not loss.compiled]
         if part["stage"] != "memory":
             assert [each["name"] for each in part["rows"]] == [name for name in names if name not in part["missing"]]
         for each in part["rows"]:
@@ -543,9 +539,9 @@ def test_a_quick_run(session, tmp_path):
 def test_numbers_of_jax_are_those_of_its_compiler():
     loss = Loss("loss", lambda: None)
     arguments = (jnp.ones((8, 4), jnp.float32), jnp.zeros(8, jnp.int32), jnp.float32(0.1))
-    function = peers_jax.losses("JAX", False, "float32", "cpu")[0].make()
-    with device_jax.settings():
-        facts = device_jax.program(loss, function, arguments, "cpu", False).facts()
+    function = losses("jax", "dense", "JAX")[0].make()
+    with on_jax.settings():
+        facts = on_jax.program(loss, function, arguments, "cpu", False).facts()
     assert facts["compile_s"] > 0
     assert facts["moved"] >= 2 * 8 * 4 * 4  # reads the logits, writes the gradient
     assert facts["memory"] >= 0

@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 
 from benchmarks import present
 from benchmarks.__main__ import app
-from benchmarks.engines import checks, device, device_jax, device_torch, device_worker
-from benchmarks.engines.device_losses import Loss, load
+from benchmarks.engines import calls_torch, checks, device, device_worker, on_jax, on_torch
+from benchmarks.engines.losses import Loss, load, losses
 from benchmarks.pages import device_report, report
 from lsce_cost.devices import CARDS, LIMITS
 from parity_tests.losses.adapters import UnavailableError
@@ -33,7 +33,8 @@ PATTERNS = (
     *("Tokamax*", "Liger", "flash*", "QuACK*", "cut*"),
 )
 PACKAGES = {"Liger": "liger_kernel", "flash": "flash_attn", "QuACK": "quack", "cut": "cut_cross_entropy"}
-FRAMEWORKS = {"torch": device_torch, "jax": device_jax}
+SMOOTHED = calls_torch.cross_entropy("cpu", label_smoothing=0.1)
+DENSE = calls_torch.dense("cpu")
 SMALL = {"number": 0, "framework": "torch", "stage": "time", "kind": "dense", "dtype": "float32", "shape": [16, 32]}
 
 
@@ -69,8 +70,8 @@ def check_record(figures, patterns):
     expected = [part for framework in device.FRAMEWORKS["cpu"] for part in device.make_parts(framework, quick=True)]
     assert [part.items() >= one.items() for part, one in zip(parts, expected, strict=True)] == [True] * len(parts)
     for part in parts:
-        losses = FRAMEWORKS[part["framework"]].losses(part["kind"] == "linear", part["dtype"], "cpu")
-        names = [loss.name for loss in losses if any(fnmatch(loss.name, pattern) for pattern in patterns)]
+        of_part = losses(part["framework"], part["kind"], "device", dtype=part["dtype"])
+        names = [loss.name for loss in of_part if any(fnmatch(loss.name, pattern) for pattern in patterns)]
         assert sorted([*names_of(part), *part["missing"]]) == sorted(names)
         assert names_of(part)[0] == device_report.BASELINES[part["framework"]]
         for row in part["rows"]:
@@ -164,7 +165,7 @@ def test_no_device():
 
 
 def verdicts(function, dtype, smoothing=0.1, ours=False):
-    adapter = device_torch.adapter(Loss("loss", lambda: function, ours=ours), function, "cpu", linear=False)
+    adapter = on_torch.adapter(Loss("loss", lambda: function, ours=ours), function, "cpu", linear=False)
     return checks.check(adapter, list(checks.make_cases(False, dtype, smoothing, quick=True)))
 
 
@@ -206,16 +207,16 @@ def test_a_case_that_a_loss_does_not_take():
 @pytest.mark.parametrize("fault", [None, "loss", "one element", "unequal copies"])
 def test_all_that_is_timed_is_checked(fault, dtype):
     rows = checks.timed_rows(dtype, 0.1, 1000)
-    logits, labels = device_torch.dense_arguments(rows, 32, "cpu")
-    loss = device_torch.DENSE(logits, labels)
+    logits, labels = on_torch.dense_arguments(rows, 32, "cpu")
+    loss = DENSE(logits, labels)
     (gradient,) = torch.autograd.grad(loss, logits)
     assert torch.equal(logits[8:16], logits[:8])
     if fault == "one element":
         gradient[31, labels[31]] *= 1.05
     elif fault == "unequal copies":
         gradient[8:16] = gradient[:8].roll(1, 0)
-    value, spread = device_torch.spread((loss * (1.001 if fault == "loss" else 1), gradient), checks.REPEATED)
-    adapter = device_torch.adapter(Loss("", lambda: None, ours=True), None, "cpu", linear=False)
+    value, spread = on_torch.spread((loss * (1.001 if fault == "loss" else 1), gradient), checks.REPEATED)
+    adapter = on_torch.adapter(Loss("", lambda: None, ours=True), None, "cpu", linear=False)
     verdict = checks.check_timed(rows, 32, value, spread, adapter.arithmetic)
     assert verdict.status == (checks.AGREES if fault is None else checks.WRONG) or (
         fault == "loss" and dtype == "bfloat16" and verdict.status == checks.ROUNDED
@@ -227,12 +228,12 @@ def test_all_that_is_timed_is_checked(fault, dtype):
 def test_sums_in_sequence_are_not_wrong(error, expected):
     # The sum of 2^15 terms may be off by 2^-9 = 2e-3 of itself in sequence, and in blocks of 32 by 6e-6.
     rows = checks.timed_rows("float32", 0.1, 2**15)
-    logits, labels = device_torch.dense_arguments(rows, 8, "cpu")
-    loss = device_torch.DENSE(logits.double(), labels)
+    logits, labels = on_torch.dense_arguments(rows, 8, "cpu")
+    loss = DENSE(logits.double(), labels)
     (gradient,) = torch.autograd.grad(loss, logits)
     gradient += error * torch.softmax(logits.detach().double(), dim=-1) / 8
-    value, spread = device_torch.spread((loss, gradient), checks.REPEATED)
-    adapter = device_torch.adapter(Loss("", lambda: None), None, "cpu", linear=False)
+    value, spread = on_torch.spread((loss, gradient), checks.REPEATED)
+    adapter = on_torch.adapter(Loss("", lambda: None), None, "cpu", linear=False)
     verdict = checks.check_timed(rows, 8, value, spread, adapter.arithmetic)
     assert verdict.status == expected, verdict
     assert (verdict.share > 1) == (expected != checks.AGREES)
@@ -241,10 +242,10 @@ def test_sums_in_sequence_are_not_wrong(error, expected):
 # --- Failures -------------------------------------------------------------------------------------------------------
 
 
-def work(monkeypatch, losses, part=SMALL, said=None):
+def work(monkeypatch, given, part=SMALL, said=None):
     """Return what the worker says of these losses, each a function of logits and labels."""
-    made = [Loss(name, lambda function=function: function) for name, function in losses.items()]
-    monkeypatch.setattr(device_torch, "losses", lambda *_: made)
+    made = [Loss(name, lambda function=function: function) for name, function in given.items()]
+    monkeypatch.setattr(device_worker, "losses", lambda *_: made)
     said = [] if said is None else said
     task = device_worker.Task("torch", "cpu", [part], ["*"], {}, 2, 1, 1, True)
     device_worker._Worker(task, said.append).run()
@@ -259,7 +260,7 @@ def fails_later(error):
         calls.append(None)
         if len(calls) > 3:
             raise error
-        return device_torch.SMOOTHED(logits, labels)
+        return SMOOTHED(logits, labels)
 
     return loss
 
@@ -272,11 +273,11 @@ def test_a_failure_is_that_of_one_loss(monkeypatch):
     *_, found = work(
         monkeypatch,
         {
-            "F.cross_entropy": device_torch.SMOOTHED,
+            "F.cross_entropy": SMOOTHED,
             "large": out_of_memory,
             "later": fails_later(RuntimeError("in a turn")),
             "wrong": partial(F.cross_entropy, label_smoothing=0.2),
-            "right": device_torch.DENSE,
+            "right": DENSE,
         },
     )
     rows = {row["name"]: row for row in found["rows"]}
@@ -299,8 +300,8 @@ def test_a_failure_is_that_of_one_loss(monkeypatch):
 
 
 def test_no_memory_for_the_logits(monkeypatch):
-    monkeypatch.setattr(device_torch, "dense_arguments", lambda *_: out_of_memory(None, None))
-    *_, found = work(monkeypatch, {"F.cross_entropy": device_torch.SMOOTHED})
+    monkeypatch.setattr(on_torch, "dense_arguments", lambda *_: out_of_memory(None, None))
+    *_, found = work(monkeypatch, {"F.cross_entropy": SMOOTHED})
     assert found == {"rows": [], "missing": {}, "problem": "out of memory"}
     table = device_report.time_table({**SMALL, **found}, [], None)
     assert "Not measured: out of memory" in table.legend
@@ -316,17 +317,17 @@ def test_a_device_that_takes_no_more_work(stage, monkeypatch):
         broken.append(None)
         if stage == "check" or len(broken) > 2:
             raise RuntimeError("an illegal memory access")
-        return device_torch.SMOOTHED(logits, labels)
+        return SMOOTHED(logits, labels)
 
     def check_alive(_):
         if broken and (stage == "check" or len(broken) > 2):
             raise RuntimeError("the device is gone")
 
     said = []
-    monkeypatch.setattr(device_torch, "check_alive", check_alive)
-    losses = {"before": device_torch.SMOOTHED, "breaks": breaks, "after": device_torch.SMOOTHED}
+    monkeypatch.setattr(on_torch, "check_alive", check_alive)
+    given = {"before": SMOOTHED, "breaks": breaks, "after": SMOOTHED}
     with pytest.raises(device_worker._UnusableError):
-        work(monkeypatch, losses, {**SMALL, "stage": stage}, said)
+        work(monkeypatch, given, {**SMALL, "stage": stage}, said)
     *_, now, last = said
     assert now == {"part": 0, "now": "breaks"}
     assert last == {"unusable": "RuntimeError: an illegal memory access"}
@@ -626,7 +627,7 @@ def test_looking_for_a_device_needs_nothing_installed():
 
 def test_arguments_are_the_same_in_both_frameworks():
     rows = checks.timed_rows("bfloat16", 0.1, 50)
-    logits, labels = device_torch.dense_arguments(rows, 16, "cpu")
-    others = device_jax.dense_arguments(rows, 16, "cpu")
+    logits, labels = on_torch.dense_arguments(rows, 16, "cpu")
+    others = on_jax.dense_arguments(rows, 16, "cpu")
     np.testing.assert_array_equal(logits.detach().double().numpy(), np.asarray(others[0], np.float64))
     np.testing.assert_array_equal(labels.numpy(), np.asarray(others[1]))

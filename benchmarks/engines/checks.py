@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.engines.device_losses import one_line
+from benchmarks.engines.losses import one_line
 from parity_tests.losses.adapters import Adapter
 from parity_tests.truth.arithmetic import NARROW, Arithmetic, any_order
 from parity_tests.truth.cases import Case, LinearCase, make_case

@@ -5,7 +5,6 @@ JSON object a line, what it is about to do and what it has found; its parent sta
 out. It gets one JSON object as its argument; see `Task`.
 """
 
-import importlib
 import json
 import math
 import os
@@ -18,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.engines import checks, machine
-from benchmarks.engines.device_losses import Loss, one_line
+from benchmarks.engines.in_turns import engine
+from benchmarks.engines.losses import ON_DEVICE, Loss, losses, one_line
 from benchmarks.engines.timing import BYTES, Case, LinearShape, Schedule, Shape, host_clock, make_rows, time_in_turns
 from parity_tests.evidence.cards import AbsentError, find_device
 from parity_tests.losses.adapters import UnavailableError
@@ -64,7 +64,7 @@ class _UnusableError(Exception):
 class _Worker:
     def __init__(self, task: Task, say: Callable[[dict[str, Any]], None]) -> None:
         self.task, self.say, self.device = task, say, task.device
-        self.framework: Any = importlib.import_module(f"benchmarks.engines.device_{task.framework}")
+        self.framework: Any = engine(task.framework)
 
     def run(self) -> None:
         with self.framework.settings():
@@ -83,14 +83,10 @@ class _Worker:
             return {"rows": [], "missing": {}, "problem": self._alive_after(error)}
 
     def _losses(self, part: dict[str, Any]) -> list[Loss]:
-        given = part["kind"] == "linear", part["dtype"], self.device
-        if self.task.session:
-            peers: Any = importlib.import_module(f"benchmarks.engines.peers_{self.task.framework}")
-            found = [
-                loss for loss in peers.losses(self.task.session, *given) if not (loss.compiled and self.task.quick)
-            ]
-        else:
-            found = self.framework.losses(*given)
+        shown = self.task.session or ON_DEVICE
+        found = losses(self.task.framework, part["kind"], shown, self.device, part["dtype"])
+        if self.task.session and self.task.quick:
+            found = [loss for loss in found if not loss.compiled]
         return [loss for loss in found if any(fnmatch(loss.name, pattern) for pattern in self.task.patterns)]
 
     def _each(

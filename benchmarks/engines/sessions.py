@@ -23,7 +23,7 @@ class Session(NamedTuple):
     """Processes of one framework in one environment.
 
     Args:
-        name: in tables; `peers_torch` and `peers_jax` have its losses.
+        name: in tables; `losses.TABLE` has its losses.
         framework: "torch" or "jax".
         kinds: "dense" for losses of logits, "linear" for those of the last linear layer.
         libraries: distributions whose versions belong to the record.

@@ -6,15 +6,16 @@ more.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks.engines.dense_jax import ours
-from benchmarks.engines.linear_jax import LOSSES as ALL_LINEAR_LOSSES
-from benchmarks.engines.linear_jax import with_gradients
+from benchmarks.engines import calls_jax
+from benchmarks.engines.in_turns import available
+from benchmarks.engines.on_jax import with_gradients
 from benchmarks.engines.timing import LinearShape, Shape
 from lsce_cost import hlo
 from lsce_cost.compilers import describe_devices
@@ -51,18 +52,21 @@ class LinearCost(NamedTuple):
 
 SOFT = "lsce fused, soft labels"
 
+_ours = partial(calls_jax.dense, "tpu")
 LOSSES = {
     "Optax one-hot, smoothed": one_hot,
     "Optax integer, unsmoothed": integer_labels,
     "Optax integer, cast to float32": integer_labels_float32,
-    "lsce fused": ours("fused"),
-    "lsce fused, softcap": ours("fused", softcap=30.0),
-    "lsce fused, max_sup": ours("fused", convention="max_sup"),
-    SOFT: ours("fused"),
-    "lsce reference": ours("reference"),
+    "lsce fused": _ours(implementation="fused"),
+    "lsce fused, softcap": _ours(implementation="fused", softcap=30.0),
+    "lsce fused, max_sup": _ours(implementation="fused", convention="max_sup"),
+    SOFT: _ours(implementation="fused"),
+    "lsce reference": _ours(implementation="reference"),
 }
 LINEAR_LOSSES = {
-    name: ALL_LINEAR_LOSSES[name] for name in ("lse form", "lsce fused", "lsce linear", "lsce linear, recompute")
+    name: function
+    for name, (_, function) in available("jax", "linear", "linear").items()
+    if name in {"lse form", "lsce fused", "lsce linear", "lsce linear, recompute"}
 }
 
 
@@ -112,7 +116,7 @@ def measure_linear() -> list[LinearCost]:
     costs = []
     for name, loss in LINEAR_LOSSES.items():
         for device, topology in TOPOLOGIES.items():
-            compiled = _compile(with_gradients(loss), _arguments(device, *described))
+            compiled = _compile(with_gradients(loss, linear=True), _arguments(device, *described))
             counted = hlo.parse(compiled.as_text())  # the compiler's own count takes a loop for one round
             costs.append(
                 LinearCost(

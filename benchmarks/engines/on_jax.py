@@ -1,7 +1,4 @@
-"""The losses that `benchmarks device` checks and times in JAX, under jit: ours, Optax's, and that of Tokamax.
-
-Tokamax's loss is called as the source of its version 0.0.12 says.
-"""
+"""Losses in JAX, under jit: their arguments, what is timed of them, and what a failure leaves."""
 
 import gc
 import time
@@ -15,64 +12,17 @@ import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
-from benchmarks.engines import dense_jax, linear_jax
-from benchmarks.engines.device_losses import Loss, Program, load
+from benchmarks.engines.losses import SMOOTHING, Loss, Program
 from benchmarks.engines.timing import Case as TimedCase
-from benchmarks.engines.timing import LinearShape
-from lsce_cost.ways import integer_labels, integer_labels_float32, one_hot
+from benchmarks.engines.timing import LinearShape, Shape
 from parity_tests.losses.adapters import Adapter, JaxAdapter
 from parity_tests.losses.peers import PeerAdapter
 from parity_tests.losses.torchax import default_promotion
 from parity_tests.truth.cases import Case
 from parity_tests.truth.precision import as_dtype
 
-DENSE_BASELINE = "Optax one-hot"
-LINEAR_BASELINE = "Optax one-hot"
-
-
-def losses(linear: bool, dtype: str, device: str) -> list[Loss]:
-    """Return the losses, the one first that the others are compared with."""
-    return _linear(device) if linear else _dense(dtype, device)
-
-
-def _dense(dtype: str, device: str) -> list[Loss]:
-    found = [Loss(DENSE_BASELINE, lambda: one_hot), Loss("Optax integer*", lambda: integer_labels, 0.0)]
-    if dtype != "float32":
-        found.append(Loss("Optax integer, cast*", lambda: integer_labels_float32, 0.0))
-    found += [_ours("lsce", None), _ours("lsce fused", "fused")]
-    return found if device == "cuda" else [*found, _ours("lsce pallas", "pallas")]
-
-
-def _ours(name: str, implementation: str | None) -> Loss:
-    return Loss(name, lambda: dense_jax.ours(implementation), ours=True)
-
-
-def _linear(device: str) -> list[Loss]:
-    found = [
-        Loss(LINEAR_BASELINE, lambda: linear_jax.on_logits(one_hot)),
-        Loss("Optax integer*", lambda: linear_jax.on_logits(integer_labels), 0.0),
-        Loss("lse form", lambda: linear_jax.on_logits(linear_jax.lse_form)),
-        Loss("lsce, on all logits", lambda: linear_jax.on_logits(dense_jax.ours(None)), ours=True),
-        Loss("lsce linear", linear_jax.linear, ours=True),
-        Loss("lsce linear, recompute", lambda: linear_jax.linear(recompute=True), ours=True),
-        Loss("Tokamax XLA*", lambda: _tokamax("xla"), 0.0),
-    ]
-    # Without an implementation, Tokamax takes "xla" everywhere.
-    return found if device == "cuda" else [*found, Loss("Tokamax*", lambda: _tokamax("mosaic_tpu"), 0.0)]
-
-
-def _tokamax(implementation: str) -> Callable[..., Array]:
-    loss = load("tokamax", "tokamax").linear_softmax_cross_entropy_loss
-
-    def call(hidden: Array, weight: Array, labels: Array, smoothing: Array) -> Array:
-        del smoothing
-        value: Array = loss(hidden, labels, weight, reduction="mean", implementation=implementation)
-        return value
-
-    return call
-
-
-# --- How they are called --------------------------------------------------------------------------------------------
+# What a trained model's logits have more at the label.
+CONFIDENCE = 20.0
 
 
 def settings() -> AbstractContextManager[None]:
@@ -125,9 +75,25 @@ def dense_arguments(case: Case, rows: int, device: str) -> tuple[Array, ...]:
         return logits, jnp.tile(jnp.asarray(case.labels, jnp.int32), times), jnp.float32(0.1)
 
 
+def random_logits(shape: Shape, device: str, trained: bool = False) -> tuple[Array, ...]:
+    """Return normally distributed logits, labels and the smoothing; trained: each label is by far the largest logit."""
+    with _on(device):
+        keys = jax.random.split(jax.random.key(0))
+        logits = jax.random.normal(keys[0], shape.sizes, jnp.float32)
+        labels = jax.random.randint(keys[1], shape[:1], 0, shape.classes)
+        if trained:
+            logits = logits.at[jnp.arange(labels.size), labels].add(CONFIDENCE)
+        return logits, labels, jnp.float32(SMOOTHING)
+
+
 def linear_arguments(shape: LinearShape, dtype: str, device: str) -> tuple[Array, ...]:
-    """Return hidden, weight, labels and the smoothing."""
-    return linear_jax.make_arguments(shape, device, dtype)
+    """Return hidden, weight, labels and the smoothing; logits of variance 1."""
+    with _on(device):
+        keys = jax.random.split(jax.random.key(0), 3)
+        hidden = jax.random.normal(keys[0], (shape.rows, shape.features), jnp.float32)
+        weight = jax.random.normal(keys[1], (shape.features, shape.classes), jnp.float32) / shape.features**0.5
+        labels = jax.random.randint(keys[2], (shape.rows,), 0, shape.classes)
+        return hidden.astype(dtype), weight.astype(dtype), labels, jnp.float32(SMOOTHING)
 
 
 def program(
@@ -135,17 +101,33 @@ def program(
 ) -> Program:
     """Return the loss with its gradients, or alone, compiled; its memory is the temporary memory of the program."""
     with _on(device):
-        step = function if alone else jax.value_and_grad(function, argnums=(0, 1) if linear else 0)
+        step = function if alone else with_gradients(function, linear, loss.with_statistics)
         start = time.perf_counter()
         compiled = jax.jit(step).lower(*arguments).compile()
         seconds = time.perf_counter() - start
-    case = TimedCase(loss.name, lambda *given: jax.block_until_ready(compiled(*given)), lambda: tuple(arguments))
+    case = TimedCase(
+        loss.name, lambda *given: jax.block_until_ready(compiled(*given)), lambda: tuple(arguments), loss.floor
+    )
 
     def facts() -> dict[str, Any]:
         moved = (compiled.cost_analysis() or {}).get("bytes accessed")
         return {"memory": int(compiled.memory_analysis().temp_size_in_bytes), "compile_s": seconds, "moved": moved}
 
     return Program(case, facts)
+
+
+def with_gradients(function: Callable[..., Any], linear: bool, with_statistics: bool = False) -> Callable[..., Any]:
+    """Return the function that gives the loss and its gradients: of the logits, or of hidden and weight."""
+    return jax.value_and_grad(function, argnums=(0, 1) if linear else 0, has_aux=with_statistics)
+
+
+def results_of(function: Callable[..., Any], arguments: Sequence[Any], wide: bool) -> list[NDArray[np.float64]]:
+    """Return the loss of a layer and its gradients; wide: computed in float64."""
+    with jax.enable_x64(wide):
+        if wide:
+            arguments = [of.astype("float64") if of.dtype == jnp.bfloat16 else of for of in arguments]
+        found = jax.jit(with_gradients(function, linear=True))(*arguments)
+        return [np.asarray(each, np.float64) for each in jax.tree.leaves(found)]
 
 
 def spread(result: Any, repeated: int) -> tuple[float, list[NDArray[np.float64]]]:
