@@ -35,15 +35,11 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -53,20 +49,17 @@ from rich.console import Console
 from benchmarks.engines import device as on_device
 from benchmarks.engines import everything, in_turns
 from benchmarks.engines.sessions import Session
-from benchmarks.engines.timing import LinearShape, Row, Schedule, Shape
-from benchmarks.pages import all_report, device_report, records, report
+from benchmarks.engines.timing import LinearShape, Schedule, Shape
+from benchmarks.pages import all_report, device_report, keep, records, report
 from benchmarks.pages.tables import print_table
 from lsce_cost.devices import ENVIRONMENTS, has_cuda_plugin
 from parity_tests.evidence.cards import AbsentError, find_device
 from parity_tests.evidence.pages import write_block
-from parity_tests.json_files import check_form, read_json
 
 SHAPES = {
     "large": (Shape(1024, 32768), Shape(2048, 50257), Shape(8192, 1000), Shape(128, 1000)),
     "small": (Shape(32, 10), Shape(128, 1000), Shape(256, 1000), Shape(2**20, 4), Shape(4, 21, 2**16)),
 }
-# Calls of few logits take so little time that more of them count.
-FEW_LOGITS, MORE_CALLS = 2**18, on_device.FEW_CALLS
 QUICK_SHAPE = Shape(32, 1000)
 LINEAR_SHAPES = (LinearShape(2048, 512, 50257),)
 QUICK_LINEAR_SHAPE = LinearShape(32, 16, 1000)
@@ -74,13 +67,6 @@ SMOOTHING_SHAPE, ERROR_SHAPE = LinearShape(2048, 256, 8192), LinearShape(512, 25
 # Many times the rows of a chunk, so that what grows with their number would show.
 SCALING_SHAPES = tuple(LinearShape(rows, 64, 32768) for rows in (1024, 4096, 16384, 65536))
 QUICK_SCALING_SHAPES = tuple(LinearShape(rows, 16, 1000) for rows in (32, 64))
-
-# What makes the allocator of glibc keep its pages: it takes memory from the system in large pieces and returns none.
-KEPT_PAGES = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**32),
-    "MALLOC_TRIM_THRESHOLD_": str(2**34),
-    "MALLOC_TOP_PAD_": str(5 * 2**29),
-}
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
 
@@ -111,23 +97,6 @@ AllocatorOption = Annotated[
 
 DeviceOption = Annotated[Literal["cpu", "cuda", "tpu"], typer.Option(help="Where to measure; not torch on a TPU.")]
 
-ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
-# Which page has which block of tables.
-PAGES = {
-    "dense": "performance.md",
-    "small": "performance.md",
-    "tpu": "performance.md",
-    "linear": "linear.md",
-    "scaling": "linear.md",
-    "smoothing": "smoothing.md",
-    "tpu linear": "linear.md",
-    "tpu kernel": "tpu.md",
-    "device cuda": "gpu.md",
-    "device tpu": "tpu.md",
-    "all": "benchmarks.md",
-}
-
 
 @app.command()
 def dense(  # noqa: PLR0913, PLR0917 - a command line has its options as arguments
@@ -155,27 +124,11 @@ def dense(  # noqa: PLR0913, PLR0917 - a command line has its options as argumen
     console.print("÷: whose median is 1. A floor only writes a fresh array, as large as a gradient.\n")
     shapes = shape or ([QUICK_SHAPE] if quick else SHAPES[sizes])
     rounds = 1 if quick else rounds
-    results: list[dict[str, Any]] = []
-    for name in _measured_here(frameworks, device, allocator):
-        for size in shapes:
-            if name == "torch" or size.pixels == 1:  # Optax has the classes last
-                few = size.logits_bytes <= 4 * FEW_LOGITS and not quick
-                schedule = Schedule(rounds, calls * MORE_CALLS if few else calls)
-                rows = in_turns.measure_dense(name, size, schedule, device, compiled)
-                results.append({"framework": name, "shape": size.sizes, "rows": [_figures(row) for row in rows]})
-    if "torch" in frameworks and device == "cpu" and allocator in {"kept", "both"}:
-        given = [part for size in shapes for part in ("--shape", "x".join(map(str, size.sizes)))]
-        given += ["--rounds", str(rounds), "--calls", str(calls), *(["--compiled"] if compiled else [])]
-        results += _with_kept_pages("dense", [*given, *(["--quick"] if quick else [])])
+    results = in_turns.dense_results(frameworks, shapes, rounds, calls, device, allocator, compiled, quick)
     figures = {"machine": machine, "small" if sizes == "small" else "dense": results}
     for table in report.tables(figures):
         print_table(table, console)
     _keep(figures, json_file, write, console)
-
-
-def _measured_here(frameworks: Sequence[str], device: str, allocator: str) -> list[str]:
-    """Return the frameworks that this process measures, with the allocator that it has."""
-    return [name for name in frameworks if name != "torch" or device != "cpu" or allocator != "kept"]
 
 
 def _find_frameworks(asked: str, device: str, console: Console) -> tuple[list[str], dict[str, Any]]:
@@ -194,24 +147,6 @@ def _find_frameworks(asked: str, device: str, console: Console) -> tuple[list[st
     if not found:
         raise typer.Exit(code=1)
     return found, machine
-
-
-def _with_kept_pages(command: str, arguments: Sequence[str]) -> list[dict[str, Any]]:
-    """Return what a command measures of torch in a process whose allocator keeps its pages; nothing without glibc."""
-    if platform.libc_ver()[0] != "glibc":
-        return []
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "figures.json"
-        fixed = ["--framework", "torch", "--allocator", "here", "--json", str(file)]
-        subprocess.run(
-            [sys.executable, "-m", "benchmarks", command, *arguments, *fixed],
-            cwd=ROOT,
-            env=os.environ | KEPT_PAGES,
-            stdout=subprocess.DEVNULL,
-            check=True,
-        )
-        results: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))[command]
-    return [result | {"allocator": "kept"} for result in results]
 
 
 @app.command()
@@ -240,25 +175,15 @@ def linear(  # noqa: PLR0913, PLR0917 - as above
     report.print_machine(machine, console)
     console.print()
     schedule = Schedule(1 if quick else rounds, calls)
-    here = _measured_here(frameworks, device, allocator)
-    results: list[dict[str, Any]] = []
     if scaling:
-        shapes = QUICK_SCALING_SHAPES if quick else SCALING_SHAPES
-        for name in here:
-            rows = in_turns.measure_scaling(name, shapes, schedule, device)
-            results.append({"framework": name, "shapes": shapes, "rows": [_figures(row) for row in rows]})
+        results = in_turns.scaling_results(
+            frameworks, QUICK_SCALING_SHAPES if quick else SCALING_SHAPES, schedule, device, allocator
+        )
     else:
         sizes = shape or ([QUICK_LINEAR_SHAPE] if quick else LINEAR_SHAPES)
-        for name, size in product(here, sizes):
-            rows = in_turns.measure_linear(name, size, schedule, device)
-            results.append({"framework": name, "shape": size, "rows": [_figures(row) for row in rows]})
-        if "torch" in frameworks and device == "cpu" and allocator in {"kept", "both"}:
-            given = [part for size in sizes for part in ("--shape", "x".join(map(str, size)))]
-            results += _with_kept_pages("linear", [*given, "--rounds", str(schedule.rounds), "--calls", str(calls)])
+        results = in_turns.linear_results(frameworks, sizes, schedule, device, allocator)
     figures = {"machine": machine, "scaling" if scaling else "linear": results}
-    for table in report.tables(figures):
-        print_table(table, console)
-    _keep(figures, json_file, write, console)
+    _show(figures, json_file, write, console)
 
 
 @app.command()
@@ -284,22 +209,10 @@ def smoothing(
     report.print_machine(machine, console)
     console.print()
     size, of_errors = (QUICK_LINEAR_SHAPE,) * 2 if quick else (shape or SMOOTHING_SHAPE, ERROR_SHAPE)
-    results: list[dict[str, Any]] = []
-    for name in frameworks:
-        if name == "torch" and threads is not None:
-            in_turns.engine(name).set_threads(threads)
-        rows = in_turns.measure_smoothing(name, size, Schedule(1 if quick else rounds, calls))
-        errors = in_turns.errors_of_smoothing(name, of_errors)
-        found = {"rows": [_figures(row) for row in rows], "error shape": of_errors, "errors": errors}
-        results.append({"framework": name, "shape": size, **found})
+    schedule = Schedule(1 if quick else rounds, calls)
+    results = in_turns.smoothing_results(frameworks, size, of_errors, schedule, threads)
     figures = {"machine": machine, "smoothing": results}
-    for table in report.tables(figures):
-        print_table(table, console)
-    _keep(figures, json_file, write, console)
-
-
-def _figures(row: Row) -> dict[str, Any]:
-    return row._asdict() | {"median_ms": row.milliseconds, "least_ms": row.least_milliseconds}
+    _show(figures, json_file, write, console)
 
 
 @app.command()
@@ -431,7 +344,7 @@ def measure_all(
     if write:
         from benchmarks.pages import plots  # noqa: PLC0415 - it takes a second
 
-        for path in plots.draw(figures, DOCS / "images", report.file_name(figures)):
+        for path in plots.draw(figures, keep.DOCS / "images", report.file_name(figures)):
             console.print(f"wrote {path}", soft_wrap=True, highlight=False)
     wrong = device_report.wrong_of_ours([part for each in figures["all"]["sessions"] for part in each["parts"]])
     if wrong:
@@ -490,12 +403,10 @@ def _print_list(title: str, lines: Iterable[object], console: Console) -> None:
 def _read_record(path: Path) -> report.Figures:
     """Return a record of `all`; exit with 2 and one line if the file holds none."""
     try:
-        figures = read_json(path)
-        check_form(figures, {"machine": {"cpu": str, ...: None}, "all": RECORD_FORM})
+        return keep.read_record(path)
     except (OSError, ValueError) as error:
         typer.echo(f"{path} holds no record of python -m benchmarks all: {error}", err=True)
         raise typer.Exit(code=2) from None
-    return dict(figures)
 
 
 def _record_of_this_machine(path: Path) -> report.Figures:
@@ -505,12 +416,6 @@ def _record_of_this_machine(path: Path) -> report.Figures:
     if cpu != other:
         raise typer.BadParameter(f"is a record of {other}, and this is {cpu}.", param_hint="'--from'")
     return figures
-
-
-# As far as it is read without asking.
-PART_FORM = {"stage": str, "kind": str, "dtype": str, "shape": [int], "rows": [dict], "missing": dict, ...: None}
-SESSION_FORM = {"name": str, "framework": str, "versions": {str: str}, "parts": [PART_FORM], ...: None}
-RECORD_FORM = {"rounds": int, "quick": bool, "sessions": [SESSION_FORM], "absent": {str: str}, "imports": [dict]}
 
 
 @app.command()
@@ -553,9 +458,8 @@ def tpu(json_file: JsonOption = None, write: WriteOption = False) -> None:
     os.environ.update(ENVIRONMENTS["tpu"])
     from benchmarks.engines import tpu as compiled  # noqa: PLC0415 - JAX must find the environment set
 
-    console, machine = Console(), report.describe_machine()
-    report.print_machine(machine, console)
-    console.print()
+    machine = report.describe_machine()
+    console = _console_with(machine)
     figures = {
         "machine": machine,
         "tpu shape": compiled.SHAPE.sizes,
@@ -564,18 +468,14 @@ def tpu(json_file: JsonOption = None, write: WriteOption = False) -> None:
         "tpu linear chunk bytes": compiled.linear_chunk_bytes(),
         "tpu linear": [cost._asdict() for cost in compiled.measure_linear()],
     }
-    for table in report.tables(figures):
-        print_table(table, console)
-    _keep(figures, json_file, write, console)
+    _show(figures, json_file, write, console)
 
 
 @app.command()
 def tpu_exp() -> None:
     """What an accurate exp would cost on TPUs that are not there: instruction bundles, by their compiler."""
     _check_libtpu()
-    console = Console()
-    report.print_machine(report.describe_machine(), console)
-    console.print()
+    console = _console_with(report.describe_machine())
     with _dump_of_schedules() as dump:
         from benchmarks.engines import tpu_bundles  # noqa: PLC0415 - JAX must find the environment set
 
@@ -594,9 +494,8 @@ def tpu_kernel(
     _check_libtpu()
     if write and (program or alone):
         raise typer.BadParameter("keeps the figures of all programs.", param_hint="'--write'")
-    console, machine = Console(), report.describe_machine()
-    report.print_machine(machine, console)
-    console.print()
+    machine = report.describe_machine()
+    console = _console_with(machine)
     with _dump_of_schedules() as dump:
         from benchmarks.engines import tpu_kernel as compiled  # noqa: PLC0415 - JAX must find the environment set
 
@@ -640,9 +539,7 @@ def gpu() -> None:
     from benchmarks.engines import gpu as counted  # noqa: PLC0415 - JAX must find the environment set
     from benchmarks.engines import tpu as compiled  # noqa: PLC0415
 
-    console = Console()
-    report.print_machine(report.describe_machine(), console)
-    console.print()
+    console = _console_with(report.describe_machine())
     print_table(report.gpu_table(compiled.measure_memory(), compiled.SHAPE), console)
     print_table(report.gpu_moves_table([count._asdict() for count in counted.measure()]), console)
 
@@ -655,9 +552,7 @@ def launches() -> None:
         raise typer.Exit(code=1)
     from parity_tests.losses import launches as counted  # noqa: PLC0415 - it needs torch alone
 
-    console = Console()
-    report.print_machine(report.describe_machine(), console)
-    console.print()
+    console = _console_with(report.describe_machine())
     print_table(report.launches_table([count._asdict() for count in counted.measure()]), console)
     console.print()
     of_linear = [count._asdict() for count in counted.measure_linear()]
@@ -678,13 +573,13 @@ def cost(write: WriteOption = False) -> None:
         raise typer.Exit(code=1) from None
     for block, text in costs.page_blocks(record).items():
         if write:
-            write_block(DOCS / "cost.md", f"benchmarks {block}", text)
+            write_block(keep.DOCS / "cost.md", f"benchmarks {block}", text)
         else:
             console.print(text, markup=False, highlight=False, soft_wrap=True)
     if write:
-        path = DOCS / "cost.json"
+        path = keep.DOCS / "cost.json"
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        console.print(f"wrote {DOCS / 'cost.md'} and {path}", soft_wrap=True, highlight=False)
+        console.print(f"wrote {keep.DOCS / 'cost.md'} and {path}", soft_wrap=True, highlight=False)
 
 
 def _parse_mesh(text: str) -> tuple[int, int]:
@@ -730,12 +625,10 @@ def scaling(
     for table in sent.tables(record):
         print_table(table, console)
     text = json.dumps(record, indent=1) + "\n"
-    for path in [*([DOCS / "scaling.json"] if write else []), *([json_file] if json_file else [])]:
-        path.write_text(text, encoding="utf-8")
-        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    _say_written(keep.write_text(text, keep.DOCS / "scaling.json" if write else None, json_file), console)
     if write:
         for block, page in sent.page_blocks(json.loads(text)).items():
-            write_block(DOCS / "scaling.md", f"benchmarks {block}", page)
+            write_block(keep.DOCS / "scaling.md", f"benchmarks {block}", page)
 
 
 def _libtpu_requirement() -> str:
@@ -745,21 +638,28 @@ def _libtpu_requirement() -> str:
 
 
 def _keep(figures: report.Figures, json_file: Path | None, write: bool, console: Console) -> None:
-    """Write the figures to a file, and to the docs."""
-    text = json.dumps(figures, indent=1) + "\n"
-    record = report.record_path(DOCS / "figures", figures)
-    for path in [*([record] if write else []), *([json_file] if json_file else [])]:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+    """Write the figures to a file, and to the docs; say so."""
+    _say_written(keep.keep(figures, json_file, write), console)
+
+
+def _say_written(paths: Iterable[Path], console: Console) -> None:
+    for path in paths:
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
-    if not write:
-        return
-    # From the files, as a test reads them; those of other machines stay on the page.
-    of_command = sorted(record.parent.glob("*.json"))
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in of_command]
-    for block, tables in report.page_blocks(records).items():
-        write_block(DOCS / PAGES[block], f"benchmarks {block}", tables)
-        console.print(f"wrote {DOCS / PAGES[block]}", soft_wrap=True, highlight=False)
+
+
+def _show(figures: report.Figures, json_file: Path | None, write: bool, console: Console) -> None:
+    """Print the tables of the figures, and keep them."""
+    for table in report.tables(figures):
+        print_table(table, console)
+    _keep(figures, json_file, write, console)
+
+
+def _console_with(machine: dict[str, Any]) -> Console:
+    """Return a console on which the machine stands."""
+    console = Console()
+    report.print_machine(machine, console)
+    console.print()
+    return console
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from benchmarks.engines import (
 )
 from benchmarks.engines.losses import Loss, losses
 from benchmarks.engines.sessions import SESSIONS
-from benchmarks.pages import all_report, plots, records, report
+from benchmarks.pages import all_report, keep, plots, records, report
 from benchmarks.pages.tables import markdown
 from parity_tests.losses.adapters import UnavailableError
 from parity_tests.truth.cases import make_case
@@ -200,15 +200,15 @@ def test_pictures(tmp_path):
 
 
 def test_records_in_the_docs_have_their_pictures():
-    for path in (main.DOCS / "figures/all").glob("*.json"):
+    for path in (keep.DOCS / "figures/all").glob("*.json"):
         for kind in all_report.PICTURES:
-            assert (main.DOCS / "images" / all_report.picture_file(path.stem, kind)).is_file()
+            assert (keep.DOCS / "images" / all_report.picture_file(path.stem, kind)).is_file()
 
 
 def test_a_record_is_written_into_the_page(tmp_path, monkeypatch):
     (tmp_path / "benchmarks.md").write_text("<!-- benchmarks all: begin -->\n<!-- benchmarks all: end -->\n")
     (tmp_path / "record.json").write_text(json.dumps(make_record()))
-    monkeypatch.setattr(main, "DOCS", tmp_path)
+    monkeypatch.setattr(keep, "DOCS", tmp_path)
     result = run("all", "--from", tmp_path / "record.json", "--write")
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "figures/all/a-cpu.json").read_text()) == make_record()

@@ -18,10 +18,11 @@ from typer.testing import CliRunner
 
 from benchmarks import __main__ as main
 from benchmarks import logit_scale
-from benchmarks.__main__ import DOCS, PAGES, QUICK_LINEAR_SHAPE, QUICK_SCALING_SHAPES, QUICK_SHAPE, app
+from benchmarks.__main__ import QUICK_LINEAR_SHAPE, QUICK_SCALING_SHAPES, QUICK_SHAPE, app
 from benchmarks.engines import calls_jax, calls_torch, in_turns, on_jax, on_torch, tpu
 from benchmarks.engines.timing import Case, LinearShape, Schedule, Shape, time_in_turns
 from benchmarks.pages import device_report, report
+from benchmarks.pages.keep import DOCS, PAGES
 from benchmarks.pages.tables import print_table
 from parity_tests.evidence.cards import AbsentError
 from parity_tests.evidence.pages import replace_block
@@ -410,7 +411,7 @@ def test_writing_a_page(monkeypatch, tmp_path):
         blocks = [block for block in PAGES if PAGES[block] == page]
         lines = [f"<!-- benchmarks {block}: begin -->\nold\n<!-- benchmarks {block}: end -->" for block in blocks]
         (tmp_path / page).write_text("\n".join(["before", *lines, "after"]), encoding="utf-8")
-    monkeypatch.setattr("benchmarks.__main__.DOCS", tmp_path)
+    monkeypatch.setattr("benchmarks.pages.keep.DOCS", tmp_path)
     assert run("dense", "--quick", "--calls", 1, "--framework", "torch", "--write").exit_code == 0
     page = (tmp_path / PAGES["dense"]).read_text(encoding="utf-8")
     assert page.startswith(

@@ -449,7 +449,7 @@ def test_a_process_that_does_not_start():
 
 @pytest.fixture
 def docs(tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.__main__.DOCS", tmp_path)
+    monkeypatch.setattr("benchmarks.pages.keep.DOCS", tmp_path)
     begin, end = (f"<!-- benchmarks device cuda: {each} -->" for each in ("begin", "end"))
     (tmp_path / "gpu.md").write_text(f"before\n{begin}\nold\n{end}\nafter", encoding="utf-8")
     return tmp_path

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.__main__ import DOCS, app
+from benchmarks.__main__ import app
 from benchmarks.pages import scaling
+from benchmarks.pages.keep import DOCS
 from lsce_cost.devices import LIMITS
 from lsce_jax import label_smoothed_cross_entropy, linear_label_smoothed_cross_entropy
 from parity_tests.evidence.pages import replace_block

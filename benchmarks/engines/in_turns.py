@@ -1,12 +1,21 @@
 """Times the losses of a list in this process, in turns: for `benchmarks dense`, `linear` and `smoothing`."""
 
 import importlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from benchmarks.engines.device import FEW_CALLS
 from benchmarks.engines.losses import ADDED, DENSE, LINEAR, Loss, Program, losses
 from benchmarks.engines.timing import (
     LinearShape,
@@ -20,6 +29,16 @@ from benchmarks.engines.timing import (
 from parity_tests.losses.adapters import UnavailableError
 
 Function = Callable[..., Any]
+ROOT = Path(__file__).parents[2]
+# Calls of few logits take so little time that more of them count.
+FEW_LOGITS, MORE_CALLS = 2**18, FEW_CALLS
+
+# What makes the allocator of glibc keep its pages: it takes memory from the system in large pieces and returns none.
+KEPT_PAGES = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "MALLOC_TOP_PAD_": str(5 * 2**29),
+}
 
 
 def engine(framework: str) -> ModuleType:
@@ -139,3 +158,101 @@ def _rows(programs: Sequence[Program], schedule: Schedule) -> list[Row]:
         memory.append(facts()["memory"])
     cases = [program.case for program in programs]
     return make_rows(cases, time_in_turns(cases, schedule), memory)
+
+
+# --- Results of the commands ----------------------------------------------------------------------------------------
+
+
+def dense_results(
+    frameworks: Sequence[str],
+    shapes: Sequence[Shape],
+    rounds: int,
+    calls: int,
+    device: str,
+    allocator: str,
+    with_compiled: bool,
+    quick: bool,
+) -> list[dict[str, Any]]:
+    """Return what `measure_dense` finds, for JSON: for each framework, allocator and shape."""
+    results = []
+    for framework in _in_this_process(frameworks, device, allocator):
+        for shape in shapes:
+            if framework == "torch" or shape.pixels == 1:  # Optax has the classes last
+                few = shape.logits_bytes <= 4 * FEW_LOGITS and not quick
+                schedule = Schedule(rounds, calls * MORE_CALLS if few else calls)
+                rows = measure_dense(framework, shape, schedule, device, with_compiled)
+                results.append({"framework": framework, "shape": shape.sizes, "rows": _figures(rows)})
+    if _also_kept(frameworks, device, allocator):
+        given = [part for shape in shapes for part in ("--shape", "x".join(map(str, shape.sizes)))]
+        given += ["--rounds", str(rounds), "--calls", str(calls), *(["--compiled"] if with_compiled else [])]
+        results += with_kept_pages("dense", [*given, *(["--quick"] if quick else [])])
+    return results
+
+
+def linear_results(
+    frameworks: Sequence[str], shapes: Sequence[LinearShape], schedule: Schedule, device: str, allocator: str
+) -> list[dict[str, Any]]:
+    """Return what `measure_linear` finds, likewise."""
+    results = [
+        {"framework": name, "shape": shape, "rows": _figures(measure_linear(name, shape, schedule, device))}
+        for name, shape in product(_in_this_process(frameworks, device, allocator), shapes)
+    ]
+    if _also_kept(frameworks, device, allocator):
+        given = [part for shape in shapes for part in ("--shape", "x".join(map(str, shape)))]
+        given += ["--rounds", str(schedule.rounds), "--calls", str(schedule.calls)]
+        results += with_kept_pages("linear", given)
+    return results
+
+
+def scaling_results(
+    frameworks: Sequence[str], shapes: Sequence[LinearShape], schedule: Schedule, device: str, allocator: str
+) -> list[dict[str, Any]]:
+    """Return what `measure_scaling` finds, for each framework."""
+    return [
+        {"framework": name, "shapes": shapes, "rows": _figures(measure_scaling(name, shapes, schedule, device))}
+        for name in _in_this_process(frameworks, device, allocator)
+    ]
+
+
+def smoothing_results(
+    frameworks: Sequence[str], shape: LinearShape, of_errors: LinearShape, schedule: Schedule, threads: int | None
+) -> list[dict[str, Any]]:
+    """Return what `measure_smoothing` and `errors_of_smoothing` find, for each framework."""
+    results = []
+    for name in frameworks:
+        if name == "torch" and threads is not None:
+            engine(name).set_threads(threads)
+        found = {"rows": _figures(measure_smoothing(name, shape, schedule)), "error shape": of_errors}
+        results.append({"framework": name, "shape": shape, **found, "errors": errors_of_smoothing(name, of_errors)})
+    return results
+
+
+def _figures(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    return [row._asdict() | {"median_ms": row.milliseconds, "least_ms": row.least_milliseconds} for row in rows]
+
+
+def _in_this_process(frameworks: Sequence[str], device: str, allocator: str) -> list[str]:
+    """Return the frameworks that this process measures, with the allocator that it has."""
+    return [name for name in frameworks if name != "torch" or device != "cpu" or allocator != "kept"]
+
+
+def _also_kept(frameworks: Sequence[str], device: str, allocator: str) -> bool:
+    return "torch" in frameworks and device == "cpu" and allocator in {"kept", "both"}
+
+
+def with_kept_pages(command: str, arguments: Sequence[str]) -> list[dict[str, Any]]:
+    """Return what a command measures of torch in a process whose allocator keeps its pages; nothing without glibc."""
+    if platform.libc_ver()[0] != "glibc":
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "figures.json"
+        fixed = ["--framework", "torch", "--allocator", "here", "--json", str(file)]
+        subprocess.run(
+            [sys.executable, "-m", "benchmarks", command, *arguments, *fixed],
+            cwd=ROOT,
+            env=os.environ | KEPT_PAGES,
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+        results: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))[command]
+    return [result | {"allocator": "kept"} for result in results]
