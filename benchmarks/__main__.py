@@ -85,6 +85,16 @@ def _parse_linear_shape(text: str) -> LinearShape:
     return LinearShape(int(match[1]), int(match[2]), int(match[3]))
 
 
+FrameworkOption = Annotated[Literal["jax", "torch", "both"], typer.Option(help="What to measure.")]
+RoundsOption = Annotated[int, typer.Option(min=1, help="How often each loss has its turn.")]
+CallsOption = Annotated[int, typer.Option(min=1, help="Calls that count in a turn.")]
+DenseCallsOption = Annotated[
+    int, typer.Option(min=1, help="Calls that count in a turn; 40 times as many of few logits.")
+]
+OnlyOption = Annotated[
+    list[str] | None, typer.Option(metavar="NAME", help="Losses, with * and ?; may be repeated. [default: all]")
+]
+QuickOption = Annotated[bool, typer.Option("--quick", help="Small shapes and one round, to see that it runs.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", dir_okay=False, help="File for all figures.")]
 WriteOption = Annotated[
     bool, typer.Option("--write", help="Keep the figures in docs/figures, and write the tables into the pages.")
@@ -100,20 +110,20 @@ DeviceOption = Annotated[Literal["cpu", "cuda", "tpu"], typer.Option(help="Where
 
 @app.command()
 def dense(  # noqa: PLR0913, PLR0917 - a command line has its options as arguments
-    framework: Annotated[Literal["jax", "torch", "both"], typer.Option(help="What to measure.")] = "both",
+    framework: FrameworkOption = "both",
     sizes: Annotated[Literal["large", "small"], typer.Option(help="Which shapes.")] = "large",
     shape: Annotated[
         list[Shape] | None,
         typer.Option(parser=_parse_shape, metavar="ROWSxCLASSES[xPIXELS]", help="Of the logits; may be repeated."),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each loss has its turn.")] = 5,
-    calls: Annotated[int, typer.Option(min=1, help="Calls that count in a turn; 40 times as many of few logits.")] = 3,
+    rounds: RoundsOption = 5,
+    calls: DenseCallsOption = 3,
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Add torch.compile, which needs a C++ compiler.")
     ] = False,
     device: DeviceOption = "cpu",
     allocator: AllocatorOption = "both",
-    quick: Annotated[bool, typer.Option("--quick", help="A small shape and one round, to see that it runs.")] = False,
+    quick: QuickOption = False,
     json_file: JsonOption = None,
     write: WriteOption = False,
 ) -> None:
@@ -126,9 +136,7 @@ def dense(  # noqa: PLR0913, PLR0917 - a command line has its options as argumen
     rounds = 1 if quick else rounds
     results = in_turns.dense_results(frameworks, shapes, rounds, calls, device, allocator, compiled, quick)
     figures = {"machine": machine, "small" if sizes == "small" else "dense": results}
-    for table in report.tables(figures):
-        print_table(table, console)
-    _keep(figures, json_file, write, console)
+    _show(figures, json_file, write, console)
 
 
 def _find_frameworks(asked: str, device: str, console: Console) -> tuple[list[str], dict[str, Any]]:
@@ -151,19 +159,19 @@ def _find_frameworks(asked: str, device: str, console: Console) -> tuple[list[st
 
 @app.command()
 def linear(  # noqa: PLR0913, PLR0917 - as above
-    framework: Annotated[Literal["jax", "torch", "both"], typer.Option(help="What to measure.")] = "both",
+    framework: FrameworkOption = "both",
     shape: Annotated[
         list[LinearShape] | None,
         typer.Option(parser=_parse_linear_shape, metavar="ROWSxFEATURESxCLASSES", help="May be repeated."),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each loss has its turn.")] = 5,
-    calls: Annotated[int, typer.Option(min=1, help="Calls that count in a turn.")] = 1,
+    rounds: RoundsOption = 5,
+    calls: CallsOption = 1,
     allocator: AllocatorOption = "both",
     device: DeviceOption = "cpu",
     scaling: Annotated[
         bool, typer.Option("--scaling", help="Of ours alone: time and memory for more and more rows.")
     ] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Small shapes and one round, to see that it runs.")] = False,
+    quick: QuickOption = False,
     json_file: JsonOption = None,
     write: WriteOption = False,
 ) -> None:
@@ -188,16 +196,16 @@ def linear(  # noqa: PLR0913, PLR0917 - as above
 
 @app.command()
 def smoothing(
-    framework: Annotated[Literal["jax", "torch", "both"], typer.Option(help="What to measure.")] = "both",
+    framework: FrameworkOption = "both",
     shape: Annotated[
         LinearShape | None, typer.Option(parser=_parse_linear_shape, metavar="ROWSxFEATURESxCLASSES")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each loss has its turn.")] = 5,
-    calls: Annotated[int, typer.Option(min=1, help="Calls that count in a turn.")] = 1,
+    rounds: RoundsOption = 5,
+    calls: CallsOption = 1,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Of torch; with 1 none waits for another. [default: all cores]")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A small shape and one round, to see that it runs.")] = False,
+    quick: QuickOption = False,
     json_file: JsonOption = None,
     write: WriteOption = False,
 ) -> None:
@@ -218,14 +226,11 @@ def smoothing(
 @app.command()
 def device(
     name: Annotated[Literal["cpu", "cuda", "tpu"], typer.Argument(metavar="cuda|tpu|cpu", show_default=False)],
-    framework: Annotated[Literal["jax", "torch", "both"], typer.Option(help="What to measure.")] = "both",
-    only: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Losses, with * and ?; may be repeated. [default: all]"),
-    ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each loss has its turn.")] = 5,
-    calls: Annotated[int, typer.Option(min=1, help="Calls that count in a turn; 40 times as many of few logits.")] = 3,
-    quick: Annotated[bool, typer.Option("--quick", help="Small shapes and one round, to see that it runs.")] = False,
+    framework: FrameworkOption = "both",
+    only: OnlyOption = None,
+    rounds: RoundsOption = 5,
+    calls: DenseCallsOption = 3,
+    quick: QuickOption = False,
     install: Annotated[bool, typer.Option("--install", help="Install the other libraries first.")] = False,
     json_file: JsonOption = None,
     write: WriteOption = False,
@@ -265,7 +270,12 @@ def device(
     if not figures[block]:
         raise typer.Exit(code=2)
     _keep(figures, json_file, write, console)
-    wrong = device_report.wrong_of_ours(figures[block])
+    _exit_if_wrong(figures[block], console)
+
+
+def _exit_if_wrong(parts: Sequence[dict[str, Any]], console: Console) -> None:
+    """Exit with 1 and one line if one of ours is not within its bounds."""
+    wrong = device_report.wrong_of_ours(parts)
     if wrong:
         console.print(f"outside of their bounds: {', '.join(wrong)}", soft_wrap=True, markup=False, highlight=False)
         raise typer.Exit(code=1)
@@ -298,10 +308,7 @@ def measure_all(
         list[str] | None,
         typer.Option(metavar="NAME", help="Sessions, with * and ?; may be repeated. [default: all]"),
     ] = None,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Losses, with * and ?; may be repeated. [default: all]"),
-    ] = None,
+    only: OnlyOption = None,
     rounds: Annotated[int, typer.Option(min=1, help="How often each loss has its turn; the largest at most 3.")] = 5,
     quick: Annotated[
         bool, typer.Option("--quick", help="Small shapes; nothing is installed, or compiled by torch.")
@@ -346,10 +353,7 @@ def measure_all(
 
         for path in plots.draw(figures, keep.DOCS / "images", report.file_name(figures)):
             console.print(f"wrote {path}", soft_wrap=True, highlight=False)
-    wrong = device_report.wrong_of_ours([part for each in figures["all"]["sessions"] for part in each["parts"]])
-    if wrong:
-        console.print(f"outside of their bounds: {', '.join(wrong)}", soft_wrap=True, markup=False, highlight=False)
-        raise typer.Exit(code=1)
+    _exit_if_wrong([part for each in figures["all"]["sessions"] for part in each["parts"]], console)
 
 
 def _sessions(names: Sequence[str]) -> list[Session]:

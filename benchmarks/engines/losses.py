@@ -44,6 +44,10 @@ class Loss(NamedTuple):
         trained: whether it is given logits as at the end of training.
         of_rows: whether it is a loss of each row, to which smoothing is added.
         floor: whether it does less than a loss must, and has no gradient.
+        lists: which show the loss.
+        devices: where it is shown.
+        narrow: whether it is for narrow dtypes alone.
+        needs_gpu: whether it cannot run elsewhere: then `benchmarks all` says so.
     """
 
     name: str
@@ -57,6 +61,10 @@ class Loss(NamedTuple):
     trained: bool = False
     of_rows: bool = False
     floor: bool = False
+    lists: Sequence[str] = ()
+    devices: Sequence[str] = ("cpu", "cuda", "tpu")
+    narrow: bool = False
+    needs_gpu: bool = False
 
 
 class Program(NamedTuple):
@@ -72,44 +80,37 @@ class Program(NamedTuple):
     facts: Callable[[], dict[str, Any]]
 
 
-class Row(NamedTuple):
-    """A row of the table.
+def _row(
+    name: str,
+    call: str,
+    arguments: Mapping[str, Any] = MappingProxyType({}),
+    lists: Sequence[str] = BOTH,
+    **columns: Any,
+) -> Callable[[str, str], Loss]:
+    """Return a row of the table, which makes a loss for a framework and a device.
 
     Args:
         name: of the loss; "{best}" stands for the implementation that is chosen on the device.
         call: the name of a function of `calls_torch` or `calls_jax`.
         arguments: what that function is given.
         lists: which show the loss.
-        devices: where it is shown.
-        narrow: whether it is for narrow dtypes alone.
-        needs_gpu: whether it cannot run elsewhere: then `benchmarks all` says so.
-        facts: the other fields of `Loss`.
+        columns: the other fields of `Loss`.
     """
 
-    name: str
-    call: str
-    arguments: Mapping[str, Any]
-    lists: Sequence[str]
-    devices: Sequence[str]
-    narrow: bool
-    needs_gpu: bool
-    facts: Mapping[str, Any]
+    def loss_on(framework: str, device: str) -> Loss:
+        def make() -> Callable[..., Any]:
+            calls = importlib.import_module(f"benchmarks.engines.calls_{framework}")
+            function: Callable[..., Any] = getattr(calls, call)(device, **arguments)
+            return function
+
+        return Loss(name.format(best=KERNELS.get(device, "fused")), make, lists=lists, **columns)
+
+    return loss_on
 
 
-def _row(
-    name: str,
-    call: str,
-    arguments: Mapping[str, Any] = MappingProxyType({}),
-    lists: Sequence[str] = BOTH,
-    devices: Sequence[str] = ("cpu", "cuda", "tpu"),
-    narrow: bool = False,
-    needs_gpu: bool = False,
-    **facts: Any,
-) -> Row:
-    return Row(name, call, arguments, lists, devices, narrow, needs_gpu, facts)
-
-
-def _ours(name: str, call: str, arguments: Mapping[str, Any] = MappingProxyType({}), **columns: Any) -> Row:
+def _ours(
+    name: str, call: str, arguments: Mapping[str, Any] = MappingProxyType({}), **columns: Any
+) -> Callable[[str, str], Loss]:
     return _row(name, call, arguments, ours=True, **columns)
 
 
@@ -118,7 +119,7 @@ _IN_CHUNKS = {"in_chunks": True}
 _UNSMOOTHED = {"smoothing": 0.0}
 
 # The first of each list is what the others are compared with.
-TABLE: dict[tuple[str, str], tuple[Row, ...]] = {
+TABLE: dict[tuple[str, str], tuple[Callable[[str, str], Loss], ...]] = {
     ("torch", DENSE): (
         _row("F.cross_entropy, smoothed", "cross_entropy", _SMOOTHED, (DENSE,)),
         _row("F.cross_entropy, unsmoothed", "cross_entropy", lists=(DENSE,)),
@@ -236,7 +237,7 @@ TABLE: dict[tuple[str, str], tuple[Row, ...]] = {
             "tokamax",
             {"implementation": "mosaic_tpu"},
             (ON_DEVICE, TOKAMAX),
-            ("cpu", "tpu"),
+            devices=("cpu", "tpu"),
             smoothing=0.0,
         ),
         _row("Optax integer", "on_logits", {"call": "integer_labels_float32"}, (ADDED,)),
@@ -257,22 +258,14 @@ def losses(framework: str, form: str, shown: str, device: str = "cpu", dtype: st
         device: "cpu", "cuda" or "tpu".
         dtype: of the logits, or of hidden and weight.
     """
+    found = (row(framework, device) for row in TABLE[framework, form])
     return [
-        _loss(row, framework, shown, device)
-        for row in TABLE[framework, form]
-        if shown in row.lists and device in row.devices and not (row.narrow and dtype == "float32")
+        loss._replace(make=partial(_unavailable, NEEDS_GPU))
+        if loss.needs_gpu and device == "cpu" and shown != ON_DEVICE
+        else loss
+        for loss in found
+        if shown in loss.lists and device in loss.devices and not (loss.narrow and dtype == "float32")
     ]
-
-
-def _loss(row: Row, framework: str, shown: str, device: str) -> Loss:
-    def make() -> Callable[..., Any]:
-        calls = importlib.import_module(f"benchmarks.engines.calls_{framework}")
-        function: Callable[..., Any] = getattr(calls, row.call)(device, **row.arguments)
-        return function
-
-    without = row.needs_gpu and device == "cpu" and shown != ON_DEVICE
-    name = row.name.format(best=KERNELS.get(device, "fused"))
-    return Loss(name, partial(_unavailable, NEEDS_GPU) if without else make, **row.facts)
 
 
 def _unavailable(reason: str) -> Callable[..., Any]:

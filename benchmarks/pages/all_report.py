@@ -249,15 +249,10 @@ def _page_cell(name: str, group: Sequence[Timed]) -> str:
     timed = next((timed for timed in group if timed.name == name), None)
     if timed is None:
         return MISSING_CELL
-    if timed.status == "wrong":
-        return "wrong"
-    mark = MARKS[timed.status] if timed.status else "?"
-    share = _share(timed)
-    bracket = "" if share == MISSING_CELL else f" ({share})"
     baseline = records.baseline_of(group)
-    if baseline is None or timed is baseline:
-        return f"{three_digits(1e3 * median(timed.seconds))} ms{bracket}{mark}"
-    return f"{records.ratio_of(timed.seconds, baseline.seconds).value:.2f}{bracket}{mark}"
+    is_first = baseline is None or timed is baseline
+    ratio = None if is_first else records.ratio_of(timed.seconds, baseline.seconds).value
+    return device_report.time_cell(1e3 * median(timed.seconds), ratio, _share(timed), timed.status)
 
 
 def _page_figures(session: dict[str, Any], kind: str) -> Table | None:

@@ -150,16 +150,28 @@ def _page_cell(name: str, part: Part, parts: Sequence[Part], limits: dict[str, A
     row = next((row for row in part["rows"] if row["name"] == name), None)
     if row is None or "median_ms" not in row:
         return "–"
-    status = status_of(row, part, parts)
+    baseline = _median(part, BASELINES[part["framework"]])
+    is_first = baseline is None or name == BASELINES[part["framework"]]
+    ratio = None if is_first else row["median_ms"] / baseline
+    share = _percent(row["median_ms"], part, limits)
+    return time_cell(row["median_ms"], ratio, share, status_of(row, part, parts))
+
+
+def time_cell(milliseconds: float, ratio: float | None, share: str, status: str | None) -> str:
+    """Return a time on a page: relative to that of the first, or without a ratio in ms.
+
+    Args:
+        milliseconds: the time.
+        ratio: to the first.
+        share: of a limit; "unknown" or "–" if there is none.
+        status: one of `checks.STATUSES`; None if the loss was not checked. What is wrong has no time.
+    """
     if status == "wrong":
         return "wrong"
-    share = _percent(row["median_ms"], part, limits)
-    bracket = "" if share == "unknown" else f" ({share})"
+    bracket = "" if share in {"unknown", "–"} else f" ({share})"
     mark = MARKS[status] if status else "?"
-    baseline = _median(part, BASELINES[part["framework"]])
-    if baseline is None or name == BASELINES[part["framework"]]:
-        return f"{three_digits(row['median_ms'])} ms{bracket}{mark}"
-    return f"{row['median_ms'] / baseline:.2f}{bracket}{mark}"
+    time = f"{three_digits(milliseconds)} ms" if ratio is None else f"{ratio:.2f}"
+    return f"{time}{bracket}{mark}"
 
 
 def _median(part: Part, name: str) -> float | None:
