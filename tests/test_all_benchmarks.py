@@ -490,14 +490,6 @@ def test_an_environment_is_made_once_and_finds_what_is_here(tmp_path):
 # --- The whole program ----------------------------------------------------------------------------------------------
 
 
-def test_options():
-    for options in (("--quick",), ("--session", "torch"), ("--only", "lsce")):
-        result = run("all", "--write", *options)
-        assert result.exit_code == 2
-        assert "keeps the figures of all losses" in result.stderr
-    assert "there is no session 'keras'" in run("all", "--session", "keras").stderr
-
-
 def test_modules_that_cannot_be_imported_are_named(monkeypatch):
     monkeypatch.setattr(everything, "IMPORTS", (("no_such_module", ""), ("json", "")))
     missing, known = everything.import_times(quick=True)

@@ -247,24 +247,33 @@ def test_page_faults() -> None:
 # --- The command line -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["1024", "0x10", "10x", "axb", "10x10x10x10"])
-def test_bad_shape(text):
-    result = run("dense", "--shape", text)
-    assert result.exit_code == 2
-    assert f"'--shape': must be like 1024x32768, or 4x21x65536 for images, got '{text}'." in result.stderr
+SHAPE_ERROR = "'--shape': must be like 1024x32768, or 4x21x65536 for images, got '{}'."
+LAYER_ERROR = "'--shape': must be like 2048x512x50257, got '{}'."
+ALL_ERROR = "keeps the figures of all losses"
 
 
-@pytest.mark.parametrize("text", ["2048x512", "0x1x1", "axbxc", "1x2x3x4"])
-def test_bad_linear_shape(text):
-    result = run("linear", "--shape", text)
-    assert result.exit_code == 2
-    assert f"'--shape': must be like 2048x512x50257, got '{text}'." in result.stderr
-
-
-def test_scaling_has_shapes_of_its_own():
-    result = run("linear", "--scaling", "--shape", "8x8x8")
-    assert result.exit_code == 2
-    assert "'--scaling': has shapes of its own" in result.stderr
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        *((f"dense --shape {each}", 2, SHAPE_ERROR.format(each)) for each in ["1024", "0x10", "10x", "axb", "1x1x1x1"]),
+        *((f"linear --shape {each}", 2, LAYER_ERROR.format(each)) for each in ["8x5", "0x1x1", "axbxc", "1x2x3x4"]),
+        ("linear --scaling --shape 8x8x8", 2, "'--scaling': has shapes of its own"),
+        ("device cpu --write", 2, "leave '--write' out"),
+        ("device cpu --install", 2, "is for cuda and tpu"),
+        ("device tpu --framework torch", 2, "torch is not measured on a tpu"),
+        *((f"all --write {each}", 2, ALL_ERROR) for each in ("--quick", "--session torch", "--only lsce")),
+        ("all --session keras", 2, "there is no session 'keras'"),
+        ("scaling --rows 63 --mesh 2x4", 1, "63 rows cannot be divided over 2 devices"),
+        ("scaling --rows 64 --mesh 4x4", 1, "4 x 4 are more than the 8 virtual devices of a CPU"),
+        ("scaling --rows 64 --target tpu-v9", 1, "there is no target 'tpu-v9'"),
+        ("scaling --rows 64 --mesh 4", 2, "must be like 4x4"),
+        ("scaling --quick --write", 2, "keeps the figures of the page's sizes"),
+    ],
+)
+def test_errors_of_the_command_line(arguments, code, message):
+    result = run(*arguments.split())
+    assert result.exit_code == code
+    assert message in " ".join(result.stderr.replace("│", " ").split())
 
 
 @pytest.mark.parametrize("command", ["tpu", "tpu-exp"])

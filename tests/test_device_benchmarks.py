@@ -149,12 +149,6 @@ def test_every_row_is_printed(quick):
     assert re.search(r"^F\.cross_entropy +~ +[\d.]+ +1\.00 +unknown +[\d.]+ *$", output, re.MULTILINE)
 
 
-def test_options():
-    assert "leave '--write' out" in run("device", "cpu", "--write").stderr
-    assert "is for cuda and tpu" in run("device", "cpu", "--install").stderr
-    assert "torch is not measured on a tpu" in run("device", "tpu", "--framework", "torch").stderr
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_no_device():
     result = run("device", "cuda", "--quick", "--framework", "torch")

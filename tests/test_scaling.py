@@ -134,19 +134,3 @@ def test_the_command(tmp_path) -> None:
     assert of_ours["sent"] == [
         {"kind": "all-reduce", "axes": "classes", "times": 1, "bytes": 4 * 32 * numbers} for numbers in (1, 4)
     ]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (("--rows", 63, "--mesh", "2x4"), 1, "63 rows cannot be divided over 2 devices"),
-        (("--rows", 64, "--mesh", "4x4"), 1, "4 x 4 are more than the 8 virtual devices of a CPU"),
-        (("--rows", 64, "--target", "tpu-v9"), 1, "there is no target 'tpu-v9'"),
-        (("--rows", 64, "--mesh", "4"), 2, "must be like 4x4"),
-        (("--quick", "--write"), 2, "keeps the figures of the page's sizes"),
-    ],
-)
-def test_errors(arguments, code, message) -> None:
-    result = run(*arguments)
-    assert result.exit_code == code
-    assert message in " ".join(result.output.replace("│", " ").split())
