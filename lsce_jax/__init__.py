@@ -10,6 +10,7 @@ from lsce_spec.extras import require
 require("lsce_jax", "jax", "jax", "flax")
 
 from lsce_jax.denominators import mean_denominator as mean_denominator
+from lsce_jax.functional import explain as explain
 from lsce_jax.functional import label_smoothed_cross_entropy as label_smoothed_cross_entropy
 from lsce_jax.functional import label_smoothed_cross_entropy_with_stats as label_smoothed_cross_entropy_with_stats
 from lsce_jax.linear import linear_label_smoothed_cross_entropy as linear_label_smoothed_cross_entropy
@@ -35,6 +36,7 @@ from lsce_jax.vocab_parallel import (
     vocab_parallel_linear_label_smoothed_cross_entropy_with_stats as vocab_parallel_linear_label_smoothed_cross_entropy_with_stats,  # noqa: E501
 )
 from lsce_spec import Convention as Convention
+from lsce_spec import Explanation as Explanation
 from lsce_spec import convert_smoothing as convert_smoothing
 from lsce_spec import identify_loss as identify_loss
 from lsce_spec import identify_targets as identify_targets
@@ -44,11 +46,13 @@ from lsce_spec.public import hide_internals
 __all__ = [
     "CELossWithLabelSmoothing",
     "Convention",
+    "Explanation",
     "LabelSmoothedCrossEntropyLoss",
     "LinearLabelSmoothedCrossEntropyLoss",
     "LossStats",
     "add_smoothing",
     "convert_smoothing",
+    "explain",
     "identify_loss",
     "identify_targets",
     "label_smoothed_cross_entropy",

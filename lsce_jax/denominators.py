@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from lsce_jax.errors import error
-from lsce_jax.functional import denominator_of
 from lsce_jax.inputs import as_array, compute_dtype, on_automatic_axes, prepare, within_int32
 from lsce_jax.keywords import DenominatorKeywords, DenseLossKeywords
+from lsce_jax.reductions import denominator_of
 from lsce_spec import LossOptions, is_floating
 from lsce_spec.keywords import defaults_of, takes
 

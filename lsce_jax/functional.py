@@ -1,25 +1,20 @@
-"""The public functions: validate, pick an implementation, reduce.
+"""The public functions of the dense loss: they check options and arrays, and `ways.py` computes.
 
 One function takes every option: options are fixed when JAX traces the call, so an unused one costs nothing.
 """
 
-import math
-from numbers import Real
 from typing import Unpack
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from lsce_jax import fused, kernels, reference
-from lsce_jax.accurate import divide
-from lsce_jax.inputs import Batch, as_array, extremes, on_automatic_axes, prepare, warn_of_bad_labels
+from lsce_jax import kernels, ways
+from lsce_jax.inputs import on_automatic_axes, prepare, warn_of_bad_labels
 from lsce_jax.keywords import DenseLossKeywords, DenseStatsKeywords
+from lsce_jax.reductions import mean_divisor
 from lsce_jax.stats import LossStats
-from lsce_spec import LossOptions, check_denominator_array, check_denominator_values, check_flag
+from lsce_spec import Explanation, LossOptions, check_flag
 from lsce_spec.keywords import takes
-
-_ROW_LOSSES = {None: fused.row_losses, "fused": fused.row_losses, "reference": reference.row_losses}
 
 
 @takes(DenseLossKeywords)
@@ -148,63 +143,61 @@ def label_smoothed_cross_entropy_with_stats(
     return loss, stats
 
 
+@takes(DenseLossKeywords)
+def explain(
+    logits: Float[ArrayLike, "..."],
+    labels: Int[ArrayLike, "..."] | Float[ArrayLike, "..."],
+    **keywords: Unpack[DenseLossKeywords],
+) -> Explanation:
+    """Return which way `label_smoothed_cross_entropy` takes in a call, and why not another.
+
+    It computes the loss once, or traces it, inside of jit. Whether a compiler divides the program over devices, which
+    keeps the kernel for TPUs out of it, is known later only.
+
+    Args:
+        logits: see `label_smoothed_cross_entropy`.
+        labels: see `label_smoothed_cross_entropy`.
+        keywords: the options of `label_smoothed_cross_entropy`, with the same defaults.
+
+    Returns:
+        The way that is taken, and the reason for each that was tried before it.
+
+    Raises:
+        TypeError, ValueError, IndexError: see `label_smoothed_cross_entropy`.
+
+    Example: why is the kernel not used?
+        >>> print(explain(jnp.zeros((2, 3)), jnp.array([0, 2])))
+        cpu sums: sums over the classes in groups that LLVM makes vectors of
+        not pallas: 2 rows of 3 classes are few
+        not reference: nothing in this call needs it, and others are faster
+        not checkpoint: it is for labels that are probabilities
+    """
+    reasons: ways.Reasons = {}
+    _evaluate(logits, labels, keywords, with_stats=False, reasons=reasons)
+    return ways.explanation(reasons, logits, jnp.issubdtype(jnp.asarray(labels).dtype, jnp.floating))
+
+
 @on_automatic_axes
 def _evaluate(
-    logits: ArrayLike, labels: ArrayLike, keywords: DenseLossKeywords, *, with_stats: bool, differentiable: bool = False
+    logits: ArrayLike,
+    labels: ArrayLike,
+    keywords: DenseLossKeywords,
+    *,
+    with_stats: bool,
+    differentiable: bool = False,
+    reasons: ways.Reasons | None = None,
 ) -> tuple[Float[Array, "..."], LossStats | None]:
-    """Return the loss, and the statistics if asked for. See `label_smoothed_cross_entropy`."""
+    """Return the loss, and the statistics if asked for. `reasons` is that of `ways.compute`."""
     options = LossOptions.of(keywords, kernels.IMPLEMENTATIONS)
     check_flag("differentiable", differentiable)
     batch, divisor = mean_divisor(prepare(logits, labels, options, keywords), options, keywords["denominator"])
     warn_of_bad_labels(labels, batch, options)
-    if kernels.takes(batch, options, differentiable=differentiable, class_axis=keywords["axis"]):
-        return kernels.loss_and_stats(batch, options, with_stats, divisor, reduce_losses)
-    losses, stats = _ROW_LOSSES[options.implementation](batch, options, with_stats)
-    return reduce_losses(losses, options, divisor), stats if differentiable else jax.lax.stop_gradient(stats)
-
-
-def mean_divisor(
-    batch: Batch, options: LossOptions, denominator: float | Float[ArrayLike, ""] | None
-) -> tuple[Batch, float | Float[Array, ""]]:
-    """Return the batch and the number that the mean divides by, 1 for other reductions.
-
-    If the number is 0, no row of the returned batch counts, so that neither a NaN nor its derivative gets through.
-    """
-    if options.reduction != "mean":
-        return batch, 1.0
-    divisor = denominator_of(batch) if denominator is None else denominator
-    if isinstance(divisor, Real):
-        return (batch, float(divisor)) if divisor else (batch.counting_only(jnp.array(False)), 1.0)
-    divisor = as_array("denominator", divisor)
-    check_denominator_array(divisor.shape, divisor.dtype.name)
-    if denominator is not None:
-        check_denominator_values(extremes(divisor))
-    divisor = divisor.astype(batch.dtype)
-    if batch.class_weight is not None or denominator is not None:
-        batch = batch.counting_only(divisor != 0)
-    return batch, divisor
-
-
-def reduce_losses(
-    losses: Float[Array, "..."], options: LossOptions, divisor: float | Float[Array, ""]
-) -> Float[Array, "..."]:
-    """Return the losses of single rows, their sum, or their mean; `losses` may hold their sum already."""
-    if options.reduction == "none":
-        return losses
-    total = losses.sum()
-    if options.reduction == "sum":
-        return total
-    if isinstance(divisor, float):
-        return total / divisor
-    return jnp.where(divisor != 0, divide(total, jnp.where(divisor != 0, divisor, 1)), 0)
-
-
-def denominator_of(batch: Batch) -> int | Float[Array, ""]:
-    """Return the sum of the labels' class weights over the rows that count; without weights, the number of rows."""
-    weights = None if batch.soft else batch.label_weight
-    if weights is not None:
-        if batch.bad is not None:
-            # A bad label weighs 1: if all other weights are 0, the mean is NaN and not 0.
-            weights = jnp.where(batch.bad, 1, weights)
-        return jnp.sum(weights if batch.counted is None else jnp.where(batch.counted, weights, 0))
-    return math.prod(batch.batch_shape) if batch.counted is None else jnp.sum(batch.counted)
+    return ways.compute(
+        batch,
+        options,
+        divisor,
+        class_axis=keywords["axis"],
+        with_stats=with_stats,
+        differentiable=differentiable,
+        reasons=reasons,
+    )

@@ -9,10 +9,10 @@ from jaxtyping import Array, ArrayLike, Float, Int
 
 from lsce_jax import chunked, reference
 from lsce_jax.errors import error
-from lsce_jax.functional import mean_divisor, reduce_losses
 from lsce_jax.inputs import Batch, as_array, compute_dtype, on_automatic_axes, prepare, warn_of_bad_labels, within_int32
 from lsce_jax.keywords import LinearLossKeywords, LinearStatsKeywords
 from lsce_jax.layer import Layer
+from lsce_jax.reductions import mean_divisor, reduce_losses
 from lsce_jax.stats import LossStats
 from lsce_spec import LINEAR_IMPLEMENTATIONS, ChunkOptions, LossOptions, check_flag, check_layer, is_floating
 from lsce_spec.keywords import takes

@@ -25,7 +25,6 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from lsce_jax import chunked, fused, reference
 from lsce_jax.accurate import log1p
 from lsce_jax.errors import error
-from lsce_jax.functional import mean_divisor, reduce_losses
 from lsce_jax.inputs import (
     Batch,
     Whole,
@@ -47,6 +46,7 @@ from lsce_jax.keywords import (
 from lsce_jax.layer import Layer, LayerOperands
 from lsce_jax.layer_sums import by_chunks
 from lsce_jax.linear import prepare_layer
+from lsce_jax.reductions import mean_divisor, reduce_losses
 from lsce_jax.stats import LossStats
 from lsce_jax.sums import MASSLESS, NO_CLASS, Operands, Peaks, Sums, capped, is_label, largest_logits, peaks_at, sums_at
 from lsce_spec import OF_SHARD, ChunkOptions, LossOptions, check_axis, check_flag, check_logits, is_floating

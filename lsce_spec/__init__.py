@@ -46,6 +46,8 @@ from lsce_spec.errors import MESSAGES as MESSAGES
 from lsce_spec.errors import error as error
 from lsce_spec.errors import names_for as names_for
 from lsce_spec.errors import renamed as renamed
+from lsce_spec.explanation import Explanation as Explanation
+from lsce_spec.explanation import explanation_of as explanation_of
 from lsce_spec.migration import Reading as Reading
 from lsce_spec.migration import convert_smoothing as convert_smoothing
 from lsce_spec.migration import identify_loss as identify_loss

@@ -12,6 +12,7 @@ require("lsce_torch", "torch", "torch")
 
 import lsce_torch.dtensors  # makes the losses take DTensors
 from lsce_spec import Convention as Convention
+from lsce_spec import Explanation as Explanation
 from lsce_spec import convert_smoothing as convert_smoothing
 from lsce_spec import identify_loss as identify_loss
 from lsce_spec import identify_targets as identify_targets
@@ -19,6 +20,7 @@ from lsce_spec import smoothing_weights as smoothing_weights
 from lsce_spec.public import hide_internals
 from lsce_torch.denominators import mean_denominator as mean_denominator
 from lsce_torch.drop_in import cross_entropy as cross_entropy
+from lsce_torch.functional import explain as explain
 from lsce_torch.functional import label_smoothed_cross_entropy as label_smoothed_cross_entropy
 from lsce_torch.functional import label_smoothed_cross_entropy_with_stats as label_smoothed_cross_entropy_with_stats
 from lsce_torch.linear import linear_label_smoothed_cross_entropy as linear_label_smoothed_cross_entropy
@@ -47,12 +49,14 @@ from lsce_torch.vocab_parallel import (
 __all__ = [
     "CELossWithLabelSmoothing",
     "Convention",
+    "Explanation",
     "LabelSmoothedCrossEntropyLoss",
     "LinearLabelSmoothedCrossEntropyLoss",
     "LossStats",
     "add_smoothing",
     "convert_smoothing",
     "cross_entropy",
+    "explain",
     "identify_loss",
     "identify_targets",
     "label_smoothed_cross_entropy",

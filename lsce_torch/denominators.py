@@ -10,10 +10,10 @@ from torch import Tensor
 from lsce_spec import LossOptions
 from lsce_spec.keywords import defaults_of, takes
 from lsce_torch.errors import error
-from lsce_torch.functional import denominator_of
 from lsce_torch.inputs import check_tensor, compute_dtype, dtype_name, is_dtensor, prepare
 from lsce_torch.keywords import DenominatorKeywords, DenseLossKeywords
 from lsce_torch.ranks import has_group, ranks_of, total
+from lsce_torch.reductions import denominator_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -1,11 +1,10 @@
-"""The public functions: validate, pick an implementation, reduce.
+"""The public functions of the dense loss: they check options and tensors, and `ways.py` computes.
 
 One function takes every option: options are plain Python values, so an unused one costs nothing.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import lru_cache
 from operator import itemgetter
 from typing import Any, Unpack
@@ -14,30 +13,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lsce_spec import (
-    LossOptions,
-    check_denominator,
-    check_denominator_array,
-    check_denominator_values,
-    check_flag,
-    is_number,
-)
+from lsce_spec import Explanation, LossOptions, check_denominator, check_flag, is_number
 from lsce_spec.keywords import takes
-from lsce_torch import fused, lean, reference
-from lsce_torch.accurate import divide
-from lsce_torch.inputs import Batch, at_labels, canonical, check, dtype_name, extremes, warn_of_bad_labels
-from lsce_torch.kernels import IMPLEMENTATIONS, NAME, whole
+from lsce_torch import ways
+from lsce_torch.inputs import check
+from lsce_torch.kernels import IMPLEMENTATIONS
 from lsce_torch.keywords import DenseLossKeywords, DenseStatsKeywords
-from lsce_torch.overwrite import check_inplace, tensors_to_overwrite
+from lsce_torch.overwrite import check_inplace
 from lsce_torch.stats import LossStats
 
-_ROW_LOSSES = {
-    None: fused.row_losses,
-    NAME: fused.row_losses,
-    "fused": fused.row_losses,
-    "reference": reference.row_losses,
-}
-# Other ways to compute the loss, by the name of the class of the logits: to load a class may take long.
+# Other ways to compute the loss, by the name of the class of the logits: so slow imports are avoided.
 LOSSES_OF_SUBCLASSES: dict[str, Callable[..., tuple[Tensor, LossStats | None]]] = {}
 
 
@@ -172,39 +157,65 @@ def label_smoothed_cross_entropy_with_stats(
     return loss, stats
 
 
+@takes(DenseLossKeywords)
+def explain(
+    logits: Float[Tensor, "..."],
+    labels: Int[Tensor, "..."] | Float[Tensor, "..."],
+    **keywords: Unpack[DenseLossKeywords],
+) -> Explanation:
+    """Return which way `label_smoothed_cross_entropy` takes in a call, and why not another.
+
+    It computes the loss once, in eager mode: some ways depend on the values. Within torch.compile the loss is made of
+    plain operations, which the compiler fuses.
+
+    Args:
+        logits: see `label_smoothed_cross_entropy`.
+        labels: see `label_smoothed_cross_entropy`.
+        keywords: the options of `label_smoothed_cross_entropy`, with the same defaults.
+
+    Returns:
+        The way that is taken, and the reason for each that was tried before it.
+
+    Raises:
+        TypeError, ValueError, IndexError: see `label_smoothed_cross_entropy`.
+
+    Example: why is the kernel not used?
+        >>> import torch
+        >>> print(explain(torch.zeros(2, 3), torch.tensor([0, 2]), z_loss=1e-4))
+        sweeps: sums over the classes in blocks of rows that stay in the processor's cache
+        not triton: the logits are not on a CUDA device
+        not log-probabilities: it has no z-loss, softcap, max_sup or subtracted entropy
+        not reference: nothing in this call needs it, and others are faster
+        not plain operations: they are for torch.compile and TPUs
+        not triton sweeps: the logits are not on a CUDA device
+    """
+    reasons: ways.Reasons = {}
+    _evaluate(logits, labels, keywords, with_stats=False, reasons=reasons)
+    return ways.explanation(reasons, logits, keywords["implementation"])
+
+
 def _evaluate(
-    logits: Tensor, labels: Tensor, keywords: DenseLossKeywords, *, with_stats: bool, differentiable: bool = False
+    logits: Tensor,
+    labels: Tensor,
+    keywords: DenseLossKeywords,
+    *,
+    with_stats: bool,
+    differentiable: bool = False,
+    reasons: ways.Reasons | None = None,
 ) -> tuple[Float[Tensor, "..."], LossStats | None]:
-    """Return the loss, and the statistics if asked for. See `label_smoothed_cross_entropy`."""
+    """Return the loss, and the statistics if asked for. `reasons` is that of `ways.compute`."""
     options = _checked_options(keywords)
     check_flag("differentiable", differentiable)
     check_inplace(keywords)
     of_subclass = LOSSES_OF_SUBCLASSES.get(type(logits).__name__)
     if of_subclass is not None:
+        if reasons is not None:
+            reasons["shards"] = None
         return of_subclass(logits, labels, keywords, with_stats, differentiable)
     given = check(logits, labels, options, keywords)
-    if not differentiable:
-        by_kernels = whole.loss(
-            given,
-            options,
-            keywords["denominator"],
-            logits,
-            inplace_backward=keywords["inplace_backward"],
-            with_stats=with_stats,
-        )
-        if by_kernels is not None:
-            return by_kernels
-    batch = canonical(given, options)
-    if keywords["inplace_backward"]:
-        batch = replace(batch, overwritten=tensors_to_overwrite(logits))
-    batch, divisor = mean_divisor(batch, options, keywords["denominator"])
-    warn_of_bad_labels(labels, batch, options)
-    if options.implementation in {None, "fused"} and not with_stats:
-        loss = lean.loss(batch, options, divisor)
-        if loss is not None:
-            return loss, None
-    losses, stats = _ROW_LOSSES[options.implementation](batch, options, with_stats, differentiable)
-    return reduce_losses(losses, options, divisor), stats
+    return ways.compute(
+        given, options, keywords, logits, labels, with_stats=with_stats, differentiable=differentiable, reasons=reasons
+    )
 
 
 def _checked_options(keywords: DenseLossKeywords) -> LossOptions:
@@ -227,60 +238,3 @@ _plain_of = itemgetter(*_PLAIN)
 def _options_of(without_prior: bool, without_denominator: bool, *plain: Any) -> LossOptions:
     given = {"prior": None if without_prior else 1.0, "denominator": None if without_denominator else 1.0}
     return LossOptions.of(given | dict(zip(_PLAIN, plain, strict=True)), IMPLEMENTATIONS)
-
-
-def mean_divisor(
-    batch: Batch,
-    options: LossOptions,
-    denominator: float | Float[Tensor, ""] | None,
-    label_weights: Float[Tensor, "*batch"] | None = None,
-) -> tuple[Batch, float | Float[Tensor, ""]]:
-    """Return the batch and the number that the mean divides by, 1 for other reductions.
-
-    If the number is 0, no row of the returned batch counts, so that neither a NaN nor its derivative gets through.
-
-    Args:
-        batch: of the call.
-        options: of the call.
-        denominator: of the call.
-        label_weights: the class weights of the labels, if the logits are a shard of the classes.
-    """
-    if options.reduction != "mean":
-        return batch, 1
-    divisor = denominator_of(batch, label_weights) if denominator is None else denominator
-    if not isinstance(divisor, Tensor):
-        if divisor:
-            return batch, divisor
-        return batch.counting_only(torch.zeros((), dtype=torch.bool, device=batch.labels.device)), 1
-    check_denominator_array(tuple(divisor.shape), dtype_name(divisor))
-    if denominator is not None:
-        check_denominator_values(extremes(divisor))
-    divisor = divisor.to(batch.dtype)
-    if batch.class_weight is not None or denominator is not None:
-        batch = batch.counting_only(divisor != 0)
-    return batch, divisor
-
-
-def reduce_losses(
-    losses: Float[Tensor, "..."], options: LossOptions, divisor: float | Float[Tensor, ""]
-) -> Float[Tensor, "..."]:
-    """Return the losses of single rows, their sum, or their mean; `losses` may hold their sum already."""
-    if options.reduction == "none":
-        return losses
-    total = losses.sum()
-    if options.reduction == "sum":
-        return total
-    if not isinstance(divisor, Tensor):
-        return total / divisor
-    return torch.where(divisor != 0, divide(total, torch.where(divisor != 0, divisor, 1)), 0)
-
-
-def denominator_of(batch: Batch, label_weights: Float[Tensor, "*batch"] | None) -> int | Float[Tensor, ""]:
-    """Return the sum of the labels' class weights over the rows that count; without weights, the number of rows."""
-    if batch.class_weight is not None and not batch.soft:
-        weights = at_labels(batch.class_weight, batch.labels) if label_weights is None else label_weights
-        if batch.bad is not None:
-            # A bad label weighs 1: if all other weights are 0, the mean is NaN and not 0.
-            weights = torch.where(batch.bad, 1, weights)
-        return (weights if batch.counted is None else torch.where(batch.counted, weights, 0)).sum()
-    return math.prod(batch.batch_shape) if batch.counted is None else batch.counted.sum()

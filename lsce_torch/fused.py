@@ -55,12 +55,6 @@ def row_losses(
 
     `differentiable` says whether gradients flow through the statistics.
     """
-    reason = why_reference(batch, options, with_stats)
-    kernels.check_choice(options.implementation, batch.logits, reason, "fused")
-    if reason is not None:
-        if batch.overwritten is not None:
-            raise error("inplace_needs_reference", reason=reason)
-        return reference.row_losses(batch, options, with_stats, differentiable)
     operands, entropy = make_operands(batch, options, with_stats, differentiable)
     losses: Tensor
     statistics: tuple[Tensor, Tensor, Tensor] | None = None

@@ -35,6 +35,8 @@ from lsce_torch.memory import in_large_pages
 from lsce_torch.overwrite import forbid_use, has_memory
 from lsce_torch.threads import in_threads
 
+# Why a loss is computed in another way after all.
+UNFIT = "a loss is too close to 0, the target or the denominator is unusual, or rows lie apart in memory"
 # Tests compute plain smoothing by the sweeps as well.
 _ENABLED = True
 # Up to this many logits, starting operations takes most of the time; those of torch's own derivatives start in C++.
@@ -71,9 +73,7 @@ class _Plan(NamedTuple):
 
 
 def loss(batch: Batch, options: LossOptions, divisor: float | Tensor) -> Float[Tensor, "..."] | None:
-    """Return the loss, reduced as asked, or None if this is not the way to compute it."""
-    if not _is_plain(batch, options):
-        return None
+    """Return the loss, reduced as asked, of a call that nothing speaks against; or None, for the reason in `UNFIT`."""
     if isinstance(divisor, Tensor):
         divisor = 0.0 if divisor.requires_grad or not has_memory(divisor) else divisor.item()
     logits, num_classes = batch.logits, batch.logits.shape[-1]
@@ -121,20 +121,27 @@ def _make_plan(
     return _Plan(on, off, mass, None if reduction == "none" else 1 / divisor, 0.0 if entropy >= least else least, dtype)
 
 
-def _is_plain(batch: Batch, options: LossOptions) -> bool:
-    """Whether the call has plain logits on the CPU, good labels, and no option with a part of its own in the loss."""
+def why_not(batch: Batch, options: LossOptions) -> str | None:  # noqa: PLR0911 - a reason for each
+    """Return why this is not the way to compute a call, whatever the values of the logits; or None.
+
+    It takes plain logits on the CPU, good labels, and no option that has a part of its own in the loss.
+    """
     logits = batch.logits
+    if options.implementation not in {None, "fused"}:
+        return "another implementation was asked for"
     if not _ENABLED or not is_on_cpu(logits) or not logits.numel():
-        return False
+        return "there are no logits on the CPU"
     if options.z_loss or options.softcap is not None or options.subtract_entropy or options.convention.at_max:
-        return False
+        return "it has no z-loss, softcap, max_sup or subtracted entropy"
     if batch.soft or not isinstance(batch.smoothing, float):
-        return False
+        return "it takes labels as classes, and the smoothing as a number"
     if batch.prior is not None or batch.class_weight is not None or batch.class_mask is not None:
-        return False
+        return "it has no prior, class weights or class mask"
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    return batch.bad is None and has_memory(logits)
+        return "a transform of torch.func or torch.compile is at work"
+    if batch.bad is not None:
+        return "some label is no class"
+    return None if has_memory(logits) else "the logits hold no values"
 
 
 def _are_accurate(losses: Tensor, counted: Tensor | None, plan: _Plan, factor: float = 1.0) -> bool:

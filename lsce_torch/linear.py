@@ -14,11 +14,11 @@ from lsce_spec import ChunkOptions, LossOptions, check_flag, check_layer
 from lsce_spec.keywords import takes
 from lsce_torch import chunked, fused, kernels, reference
 from lsce_torch.errors import error
-from lsce_torch.functional import mean_divisor, reduce_losses
 from lsce_torch.inputs import Batch, check_tensor, dtype_name, prepare, warn_of_bad_labels
 from lsce_torch.keywords import LinearLossKeywords, LinearStatsKeywords
 from lsce_torch.layer import Layer
 from lsce_torch.overwrite import is_wrapper
+from lsce_torch.reductions import mean_divisor, reduce_losses
 from lsce_torch.stats import LossStats
 
 # Other ways to compute the loss, by the name of the class of a tensor of the layer; see `functional`.

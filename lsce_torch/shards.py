@@ -18,7 +18,6 @@ from lsce_spec import LossOptions, check_prior_sum, is_number
 from lsce_torch import fused, reference, saved
 from lsce_torch.device import is_on_cpu
 from lsce_torch.errors import error
-from lsce_torch.functional import mean_divisor
 from lsce_torch.inputs import (
     Batch,
     Given,
@@ -42,6 +41,7 @@ from lsce_torch.plain import (
     sums_of_parts,
 )
 from lsce_torch.ranks import Ranks, Told, checks_everything, largest, least, place_of, tell, total
+from lsce_torch.reductions import mean_divisor
 from lsce_torch.stats import LossStats
 from lsce_torch.sums import (
     ROWS,

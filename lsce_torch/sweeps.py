@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lsce_torch.device import is_on_cpu, takes_plain_operations
 from lsce_torch.inputs import compute_dtype, tensor_of
-from lsce_torch.kernels import launch, reason_against
+from lsce_torch.kernels import NOT_CUDA, launch, reason_against
 from lsce_torch.plain import plain_gradients, plain_sums, plain_sums_and_slopes
 from lsce_torch.sums import Operands, Sums, Upstreams, losses_of, num_sums, stacked_of, target_mass, unstacked
 from lsce_torch.threads import in_threads
@@ -85,63 +85,53 @@ class Results(NamedTuple):
 _WIDE = ("logits", "gradient", "allowed", "factor")
 
 
+class _Engine(NamedTuple):
+    """What computes a sweep.
+
+    Args:
+        sums: returns the losses, the `Sums`, stacked, and for statistics the index of the first largest logit.
+        with_gradient: returns the same, and overwrites the logits by the gradient of the sum of the losses.
+        gradient: writes the gradient.
+    """
+
+    sums: Callable[[Tensor, Operands], tuple[Tensor, Tensor, Tensor | None]]
+    with_gradient: Callable[[Tensor, Operands], tuple[Tensor, Tensor, Tensor | None]]
+    gradient: Callable[[Tensor, Operands, Tensor, Upstreams, Tensor], None]
+
+
+def tried(logits: Tensor, why_no_kernels: str | None) -> dict[str, str | None]:
+    """Return the engines that are tried, in order, with why each is passed over; the last, with None, is taken.
+
+    `why_no_kernels` says why those for GPUs are not asked for.
+    """
+    if takes_plain_operations(logits):
+        return {"plain operations": None}
+    passed_over: dict[str, str | None] = {"plain operations": "they are for torch.compile and TPUs"}
+    passed_over["triton sweeps"] = reason = why_no_kernels or reason_against(logits)
+    return passed_over if reason is None else passed_over | {"sweeps": None}
+
+
+def _engine(logits: Tensor, operands: Operands) -> _Engine:
+    return _ENGINES[next(reversed(tried(logits, None if operands.kernels else NOT_CUDA)))]
+
+
 def sweep(logits: Float[Tensor, "*batch K"], operands: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the losses, the `Sums`, stacked, and, for statistics, the index of the first largest logit of each row."""
-    if takes_plain_operations(logits):
-        sums, first = plain_sums(logits, operands)
-        return _with_losses(operands, stacked_of(operands, sums), first)
-    if _takes_kernels(logits, operands):
-        return launch.sums(logits, operands)
-    whole = _block_of_sums(logits, operands)
-    _run(partial(_fill_sums, softcap=operands.softcap), whole, with_spare=operands.with_stats)
-    return _with_losses(operands, *_without_uncounted(whole))
-
-
-def _takes_kernels(logits: Tensor, operands: Operands) -> bool:
-    return operands.kernels and reason_against(logits) is None
-
-
-def _with_losses(operands: Operands, stacked: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    return losses_of(operands, unstacked(stacked))[0], stacked, first
+    return _engine(logits, operands).sums(logits, operands)
 
 
 def sweep_with_gradient(logits: Float[Tensor, "*batch K"], operands: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return what `sweep` returns, and overwrite the logits by the gradient of the sum of the losses.
-
-    Both come from each block while it is in the cache. A softcap or a target at the largest logit takes a second array
-    of the block's size, so there the gradient has a sweep of its own.
-    """
-    if takes_plain_operations(logits):
-        sums, first, gradient = plain_sums_and_slopes(logits, operands)
-        logits.copy_(gradient)
-        return _with_losses(operands, stacked_of(operands, sums), first)
-    if _takes_kernels(logits, operands):
-        return launch.sums(logits, operands, with_gradient=True)
-    if operands.softcap is not None or operands.at_max is not None:
-        losses, stacked, first = sweep(logits, operands)
-        logits_gradient(logits, operands, stacked, Upstreams(torch.ones_like(losses)), logits)
-        return losses, stacked, first
-    whole = _block_of_sums(logits, operands)
-    on, off, mass = (
-        tensor_of(value, whole.stacked.dtype, logits.device)
-        for value in (operands.on, operands.off, operands.on + operands.off * operands.other_mass)
-    )
-    whole = whole._replace(gradient=logits, bad=operands.bad, on=on, off=off, mass=mass)
-    _run(
-        partial(_fill_both, z_loss=operands.z_loss),
-        whole,
-        in_gradient=logits.dtype == whole.stacked.dtype,
-        with_spare=operands.with_stats,
-    )
-    return _with_losses(operands, *_without_uncounted(whole))
+    """Return what `sweep` returns, and overwrite the logits by the gradient of the sum of the losses."""
+    return _engine(logits, operands).with_gradient(logits, operands)
 
 
 def sweep_into(results: Results, logits: Float[Tensor, "*batch K"], operands: Operands, *, with_gradient: bool) -> None:
     """Write what `sweep` or `sweep_with_gradient` returns to given memory: the kernels directly, others by a copy."""
-    if _takes_kernels(logits, operands):
+    engine = _engine(logits, operands)
+    if engine is _ENGINES["triton sweeps"]:
         launch.sums_into(*results, logits, operands, with_gradient=with_gradient)
         return
-    found = (sweep_with_gradient if with_gradient else sweep)(logits, operands)
+    found = (engine.with_gradient if with_gradient else engine.sums)(logits, operands)
     for memory, value in zip(results, found, strict=True):
         if memory is not None and value is not None:
             memory.copy_(value)
@@ -163,14 +153,72 @@ def logits_gradient(
         upstreams: gradients with respect to the losses and the statistics, of which one at least is there.
         gradient: memory to write to, such as the logits.
     """
-    if takes_plain_operations(logits):
-        of_logits = plain_gradients(logits, operands, ["logits"], upstreams)["logits"]
-        assert of_logits is not None
-        gradient.copy_(of_logits)
-        return
-    if _takes_kernels(logits, operands):
-        launch.logits_gradient(logits, operands, stacked, upstreams, gradient)
-        return
+    _engine(logits, operands).gradient(logits, operands, stacked, upstreams, gradient)
+
+
+def _with_losses(operands: Operands, stacked: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    return losses_of(operands, unstacked(stacked))[0], stacked, first
+
+
+# --- Plain operations -------------------------------------------------------------------------------------------------
+
+
+def _plain_sums(logits: Tensor, operands: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
+    sums, first = plain_sums(logits, operands)
+    return _with_losses(operands, stacked_of(operands, sums), first)
+
+
+def _plain_both(logits: Tensor, operands: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
+    sums, first, gradient = plain_sums_and_slopes(logits, operands)
+    logits.copy_(gradient)
+    return _with_losses(operands, stacked_of(operands, sums), first)
+
+
+def _plain_gradient(
+    logits: Tensor, operands: Operands, _stacked: Tensor, upstreams: Upstreams, gradient: Tensor
+) -> None:
+    of_logits = plain_gradients(logits, operands, ["logits"], upstreams)["logits"]
+    assert of_logits is not None
+    gradient.copy_(of_logits)
+
+
+# --- Blocks -----------------------------------------------------------------------------------------------------------
+
+
+def _block_sums(logits: Tensor, operands: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
+    whole = _block_of_sums(logits, operands)
+    _run(partial(_fill_sums, softcap=operands.softcap), whole, with_spare=operands.with_stats)
+    return _with_losses(operands, *_without_uncounted(whole))
+
+
+def _block_both(logits: Tensor, operands: Operands) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Both come from each block while it is in the cache.
+
+    A softcap or a target at the largest logit takes a second array of the block's size, so there the gradient has a
+    sweep of its own.
+    """
+    if operands.softcap is not None or operands.at_max is not None:
+        losses, stacked, first = _block_sums(logits, operands)
+        _block_gradient(logits, operands, stacked, Upstreams(torch.ones_like(losses)), logits)
+        return losses, stacked, first
+    whole = _block_of_sums(logits, operands)
+    on, off, mass = (
+        tensor_of(value, whole.stacked.dtype, logits.device)
+        for value in (operands.on, operands.off, operands.on + operands.off * operands.other_mass)
+    )
+    whole = whole._replace(gradient=logits, bad=operands.bad, on=on, off=off, mass=mass)
+    _run(
+        partial(_fill_both, z_loss=operands.z_loss),
+        whole,
+        in_gradient=logits.dtype == whole.stacked.dtype,
+        with_spare=operands.with_stats,
+    )
+    return _with_losses(operands, *_without_uncounted(whole))
+
+
+def _block_gradient(
+    logits: Tensor, operands: Operands, stacked: Tensor, upstreams: Upstreams, gradient: Tensor
+) -> None:
     whole = _with_slopes(
         Block(
             stacked=stacked,
@@ -191,6 +239,13 @@ def logits_gradient(
         in_gradient=is_plain and whole.max_slope is None,
         with_spare=whole.gap_slope is not None,
     )
+
+
+_ENGINES = {
+    "plain operations": _Engine(_plain_sums, _plain_both, _plain_gradient),
+    "triton sweeps": _Engine(launch.sums, partial(launch.sums, with_gradient=True), launch.logits_gradient),
+    "sweeps": _Engine(_block_sums, _block_both, _block_gradient),
+}
 
 
 def _with_slopes(whole: Block, operands: Operands, upstreams: Upstreams) -> Block:

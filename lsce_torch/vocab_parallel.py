@@ -33,7 +33,6 @@ from lsce_spec.keywords import takes
 from lsce_torch.chunked import preferred_rows
 from lsce_torch.device import takes_plain_operations
 from lsce_torch.errors import error
-from lsce_torch.functional import reduce_losses
 from lsce_torch.inputs import Given, check, dtype_name
 from lsce_torch.keywords import (
     VocabParallelKeywords,
@@ -44,6 +43,7 @@ from lsce_torch.keywords import (
 from lsce_torch.linear import prepare_layer
 from lsce_torch.overwrite import has_memory
 from lsce_torch.ranks import ranks_of, tell_failure
+from lsce_torch.reductions import reduce_losses
 from lsce_torch.shards import ShardedLayer, all_logits, row_losses, shard_of
 from lsce_torch.stats import LossStats
 

@@ -122,8 +122,8 @@ TORCH_FILES = {
 JAX_FILES = {"row_sums.py", "layer_sums.py", "sum_rules.py", "cpu.py", "gpu.py", "tiles.py", "primitives.py"}
 
 
-# What compiles the loss for devices that are not there is XLA's alone. Kernels are each framework's own.
-JAX_FOLDERS, OWN_FOLDERS = {"aot"}, {"kernels"}
+# Kernels are each framework's own.
+OWN_FOLDERS = {"kernels"}
 
 
 def folders(package: str) -> set[str]:
@@ -131,8 +131,7 @@ def folders(package: str) -> set[str]:
 
 
 def test_folders() -> None:
-    assert folders("lsce_torch") - folders("lsce_jax") <= OWN_FOLDERS
-    assert folders("lsce_jax") - folders("lsce_torch") - OWN_FOLDERS == JAX_FOLDERS
+    assert folders("lsce_torch") == folders("lsce_jax") == OWN_FOLDERS
 
 
 def test_files() -> None:

@@ -7,8 +7,9 @@ it must also move fewer bytes, in fewer instructions, than XLA's program.
 
 import lsce_spec
 from lsce_jax.kernels.losses import NAME as NAME
+from lsce_jax.kernels.losses import NOT_A_TPU as NOT_A_TPU
 from lsce_jax.kernels.losses import loss_and_stats as loss_and_stats
-from lsce_jax.kernels.losses import takes as takes
+from lsce_jax.kernels.losses import why_passed_over as why_passed_over
 
 # What a caller may choose.
 IMPLEMENTATIONS = (*lsce_spec.IMPLEMENTATIONS, NAME)

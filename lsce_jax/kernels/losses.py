@@ -39,6 +39,7 @@ from lsce_jax.inputs import Batch, at_labels, is_sharded, varying_like
 from lsce_jax.kernels import tpu
 from lsce_jax.keywords import Kernel
 from lsce_jax.primitives import define, is_divided
+from lsce_jax.reductions import reduce_losses
 from lsce_jax.row_sums import cotangents_of_sums, row_slopes, row_sums
 from lsce_jax.stats import LossStats
 from lsce_jax.sum_rules import is_tangent, no_tangents
@@ -46,10 +47,10 @@ from lsce_jax.sums import Peaks, Sums, class_factor
 from lsce_spec import LossOptions, is_number, smoothing_weights
 
 NAME: Kernel = get_args(Kernel)[0]
+NOT_A_TPU = "it runs on TPUs, and on others inside jax.experimental.pallas.tpu.force_tpu_interpret_mode() alone"
 _logger = logging.getLogger("lsce_jax")
 
 Divisor = float | Float[Array, ""]
-Reduce = Callable[[Array, LossOptions, Divisor], Array]
 Arrays = dict[str, Array]  # of a batch, and the divisor, by name
 
 # Fewer classes than this, or fewer logits: XLA's program has fewer instructions, or holds them in the core's memory.
@@ -68,7 +69,6 @@ class _Call:
         options: its options, without the smoothing.
         smoothing: a number; None if it is an array.
         divisor: likewise.
-        reduce: reduces the losses of the rows.
         with_stats: whether the sums are to have what statistics need.
         kernel: where the kernel is used: on TPUs where it can be; on TPUs, or it is an error; or everywhere, since
             Pallas interprets it.
@@ -77,7 +77,6 @@ class _Call:
     options: LossOptions
     smoothing: float | None
     divisor: float | None
-    reduce: Reduce
     with_stats: bool
     kernel: Literal["chosen", "forced", "interpreted"]
 
@@ -89,7 +88,7 @@ class _Call:
 
     def reduced(self, arrays: Arrays, losses: Array) -> Array:
         """Return the reduced losses."""
-        return self.reduce(losses, self.options, arrays["divisor"] if self.divisor is None else self.divisor)
+        return reduce_losses(losses, self.options, arrays["divisor"] if self.divisor is None else self.divisor)
 
     def of_sums(self, arrays: Arrays, peaks: Peaks, sums: Sums) -> Array:
         """Return the reduced loss, from the sums."""
@@ -107,7 +106,7 @@ class _Results(NamedTuple):
 
 
 def loss_and_stats(
-    batch: Batch, options: LossOptions, with_stats: bool, divisor: Divisor, reduce: Reduce
+    batch: Batch, options: LossOptions, with_stats: bool, divisor: Divisor
 ) -> tuple[Array, LossStats | None]:
     """Return the reduced loss, and statistics if asked for.
 
@@ -116,7 +115,6 @@ def loss_and_stats(
         options: the options of the loss; with `implementation="pallas"` the kernel is used, or it is an error.
         with_stats: whether to return statistics.
         divisor: what a mean divides by.
-        reduce: reduces the losses of the rows, for these options and this divisor.
 
     Raises:
         ValueError: the kernel cannot compute this call, and no other was allowed.
@@ -128,7 +126,6 @@ def loss_and_stats(
         options=replace(options, smoothing=0.0),
         smoothing=numbers["smoothing"],
         divisor=numbers["divisor"],
-        reduce=reduce,
         with_stats=with_stats,
         kernel="interpreted" if forced and _is_interpreted() else "forced" if forced else "chosen",
     )
@@ -169,8 +166,8 @@ def _why_not_so_many(batch: Batch, options: LossOptions) -> str | None:
     return None
 
 
-def takes(batch: Batch, options: LossOptions, *, differentiable: bool, class_axis: int) -> bool:
-    """Return whether a call becomes a `lsce_loss`, which on a TPU is the kernel.
+def why_passed_over(batch: Batch, options: LossOptions, *, differentiable: bool, class_axis: int) -> str | None:
+    """Return why a call does not become a `lsce_loss`, which on a TPU is the kernel; or None.
 
     Args:
         batch: the rows.
@@ -182,7 +179,7 @@ def takes(batch: Batch, options: LossOptions, *, differentiable: bool, class_axi
         ValueError: the kernel was asked for, and cannot compute the call.
     """
     if options.implementation not in {None, NAME}:
-        return False
+        return "another implementation was asked for"
     reason = why_not(batch, options)
     if differentiable:
         reason = "the statistics are to be differentiable, and the kernel computes the gradient of the loss alone"
@@ -192,7 +189,7 @@ def takes(batch: Batch, options: LossOptions, *, differentiable: bool, class_axi
         reason = reason or _why_fused_wins(batch, class_axis)
     if reason is not None:
         _logger.debug("dense loss: fused, since %s", reason)
-    return reason is None
+    return reason
 
 
 def _refusal(reason: str) -> Exception:
@@ -592,7 +589,7 @@ def _types_and_effects(
 def _why_not_here(platform: str | None, ctx: Any) -> str | None:
     """Return why a program cannot have the kernel on a platform, or None."""
     if platform != "tpu":
-        return "it runs on TPUs, and on others inside jax.experimental.pallas.tpu.force_tpu_interpret_mode() alone"
+        return NOT_A_TPU
     if is_divided(ctx):
         return "the compiler divides the program over devices, and no kernel; inside jax.shard_map it need not"
     return None

@@ -27,6 +27,7 @@ NAME: Kernel = get_args(Kernel)[0]
 # What a caller may choose.
 IMPLEMENTATIONS = (*lsce_spec.IMPLEMENTATIONS, NAME)
 LINEAR_IMPLEMENTATIONS = (*lsce_spec.LINEAR_IMPLEMENTATIONS, NAME)
+NOT_CUDA = "the logits are not on a CUDA device"
 # The kernels are compiled in the tests for this compute capability and newer ones.
 _LEAST_CAPABILITY = (8, 0)
 
@@ -35,7 +36,14 @@ _logger = logging.getLogger("lsce_torch")
 
 def may_compute(implementation: str | None, tensor: Tensor) -> bool:
     """Return whether the kernels are asked for, or left to choose for a tensor of a GPU."""
-    return implementation == NAME or (implementation is None and device.device_type(tensor) == "cuda")
+    return why_not_asked(implementation, tensor) is None
+
+
+def why_not_asked(implementation: str | None, tensor: Tensor) -> str | None:
+    """Return why the kernels are neither asked for, nor left to choose for a tensor of a GPU, or None."""
+    if implementation == NAME or (implementation is None and device.device_type(tensor) == "cuda"):
+        return None
+    return NOT_CUDA if implementation is None else "another implementation was asked for"
 
 
 def reason_against(logits: Tensor) -> str | None:

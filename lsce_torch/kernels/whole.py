@@ -27,7 +27,7 @@ from lsce_spec import (
 )
 from lsce_torch.errors import error
 from lsce_torch.inputs import Batch, Given, at_labels, canonical, compute_dtype, dtype_name, extremes
-from lsce_torch.kernels import check_choice, launch, may_compute, reason_against
+from lsce_torch.kernels import check_choice, launch, reason_against, why_not_asked
 from lsce_torch.overwrite import forbid_use, has_memory, tensors_to_overwrite
 from lsce_torch.plain import plain_gradients
 from lsce_torch.stats import LossStats
@@ -72,8 +72,8 @@ def loss(
     *,
     inplace_backward: bool,
     with_stats: bool,
-) -> tuple[Float[Tensor, "..."], LossStats | None] | None:
-    """Return the loss, reduced as asked, and the statistics if asked; or None if this is not the way to compute them.
+) -> tuple[Float[Tensor, "..."], LossStats | None]:
+    """Return the loss, reduced as asked, and the statistics if asked, of a call that nothing speaks against.
 
     Args:
         given: the checked tensors of the call.
@@ -83,10 +83,6 @@ def loss(
         inplace_backward: of the call.
         with_stats: whether to return statistics.
     """
-    if torch.compiler.is_compiling() or not may_compute(options.implementation, given.logits):
-        return None
-    if not _is_usual(given, options, denominator) or not _has_usual_tensors(given, denominator):
-        return None
     check_choice(options.implementation, logits, None, "fused")
     num_rows, num_classes = given.labels.numel(), given.logits.shape[-1]
     overwritten = tensors_to_overwrite(logits) if inplace_backward else None
@@ -139,37 +135,51 @@ def loss(
     return result, LossStats(nll, smoothed, z, lse, confidence, prediction, entropy, correct, valid)
 
 
-def _is_usual(given: Given, options: LossOptions, denominator: float | Tensor | None) -> bool:
-    """Whether a call has plain values, and no option that takes operations of its own."""
+def why_not(given: Given, options: LossOptions, denominator: float | Tensor | None) -> str | None:
+    """Return why this is not the way to compute a call, or None."""
+    if torch.compiler.is_compiling():
+        return "torch.compile makes kernels of its own"
+    return (
+        why_not_asked(options.implementation, given.logits)
+        or _why_unusual(given, options, denominator)
+        or _why_unusual_tensors(given, denominator)
+    )
+
+
+def _why_unusual(given: Given, options: LossOptions, denominator: float | Tensor | None) -> str | None:
+    """Return which value or option takes operations of its own, or None."""
     if given.labels.is_floating_point() or given.labels.dtype == torch.uint64 or not is_number(given.smoothing):
-        return False
+        return "it takes labels of signed integers, and the smoothing as a number"
     if given.prior is not None or given.class_mask is not None:
-        return False
+        return "it has no prior and no class mask"
     if options.subtract_entropy or options.convention.at_max is not None or options.bad_labels != "nan":
-        return False
+        return "it has no max_sup, no subtracted entropy and no bad_labels='raise'"
     if isinstance(denominator, Tensor):
         check_denominator_array(tuple(denominator.shape), dtype_name(denominator))
         check_denominator_values(extremes(denominator))
     elif denominator is not None and not _LEAST_DIVISOR <= denominator <= 1 / _LEAST_DIVISOR:
-        return False
-    return given.labels.numel() > 0
+        return "the denominator is 0, or far from 1"
+    return None if given.labels.numel() else "there are no rows"
 
 
-def _has_usual_tensors(given: Given, denominator: float | Tensor | None) -> bool:
-    """Whether the tensors are plain, and lie as the kernels take them."""
+def _why_unusual_tensors(given: Given, denominator: float | Tensor | None) -> str | None:
+    """Return which tensors are not plain, or lie as the kernels do not take them, or None."""
     if torch._C._are_functorch_transforms_active():
-        return False
-    if reason_against(given.logits) is not None:
-        return False
+        return "a transform of torch.func is at work"
+    reason = reason_against(given.logits)
+    if reason is not None:
+        return reason
     others = given.labels, given.where, given.class_weight, denominator
     tensors = [given.logits, *(tensor for tensor in others if isinstance(tensor, Tensor))]
     if any(type(tensor) not in {Tensor, torch.nn.Parameter} for tensor in tensors) or not has_memory(*tensors):
-        return False
+        return "a tensor is of a class of its own, or has no memory"
     if any(tensor.requires_grad or tensor.device != given.logits.device for tensor in tensors[1:]):
-        return False
+        return "class weights or denominator require a gradient, or are on another device"
     layout = launch.layout_of(given.logits)
     # The gradient has the same layout. Of a narrow part of wide logits it would take the memory of all.
-    return layout is not None and layout.row_stride <= _WIDEST * layout.num_classes
+    if layout is None or layout.row_stride > _WIDEST * layout.num_classes:
+        return "the rows of the logits lie too far apart in memory"
+    return None
 
 
 class _WholeLoss(torch.autograd.Function):

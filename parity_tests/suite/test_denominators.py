@@ -96,13 +96,13 @@ class _KnownError(Exception):
 
 def divisor_of_the_loss(framework: str, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]) -> float:
     """Return what the loss of a package divides by."""
-    functional = PACKAGES[framework].functional
-    compute = functional.mean_divisor
+    module = lsce_torch.ways if framework == "torch" else lsce_jax.functional
+    compute = module.mean_divisor
 
     def stop(*arguments: Any) -> Any:
         raise _KnownError(compute(*arguments)[1])
 
-    monkeypatch.setattr(functional, "mean_divisor", stop)
+    monkeypatch.setattr(module, "mean_divisor", stop)
     with pytest.raises(_KnownError) as known:
         PACKAGES[framework].label_smoothed_cross_entropy(**given, implementation="reference")
     monkeypatch.undo()
