@@ -62,8 +62,9 @@ def compute(
 
 def explanation(reasons: Reasons, logits: ArrayLike, is_soft: bool) -> Explanation:
     """Return the explanation of a call, from the reasons that `compute` has found."""
-    is_there = isinstance(logits, Array) and not isinstance(logits, jax.core.Tracer)
-    platform = next(iter(logits.devices())).platform if is_there else jax.default_backend()
+    platform = jax.default_backend()
+    if isinstance(logits, jax.Array) and not isinstance(logits, jax.core.Tracer):
+        platform = next(iter(logits.devices())).platform
     if reasons["pallas"] is None and platform != "tpu":
         reasons = {"pallas": kernels.NOT_A_TPU, "reference": _NOT_NEEDED}
     if reasons.get("reference"):
