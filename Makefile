@@ -67,10 +67,10 @@ demo: $(VENV)/installed-demo
 	@echo "  $(BIN)/lsce-parity compare torch:examples.torch_original_loss:label_smoothed_nll" \
 	  "jax:examples.jax_ported_loss:first_try"
 
-# Open Chinese fonts for examples/jax_hanzi.py and torch_hanzi.py, into out/fonts: web fonts by `npm pack`, the others by
-# `apt-get download` where there is Debian or Ubuntu, without root and without installing them (docs/hanzi.md).
+# Open Chinese fonts for examples/characters, into out/fonts: web fonts by `npm pack`, the others by `apt-get download`
+# where there is Debian or Ubuntu, without root and without installing them (docs/hanzi.md).
 fonts: install
-	$(BIN)/python -m examples.hanzi_fonts
+	$(BIN)/python -m examples.characters.fonts
 
 # In two halves, side by side where there are two cores. Each shows what it found when it is through.
 test: install

@@ -3,7 +3,7 @@
     .venv/bin/python -m examples.jax_digits --epochs 20
 
 Stop it at any time (Ctrl-C, `kill -9`) and give the same command again: the losses are those of a run that nobody
-stopped, bit for bit (`tests/test_resumption.py`). That takes three things:
+stopped, bit for bit (`tests/examples/test_resumption.py`). That takes three things:
 
 - a checkpoint holds the weights, the optimizer's state and the step, and is whole or not there;
 - a batch is a function of (seed, step), so no iterator needs saving;

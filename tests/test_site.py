@@ -263,6 +263,7 @@ def test_gallery_shows_every_example() -> None:
     scripts = {script for example in shown for script in example.scripts}
     assert {path.stem for path in (ROOT / "examples").glob("jax_*.py")} - scripts == {"jax_ported_loss"}
     assert {path.stem for path in (ROOT / "examples").glob("torch_*.py")} - scripts == {"torch_original_loss"}
+    assert {f"{path.parent.name}.{path.stem}" for path in (ROOT / "examples").glob("*/train*.py")} <= scripts
     assert [example.task for example in shown if example.picture is None] == []
     cards = gallery.cards(table, KNOWN)
     assert "[`jax_digits`](https://example.com/o/n/blob/HEAD/examples/jax_digits.py)" in cards.replace("v1.0.0", "HEAD")

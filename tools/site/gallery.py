@@ -15,7 +15,13 @@ from typing import NamedTuple
 from tools.repository import source_link
 from tools.site.sources import ROOT, Published, SiteError, grid
 
-TITLES = {"lm": "Language model", "digits_parity": "The demo", "mixup": "MixUp and CutMix"}
+TITLES = {
+    "characters": "Chinese characters",
+    "study": "Smoothing study",
+    "lm": "Language model",
+    "digits_parity": "The demo",
+    "mixup": "MixUp and CutMix",
+}
 PICTURES = ROOT / "docs" / "images" / "gallery"
 
 
@@ -47,13 +53,19 @@ def examples(table: str) -> list[Example]:
     """
     found = []
     for names, about in re.findall(r"^\| (`[^|]*`) \| ([^|]*) \|$", table, re.MULTILINE):
-        scripts = tuple(re.findall(r"`(\w+)`", names))
+        scripts = tuple(re.findall(r"`([\w.]+)`", names))
         for script in scripts:
-            if not (ROOT / "examples" / f"{script}.py").is_file():
-                raise SiteError(f"docs/examples.md names {script}, but there is no examples/{script}.py")
+            if not (ROOT / path_of(script)).is_file():
+                raise SiteError(f"docs/examples.md names {script}, but there is no {path_of(script)}")
         if scripts:
-            found.append(Example(re.sub("^(jax|torch)_", "", scripts[0]), scripts, about.strip()))
+            task = re.sub(r"^(jax|torch)_|\..*", "", scripts[0])
+            found.append(Example(task, scripts, about.strip()))
     return found
+
+
+def path_of(script: str) -> str:
+    """Return the file of a script, which may be in a folder of its own."""
+    return f"examples/{script.replace('.', '/')}.py"
 
 
 def cards(table: str, published: Published) -> str:
@@ -64,7 +76,7 @@ def cards(table: str, published: Published) -> str:
 def _card(example: Example, published: Published) -> str:
     links = []
     for script in example.scripts:
-        path = f"examples/{script}.py"
+        path = path_of(script)
         target = source_link(published.url, path, published.ref) if published.url else f"/source/{path}.md"
         links.append(f"[`{script}`]({target})")
     title = TITLES.get(example.task, example.task.replace("_", " ").capitalize())

@@ -11,10 +11,10 @@ from rich.table import Table
 
 from examples.distillation_common import TEMPERATURES
 from examples.record_pages import Grid, Picture, write_record
-from examples.study_measures import Difference, holm, paired
+from examples.study.measures import Difference, holm, paired
 
 LEVEL = 0.05
-MODULE = "examples.smoothing_study"
+MODULE = "examples.study.train"
 LIBRARIES = ("lsce", "jax", "flax", "optax", "numpy", "scipy")
 Line = dict[str, Any]  # what fixes a training, and what was measured of its network
 

@@ -1,4 +1,4 @@
-"""Pictures of Chinese characters for jax_hanzi and torch_hanzi: drawn from fonts or read from files, and distorted.
+"""Pictures of Chinese characters for train_jax and train_torch: drawn from fonts or read from files, and distorted.
 
 A *hand* is a font or a writer. Each of its characters is cut to the ink, fitted into a square, and kept as a field of
 signed distances: how far each point is from the edge of the ink, positive inside. A distorted picture is the field seen
@@ -27,8 +27,8 @@ from PIL import Image
 from scipy import ndimage
 from scipy.interpolate import BSpline
 
+from examples.characters.fonts import FetchedFace, FontsError, Ink, level_one
 from examples.common import write_array
-from examples.hanzi_fonts import FetchedFace, FontsError, Ink, level_one
 
 SIZE = 32  # of a picture that the network sees
 FIELD = 48  # of a field of distances: its points lie SIZE / FIELD pixels apart

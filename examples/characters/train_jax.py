@@ -1,7 +1,7 @@
-"""Train on the 3755 Chinese characters of level 1 of GB 2312 in torch, and test on fonts never seen.
+"""Train on the 3755 Chinese characters of level 1 of GB 2312 in Flax and Optax, and test on fonts never seen.
 
     make fonts
-    .venv/bin/python -m examples.torch_hanzi
+    .venv/bin/python -m examples.characters.train_jax
 
 One small convolutional network for each of six losses: without smoothing, with each of the four conventions, `clamp` of
 which is `CELossWithLabelSmoothing`, the module that this library started from; and `linear`, which is `uniform` with
@@ -9,28 +9,25 @@ the last layer in the loss, so that the logits of 3755 characters are never whol
 from open fonts and distorted; four fonts are held out. `--gnt FOLDER` adds handwriting from CASIA-HWDB.
 
 The tables show accuracy, nll and calibration on the fonts that are held out. Each run survives `kill -9`: the same
-command goes on from the last checkpoint, and ends with the same weights to the last bit, as in torch_digits.py, on the
-same machine with as many cores. Fonts are in hanzi_fonts.py, pictures in hanzi_images.py, tables in hanzi_common.py.
+command goes on from the last checkpoint, and ends with the same weights to the last bit, as in jax_digits.py, on the
+same machine with as many cores. Fonts are in fonts.py, pictures in images.py, tables in common.py.
 
-The same in JAX: jax_hanzi.py, from the same weights on the same batches. hanzi_report.py shows both on one page and
+The same in torch: train_torch.py, from the same weights on the same batches. report.py shows both on one page and
 says whether they agree.
 """
 
 import json
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
-import torch
-from jaxtyping import Float32, Int32
-from torch import Tensor, nn
-from torchmetrics import MetricCollection
+import optax
+from flax import nnx
+from jaxtyping import Array, Float32, Int32
 
-from examples.common import Metrics, Smoothing, WeightOf, initial_weights, new_app
-from examples.common_torch import adam, set_weights
-from examples.digits_common import keep_losses
-from examples.hanzi_common import (
+from examples.characters.common import (
     CACHE,
     EPSILON,
     FEATURES,
@@ -62,95 +59,85 @@ from examples.hanzi_common import (
     train_and_report,
     training_batch,
 )
-from examples.hanzi_fonts import FOLDER
-from examples.hanzi_images import Samples
-from examples.torch_digits import Checkpoints
-from lsce_torch import (
+from examples.characters.fonts import FOLDER
+from examples.characters.images import Samples
+from examples.common import Metrics, Smoothing, WeightOf, initial_weights, new_app
+from examples.common_jax import adam, set_weights
+from examples.digits_common import keep_losses
+from examples.jax_digits import Checkpoints
+from lsce_jax import (
     CELossWithLabelSmoothing,
     LossStats,
     label_smoothed_cross_entropy,
     label_smoothed_cross_entropy_with_stats,
     linear_label_smoothed_cross_entropy,
 )
-from lsce_torch.metrics import Accuracy, CalibrationError, MeanNLL, TopKAccuracy
+from lsce_jax.metrics import Accuracy, CalibrationError, MeanNLL, TopKAccuracy
 
-Pictures = Float32[Tensor, "N 32 32"]
-Labels = Int32[Tensor, " N"]
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """A batch norm whose running variance is that of the batches, as in Flax. torch's own is larger by n / (n - 1)."""
-
-    def __init__(self, width: int) -> None:
-        """Start with the mean 0 and the variance 1."""
-        super().__init__(width, eps=NORM_EPSILON, momentum=NORM_SHARE)
-
-    def forward(self, values: Float32[Tensor, "N C *sides"]) -> Float32[Tensor, "N C *sides"]:
-        """Return normalized values."""
-        if not self.training:
-            return nn.functional.batch_norm(
-                values, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-            )
-        with torch.no_grad():
-            variance, mean = torch.var_mean(values, [0, *range(2, values.ndim)], correction=0)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance, self.momentum)
-        return nn.functional.batch_norm(values, None, None, self.weight, self.bias, training=True, eps=self.eps)
+Pictures = Float32[Array, "N 32 32"]
+Labels = Int32[Array, " N"]
 
 
-class Network(nn.Module):
+class Network(nnx.Module):
     """Pictures to logits: convolutions, a layer of features, and the last layer, which the linear loss takes over."""
 
     def __init__(self, characters: int, weight_of: WeightOf) -> None:
         """Make the layers, with weights by their names."""
-        super().__init__()
+        rngs = nnx.Rngs(0)
+        norm = partial(nnx.BatchNorm, momentum=1 - NORM_SHARE, epsilon=NORM_EPSILON, use_fast_variance=False, rngs=rngs)
         shapes = zip((1, *WIDTHS[:-1]), WIDTHS, STRIDES, strict=True)
-        conv = partial(nn.Conv2d, kernel_size=3, padding=1, bias=False)
-        self.convs = nn.ModuleList(conv(i, o, stride=stride) for i, o, stride in shapes)
-        self.norms = nn.ModuleList(BatchNorm(width) for width in WIDTHS)
-        self.hidden = nn.Linear(SIDE * SIDE * WIDTHS[-1], FEATURES, bias=False)
-        self.norm = BatchNorm(FEATURES)
-        self.output = nn.Linear(FEATURES, characters)
+        conv = partial(nnx.Conv, kernel_size=(3, 3), padding=1, use_bias=False, rngs=rngs)
+        self.convs = nnx.List([conv(i, o, strides=stride) for i, o, stride in shapes])
+        self.norms = nnx.List([norm(width) for width in WIDTHS])
+        self.hidden = nnx.Linear(SIDE * SIDE * WIDTHS[-1], FEATURES, use_bias=False, rngs=rngs)
+        self.norm = norm(FEATURES)
+        self.output = nnx.Linear(FEATURES, characters, rngs=rngs)
         set_weights(self, weight_of)
 
-    def features(self, pictures: Pictures) -> Float32[Tensor, "N D"]:
+    def features(self, pictures: Pictures) -> Float32[Array, "N D"]:
         """Return the input of the last layer."""
-        # Channels are last in memory, which is faster here.
-        maps = pictures[:, None].contiguous(memory_format=torch.channels_last)
+        maps = pictures[..., None]
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            maps = nn.functional.silu(norm(conv(maps)))
-        # Flax's order: rows, columns, channels.
-        return self.norm(self.hidden(maps.permute(0, 2, 3, 1).reshape(len(maps), -1)))
+            maps = nnx.silu(norm(conv(maps)))
+        return self.norm(self.hidden(maps.reshape(len(maps), -1)))
 
-    def forward(self, pictures: Pictures) -> Float32[Tensor, "N K"]:
+    def __call__(self, pictures: Pictures) -> Float32[Array, "N K"]:
         """Return the logits."""
         return self.output(self.features(pictures))
 
 
 # --- Losses ---------------------------------------------------------------------------------------------------------
 
-Optimizer = torch.optim.Optimizer
-LossFn = Callable[[Network, Pictures, Labels], Float32[Tensor, ""]]
+Optimizer = nnx.Optimizer[Network]
+LossFn = Callable[[Network, Pictures, Labels], Float32[Array, ""]]
 
 
-def dense_loss(network: Network, pictures: Pictures, labels: Labels, smoothing: float, convention: str) -> Tensor:
+def dense_loss(network: Network, pictures: Pictures, labels: Labels, smoothing: float, convention: str) -> Array:
     """Return the mean loss of the logits."""
-    return label_smoothed_cross_entropy(network(pictures), labels, smoothing=smoothing, convention=convention)
+    return label_smoothed_cross_entropy(
+        network(pictures), labels, smoothing=smoothing, convention=convention, reduction="mean"
+    )
 
 
-def module_loss(network: Network, pictures: Pictures, labels: Labels, module: CELossWithLabelSmoothing) -> Tensor:
+def module_loss(network: Network, pictures: Pictures, labels: Labels, module: CELossWithLabelSmoothing) -> Array:
     """Return the mean loss of the logits, by a module."""
     return module(network(pictures), labels)
 
 
-def linear_loss(network: Network, pictures: Pictures, labels: Labels, smoothing: float) -> Tensor:
+def linear_loss(network: Network, pictures: Pictures, labels: Labels, smoothing: float) -> Array:
     """Return the mean loss of the features, computed with the last layer."""
     layer = network.output
     return linear_label_smoothed_cross_entropy(
-        network.features(pictures), layer.weight, labels, bias=layer.bias, smoothing=smoothing
+        network.features(pictures),
+        layer.kernel[...],
+        labels,
+        bias=layer.bias[...],
+        smoothing=smoothing,
+        reduction="mean",
     )
 
 
+@cache  # `nnx.jit` would compile again for another one, even if it is equal
 def make_loss(loss: str, smoothing: float, characters: int) -> LossFn:
     """Return a loss by its name."""
     if loss == "clamp":
@@ -164,32 +151,36 @@ def make_loss(loss: str, smoothing: float, characters: int) -> LossFn:
 # --- Training -------------------------------------------------------------------------------------------------------
 
 
+@cache  # as above
+def make_transformation(steps: int) -> optax.GradientTransformation:
+    """Return Adam with the learning rate of each step."""
+    rates = jnp.asarray(learning_rates(steps))
+    return adam(lambda step: rates[step], eps=EPSILON)
+
+
 def make_optimizer(network: Network, steps: int) -> Optimizer:
-    """Return Adam, which `train_step` gives the learning rate of each step."""
-    return adam(network.parameters(), lr=float(learning_rates(steps)[0]), eps=EPSILON)
+    """Return Adam."""
+    return nnx.Optimizer(network, make_transformation(steps), wrt=nnx.Param)
 
 
+@nnx.jit(static_argnames="loss_fn")
 def train_step(
-    network: Network, optimizer: Optimizer, pictures: Tensor, labels: Tensor, loss_fn: LossFn, rate: float
-) -> Float32[Tensor, ""]:
+    network: Network, optimizer: Optimizer, pictures: Pictures, labels: Labels, loss_fn: LossFn
+) -> Float32[Array, ""]:
     """Train on one batch, and return its loss."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    loss = loss_fn(network, pictures, labels)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
+    loss, gradients = nnx.value_and_grad(loss_fn)(network, pictures, labels)
+    optimizer.update(network, gradients)
+    return loss
 
 
 def train_steps(
     network: Network, optimizer: Optimizer, loss: str, data: Data, options: Options, steps: range
 ) -> Iterator[tuple[int, float]]:
     """Train on the batches of some steps; yield each step with its loss."""
-    loss_fn, rates = make_loss(loss, options.smoothing, options.characters), learning_rates(options.steps)
+    loss_fn = make_loss(loss, options.smoothing, options.characters)
     for step in steps:
-        pictures, labels = map(torch.from_numpy, training_batch(data, options, step))
-        yield step, train_step(network, optimizer, pictures, labels, loss_fn, float(rates[step])).item()
+        pictures, labels = training_batch(data, options, step)
+        yield step, float(train_step(network, optimizer, pictures, labels, loss_fn))
 
 
 def train(loss: str, data: Data, options: Options, files: RunFiles, on_step: Callable[[int, float], None]) -> Network:
@@ -209,8 +200,8 @@ def train(loss: str, data: Data, options: Options, files: RunFiles, on_step: Cal
     return network
 
 
-@torch.no_grad()
-def evaluation_step(network: Network, metrics: MetricCollection, pictures: Tensor, labels: Tensor) -> LossStats:
+@nnx.jit
+def evaluation_step(network: Network, metrics: nnx.MultiMetric, pictures: Pictures, labels: Labels) -> LossStats:
     """Feed the metrics with a batch, and return the statistics of its rows: one sweep over the logits serves both."""
     logits = network(pictures)
     _, stats = label_smoothed_cross_entropy_with_stats(logits, labels)
@@ -220,20 +211,15 @@ def evaluation_step(network: Network, metrics: MetricCollection, pictures: Tenso
 
 def evaluate(network: Network, samples: Samples) -> tuple[Metrics, Predictions]:
     """Return the metrics of hands that are held out, and what the network says of each character."""
-    metrics = MetricCollection(
-        {
-            "accuracy": Accuracy(),
-            "top_5": TopKAccuracy(5),
-            "nll": MeanNLL(),
-            "calibration_error": CalibrationError(),
-        }
+    metrics = nnx.MultiMetric(
+        accuracy=Accuracy(), top_5=TopKAccuracy(5), nll=MeanNLL(), calibration_error=CalibrationError()
     )
     network.eval()  # the batch norms take what they have seen in training
-    rows = [evaluation_step(network, metrics, *map(torch.from_numpy, batch)) for batch in test_batches(samples)]
+    rows = [evaluation_step(network, metrics, *batch) for batch in test_batches(samples)]
     predictions = Predictions(
         samples.labels,
-        torch.cat([stats.prediction for stats in rows]).numpy().astype(np.int32),
-        torch.cat([stats.confidence for stats in rows]).numpy(),
+        np.concatenate([np.asarray(stats.prediction) for stats in rows]),
+        np.concatenate([np.asarray(stats.confidence) for stats in rows]),
     )
     return {name: float(value) for name, value in metrics.compute().items()}, predictions
 
@@ -257,15 +243,15 @@ def main(  # noqa: PLR0913, PLR0917 - the options of the command line
     cache: Cache = CACHE,
     checkpoint_every: CheckpointEvery = 256,
     fresh: Fresh = False,
-    output: RunFolder = Path("out/torch_hanzi"),
+    output: RunFolder = Path("out/characters/jax"),
 ) -> None:
-    """Train on Chinese characters in torch, with six losses, going on where the runs in the output folder stopped.
+    """Train on Chinese characters in JAX, with six losses, going on where the runs in the output folder stopped.
 
     Tables show accuracy, nll and calibration error on fonts that are held out. Run `make fonts` first.
     """
     options = Options(tuple(loss), steps, batch_size, smoothing, characters, seed, checkpoint_every)
     sources = Sources(fonts, gnt, keep_damaged, cache)
-    train_and_report(train, evaluate, options, sources, "torch", output, fresh)
+    train_and_report(train, evaluate, options, sources, "JAX", output, fresh)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """Does label smoothing help? Five tasks, several strengths, conventions and seeds, and what their differences show.
 
-    make fonts && .venv/bin/python -m examples.smoothing_study
+    make fonts && .venv/bin/python -m examples.study.train
 
 trains every network with every seed, and writes what was measured of each as one line to the output folder. Stopped at
 any time, it goes on with the next network when the same command is given again. Then it compares each setting with no
 smoothing, seed by seed, prints the tables, and draws the plots of docs/does-it-help.md.
 
 A seed fixes the starting weights, the batches and the split of the data. So two settings differ in the loss alone, and
-the differences are paired. The tasks are in study_tasks.py, what is measured in study_measures.py, tables and plots in
-study_report.py. All of it is in JAX: the losses of both packages agree, which `lsce-parity` shows.
+the differences are paired. The tasks are in tasks.py, what is measured in measures.py, tables and plots in
+report.py. All of it is in JAX: the losses of both packages agree, which `lsce-parity` shows.
 """
 
 import json
@@ -21,14 +21,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from examples import jax_distillation, study_report
+from examples import jax_distillation
+from examples.characters.common import CACHE, Cache, Fonts, Sources
+from examples.characters.fonts import FOLDER
 from examples.common import Page, made_folder, new_app, print_written
 from examples.distillation_common import Framework, Options, train_all
-from examples.hanzi_common import CACHE, Cache, Fonts, Sources
-from examples.hanzi_fonts import FOLDER
-from examples.study_measures import project
-from examples.study_report import DRAWN, NONE, Line, Setting
-from examples.study_tasks import Task, Trained, characters_task, digits_task, language_task, look_at, measure, train
+from examples.study import report
+from examples.study.measures import project
+from examples.study.report import DRAWN, NONE, Line, Setting
+from examples.study.tasks import Task, Trained, characters_task, digits_task, language_task, look_at, measure, train
 
 STRENGTHS = (0.05, 0.1, 0.2, 0.4)
 SETTINGS = (NONE, *(Setting("uniform", strength) for strength in STRENGTHS))
@@ -108,7 +109,7 @@ def measured(line: Line, tasks: dict[str, Task], folder: Path) -> Line:
     data = task.data(seed)
     trained = look_at(train(task, data, seed, *setting), data)
     if task.clustered and seed == 0 and setting in DRAWN:
-        path = study_report.planes_file(folder, line["task"], task.steps, setting)
+        path = report.planes_file(folder, line["task"], task.steps, setting)
         np.savez(path, **planes(task, trained))
     return line | measure(task, trained)
 
@@ -147,7 +148,7 @@ def main(
     quick: Quick = False,
     fonts: Fonts = FOLDER,
     cache: Cache = CACHE,
-    output: StudyFolder = Path("out/smoothing_study"),
+    output: StudyFolder = Path("out/study"),
     page: Page = None,
 ) -> None:
     """Train with and without smoothing, and show what it changes, with confidence intervals.
@@ -170,13 +171,13 @@ def main(
             progress.advance(bar)
 
     found = [results.lines[key_of(line)] for line in lines]
-    report = study_report.make_report(found, {name: task.title for name, task in tasks.items()})
-    for table in report.tables:
+    tables = report.make_report(found, {name: task.title for name, task in tasks.items()})
+    for table in tables.tables:
         console.print(table)
-    pictures = study_report.draw(found, tasks, output)
+    pictures = report.draw(found, tasks, output)
     print_written(console, results.path, *(picture.path for picture in pictures))
     if page is not None:
-        study_report.write_page(page, seeds, report, pictures)
+        report.write_page(page, seeds, tables, pictures)
         print_written(console, page)
 
 

@@ -1,13 +1,13 @@
 """Fetches open Chinese fonts as packages, each with all 3755 characters of level 1 of GB 2312. `make fonts` runs it.
 
-    python -m examples.hanzi_fonts
+    python -m examples.characters.fonts
 
 Web fonts come from npm, wherever there is npm; the others from Debian or Ubuntu, by `apt-get download`, which needs no
 root. A package is unpacked, not installed. The fonts and a manifest go to out/fonts, which git ignores; what is there
 already is not fetched again. The manifest says of each face which package, version, licence and checksums it has, and
 whether it is held out for testing.
 
-`jax_hanzi` and `torch_hanzi` train on the faces that are there. On a machine without apt-get these are the web fonts.
+`train_jax` and `train_torch` train on the faces that are there. On a machine without apt-get these are the web fonts.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""What jax_hanzi and torch_hanzi have found, on one page, and whether the two trainings agree.
+"""What train_jax and train_torch have found, on one page, and whether the two trainings agree.
 
-    python -m examples.jax_hanzi
-    python -m examples.torch_hanzi
-    python -m examples.hanzi_report
+    python -m examples.characters.train_jax
+    python -m examples.characters.train_torch
+    python -m examples.characters.report
 
 The page shows the hands and their distortions, the curves of both frameworks, accuracy and calibration on the fonts
 that are held out, and what was taken for what.
@@ -30,20 +30,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from examples import jax_hanzi
-from examples.common import Page, WeightOf, initial_weights, made_folder, new_app, print_written
-from examples.digits_report import (
-    GREY,
-    JAX_COLOUR,
-    LIGHT,
-    TORCH_COLOUR,
-    base64_png,
-    sort_confidences,
-    template,
-    tidy,
-    versions,
-)
-from examples.hanzi_common import (
+from examples.characters import train_jax
+from examples.characters.common import (
     CACHE,
     LOSSES,
     METRICS,
@@ -62,8 +50,20 @@ from examples.hanzi_common import (
     read_data,
     smoothed,
 )
-from examples.hanzi_fonts import FOLDER, level_one
-from examples.hanzi_images import Hand, Samples, undistorted
+from examples.characters.fonts import FOLDER, level_one
+from examples.characters.images import Hand, Samples, undistorted
+from examples.common import Page, WeightOf, initial_weights, made_folder, new_app, print_written
+from examples.digits_report import (
+    GREY,
+    JAX_COLOUR,
+    LIGHT,
+    TORCH_COLOUR,
+    base64_png,
+    sort_confidences,
+    template,
+    tidy,
+    versions,
+)
 from examples.record_pages import Grid, Picture, write_record
 from parity_tests.trainings.stepwise import one_ulp_away
 from parity_tests.trainings.trajectory import TrajectoryVerdict, compare_trajectories, rounding_floor
@@ -113,7 +113,7 @@ def read_runs(jax: Path, torch: Path) -> tuple[list[Run], dict[str, Any]]:
                 raise typer.BadParameter(f"{each.folder} has other options than the other runs: {own} and {shared}.")
         runs.append(Run(loss, *files, *(each.read_result() for each in files)))  # type: ignore[arg-type]
     if shared is None:
-        raise typer.BadParameter(f"no loss has runs in both {jax} and {torch}. Run jax_hanzi and torch_hanzi first.")
+        raise typer.BadParameter(f"no loss has runs in both {jax} and {torch}. Run train_jax and train_torch first.")
     return runs, shared
 
 
@@ -144,9 +144,9 @@ def replica_losses(
     """Return the first losses of trainings in JAX whose initial weights are moved by one rounding step."""
     losses = np.empty((replicas, steps))
     for replica in range(replicas):
-        network = jax_hanzi.Network(options.characters, moved_weights(options.seed, replica))
-        optimizer = jax_hanzi.make_optimizer(network, options.steps)
-        for step, value in jax_hanzi.train_steps(network, optimizer, loss, data, options, range(steps)):
+        network = train_jax.Network(options.characters, moved_weights(options.seed, replica))
+        optimizer = train_jax.make_optimizer(network, options.steps)
+        for step, value in train_jax.train_steps(network, optimizer, loss, data, options, range(steps)):
             losses[replica, step] = value
             on_step()
     return losses
@@ -515,10 +515,10 @@ def write(
     for name, figure in figures.items():
         paths.append(folder / f"{name}.png")
         figure.savefig(paths[-1], dpi=90)
-    page = folder / "hanzi.html"
+    page = folder / "characters.html"
     tests = list(data.tests)
     page.write_text(
-        template("hanzi_report.html.jinja").render(
+        template("characters/report.html.jinja").render(
             agrees=all(each.verdict.agrees for each in comparisons),
             verdict=verdict_line(comparisons),
             options=shared,
@@ -570,7 +570,7 @@ def write_page(
         kind = path.stem.partition("_")[0]
         if kind in PICTURES:
             parts.append(Picture(path, f"hanzi_{path.name}", PICTURES[kind]))
-    write_record(page, "examples.hanzi_report", f"--page {page}", LIBRARIES, parts)
+    write_record(page, "examples.characters.report", f"--page {page}", LIBRARIES, parts)
 
 
 # --- The command line -----------------------------------------------------------------------------------------------
@@ -580,8 +580,8 @@ app = new_app()
 
 @app.command()
 def main(  # noqa: PLR0913, PLR0917 - the options of the command line
-    jax: Annotated[Path, typer.Option(help="Folder of the runs in JAX.")] = Path("out/jax_hanzi"),
-    torch: Annotated[Path, typer.Option(help="Folder of the runs in torch.")] = Path("out/torch_hanzi"),
+    jax: Annotated[Path, typer.Option(help="Folder of the runs in JAX.")] = Path("out/characters/jax"),
+    torch: Annotated[Path, typer.Option(help="Folder of the runs in torch.")] = Path("out/characters/torch"),
     steps: Annotated[int, typer.Option(min=1, help="First steps that are compared.")] = 48,
     replicas: Annotated[int, typer.Option(min=1, help="Trainings with moved weights, for each loss.")] = 4,
     fonts: Fonts = FOLDER,
@@ -589,11 +589,11 @@ def main(  # noqa: PLR0913, PLR0917 - the options of the command line
     keep_damaged: KeepDamaged = False,
     cache: Cache = CACHE,
     output: Annotated[Path, typer.Option(callback=made_folder, help="Folder for page and pictures.")] = Path(
-        "out/hanzi_report"
+        "out/characters/report"
     ),
     page: Page = None,
 ) -> None:
-    """Put what jax_hanzi and torch_hanzi have found on one page, and say whether the two trainings agree.
+    """Put what train_jax and train_torch have found on one page, and say whether the two trainings agree.
 
     Exit code 0: they agree. 1: they do not. 2: bad option.
     """

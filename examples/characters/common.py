@@ -1,4 +1,4 @@
-"""What jax_hanzi and torch_hanzi share, without a framework: options, data, learning rates, files, tables and plot."""
+"""What train_jax and train_torch share, without a framework: options, data, learning rates, files, tables and plot."""
 
 import json
 import math
@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from examples.characters.fonts import FontsError, level_one, read_manifest
+from examples.characters.gnt import read_folder
+from examples.characters.images import SIZE, Hand, Labels, Samples, checksum, font_hand
 from examples.common import Metrics, batch_rows, made_folder, print_written, write_array, write_whole
 from examples.digits_common import open_run
-from examples.hanzi_fonts import FontsError, level_one, read_manifest
-from examples.hanzi_gnt import read_folder
-from examples.hanzi_images import SIZE, Hand, Labels, Samples, checksum, font_hand
 
 LOSSES = {
     "none": "without smoothing",
@@ -30,7 +30,7 @@ LOSSES = {
     "linear": "uniform, with the last layer in the loss",
 }
 METRICS = {"accuracy": "accuracy", "top_5": "in top 5", "nll": "nll", "calibration_error": "calibration error"}
-CACHE = Path("out/hanzi_images")
+CACHE = Path("out/characters/pictures")
 
 WIDTHS, STRIDES = (24, 48, 96, 192), (2, 2, 1, 2)  # of the convolutions, which end with maps of SIDE x SIDE
 SIDE = SIZE // math.prod(STRIDES)
@@ -344,7 +344,7 @@ def train_and_report(
     console = Console()
     data = read_data(sources, options, console)
     console.print(describe_data(data, options), highlight=False)
-    program = f"{framework.lower()}_hanzi"
+    program = f"characters_{framework.lower()}"
     files = {loss: RunFiles(output / loss) for loss in options.losses}
     for loss, own in files.items():
         own.open(run_options(program, loss, options, data), fresh)
@@ -355,7 +355,7 @@ def train_and_report(
     console.print(*make_tables(results), sep="\n")
     for line in compare_dense_with_linear(files, results):
         console.print(line, highlight=False)
-    picture = output / "hanzi.png"
+    picture = output / "characters.png"
     plot(files, framework, picture)
     print_written(console, picture)
 

@@ -98,7 +98,7 @@ def writes_checkpoint(output):
 
 
 def environment():
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
 
 

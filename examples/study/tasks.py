@@ -15,9 +15,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 from rich.console import Console
 
-from examples import common_jax, hanzi_common, jax_hanzi, jax_lm, lm_common
+from examples import common_jax, jax_lm, lm_common
+from examples.characters import common as characters_common
+from examples.characters import train_jax
 from examples.common import batch_rows, initial_weights, read_digits
-from examples.study_measures import fit_temperature, spread
+from examples.study.measures import fit_temperature, spread
 from lsce_jax import LossStats, linear_label_smoothed_cross_entropy, linear_label_smoothed_cross_entropy_with_stats
 from lsce_jax.metrics import Accuracy, CalibrationError, MeanNLL
 
@@ -245,7 +247,7 @@ def digits_task(title: str, train_rows: int, epochs: int, mislabelled: int = 0) 
 # --- Characters -----------------------------------------------------------------------------------------------------
 
 
-class CharacterNetwork(jax_hanzi.Network):
+class CharacterNetwork(train_jax.Network):
     """The network of the 3755 characters, in two parts."""
 
     def last_layer(self) -> Layer:
@@ -253,7 +255,7 @@ class CharacterNetwork(jax_hanzi.Network):
         return self.output.kernel[...], self.output.bias[...]
 
 
-def characters_task(sources: hanzi_common.Sources, console: Console, characters: int, steps: int) -> Task:
+def characters_task(sources: characters_common.Sources, console: Console, characters: int, steps: int) -> Task:
     """Return the task of reading characters in fonts that the network has not seen.
 
     Fonts are drawn and distorted once. Half of the pictures in unseen fonts, taken at random, are for the temperature.
@@ -261,16 +263,16 @@ def characters_task(sources: hanzi_common.Sources, console: Console, characters:
     Raises:
         typer.BadParameter: there are no fonts.
     """
-    options = hanzi_common.Options(("none",), steps, CHARACTERS_BATCH_SIZE, 0.0, characters, seed=0)
+    options = characters_common.Options(("none",), steps, CHARACTERS_BATCH_SIZE, 0.0, characters, seed=0)
 
     @cache
-    def pictures() -> hanzi_common.Data:
-        return hanzi_common.read_data(sources, options, console)
+    def pictures() -> characters_common.Data:
+        return characters_common.read_data(sources, options, console)
 
     def data(seed: int) -> Data:
         def batches(steps: int) -> Iterator[Part]:
             return (
-                Part(*hanzi_common.training_batch(pictures(), options._replace(seed=seed), step))
+                Part(*characters_common.training_batch(pictures(), options._replace(seed=seed), step))
                 for step in range(steps)
             )
 
@@ -290,7 +292,7 @@ def characters_task(sources: hanzi_common.Sources, console: Console, characters:
         data=data,
         network=lambda seed: CharacterNetwork(characters, initial_weights(seed)),
         steps=steps,
-        optimizer=jax_hanzi.make_transformation(steps),
+        optimizer=train_jax.make_transformation(steps),
         drawn=(2, 3, 13),  # 埃 and 挨 share their right half; 爱 is another character
         names=("U+57C3", "U+6328", "U+7231"),
     )

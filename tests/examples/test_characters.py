@@ -27,23 +27,18 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.image import imread
 from rich.console import Console
 
-from examples import (
-    hanzi_common,
-    hanzi_fonts,
-    hanzi_images,
-    hanzi_report,
-    jax_hanzi,
-    study_tasks,
-    torch_hanzi,
-)
-from examples.hanzi_fonts import FACES, Face, FetchedFace, FontsError, Typeface, level_one, read_manifest
-from examples.hanzi_gnt import GntError, read_folder, read_gnt
-from examples.hanzi_images import Samples, distort, field_of, fit, font_hand, undistorted
+from examples.characters import common, images, train_jax, train_torch
+from examples.characters import fonts as fetching
+from examples.characters import report as reporting
+from examples.characters.fonts import FACES, Face, FetchedFace, FontsError, Typeface, level_one, read_manifest
+from examples.characters.gnt import GntError, read_folder, read_gnt
+from examples.characters.images import Samples, distort, field_of, fit, font_hand, undistorted
+from examples.study import tasks
 
 pytestmark = pytest.mark.usefixtures("optax_promotion", "one_thread")
 
 CHARACTERS = level_one()[:12]
-PAIR = [jax_hanzi, torch_hanzi]
+PAIR = [train_jax, train_torch]
 
 
 def name(example):
@@ -100,7 +95,7 @@ def add_face(folder, face, held_out, files):
     own.mkdir(parents=True)
     for file, content in files.items():
         (own / file).write_bytes(content)
-    checksums = {file: hanzi_fonts.sha256(content).hexdigest() for file, content in files.items()}
+    checksums = {file: fetching.sha256(content).hexdigest() for file, content in files.items()}
     place = ("test", "npm", "package", "1.0", "", "none", held_out, 0, None)
     return FetchedFace(f"face-{face}", f"Face {face}", *place, checksums)
 
@@ -115,7 +110,7 @@ def fonts(tmp_path_factory):
         add_face(folder, 1, False, halves),
         add_face(folder, 2, True, {"all.ttf": font_bytes(CHARACTERS, 2)}),
     ]
-    hanzi_fonts.write_manifest(folder, faces)
+    fetching.write_manifest(folder, faces)
     return folder
 
 
@@ -142,7 +137,7 @@ def test_level_one_is_the_3755_characters():
 
 def test_faces():
     assert len({face.name for face in FACES}) == len(FACES) >= 8
-    for source in hanzi_fonts.CLIENTS:
+    for source in fetching.CLIENTS:
         # On a machine without Debian's packages, or without npm, there is still what the examples need.
         assert {face.held_out for face in FACES if face.source == source} == {True, False}
     held_out = {face.style for face in FACES if face.held_out}
@@ -217,7 +212,7 @@ def test_wrong_fonts(damage, fonts, tmp_path, run_example):
     damage(folder)
     with pytest.raises(FontsError, match=WRONG_FONTS[damage]):
         read_manifest(folder)
-    result = run_example(torch_hanzi, *small(folder, tmp_path / "cache", tmp_path / "out"))
+    result = run_example(train_torch, *small(folder, tmp_path / "cache", tmp_path / "out"))
     assert result.exit_code == 2
     assert "'--fonts': " in result.stderr
     assert "make fonts" in result.stderr
@@ -234,7 +229,7 @@ def npm_face(face, held_out=False):
 @pytest.fixture
 def registry(tmp_path, monkeypatch):
     """A registry in place of npm's, with packages of two faces. Returns the list of what was asked for."""
-    monkeypatch.setattr(hanzi_fonts, "level_one", lambda: CHARACTERS)
+    monkeypatch.setattr(fetching, "level_one", lambda: CHARACTERS)
     asked = []
 
     def fetch_archive(source, package, folder):
@@ -251,15 +246,15 @@ def registry(tmp_path, monkeypatch):
                 entry = tarfile.TarInfo(f"package/{file}")
                 entry.size = len(content)
                 archive.addfile(entry, io.BytesIO(content))
-        return hanzi_fonts.Archive("1.2", "checksum", folder / "package.tgz")
+        return fetching.Archive("1.2", "checksum", folder / "package.tgz")
 
-    monkeypatch.setattr(hanzi_fonts, "fetch_archive", fetch_archive)
-    monkeypatch.setattr(hanzi_fonts, "FACES", (npm_face(1), npm_face(2, held_out=True)))
+    monkeypatch.setattr(fetching, "fetch_archive", fetch_archive)
+    monkeypatch.setattr(fetching, "FACES", (npm_face(1), npm_face(2, held_out=True)))
     return asked
 
 
 def test_fetched_once(registry, run_example, tmp_path):
-    first = run_example(hanzi_fonts, "--output", tmp_path / "fonts")
+    first = run_example(fetching, "--output", tmp_path / "fonts")
     assert first.exit_code == 0, first.output
     assert "2 of 2 faces are in " in first.output
     assert registry == ["web-1", "web-2"]
@@ -270,13 +265,13 @@ def test_fetched_once(registry, run_example, tmp_path):
     assert (tmp_path / "fonts" / "web-1" / "licence.txt").read_bytes() == b"none"
 
     (tmp_path / "fonts" / "web-2" / "2-1.ttf").write_bytes(b"torn")
-    assert run_example(hanzi_fonts, "--output", tmp_path / "fonts").exit_code == 0
+    assert run_example(fetching, "--output", tmp_path / "fonts").exit_code == 0
     assert registry == ["web-1", "web-2", "web-2"]
     assert len(read_manifest(tmp_path / "fonts")) == 2
 
 
 def test_an_interrupted_fetch_goes_on(registry, run_example, tmp_path, monkeypatch):
-    fetch_archive = hanzi_fonts.fetch_archive
+    fetch_archive = fetching.fetch_archive
 
     def interrupted(source, package, folder):
         if package == "web-2":
@@ -284,10 +279,10 @@ def test_an_interrupted_fetch_goes_on(registry, run_example, tmp_path, monkeypat
         return fetch_archive(source, package, folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hanzi_fonts, "fetch_archive", interrupted)
-        assert run_example(hanzi_fonts, "--output", tmp_path).exit_code != 0
+        patch.setattr(fetching, "fetch_archive", interrupted)
+        assert run_example(fetching, "--output", tmp_path).exit_code != 0
     assert registry == ["web-1"]
-    assert run_example(hanzi_fonts, "--output", tmp_path).exit_code == 0
+    assert run_example(fetching, "--output", tmp_path).exit_code == 0
     assert registry == ["web-1", "web-2"]
 
 
@@ -302,13 +297,13 @@ def test_files_of_a_debian_package(tmp_path):
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_text(content)
     subprocess.run(["dpkg-deb", "--build", root, tmp_path / "face.deb"], check=True, stdout=subprocess.DEVNULL)
-    found = hanzi_fonts.matching(tmp_path / "face.deb", "*/truetype/*.tt[fc]", "*/doc/face/copyright")
+    found = fetching.matching(tmp_path / "face.deb", "*/truetype/*.tt[fc]", "*/doc/face/copyright")
     assert sorted(found) == [("copyright", b"none"), ("face.ttf", b"font")]
 
 
 def test_a_font_that_lacks_characters_is_refused(registry, run_example, tmp_path, monkeypatch):
-    monkeypatch.setattr(hanzi_fonts, "level_one", lambda: level_one()[:14])
-    result = run_example(hanzi_fonts, "--output", tmp_path / "fonts")
+    monkeypatch.setattr(fetching, "level_one", lambda: level_one()[:14])
+    result = run_example(fetching, "--output", tmp_path / "fonts")
     assert result.exit_code == 1
     assert f"not fetched: web-1: version 1.2 lacks 2 of the characters: {level_one()[12:14]}" in result.output
     assert "at least one face to train on and one to test on" in result.output
@@ -318,8 +313,8 @@ def test_a_font_that_lacks_characters_is_refused(registry, run_example, tmp_path
 @pytest.mark.usefixtures("registry")
 def test_a_package_without_the_files(run_example, tmp_path, monkeypatch):
     face = npm_face(1)._replace(files="package/files/1-*.woff")
-    monkeypatch.setattr(hanzi_fonts, "FACES", (face, npm_face(2)))
-    result = run_example(hanzi_fonts, "--output", tmp_path / "fonts")
+    monkeypatch.setattr(fetching, "FACES", (face, npm_face(2)))
+    result = run_example(fetching, "--output", tmp_path / "fonts")
     assert "not fetched: web-1: version 1.2 has no file package/files/1-*.woff" in result.output
     assert "1 of 2 faces are in " in result.output
     assert result.exit_code == 1  # none to test on
@@ -327,15 +322,15 @@ def test_a_package_without_the_files(run_example, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("source", "needed"), [("npm", "needs npm"), ("debian", "needs apt-get and dpkg-deb")])
 def test_no_client(source, needed, tmp_path, monkeypatch):
-    monkeypatch.setattr(hanzi_fonts.shutil, "which", lambda client: None)
+    monkeypatch.setattr(fetching.shutil, "which", lambda client: None)
     with pytest.raises(FontsError, match=needed):
-        hanzi_fonts.fetch_archive(source, "package", tmp_path)
+        fetching.fetch_archive(source, "package", tmp_path)
 
 
 def test_a_client_that_fails(tmp_path):
     code = "import sys; print('npm error 404', file=sys.stderr); print('last', file=sys.stderr); sys.exit(1)"
     with pytest.raises(FontsError, match=r"failed: npm error 404"):
-        hanzi_fonts.run_client([sys.executable, "-c", code], tmp_path)
+        fetching.run_client([sys.executable, "-c", code], tmp_path)
 
 
 # --- Pictures -------------------------------------------------------------------------------------------------------
@@ -384,7 +379,7 @@ def between(low, values, high):
 
 
 def test_grids_are_shifted_turned_scaled_and_bent():
-    grid = hanzi_images.bent_grid(400, np.random.default_rng(0)).astype(np.float64).reshape(800, -1)
+    grid = images.bent_grid(400, np.random.default_rng(0)).astype(np.float64).reshape(800, -1)
     plain = np.stack([np.ones((32, 32)), *np.meshgrid(*2 * [np.linspace(-1, 1, 32)], indexing="ij")]).reshape(3, -1)
     fit, *_ = np.linalg.lstsq(plain.T, grid.T)
     centre, down, across = fit.reshape(3, 400, 2).transpose(0, 2, 1)
@@ -417,7 +412,7 @@ def test_a_row_is_the_picture_of_its_hand(hands, cache):
 def test_pictures_are_kept(hands, cache, monkeypatch):
     samples = Samples(hands, 7, cache)
     first = samples.batch(np.arange(36), 0)[0]
-    monkeypatch.setattr(hanzi_images, "distort", None)
+    monkeypatch.setattr(images, "distort", None)
     np.testing.assert_array_equal(Samples(hands, 7, cache).batch(np.arange(36), 0)[0], first)
 
 
@@ -559,7 +554,7 @@ def losses(output, loss="uniform"):
 def test_run(example, runs):
     folder, printed = runs
     text = printed[name(example)]
-    picture = folder / name(example) / "hanzi.png"
+    picture = folder / name(example) / "characters.png"
     assert text.endswith(f"wrote {picture}\n")
     words = " ".join(text.split())
     assert "12 characters: 24 of 2 hands to train on, 12 of 1 unseen fonts to test on; 4 distorted pictures" in words
@@ -568,7 +563,7 @@ def test_run(example, runs):
     assert "nan" not in text
     assert 0.7 < imread(picture)[..., :3].mean() < 0.999
     result = json.loads((folder / name(example) / "linear" / "result.json").read_text())
-    assert result["metrics"]["unseen fonts"].keys() == hanzi_common.METRICS.keys()
+    assert result["metrics"]["unseen fonts"].keys() == common.METRICS.keys()
     by_hand = result["by_hand"]["unseen fonts"]
     assert {hand: np.float32(accuracy) for hand, accuracy in by_hand.items()} == {
         "Face 2": np.float32(result["metrics"]["unseen fonts"]["accuracy"])
@@ -623,21 +618,21 @@ def test_bad_options(example, bad, fonts, cache, run_example, tmp_path, monkeypa
 
 
 def test_characters_that_a_font_lacks(fonts, cache, run_example, tmp_path):
-    result = run_example(torch_hanzi, *small(fonts, cache, tmp_path / "out"), "--characters", "13")
+    result = run_example(train_torch, *small(fonts, cache, tmp_path / "out"), "--characters", "13")
     assert result.exit_code == 2
     assert f"Face 0 lacks the character {level_one()[12]}" in " ".join(result.stderr.split())
 
 
 def test_no_face_that_is_held_out(fonts, cache, run_example, tmp_path):
     folder = shutil.copytree(fonts, tmp_path / "fonts")
-    hanzi_fonts.write_manifest(folder, [face._replace(held_out=False) for face in read_manifest(fonts)])
-    result = run_example(torch_hanzi, *small(folder, cache, tmp_path / "out"))
+    fetching.write_manifest(folder, [face._replace(held_out=False) for face in read_manifest(fonts)])
+    result = run_example(train_torch, *small(folder, cache, tmp_path / "out"))
     assert result.exit_code == 2
     assert "needs a face to train on and one that is held out" in result.stderr
 
 
 def test_handwriting(gnt, fonts, cache, run_example, tmp_path):
-    printed = train(torch_hanzi, run_example, fonts, cache, tmp_path / "out", "--loss", "clamp", "--gnt", str(gnt))
+    printed = train(train_torch, run_example, fonts, cache, tmp_path / "out", "--loss", "clamp", "--gnt", str(gnt))
     assert "6 writers, 1 held out, 72 samples; left out: 0 of other characters, 0 blank" in printed
     assert "84 of 7 hands to train on, 12 of 1 unseen fonts, 12 of 1 unseen writers" in " ".join(printed.split())
     assert "Characters of unseen writers" in printed
@@ -651,13 +646,13 @@ def test_damaged_handwriting(gnt, fonts, cache, run_example, tmp_path):
     path.write_bytes(content[:-5])
     last = len(content) - 10 - scanned(CHARACTERS[-1], 1).size
     options = small(fonts, cache, tmp_path / "out", "--loss", "none", "--gnt", str(gnt))
-    refused = run_example(torch_hanzi, *options)
+    refused = run_example(train_torch, *options)
     assert refused.exit_code == 2
     said = " ".join(refused.stderr.split())
     assert f"1 of 6 files are damaged: {path}: the sample at byte {last} is cut off: " in said
     assert "11 samples before it are whole" in said
     assert "--keep-damaged" in said
-    kept = run_example(torch_hanzi, *options, "--keep-damaged")
+    kept = run_example(train_torch, *options, "--keep-damaged")
     assert kept.exit_code == 0, kept.output
     assert "6 writers, 1 held out, 71 samples" in kept.output
     assert f"damaged: {path}: the sample at byte {last} is cut off: " in kept.output
@@ -678,9 +673,9 @@ def options(module):
 
 def test_pair_mirrors():
     # torch's optimizer is given the rate of each step, Optax's has them all; torch's batch norm is not Flax's.
-    in_jax = [each for each in definitions(jax_hanzi) if each != "make_transformation"]
-    assert in_jax == [each for each in definitions(torch_hanzi) if each != "BatchNorm"]
-    assert options(jax_hanzi) == options(torch_hanzi)
+    in_jax = [each for each in definitions(train_jax) if each != "make_transformation"]
+    assert in_jax == [each for each in definitions(train_torch) if each != "BatchNorm"]
+    assert options(train_jax) == options(train_torch)
 
 
 @pytest.mark.parametrize("shape", [(4, 2, 2, 3), (4, 3)], ids=["maps", "features"])
@@ -688,12 +683,12 @@ def test_batch_norms_are_one(shape):
     """Also what is kept for testing: the variance of n values is their mean square in both, not n / (n - 1) of it."""
     in_jax = nnx.BatchNorm(
         3,
-        momentum=1 - hanzi_common.NORM_SHARE,
-        epsilon=hanzi_common.NORM_EPSILON,
+        momentum=1 - common.NORM_SHARE,
+        epsilon=common.NORM_EPSILON,
         use_fast_variance=False,
         rngs=nnx.Rngs(0),
     )
-    in_torch = torch_hanzi.BatchNorm(3)
+    in_torch = train_torch.BatchNorm(3)
     random = np.random.default_rng(0)
     for training in (True, True, True, False):
         for norm in (in_jax, in_torch):
@@ -708,32 +703,32 @@ def test_batch_norms_are_one(shape):
 
 
 def test_learning_rates_rise_and_fall():
-    rates = hanzi_common.learning_rates(64)
+    rates = common.learning_rates(64)
     assert rates.dtype == np.float32
     assert np.all(np.diff(rates[:4]) > 0)
     assert np.all(np.diff(rates[4:]) < 0)
-    assert rates.max() <= hanzi_common.PEAK_LEARNING_RATE
-    assert len(hanzi_common.learning_rates(1)) == 1
+    assert rates.max() <= common.PEAK_LEARNING_RATE
+    assert len(common.learning_rates(1)) == 1
 
 
 def report(run_example, folder, fonts, cache, output, *more):
-    arguments = {"jax": folder / "jax_hanzi", "torch": folder / "torch_hanzi", "fonts": fonts, "cache": cache}
+    arguments = {"jax": folder / "train_jax", "torch": folder / "train_torch", "fonts": fonts, "cache": cache}
     arguments |= {"output": output, "replicas": 2}
     return run_example(
-        hanzi_report, *(text for option, value in arguments.items() for text in (f"--{option}", value)), *more
+        reporting, *(text for option, value in arguments.items() for text in (f"--{option}", value)), *more
     )
 
 
 @pytest.mark.slow
 def test_report(runs, fonts, cache, run_example, tmp_path):
     documentation = tmp_path / "page.md"
-    documentation.write_text("<!-- examples.hanzi_report: begin -->\n<!-- examples.hanzi_report: end -->\n")
+    documentation.write_text("<!-- examples.characters.report: begin -->\n<!-- examples.characters.report: end -->\n")
     result = report(run_example, runs[0], fonts, cache, tmp_path, "--page", documentation)
     assert result.exit_code == 0, (result.output, result.exception)
     last = result.stdout.splitlines()[-1]
     assert last.startswith("AGREE: at most ")
     assert last.endswith("in 4 pairs, first 10 steps")
-    page = (tmp_path / "hanzi.html").read_text(encoding="utf-8")
+    page = (tmp_path / "characters.html").read_text(encoding="utf-8")
     assert page.index("AGREE") < page.index("<h2>")
     pictures = sorted(path.name for path in tmp_path.glob("*.png"))
     assert pictures == [
@@ -746,7 +741,7 @@ def test_report(runs, fonts, cache, run_example, tmp_path):
         assert 0.4 < imread(path)[..., :3].mean() < 0.99, path
 
     written = documentation.read_text(encoding="utf-8")
-    assert "`python -m examples.hanzi_report --page " in written
+    assert "`python -m examples.characters.report --page " in written
     assert f"`{last}`" in written
     both = [runs[0] / name(example) for example in PAIR]
     results = [json.loads((folder / "linear" / "result.json").read_text()) for folder in both]
@@ -763,31 +758,31 @@ def test_report(runs, fonts, cache, run_example, tmp_path):
 
 @pytest.mark.slow
 def test_a_wrong_loss_disagrees(runs, fonts, cache, run_example, tmp_path, monkeypatch):
-    shutil.copytree(runs[0] / "jax_hanzi", tmp_path / "jax_hanzi")
-    right = torch_hanzi.make_loss
+    shutil.copytree(runs[0] / "train_jax", tmp_path / "train_jax")
+    right = train_torch.make_loss
     wrong = {"uniform": "non_target"}
-    monkeypatch.setattr(torch_hanzi, "make_loss", lambda loss, *others: right(wrong.get(loss, loss), *others))
-    train(torch_hanzi, run_example, fonts, cache, tmp_path / "torch_hanzi", *TWO)
+    monkeypatch.setattr(train_torch, "make_loss", lambda loss, *others: right(wrong.get(loss, loss), *others))
+    train(train_torch, run_example, fonts, cache, tmp_path / "train_torch", *TWO)
     result = report(run_example, tmp_path, fonts, cache, tmp_path / "page")
     assert result.exit_code == 1, (result.output, result.exception)
     assert result.stdout.splitlines()[-1].startswith("DISAGREE from step 0 (uniform, JAX and torch): difference ")
-    assert 'class="verdict disagree"' in (tmp_path / "page" / "hanzi.html").read_text(encoding="utf-8")
+    assert 'class="verdict disagree"' in (tmp_path / "page" / "characters.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
 def test_report_refuses_what_does_not_belong_together(runs, fonts, cache, run_example, tmp_path):
     folder = shutil.copytree(runs[0], tmp_path / "runs")
-    file = folder / "torch_hanzi" / "linear" / "options.json"
+    file = folder / "train_torch" / "linear" / "options.json"
     changed = json.loads(file.read_text()) | {"seed": 3}
     file.write_text(json.dumps(changed))
     result = report(run_example, folder, fonts, cache, tmp_path / "page")
     assert result.exit_code == 2
     assert "has other options than the other runs" in " ".join(result.stderr.split())
-    (folder / "torch_hanzi" / "uniform" / "result.json").unlink()
+    (folder / "train_torch" / "uniform" / "result.json").unlink()
     assert "is not done. Give its command again." in " ".join(
         report(run_example, folder, fonts, cache, tmp_path / "page").stderr.split()
     )
-    shutil.rmtree(folder / "jax_hanzi")
+    shutil.rmtree(folder / "train_jax")
     assert "no loss has runs in both" in " ".join(
         report(run_example, folder, fonts, cache, tmp_path / "page").stderr.split()
     )
@@ -813,7 +808,7 @@ def test_goes_on_as_if_nothing_had_happened(example, loss, runs, fonts, cache, r
     def training_batch(data, options, step):
         if step == 7:
             raise StopError
-        return hanzi_common.training_batch(data, options, step)
+        return common.training_batch(data, options, step)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(example, "training_batch", training_batch)
@@ -847,7 +842,7 @@ def test_kill_9(example, fonts, cache, run_example, tmp_path):
     arguments = [*TWO, "--steps", "60"]
     output, whole = tmp_path / "killed", tmp_path / "whole"
     command = [sys.executable, "-m", example.__name__, *small(fonts, cache, output), *arguments]
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     file = output / "linear" / "losses.jsonl"
@@ -881,22 +876,22 @@ def test_all_losses_agree(fonts, cache, run_example, tmp_path):
 @pytest.mark.slow
 @pytest.mark.usefixtures("optax_promotion")
 def test_characters_in_the_study_of_smoothing(fonts, cache, monkeypatch):
-    """The task of smoothing_study: unseen fonts are halved, and batch norms use what they have seen."""
-    monkeypatch.setattr(study_tasks, "CHARACTERS_BATCH_SIZE", 8)
-    sources = hanzi_common.Sources(fonts, None, False, cache)
-    task = study_tasks.characters_task(sources, Console(quiet=True), len(CHARACTERS), steps=12)
+    """The task of the study: unseen fonts are halved, and batch norms use what they have seen."""
+    monkeypatch.setattr(tasks, "CHARACTERS_BATCH_SIZE", 8)
+    sources = common.Sources(fonts, None, False, cache)
+    task = tasks.characters_task(sources, Console(quiet=True), len(CHARACTERS), steps=12)
     data = task.data(0)
     assert (len(data.train.labels), len(data.calibration.labels), len(data.test.labels)) == (24, 6, 6)
     assert {*data.calibration.labels, *data.test.labels} == {*range(12)}
-    trained = study_tasks.look_at(study_tasks.train(task, data, 0, "uniform", 0.1), data)
-    measures = study_tasks.measure(task, trained)
+    trained = tasks.look_at(tasks.train(task, data, 0, "uniform", 0.1), data)
+    measures = tasks.measure(task, trained)
     assert all(np.isfinite(list(measures.values())))
     weight, bias = map(np.asarray, trained.layer)
     right = np.argmax(trained.test.inputs @ weight + bias, axis=-1) == data.test.labels
     assert measures["accuracy"] == pytest.approx(right.mean(), rel=1e-6)
     # A picture has the same features beside blank ones: batch norms use what they have seen in training.
     blank = data.test._replace(inputs=data.test.inputs * (np.arange(6) == 0)[:, None, None])
-    network = study_tasks.train(task, data, 0, "uniform", 0.1)
-    again = study_tasks.look_at(network, data._replace(test=blank))
+    network = tasks.train(task, data, 0, "uniform", 0.1)
+    again = tasks.look_at(network, data._replace(test=blank))
     np.testing.assert_array_equal(again.test.inputs[0], trained.test.inputs[0])
     assert np.any(again.test.inputs[1] != trained.test.inputs[1])

@@ -1,4 +1,4 @@
-"""Reads handwritten characters from the .gnt files of CASIA-HWDB, for jax_hanzi and torch_hanzi.
+"""Reads handwritten characters from the .gnt files of CASIA-HWDB, for train_jax and train_torch.
 
 A file is a row of samples, by one writer in HWDB 1.0 to 1.2:
 
@@ -25,8 +25,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from examples.hanzi_fonts import level_one
-from examples.hanzi_images import VERSION, Hand, Labels, cached, checksum, field_of
+from examples.characters.fonts import level_one
+from examples.characters.images import VERSION, Hand, Labels, cached, checksum, field_of
 
 HEADER = struct.Struct("<I2sHH")
 HELD_OUT_EVERY = 5  # writers

@@ -7,11 +7,12 @@ import pytest
 from scipy import stats
 from typer.testing import CliRunner
 
-from examples import smoothing_study, study_tasks
-from examples.smoothing_study import CONVENTIONS, SETTINGS, Results, app, read_lines
-from examples.study_measures import Difference, fit_temperature, paired, spread
-from examples.study_report import MEASURES, NONE, USUAL, Setting, compare, distillation_table, judge, table_of
-from examples.study_tasks import Part, digits_task, scaled_stats
+from examples.study import tasks
+from examples.study import train as study
+from examples.study.measures import Difference, fit_temperature, paired, spread
+from examples.study.report import MEASURES, NONE, USUAL, Setting, compare, distillation_table, judge, table_of
+from examples.study.tasks import Part, digits_task, scaled_stats
+from examples.study.train import CONVENTIONS, SETTINGS, Results, app, read_lines
 
 pytestmark = pytest.mark.usefixtures("optax_promotion", "one_thread")
 
@@ -140,16 +141,16 @@ def test_students_are_compared_at_one_temperature():
 def few(monkeypatch):
     """A study of seconds: two settings of one task, and no distillation."""
     task = digits_task("few digits", train_rows=64, epochs=1)
-    monkeypatch.setattr(smoothing_study, "make_tasks", lambda *given: {"few": task})
-    monkeypatch.setattr(smoothing_study, "SETTINGS", (NONE, USUAL))
-    monkeypatch.setattr(smoothing_study, "CONVENTIONS", ())
+    monkeypatch.setattr(study, "make_tasks", lambda *given: {"few": task})
+    monkeypatch.setattr(study, "SETTINGS", (NONE, USUAL))
+    monkeypatch.setattr(study, "CONVENTIONS", ())
     made = [{"role": "teacher", "smoothing": s, "temperature": 0, "accuracy": 0.5} for s in (0.0, 0.1)]
     made += [
         {"role": "student", "smoothing": s, "temperature": t, "accuracy": 0.5}
         for s in (0.0, 0.1)
         for t in (0, 1, 2, 4, 8)
     ]
-    monkeypatch.setattr(smoothing_study, "distilled", lambda epochs, seed: iter(made))
+    monkeypatch.setattr(study, "distilled", lambda epochs, seed: iter(made))
 
 
 def run(*options):
@@ -161,7 +162,7 @@ def run(*options):
 @pytest.mark.slow
 def test_a_study_that_was_stopped_goes_on(few, tmp_path, monkeypatch):
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- examples.smoothing_study: begin -->\n<!-- examples.smoothing_study: end -->\nafter\n")
+    page.write_text("before\n<!-- examples.study.train: begin -->\n<!-- examples.study.train: end -->\nafter\n")
     run("--seeds", 2, "--output", tmp_path)
     path = tmp_path / "results.jsonl"
     content = path.read_text()
@@ -170,15 +171,15 @@ def test_a_study_that_was_stopped_goes_on(few, tmp_path, monkeypatch):
     path.write_text("".join(lines[:3]) + lines[3][:10])  # as a kill may leave it
 
     trained = []
-    train = study_tasks.train
-    monkeypatch.setattr(smoothing_study, "train", lambda *given: trained.append(given[2:]) or train(*given))
+    train = tasks.train
+    monkeypatch.setattr(study, "train", lambda *given: trained.append(given[2:]) or train(*given))
     output = run("--seeds", 2, "--output", tmp_path, "--page", page)
     assert trained == [(1, "uniform", 0.1)]
     assert path.read_text() == content
     assert "Uniform smoothing of 0.1 against none, 2 seeds" in output
     assert f"{page}" in output.replace("\n", "")
     written = page.read_text()
-    begin = "before <!-- examples.smoothing_study: begin --> `python -m examples.smoothing_study --seeds 2 --page "
+    begin = "before <!-- examples.study.train: begin --> `python -m examples.study.train --seeds 2 --page "
     assert " ".join(written.split()).startswith(begin)
     assert "\n\nUniform smoothing of 0.1 against none, 2 seeds:\n" in written
     assert "| uniform 0.1 | " in written
@@ -213,13 +214,13 @@ def test_one_seed_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_the_quick_study_runs(tmp_path, monkeypatch):
-    """All tasks but the characters, for which there are no fonts here; test_examples_hanzi.py has these."""
-    make_tasks = smoothing_study.make_tasks
+    """All tasks but the characters, for which there are no fonts here; test_characters.py has these."""
+    make_tasks = study.make_tasks
 
     def without_characters(*given):
         return {name: task for name, task in make_tasks(*given).items() if name != "characters"}
 
-    monkeypatch.setattr(smoothing_study, "make_tasks", without_characters)
+    monkeypatch.setattr(study, "make_tasks", without_characters)
     output = run("--quick", "--seeds", 2, "--output", tmp_path, "--cache", tmp_path)
     titles = ("200 digits", "1000 digits", "400 digits, a fifth of them mislabelled", "a language model, 2048 tokens")
     for title in titles:

@@ -1,0 +1,1 @@
+"""Does label smoothing help? A study of five tasks. docs/does-it-help.md."""
