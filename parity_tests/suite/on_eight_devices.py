@@ -30,7 +30,7 @@ from parity_tests.studies.sameness import FARTHER, NOISE, RERUNS
 from parity_tests.suite.added_smoothing import bounds_of_added
 from parity_tests.suite.chosen import CHOSEN, EDGES
 from parity_tests.suite.jax_results import STATISTICS_DTYPES
-from parity_tests.suite.test_stats import assert_statistics
+from parity_tests.suite.stats_truth import assert_statistics
 from parity_tests.truth.bounds import error_bound
 from parity_tests.truth.cases import Case, LinearCase, case_names, make_case, random_case
 from parity_tests.truth.comparison import Comparison, Parts, against_oracle, bounds_of, error_over_bound

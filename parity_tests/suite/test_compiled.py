@@ -36,9 +36,10 @@ from parity_tests.losses.compiled import (
 )
 from parity_tests.losses.registry import make_adapter
 from parity_tests.plugin import Recorder
-from parity_tests.truth.cases import Case, case_names, features
+from parity_tests.suite.programs import combination, result_bytes
+from parity_tests.truth.cases import case_names, features
 from parity_tests.truth.devices import DEVICES
-from parity_tests.truth.linear_cases import LinearCase, linear_case_names, make_any_case
+from parity_tests.truth.linear_cases import linear_case_names, make_any_case
 
 pytestmark = pytest.mark.devices
 NEEDED = {
@@ -62,14 +63,6 @@ FEW = {
 }
 
 
-def combination(name: str) -> tuple[Any, ...]:
-    """Return the options of a case as far as they change more than the last step of a loss, its reduction."""
-    case = make_any_case(name, "bfloat16")
-    # Terms of the loss vanish without smoothing, and with all of it.
-    end = case.smoothing if isinstance(case.smoothing, float) and case.smoothing in (0.0, 1.0) else None
-    return features(case), end, getattr(case, "weight_dtype", None)
-
-
 def on(device: str, *program: Any, slow: bool = False) -> Any:
     """Return the parameters of a test that needs the compiler of a device."""
     return pytest.param(device, *program, marks=[NEEDED[device[:3]], *([pytest.mark.slow] if slow else [])])
@@ -86,17 +79,6 @@ def programs(names: list[str], adapters: list[str]) -> list[Any]:
         for name in names
         for dtype in DTYPES[device[:3]]
     ]
-
-
-def result_bytes(case: Case) -> int:
-    """Return what loss and gradients take."""
-    parts = {"loss": case.batch_shape if case.options.get("reduction", "none") == "none" else ()}
-    if isinstance(case, LinearCase):
-        operands = {"hidden": case.hidden, "weight": case.weight, "bias": case.bias}
-        parts |= {name: operand.shape for name, operand in operands.items() if operand is not None}
-    else:
-        parts["gradient"] = case.logits.shape
-    return sum(int(np.prod(shape)) * jnp.dtype(case.result_dtypes[name]).itemsize for name, shape in parts.items())
 
 
 @lru_cache

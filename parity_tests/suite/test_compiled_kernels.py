@@ -23,7 +23,7 @@ from parity_tests.losses.adapters import JaxAdapter
 from parity_tests.losses.compiled import REMEDY, TOPOLOGIES, Compiler, Figures, StatisticsAdapter, has_libtpu
 from parity_tests.losses.pallas import DTYPES, PallasAdapter
 from parity_tests.plugin import Recorder
-from parity_tests.suite.test_compiled import combination, result_bytes
+from parity_tests.suite.programs import combination, result_bytes
 from parity_tests.truth.cases import Case, case_names, make_case
 
 pytestmark = [

@@ -13,7 +13,7 @@ from parity_tests.losses.sharded import on_shards
 from parity_tests.losses.sharded_torch import PROCESSES, processes, run_on_ranks, same
 from parity_tests.suite import on_meshes
 from parity_tests.suite.on_meshes import Layout
-from parity_tests.suite.test_stats import assert_statistics
+from parity_tests.suite.stats_truth import assert_statistics
 from parity_tests.truth.cases import Case, make_case
 from parity_tests.truth.comparison import AnyResult, against_oracle
 from parity_tests.truth.linear_cases import linear_case_names, make_linear_case, with_logits

@@ -19,7 +19,7 @@ from parity_tests.losses.adapters import JaxAdapter
 from parity_tests.losses.sharded import arithmetic_on, on_shards
 from parity_tests.losses.workers import WorkerError, Workers
 from parity_tests.suite import on_jax_processes
-from parity_tests.suite.test_stats import assert_statistics
+from parity_tests.suite.stats_truth import assert_statistics
 from parity_tests.truth.cases import Case, case_names, features, make_case, random_case
 from parity_tests.truth.comparison import AnyResult, against_oracle
 from parity_tests.truth.linear_cases import linear_case_names, make_linear_case

@@ -26,7 +26,7 @@ from parity_tests.losses.registry import make_adapter
 from parity_tests.plugin import Recorder
 from parity_tests.studies.power import HARMLESS, HIDDEN_BY_ROUNDING, trials
 from parity_tests.suite.jax_results import statistics_of
-from parity_tests.suite.test_stats import assert_statistics
+from parity_tests.suite.stats_truth import assert_statistics
 from parity_tests.suite.wrong_losses import WRONG_LOSSES
 from parity_tests.truth.arithmetic import any_order
 from parity_tests.truth.cases import Case, case_names, features, make_case, random_case

@@ -1,7 +1,7 @@
 """What loss and gradient send between devices: compiled programs against the model of docs/scaling.md.
 
 Programs are compiled for virtual devices of a CPU here, and with the marker `devices` for slices of TPUs and a host of
-GPUs. tests/test_scaling.py has what needs no compiler.
+GPUs. tests/test_scaling_model.py has what needs no compiler.
 """
 
 from dataclasses import replace

@@ -16,28 +16,12 @@ import torch
 import lsce_jax
 import lsce_torch
 from lsce_spec import IMPLEMENTATIONS
-from parity_tests.losses.adapters import JaxAdapter, TorchAdapter, operands_of, to_torch
 from parity_tests.suite.chosen import CHOSEN
-from parity_tests.suite.jax_results import STATISTICS_DTYPES, Statistics, statistics_of
+from parity_tests.suite.jax_results import STATISTICS_DTYPES, statistics_of
 from parity_tests.suite.jax_results import statistics as jax_statistics
-from parity_tests.truth.arithmetic import Arithmetic
-from parity_tests.truth.bounds import error_bound
-from parity_tests.truth.cases import Case, case_names, is_class, make_case
-from parity_tests.truth.model import model_bound, solve_model
-from parity_tests.truth.oracle import solve
-from parity_tests.truth.precision import FORMATS, compute_dtype, round_to
-
-ARITHMETIC = {"jax": JaxAdapter().arithmetic, "torch": TorchAdapter().arithmetic}
-
-
-def torch_statistics(implementation: str, case: Case) -> Statistics:
-    arrays, options = operands_of(case)
-    arrays.pop("upstream")
-    tensors = {name: to_torch(value) for name, value in arrays.items()}
-    loss, stats = lsce_torch.label_smoothed_cross_entropy_with_stats(
-        **tensors, **options, implementation=implementation
-    )
-    return loss.numpy(), {name: value.numpy().reshape(-1) for name, value in stats._asdict().items()}
+from parity_tests.suite.stats_truth import ARITHMETIC, assert_entropy, assert_statistics, torch_statistics
+from parity_tests.truth.cases import case_names, make_case
+from parity_tests.truth.precision import round_to
 
 
 # JAX has compiled the same for the tests of the losses (jax_results.py). As there, most in bfloat16 are slow tests.
@@ -53,96 +37,6 @@ def test_statistics(name: str, framework: str, implementation: str, dtype: str) 
         jax_statistics(implementation, name, dtype) if framework == "jax" else torch_statistics(implementation, case)
     )
     assert_statistics(case, loss, stats, ARITHMETIC[framework])
-
-
-def assert_statistics(case: Case, loss: Any, stats: dict[str, Any], arithmetic: Arithmetic) -> None:
-    """Hold the statistics of a case against the truth."""
-    dtype = case.dtype
-    for field, values in stats.items():
-        if field == "prediction":
-            assert values.dtype.name in {"int32", "int64"}
-        else:
-            assert values.dtype.name == ("bool" if field in {"correct", "valid"} else compute_dtype(dtype)), field
-    counted = solve(replace(case, options={**case.options, "reduction": "none"})).counted
-    divided_by_zero = case.options.get("denominator") == 0
-    if divided_by_zero:
-        counted = np.zeros_like(counted)
-    assert np.array_equal(stats["valid"], counted)
-
-    plain = {**case.options, "reduction": "none", "z_loss": 0.0}
-    plain.pop("denominator", None)
-    smoothed = replace(case, options=plain)
-    unsmoothed = replace(
-        case,
-        options={**plain, "convention": "uniform", "subtract_entropy": False},
-        smoothing=0.0,
-        class_weight=None,
-        prior=None,
-    )
-    assert_within(stats["smoothed"], smoothed, counted, arithmetic)
-    nll_bound = assert_within(stats["nll"], unsmoothed, counted, arithmetic)
-
-    assert_entropy(case, stats["entropy"], counted, arithmetic)
-    exact_lse, confidence, prediction, correct = expected_lse_and_guess(case, counted)
-    assert np.array_equal(stats["prediction"], prediction)
-    roundoff = FORMATS[compute_dtype(dtype)].roundoff
-    known = np.isfinite(nll_bound)
-    bound = nll_bound + 4 * roundoff * (np.abs(exact_lse) + np.max(np.abs(finite_rows(case)), axis=-1, initial=0))
-    assert np.all(np.abs(stats["lse"] - exact_lse)[known] <= bound[known])
-    # What is off in the log-sum-exp, which the nll holds too, is off in the confidence as a factor.
-    factor = np.expm1(nll_bound[known]) + 4 * roundoff
-    assert np.all(np.abs(stats["confidence"] - confidence)[known] <= factor * confidence[known])
-    assert np.array_equal(stats["correct"], correct)
-
-    z_loss = np.float32(case.options.get("z_loss", 0.0))
-    assert np.all(np.abs(stats["z"] - z_loss * stats["lse"] ** 2) <= 3 * roundoff * np.abs(stats["z"]))
-    if case.options.get("reduction", "none") == "none":
-        total = stats["smoothed"] + stats["z"]
-        same = np.isnan(total) & np.isnan(loss.ravel())
-        with np.errstate(invalid="ignore"):
-            error = np.abs(loss.ravel() - total)
-        assert np.all(same | (loss.ravel() == total) | (error <= 2 * roundoff * (np.abs(total) + stats["z"])))
-
-
-def assert_entropy(case: Case, entropy: Any, counted: Any, arithmetic: Arithmetic) -> None:
-    """Hold the entropies of rows against the truth."""
-    error = solve_model(case).entropy.error_of(entropy.astype(np.float64))
-    assert np.all((error <= model_bound(case, arithmetic).entropy)[counted])
-    assert np.all(entropy[~counted] == 0)
-
-
-def assert_within(values: Any, case: Case, counted: Any, arithmetic: Arithmetic) -> Any:
-    """Hold values of rows against the losses of a case; return the bound."""
-    truth = solve(case)
-    bound = error_bound(case, truth, arithmetic).loss
-    error = truth.loss.error_of(values.astype(np.float64))
-    assert np.all((error <= bound)[counted] | (error == 0)[counted])
-    assert np.all(values[~counted] == 0)
-    return bound
-
-
-def finite_rows(case: Case) -> Any:
-    rows = case.rows()
-    kept = np.where(rows.allowed & rows.counted[:, None], rows.logits, 0)
-    return np.where(np.isfinite(kept), kept, 0)
-
-
-def expected_lse_and_guess(case: Case, counted: Any) -> tuple[Any, Any, Any, Any]:
-    """Return the log-sum-exp, the largest probability, its class, and whether that is the label.
-
-    The first two are exact beside float32.
-    """
-    rows, cap = case.rows(), case.options.get("softcap")
-    allowed = rows.allowed | ~rows.allowed.any(axis=-1, keepdims=True)
-    raw = np.where(allowed & rows.counted[:, None], rows.logits, np.where(allowed, 0, -np.inf))
-    capped = raw if cap is None else np.where(allowed, cap * np.tanh(raw / cap), -np.inf)
-    lse = np.logaddexp.reduce(capped, axis=-1) if case.num_classes > 1 else capped[:, 0]
-    soft = rows.labels.ndim == 2
-    labels = np.argmax(np.where(counted[:, None], rows.labels, 0), axis=-1) if soft else rows.labels
-    prediction = np.argmax(raw, axis=-1)
-    correct = counted & (prediction == labels) & (True if soft else is_class(rows))
-    confidence = np.exp(np.max(capped, axis=-1) - lse)
-    return np.where(counted, lse, 0), np.where(counted, confidence, 0), np.where(counted, prediction, -1), correct
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

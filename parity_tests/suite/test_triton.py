@@ -27,8 +27,15 @@ from parity_tests.losses.launches import VIEWS
 from parity_tests.losses.registry import make_adapter
 from parity_tests.losses.triton_kernels import INTERPRET, Launch, interpret, on_pretended_gpu
 from parity_tests.plugin import Recorder
-from parity_tests.suite.test_differentiable_stats import agrees, in_rows, torch_gradients, truth_and_bounds_of
-from parity_tests.suite.test_stats import assert_entropy, assert_statistics, torch_statistics
+from parity_tests.suite.stats_truth import (
+    agrees,
+    assert_entropy,
+    assert_statistics,
+    in_rows,
+    torch_gradients,
+    torch_statistics,
+    truth_and_bounds_of,
+)
 from parity_tests.truth.cases import Case, case_names, features, make_case
 from parity_tests.truth.comparison import Comparison, against_oracle
 from parity_tests.truth.linear_cases import linear_case_names, make_linear_case

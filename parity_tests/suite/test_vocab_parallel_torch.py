@@ -27,8 +27,7 @@ from parity_tests.losses.sharded_torch import (
 )
 from parity_tests.losses.workers import WorkerError
 from parity_tests.suite import on_ranks
-from parity_tests.suite.test_differentiable_stats import NAMES, agrees, factors, in_rows, truth_and_bounds_of
-from parity_tests.suite.test_stats import assert_statistics
+from parity_tests.suite.stats_truth import NAMES, agrees, assert_statistics, factors, in_rows, truth_and_bounds_of
 from parity_tests.truth.cases import Case, case_names, make_case, random_case
 from parity_tests.truth.comparison import Comparison, against_oracle
 from parity_tests.truth.linear_cases import linear_case_names, make_linear_case, with_logits
