@@ -30,12 +30,6 @@ def test_every_extra_is_checked() -> None:
     assert all(check.commands for check in CHECKS.values())
 
 
-def test_make_has_the_target() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert re.search(r"^wheel: install\n(\t.*\n)*\t.*-m build\n\t.*-m tools\.check_wheel dist", makefile, re.MULTILINE)
-    assert re.search(r"^\.PHONY:.* wheel( |$)", makefile, re.MULTILINE)
-
-
 def test_the_halves_of_the_tests_are_all() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     rest = re.search(r"^REST := (.*)$", makefile, re.MULTILINE)
@@ -77,18 +71,14 @@ def test_what_the_checkout_gives_must_be_the_same(tmp_path: Path, monkeypatch: p
         check_wheel.check_contents(wheel)
 
 
-@pytest.mark.parametrize("name", ["lsce_jax/fused.py", "lsce_torch/py.typed", f"{DIST_INFO}/licenses/LICENSE"])
-def test_what_is_missing_is_named(name: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckError, match=re.escape(f"lacks ['{name}'] and should not hold []")):
-        check_wheel.check_contents(write_wheel(tmp_path, without=name))
-
-
-@pytest.mark.parametrize(
-    "name", ["tests/test_jax.py", "examples/__init__.py", "lsce_jax/draft.py", "parity_tests/suite/test_parity.py"]
-)
-def test_what_does_not_belong_is_named(name: str, tmp_path: Path) -> None:
-    with pytest.raises(CheckError, match=re.escape(f"lacks [] and should not hold ['{name}']")):
-        check_wheel.check_contents(write_wheel(tmp_path, extra=name))
+@pytest.mark.parametrize(("change", "name"), [
+    *(("without", name) for name in ("lsce_jax/fused.py", "lsce_torch/py.typed", f"{DIST_INFO}/licenses/LICENSE")),
+    *(("extra", name) for name in ("tests/test_jax.py", "lsce_jax/draft.py", "parity_tests/suite/test_parity.py")),
+])  # fmt: skip
+def test_other_files_than_those_of_the_packages_are_named(change: str, name: str, tmp_path: Path) -> None:
+    lacks, holds = ([name], []) if change == "without" else ([], [name])
+    with pytest.raises(CheckError, match=re.escape(f"lacks {lacks} and should not hold {holds}")):
+        check_wheel.check_contents(write_wheel(tmp_path, **{change: name}))
 
 
 def test_a_command_that_fails_shows_what_it_printed() -> None:
@@ -96,23 +86,11 @@ def test_a_command_that_fails_shows_what_it_printed() -> None:
         check_wheel.run([sys.executable, "-c", "print('seen'); raise SystemExit(3)"])
 
 
-def test_a_block_that_is_not_there() -> None:
-    assert "import jax" in check_wheel.readme_block("JAX")
-    with pytest.raises(CheckError, match="no block of Python under 'No such heading'"):
-        check_wheel.readme_block("No such heading")
-
-
 # --- What is installed, and how ------------------------------------------------------------------------------------
 
 # Distributions that no requirement of pyproject.toml names, as their index spells them.
 OTHERS = {
-    "cut-cross-entropy",
-    "jax-cuda12-pjrt",
-    "jax-cuda12-plugin",
-    "liger-kernel",
-    "tokamax",
-    "torch-tpu",
-    "torchax",
+    *("cut-cross-entropy", "jax-cuda12-pjrt", "jax-cuda12-plugin", "liger-kernel", "tokamax", "torch-tpu", "torchax"),
 }
 
 
@@ -132,14 +110,14 @@ def texts_with_commands() -> dict[str, str]:
     return {path: (ROOT / path).read_text(encoding="utf-8") for path in paths}
 
 
-def complaints(line: str, *, clone: bool = not extras.RELEASED) -> list[str]:
+def complaints(line: str) -> list[str]:
     """Return what is wrong with a line of `pip install`."""
     ours, others = commands.requirements(line)
     unknown = [name for name in (ours or "").split(",") if ours and name not in EXTRAS]
     wrong = [f"there is no extra {name}" for name in unknown]
     known = OTHERS | {name_of(requirement) for extra in EXTRAS.values() for requirement in extra}
     wrong += [f"{name_of(other)} is not known here" for other in others if name_of(other) not in known]
-    expected = extras.install(ours, " ".join(others), clone=clone) if ours else line
+    expected = extras.install(ours, " ".join(others), clone=not extras.RELEASED) if ours else line
     return wrong + [f"write: {expected}"] * (line != expected)
 
 
@@ -156,15 +134,6 @@ def test_what_pages_and_messages_tell_to_install() -> None:
     assert {at: wrong for at in lines if (wrong := complaints(at[1]))} == {}
     said = "Nothing is on a package index yet" in (ROOT / "docs/install.md").read_text(encoding="utf-8")
     assert said == (not extras.RELEASED)
-
-
-def test_lines_are_found_and_wrong_ones_rejected() -> None:
-    found = [line for path, text in texts_with_commands().items() for line in literal_lines(text, path)]
-    assert {"pip install -e '.[cost]'", "pip install torch-tpu", "pip install 'torch>=2.13'"} <= {*found}
-    assert complaints("pip install 'lsce[cost]'", clone=True) == ["write: pip install -e '.[cost]'"]
-    assert complaints("pip install -e '.[cost]'", clone=False) == ["write: pip install 'lsce[cost]'"]
-    assert complaints('pip install ".[metrics]" lightning') == ["write: pip install -e '.[metrics]' lightning"]
-    assert complaints("pip install -e '.[costs]' tokamacs") == ["there is no extra costs", "tokamacs is not known here"]
 
 
 @pytest.mark.parametrize(
@@ -209,15 +178,11 @@ def environment_with(folder: Path, script: str) -> Path:
 @pytest.mark.parametrize("code", [0, 1])
 def test_an_installation_shows_how_far_it_is(code: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     said = (
-        'echo "$@"; echo "  Downloading torch-2.15.0-cp311-cp311-manylinux_2_28_x86_64.whl (1.5 GB)"\n'
-        'echo "Collecting rich"; echo "Using cached scikit_learn-1.8.0-cp311-cp311-linux_x86_64.whl (30.5 MB)"\n'
+        'echo "  Downloading torch-2.15.0-cp311-cp311-manylinux_2_28_x86_64.whl (1.5 GB)"\n'
         f'echo "Installing collected packages: rich, torch"; echo "no space" >&2; exit {code}'
     )
     assert install.install(environment_with(tmp_path, said), "demo", ["--constraint", "oldest.txt"]) == code
-    assert capfd.readouterr() == (
-        "  downloading torch 2.15.0, 1500 MB\n  using cached scikit-learn 1.8.0, 30 MB\n  unpacking 2 packages\n",
-        "no space\n",
-    )
+    assert capfd.readouterr() == ("  downloading torch 2.15.0, 1500 MB\n  unpacking 2 packages\n", "no space\n")
 
 
 def test_an_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,15 +200,6 @@ def test_an_environment_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(SystemExit, match=r"lsce needs Python 3\.11 or newer, .* make demo PYTHON=python3\.13"):
         install.create(tmp_path)
     assert f">={'.'.join(map(str, install.OLDEST))}" == PYPROJECT["project"]["requires-python"]
-
-
-def test_each_environment_of_make_is_announced() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    wanted = re.findall(r"\$\(INSTALL\) (\S+)", makefile)
-    assert {extra.rpartition(",")[2] for extra in wanted} == {*install.EXTRAS} <= {*EXTRAS}
-    assert re.search(
-        r"^demo: \$\(VENV\)/installed-demo\n(\t.*\n)*\t.*echo .*Open out/digits_parity", makefile, re.MULTILINE
-    )
 
 
 @pytest.mark.parametrize("module", [commands, install, notebooks, repository], ids=lambda module: module.__name__)
@@ -420,13 +376,10 @@ def test_which_tags_may_be_published(tag: str, stated: str, said: list[str]) -> 
     assert all(part in whole for part, whole in zip(said, found, strict=True))
 
 
-def test_the_release_workflow_asks_first() -> None:
+def test_only_a_tag_that_fits_is_published() -> None:
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8"))["jobs"]
-    assert jobs["tag"]["steps"][-1]["run"] == 'python -m tools.release "$TAG"'
-    assert jobs["tests"]["needs"] == "tag"
-    assert jobs["publish"]["needs"] == "tests"
-    assert release.main([]) == 2
-    assert release.main(["v0.0.0"]) == 1
+    assert (jobs["tests"]["needs"], jobs["publish"]["needs"]) == ("tag", "tests")
+    assert (release.main([]), release.main(["v0.0.0"])) == (2, 1)
 
 
 def test_the_version_stands_in_one_place() -> None:
@@ -439,13 +392,3 @@ def test_python_versions_are_those_that_are_tested() -> None:
     claimed = re.findall(r"Programming Language :: Python :: (3\.\d+)", "\n".join(PYPROJECT["project"]["classifiers"]))
     assert {*claimed} <= {*tests["strategy"]["matrix"]["python"]}
     assert PYPROJECT["project"]["requires-python"] == f">={claimed[0]}"
-
-
-def test_citation() -> None:
-    """Only fields of the format, those that it demands, and the project's own words."""
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert citation.keys() == {"cff-version", "message", "type", "title", "abstract", "authors", "license", "keywords"}
-    assert citation["cff-version"] == "1.2.0"
-    assert citation["type"] == "software"
-    assert citation["authors"] == PYPROJECT["project"]["authors"]
-    assert citation["license"] == PYPROJECT["project"]["license"]

@@ -16,8 +16,8 @@ import lsce_jax.errors
 import lsce_torch
 import lsce_torch.errors
 import lsce_torch.trainers
-from lsce_spec import MESSAGES
-from lsce_spec import smoothing_weights as spec_smoothing_weights
+from lsce_spec import MESSAGES, smoothing_weights
+from tests.both import both_raise, raised, to_torch, without_kernels
 
 LOGITS, LABELS = np.zeros((4, 3), np.float32), np.array([0, 1, 2, 0])
 F32 = np.float32
@@ -164,102 +164,44 @@ LINEAR_WRONG_TYPES: dict[str, list[dict[str, Any]]] = {
     "gradient_filter": [linear_call(gradient_filter=value) for value in (None, True, "0.1", [0.1])],
 }
 
+# Messages with tests in other files, by file: those of both packages, and those of one alone.
 ELSEWHERE = {
-    # in test_manners.py
-    "unexpected_keyword",
-    "array_option",
-    "labels_no_class",
-    "positional",
-    "missing",
-    "not_installed",  # in test_isolation.py
-    "array_type",
-    "convention_functions",
-    "label_smooth",
-    "count",
-    "class_num_shape",
-    "class_num",
-    "denominator_labels",  # in parity_tests/suite/test_denominators.py
-    # in test_metrics.py
-    "stats_type",
-    "stats_shape",
-    "top_k",
-    # in test_migration.py
-    "convert_smoothing",
-    "convert_number",
-    "identify_label",
-    "identify_dtype",
-    "identify_shape",
-    "identify_finite",
-    "identify_rows",
-    "kernel",
-    "differentiable_recompute",
-    # in test_smoothing.py
-    "smoothing_operands",
-    "smoothing_refused",
-    "smoothing_at_max",
-    "smoothing_row_mask",
-    "smoothing_num_classes",
-    "smoothing_weights",
-    "smoothing_soft_labels",
-    "row_numbers_dtype",
-    "row_numbers_shape",
-}
-# The kernels of each package, which only its own messages name; "kernel" is in test_torch_kernels.py and
-# test_jax_kernels.py.
-KERNELS = (", 'triton'", ", 'pallas'")
-# The messages of one package alone.
+    "tests/test_manners.py": "unexpected_keyword array_option labels_no_class positional missing",
+    "tests/test_isolation.py": "not_installed",
+    "tests/test_errors.py": "array_type convention_functions label_smooth count class_num_shape class_num",
+    "parity_tests/suite/test_denominators.py": "denominator_labels",
+    "tests/test_metrics.py": "stats_type stats_shape top_k",
+    "tests/test_migration.py": "convert_smoothing convert_number identify_label identify_dtype identify_shape "
+                               "identify_finite identify_rows",
+    "tests/test_torch_kernels.py": "kernel",
+    "tests/test_torch_stats.py": "differentiable_recompute",
+    "tests/test_smoothing.py": "smoothing_operands smoothing_refused smoothing_at_max smoothing_row_mask "
+                               "smoothing_num_classes smoothing_weights smoothing_soft_labels row_numbers_dtype "
+                               "row_numbers_shape",
+}  # fmt: skip
 TORCH_ELSEWHERE = {
-    "not_traceable",
-    "module_operands",
-    "labels_device",
-    "layer_device",
-    "layout",
-    "weight_type",
-    "bad_labels_unknown",
-    # in test_torch_fused.py
-    "inplace_reference",
-    "inplace_logits",
-    "inplace_needs_reference",
-    "inplace_transformed",
-    "overwritten",
-    "denominator_dtensor",  # in parity_tests/suite/test_denominators.py
-    # in parity_tests/suite/test_vocab_parallel_torch.py
-    "no_group",
-    "group_type",
-    "group_member",
-    "ranks_differ",
-    "ranks_rows",
-    "ranks_tensor",
-    "rank_failed",
-    "no_classes_anywhere",
-    "shard_gradient",
-    "shard_transform",
-    "dtensor_partial",
-    "dtensor_placement",
-    # these also in parity_tests/suite/test_dtensor_layers.py
-    "dtensor_mesh",
-    "dtensor_option",
-    # in test_trainers.py
-    "trainer_outputs",
-    "trainer_labels",
+    "tests/test_errors.py": "not_traceable module_operands labels_device layer_device layout weight_type "
+                            "bad_labels_unknown",
+    "tests/test_torch_fused.py": "inplace_reference inplace_logits inplace_needs_reference inplace_transformed "
+                                 "overwritten",
+    "parity_tests/suite/test_denominators.py": "denominator_dtensor",
+    "parity_tests/suite/test_vocab_parallel_torch.py":
+        "no_group group_type group_member ranks_differ ranks_rows ranks_tensor rank_failed no_classes_anywhere "
+        "shard_gradient shard_transform dtensor_partial dtensor_placement",
+    "parity_tests/suite/test_dtensor_layers.py": "dtensor_mesh dtensor_option",
+    "tests/test_trainers.py": "trainer_outputs trainer_labels",
+}  # fmt: skip
+JAX_ELSEWHERE = {
+    "tests/test_metrics.py": "merge_state",
+    "tests/test_errors.py": "bad_labels_staged",
+    "parity_tests/suite/test_denominators.py": "denominator_axis",
+    "tests/test_vocab_parallel_axes.py": "axis_name",
+    "parity_tests/suite/on_eight_devices.py": "explicit_axes",
 }
 
 
-def to_torch(value: Any) -> Any:
-    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-
-
-def without_kernels(problem: Exception) -> str:
-    text = str(problem)
-    for name in KERNELS:
-        text = text.replace(name, "")
-    return text
-
-
-def raised(function: Callable[[], Any]) -> Exception:
-    with pytest.raises(Exception) as caught:  # noqa: PT011  # the type is what the callers compare
-        function()
-    return caught.value
+def keys_of(files: dict[str, str]) -> set[str]:
+    return {key for keys in files.values() for key in keys.split()}
 
 
 def each_call(calls: dict[str, list[dict[str, Any]]], wrong_types: dict[str, list[dict[str, Any]]]) -> Any:
@@ -271,60 +213,52 @@ def each_call(calls: dict[str, list[dict[str, Any]]], wrong_types: dict[str, lis
     )
 
 
+def dense(package: Any, logits: Any = None, labels: Any = None, **options: Any) -> Any:
+    return package.label_smoothed_cross_entropy(logits, labels, **options)
+
+
+def linear(package: Any, hidden: Any, weight: Any, labels: Any, **options: Any) -> Any:
+    if package is lsce_torch:
+        weight = weight.permute(*reversed(range(weight.ndim)))
+    return package.linear_label_smoothed_cross_entropy(hidden, weight, labels, **options)
+
+
 @each_call(CALLS, WRONG_TYPES)
 def test_message(key: str, kind: type[Exception], arguments: dict[str, Any]) -> None:
-    text = MESSAGES[key][1]
-    from_jax = raised(lambda: lsce_jax.label_smoothed_cross_entropy(**arguments))
-    converted = {name: to_torch(value) for name, value in arguments.items()}
-    from_torch = raised(lambda: lsce_torch.label_smoothed_cross_entropy(**converted))
+    from_jax, from_torch = both_raise(dense, **arguments)
     assert type(from_jax) is kind
-    assert type(from_torch) is kind
-    # Without x64 JAX holds the int64 of NumPy as int32, and a message may name the dtype.
-    assert without_kernels(from_jax).replace("int32", "int64") == without_kernels(from_torch)
-    assert text.split("{")[0] in str(from_torch)
+    assert without_kernels(from_jax) == without_kernels(from_torch)
+    assert MESSAGES[key][1].split("{")[0] in str(from_torch)
 
 
 @each_call(LINEAR_CALLS, LINEAR_WRONG_TYPES)
 def test_message_of_the_linear_loss(key: str, kind: type[Exception], arguments: dict[str, Any]) -> None:
-    text = MESSAGES[key][1]
-    from_jax = raised(lambda: lsce_jax.linear_label_smoothed_cross_entropy(**arguments))
-    converted = {name: to_torch(value) for name, value in arguments.items()}
-    converted["weight"] = converted["weight"].permute(*reversed(range(converted["weight"].ndim)))
-    from_torch = raised(lambda: lsce_torch.linear_label_smoothed_cross_entropy(**converted))
+    from_jax, from_torch = both_raise(linear, **arguments)
     assert type(from_jax) is kind
-    assert type(from_torch) is kind
-    assert text.split("{")[0] in str(from_torch)
+    assert MESSAGES[key][1].split("{")[0] in str(from_torch)
     if key == "weight_shape":
         assert ("[D, K]" in str(from_jax), "[K, D]" in str(from_torch)) == (True, True)
     elif key != "array_type":
-        assert without_kernels(from_jax).replace("int32", "int64") == without_kernels(from_torch)
+        assert without_kernels(from_jax) == without_kernels(from_torch)
 
 
-@pytest.mark.parametrize("framework", [lsce_jax, lsce_torch])
-def test_messages_of_differentiable_statistics(framework: Any) -> None:
-    array = to_torch if framework is lsce_torch else np.asarray
-    hidden, weight, logits, labels = map(
-        array, (HIDDEN, WEIGHT.T if framework is lsce_torch else WEIGHT, LOGITS, LABELS)
-    )
-    dense, linear = (
-        lambda **given: framework.label_smoothed_cross_entropy_with_stats(logits, labels, **given),
-        lambda **given: framework.linear_label_smoothed_cross_entropy_with_stats(
-            hidden, weight, labels, reduction="mean", **given
-        ),
-    )
-    for loss in (dense, linear):
-        problem = raised(lambda loss=loss: loss(differentiable=1))
-        assert isinstance(problem, TypeError)
-        assert str(problem) == "differentiable must be True or False, got 1."
-    for given, key in (
-        ({"recompute": False}, "differentiable_recompute"),
-        ({"gradient_filter": 0.1}, "filter_recompute"),
-    ):
-        problem = raised(lambda given=given: linear(differentiable=True, **given))
-        assert isinstance(problem, ValueError)
-        assert str(problem) == MESSAGES[key][1]
-    problem = raised(lambda: framework.label_smoothed_cross_entropy(logits, labels, differentiable=True))
-    assert "'differentiable'" in str(problem)
+@pytest.mark.parametrize(("linear_loss", "options", "kind", "text"), [
+    (False, {"differentiable": 1}, TypeError, "differentiable must be True or False, got 1."),
+    (True, {"differentiable": 1}, TypeError, "differentiable must be True or False, got 1."),
+    (True, {"differentiable": True, "recompute": False}, ValueError, MESSAGES["differentiable_recompute"][1]),
+    (True, {"differentiable": True, "gradient_filter": 0.1}, ValueError, MESSAGES["filter_recompute"][1]),
+])  # fmt: skip
+def test_messages_of_differentiable_statistics(
+    linear_loss: bool, options: dict[str, Any], kind: type[Exception], text: str
+) -> None:
+    name = f"{'linear_' * linear_loss}label_smoothed_cross_entropy_with_stats"
+    operands = (HIDDEN[:, :1] * np.ones(3, F32), np.eye(3, dtype=F32), LABELS) if linear_loss else (LOGITS, LABELS)
+    problems = both_raise(lambda package, *of, **given: getattr(package, name)(*of, **given), *operands,
+                          reduction="mean", **options)  # fmt: skip
+    assert [type(problem) for problem in problems] == [kind, kind]
+    assert [str(problem) for problem in problems] == [text, text]
+    of_other = both_raise(dense, LOGITS, LABELS, differentiable=True)
+    assert all("'differentiable'" in str(problem) for problem in of_other)
 
 
 def test_a_transposed_weight_is_recognised() -> None:
@@ -339,13 +273,10 @@ def test_a_transposed_weight_is_recognised() -> None:
 
 
 def test_every_message_has_a_call() -> None:
-    assert set(CALLS) | set(LINEAR_CALLS) | ELSEWHERE == set(MESSAGES)
-    assert set(lsce_torch.errors.MESSAGES) == TORCH_ELSEWHERE
-    assert not set(lsce_torch.errors.MESSAGES) & set(MESSAGES)
-    # In test_metrics.py, test_denominators.py and test_vocab_parallel.py.
-    names = {"bad_labels_staged", "explicit_axes", "merge_state", "denominator_axis", "axis_name"}
-    assert set(lsce_jax.errors.MESSAGES) == names
-    assert not set(lsce_jax.errors.MESSAGES) & set(MESSAGES)
+    of_one_package = keys_of(TORCH_ELSEWHERE), keys_of(JAX_ELSEWHERE)
+    assert set(CALLS) | set(LINEAR_CALLS) | keys_of(ELSEWHERE) == set(MESSAGES)
+    assert (set(lsce_torch.errors.MESSAGES), set(lsce_jax.errors.MESSAGES)) == of_one_package
+    assert not set.union(*of_one_package) & set(MESSAGES)
 
 
 def test_values_that_are_not_at_hand() -> None:
@@ -376,30 +307,25 @@ def test_message_says_which_label() -> None:
     assert "expected 0 to 2" in str(problem)
 
 
-def test_wrong_types() -> None:
-    logits, labels = torch.zeros(2, 3), torch.tensor([0, 1])
-    for arguments in ((logits.numpy(), labels), (logits, labels.tolist())):
-        problem = raised(lambda arguments=arguments: lsce_torch.label_smoothed_cross_entropy(*arguments))
+@pytest.mark.parametrize(("arguments", "words"), [
+    ((LOGITS, LABELS.tolist()), "labels must be a tensor"),
+    (("logits", LABELS), "must be a"),
+    ((LOGITS, {"a": 1}), "must be a"),
+])  # fmt: skip
+def test_wrong_types(arguments: tuple[Any, ...], words: str) -> None:
+    packages = [lsce_torch] if "tensor" in words else [lsce_jax, lsce_torch]
+    for package in packages:
+        operands = map(to_torch, arguments) if package is lsce_torch else arguments
+        problem = raised(lambda package=package, operands=operands: dense(package, *operands))
         assert isinstance(problem, TypeError)
-        assert "must be a tensor" in str(problem)
-    for arguments in (("logits", labels.numpy()), (logits.numpy(), {"a": 1})):
-        problem = raised(lambda arguments=arguments: lsce_jax.label_smoothed_cross_entropy(*arguments))
-        assert isinstance(problem, TypeError)
-        assert "must be an array" in str(problem)
+        assert words in str(problem)
 
 
 @pytest.mark.parametrize("name", ["where", "prior", "class_weight", "class_mask"])
 def test_operands_that_are_no_arrays(name: str) -> None:
-    messages = {
-        str(raised(lambda: lsce_jax.label_smoothed_cross_entropy(LOGITS, LABELS, **{name: "x"}))).replace(
-            "an array", ""
-        ),
-        str(
-            raised(lambda: lsce_torch.label_smoothed_cross_entropy(to_torch(LOGITS), to_torch(LABELS), **{name: "x"}))
-        ).replace("a tensor", ""),
-    }
-    assert len(messages) == 1
-    assert messages.pop().startswith(f"{name} must be ")
+    from_jax, from_torch = both_raise(dense, LOGITS, LABELS, **{name: "x"})
+    assert str(from_jax).replace("an array", "") == str(from_torch).replace("a tensor", "")
+    assert str(from_jax).startswith(f"{name} must be ")
 
 
 def test_errors_of_jax_itself_are_shown() -> None:
@@ -411,15 +337,7 @@ def test_errors_of_jax_itself_are_shown() -> None:
 
 
 def test_boolean_smoothing() -> None:
-    flags = np.ones(4, bool)
-    for problem in (
-        raised(lambda: lsce_jax.label_smoothed_cross_entropy(LOGITS, LABELS, smoothing=flags)),
-        raised(
-            lambda: lsce_torch.label_smoothed_cross_entropy(
-                to_torch(LOGITS), to_torch(LABELS), smoothing=to_torch(flags)
-            )
-        ),
-    ):
+    for problem in both_raise(dense, LOGITS, LABELS, smoothing=np.ones(4, bool)):
         assert str(problem).startswith("smoothing must be a number or an array")
 
 
@@ -442,34 +360,23 @@ def test_other_messages() -> None:
     ("convention_name", ValueError, (0.1, 3, "paddle"), (4, 3)),
 ])  # fmt: skip
 def test_class_num_module(key: str, kind: type[Exception], arguments: tuple[Any, ...], shape: tuple[int, ...]) -> None:
-    text = MESSAGES[key][1]
     options = {"convention": arguments[2]} if len(arguments) > 2 else {}
-    logits = np.zeros(shape, F32)
-    problems = [
-        raised(lambda: lsce_jax.CELossWithLabelSmoothing(*arguments[:2], **options)(logits, LABELS)),
-        raised(
-            lambda: lsce_torch.CELossWithLabelSmoothing(*arguments[:2], **options)(to_torch(logits), to_torch(LABELS))
-        ),
-    ]
-    assert [type(problem) for problem in problems] == [kind, kind]
+    problems = both_raise(
+        lambda package, *operands: package.CELossWithLabelSmoothing(*arguments[:2], **options)(*operands),
+        *(np.zeros(shape, F32), LABELS),
+    )
+    assert type(problems[0]) is kind
     assert str(problems[0]) == str(problems[1])
-    assert text.split("{")[0] in str(problems[0])
+    assert MESSAGES[key][1].split("{")[0] in str(problems[0])
 
 
 def test_modules_check_options_when_made() -> None:
     prior, mask = np.array([0.5, 0.4], F32), np.array([True, False])
     for given, words in (({"prior": prior}, "sum to 1"), ({"prior": prior, "class_mask": mask}, "outside class_mask")):
-        converted = {name: to_torch(value) for name, value in given.items()}
-        messages = {
-            str(raised(lambda given=given: lsce_jax.LabelSmoothedCrossEntropyLoss(**given))),
-            str(raised(lambda given=converted: lsce_torch.LabelSmoothedCrossEntropyLoss(**given))),
-        }
-        assert len(messages) == 1
-        assert words in messages.pop()
-    for make in (
-        lambda: lsce_jax.LabelSmoothedCrossEntropyLoss(1.5),
-        lambda: spec_smoothing_weights("uniform", 1.5, 3),
-    ):
+        problems = both_raise(lambda package, **given: package.LabelSmoothedCrossEntropyLoss(**given), **given)
+        assert str(problems[0]) == str(problems[1])
+        assert words in str(problems[0])
+    for make in (lambda: lsce_jax.LabelSmoothedCrossEntropyLoss(1.5), lambda: smoothing_weights("uniform", 1.5, 3)):
         assert str(raised(make)) == MESSAGES["smoothing_range"][1].format(given=1.5)
 
 

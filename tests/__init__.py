@@ -1,0 +1,1 @@
+"""Tests of the packages, the examples, the benchmarks and the tools."""
