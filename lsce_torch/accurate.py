@@ -1,8 +1,8 @@
 r"""log1p and quotients of one number per row, accurate on every device, and the entropy that every device has.
 
 A TPU's own log1p is off by up to 4034 units in the last place, and its quotient by 198 (JAX's docs/accuracy.md). Small
-losses would lose all but three digits. Where the logits are, that cannot be helped without time; for a number per row
-it costs nothing. So on TPUs both are made of operations that IEEE 754 defines. Elsewhere they are those of torch.
+losses would keep only three digits. More accurate forms would be slow on every logit, but cost nothing on one number
+per row. So on TPUs both are made of operations that IEEE 754 defines; elsewhere they are torch's own.
 
 - A quotient is a product with the reciprocal r of the denominator b, after one step of Newton's method,
   r (2 - b r): 4 roundings.

@@ -22,7 +22,7 @@ from lsce_torch.keywords import DenseLossKeywords, DenseStatsKeywords
 from lsce_torch.overwrite import check_inplace
 from lsce_torch.stats import LossStats
 
-# Other ways to compute the loss, by the name of the class of the logits: so slow imports are avoided.
+# Other ways to compute the loss. Keyed by class name, so that slow imports are avoided.
 LOSSES_OF_SUBCLASSES: dict[str, Callable[..., tuple[Tensor, LossStats | None]]] = {}
 
 

@@ -1,12 +1,12 @@
 """Plain smoothing on the CPU, from log-probabilities: as few operations as the loss needs.
 
-Without options that have a part of their own in the loss, it is
+Without options that add a term, the loss is
 
     loss = (on - off) (-log p_y) + off sum_k (-log p_k)
 
-whose terms have one sign, so that nothing cancels. `log_softmax` is off by about a unit roundoff of 1, which a loss far
-below 1 would feel. So either the entropy of the target, below which no loss can be, is large enough, or the losses
-themselves are.
+whose terms have one sign, so that nothing cancels. `log_softmax` has an absolute error of about the unit roundoff,
+which is too much for losses far below 1. So this way is taken only where the losses are larger: because the entropy of
+the target, the least that a loss can be, is larger, or because the computed losses are.
 
 The fewest logits take torch's own operations, whose derivatives run in C++: starting operations is all the time they
 take. Otherwise the gradient of a sum or mean is computed with the loss, from the same softmax, and kept until

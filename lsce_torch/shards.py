@@ -1,4 +1,4 @@
-"""Rows of which this rank has some classes, and other ranks the rest: their sums, losses and gradients.
+"""Sums, losses and gradients of rows whose classes are divided over ranks.
 
 `vocab_parallel.py` says what the ranks send. The derivatives are those of one loss: what is the same on every rank, as
 are the sums over all classes and the upstream gradient, counts once.

@@ -8,13 +8,12 @@ own classes, and what it sends is a few numbers for each row:
 2. the largest logit of its classes, of which all ranks take the maximum,
 3. its sums relative to that maximum, which all ranks add up. They are one tensor, and so one collective.
 
-The number of classes, and what a convention makes of it, is that of all ranks. A rank leaves out its terms exp(z - m)
-that are 1, and counts them; one of all that the ranks count is never added. So small losses keep their accuracy, as
-they do in one process.
+Conventions use the number of classes of all ranks. A rank counts its terms exp(z - m) that are 1 in place of adding
+them, and one of those that all ranks count is left out. So small losses are as accurate as in one process.
 
-The loss is the same on every rank, and so is what its gradient is multiplied by. With the sums over all classes at
-hand, the gradient of the logits takes no collective. Nothing as large as the logits is kept for it. Second derivatives
-do: a logit changes the log-sum-exp, and with it the gradient on every rank.
+The loss and its upstream gradient are the same on every rank. Once the sums over all classes are known, the gradient
+of the logits needs no collective, and nothing as large as the logits is kept for it. Second derivatives need one: a
+logit changes the log-sum-exp, and with it the gradient on every rank.
 
 The linear loss makes the sums with the logits at hand for the maximum, relative to the rank's own, and changes them
 when it knows the maximum of all. Eager calls take some rows at a time, in plain operations. torch.compile fuses these

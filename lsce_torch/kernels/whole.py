@@ -4,11 +4,10 @@ For the usual losses each operation on the rows costs a launch, as much time as 
 So one kernel takes the labels as they are, a second adds the losses up, and if labels are ignored or weighted, one
 before them counts the others or adds their weights up.
 
-Where the sum or mean will be differentiated, the first kernel writes the gradient as well, as if the upstream gradient
-were 1: it reads the logits once, or again from the cache. The kernel of `backward` then looks at the upstream gradient,
-and leaves the gradient as it is if that is 1. Otherwise it computes the gradient from the logits again, since a narrow
-gradient would be rounded twice. In float16 it would also lose what a loss scale is there to keep, so that it is only
-computed in `backward`.
+If a sum or mean will be differentiated, the first kernel also writes the gradient for an upstream gradient of 1, while
+the logits are in the cache. If the upstream gradient then is 1, the kernel of `backward` leaves it as it is. Otherwise
+it computes the gradient again from the logits: to scale a narrow gradient would round it twice. In float16 small values
+would be lost before a loss scale could save them, so the gradient is only computed in `backward`.
 """
 
 from dataclasses import dataclass, replace

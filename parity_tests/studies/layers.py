@@ -1,4 +1,4 @@
-"""Where two models part that should be the same: layer by layer, forward and backward.
+"""Finds the first layer where two supposedly equal models diverge, forward and backward.
 
 Both models get the same weights and the same batch. The first runs once, and every call of a layer is recorded, with
 the gradients that flow through it. Then each layer of both models runs *alone*: it gets the recorded inputs of the
