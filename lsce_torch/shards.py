@@ -327,9 +327,10 @@ def row_losses(
         operands = operands._replace(**{name: getattr(target, name) for name in ("on", "off", "other_mass", "at_max")})
     operands = operands._replace(bad=batch.bad, counted=batch.counted)
     if layer is None:
-        losses, found = _losses(batch.logits, operands, of_all.sums)
+        losses, found = _losses(_Logits(batch.logits), operands, of_all.sums)
     else:
-        losses, found = _losses_of_layer(layer, operands, of_all.sums, shard.ranks)
+        source = _Layer(*layer.layer, layer.chunk_size, shard.ranks)
+        losses, found = _losses(source, operands, of_all.sums)
     if entropy is not None:
         losses = losses - entropy
         if batch.counted is not None:
@@ -602,12 +603,13 @@ def _joined(blocks: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
 
 
 def _losses(
-    logits: Float[Tensor, "N K"], operands: Operands, sums: Sums
+    source: "_Logits | _Layer", operands: Operands, sums: Sums
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
     """Return the losses of rows, and with statistics nll, lse and entropy, from the sums over all classes."""
     if torch.compiler.is_compiling():
         return losses_of(operands, sums)[0], statistics_of(operands, sums) if operands.with_stats else None
-    losses, *found = _ShardLosses.apply(logits, stacked_of(operands, sums), *operands)  # type: ignore[no-untyped-call]
+    arguments = type(source), *source, stacked_of(operands, sums), *operands
+    losses, *found = _ShardLosses.apply(*arguments)  # type: ignore[no-untyped-call]
     if operands.differentiable:
         return losses, (found[0], found[1], found[2])
     return losses, statistics_of(operands, sums) if operands.with_stats else None
@@ -623,37 +625,96 @@ def _nll_of_soft_labels(batch: Batch, operands: Operands, of_all: _OfAll) -> Flo
         differentiable=False,
     )
     sums = of_all.sums._replace(other_gaps=of_all.columns["gap of the labels"], mean_gap=None)
-    return _losses(batch.logits, operands, sums)[0]
+    return _losses(_Logits(batch.logits), operands, sums)[0]
 
 
-class _Kept(NamedTuple):
+class _Logits(NamedTuple):
+    """The logits of this rank, as what gradients are computed of."""
+
     logits: Float[Tensor, "N K"]
-    stacked: Float[Tensor, "sums N"]  # over the classes of all ranks
+
+    def gradients(
+        self, needed: list[str], operands: Operands, stacked: Float[Tensor, "sums N"], upstreams: Upstreams
+    ) -> dict[str, Tensor]:
+        """Return the gradient, in blocks of rows, if it is needed."""
+        sums, gradient = unstacked(stacked), None
+        for part, (some, operands_of_some, sums_of_some) in _blocks(self.logits, operands, sums) if needed else ():
+            upstreams_of_some = upstreams.of_rows(part)
+            found = plain_gradients(some, operands_of_some, ["logits"], upstreams_of_some, sums_of_some)["logits"]
+            assert found is not None
+            if some.shape == self.logits.shape:
+                return {"logits": found.to(self.logits.dtype)}
+            gradient = torch.empty_like(self.logits) if gradient is None else gradient
+            gradient[part] = found.to(self.logits.dtype)
+        return {} if gradient is None else {"logits": gradient}
+
+
+class _Layer(NamedTuple):
+    """The linear layer of this rank, as what gradients are computed of: it makes the logits again."""
+
+    hidden: Float[Tensor, "N D"]
+    weight: Float[Tensor, "K D"]
+    bias: Float[Tensor, " K"] | None
+    chunk_size: int
+    ranks: Ranks
+
+    def gradients(
+        self, needed: list[str], operands: Operands, stacked: Float[Tensor, "sums N"], upstreams: Upstreams
+    ) -> dict[str, Tensor]:
+        """Return the gradients that are needed. That of hidden is the sum over the ranks."""
+        layer = Layer(self.hidden, self.weight, self.bias)
+        settings = ShardedLayer(layer, self.chunk_size).settings([name in needed for name in Layer._fields])
+        rounded = multiplied(layer, settings)
+        of_layer = Gradients(rounded, operands, settings)
+        for part, logits, rows in chunks(rounded, operands, settings):
+            sums = unstacked(stacked[:, part])
+            of_logits = plain_gradients(logits, rows, ["logits"], upstreams.of_rows(part), sums)["logits"]
+            assert of_logits is not None
+            of_layer.add(part, of_logits.to(logits.dtype), rows)
+        found = of_layer.finish()
+        if "hidden" in found:
+            found["hidden"] = _summed(found["hidden"], self.ranks)
+        return {name: gradient.to(getattr(layer, name).dtype) for name, gradient in found.items()}
+
+
+class _Kind(NamedTuple):
+    kind: type[_Logits | _Layer]
+
+
+class _Stacked(NamedTuple):
+    stacked: Float[Tensor, "sums N"]  # the sums over the classes of all ranks
+
+
+def _kinds(kind: type[_Logits | _Layer]) -> tuple[Any, ...]:
+    """Return what the flat arguments of the autograd Functions are."""
+    return _Kind, kind, _Stacked, Operands
 
 
 class _ShardLosses(torch.autograd.Function):
-    """The losses of rows from the sums over all classes, and the gradient from this rank's logits."""
+    """The losses of rows from the sums over all classes, and the gradient from this rank's logits or layer."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor | None, ...]:
         """Return the losses, and nll, lse and entropy if gradients flow through them."""
-        (_, stacked), operands = saved.grouped(arguments, _Kept, Operands)
+        _, _, (stacked,), operands = saved.grouped(arguments, *_kinds(arguments[0]))
         return losses_of(operands, unstacked(stacked))[0], *fused.statistics_or_none(operands, stacked)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
         """Keep the arguments."""
         saved.save(ctx, (), inputs)
+        ctx.kinds = _kinds(inputs[0])
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Return the gradients with respect to the logits and to `on`, `off`, `other_mass` and `at_max`."""
-        _, (logits, stacked), operands = saved.saved(ctx, _Kept, Operands)
-        needed = saved.needed_by(ctx, _Kept, Operands)
+        """Return the gradients with respect to the source and to `on`, `off`, `other_mass` and `at_max`."""
+        _, *groups = saved.saved(ctx, *ctx.kinds)
+        needed = saved.needed_by(ctx, *ctx.kinds)
         if not any(upstream is not None for upstream in upstreams):
-            return saved.in_order({}, _Kept, Operands)
-        gradients = _ShardGradients.apply(needed, *upstreams, logits, stacked, *operands)  # type: ignore[no-untyped-call]
-        return saved.in_order(dict(zip(needed, gradients, strict=True)), _Kept, Operands)
+            return saved.in_order({}, *ctx.kinds)
+        flat = [value for group in groups for value in group]
+        gradients = _ShardGradients.apply(needed, *upstreams, *flat)  # type: ignore[no-untyped-call]
+        return saved.in_order(dict(zip(needed, gradients, strict=True)), *ctx.kinds)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -667,13 +728,13 @@ class _ShardGradients(torch.autograd.Function):
     @staticmethod
     def forward(needed: list[str], *arguments: Any) -> tuple[Tensor | None, ...]:
         """Return the gradients with respect to what is needed."""
-        upstreams, (logits, stacked), operands = saved.grouped(arguments, Upstreams, _Kept, Operands)
+        kind = arguments[len(Upstreams._fields)]
+        upstreams, _, source, (stacked,), operands = saved.grouped(arguments, Upstreams, *_kinds(kind))
         gradients: dict[str, Tensor | None] = {}
         if upstreams.loss is not None:
             slopes = target_slopes(operands, unstacked(stacked), needed)
             gradients |= target_gradients(operands, slopes, upstreams.loss)
-        if "logits" in needed:
-            gradients["logits"] = _logits_gradient(logits, operands, stacked, upstreams)
+        gradients |= source.gradients([name for name in needed if name in kind._fields], operands, stacked, upstreams)
         return tuple(gradients.get(name) for name in needed)
 
     @staticmethod
@@ -692,23 +753,6 @@ class _ShardGradients(torch.autograd.Function):
 
 
 _INSTEAD = "gather the logits, and use label_smoothed_cross_entropy"
-
-
-def _logits_gradient(
-    logits: Float[Tensor, "N K"], operands: Operands, stacked: Float[Tensor, "sums N"], upstreams: Upstreams
-) -> Float[Tensor, "N K"]:
-    """Return the gradient with respect to this rank's logits."""
-    sums, gradient = unstacked(stacked), None
-    for part, (some, operands_of_some, sums_of_some) in _blocks(logits, operands, sums):
-        upstreams_of_some = upstreams.of_rows(part)
-        found = plain_gradients(some, operands_of_some, ["logits"], upstreams_of_some, sums_of_some)["logits"]
-        assert found is not None
-        if some.shape == logits.shape:
-            return found.to(logits.dtype)
-        gradient = torch.empty_like(logits) if gradient is None else gradient
-        gradient[part] = found.to(logits.dtype)
-    assert gradient is not None
-    return gradient
 
 
 # --- The linear layer ------------------------------------------------------------------------------------------------
@@ -744,89 +788,3 @@ def _summed(of_hidden: Float[Tensor, "N D"], ranks: Ranks) -> Float[Tensor, "N D
     """Return the sum of gradients over the ranks, in the same dtype, added up in float32 or wider."""
     wide = of_hidden.to(compute_dtype(of_hidden))
     return total(wide, ranks, []).to(of_hidden.dtype)
-
-
-def _losses_of_layer(
-    layer: ShardedLayer, operands: Operands, sums: Sums, ranks: Ranks
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None]:
-    """Return what `_losses` does, with gradients with respect to the layer."""
-    kept = _KeptOfLayer(stacked_of(operands, sums), layer.chunk_size, ranks)
-    losses, *found = _LayerLosses.apply(*layer.layer, *kept, *operands)  # type: ignore[no-untyped-call]
-    if operands.differentiable:
-        return losses, (found[0], found[1], found[2])
-    return losses, statistics_of(operands, sums) if operands.with_stats else None
-
-
-class _KeptOfLayer(NamedTuple):
-    stacked: Float[Tensor, "sums N"]  # over the classes of all ranks
-    chunk_size: int
-    ranks: Ranks
-
-
-_OF_LAYER = (Layer, _KeptOfLayer, Operands)
-
-
-class _LayerLosses(torch.autograd.Function):
-    """The losses of rows from the sums over all classes, and the gradients from logits that are computed again."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor | None, ...]:
-        """Return the losses, and nll, lse and entropy if gradients flow through them."""
-        _, (stacked, *_), operands = saved.grouped(arguments, *_OF_LAYER)
-        return losses_of(operands, unstacked(stacked))[0], *fused.statistics_or_none(operands, stacked)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        """Keep the arguments."""
-        saved.save(ctx, (), inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Return the gradients with respect to the layer and to `on`, `off`, `other_mass` and `at_max`."""
-        _, *arguments = saved.saved(ctx, *_OF_LAYER)
-        needed = saved.needed_by(ctx, *_OF_LAYER)
-        if not any(upstream is not None for upstream in upstreams):
-            return saved.in_order({}, *_OF_LAYER)
-        flat = [value for group in arguments for value in group]
-        gradients = _LayerGradients.apply(needed, *upstreams, *flat)  # type: ignore[no-untyped-call]
-        return saved.in_order(dict(zip(needed, gradients, strict=True)), *_OF_LAYER)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Refuse."""
-        raise error("shard_transform", transform="forward mode", instead=_INSTEAD)
-
-
-class _LayerGradients(torch.autograd.Function):
-    """The gradients of `_LayerLosses`, which have no derivatives."""
-
-    @staticmethod
-    def forward(needed: list[str], *arguments: Any) -> tuple[Tensor | None, ...]:
-        """Return the gradients with respect to what is needed. That of hidden is the sum over the ranks."""
-        upstreams, layer, kept, operands = saved.grouped(arguments, Upstreams, *_OF_LAYER)
-        gradients: dict[str, Tensor | None] = {}
-        if upstreams.loss is not None:
-            slopes = target_slopes(operands, unstacked(kept.stacked), needed)
-            gradients |= target_gradients(operands, slopes, upstreams.loss)
-        sharded = ShardedLayer(layer, kept.chunk_size)
-        settings = sharded.settings([name in needed for name in Layer._fields])
-        rounded = multiplied(layer, settings)
-        of_layer = Gradients(rounded, operands, settings)
-        for part, logits, rows in chunks(rounded, operands, settings):
-            sums = unstacked(kept.stacked[:, part])
-            of_logits = plain_gradients(logits, rows, ["logits"], upstreams.of_rows(part), sums)["logits"]
-            assert of_logits is not None
-            of_layer.add(part, of_logits.to(logits.dtype), rows)
-        for name, gradient in of_layer.finish().items():
-            summed = _summed(gradient, kept.ranks) if name == "hidden" else gradient
-            gradients[name] = summed.to(getattr(layer, name).dtype)
-        return tuple(gradients.get(name) for name in needed)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        """Keep nothing."""
-
-    @staticmethod
-    def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Refuse."""
-        raise error("shard_transform", transform="second derivatives", instead=_INSTEAD)
