@@ -9,7 +9,7 @@ of summation does not show in the result.
 Before each class stands the function that computes its sums of one batch; the class only adds them up.
 """
 
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -126,12 +126,28 @@ class MeanLoss(_Sums):
         return self._ratio("loss", "denominator")
 
 
-def _mean_nll_sums(stats: LossStats, mask: Bool[ArrayLike, "..."] | None) -> dict[str, _Pair]:
-    rows = _rows(stats, mask)
-    return {"nll": _sum(jnp.where(rows, stats.nll, 0)), "count": _count(rows)}
+class _Mean(_Sums):
+    """Mean of one of the statistics over all rows seen. The sums have its name, so that no two metrics share them."""
+
+    _statistic: ClassVar[str]
+
+    def __init__(self) -> None:
+        """Start with nothing seen."""
+        super().__init__(self._statistic, "count")
+
+    @hinting
+    def update(self, *, stats: LossStats, mask: Bool[ArrayLike, "..."] | None = None, **_: Any) -> None:
+        """Add a batch; see `MeanLoss.update` for `stats` and `mask`."""
+        rows, values = _rows(stats, mask), getattr(stats, self._statistic)
+        total = _count(rows & values) if values.dtype == bool else _sum(jnp.where(rows, values, 0))
+        self._add(**{self._statistic: total, "count": _count(rows)})
+
+    def compute(self) -> Float[Array, ""]:
+        """Return the mean; NaN if no row was seen."""
+        return self._ratio(self._statistic, "count")
 
 
-class MeanNLL(_Sums):
+class MeanNLL(_Mean):
     """Mean cross-entropy with the labels as they are, neither smoothed nor weighted, in nats.
 
     Example:
@@ -144,18 +160,7 @@ class MeanNLL(_Sums):
         '2.0794'
     """
 
-    def __init__(self) -> None:
-        """Start with nothing seen."""
-        super().__init__("nll", "count")
-
-    @hinting
-    def update(self, *, stats: LossStats, mask: Bool[ArrayLike, "..."] | None = None, **_: Any) -> None:
-        """Add a batch; see `MeanLoss.update` for `stats` and `mask`."""
-        self._add(**_mean_nll_sums(stats, mask))
-
-    def compute(self) -> Float[Array, ""]:
-        """Return the mean; NaN if no row was seen."""
-        return self._ratio("nll", "count")
+    _statistic = "nll"
 
 
 class Perplexity(MeanNLL):
@@ -176,12 +181,7 @@ class Perplexity(MeanNLL):
         return jnp.exp(super().compute())
 
 
-def _mean_entropy_sums(stats: LossStats, mask: Bool[ArrayLike, "..."] | None) -> dict[str, _Pair]:
-    rows = _rows(stats, mask)
-    return {"entropy": _sum(jnp.where(rows, stats.entropy, 0)), "count": _count(rows)}
-
-
-class MeanEntropy(_Sums):
+class MeanEntropy(_Mean):
     """Mean entropy of the model's distribution, whatever the labels, in nats: from 0 to log K.
 
     Example:
@@ -194,26 +194,10 @@ class MeanEntropy(_Sums):
         '2.0794'
     """
 
-    def __init__(self) -> None:
-        """Start with nothing seen."""
-        super().__init__("entropy", "count")
-
-    @hinting
-    def update(self, *, stats: LossStats, mask: Bool[ArrayLike, "..."] | None = None, **_: Any) -> None:
-        """Add a batch; see `MeanLoss.update` for `stats` and `mask`."""
-        self._add(**_mean_entropy_sums(stats, mask))
-
-    def compute(self) -> Float[Array, ""]:
-        """Return the mean; NaN if no row was seen."""
-        return self._ratio("entropy", "count")
+    _statistic = "entropy"
 
 
-def _accuracy_sums(stats: LossStats, mask: Bool[ArrayLike, "..."] | None) -> dict[str, _Pair]:
-    rows = _rows(stats, mask)
-    return {"correct": _count(rows & stats.correct), "count": _count(rows)}
-
-
-class Accuracy(_Sums):
+class Accuracy(_Mean):
     """Share of rows whose label is the (first) largest logit; for soft labels, their own (first) largest.
 
     Example:
@@ -226,18 +210,7 @@ class Accuracy(_Sums):
         '0.6667'
     """
 
-    def __init__(self) -> None:
-        """Start with nothing seen."""
-        super().__init__("correct", "count")
-
-    @hinting
-    def update(self, *, stats: LossStats, mask: Bool[ArrayLike, "..."] | None = None, **_: Any) -> None:
-        """Add a batch; see `MeanLoss.update` for `stats` and `mask`."""
-        self._add(**_accuracy_sums(stats, mask))
-
-    def compute(self) -> Float[Array, ""]:
-        """Return the share; NaN if no row was seen."""
-        return self._ratio("correct", "count")
+    _statistic = "correct"
 
 
 def _top_k_accuracy_sums(

@@ -116,17 +116,20 @@ def hinting(function: Callable[P, R]) -> Callable[P, R]:
     signature = inspect.signature(function)
     accepted = tuple(name for name in signature.parameters if name != "self")
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
-    qualified = function.__qualname__
-    places = _Places(signature, qualified)
-    most = places.most
+    most = _Places(signature, "").most
+
+    def name_of(operands: Sequence[object]) -> str:
+        """Return what the caller called: a method by the class of the object, which may have inherited it."""
+        is_method = "self" in signature.parameters and operands
+        return f"{type(operands[0]).__name__}.{function.__name__}" if is_method else function.__qualname__
 
     @wraps(function)
     def with_hint(*operands: P.args, **given: P.kwargs) -> R:
         for name in given:
             if name not in accepted and not takes_any:
-                raise unexpected(name, accepted, qualified)
+                raise unexpected(name, accepted, name_of(operands))
         if len(operands) > most:
-            raise places.surplus(operands)
+            raise _Places(signature, name_of(operands)).surplus(operands)
         return function(*operands, **given)
 
     return with_hint

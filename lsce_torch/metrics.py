@@ -9,7 +9,7 @@ Before each class stands the function that computes its sums of one batch; the c
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -125,12 +125,28 @@ class MeanLoss(_Sums):
         return self._ratio("loss", "denominator")
 
 
-def _mean_nll_sums(stats: LossStats, mask: Bool[Tensor, "..."] | None) -> dict[str, Tensor]:
-    rows = _rows(stats, mask)
-    return {"nll": _sum(torch.where(rows, stats.nll, 0)), "count": _sum(rows)}
+class _Mean(_Sums):
+    """Mean of one of the statistics over all rows seen. The sums have its name, so that no two metrics share them."""
+
+    _statistic: ClassVar[str]
+
+    def __init__(self, **options: Any) -> None:
+        """Start with nothing seen."""
+        super().__init__(self._statistic, "count", **options)
+
+    @hinting
+    def update(self, *, stats: LossStats, mask: Bool[Tensor, "..."] | None = None) -> None:
+        """Add a batch; see `MeanLoss.update` for `stats` and `mask`."""
+        rows = _rows(stats, mask)
+        values = torch.where(rows, getattr(stats, self._statistic), 0)
+        self._add(**{self._statistic: _sum(values), "count": _sum(rows)})
+
+    def compute(self) -> Float[Tensor, ""]:
+        """Return the mean; NaN if no row was seen."""
+        return self._ratio(self._statistic, "count")
 
 
-class MeanNLL(_Sums):
+class MeanNLL(_Mean):
     """Mean cross-entropy with the labels as they are, neither smoothed nor weighted, in nats.
 
     Example:
@@ -144,19 +160,7 @@ class MeanNLL(_Sums):
     """
 
     higher_is_better = False
-
-    def __init__(self, **options: Any) -> None:
-        """Start with nothing seen."""
-        super().__init__("nll", "count", **options)
-
-    @hinting
-    def update(self, *, stats: LossStats, mask: Bool[Tensor, "..."] | None = None) -> None:
-        """Add a batch; see `MeanLoss.update` for `stats` and `mask`."""
-        self._add(**_mean_nll_sums(stats, mask))
-
-    def compute(self) -> Float[Tensor, ""]:
-        """Return the mean; NaN if no row was seen."""
-        return self._ratio("nll", "count")
+    _statistic = "nll"
 
 
 class Perplexity(MeanNLL):
@@ -177,12 +181,7 @@ class Perplexity(MeanNLL):
         return torch.exp(super().compute())
 
 
-def _mean_entropy_sums(stats: LossStats, mask: Bool[Tensor, "..."] | None) -> dict[str, Tensor]:
-    rows = _rows(stats, mask)
-    return {"entropy": _sum(torch.where(rows, stats.entropy, 0)), "count": _sum(rows)}
-
-
-class MeanEntropy(_Sums):
+class MeanEntropy(_Mean):
     """Mean entropy of the model's distribution, in nats: how uncertain its predictions are, whatever the labels.
 
     Example:
@@ -196,27 +195,10 @@ class MeanEntropy(_Sums):
     """
 
     higher_is_better = None
-
-    def __init__(self, **options: Any) -> None:
-        """Start with nothing seen."""
-        super().__init__("entropy", "count", **options)
-
-    @hinting
-    def update(self, *, stats: LossStats, mask: Bool[Tensor, "..."] | None = None) -> None:
-        """Add a batch; see `MeanLoss.update` for `stats` and `mask`."""
-        self._add(**_mean_entropy_sums(stats, mask))
-
-    def compute(self) -> Float[Tensor, ""]:
-        """Return the mean; NaN if no row was seen."""
-        return self._ratio("entropy", "count")
+    _statistic = "entropy"
 
 
-def _accuracy_sums(stats: LossStats, mask: Bool[Tensor, "..."] | None) -> dict[str, Tensor]:
-    rows = _rows(stats, mask)
-    return {"correct": _sum(rows & stats.correct), "count": _sum(rows)}
-
-
-class Accuracy(_Sums):
+class Accuracy(_Mean):
     """Share of rows whose label is the (first) largest logit; for soft labels, their own (first) largest.
 
     Example:
@@ -230,19 +212,7 @@ class Accuracy(_Sums):
     """
 
     higher_is_better = True
-
-    def __init__(self, **options: Any) -> None:
-        """Start with nothing seen."""
-        super().__init__("correct", "count", **options)
-
-    @hinting
-    def update(self, *, stats: LossStats, mask: Bool[Tensor, "..."] | None = None) -> None:
-        """Add a batch; see `MeanLoss.update` for `stats` and `mask`."""
-        self._add(**_accuracy_sums(stats, mask))
-
-    def compute(self) -> Float[Tensor, ""]:
-        """Return the share; NaN if no row was seen."""
-        return self._ratio("correct", "count")
+    _statistic = "correct"
 
 
 def _top_k_accuracy_sums(
