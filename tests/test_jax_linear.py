@@ -11,87 +11,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from lsce_jax import (
-    LinearLabelSmoothedCrossEntropyLoss,
     chunked,
-    label_smoothed_cross_entropy,
     layer,
     linear_label_smoothed_cross_entropy,
     linear_label_smoothed_cross_entropy_with_stats,
 )
-
-N, D, K = 7, 3, 5
-GENERATOR = np.random.default_rng(0)
-HIDDEN, WEIGHT, BIAS = (GENERATOR.normal(size=shape) for shape in ((N, D), (D, K), (K,)))
-LABELS = np.array([0, 4, 2, 2, 1, 3, 1])
-CLASS_WEIGHT = np.linspace(0.5, 2, K)
-EPSILON = 2.0**-52
+from tests.small_batches import BIAS, EPSILON, FRAMEWORKS, HIDDEN, assert_close, without_chunks
+from tests.small_batches import CLASSES as K
+from tests.small_batches import FEATURES as D
+from tests.small_batches import KERNEL as WEIGHT
+from tests.small_batches import LAYER_LABELS as LABELS
+from tests.small_batches import LAYER_OPTIONS as OPTIONS
+from tests.small_batches import ROWS as N
+from tests.small_batches import WEIGHT as CLASS_WEIGHT
 
 chunked_loss = partial(linear_label_smoothed_cross_entropy, chunk_size=3)
 reference_loss = partial(linear_label_smoothed_cross_entropy, implementation="reference")
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "mean": {"reduction": "mean"},
-    "none": {},
-    "recompute": {"reduction": "sum", "recompute": True},
-    "where": {"reduction": "mean", "where": np.arange(N) % 3 != 0},
-    "where_none": {"where": np.arange(N) % 3 != 0, "softcap": 3.0},
-    "everything": {
-        "reduction": "mean",
-        "class_weight": CLASS_WEIGHT,
-        "class_mask": np.arange(K) != 0,
-        "ignore_index": 0,
-        "z_loss": 0.01,
-        "softcap": 2.0,
-        "convention": "non_target",
-        "smoothing": np.linspace(0.1, 0.9, N),
-    },
-    "max_sup": {"reduction": "sum", "convention": "max_sup", "class_weight": CLASS_WEIGHT},
-    "prior": {"reduction": "mean", "prior": np.full(K, 1 / K), "subtract_entropy": True, "denominator": 3.0},
-}
-each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+
+def outcome(loss: Callable[..., Any], *layer: Any, **options: Any) -> tuple[Any, ...]:
+    """Return the losses, and all gradients of their weighted sum."""
+
+    def of_layer(hidden: Any, weight: Any, bias: Any, labels: Any, **given: Any) -> Any:
+        return loss(hidden, weight, labels, bias=bias, **given)
+
+    return FRAMEWORKS["jax"].outcome(of_layer, *layer, LABELS, **options)
 
 
 @pytest.fixture(autouse=True)
 def double_precision() -> Any:
     with jax.enable_x64(True):
         yield
-
-
-def without_chunks(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name != "recompute"}
-
-
-def outcome(loss: Callable[..., Any], *layer: Any, **options: Any) -> tuple[Any, ...]:
-    """Return the losses, and all gradients of their weighted sum."""
-
-    def total(layer: Any) -> Any:
-        hidden, weight, bias = layer
-        losses = loss(hidden, weight, LABELS, bias=bias, **options)
-        factors = jnp.linspace(1, 2, losses.size, dtype=losses.dtype).reshape(losses.shape)
-        return (losses * factors).sum(), losses
-
-    (_, losses), gradients = jax.jit(jax.value_and_grad(total, has_aux=True))(tuple(map(jnp.asarray, layer)))
-    return tuple(map(np.asarray, (losses, *gradients)))
-
-
-def assert_close(ours: tuple, theirs: tuple, epsilon: float = EPSILON) -> None:
-    """Allow a few roundings of a sum of some dozen terms, each at most as large as the largest value."""
-    for one, other in zip(ours, theirs, strict=True):
-        assert one.shape == other.shape
-        assert one.dtype == other.dtype
-        scale = 1 + np.max(np.abs(other), initial=0)
-        assert np.all(np.abs(one - other) <= 32 * epsilon * scale)
-
-
-@each_option
-def test_equals_the_reference(options: dict[str, Any]) -> None:
-    theirs = outcome(reference_loss, HIDDEN, WEIGHT, BIAS, **without_chunks(options))
-    for chunk_size in (3, 100):
-        loss = partial(linear_label_smoothed_cross_entropy, chunk_size=chunk_size)
-        assert_close(outcome(loss, HIDDEN, WEIGHT, BIAS, **options), theirs)
 
 
 @pytest.mark.parametrize("name", ["mean", "none", "everything", "prior"])
@@ -195,58 +147,6 @@ def test_more_classes_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     jax.clear_caches()
 
 
-def test_gradient_filter() -> None:
-    """The error is bounded by the threshold; a threshold below every gradient gives the exact gradients."""
-    hidden = 4 * HIDDEN
-    for options in (OPTIONS["where"], OPTIONS["everything"]):
-        exact = outcome(chunked_loss, hidden, WEIGHT, BIAS, **options)
-        assert_close(outcome(chunked_loss, hidden, WEIGHT, BIAS, gradient_filter=1e-300, **options), exact)
-    threshold = 0.05
-    loss, *gradients = outcome(chunked_loss, hidden, WEIGHT, BIAS, reduction="sum")
-    same_loss, *filtered = outcome(chunked_loss, hidden, WEIGHT, BIAS, reduction="sum", gradient_filter=threshold)
-    assert loss == same_loss
-    bounds = (threshold * np.abs(WEIGHT).sum(1), threshold * np.abs(hidden).sum(0)[:, None], 0.0)
-    for exact, approximate, bound in zip(gradients, filtered, bounds, strict=True):
-        assert np.all(np.abs(exact - approximate) <= bound + 32 * EPSILON)
-    assert np.any(np.abs(gradients[1] - filtered[1]) > 32 * EPSILON)
-
-
-def test_ignored_rows_are_free_of_nan() -> None:
-    """Rows that do not count may hold NaN, in chunks with and without rows that count."""
-    counted = np.arange(N) < 2
-    hidden = np.where(counted[:, None], HIDDEN, np.nan)
-    for options in ({"reduction": "mean"}, {"reduction": "mean", "recompute": True}, {}):
-        loss, *gradients = outcome(chunked_loss, hidden, WEIGHT, BIAS, where=counted, **options)
-        theirs = outcome(reference_loss, HIDDEN, WEIGHT, BIAS, where=counted, **without_chunks(options))
-        assert_close((loss, *gradients), theirs)
-        assert np.all(gradients[0][2:] == 0)
-
-
-def test_bad_label_is_nan_and_raises() -> None:
-    labels = np.where(np.arange(N) == 4, 9, LABELS)
-    losses = chunked_loss(HIDDEN, WEIGHT, labels)
-    assert np.isnan(losses[4])
-    assert np.isfinite(np.delete(losses, 4)).all()
-    with pytest.raises(IndexError, match="label 9 at index"):
-        chunked_loss(HIDDEN, WEIGHT, labels, bad_labels="raise")
-
-
-@pytest.mark.parametrize("shape", [(0,), (), (2, 0), (1,), (2, 3)])
-def test_shapes(shape: tuple[int, ...]) -> None:
-    hidden, labels = GENERATOR.normal(size=(*shape, D)), np.ones(shape, int)
-
-    def gradients(*layer: Any, loss: Callable[..., Any]) -> Any:
-        def total(*layer: Any, reduction: str) -> Any:
-            losses = loss(*layer, labels, reduction=reduction)
-            assert losses.shape == (shape if reduction == "none" else ())
-            return losses.sum()
-
-        return [jax.grad(partial(total, reduction=name), (0, 1))(*layer) for name in ("none", "sum", "mean")]
-
-    ours, theirs = (jax.jit(partial(gradients, loss=loss))(hidden, WEIGHT) for loss in (chunked_loss, reference_loss))
-    assert_close(tuple(map(np.asarray, jax.tree.leaves(ours))), tuple(map(np.asarray, jax.tree.leaves(theirs))))
-
-
 def test_vmap() -> None:
     """Of rows, of layers, and of a gradient."""
     weights = np.stack([WEIGHT, 2 * WEIGHT])
@@ -316,21 +216,6 @@ def test_narrow_hidden_and_a_float32_weight() -> None:
         assert jnp.any(gradients[1] != gradients[1].astype(jnp.bfloat16).astype(jnp.float32))
 
 
-def test_stats() -> None:
-    logits = HIDDEN @ WEIGHT + BIAS
-    counted = np.arange(N) % 3 != 0
-    for reduction in ("mean", "none"):
-        loss, ours = linear_label_smoothed_cross_entropy_with_stats(
-            HIDDEN, WEIGHT, LABELS, bias=BIAS, where=counted, chunk_size=3, reduction=reduction, z_loss=0.1
-        )
-        theirs = reference_loss(HIDDEN, WEIGHT, LABELS, bias=BIAS, where=counted, reduction=reduction, z_loss=0.1)
-        assert_close((np.asarray(loss),), (np.asarray(theirs),))
-        nll = label_smoothed_cross_entropy(logits, LABELS, smoothing=0.0, where=counted)
-        assert_close((np.asarray(ours.nll),), (np.asarray(nll),))
-        assert np.array_equal(ours.valid, counted)
-        assert np.array_equal(ours.correct, counted & (logits.argmax(-1) == LABELS))
-
-
 def test_a_number_as_smoothing_keeps_its_accuracy_and_compiles_once() -> None:
     """1 - 0.99999 in float32 is off by 0.1 %; a new smoothing does not compile a new program."""
     hidden, weight = HIDDEN.astype(np.float32), WEIGHT.astype(np.float32)
@@ -346,12 +231,6 @@ def test_a_number_as_smoothing_keeps_its_accuracy_and_compiles_once() -> None:
     assert chunked._with_gradients._cache_size() == compiled
 
 
-def test_module_and_options() -> None:
-    loss_fn = LinearLabelSmoothedCrossEntropyLoss(0.2, reduction="mean", chunk_size=2, class_weight=CLASS_WEIGHT)
-    theirs = reference_loss(HIDDEN, WEIGHT, LABELS, smoothing=0.2, reduction="mean", class_weight=CLASS_WEIGHT)
-    assert_close((np.asarray(nnx.jit(loss_fn)(HIDDEN, WEIGHT, LABELS)),), (np.asarray(theirs),))
-
-
 def test_one_feature_in_float64() -> None:
     """The logits are products of two numbers, which XLA might round in some uses only."""
     hidden = jnp.array([1.7769346512604225, -0.6945933575499162, -1.180283911849588, -1.7838454781954174])[:, None]
@@ -360,31 +239,6 @@ def test_one_feature_in_float64() -> None:
     for options in ({}, {"reduction": "sum"}):
         ours = linear_label_smoothed_cross_entropy(hidden, weight, labels, chunk_size=1, **options)
         assert_close((np.asarray(ours),), (expected if not options else expected.sum(),))
-
-
-def test_ignored_rows_in_the_reference() -> None:
-    counted = np.arange(N) != 2
-    hidden = np.where(counted[:, None], HIDDEN, np.nan)
-    assert np.isfinite(outcome(reference_loss, hidden, WEIGHT, BIAS, where=counted)[2]).all()
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_float16_is_scaled_in_time(reduction: str) -> None:
-    """A loss scale of 2^16 saves gradients that would be 0 in float16, even if they are computed with the loss."""
-    classes = 20000
-    hidden = jnp.asarray(GENERATOR.normal(size=(64, 16)), jnp.float16)
-    weight = jnp.asarray(2 * GENERATOR.normal(size=(16, classes)), jnp.float16)
-
-    def loss(weight: Any) -> Any:
-        labels = jnp.arange(64)
-        return (
-            2.0**16
-            * linear_label_smoothed_cross_entropy(hidden, weight, labels, smoothing=0.0, reduction=reduction)
-            .astype(jnp.float32)
-            .mean()
-        )
-
-    assert jnp.all(jnp.any(jax.grad(loss)(weight) != 0, axis=0))
 
 
 def test_rows_of_an_explicit_mesh() -> None:

@@ -16,7 +16,6 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from lsce_spec import Convention
 from lsce_torch import (
     device,
     label_smoothed_cross_entropy,
@@ -25,48 +24,21 @@ from lsce_torch import (
     memory,
     sweeps,
 )
+from tests import small_batches
+from tests.small_batches import assert_close, to_torch
 
-LOGITS = torch.from_numpy(np.random.default_rng(0).normal(size=(6, 5)))
-LABELS = torch.tensor([0, 4, 2, 2, 1, 3])
-SOFT = torch.softmax(torch.from_numpy(np.random.default_rng(1).normal(size=(6, 5))), -1)
-WEIGHT = torch.linspace(0.5, 2, 5, dtype=torch.float64)
-MASK = torch.arange(5) != 1
-PRIOR = torch.tensor([0.1, 0.2, 0.3, 0.2, 0.2], dtype=torch.float64)
-EPSILON = 2.0**-52
+LOGITS, LABELS, SOFT, WEIGHT, MASK, PRIOR = (
+    to_torch(getattr(small_batches, name)) for name in ("LOGITS", "LABELS", "SOFT", "WEIGHT", "MASK", "PRIOR")
+)
+OPTIONS = to_torch(small_batches.OPTIONS)
+OPTIONS["prior_weighted"]["smoothing"] = torch.linspace(0, 1, 6)
+CALLS = {name: (LABELS, options) for name, options in OPTIONS.items()}
+CALLS |= {name: (SOFT, options) for name, options in to_torch(small_batches.SOFT_OPTIONS).items()}
+
 
 fused_loss = partial(label_smoothed_cross_entropy, implementation="fused")
 reference_loss = partial(label_smoothed_cross_entropy, implementation="reference")
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "unsmoothed": {"smoothing": 0.0},
-    "capped": {"convention": "non_target", "z_loss": 0.01, "softcap": 3.0},
-    "where": {"convention": "clamp", "where": torch.arange(6) != 3, "reduction": "none"},
-    "weighted": {"class_weight": WEIGHT, "class_mask": MASK, "ignore_index": 1, "reduction": "sum"},
-    "weighted_non_target": {"class_weight": WEIGHT, "convention": "non_target", "smoothing": 1.0},
-    "zero_weight": {"class_weight": torch.tensor([0.0, 1, 0, 2, 1])},
-    "prior": {"prior": PRIOR, "subtract_entropy": True},
-    "prior_weighted": {"prior": PRIOR, "class_weight": WEIGHT, "smoothing": torch.linspace(0, 1, 6)},
-    "entropy": {"subtract_entropy": True, "class_mask": MASK, "ignore_index": 1},
-    "per_row": {
-        "smoothing": torch.linspace(0, 1, 6),
-        "convention": "non_target",
-        "softcap": 2.0,
-        "class_mask": MASK,
-        "ignore_index": 1,
-    },
-    "max_sup": {"convention": "max_sup", "class_weight": WEIGHT, "softcap": 3.0, "z_loss": 0.1},
-    "not_summing_to_one": {"convention": Convention("leaky", on=lambda e, k: 1 - e, off=lambda e, k: e / k)},
-}
-SOFT_OPTIONS: dict[str, dict[str, Any]] = {
-    "soft": {},
-    "soft_weighted": {"class_weight": WEIGHT, "class_mask": MASK, "where": torch.arange(6) != 3},
-    "soft_clamp": {"convention": "clamp", "subtract_entropy": True, "z_loss": 0.01, "softcap": 2.0},
-    "soft_prior": {"prior": PRIOR, "smoothing": torch.linspace(0, 1, 6)},
-    "soft_max_sup": {"convention": "max_sup"},
-}
-CALLS = {name: (LABELS, options) for name, options in OPTIONS.items()}
-CALLS |= {name: (SOFT, options) for name, options in SOFT_OPTIONS.items()}
 each_call = pytest.mark.parametrize(("labels", "options"), CALLS.values(), ids=CALLS.keys())
 
 
@@ -88,32 +60,6 @@ def outcome(loss: Callable[..., torch.Tensor], logits: torch.Tensor, labels: tor
     losses = loss(leaf, labels, **options)
     (gradient,) = torch.autograd.grad((losses * torch.linspace(1, 2, losses.numel()).view(losses.shape)).sum(), leaf)
     return losses.detach(), gradient
-
-
-def assert_close(ours: tuple, theirs: tuple, epsilon: float = EPSILON) -> None:
-    """Equal but for a few roundings of sums of at most some dozen terms of the size of the largest."""
-    for one, other in zip(ours, theirs, strict=True):
-        assert one.shape == other.shape
-        assert one.dtype == other.dtype
-        scale = 1 + other[other.isfinite()].abs().max() if other.isfinite().any() else 1
-        close = (one - other).abs() <= 32 * epsilon * scale
-        assert torch.all(close | (one == other) | (one.isnan() & other.isnan()))
-
-
-@each_call
-def test_equals_the_reference(labels: torch.Tensor, options: dict[str, Any], small_blocks: None) -> None:
-    assert_close(outcome(fused_loss, LOGITS, labels, **options), outcome(reference_loss, LOGITS, labels, **options))
-    if labels is LABELS:
-        wrong = torch.where(torch.arange(6) == 5, 7, labels)
-        assert_close(outcome(fused_loss, LOGITS, wrong, **options), outcome(reference_loss, LOGITS, wrong, **options))
-
-
-@each_call
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_non_finite_logits(labels: torch.Tensor, options: dict[str, Any], value: float, small_blocks: None) -> None:
-    logits = LOGITS.clone()
-    logits[3, 4] = logits[1, 1] = logits[0, 0] = value  # row 3 may be ignored, class 1 masked, class 0 is a label
-    assert_close(outcome(fused_loss, logits, labels, **options), outcome(reference_loss, logits, labels, **options))
 
 
 @each_call
@@ -140,26 +86,6 @@ def test_gradcheck_of_the_smoothing(options: dict[str, Any]) -> None:
 
     assert torch.autograd.gradcheck(loss, (logits, smoothing), check_forward_ad=True, fast_mode=True)
     assert torch.autograd.gradgradcheck(loss, (logits, smoothing), check_fwd_over_rev=True, fast_mode=True)
-
-
-@pytest.mark.parametrize("name", ["smoothing", "class_weight", "prior"])
-def test_other_operands_are_differentiated(name: str) -> None:
-    values = {"smoothing": torch.linspace(0.1, 0.9, 6, dtype=torch.float64), "class_weight": WEIGHT, "prior": PRIOR}
-    labels = torch.tensor([0, 4, 2, 2, 1, 9])
-    gradients = []
-    for loss in (fused_loss, reference_loss):
-        operand = values[name].clone().requires_grad_()
-        losses = loss(LOGITS, labels, subtract_entropy=True, reduction="none", **{**values, name: operand})
-        gradients.append(torch.autograd.grad(losses[:5].sum(), operand))
-    assert_close(*gradients)
-
-
-def test_bad_label_leaves_the_derivative_by_smoothing_alone() -> None:
-    for loss in (fused_loss, reference_loss):
-        smoothing = torch.full((6,), 0.1, dtype=torch.float64, requires_grad=True)
-        loss(LOGITS, torch.tensor([0, 5, 2, 2, 1, 3]), smoothing=smoothing).backward()
-        assert smoothing.grad[1] == 0
-        assert smoothing.grad[0] != 0
 
 
 @each_call
@@ -339,16 +265,6 @@ def test_without_gradients(mode: Callable[[], Any]) -> None:
     expected = fused_loss(LOGITS, LABELS)
     with mode():
         assert torch.equal(fused_loss(LOGITS.clone(), LABELS), expected)
-
-
-def test_small_losses_are_relatively_accurate() -> None:
-    """exp(-d) itself, far below the roundoff of 1; where the label is the largest logit, and where it is not."""
-    logits = torch.tensor([[0.0, 0.0], [1.0, 0.0], [20.0, 0.0], [60.0, 0.0], [80.0, 0.0]])
-    expected = torch.log1p(torch.exp(-logits[:, 0].double()))
-    for label, smoothing in ((0, 0.0), (1, 1.0)):
-        labels = torch.full((5,), label)
-        losses = fused_loss(logits, labels, smoothing=smoothing, convention="non_target", reduction="none")
-        assert torch.all((losses - expected).abs() <= 8 * 2.0**-24 * expected)
 
 
 def test_nothing_of_the_size_of_the_logits_is_kept() -> None:

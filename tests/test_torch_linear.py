@@ -17,45 +17,20 @@ from torch.utils.checkpoint import checkpoint
 import lsce_torch.layer
 from lsce_torch import (
     LinearLabelSmoothedCrossEntropyLoss,
-    label_smoothed_cross_entropy,
     linear_label_smoothed_cross_entropy,
     linear_label_smoothed_cross_entropy_with_stats,
 )
+from tests import small_batches
+from tests.small_batches import assert_close, to_torch
 
-N, D, K = 7, 3, 5
+N, D, K = small_batches.ROWS, small_batches.FEATURES, small_batches.CLASSES
 GENERATOR = np.random.default_rng(0)
-HIDDEN, WEIGHT, BIAS = (torch.from_numpy(GENERATOR.normal(size=shape)) for shape in ((N, D), (K, D), (K,)))
-LABELS = torch.tensor([0, 4, 2, 2, 1, 3, 1])
-CLASS_WEIGHT = torch.linspace(0.5, 2, K, dtype=torch.float64)
-COUNTED = torch.arange(N) % 3 != 0
-EPSILON = 2.0**-52
+HIDDEN, WEIGHT, BIAS = map(to_torch, (small_batches.HIDDEN, small_batches.KERNEL.T, small_batches.BIAS))
+LABELS, COUNTED = map(to_torch, (small_batches.LAYER_LABELS, small_batches.COUNTED))
+CLASS_WEIGHT, OPTIONS = to_torch(small_batches.WEIGHT), to_torch(small_batches.LAYER_OPTIONS)
 
 chunked_loss = partial(linear_label_smoothed_cross_entropy, chunk_size=3)
 reference_loss = partial(linear_label_smoothed_cross_entropy, implementation="reference")
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "mean": {},
-    "none": {"reduction": "none"},
-    "recompute": {"reduction": "sum", "recompute": True},
-    "where": {"where": COUNTED},
-    "where_none": {"where": COUNTED, "softcap": 3.0, "reduction": "none"},
-    "everything": {
-        "class_weight": CLASS_WEIGHT,
-        "class_mask": torch.arange(K) != 0,
-        "ignore_index": 0,
-        "z_loss": 0.01,
-        "softcap": 2.0,
-        "convention": "non_target",
-        "smoothing": torch.linspace(0.1, 0.9, N, dtype=torch.float64),
-    },
-    "max_sup": {"reduction": "sum", "convention": "max_sup", "class_weight": CLASS_WEIGHT},
-    "prior": {"prior": torch.full((K,), 0.2, dtype=torch.float64), "subtract_entropy": True, "denominator": 3.0},
-}
-each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-
-
-def without_chunks(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name != "recompute"}
 
 
 def outcome(loss: Callable[..., Tensor], *layer: Tensor, **options: Any) -> tuple[Tensor, ...]:
@@ -64,23 +39,6 @@ def outcome(loss: Callable[..., Tensor], *layer: Tensor, **options: Any) -> tupl
     losses = loss(leaves[0], leaves[1], LABELS, bias=leaves[2], **options)
     factors = torch.linspace(1, 2, losses.numel(), dtype=losses.dtype).view(losses.shape)
     return losses.detach(), *torch.autograd.grad((losses * factors).sum(), leaves)
-
-
-def assert_close(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], epsilon: float = EPSILON) -> None:
-    """Equal but for a few roundings of sums of at most some dozen terms of the size of the largest."""
-    for one, other in zip(ours, theirs, strict=True):
-        assert one.shape == other.shape
-        assert one.dtype == other.dtype
-        scale = 1 + (other.abs().max() if other.numel() else 0)
-        assert torch.all((one - other).abs() <= 32 * epsilon * scale)
-
-
-@each_option
-@pytest.mark.parametrize("chunk_size", [1, 3, 7, 100, None])
-def test_equals_the_reference(options: dict[str, Any], chunk_size: int | None) -> None:
-    theirs = outcome(reference_loss, HIDDEN, WEIGHT, BIAS, **without_chunks(options))
-    loss = partial(linear_label_smoothed_cross_entropy, chunk_size=chunk_size)
-    assert_close(outcome(loss, HIDDEN, WEIGHT, BIAS, **options), theirs)
 
 
 @pytest.mark.parametrize("name", ["mean", "none", "everything"])
@@ -166,51 +124,6 @@ def test_nothing_is_computed_that_is_not_needed(monkeypatch: pytest.MonkeyPatch)
     chunked_loss(HIDDEN, weight, LABELS, where=COUNTED)
     assert sum(chunks) == int(COUNTED.sum())
     assert added == [("weight",)] * len(chunks)
-
-
-def test_gradient_filter() -> None:
-    """What is left out is bounded; a threshold that nothing is below leaves nothing out, smoothing included."""
-    hidden = 4 * HIDDEN
-    for name in ("mean", "where", "max_sup", "everything", "prior"):
-        exact = outcome(chunked_loss, hidden, WEIGHT, BIAS, **OPTIONS[name])
-        filtered = outcome(chunked_loss, hidden, WEIGHT, BIAS, gradient_filter=1e-300, **OPTIONS[name])
-        assert_close(filtered, exact)
-    threshold = 0.05
-    loss, *gradients = outcome(chunked_loss, hidden, WEIGHT, BIAS, reduction="sum")
-    same_loss, *approximate = outcome(chunked_loss, hidden, WEIGHT, BIAS, reduction="sum", gradient_filter=threshold)
-    assert loss == same_loss
-    bounds = (threshold * WEIGHT.abs().sum(0), threshold * hidden.abs().sum(0), 0.0)
-    for exact, other, bound in zip(gradients, approximate, bounds, strict=True):
-        assert torch.all((exact - other).abs() <= bound + 32 * EPSILON)
-    assert torch.any((gradients[1] - approximate[1]).abs() > 32 * EPSILON)
-
-
-@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"reduction": "none"}])
-def test_ignored_rows_are_free_of_nan(options: dict[str, Any]) -> None:
-    hidden = torch.where(COUNTED[:, None], HIDDEN, torch.nan)
-    ours = outcome(chunked_loss, hidden, WEIGHT, BIAS, where=COUNTED, **options)
-    assert_close(ours, outcome(reference_loss, HIDDEN, WEIGHT, BIAS, where=COUNTED, **without_chunks(options)))
-    assert torch.all(ours[1][~COUNTED] == 0)
-    none = outcome(chunked_loss, hidden, WEIGHT, BIAS, where=torch.zeros(N, dtype=torch.bool), **options)
-    assert all(torch.all(values == 0) for values in none)
-
-
-def test_bad_label_is_nan_and_raises() -> None:
-    labels = LABELS.where(torch.arange(N) != 4, 9)
-    losses = chunked_loss(HIDDEN, WEIGHT, labels, reduction="none")
-    assert losses.isnan().tolist() == [i == 4 for i in range(N)]
-    with pytest.raises(IndexError, match="label 9 at index"):
-        chunked_loss(HIDDEN, WEIGHT, labels, bad_labels="raise")
-
-
-@pytest.mark.parametrize("shape", [(0,), (), (2, 0), (1,), (2, 3)])
-def test_shapes(shape: tuple[int, ...]) -> None:
-    hidden, labels = torch.randn(*shape, D, dtype=torch.float64), torch.ones(shape, dtype=torch.int8)
-    weight = WEIGHT.clone().requires_grad_()
-    for reduction in ("none", "sum", "mean"):
-        losses = [loss(hidden, weight, labels, reduction=reduction) for loss in (chunked_loss, reference_loss)]
-        assert losses[0].shape == (shape if reduction == "none" else ())
-        assert_close(*((torch.autograd.grad(loss.sum(), weight)) for loss in losses))
 
 
 def test_strides() -> None:
@@ -323,19 +236,6 @@ def test_smoothing_is_differentiated(options: dict[str, Any]) -> None:
     assert_close(*(torch.autograd.grad(loss, smoothing) for loss in losses))
 
 
-def test_stats() -> None:
-    logits = HIDDEN @ WEIGHT.T + BIAS
-    for reduction in ("mean", "none"):
-        loss, ours = linear_label_smoothed_cross_entropy_with_stats(
-            HIDDEN, WEIGHT, LABELS, bias=BIAS, where=COUNTED, chunk_size=3, reduction=reduction, z_loss=0.1
-        )
-        theirs = reference_loss(HIDDEN, WEIGHT, LABELS, bias=BIAS, where=COUNTED, reduction=reduction, z_loss=0.1)
-        nll = label_smoothed_cross_entropy(logits, LABELS, smoothing=0.0, where=COUNTED, reduction="none")
-        assert_close((loss, ours.nll), (theirs, nll))
-        assert torch.equal(ours.valid, COUNTED)
-        assert torch.equal(ours.correct, COUNTED & (logits.argmax(-1) == LABELS))
-
-
 def test_memory_is_that_of_a_chunk() -> None:
     """With four times the rows the largest allocation is the same, and never that of all logits."""
     rows, classes = 64, 4096
@@ -365,8 +265,6 @@ def test_memory_is_that_of_a_chunk() -> None:
 
 def test_module() -> None:
     loss_fn = LinearLabelSmoothedCrossEntropyLoss(0.2, chunk_size=2, class_weight=CLASS_WEIGHT)
-    theirs = reference_loss(HIDDEN, WEIGHT, LABELS, smoothing=0.2, class_weight=CLASS_WEIGHT)
-    assert_close((loss_fn(HIDDEN, WEIGHT, LABELS),), (theirs,))
     assert not loss_fn.state_dict()
     assert "smoothing=0.2" in repr(loss_fn)
     assert loss_fn.float().class_weight.dtype == torch.float32
@@ -380,17 +278,6 @@ def test_ignored_rows_in_the_reference() -> None:
         linear_label_smoothed_cross_entropy(hidden, weight, LABELS, where=COUNTED, **options).backward()
         assert weight.grad is not None
         assert weight.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_float16_is_scaled_in_time(reduction: str) -> None:
-    """A loss scale of 2^16 saves gradients that would be 0 in float16, also where they are computed with the loss."""
-    hidden = torch.from_numpy(GENERATOR.normal(size=(64, 16))).half()
-    weight = torch.from_numpy(2 * GENERATOR.normal(size=(20000, 16))).half().requires_grad_()
-    loss = linear_label_smoothed_cross_entropy(hidden, weight, torch.arange(64), smoothing=0.0, reduction=reduction)
-    (gradient,) = torch.autograd.grad(2.0**16 * loss.mean(), weight)
-    assert gradient.dtype == torch.float16
-    assert torch.all((gradient != 0).any(dim=1))
 
 
 def test_tensors_without_data() -> None:
