@@ -1,1 +1,1 @@
-"""What the loss costs on a TPU or GPU that is not there: compiled, counted and estimated. See docs/cost.md."""
+"""Cost of the loss on a TPU or GPU that is not there: compiled, counted and estimated. See docs/cost.md."""

@@ -1,4 +1,4 @@
-"""What a loss costs on a device that is not there: figures of its compiler, counts of the program, the least time."""
+"""Cost of a loss on a device that is not there: its compiler's figures, counts of the program, the least time."""
 
 import atexit
 import os

@@ -1,4 +1,4 @@
-"""Devices that programs are compiled for although they are not there: what compilers ask of them, and their limits.
+"""TPUs and GPUs that programs are compiled for without a device: compiler settings and limits of each.
 
 One table for all users: this package and the harness compile for these devices, and the harness has torch.compile's
 kernels made for the GPUs. The limits are what a device can do at most; no program reaches them.

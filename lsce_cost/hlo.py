@@ -1,4 +1,4 @@
-"""What a compiled program reads, writes, multiplies and sends: counted in the text that XLA gives of it.
+"""Counts of a compiled program's reads, writes, products and messages, from its HLO text.
 
 XLA's own count, `cost_analysis`, takes a loop for one round, counts arrays in the memory of a core like those in the
 device's memory, and is empty for GPUs. This count goes through the kernels of the program instead: each instruction

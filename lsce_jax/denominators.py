@@ -1,4 +1,4 @@
-"""What the mean divides by, of rows that are divided over devices or over microbatches."""
+"""The denominator of a mean whose rows are divided over devices or over microbatches."""
 
 from typing import Any, Unpack
 

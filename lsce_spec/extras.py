@@ -1,4 +1,4 @@
-"""What to install for something that is missing, and how."""
+"""The command that installs a missing extra, in the form that works for the reader."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""What a caller probably meant: other libraries' names and values, in ours.
+"""Hints for wrong calls: other libraries' names and values, translated into ours.
 
 The names are those of torch, Keras, Optax, Paddle, MLX, timm, fairseq, apex, Liger Kernel, flash-attention,
 TransformerEngine, Megatron-LM, cut-cross-entropy, Tokamax, MaxText, T5X, AXLearn, Levanter and Hugging Face's Trainer.

@@ -1,4 +1,4 @@
-"""What the mean divides by, of rows that are divided over ranks or over microbatches."""
+"""The denominator of a mean whose rows are divided over ranks or over microbatches."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Unpack

@@ -1,4 +1,4 @@
-"""What the device of a tensor decides. CPUs take other operations than accelerators, which start each one slowly."""
+"""Choices that depend on the device of a tensor: accelerators start each operation slowly, and CPUs do not."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""What the ranks of a process group tell each other, by collectives that torch.compile puts into its graph.
+"""Messages between the ranks of a process group, by collectives that torch.compile puts into its graph.
 
 A collective whose ranks disagree about its shape ends the process, or waits for ever. So the first thing that ranks
 tell each other is what they were given, and each raises if that differs.

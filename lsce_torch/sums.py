@@ -1,4 +1,4 @@
-"""What a loss needs of each row: operands, sums over the classes, and the losses and slopes that follow from them.
+"""Operands and sums over the classes of each row, and the losses and slopes that follow from them.
 
 The sums come from `sweeps.py`, block by block in place, or from `plain.py`, in operations that torch differentiates.
 """

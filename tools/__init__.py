@@ -1,1 +1,1 @@
-"""What the project is checked with, beside its tests."""
+"""Tools of the project beside its tests: checks, site, notebooks, release."""

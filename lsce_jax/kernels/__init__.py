@@ -1,4 +1,4 @@
-"""The Pallas kernel for TPUs, and what chooses between it and what XLA makes of `fused.py`.
+"""The Pallas kernel for TPUs, and the choice between it and XLA's program of `fused.py`.
 
 `tpu.py` has the kernel. `losses.py` has the primitives that become the kernel in a program for a TPU, and decides
 which calls take it. With implementation="pallas" every call takes it that it can compute. Without an `implementation`,

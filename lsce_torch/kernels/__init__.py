@@ -1,4 +1,4 @@
-"""The kernels for GPUs, and what chooses between them and `fused.py`.
+"""The kernels for GPUs, and the choice between them and `fused.py`.
 
 They are written in Triton (`gpu.py`) and started by `launch.py`: behind the sweeps of the fused loss, where every
 transform of torch finds them, and by `whole.py`, which computes a whole loss in as few launches as possible.

@@ -1,4 +1,4 @@
-"""What loss and gradient send between devices, read from compiled programs: ours and other ways.
+"""Bytes that loss and gradient send between devices, read from compiled programs: ours and other ways.
 
 Each program is compiled for a mesh of devices that are not there: virtual ones of a CPU, or those of a slice of TPUs or
 a host of GPUs.

@@ -1,4 +1,4 @@
-"""What eager torch would start on a GPU for loss and gradient, counted on a CPU: kernels, and how often logits move.
+"""Kernels that eager torch would start on a GPU for loss and gradient, counted on a CPU, and how often logits move.
 
 `lsce_torch` is told that its tensors are on a GPU. Of its own kernels each is counted as it would be started, and not
 run; torch's operations are seen as they run on the CPU. Only accesses to whole logits count as moved. A row that is

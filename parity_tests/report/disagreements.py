@@ -1,4 +1,4 @@
-"""What went wrong: failures, and each disagreement with the values, the inputs and the adapter at fault."""
+"""Failures and disagreements of a survey, each with the values, the inputs and the adapter at fault."""
 
 import re
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Tests step by step whether two trainings agree that should be the same.
+"""Tests step by step whether two supposedly equal trainings agree.
 
 Two frameworks round differently, and a training feeds every rounding back into its weights. So the losses of two
 correct trainings drift apart, slowly or fast, and no fixed tolerance fits: one that accepts a sensitive training

@@ -1,1 +1,1 @@
-"""What is right, and how far rounding may go."""
+"""The true values of losses and gradients, and bounds on how far rounding may move a result from them."""

@@ -1,4 +1,4 @@
-"""What the bounds assume of a device's arithmetic."""
+"""The errors of a device's arithmetic that the bounds assume."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
