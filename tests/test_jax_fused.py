@@ -375,7 +375,7 @@ def test_exported_with_any_number_of_rows() -> None:
 ])  # fmt: skip
 def test_exported_with_any_number_of_classes(implementation: str, name: str) -> None:
     """One class too, from which no convention takes anything."""
-    options = {"smoothing": 0.1, "reduction": "mean"} | OPTIONS[name] | {"class_weight": None, "class_mask": None}
+    options = {"smoothing": 0.1} | OPTIONS[name] | {"reduction": "mean", "class_weight": None, "class_mask": None}
     loss = partial(label_smoothed_cross_entropy, implementation=implementation, **options)
     rows, classes = jax.export.symbolic_shape("rows, classes")
     if "where" in options:
