@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from lsce_jax.inputs import at_labels, compute_dtype, is_sharded
-from lsce_jax.sums import CLASS_VECTORS, NO_CLASS, Operands, Peaks, Sums, sums, sums_at, weighted_gap
+from lsce_jax.sums import CLASS_VECTORS, NO_CLASS, Operands, Peaks, Sums, in_gap_units, sums, sums_at, weighted_gap
 
 # Logits in a block of rows: 1 MiB in float32, so that the few arrays of a block fit into the cache.
 _BLOCK_SIZE = 2**18
@@ -188,7 +188,7 @@ def _class_by_class(
     is_peak = [gap <= 0 for gap in gaps]
     num_peaks = total(one.astype(peak.dtype) for one in is_peak)
     masses = total(jnp.where(one, 0, jnp.exp(-gap)) for one, gap in zip(is_peak, gaps, strict=True))
-    other_gaps = total(jnp.where(labels == i, 0, gap) for i, gap in enumerate(gaps))
+    other_gaps = total(jnp.where(labels == i, 0, in_gap_units(gap)) for i, gap in enumerate(gaps))
     first = _in_pairs(jnp.minimum, [jnp.where(one, i, NO_CLASS) for i, one in enumerate(is_peak)])
     return masses + (num_peaks - 1), other_gaps, first
 
@@ -215,7 +215,7 @@ def _in_groups(group_size: int, operands: Operands) -> tuple[Peaks, Sums]:
     peak = jnp.max(largest, axis=-1)
     masses = by_group(jnp.sum, lambda logits, peak: jnp.exp(logits - peak), peak)
     # Two sums that share the peak would have XLA write it out for every class. XLA does not see through a select.
-    gaps = by_group(jnp.sum, lambda logits, peak: peak - logits, jnp.where(jnp.isnan(peak), jnp.nan, peak))
+    gaps = by_group(jnp.sum, lambda logits, peak: in_gap_units(peak - logits), jnp.where(jnp.isnan(peak), jnp.nan, peak))
     weighted_gaps = jnp.zeros_like(peak)
     if operands.stats:
         hidden = jnp.where(jnp.isposinf(peak), jnp.inf, peak)  # as above
@@ -226,7 +226,8 @@ def _in_groups(group_size: int, operands: Operands) -> tuple[Peaks, Sums]:
     mass, all_gaps = jnp.sum(masses, axis=-1), jnp.sum(gaps, axis=-1)
     # A mass below 2 says little of what the other classes add to the largest, and the difference little of the others
     # if the label has most of the sum.
-    needs_exact = (mass < 2) | ~(2 * label_gap < all_gaps)
+    own_gap = in_gap_units(label_gap)
+    needs_exact = (mass < 2) | ~(2 * own_gap < all_gaps)
     if operands.counted is not None:
         needs_exact &= operands.counted
 
@@ -243,7 +244,7 @@ def _in_groups(group_size: int, operands: Operands) -> tuple[Peaks, Sums]:
         block_rows = min(max(1, _BLOCK_SIZE // group_size), num_rows)
         of_block = partial(_first_largest, logits, group_size)
         first = _updated(first, of_block, block_rows, rows, -(-num_rows // block_rows))
-    results = mass - 1, all_gaps - label_gap
+    results = mass - 1, all_gaps - own_gap
     if num_groups == 1:
         results = jax.lax.cond(jnp.any(needs_exact), lambda: _class_by_class(logits, labels, peak)[:2], lambda: results)
         return _plain_sums(operands, first, peak, results[0], label_gap, results[1], weighted_gaps)
@@ -320,5 +321,5 @@ def _without_own(logits: Float[Array, "rows K"], group_size: int, rows: Rows) ->
     rest = others + other_groups(rows["masses"], rows["first"]) + (num_largest - 1)
     own = rows["labels"] // group_size
     gaps, classes = of_group(own)
-    other_gaps = jnp.sum(jnp.where((classes == labels) | (classes < 0), 0, gaps), axis=-1)
+    other_gaps = jnp.sum(jnp.where((classes == labels) | (classes < 0), 0, in_gap_units(gaps)), axis=-1)
     return rest, other_gaps + other_groups(rows["gaps"], own)

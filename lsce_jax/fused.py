@@ -29,7 +29,7 @@ from lsce_jax.inputs import Batch
 from lsce_jax.row_sums import row_sums
 from lsce_jax.stats import LossStats, make_stats
 from lsce_jax.sums import Operands, Peaks, Sums
-from lsce_spec import LossOptions
+from lsce_spec import GAP_UNIT, LossOptions
 
 
 class Targets(NamedTuple):
@@ -142,7 +142,7 @@ def _smoothed_losses(
     """Return the loss of each row without its z-loss."""
     on, off, num_others = _on_off_others(batch, targets, sums)
     at_label, mass = _label_and_mass(batch, on, off, num_others, sums)
-    smoothed = _product(at_label, sums.label_gap) + _product(off, sums.other_gaps)
+    smoothed = _product(at_label, sums.label_gap) + _product(off * GAP_UNIT, sums.other_gaps)
     if targets.at_max is not None:
         at_max = jnp.where(jnp.asarray(batch.bad), 0, targets.at_max)
         smoothed += at_max * jnp.asarray(sums.largest_gap)

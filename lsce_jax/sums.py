@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lsce_jax import reference
 from lsce_jax.inputs import as_last_axis, compute_dtype
+from lsce_spec import GAP_UNIT
 
 _STATIC = {"static": True}  # fixed when JAX traces the function
 
@@ -57,7 +58,7 @@ class Sums(NamedTuple):
 
     rest: Float[Array, "*batch"]  # sum of exp(z - m), less 1
     label_gap: Float[Array, "*batch"]  # m - z at the label
-    other_gaps: Float[Array, "*batch"]  # sum of w (m - z) over the other classes
+    other_gaps: Float[Array, "*batch"]  # sum of w (m - z) over the other classes, in units of GAP_UNIT
     other_mass: Float[Array, "*batch"] | None  # sum of w over the other classes
     other_prior: Float[Array, "*batch"] | None  # sum of the prior over the other classes
     other_entropy: Float[Array, "*batch"] | None  # sum of -prior log prior over the other classes
@@ -179,6 +180,11 @@ def weighted_gap(below: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.exp(below) * -jnp.maximum(below, MASSLESS)
 
 
+def in_gap_units(gap: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return differences of logits in the unit in which their sum does not overflow."""
+    return gap * (1 / GAP_UNIT)
+
+
 def _label_gap(
     operands: Operands, gap: Float[Array, "*batch K"], at_label: Bool[Array, "*batch K"] | None, by_index: bool
 ) -> Float[Array, "*batch"]:
@@ -207,7 +213,7 @@ def _sums_over_others(
         values = jnp.broadcast_to(as_last_axis(vector, gap), gap.shape)
         return jnp.sum(at_others(values if allowed is None else jnp.where(allowed, values, 0)), axis=-1)
 
-    other_gap = at_others(gap)
+    other_gap = in_gap_units(at_others(gap))
     if factor is not None:
         weight = as_last_axis(factor, gap)
         other_gap = weight * jnp.where((weight == 0) & jnp.isinf(other_gap), 0, other_gap)

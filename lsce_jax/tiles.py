@@ -38,6 +38,7 @@ from lsce_jax.sums import (
     Sums,
     capped,
     counted_logits,
+    in_gap_units,
     is_label,
     largest_logits,
     peaks_at,
@@ -347,7 +348,9 @@ def _with_tile(old: _Running, operands: Operands, first_class: Any) -> _Running:
         sums=Sums(
             rest=jnp.where(stays, sums.rest, (1 + sums.rest) * before) + added.rest,
             label_gap=sums.label_gap,
-            other_gaps=sums.other_gaps + jnp.where(stays, 0, old.mass * (peak - old.peak)) + added.other_gaps,
+            other_gaps=sums.other_gaps
+            + jnp.where(stays, 0, old.mass * in_gap_units(peak - old.peak))
+            + added.other_gaps,
             other_mass=both(sums.other_mass, added.other_mass),
             other_prior=both(sums.other_prior, added.other_prior),
             other_entropy=both(sums.other_entropy, added.other_entropy),

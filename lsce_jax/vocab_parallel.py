@@ -48,8 +48,20 @@ from lsce_jax.layer_sums import by_chunks
 from lsce_jax.linear import prepare_layer
 from lsce_jax.reductions import mean_divisor, reduce_losses
 from lsce_jax.stats import LossStats
-from lsce_jax.sums import MASSLESS, NO_CLASS, Operands, Peaks, Sums, capped, is_label, largest_logits, peaks_at, sums_at
-from lsce_spec import OF_SHARD, ChunkOptions, LossOptions, check_axis, check_flag, check_logits, is_floating
+from lsce_jax.sums import (
+    MASSLESS,
+    NO_CLASS,
+    Operands,
+    Peaks,
+    Sums,
+    capped,
+    in_gap_units,
+    is_label,
+    largest_logits,
+    peaks_at,
+    sums_at,
+)
+from lsce_spec import GAP_UNIT, OF_SHARD, ChunkOptions, LossOptions, check_axis, check_flag, check_logits, is_floating
 from lsce_spec.keywords import takes
 
 AxisName = str | tuple[str, ...]
@@ -535,7 +547,7 @@ def _soft_losses(
     sums, of_rows = shard.total((sums, of_rows))
     sums = _of_all(sums, of_rows["owners"], of_rows["num_largest"])
     log_sum = log1p(sums.rest)
-    smoothed, mass = sums.other_gaps, jnp.asarray(sums.other_mass)
+    smoothed, mass = sums.other_gaps * GAP_UNIT, jnp.asarray(sums.other_mass)
     if options.convention.at_max is not None:
         at_max = jnp.asarray(reference.at_max(batch, options), batch.dtype)
         at_max = jnp.squeeze(at_max, axis=-1) if at_max.ndim else at_max
@@ -544,7 +556,7 @@ def _soft_losses(
     smoothed += mass * log_sum
     if options.subtract_entropy:
         smoothed -= of_rows["entropy"]
-    nll = of_rows["nll_gaps"] + of_rows["nll_mass"] * log_sum if with_stats else smoothed
+    nll = of_rows["nll_gaps"] * GAP_UNIT + of_rows["nll_mass"] * log_sum if with_stats else smoothed
     return batch, fused.with_other_terms(batch, options, peaks, sums, log_sum=log_sum, smoothed=smoothed, nll=nll)
 
 
@@ -670,7 +682,7 @@ def _relative_to(
     return peaks, sums._replace(
         rest=jnp.where(owner, sums.rest, mass * scale),
         label_gap=sums.label_gap + _product(has_label, shift),
-        other_gaps=sums.other_gaps + _product(others, shift),
+        other_gaps=sums.other_gaps + _product(others, in_gap_units(shift)),
         weighted_gaps=None
         if sums.weighted_gaps is None
         # Where exp(m - m') is 0 in any dtype, the other factor does not matter, if it is finite.

@@ -36,6 +36,7 @@ from lsce_spec.conventions import Convention as Convention
 from lsce_spec.conventions import ConventionName as ConventionName
 from lsce_spec.conventions import find_convention as find_convention
 from lsce_spec.conventions import smoothing_weights as smoothing_weights
+from lsce_spec.definition import GAP_UNIT as GAP_UNIT
 from lsce_spec.definition import ModelRow as ModelRow
 from lsce_spec.definition import Row as Row
 from lsce_spec.definition import loss_row as loss_row

@@ -17,6 +17,10 @@ from typing import Any
 
 from lsce_spec.conventions import Convention, ConventionName, Number, find_convention
 
+# Both packages add up differences of logits in this unit. So the sum of up to 2^24 differences near the largest number
+# does not overflow before it is multiplied by the target, and a power of two rounds nothing.
+GAP_UNIT = 2.0**24
+
 
 @dataclass(frozen=True)
 class Row:

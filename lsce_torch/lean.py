@@ -27,16 +27,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from lsce_spec import Convention, LossOptions, smoothing_weights
+from lsce_spec import GAP_UNIT, Convention, LossOptions, smoothing_weights
 from lsce_torch.device import is_on_cpu
 from lsce_torch.errors import error
 from lsce_torch.inputs import Batch
 from lsce_torch.memory import in_large_pages
 from lsce_torch.overwrite import forbid_use, has_memory
+from lsce_torch.sums import in_gap_units
 from lsce_torch.threads import in_threads
 
 # Why a loss is computed in another way after all.
-UNFIT = "a loss is too close to 0, the target or the denominator is unusual, or rows lie apart in memory"
+UNFIT = "a loss is too close to 0 or infinite, the target or the denominator is unusual, or rows lie apart in memory"
 # Tests compute plain smoothing by the sweeps as well.
 _ENABLED = True
 # Up to this many logits, starting operations takes most of the time; those of torch's own derivatives start in C++.
@@ -153,6 +154,11 @@ def _are_accurate(losses: Tensor, counted: Tensor | None, plan: _Plan, factor: f
     return bool(torch.amin(losses.detach()).item() >= plan.least * factor)
 
 
+def _are_infinite(losses: Tensor) -> bool:
+    """Whether one is infinite, as it is if the sum of its -log p is: multiplied by `off` first, it may be finite."""
+    return bool(torch.amax(losses.detach()).item() == math.inf)
+
+
 def _of_few(
     logits: Float[Tensor, "*batch K"],
     labels: Int[Tensor, "*batch"],
@@ -184,6 +190,8 @@ def _of_few(
         losses.sub_(log_p.sum(dim=-1) if by_row else log_p.sum(), alpha=plan.off * scale)
     if counted is not None:
         losses.masked_fill_(~counted, 0)
+    if _are_infinite(losses):
+        return None, None
     gradient = None
     if with_gradient:
         gradient = log_p.exp_()
@@ -212,6 +220,8 @@ def _of_many(
         return None, None
     if counted is not None:
         rows.masked_fill_(~counted, 0)
+    if _are_infinite(rows):
+        return None, None
     return rows if plan.scale is None else rows.sum().mul_(plan.scale), gradient
 
 
@@ -448,7 +458,8 @@ def _relative_to_peak(block: _Block, softmax: Tensor, total: Tensor | None) -> t
     peak, largest = torch.amax(z, dim=dim, keepdim=True), torch.amax(softmax, dim=dim, keepdim=True)
     log_p = (largest if total is None else largest / total).log()  # where the gap is 0
     label_gap = peak - z.gather(dim, block.labels.unsqueeze(dim))
-    return label_gap - log_p, torch.mean(peak - z, dim=dim, keepdim=True) - log_p
+    mean_gap = torch.mean(in_gap_units(peak - z), dim=dim, keepdim=True) * GAP_UNIT
+    return label_gap - log_p, mean_gap - log_p
 
 
 def _total(work: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."] | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lsce_torch.accurate import divide, log1p
 from lsce_torch.inputs import compute_dtype, tensor_of
-from lsce_torch.sums import Operands, Sums, Upstreams, target_gradients, target_mass, target_slopes
+from lsce_torch.sums import Operands, Sums, Upstreams, in_gap_units, target_gradients, target_mass, target_slopes
 
 
 class Peaks(NamedTuple):
@@ -134,6 +134,7 @@ def _parts(classes: _Classes, operands: Operands) -> Parts:
     if classes.is_label is not None:
         label_gap = torch.sum(torch.where(classes.is_label, gap, 0), dim=-1)
         other_gap = torch.where(classes.is_label, 0, gap)
+    other_gap = in_gap_units(other_gap)
     if factor is not None:
         other_gap = factor * torch.where((factor == 0) & torch.isinf(other_gap), 0, other_gap)
     largest_mass = largest_gap = None
@@ -235,7 +236,7 @@ def relative_to(
         rest=torch.where(has_peak, parts.rest, mass * scale),
         num_peaks=torch.where(has_peak, parts.num_peaks, 0),
         label_gap=parts.label_gap + _product(num_labels, shift),
-        other_gaps=parts.other_gaps + _product(other_mass, shift),
+        other_gaps=parts.other_gaps + _product(other_mass, in_gap_units(shift)),
         gap_mass=gap_mass,
         num_largest=None if parts.num_largest is None else torch.where(has_largest, parts.num_largest, 0),
         largest_mass=None if parts.largest_mass is None else torch.where(has_largest, parts.largest_mass, 0),

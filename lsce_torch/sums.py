@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lsce_spec import GAP_UNIT
 from lsce_torch.reference import is_nothing
 
 
@@ -44,7 +45,7 @@ class Sums(NamedTuple):
     peak: Float[Tensor, "*batch"]  # the largest logit m, after the softcap
     log_sum: Float[Tensor, "*batch"]  # log of the sum of exp(z - m)
     label_gap: Float[Tensor, "*batch"]  # m - z at the label
-    other_gaps: Float[Tensor, "*batch"]  # sum of w (m - z) over all classes but the label
+    other_gaps: Float[Tensor, "*batch"]  # sum of w (m - z) over all classes but the label, in units of GAP_UNIT
     largest: Float[Tensor, "*batch"]  # the largest logit before the softcap, which makes large logits equal
     # Only with statistics; 0 if there is only `at_max`:
     mean_gap: Float[Tensor, "*batch"] | None = None  # mean of m - z under the softmax
@@ -71,6 +72,11 @@ class Upstreams(NamedTuple):
     def of_rows(self, part: slice) -> "Upstreams":
         """Return those of some rows, which are in one dimension."""
         return Upstreams(*(None if of_rows is None else of_rows[part] for of_rows in self))
+
+
+def in_gap_units(gap: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Return differences of logits in the unit in which their sum does not overflow."""
+    return gap * (1 / GAP_UNIT)
 
 
 def num_sums(operands: Operands) -> int:
@@ -103,7 +109,7 @@ def losses_of(operands: Operands, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
     """Return the losses, the losses without the z-loss, and the log-sum-exp."""
     lse = sums.peak + sums.log_sum
     smoothed = target_mass(operands, sums) * sums.log_sum
-    smoothed = smoothed + _product(operands.on, sums.label_gap) + _product(operands.off, sums.other_gaps)
+    smoothed = smoothed + _product(operands.on, sums.label_gap) + _product(operands.off * GAP_UNIT, sums.other_gaps)
     if operands.at_max is not None and sums.largest_gap is not None:
         smoothed = smoothed + operands.at_max * sums.largest_gap
     if operands.bad is not None:
@@ -143,16 +149,16 @@ def target_slopes(operands: Operands, sums: Sums, names: Sequence[str]) -> dict[
     slopes: dict[str, Tensor] = {}
     if "other_mass" in names:
         slopes["other_mass"] = operands.off * sums.log_sum
-    parts: dict[str, tuple[Tensor | None, Any]] = {
-        "on": (sums.label_gap, 1),
-        "off": (sums.other_gaps, operands.other_mass),
-        "at_max": (sums.largest_gap, sums.largest_mass),
+    parts: dict[str, tuple[Tensor | None, float, Any]] = {
+        "on": (sums.label_gap, 1, 1),
+        "off": (sums.other_gaps, GAP_UNIT, operands.other_mass),
+        "at_max": (sums.largest_gap, 1, sums.largest_mass),
     }
-    for name, (gap, mass) in parts.items():
+    for name, (gap, unit, mass) in parts.items():
         if name in names:
             slope = mass * sums.log_sum
             if gap is not None:
-                slope = slope + _finite(gap, getattr(operands, name))
+                slope = slope + _finite(gap, getattr(operands, name)) * unit
             slopes[name] = slope
     if operands.counted is None:
         return slopes

@@ -16,11 +16,22 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lsce_spec import GAP_UNIT
 from lsce_torch.device import is_on_cpu, takes_plain_operations
 from lsce_torch.inputs import compute_dtype, tensor_of
 from lsce_torch.kernels import NOT_CUDA, launch, reason_against
 from lsce_torch.plain import plain_gradients, plain_sums, plain_sums_and_slopes
-from lsce_torch.sums import Operands, Sums, Upstreams, losses_of, num_sums, stacked_of, target_mass, unstacked
+from lsce_torch.sums import (
+    Operands,
+    Sums,
+    Upstreams,
+    in_gap_units,
+    losses_of,
+    num_sums,
+    stacked_of,
+    target_mass,
+    unstacked,
+)
 from lsce_torch.threads import in_threads
 
 # Elements of a block: 4 MiB in float32.
@@ -480,12 +491,24 @@ def _fill_gaps(block: Block, work: Float[Tensor, "*rows K"], softcap: float | No
     weighted = work
     if block.factor is not None:
         weighted = torch.mul(work, block.factor).masked_fill_(block.factor == 0, 0)
-    torch.sum(weighted, dim=-1, out=sums.other_gaps).neg_()
+    _fill_other_gaps(sums.other_gaps, weighted)
     if place is not None and at_label is not None:
         work.scatter_(-1, place, at_label)
     if block.excluded is not None:
         work.masked_fill_(block.excluded, -torch.inf)
     return sums
+
+
+def _fill_other_gaps(other_gaps: Float[Tensor, "*rows"], weighted: Float[Tensor, "*rows K"]) -> None:
+    """Write the sums of m - z in their unit, from w (z - m).
+
+    On the CPU the terms are multiplied one by one, in memory of their own, only if their sum overflows.
+    """
+    if is_on_cpu(weighted):
+        torch.sum(weighted, dim=-1, out=other_gaps).mul_(-1 / GAP_UNIT)
+        if not _any(torch.isinf(other_gaps)):
+            return
+    torch.sum(in_gap_units(weighted), dim=-1, out=other_gaps).neg_()
 
 
 def _first_largest(z: Float[Tensor, "*rows K"], largest: Float[Tensor, "*rows"], first: Int[Tensor, "*rows"]) -> None:

@@ -13,6 +13,7 @@ import lsce_jax
 from lsce_cost.devices import LIMITS, TPU_KINDS
 from lsce_jax import layer_sums, tiles
 from lsce_jax.layer import LayerOperands
+from lsce_spec import GAP_UNIT
 
 LARGE = (8192, 2048, 131072)  # N, D, K
 NAMES = ("hidden", "weight", "bias")
@@ -77,6 +78,14 @@ def test_a_tile_of_minus_infinity_adds_nothing() -> None:
     )
     assert (peaks.peak, sums.rest, sums.label_gap) == (expected_peaks.peak, expected.rest, expected.label_gap)
     assert sums.other_gaps == np.inf
+
+
+@pytest.mark.parametrize("logits", [[0.0] * 8 + [2.0**127], [2.0**127] + [0.0] * 8])
+@pytest.mark.usefixtures("small_tiles")
+def test_a_sum_of_differences_beyond_the_largest_number(logits: list[float]) -> None:
+    """Also where they become so large with a later tile."""
+    _, sums = jax.jit(tiles.sums)(operands_of(logits, [4]))
+    assert sums.other_gaps * (GAP_UNIT / 2**127) == 7
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -43,7 +43,7 @@ from lsce_jax.reductions import reduce_losses
 from lsce_jax.row_sums import cotangents_of_sums, row_slopes, row_sums
 from lsce_jax.stats import LossStats
 from lsce_jax.sum_rules import is_tangent, no_tangents
-from lsce_jax.sums import Peaks, Sums, class_factor
+from lsce_jax.sums import Peaks, Sums, class_factor, in_gap_units
 from lsce_spec import LossOptions, is_number, smoothing_weights
 
 NAME: Kernel = get_args(Kernel)[0]
@@ -394,7 +394,7 @@ def _named(batch: Batch, program: tpu.Program, kept: tpu.RowSums, others: Sums) 
     if not program.without_label:
         weight = _label_weight(batch)
         # Where the label's gap is infinite, so is the loss, whatever the others are.
-        less_label = jnp.where(jnp.isinf(label_gap), 0, other_gaps - weight * label_gap)
+        less_label = jnp.where(jnp.isinf(label_gap), 0, other_gaps - weight * in_gap_units(label_gap))
         other_gaps = jnp.where(weight == 0, other_gaps, less_label)
     largest = program.largest
     num_largest, first = kept.num_largest if largest else None, kept.first.astype(jnp.int32) if program.stats else None

@@ -29,7 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from lsce_jax.accurate import log1p_of_basic_operations, quotient_of_products
-from lsce_jax.sums import MASSLESS
+from lsce_jax.sums import MASSLESS, in_gap_units
 
 NAME = "lsce_tpu_kernel"
 LANES = 128
@@ -89,7 +89,7 @@ class RowSums(NamedTuple):
 
     largest: Float[Array, " N"]  # the largest logit before the softcap
     rest: Float[Array, " N"]  # sum of exp(z - m), less 1
-    gaps: Float[Array, " N"]  # sum of w (m - z)
+    gaps: Float[Array, " N"]  # sum of w (m - z), in units of GAP_UNIT
     at_label: Float[Array, " N"]  # the label's logit before the softcap
     num_largest: Float[Array, " N"]  # how many logits are the largest
     largest_mass: Float[Array, " N"]  # sum of w over the largest logits
@@ -363,6 +363,7 @@ def _sums(program: Program, vectors: _Vectors, rows: Rows, largest: Array, at_la
         if program.stats:
             first = jnp.minimum(first, jnp.where(is_largest, vector.classes, NO_CLASS))
             weighted_gaps -= term * jnp.maximum(below, MASSLESS)
+        below = in_gap_units(below)
         if program.without_label:
             below = jnp.where(vector.classes == label, 0.0, below)
         if vector.weight is not None:

@@ -25,6 +25,8 @@ defines and of exp: Triton has no tanh that its interpreter knows, and the log o
 import triton
 import triton.language as tl
 
+from lsce_spec import GAP_UNIT
+
 FLOAT32, FLOAT64 = tl.float32, tl.float64
 _LOW = tl.constexpr(-1e30)
 _INF = tl.constexpr(float("inf"))
@@ -35,6 +37,9 @@ _MINUS_LOG2_E = tl.constexpr(-1.4426950408889634)
 _TINY = tl.constexpr(1.1754943508222875e-38)
 # A gap at least this large has a probability of 0, in float64 as well.
 _LARGEST_GAP = tl.constexpr(1000.0)
+# The unit of sums of gaps, and what a term is multiplied by.
+_UNIT = tl.constexpr(GAP_UNIT)
+_IN_UNITS = tl.constexpr(1 / GAP_UNIT)
 
 
 # --- Numbers ----------------------------------------------------------------------------------------------------------
@@ -251,14 +256,14 @@ def _block(classes, row, reads, base, head, at, DTYPE: tl.constexpr, WHOLE: tl.c
 
 @triton.jit
 def _lean_step(lanes, raw, count, GAPS: tl.constexpr, PTX: tl.constexpr):
-    """Add a block of logits to the lanes, with the label's gap. `count` is how many blocks were before."""
+    """Add a block of logits to the lanes, with the label's gap. `count` is how many blocks were before, in units."""
     peaks, rests, gaps = lanes
     z = tl.maximum(raw, _LOW, propagate_nan=_ALL)
     e = _exp_minus(tl.abs(z - peaks), PTX)
     rests = tl.where(z > peaks, rests * e + e, rests + e)
     above = tl.maximum(peaks, z)
     if GAPS:
-        gaps = gaps + count * (above - peaks) + (above - raw)
+        gaps = gaps + count * (above - peaks) + (above - raw) * _IN_UNITS
     return above, rests, gaps
 
 
@@ -281,9 +286,9 @@ def _step(
     above = tl.maximum(peaks, z)
     if GAPS:
         if APART:
-            of_gap = tl.where(col == label[:, None], 0.0, weight)
+            of_gap = tl.where(col == label[:, None], 0.0, weight) * _IN_UNITS
         else:
-            of_gap = weight
+            of_gap = weight * _IN_UNITS
         gaps = gaps + masses * (above - peaks) + tl.where(of_gap == 0, 0.0, of_gap * (above - x))
         masses = masses + of_gap
     if TOP:
@@ -314,6 +319,7 @@ def _sums_of_block(block, label, softcap, APART: tl.constexpr):
     is_label = col == label[:, None]
     # A compiler may compute a softcap twice, and not the same: at the largest logit the gap is 0.
     label_gap = tl.sum(tl.where(is_label & valid & (is_largest == 0), gap, 0.0), 1)
+    weight = weight * _IN_UNITS
     if APART:
         weight = tl.where(is_label, 0.0, weight)
     gaps = tl.sum(tl.where(weight == 0, 0.0, weight * gap), 1)
@@ -341,7 +347,7 @@ def _sums_of_stream(
         for at in tl.range(begin, end, BLOCK):
             raw = _block(classes, row, reads, base, head, at, DTYPE, True, BLOCK)[1]
             lean = _lean_step(lean, raw, count, GAPS, PTX)
-            count += 1.0
+            count += _IN_UNITS
         lanes = (lean[0], lean[1], lean[2], zeros + count, zeros)
     else:
         lanes = (zeros + _LOW, zeros, zeros, zeros, zeros)
@@ -386,6 +392,7 @@ def _sums_of_low_rows(
         col, raw, valid, weight = _block(classes, row, reads, start, 0, at, DTYPE, False, BLOCK)
         gap = peak[:, None] - _capped(raw, softcap)
         rest += tl.sum(tl.where(valid, tl.exp(-gap), 0.0), 1)
+        weight = weight * _IN_UNITS
         if APART:
             weight = tl.where(col == label[:, None], 0.0, weight)
         gaps += tl.sum(tl.where(weight == 0, 0.0, weight * gap), 1)
@@ -570,7 +577,7 @@ def forward(
     if z_loss is not None:
         z_loss = _of_all(z_loss, DTYPE)
     mass, slopes = _slopes_of(upstream, is_bad, (peak, log_sum, label_gap, number, top_mass), targets, z_loss)
-    loss = mass * log_sum + _product(targets[1], gaps)
+    loss = mass * log_sum + _product(targets[1] * _UNIT, gaps)
     if APART or off is None:
         loss += _product(targets[0], label_gap)
     else:
@@ -733,7 +740,7 @@ def statistics(
     label_gap = tl.load(sums + 2 * sums_step + row, mask=there, other=0)
     gaps = tl.load(sums + 3 * sums_step + row, mask=there, other=0)
     target, of_others, mass, _ = _targets_of(row, there, label, on, off, other_mass, None, factor, all_mass, DTYPE)
-    smoothed = (target + of_others * mass) * log_sum + _product(target, label_gap) + _product(of_others, gaps)
+    smoothed = (target + of_others * mass) * log_sum + _product(target, label_gap) + _product(of_others * _UNIT, gaps)
     lse = peak + log_sum
     z = lse * lse
     z = z * 0.0 if z_loss is None else z * _of_all(z_loss, DTYPE)

@@ -12,6 +12,7 @@ from parity_tests.losses.divided import DividedAdapter
 from parity_tests.losses.registry import make_adapter
 from parity_tests.plugin import Recorder
 from parity_tests.studies.survey import Member, survey
+from parity_tests.suite.large_logits import assert_right_near_the_largest_number
 from parity_tests.truth.cases import case_names
 from parity_tests.truth.linear_cases import linear_case_names, make_any_case
 from parity_tests.truth.precision import DTYPES
@@ -45,3 +46,8 @@ def test_three_way_verdict(name: str, dtype: str, parity_ledger: Recorder) -> No
         "4 virtual devices on the CPU",
         "3 processes by gloo on the CPU",
     }
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_logits_near_the_largest_number(framework: str) -> None:
+    assert_right_near_the_largest_number(make_adapter(f"{framework}-sharded"), names=("smoothing 0.1", "soft labels"))

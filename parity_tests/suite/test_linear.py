@@ -22,6 +22,7 @@ from parity_tests.faults.linear import evaluate_linear
 from parity_tests.losses.adapters import Adapter, JaxAdapter, TorchAdapter
 from parity_tests.losses.registry import JAX_NARROW, TORCH_NARROW, make_adapter
 from parity_tests.plugin import Recorder
+from parity_tests.suite.large_logits import FIELDS, assert_right_near_the_largest_number
 from parity_tests.truth.bounds import Bound, error_bound
 from parity_tests.truth.cases import Case, case_names, make_case
 from parity_tests.truth.comparison import AnyResult, Comparison, Parts, against_each_other, against_oracle, within
@@ -152,6 +153,12 @@ def test_torch_identity(name: str, dtype: str) -> None:
 def test_jax_identity(name: str, dtype: str) -> None:
     check_dense("jax linear", name, dtype)
     check_dense_pair("jax linear", "torch linear", name, dtype)
+
+
+@pytest.mark.parametrize("adapter", ["torch linear", "torch linear at once", "jax linear"])
+def test_logits_near_the_largest_number(adapter: str) -> None:
+    hard = [name for name in FIELDS if name != "soft labels"]
+    assert_right_near_the_largest_number(DENSE_ADAPTERS[adapter], names=hard)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -24,6 +24,7 @@ from parity_tests.losses.adapters import LossError, UnavailableError
 from parity_tests.losses.pallas import DTYPES, PallasAdapter
 from parity_tests.losses.registry import make_adapter
 from parity_tests.plugin import Recorder
+from parity_tests.suite.large_logits import assert_right_near_the_largest_number
 from parity_tests.studies.power import HARMLESS, HIDDEN_BY_ROUNDING, trials
 from parity_tests.suite.jax_results import statistics_of
 from parity_tests.suite.stats_truth import assert_statistics
@@ -73,6 +74,10 @@ def test_dense(name: str, dtype: str, parity_ledger: Recorder) -> None:
     parity_ledger.record("jax-pallas", "tpu", dtype, "interpreted", "tpu by Pallas")
     comparison = compared(case)
     assert comparison.agrees, comparison
+
+
+def test_logits_near_the_largest_number() -> None:
+    assert_right_near_the_largest_number(make_adapter(INTERPRETED), copies=64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -24,6 +24,7 @@ from parity_tests.plugin import Recorder
 from parity_tests.studies.verdicts import examine
 from parity_tests.suite import jax_results
 from parity_tests.suite.chosen import CHOSEN, EVERY_OPTION
+from parity_tests.suite.large_logits import PLAIN, assert_right_near_the_largest_number
 from parity_tests.truth.cases import Case, case_names, make_case, random_case
 from parity_tests.truth.comparison import AnyResult, against_each_other, against_oracle
 from parity_tests.truth.oracle import Truth, solve
@@ -240,52 +241,23 @@ def check_every_case(framework: str, device: str, dtype: str, parity_ledger: Rec
 # --- Logits near the largest number ----------------------------------------------------------------------------------
 
 
-def near_the_largest_number(dtype: str, **fields: Any) -> Case:
-    """Return rows with losses that are mostly below 3.4e38, and differences of logits, or their sums, that are not."""
-    rows = [
-        [1, 0, 0, 0, 0, 0],
-        [1, -1, 0, 0, 0, 0],
-        [1, 1, 1, -1, 1, 1],
-        [1, -1, -1, -1, -1, -1],
-        [0.25, -0.25, 0, 0, 0, 0],
-        [0.25, 0.125, 0, 0, -0.25, -0.25],
-    ]
-    logits = round_to(3e38 * np.array(rows), dtype)
-    return random_case(
-        dtype, np.random.default_rng(0), **{"logits": logits, "labels": np.array([1, 2, 0, 0, 0, 1]), **fields}
-    )
-
-
-LARGEST = float(np.finfo("float32").max)
-WEIGHTS, PRIOR = np.array([1, 2, 0.5, 0, 1, 1]), np.array([1, 2, 2, 0, 1, 2]) / 8
-FIELDS: dict[str, dict[str, Any]] = {
-    "smoothing 0.1": {},
-    "smoothing 0": {"smoothing": 0.0},
-    "smoothing 1": {"smoothing": 1.0},
-    "smoothing of rows": {"smoothing": np.arange(6) / 8},
-    "soft labels": {"labels": np.eye(6)[[1, 2, 0, 0, 0, 1]] / 2 + 1 / 16},
-    "weights": {"class_weight": WEIGHTS},
-    "prior": {"prior": PRIOR},
-    "mask": {"class_mask": WEIGHTS > 0},
-    "clamp": {"options": {"convention": "clamp"}},
-    "max_sup": {"options": {"convention": "max_sup"}},
-    "entropy": {"options": {"subtract_entropy": True}},
-}
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "copies"), [("float32", 1), ("bfloat16", 1), ("float32", 64)])
 @pytest.mark.parametrize("framework", ADAPTERS)
-def test_logits_near_the_largest_number(framework: str, dtype: str) -> None:
-    """Losses are right, or infinite: the reference's where a difference is; for the others see docs/numerics.md."""
-    loss = adapter(framework, "cpu")
-    for name, fields in FIELDS.items():
-        case = near_the_largest_number(dtype, **fields)
-        true, outcome = solve(case), loss(case)
-        is_infinite = np.isposinf(outcome.loss)
-        if "reference" in framework or name == "smoothing 0":
-            difference_is_infinite = np.ptp(case.logits.astype(np.float64), axis=-1) > LARGEST
-            assert np.all(is_infinite >= (true.loss.high > LARGEST)), name
-            assert np.all(is_infinite <= (true.loss.high > LARGEST) | difference_is_infinite), name
-        outcome = replace(outcome, loss=np.where(is_infinite, true.loss.high, outcome.loss))
-        comparison = against_oracle(case, true, outcome, loss.arithmetic)
-        assert comparison.agrees, (name, comparison)
+def test_logits_near_the_largest_number(framework: str, dtype: str, copies: int) -> None:
+    assert_right_near_the_largest_number(adapter(framework, "cpu"), dtype, copies=copies)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_of_torch_near_the_largest_number(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for setting, value in WAYS[way].items():
+        monkeypatch.setattr(lean, setting, value)
+    assert_right_near_the_largest_number(adapter("torch-fused", "cpu"), copies=4, names=PLAIN)
+
+
+@pytest.mark.parametrize("way", JAX_WAYS)
+@pytest.mark.usefixtures("compiled_anew")
+def test_ways_of_jax_near_the_largest_number(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_FEW_LOGITS", 0)
+    for setting, value in JAX_WAYS[way].items():
+        monkeypatch.setattr(cpu, setting, value)
+    assert_right_near_the_largest_number(adapter("jax-fused", "cpu"), copies=4, names=PLAIN)

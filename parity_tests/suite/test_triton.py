@@ -27,6 +27,7 @@ from parity_tests.losses.launches import VIEWS
 from parity_tests.losses.registry import make_adapter
 from parity_tests.losses.triton_kernels import INTERPRET, Launch, interpret, on_pretended_gpu
 from parity_tests.plugin import Recorder
+from parity_tests.suite.large_logits import assert_right_near_the_largest_number
 from parity_tests.suite.stats_truth import (
     agrees,
     assert_entropy,
@@ -94,6 +95,12 @@ def case_of(num_rows: int, num_classes: int, dtype: str) -> Case:
 def test_sizes(num_classes: int, dtype: str) -> None:
     comparison = compared(case_of(3, num_classes, dtype))
     assert comparison.agrees, comparison
+
+
+@pytest.mark.parametrize("copies", [1, 1024])
+def test_logits_near_the_largest_number(copies: int) -> None:
+    """In one block, and streamed."""
+    assert_right_near_the_largest_number(make_adapter("torch-triton"), copies=copies)
 
 
 # Labels, ties and masks in the first, a middle and the last block of a streamed row.
