@@ -215,7 +215,9 @@ def _in_groups(group_size: int, operands: Operands) -> tuple[Peaks, Sums]:
     peak = jnp.max(largest, axis=-1)
     masses = by_group(jnp.sum, lambda logits, peak: jnp.exp(logits - peak), peak)
     # Two sums that share the peak would have XLA write it out for every class. XLA does not see through a select.
-    gaps = by_group(jnp.sum, lambda logits, peak: in_gap_units(peak - logits), jnp.where(jnp.isnan(peak), jnp.nan, peak))
+    gaps = by_group(
+        jnp.sum, lambda logits, peak: in_gap_units(peak - logits), jnp.where(jnp.isnan(peak), jnp.nan, peak)
+    )
     weighted_gaps = jnp.zeros_like(peak)
     if operands.stats:
         hidden = jnp.where(jnp.isposinf(peak), jnp.inf, peak)  # as above

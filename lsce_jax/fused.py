@@ -142,7 +142,7 @@ def _smoothed_losses(
     """Return the loss of each row without its z-loss."""
     on, off, num_others = _on_off_others(batch, targets, sums)
     at_label, mass = _label_and_mass(batch, on, off, num_others, sums)
-    smoothed = _product(at_label, sums.label_gap) + _product(off * GAP_UNIT, sums.other_gaps)
+    smoothed = _product(at_label, sums.label_gap) + _product(off, sums.other_gaps, GAP_UNIT)
     if targets.at_max is not None:
         at_max = jnp.where(jnp.asarray(batch.bad), 0, targets.at_max)
         smoothed += at_max * jnp.asarray(sums.largest_gap)
@@ -197,7 +197,7 @@ def _per_row(value: float | Array, batch: Batch) -> Float[Array, "*#batch"]:
     return jnp.squeeze(value, axis=-1) if value.ndim else value
 
 
-def _product(target: Float[Array, "*#batch"], gap: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """Return target * gap, where 0 * inf counts as 0."""
+def _product(target: Float[Array, "*#batch"], gap: Float[Array, "*batch"], unit: float = 1.0) -> Float[Array, "*batch"]:
+    """Return target * gap * unit, where 0 * inf counts as 0."""
     # Only infinite gaps are replaced: the gap is the derivative with respect to the target.
-    return target * jnp.where(reference.is_nothing(target) & jnp.isinf(gap), 0, gap)
+    return target * unit * jnp.where(reference.is_nothing(target) & jnp.isinf(gap), 0, gap)

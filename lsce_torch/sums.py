@@ -109,7 +109,7 @@ def losses_of(operands: Operands, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
     """Return the losses, the losses without the z-loss, and the log-sum-exp."""
     lse = sums.peak + sums.log_sum
     smoothed = target_mass(operands, sums) * sums.log_sum
-    smoothed = smoothed + _product(operands.on, sums.label_gap) + _product(operands.off * GAP_UNIT, sums.other_gaps)
+    smoothed = smoothed + _product(operands.on, sums.label_gap) + _product(operands.off, sums.other_gaps, GAP_UNIT)
     if operands.at_max is not None and sums.largest_gap is not None:
         smoothed = smoothed + operands.at_max * sums.largest_gap
     if operands.bad is not None:
@@ -130,13 +130,13 @@ def statistics_of(operands: Operands, sums: Sums) -> tuple[Tensor, Tensor, Tenso
     return nll, sums.peak + sums.log_sum, sums.log_sum + sums.mean_gap
 
 
-def _product(target: float | Tensor, gap: Tensor) -> Tensor | float:
-    """Return target * gap, where 0 * inf counts as 0."""
+def _product(target: float | Tensor, gap: Tensor, unit: float = 1.0) -> Tensor | float:
+    """Return target * gap * unit, where 0 * inf counts as 0."""
     if isinstance(target, Tensor):
-        return target * _finite(gap, target)
+        return target * unit * _finite(gap, target)
     if abs(target) >= torch.finfo(gap.dtype).tiny:
-        return target * gap
-    return target * gap.masked_fill(torch.isinf(gap), 0) if target else 0.0
+        return target * unit * gap
+    return target * unit * gap.masked_fill(torch.isinf(gap), 0) if target else 0.0
 
 
 def _finite(gap: Tensor, target: Tensor) -> Tensor:

@@ -149,9 +149,9 @@ def _capped(raw, softcap):
 
 
 @triton.jit
-def _product(target, gap):
-    """target * gap, where 0 * inf counts as 0."""
-    return tl.where((tl.abs(target) < _TINY) & (gap == _INF), 0.0, target * gap)
+def _product(target, gap, unit: tl.constexpr = 1.0):
+    """target * gap * unit, where 0 * inf counts as 0."""
+    return tl.where((tl.abs(target) < _TINY) & (gap == _INF), 0.0, target * unit * gap)
 
 
 # --- Rows and blocks of classes ---------------------------------------------------------------------------------------
@@ -577,7 +577,7 @@ def forward(
     if z_loss is not None:
         z_loss = _of_all(z_loss, DTYPE)
     mass, slopes = _slopes_of(upstream, is_bad, (peak, log_sum, label_gap, number, top_mass), targets, z_loss)
-    loss = mass * log_sum + _product(targets[1] * _UNIT, gaps)
+    loss = mass * log_sum + _product(targets[1], gaps, _UNIT)
     if APART or off is None:
         loss += _product(targets[0], label_gap)
     else:
@@ -740,7 +740,7 @@ def statistics(
     label_gap = tl.load(sums + 2 * sums_step + row, mask=there, other=0)
     gaps = tl.load(sums + 3 * sums_step + row, mask=there, other=0)
     target, of_others, mass, _ = _targets_of(row, there, label, on, off, other_mass, None, factor, all_mass, DTYPE)
-    smoothed = (target + of_others * mass) * log_sum + _product(target, label_gap) + _product(of_others * _UNIT, gaps)
+    smoothed = (target + of_others * mass) * log_sum + _product(target, label_gap) + _product(of_others, gaps, _UNIT)
     lse = peak + log_sum
     z = lse * lse
     z = z * 0.0 if z_loss is None else z * _of_all(z_loss, DTYPE)
