@@ -35,9 +35,10 @@ from parity_tests.losses.adapters import Adapter
 from parity_tests.losses.registry import ENTRIES, SHARDED
 from parity_tests.report.verdict import Banner
 from parity_tests.report.words import PageTable
-from parity_tests.studies.bundle import MANIFEST, BundleError, read_bundle, record, write_bundle
+from parity_tests.studies.bundle import MANIFEST, read_bundle, record, write_bundle
 from parity_tests.studies.hunt import Find, describe, parts_of, share_of
 from parity_tests.studies.hunt import hunt as search
+from parity_tests.studies.sealed_folders import RecordingError
 from parity_tests.studies.survey import Survey
 from parity_tests.texts import count_of
 from parity_tests.truth.cases import Case
@@ -131,7 +132,7 @@ def _known(folder: Path | None) -> list[Case]:
     check_free(folder, "bundle", MANIFEST, force=True)
     try:
         return read_bundle(folder).cases
-    except BundleError as error:
+    except RecordingError as error:
         cannot_run(str(error))
 
 

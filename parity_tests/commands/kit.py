@@ -38,7 +38,7 @@ from parity_tests.commands.terminal import FittingTable, PlainConsole
 from parity_tests.evidence.cards import find_device
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.losses.adapters import Adapter
-from parity_tests.studies.bundle import BundleError, read_bundle, record, write_bundle
+from parity_tests.studies.bundle import read_bundle, record, write_bundle
 from parity_tests.studies.fingerprint import BACKENDS, Fingerprint, measured_row, rows_that_fit, take_fingerprint
 from parity_tests.studies.kit import (
     ADAPTERS,
@@ -51,6 +51,7 @@ from parity_tests.studies.kit import (
     takes,
     write_kit,
 )
+from parity_tests.studies.sealed_folders import RecordingError
 from parity_tests.studies.survey import make_cases
 from parity_tests.texts import count_of
 from parity_tests.truth.linear_cases import all_case_names
@@ -180,9 +181,9 @@ def _record(folder: Path, adapters: Sequence[Adapter], names: Sequence[str], dty
     try:
         with writing(part):
             shown = partial(track, total=len(cases), title="cases")
-            write_bundle(part, record(adapters, cases, takes, shown), compact=True)
+            write_bundle(part, record(adapters, cases, takes, shown), truths=False)
             return lines_of(read_bundle(part))
-    except BundleError as error:
+    except RecordingError as error:
         cannot_run(str(error))
 
 

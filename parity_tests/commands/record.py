@@ -31,12 +31,13 @@ from parity_tests.commands.replay import print_replay
 from parity_tests.commands.terminal import PlainConsole
 from parity_tests.commands.trajectory import BATCH_SIZE, REPLICAS, STEPS
 from parity_tests.losses.user_losses import is_user_loss
-from parity_tests.studies.bundle import MANIFEST, BundleError, read_bundle, write_bundle
+from parity_tests.studies.bundle import MANIFEST, read_bundle, write_bundle
 from parity_tests.studies.bundle import record as record_cases
 from parity_tests.studies.kit import FEW_CASES
 from parity_tests.studies.probes import LABEL_KINDS, LOGIT_KINDS
 from parity_tests.studies.questions import make_question
 from parity_tests.studies.replays import replay as replay_bundle
+from parity_tests.studies.sealed_folders import RecordingError
 from parity_tests.studies.survey import make_cases
 from parity_tests.texts import count_of
 from parity_tests.truth.precision import DTYPES
@@ -136,7 +137,7 @@ def record(  # noqa: PLR0913 - each option of the command line is a parameter
             write_bundle(folder, record_cases(adapters, cases, track=shown))
             # The verdict is on the files as read back.
             found = replay_bundle(read_bundle(folder), [])
-    except BundleError as error:
+    except RecordingError as error:
         cannot_run(str(error))
     print_replay(found, console)
     print_missing(missing, console)

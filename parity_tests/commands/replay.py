@@ -32,12 +32,13 @@ from parity_tests.commands.terminal import FittingTable, PlainConsole
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.losses.user_losses import is_user_loss
 from parity_tests.report.words import PageTable
-from parity_tests.studies.bundle import BundleError, read_bundle
+from parity_tests.studies.bundle import read_bundle
 from parity_tests.studies.pairs import make_tolerance
 from parity_tests.studies.recorded_losses import MANIFEST
 from parity_tests.studies.recorded_trainings import MANIFEST as TRAINING
 from parity_tests.studies.replays import Replay
 from parity_tests.studies.replays import replay as replay_bundle
+from parity_tests.studies.sealed_folders import RecordingError
 from parity_tests.studies.survey import Member, Survey
 
 HEADINGS = ("~here", "~recorded", ">cases", ">share", "verdict")
@@ -94,7 +95,7 @@ def replay(
         adapters, missing = find_adapters(adapter, device)
         keep_compiled()
         found = replay_bundle(bundle, adapters, partial(track, total=len(bundle.records), title="cases"))
-    except BundleError as error:
+    except RecordingError as error:
         cannot_run(str(error))
     if not any(outcome.status != "unsupported" for outcome in found.outcomes):
         cannot_run(f"no recorded case can be asked of {', '.join(each.name for each in adapters)}")

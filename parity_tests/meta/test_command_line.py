@@ -315,7 +315,7 @@ def test_nearest() -> None:
     (("kit", "page.md/new"), "is a file, so page.md/new cannot be in it"),
     (("record", "new", "--adapter", "torch-linear-chunked", "--case", "ties"), "no adapter can handle these cases"),
     (("replay", "recorded", "--rtol", "0.1"), "--rtol and --atol are for a recorded loss of yours"),
-    (("replay", "page.md"), "there is no bundle in page.md: manifest.json: Not a directory"),
+    (("replay", "page.md"), "no bundle can be read in page.md: manifest.json: Not a directory"),
     (("hunt", "--save", ".", "--examples", "1"), ". is not empty and holds no bundle; name another folder"),
     (("hunt", "--seconds", "nan", "--adapter", "numpy"), "seconds must be above 0 and finite, not nan"),
     (("peer-tests", "--markdown", "nowhere.md"), "nowhere.md cannot be updated: No such file or directory\n"),

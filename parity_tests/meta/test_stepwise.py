@@ -13,56 +13,10 @@ import pytest
 from numpy.typing import NDArray
 
 from parity_tests.faults.dense import evaluate
+from parity_tests.meta.brought_training import Momentum
 from parity_tests.meta.running import invoke
 from parity_tests.trainings.stepwise import TrainingError, compare_step_by_step, one_ulp_away
 from parity_tests.truth.cases import random_case
-
-TRAINING = '''
-class Momentum:
-    """Gradient descent with momentum on a quadratic, in float32, with what is wrong as options."""
-
-    def __init__(self, rate=0.125, wrong_from=None, element=None, nan_at=None, hidden=False, rename=False,
-                 transpose=False, dtype="float32"):
-        self.rate, self.wrong_from, self.element, self.nan_at = rate, wrong_from, element, nan_at
-        self.hidden, self.rename, self.transpose, self.calls = hidden, rename, transpose, 0
-        random = np.random.default_rng(0)
-        self.weight = random.normal(size=(4, 3)).astype(np.float32)
-        self.velocity, self.count = np.zeros((4, 3), np.float32), 0
-        self.dtype = dtype
-
-    def state(self):
-        weight = self.weight.T if self.transpose else self.weight
-        return {"weights" if self.rename else "weight": weight.astype(self.dtype), "velocity": self.velocity,
-                "count": np.array(self.count)}
-
-    def load(self, state):
-        self.weight, self.velocity = state["weight"].astype(np.float32), state["velocity"].copy()
-        self.count = int(state["count"])
-
-    def step(self, number):
-        inputs = np.random.default_rng(number).normal(size=(8, 4)).astype(np.float32)
-        outputs = inputs @ self.weight
-        loss = (outputs * outputs).mean() / 2
-        gradient = inputs.T @ outputs / np.float32(outputs.size)
-        rate = self.rate
-        if self.wrong_from is not None and number >= self.wrong_from:
-            if self.element:
-                gradient[self.element] *= np.float32(1.001)
-            else:
-                rate *= 1.001
-        self.velocity = np.float32(0.875) * self.velocity + gradient
-        self.weight = self.weight - np.float32(rate) * self.velocity
-        self.count += 1
-        self.calls += 1
-        if self.hidden:
-            self.weight = self.weight + np.float32(1e-3) * np.float32(self.calls)
-        if self.nan_at == number:
-            self.weight[2, 1] = np.nan
-        return float(loss)
-'''
-namespace: dict[str, Any] = {"np": np}
-exec(TRAINING, namespace)  # the tests of the command line need it as a file
-Momentum = namespace["Momentum"]
 
 
 def test_a_training_agrees_with_itself() -> None:
@@ -75,7 +29,7 @@ def test_a_training_agrees_with_itself() -> None:
 def test_a_reordered_sum_agrees() -> None:
     """Rounding is allowed, and is seen: the share is not 0."""
 
-    class Reordered(Momentum):  # type: ignore[misc, valid-type]
+    class Reordered(Momentum):
         def step(self, number: int) -> float:
             self.weight = self.weight.astype(np.float64)
             loss = super().step(number)
@@ -107,7 +61,7 @@ def test_the_element_that_is_wrong_is_found() -> None:
 def test_teacher_forced_sees_one_step_only() -> None:
     """A single wrong step goes on in the free run, and is alone in the forced one."""
 
-    class Once(Momentum):  # type: ignore[misc, valid-type]
+    class Once(Momentum):
         def step(self, number: int) -> float:
             self.wrong_from = 2 if number == 2 else None
             return float(super().step(number))
@@ -127,7 +81,7 @@ def test_nan_agrees_with_nothing() -> None:
 
 
 def test_counts_must_be_equal() -> None:
-    class Miscounting(Momentum):  # type: ignore[misc, valid-type]
+    class Miscounting(Momentum):
         def state(self) -> Mapping[str, NDArray[Any]]:
             return {**super().state(), "count": np.array(self.count + (self.count == 2))}
 
@@ -194,17 +148,10 @@ def test_one_ulp_away() -> None:
 # --- The command ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def _users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "brought_training.py").write_text("import numpy as np\n" + TRAINING)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
+MOMENTUM = "parity_tests.meta.brought_training:Momentum"
+PAIR = (f"jax:{MOMENTUM}", f"torch:{MOMENTUM}")
 
 
-PAIR = ("jax:brought_training:Momentum", "torch:brought_training:Momentum")
-
-
-@pytest.mark.usefixtures("_users_folder")
 def test_command(tmp_path: Path) -> None:
     outcome = invoke("trajectory", *PAIR, "--steps", "5")
     assert outcome.exit_code == 0, outcome.output
@@ -220,10 +167,9 @@ def test_command(tmp_path: Path) -> None:
     assert "part at step 2, weight[" in (tmp_path / "page" / "index.html").read_text()
 
 
-@pytest.mark.usefixtures("_users_folder")
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["jax:brought_training:nothing", PAIR[1]], "brought_training has no nothing"),
-    ([PAIR[0], "torch:brought_training:np.ones"], "torch:brought_training:np.ones"),
+    (["jax:parity_tests.meta.brought_training:nothing", PAIR[1]], "brought_training has no nothing"),
+    ([PAIR[0], "torch:numpy:ones"], "torch:numpy:ones"),
     ([PAIR[0], "torch:builtins:dict"], "gives a dict without state, load, step"),
     ([*PAIR, "--b", "hidden=true"], "the second training does not repeat its first step"),
     ([*PAIR, "--b", "unheard_of=1"], "unexpected keyword argument 'unheard_of'"),

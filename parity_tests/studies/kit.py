@@ -20,8 +20,9 @@ from parity_tests.evidence.ledger import DEVICES, PACKAGES, Evidence, Session
 from parity_tests.json_files import check_form, read_json
 from parity_tests.losses.adapters import Adapter
 from parity_tests.losses.registry import ELSEWHERE, ENTRIES
-from parity_tests.studies.bundle import MANIFEST, Bundle, BundleError, RecordedAdapter, read_bundle
+from parity_tests.studies.bundle import MANIFEST, Bundle, RecordedAdapter, read_bundle
 from parity_tests.studies.replays import truth_of_today
+from parity_tests.studies.sealed_folders import RecordingError
 from parity_tests.studies.verdicts import Outcome, examine
 from parity_tests.texts import one_line
 from parity_tests.truth.cases import Case
@@ -207,7 +208,7 @@ def _read_part(folder: Path, dtype: str, digest: str) -> Bundle:
     part = bundle_folder(folder, dtype)
     try:
         bundle = read_bundle(part)
-    except BundleError as error:
+    except RecordingError as error:
         raise KitError(str(error)) from error
     if _sha256(part / MANIFEST) != digest:
         raise KitError(
@@ -246,7 +247,7 @@ def evidence_of(kit: dict[str, Any], bundles: Sequence[Bundle]) -> Iterator[tupl
         ]
         try:
             truths = [(each.case, truth_of_today(each)) for each in bundle.records]
-        except BundleError as error:
+        except RecordingError as error:
             raise KitError(str(error)) from error
         lines = _lines((case, examine(adapter, case, truth)) for case, truth in truths for adapter in ours)
         evidence = frozenset(

@@ -16,30 +16,61 @@ from typing import Any
 import numpy as np
 
 from parity_tests.evidence.environment import describe_environment
+from parity_tests.json_files import NUMBER, check_form
 from parity_tests.losses.adapters import Adapter
 from parity_tests.losses.user_losses import is_user_loss, take_mean
 from parity_tests.studies.bundle import (
+    CASE_FORM,
+    ENVIRONMENT_FORM,
     RecordedAdapter,
-    _arithmetic_from_json,
-    _arithmetic_to_json,
+    arithmetic_from_json,
+    arithmetic_to_json,
     case_from_arrays,
     case_to_arrays,
+    result_from_arrays,
+    result_to_arrays,
 )
 from parity_tests.studies.pairs import Side
 from parity_tests.studies.probes import Question, is_edge
 from parity_tests.studies.questions import Own, reduction_of
 from parity_tests.studies.sameness import PRECISIONS, RecordedRuns, Runs
-from parity_tests.studies.sealed_folders import Arrays, RecordingError, read_sealed, write_sealed
+from parity_tests.studies.sealed_folders import Arrays, RecordingError, by_folder, read_sealed, write_sealed
 from parity_tests.studies.verdicts import attempt
 from parity_tests.texts import count_of
 from parity_tests.truth.cases import Case
-from parity_tests.truth.comparison import AnyResult, Parts, make_result
+from parity_tests.truth.comparison import AnyResult, Parts
 from parity_tests.truth.precision import FORMATS
 
-FORMAT = 2
 MANIFEST = "loss.json"
 # The wide dtypes in which a loss is run, and the narrowest that it may compute in there.
 WIDE = ("float64", "float32")
+_QUESTION = {
+    "smoothing": NUMBER,
+    "convention": (None, str),
+    "reduction": str,
+    "num_classes": [int],
+    "ignore_index": (None, int),
+    "z_loss": NUMBER,
+    "softcap": (None, *NUMBER),
+    "subtract_entropy": bool,
+    "linear": bool,
+    "logit_kind": str,
+    "label_kind": str,
+    "chosen": bool,
+    "beyond": str,
+}
+_FORM = {
+    "name": str,
+    "framework": str,
+    "device": str,
+    "arithmetic": dict,
+    "question": _QUESTION,
+    "own": (None, dict),
+    "cases": [{**CASE_FORM, "keywords": [str]}],
+    "reduction": str,
+    "sides": {str: {"results": list, "wide": {str: {"results": list, "precision": str, "random": bool}}}},
+    "environment": ENVIRONMENT_FORM,
+}
 
 
 @dataclass(frozen=True)
@@ -109,11 +140,10 @@ def record_loss(
         sides[each], found = _take_apart(adapter, [_reduced(case, each) for case in cases], each)
         arrays |= found
     content = {
-        "format": FORMAT,
         "name": adapter.name,
         "framework": adapter.framework,
         "device": adapter.device,
-        "arithmetic": _arithmetic_to_json(adapter.arithmetic, True),
+        "arithmetic": arithmetic_to_json(adapter.arithmetic),
         "question": asdict(question),
         "own": None
         if own is None
@@ -151,10 +181,10 @@ def _take_apart(adapter: Adapter, cases: Sequence[Case], reduction: str) -> tupl
 
 def _results_apart(results: Sequence[AnyResult | str], path: str) -> tuple[list[Any], Arrays]:
     arrays = {
-        f"{path}/{i}/{part}": np.asarray(values)
+        f"{path}/{i}/{part}": values
         for i, result in enumerate(results)
         if not isinstance(result, str)
-        for part, values in result.parts.items()
+        for part, values in result_to_arrays(result).items()
     }
     return [result if isinstance(result, str) else result.dtypes for result in results], arrays
 
@@ -168,18 +198,12 @@ def read_recording(folder: Path) -> Recording:
     Raises:
         RecordingError: there is none, or it was changed after it was written.
     """
-    content, arrays = read_sealed(folder, MANIFEST, "loss", FORMAT)
-    try:
-        return _put_together(content, arrays)
-    except Exception as error:  # what has another's hashes may be anything
-        raise RecordingError(f"{folder} describes no loss: {type(error).__name__}: {error}") from error
+    return read_sealed(folder, MANIFEST, "loss", _put_together)
 
 
 def _put_together(content: dict[str, Any], arrays: Arrays) -> Recording:
-    folders: dict[str, Arrays] = {}
-    for path, array in arrays.items():
-        folder, _, name = path.rpartition("/")
-        folders.setdefault(folder, {})[name] = array
+    check_form(content, _FORM)
+    folders = by_folder(arrays)
     cases = []
     for i, entry in enumerate(content["cases"]):
         names = entry.pop("keywords")
@@ -198,7 +222,7 @@ def _put_together(content: dict[str, Any], arrays: Arrays) -> Recording:
 def _side(
     content: dict[str, Any], reduction: str, entry: dict[str, Any], cases: Sequence[Case], folders: dict[str, Arrays]
 ) -> Side:
-    arithmetic = _arithmetic_from_json(content["arithmetic"])
+    arithmetic = arithmetic_from_json(content["arithmetic"])
     adapter = RecordedAdapter(f"{content['name']} (recorded)", content["framework"], content["device"], arithmetic)
     reduced = [_reduced(case, reduction) for case in cases]
     results = _results(entry["results"], f"results/{reduction}", folders)
@@ -245,7 +269,7 @@ def _shapes(parts: Parts) -> dict[str, tuple[int, ...]]:
 
 def _results(entries: Sequence[Any], path: str, folders: dict[str, Arrays]) -> list[AnyResult | str]:
     return [
-        entry if isinstance(entry, str) else make_result(folders[f"{path}/{i}"], entry)
+        entry if isinstance(entry, str) else result_from_arrays(folders[f"{path}/{i}"], entry)
         for i, entry in enumerate(entries)
     ]
 

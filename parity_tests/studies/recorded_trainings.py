@@ -16,13 +16,11 @@ from numpy.typing import NDArray
 
 from parity_tests.evidence.environment import describe_environment
 from parity_tests.json_files import check_form
-from parity_tests.studies.sealed_folders import Arrays, RecordingError, read_sealed, write_sealed
+from parity_tests.studies.sealed_folders import Arrays, read_sealed, write_sealed
 from parity_tests.trainings.stepwise import MODES, State, Step, Track, Training, TrainingError, follow
 
-FORMAT = 1
 MANIFEST = "training.json"
 _FORM = {
-    "format": int,
     "name": str,
     "tensors": [str],
     "steps": int,
@@ -30,7 +28,6 @@ _FORM = {
     "batch_size": int,
     "spread_of": [str],
     "environment": {"python": str, "versions": {str: str}, ...: None},
-    "arrays_sha256": str,
 }
 
 
@@ -92,7 +89,6 @@ def record_training(
         arrays[f"{mode}/losses"] = np.array([step.replica_losses for step in taken])
         arrays[f"{mode}/spread"] = np.array([[step.spread[each] for each in spread_of] for step in taken])
     content = {
-        "format": FORMAT,
         "name": name,
         "tensors": list(states[0]),
         "steps": steps,
@@ -121,15 +117,11 @@ def read_training(folder: Path) -> RecordedTraining:
     Raises:
         RecordingError: there is none, it was changed after it was written, or it describes no training.
     """
-    content, arrays = read_sealed(folder, MANIFEST, "training", FORMAT)
-    try:
-        check_form(content, _FORM)
-        return _put_together(content, arrays)
-    except Exception as error:  # what has another's hashes may be anything
-        raise RecordingError(f"{folder} describes no training: {type(error).__name__}: {error}") from error
+    return read_sealed(folder, MANIFEST, "training", _put_together)
 
 
-def _put_together(content: Mapping[str, Any], arrays: Arrays) -> RecordedTraining:
+def _put_together(content: dict[str, Any], arrays: Arrays) -> RecordedTraining:
+    check_form(content, _FORM)
     names, steps, replicas = content["tensors"], content["steps"], content["replicas"]
     if steps < 1 or replicas < 1 or content["batch_size"] < 1:
         raise ValueError("steps, replicas and batch_size must be at least 1")

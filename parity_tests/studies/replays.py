@@ -15,16 +15,9 @@ from dataclasses import dataclass, field, replace
 from parity_tests.evidence.ledger import Evidence
 from parity_tests.losses.adapters import Adapter, UnavailableError
 from parity_tests.losses.registry import ELSEWHERE, ENTRIES, make_adapter, match_names
-from parity_tests.studies.bundle import (
-    AGAIN,
-    Bundle,
-    BundleError,
-    Record,
-    case_to_arrays,
-    differing,
-    refusing,
-)
+from parity_tests.studies.bundle import Bundle, Record, case_to_arrays, differing
 from parity_tests.studies.concurrent_calls import Calls, call_each
+from parity_tests.studies.sealed_folders import RecordingError, refusing
 from parity_tests.studies.verdicts import Difference, Outcome, compare_outcomes, examine
 from parity_tests.truth.arithmetic import Arithmetic
 from parity_tests.truth.cases import Case
@@ -34,6 +27,7 @@ from parity_tests.truth.oracle import WIDE, Truth, solve
 from parity_tests.truth.stored import truth_to_arrays
 
 TRUTH = "truth"
+AGAIN = "Record the bundle again."
 
 
 @dataclass(frozen=True)
@@ -191,7 +185,7 @@ def replay(
         track: shows the progress of an iterator that yields once for each case.
 
     Raises:
-        BundleError: the bundle is stale, or holds results of an adapter that is not known here.
+        RecordingError: the bundle is stale, or holds results of an adapter that is not known here.
     """
     for name in bundle.adapters:
         _check_known(name)
@@ -216,7 +210,7 @@ def _check_known(name: str) -> None:
             make_adapter(name)  # loads no framework: only those in ENTRIES do
         except ValueError as error:
             hint = "Replay the bundle with the lsce that recorded it."
-            raise BundleError(
+            raise RecordingError(
                 f"the bundle has results of an adapter that is not known here: {error}. {hint}"
             ) from error
 
@@ -225,7 +219,7 @@ def truth_of_today(recorded: Record) -> Truth:
     """Return the truth of a recorded case, computed anew.
 
     Raises:
-        BundleError: it differs from the recorded one, or this checkout makes a different case of that name.
+        RecordingError: it differs from the recorded one, or this checkout makes a different case of that name.
     """
     case, title = recorded.case, f"case {recorded.case.name!r} in {recorded.case.dtype}"
     with refusing(f"the bundle has no valid {title}"):
@@ -237,10 +231,10 @@ def _truth_of_today(recorded: Record, case: Case, title: str) -> Truth:
         (entry, arrays), (entry_today, arrays_today) = map(case_to_arrays, (case, make_any_case(case.name, case.dtype)))
         changed = [name for name in entry if entry[name] != entry_today.get(name)] + differing(arrays, arrays_today)
         if changed:
-            raise BundleError(f"stale: this checkout makes {title} with other {', '.join(changed)}. {AGAIN}")
+            raise RecordingError(f"stale: this checkout makes {title} with other {', '.join(changed)}. {AGAIN}")
     truth = solve(case)
     if not _same_truth(recorded, truth):
-        raise BundleError(f"stale: the definition now gives another truth for {title}. {AGAIN}")
+        raise RecordingError(f"stale: the definition now gives another truth for {title}. {AGAIN}")
     return truth
 
 

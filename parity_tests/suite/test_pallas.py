@@ -24,9 +24,9 @@ from parity_tests.losses.adapters import LossError, UnavailableError
 from parity_tests.losses.pallas import DTYPES, PallasAdapter
 from parity_tests.losses.registry import make_adapter
 from parity_tests.plugin import Recorder
-from parity_tests.suite.large_logits import assert_right_near_the_largest_number
 from parity_tests.studies.power import HARMLESS, HIDDEN_BY_ROUNDING, trials
 from parity_tests.suite.jax_results import statistics_of
+from parity_tests.suite.large_logits import assert_right_near_the_largest_number
 from parity_tests.suite.stats_truth import assert_statistics
 from parity_tests.suite.wrong_losses import WRONG_LOSSES
 from parity_tests.truth.arithmetic import any_order

@@ -4,7 +4,6 @@ What passes here is what the README's support matrix says.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -25,10 +24,10 @@ from parity_tests.studies.verdicts import examine
 from parity_tests.suite import jax_results
 from parity_tests.suite.chosen import CHOSEN, EVERY_OPTION
 from parity_tests.suite.large_logits import PLAIN, assert_right_near_the_largest_number
-from parity_tests.truth.cases import Case, case_names, make_case, random_case
+from parity_tests.truth.cases import case_names, make_case
 from parity_tests.truth.comparison import AnyResult, against_each_other, against_oracle
 from parity_tests.truth.oracle import Truth, solve
-from parity_tests.truth.precision import DTYPES, round_to
+from parity_tests.truth.precision import DTYPES
 
 ADAPTERS = [f"{framework}-{implementation}" for framework in ("jax", "torch") for implementation in IMPLEMENTATIONS]
 
